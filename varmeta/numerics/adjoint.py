@@ -1,0 +1,179 @@
+"""How a derivative with respect to eta passes through an inner minimum: implicitly, by unrolling, or not at all.
+
+`phi*(eta) = argmin_phi inner(phi, eta)`, per task; wanted is the derivative of `outer(phi*(eta), eta)`.  Nothing here
+knows how phi* was found, and `unrolled` alone cares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics import tree
+from varmeta.numerics.linear_solve import CG, LinearSolver
+from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import Tree
+
+Objective = Callable[[Tree, dict[str, Tensor]], Tensor]
+"""fn(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on eta, which has no task axis."""
+
+
+@dataclass(frozen=True)
+class ImplicitAdjoint:
+    """The implicit function theorem at the inner minimum.
+
+    With v = d_phi outer and the linear system (d2 inner / dphi2) u = v, solved for every task,
+
+        d outer / d eta = d_eta outer - (d2 inner / dphi deta)^T u.
+
+    It is the derivative of the Lagrangian outer - <u, d_phi inner> with u held fixed, and that is how it is built: the
+    value of the losses is outer, their gradient is the line above, and each task may be weighted afterwards.
+    If `inner is outer` the gradient at the minimum is d_eta outer alone (envelope theorem) and nothing is solved.
+
+    The gradient is exact only at a minimum, and as good as the linear solve: look at the stats.  Far from the
+    minimum it can be wrong by any factor, and "curvature" may be negative.  It is a first derivative: u does not
+    depend on eta, so differentiating it once more gives a wrong answer.
+
+    Args:
+        linear_solver: solves with the Hessian of `inner`, given products only.
+
+    Example:
+        The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0 + 2) / 2, so the
+        derivative of phi^2 / 2 with respect to theta0 is phi / 2.
+
+        >>> inner = lambda phi, eta: 0.5 * (phi["w"] - eta["theta0"]) ** 2 + 0.5 * (phi["w"] - 2.0) ** 2
+        >>> outer = lambda phi, eta: 0.5 * phi["w"] ** 2
+        >>> eta = {"theta0": torch.tensor(0.0, requires_grad=True)}
+        >>> losses, stats = ImplicitAdjoint()(inner, outer, {"w": torch.tensor([1.0])}, eta)
+        >>> torch.autograd.grad(losses.sum(), eta["theta0"]), stats["curvature"]
+        ((tensor(0.5000),), tensor([2.]))
+
+    Source: Rajeswaran et al. 2019 (iMAML); Lorraine, Vicol and Duvenaud 2020; Blondel et al. 2022.
+    """
+
+    linear_solver: LinearSolver = field(default_factory=CG)
+
+    def __call__(
+        self, inner: Objective, outer: Objective, phi: Tree, eta: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The outer losses, whose gradient with respect to eta goes through the minimum.
+
+        `torch.autograd.grad(losses.sum(), eta)` costs less than `losses.sum().backward()`: the latter also carries
+        derivatives back to the copy of phi that is made here, and drops them.
+
+        Args:
+            inner, outer: see `Objective`; `inner` twice differentiable at `phi`.
+            phi: the inner minimum, tensors `(tasks, ...)`; its graph is not used.
+            eta: tensors of any shape, some of which ask for a gradient.  Either objective may ignore any of them.
+
+        Returns:
+            losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
+            "residual", "curvature", "linear_steps" and "linear_result", of the linear solve (residual 0 and
+            curvature NaN where the envelope theorem made it unnecessary).
+
+        Raises:
+            ValueError: an objective does not return one loss per task.
+        """
+        point = tree.leaves(phi)
+        with torch.enable_grad():
+            if inner is outer:
+                return _envelope(inner, point, eta)
+            gradient = _gradient(_losses(inner, point, eta, "inner"), point, create_graph=True)
+            losses = _losses(outer, point, eta, "outer")
+            v = _gradient(losses, point, retain_graph=True)
+            # one graph of the gradient serves all the products and the last derivative with respect to eta
+            solution = self.linear_solver.solve(lambda x: _pull_back(gradient, point, x), v)
+            slope = tree.dot(solution.value, gradient)
+            # the parenthesis is exactly 0, unless the gradient is not finite; then the loss shows it
+            losses = losses - (slope - slope.detach())
+        stats = {
+            "gradient_norm": tree.norm(tree.detach(gradient)),
+            "residual": solution.stats["residual"],
+            "curvature": solution.stats["curvature"],
+            "linear_result": solution.result,
+            "linear_steps": solution.stats["steps"],
+        }
+        return losses, stats
+
+
+def unrolled(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
+    """Outer losses `(tasks,)` at `phi`, differentiated through whatever graph `phi` carries (MAML).
+
+    Example:
+        >>> theta0 = torch.tensor([1.0], requires_grad=True)
+        >>> phi = {"w": theta0 - 0.1 * theta0}  # one step of gradient descent on theta^2 / 2
+        >>> torch.autograd.grad(unrolled(lambda phi, eta: phi["w"] ** 2, phi, {}).sum(), theta0)
+        (tensor([1.6200]),)
+    """
+    return _losses(outer, phi, eta, "outer")
+
+
+def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
+    """Outer losses `(tasks,)` at `phi` taken as a constant: only the direct dependence on eta is differentiated.
+
+    Example:
+        >>> scale = torch.tensor(3.0, requires_grad=True)
+        >>> phi = {"w": scale * torch.tensor([2.0])}
+        >>> torch.autograd.grad(detached(lambda phi, eta: eta["scale"] * phi["w"], phi, {"scale": scale}).sum(), scale)
+        (tensor(6.),)
+    """
+    return _losses(outer, tree.detach(phi), eta, "outer")
+
+
+def _envelope(fn: Objective, point: Tree, eta: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    losses = _losses(fn, point, eta, "inner")
+    norm = tree.norm(_gradient(losses, point, retain_graph=True))
+    nothing = torch.zeros_like(norm, dtype=torch.int64)
+    stats = {
+        "gradient_norm": norm,
+        "residual": torch.zeros_like(norm),
+        "curvature": torch.full_like(norm, math.nan),
+        "linear_result": nothing + int(Result.CONVERGED),
+        "linear_steps": nothing,
+    }
+    return losses, stats
+
+
+def _losses(fn: Objective, phi: Tree, eta: dict[str, Tensor], name: str) -> Tensor:
+    losses = fn(phi, eta)
+    tasks = tree.num_tasks(phi)
+    if losses.shape != (tasks,):
+        raise ValueError(
+            f"the {name} objective must return one loss per task, shape ({tasks},), but returned shape "
+            f"{tuple(losses.shape)}; sum over everything but the task axis"
+        )
+    return losses
+
+
+def _gradient(losses: Tensor, point: Tree, retain_graph: bool = False, create_graph: bool = False) -> Tree:
+    """d losses / d point, 0 where there is no dependence; row i is the gradient of loss i."""
+    if not losses.requires_grad:
+        return tree.zeros_like(point)
+    found = torch.autograd.grad(
+        losses.sum(),
+        list(point.values()),
+        retain_graph=retain_graph or create_graph,
+        create_graph=create_graph,
+        materialize_grads=True,
+    )
+    return dict(zip(point, found, strict=True))
+
+
+def _pull_back(outputs: Tree, point: Tree, v: Tree) -> Tree:
+    """(d outputs / d point)^T v; where `outputs` is a gradient, the product of its Hessian with v."""
+    # an entry that is constant, as the gradient of a linear term, has no graph; autograd refuses it
+    names = [name for name, x in outputs.items() if x.requires_grad]
+    if not names:
+        return tree.zeros_like(point)
+    found = torch.autograd.grad(
+        [outputs[name] for name in names],
+        list(point.values()),
+        grad_outputs=[v[name] for name in names],
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    return dict(zip(point, found, strict=True))

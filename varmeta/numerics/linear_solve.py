@@ -1,0 +1,412 @@
+"""Solve A x = b for every task, given only products with A.
+
+A is block-diagonal over tasks and symmetric; one call of `matvec` multiplies the blocks of all tasks.  A task stops
+on its own, and what it returns does not depend on which other tasks are in the batch.  No graph is kept: the
+solution is a number, and whoever needs a derivative through it (`adjoint.py`) writes that derivative down.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics import tree
+from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.tree import Tree
+
+Matvec = Callable[[Tree], Tree]
+Product = Callable[[Tensor], Tensor]  # the same on rows, (tasks, size) -> (tasks, size)
+
+
+class LinearSolver(ABC):
+    """A way to solve A x = b.  Subclasses hold choices, never state."""
+
+    @abstractmethod
+    def solve(self, matvec: Matvec, b: Tree) -> Solution:
+        """Solve A x = b for every task.
+
+        Args:
+            matvec: the product with A; takes and returns a tree with the names and shapes of `b`.
+            b: floating tensors of one dtype, `(tasks, ...)`; a tensor of shape `(tasks,)` is one number per task.
+
+        Returns:
+            `Solution` with `value` shaped as `b`, a `Result` code per task, and the stats, each `(tasks,)`:
+            "residual", |b - A x| / |b| recomputed from the returned x (0 where b = 0);
+            "curvature", the smallest p'Ap / p'p over the directions p that were met (NaN where none was);
+            "steps", int64.
+
+        Raises:
+            ValueError: `b` or what `matvec` returns does not have the shapes above.
+            TypeError: `b` is not floating.
+        """
+
+
+@dataclass(frozen=True)
+class CG(LinearSolver):
+    """Conjugate gradients (Hestenes and Stiefel 1952; Nocedal and Wright 2006, algorithm 5.3), batched over tasks.
+
+    A must be positive definite.  A direction without positive curvature ends that task with
+    `Result.NEGATIVE_CURVATURE` and the iterate before it, which is 0 when it is the first direction.
+    The recursion's residual drifts from b - A x by rounding, so the latter is computed once at the end (one more
+    product) and tasks that fall short of the tolerance are refined; `Result.STAGNATED` says that this did not help.
+
+    Args:
+        rtol: stop at |b - A x| <= rtol |b|; a number, or one per task as a tensor `(tasks,)`.  Default 1e-10 in
+            float64 and 1e-5 in lower precision; never tighter than the rounding of the dtype.
+        max_steps: limit on the steps of a task.  Default 10 size + 10, at most 1000: exact arithmetic needs `size`.
+        preconditioner: product with an approximation of A^-1, symmetric positive definite; if it is not, the task
+            ends as NEGATIVE_CURVATURE.
+
+    Raises:
+        ValueError: a choice is out of range.
+
+    Example:
+        >>> A = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])  # one task
+        >>> solution = CG().solve(lambda v: {"w": (A @ v["w"][..., None])[..., 0]}, {"w": torch.tensor([[3.0, 3.0]])})
+        >>> solution.value["w"], solution.worst.name
+        (tensor([[1., 1.]]), 'CONVERGED')
+    """
+
+    rtol: float | Tensor | None = None
+    max_steps: int | None = None
+    preconditioner: Matvec | None = None
+
+    def __post_init__(self) -> None:
+        _check_rtol(self.rtol)
+        if self.max_steps is not None:
+            _check_count("max_steps", self.max_steps)
+
+    def solve(self, matvec: Matvec, b: Tree) -> Solution:
+        system = _System.of(matvec, b)
+        tolerance = system.tolerance(self.rtol)
+        precondition = None if self.preconditioner is None else _on_rows(self.preconditioner, b, "preconditioner")
+        limit = min(10 * system.b.shape[-1] + 10, 1000) if self.max_steps is None else self.max_steps
+        limits = torch.full_like(tolerance, limit, dtype=torch.int64)
+        # a little below the tolerance, or rounding alone would send tasks to the refinement
+        target = 0.9 * tolerance
+
+        x, result, curvature, steps = conjugate_gradient(system.product, system.b, target, limits, precondition)
+        r = system.b - system.product(x)
+        error = _norm(r)
+        while bool((short := (result == Result.CONVERGED) & (error > tolerance)).any()):
+            # iterative refinement, A dx = b - A x; it ends because every round halves the error or is the last
+            start = torch.where(short[:, None], r, 0)
+            dx, outcome, met, more = conjugate_gradient(system.product, start, target, limits - steps, precondition)
+            refined = system.b - system.product(x + dx)
+            refined_error = _norm(refined)
+            outcome = torch.where(refined_error < 0.5 * error, outcome, int(Result.STAGNATED))
+            outcome = torch.where(refined_error <= tolerance, int(Result.CONVERGED), outcome)
+            better = short & (refined_error < error)
+            x, r = torch.where(better[:, None], x + dx, x), torch.where(better[:, None], refined, r)
+            result, error = torch.where(short, outcome, result), torch.where(better, refined_error, error)
+            curvature, steps = torch.fmin(curvature, met), steps + more
+        # the recursion may miss the tolerance that its iterate meets
+        result = torch.where((result == Result.STEP_LIMIT) & (error <= tolerance), int(Result.CONVERGED), result)
+        return system.solution(x, r, result, curvature, steps)
+
+
+class Run(NamedTuple):
+    """Where one run of `conjugate_gradient` stopped: x `(tasks, size)`, the others `(tasks,)`."""
+
+    x: Tensor
+    result: Tensor
+    curvature: Tensor
+    steps: Tensor
+
+
+def conjugate_gradient(
+    product: Product, b: Tensor, tolerance: Tensor, limits: Tensor, precondition: Product | None = None
+) -> Run:
+    """The recursion behind `CG`, on rows: from x = 0 until |b - A x| <= tolerance by its own account.
+
+    Args:
+        product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without a graph.
+        b: `(tasks, size)`, finite.
+        tolerance: absolute, `(tasks,)`.
+        limits: steps that each task may take, int64 `(tasks,)`.
+    """
+    eps = torch.finfo(b.dtype).eps
+    x, r = torch.zeros_like(b), b
+    p = r if precondition is None else precondition(r)
+    rz = _dot(r, p)
+    # p' M^-1 p, by recursion because p is M-orthogonal to its past; p'p without a preconditioner
+    metric = rz
+    largest = torch.zeros_like(rz)
+    curvature = torch.full_like(rz, math.nan)
+    steps = torch.zeros_like(limits)
+    active = _norm(r) > tolerance
+    result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
+    active = active & (steps < limits)
+
+    count, every = 0, _host_reads_every(b)
+    while count % every or bool(active.any()):
+        count += 1
+        ap = product(p)
+        pap = _dot(p, ap)
+        finite = torch.isfinite(pap) & torch.isfinite(rz)
+        length = metric if precondition is None else _dot(p, p)
+        curvature = torch.where(active & finite, torch.fmin(curvature, pap / length), curvature)
+        # judged in the preconditioner's metric, where bad scaling is not mistaken for a flat direction;
+        # below rounding of the largest curvature the sign of p'Ap says nothing
+        quotient = pap / metric
+        largest = torch.maximum(largest, quotient)
+        positive = (rz > 0) & (quotient > eps * largest)
+        result = torch.where(active & ~positive, int(Result.NEGATIVE_CURVATURE), result)
+        result = torch.where(active & ~finite, int(Result.NON_FINITE), result)
+        active = active & positive & finite
+
+        # 0 keeps the row as it is; where A p is not finite r is lost, but nothing reads it any more
+        alpha = torch.where(active, rz / pap, 0)[:, None]
+        x = torch.addcmul(x, alpha, p)
+        r = torch.addcmul(r, -alpha, ap)
+        z = r if precondition is None else precondition(r)
+        rz_new = _dot(r, z)
+        error = rz_new.sqrt() if precondition is None else _norm(r)
+
+        steps = steps + active
+        met = active & (error <= tolerance)
+        result = torch.where(met, int(Result.CONVERGED), result)
+        active = active & ~met & (steps < limits)
+
+        beta = rz_new / rz
+        p = torch.where(active[:, None], torch.addcmul(z, beta[:, None], p), p)
+        rz, metric = torch.where(active, rz_new, rz), torch.where(active, rz_new + beta * beta * metric, metric)
+    return Run(x, result, curvature, steps)
+
+
+@dataclass(frozen=True)
+class Neumann(LinearSolver):
+    """The Neumann series x = step sum_k (I - step A)^k b (Lorraine, Vicol and Duvenaud 2020), one product per term.
+
+    It is the fixed-point iteration x <- x + step (b - A x) from 0.  For symmetric A the residual's norm is a log-convex
+    sequence: once it grows it never shrinks again.  So a task stops at its first growth, with the iterate
+    before it: `NEGATIVE_CURVATURE` if a negative curvature was met or the step size was estimated here (then
+    nothing else makes it grow), else `DIVERGED`.  `STEP_LIMIT` says that the series is truncated above the tolerance.
+
+    Args:
+        num_terms: the largest number of terms.
+        step: size of the step, in units of 1 / curvature; it converges for 0 < step < 2 / (largest eigenvalue).
+            Default 1 / (1.1 x an estimate of that eigenvalue), which costs 10 more products.
+        rtol: as in `CG`.
+
+    Raises:
+        ValueError: a choice is out of range.
+
+    Example:
+        >>> solution = Neumann(step=0.25).solve(lambda v: {"w": 2.0 * v["w"]}, {"w": torch.tensor([6.0])})
+        >>> [round(float(x), 4) for x in solution.value["w"]], solution.worst.name
+        ([3.0], 'CONVERGED')
+    """
+
+    num_terms: int = 100
+    step: float | None = None
+    rtol: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("num_terms", self.num_terms)
+        _check_rtol(self.rtol)
+        if self.step is not None and not (self.step > 0 and math.isfinite(self.step)):
+            raise ValueError(f"step must be a positive number, got {self.step}; leave it out to have it estimated")
+
+    def solve(self, matvec: Matvec, b: Tree) -> Solution:
+        system = _System.of(matvec, b)
+        tolerance = system.tolerance(self.rtol)
+        if self.step is None:
+            largest, curvature = _largest_eigenvalue(system.product, system.b)
+            step = torch.where(largest > 0, 1 / (1.1 * largest), 1)
+        else:
+            curvature = torch.full_like(tolerance, math.nan)
+            step = torch.full_like(tolerance, self.step)
+        # sqrt(eps): more than the rounding of a residual that does not move, as where A is singular
+        growth = 1 + torch.finfo(system.b.dtype).eps ** 0.5
+
+        x, r = torch.zeros_like(system.b), system.b
+        error = _norm(r)
+        active = error > tolerance
+        result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
+        steps = torch.zeros_like(result)
+        every = _host_reads_every(system.b)
+        for count in range(self.num_terms):
+            if count % every == 0 and not bool(active.any()):
+                break
+            ar = system.product(r)
+            curvature = torch.where(active, torch.fmin(curvature, _dot(r, ar) / _dot(r, r)), curvature)
+            trial = r - step[:, None] * ar
+            trial_error = _norm(trial)
+            finite = torch.isfinite(trial_error)
+            # with an estimated step, (I - step A) expands only where A is negative
+            negative = torch.ones_like(active) if self.step is None else curvature < 0
+            verdict = torch.where(negative, int(Result.NEGATIVE_CURVATURE), int(Result.DIVERGED))
+            verdict = torch.where(finite, verdict, int(Result.NON_FINITE))
+            fine = finite & (trial_error <= growth * error)
+            result = torch.where(active & ~fine, verdict, result)
+            active = active & fine
+            x = torch.where(active[:, None], x + step[:, None] * r, x)
+            r, error = torch.where(active[:, None], trial, r), torch.where(active, trial_error, error)
+            steps = steps + active
+            result = torch.where(active & (error <= tolerance), int(Result.CONVERGED), result)
+            active = active & (error > tolerance)
+        r = system.b - system.product(x)
+        # twice: the recursion stops just under the tolerance, and rounding may put the iterate just above
+        result = torch.where((result == Result.CONVERGED) & (_norm(r) > 2 * tolerance), int(Result.STAGNATED), result)
+        return system.solution(x, r, result, curvature, steps)
+
+
+@dataclass(frozen=True)
+class Direct(LinearSolver):
+    """A dense solve: A is built from `size` products, O(tasks size^2) memory and O(tasks size^3) time.
+
+    Cholesky where A is positive definite.  Elsewhere the task is flagged `NEGATIVE_CURVATURE` and solved by
+    eigenvalues, those within rounding of 0 left out: the solution if A is invertible, else the shortest
+    least-squares one.
+    Only the symmetric part of A is used.  The stat "curvature" is the smallest eigenvalue, "steps" is `size`.
+    `STAGNATED` says that A is too ill-conditioned for the dtype: the residual is above the root of its rounding.
+
+    Example:
+        >>> solution = Direct().solve(lambda v: {"w": 4.0 * v["w"]}, {"w": torch.tensor([[2.0, 8.0]])})
+        >>> solution.value["w"], solution.stats["curvature"]
+        (tensor([[0.5000, 2.0000]]), tensor([4.]))
+    """
+
+    def solve(self, matvec: Matvec, b: Tree) -> Solution:
+        system = _System.of(matvec, b)
+        tasks, size = system.b.shape
+        basis = torch.eye(size, dtype=system.b.dtype, device=system.b.device)
+        a = torch.stack([system.product(e.expand(tasks, size)) for e in basis], -1)
+        a = 0.5 * (a + a.mT)
+        finite = torch.isfinite(a).all(-1).all(-1)
+        a = torch.where(finite[:, None, None], a, basis)  # LAPACK raises on NaN, for all tasks at once
+
+        factor, failed = torch.linalg.cholesky_ex(a)
+        definite = failed == 0
+        eigenvalues, vectors = torch.linalg.eigh(a)
+        cut = size * torch.finfo(a.dtype).eps * eigenvalues.abs().amax(-1, keepdim=True)
+        inverse = torch.where(eigenvalues.abs() > cut, 1 / eigenvalues, 0)
+        spectral = (vectors @ (inverse[..., None] * (vectors.mT @ system.b[..., None])))[..., 0]
+        dense = torch.cholesky_solve(system.b[..., None], torch.where(definite[:, None, None], factor, basis))[..., 0]
+        x = torch.where(definite[:, None], dense, spectral)
+
+        r = system.b - (a @ x[..., None])[..., 0]
+        accurate = _norm(r) <= torch.finfo(a.dtype).eps ** 0.5 * _norm(system.b)
+        result = torch.where(accurate, int(Result.CONVERGED), int(Result.STAGNATED))
+        result = torch.where(definite, result, int(Result.NEGATIVE_CURVATURE))
+        result = torch.where(finite, result, int(Result.NON_FINITE))
+        x = torch.where(finite[:, None], x, 0)
+        r = torch.where(finite[:, None], r, math.nan)
+        curvature = torch.where(finite, eigenvalues[:, 0], math.nan)
+        return system.solution(x, r, result, curvature, torch.full_like(result, size))
+
+
+class _System(NamedTuple):
+    """A x = b on rows `(tasks, size)`, each row of b divided by its largest entry so that squares do not underflow."""
+
+    product: Product
+    b: Tensor
+    scale: Tensor
+    finite: Tensor
+    like: Tree
+
+    @classmethod
+    def of(cls, matvec: Matvec, b: Tree) -> _System:
+        _check_tree(b)
+        flat = tree.flatten(b).detach()
+        scale = flat.abs().amax(-1)
+        finite = torch.isfinite(scale)
+        scale = torch.where(finite & (scale > 0), scale, 1)[:, None]
+        return cls(_on_rows(matvec, b, "matvec"), torch.where(finite[:, None], flat / scale, 0), scale, finite, b)
+
+    def tolerance(self, rtol: float | Tensor | None) -> Tensor:
+        """The largest |b - A x| that is accepted, `(tasks,)`."""
+        if isinstance(rtol, Tensor) and rtol.shape not in ((), self.finite.shape):
+            raise ValueError(
+                f"rtol must be a number or one per task, {tuple(self.finite.shape)}, got {tuple(rtol.shape)}"
+            )
+        if rtol is None:
+            rtol = 1e-10 if self.b.dtype == torch.float64 else 1e-5
+        eps = torch.finfo(self.b.dtype).eps
+        return torch.as_tensor(rtol, dtype=self.b.dtype, device=self.b.device).clamp(min=eps) * _norm(self.b)
+
+    def solution(self, x: Tensor, r: Tensor, result: Tensor, curvature: Tensor, steps: Tensor) -> Solution:
+        size = _norm(self.b)
+        residual = torch.where(size > 0, _norm(r) / size, 0)
+        # a row of b that is not finite was replaced by 0 above
+        residual = torch.where(self.finite, residual, math.nan)
+        result = torch.where(torch.isfinite(residual), result, int(Result.NON_FINITE))
+        value = tree.unflatten(self.scale * x, self.like)
+        return Solution(value, result, {"residual": residual, "curvature": curvature, "steps": steps})
+
+
+def _on_rows(function: Matvec, like: Tree, what: str) -> Product:
+    """`function` on rows `(tasks, size)`; detached, checked, and in the order of `like`'s names."""
+
+    def product(v: Tensor) -> Tensor:
+        out = function(tree.unflatten(v, like))
+        if out.keys() != like.keys() or any(out[name].shape != x.shape for name, x in like.items()):
+            came, expected = ({name: tuple(x.shape) for name, x in t.items()} for t in (out, like))
+            raise ValueError(
+                f"{what} must return the names and shapes that it is given, {expected}, but returned {came}"
+            )
+        return tree.flatten({name: out[name].detach() for name in like})
+
+    return product
+
+
+def _largest_eigenvalue(product: Product, like: Tensor, num_products: int = 10) -> tuple[Tensor, Tensor]:
+    """Power iteration: a lower bound on the largest |eigenvalue|, and the smallest curvature met, each `(tasks,)`.
+
+    A start with 1/size of its square along the top vector falls short by a factor 2 only if size is about 4^10.
+    """
+    # the same start for every task and batch, drawn without touching the global generator
+    start = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=like.dtype)
+    v = (start / start.norm()).to(like.device).expand_as(like)
+    largest = torch.zeros_like(like[:, 0])
+    curvature = torch.full_like(largest, math.nan)
+    for _ in range(num_products):
+        av = product(v)
+        length = _norm(av)
+        largest, curvature = torch.maximum(largest, length), torch.fmin(curvature, _dot(v, av))
+        v = torch.where((length > 0)[:, None], av / length[:, None], v)
+    return largest, curvature
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=-1)
+
+
+def _host_reads_every(x: Tensor) -> int:
+    # a read waits for the accelerator's queue to drain; on the CPU it is free, and a product saved is a product saved
+    return 1 if x.device.type == "cpu" else 4
+
+
+def _check_tree(b: Tree) -> None:
+    shapes = {name: tuple(x.shape) for name, x in b.items()}
+    # a single empty tensor is fine: the weights of a regression without predictors
+    empty = sum(x.numel() for x in b.values()) == 0
+    if empty or any(x.dim() == 0 for x in b.values()) or len({len(x) for x in b.values()}) > 1:
+        raise ValueError(f"b must hold numbers in tensors with one common task axis first, got shapes {shapes}")
+    dtypes = {x.dtype for x in b.values()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"b must be floating, got {sorted(map(str, dtypes))}; cast it with .to(torch.float64)")
+    if len(dtypes) > 1:
+        raise ValueError(f"the tensors of b must share one dtype, got {sorted(map(str, dtypes))}; cast them to one")
+
+
+def _check_rtol(rtol: float | Tensor | None) -> None:
+    # a tensor is taken as it is: reading it would wait for the device
+    if not (rtol is None or isinstance(rtol, Tensor) or rtol > 0):
+        raise ValueError(f"rtol must be positive, got {rtol}; leave it out for the default of the dtype")
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")

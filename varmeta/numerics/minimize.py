@@ -1,0 +1,278 @@
+"""Minimise one loss per task over a tree, by first-order rules; every task stops on its own.
+
+Nothing here knows what is minimised.  A rule is a pure function of (phi, gradient, state), so the same rule serves a
+caller who has the gradient already, an inner solve to tolerance, and K steps that are differentiated afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics import tree
+from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.tree import Tree
+
+Losses = Callable[[Tree], Tensor]
+"""phi, tensors `(tasks, ...)` -> losses `(tasks,)`; loss i depends on row i of phi alone."""
+
+_HOST_READS_EVERY = 8  # steps between two looks at "has everybody converged?", which make an accelerator wait
+
+
+class Minimizer(ABC):
+    """A way to minimise.  Subclasses hold choices, never state."""
+
+    @abstractmethod
+    def init(self, phi: Tree) -> Tree:
+        """The state before the first step; every tensor has the task axis first, so rows can be taken and put back."""
+
+    @abstractmethod
+    def step(self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False) -> tuple[Tree, Tree]:
+        """One step for every task; with `create_graph` it can be differentiated, else it carries no graph."""
+
+    @abstractmethod
+    def solve(
+        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+    ) -> Solution:
+        """What `minimize` calls once it has checked the arguments."""
+
+
+def minimize(
+    fn: Losses,
+    phi: Tree,
+    minimizer: Minimizer,
+    *,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    max_steps: int = 1000,
+    create_graph: bool = False,
+) -> Solution:
+    """Minimise fn over phi, each task by itself.
+
+    A task has converged when |g| <= tolerance (1 + |g at its start|), g its gradient.  With `steps=None` its row does
+    not change any more from then on, bit for bit; `steps=K` goes on to exactly K steps (at most K with `NewtonCG`).
+    A task whose loss or gradient stops being finite keeps its last finite point, and the others go on.
+
+    Args:
+        fn: see `Losses`.
+        phi: where to start, floating tensors `(tasks, ...)` of one dtype.
+        minimizer: `GradientDescent`, `Adam` or `NewtonCG`.
+        steps: None, to tolerance; or a fixed number K.
+        tolerance: default 1e-8 in float64, 1e-4 in lower precision.
+        max_steps: the limit where `steps` is None.
+        create_graph: keep the graph of all steps, so that the value can be differentiated with respect to the start and
+            to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
+
+    Returns:
+        `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point; "steps", int64; and
+        "evaluations", the work in units of one loss with its gradient (a loss alone 1/2, a Hessian product 2).
+
+    Raises:
+        ValueError: an argument is out of range, or fn does not return one differentiable loss per task.
+        TypeError: phi is not floating, or of several dtypes.
+
+    Example:
+        >>> fn = lambda phi: (phi["w"] - torch.tensor([1.0, 2.0])) ** 2  # two tasks, one number each
+        >>> solution = minimize(fn, {"w": torch.zeros(2)}, GradientDescent(lr=0.5))
+        >>> solution.value["w"], solution.worst.name, solution.stats["steps"]
+        (tensor([1., 2.]), 'CONVERGED', tensor([1, 1]))
+    """
+    dtypes = {x.dtype for x in phi.values()}
+    if not phi:
+        raise ValueError("phi has no entries: there is nothing to minimise over")
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        raise TypeError(f"phi must be floating tensors of one dtype, not {sorted(map(str, dtypes))}")
+    leading = {name: tuple(x.shape[:1]) for name, x in phi.items()}
+    if len(set(leading.values())) > 1 or () in leading.values():
+        raise ValueError(f"every tensor in phi needs the same task axis first, but the leading sizes are {leading}")
+    if steps is not None:
+        _check_count("steps", steps)
+    _check_count("max_steps", max_steps)
+    if tolerance is None:
+        tolerance = 1e-8 if torch.float64 in dtypes else 1e-4
+    if not (tolerance >= 0 and math.isfinite(tolerance)):
+        raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
+    return minimizer.solve(fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph)
+
+
+class FirstOrderMinimizer(Minimizer):
+    """A rule that needs the gradient alone: a subclass writes `init` and `update`."""
+
+    @abstractmethod
+    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+        """One step from a gradient already at hand, as a pure function.
+
+        lr_scale: multiplies the learning rate (a schedule); a number, or one per task `(tasks,)`.
+        """
+
+    def step(self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False) -> tuple[Tree, Tree]:
+        _, point, gradient = value_and_gradient(fn, phi, create_graph)
+        return self.update(point if create_graph else tree.detach(point), gradient, state)
+
+    def solve(
+        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+    ) -> Solution:
+        limit = max_steps if steps is None else steps
+        # without a graph the start is copied: the result must not share memory with it
+        current = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
+        previous, state = current, self.init(current)
+        like = next(iter(phi.values()))
+        tasks = len(like)
+        active = torch.ones(tasks, dtype=torch.bool, device=like.device)
+        failed = converged = torch.zeros_like(active)
+        taken = torch.zeros(tasks, dtype=torch.int64, device=like.device)
+        evaluations = torch.zeros(tasks, dtype=like.dtype, device=like.device)
+        size = threshold = evaluations
+
+        for count in range(limit + 1):
+            keep = create_graph and count < limit
+            losses, point, gradient = value_and_gradient(fn, current, keep)
+            new_size = tree.norm(tree.detach(gradient))
+            if count == 0:
+                size, threshold = new_size, tolerance * (1 + new_size)
+            evaluations = evaluations + active
+            finite = torch.isfinite(losses) & torch.isfinite(new_size)
+            broken = active & ~finite
+            active = active & finite
+            size = torch.where(active, new_size, size)
+            converged = torch.where(active, new_size <= threshold, converged)
+            # at the limit the gradient has no graph, but the iterate keeps its own
+            point = tree.where(broken, previous, point if keep else current)
+            taken = (taken - broken.to(taken)).clamp(min=0)  # the step that led there is taken back
+            failed = failed | broken
+            if steps is None:
+                active = active & ~converged
+            current = point
+            done = steps is None and count % _HOST_READS_EVERY == 0 and not bool(active.any())
+            if count == limit or done:
+                break
+            moved, moved_state = self.update(point, gradient, state)
+            previous, current = point, tree.where(active, moved, point)
+            state = tree.where(active, moved_state, state) if state else state
+            taken = taken + active
+
+        result = torch.where(converged, int(Result.CONVERGED), int(Result.STEP_LIMIT))
+        result = torch.where(failed, int(Result.NON_FINITE), result)
+        return Solution(current, result, {"gradient_norm": size, "steps": taken, "evaluations": evaluations})
+
+
+@dataclass(frozen=True)
+class GradientDescent(FirstOrderMinimizer):
+    """phi <- phi - lr g.
+
+    Converges on a quadratic for lr < 2 / (largest curvature).
+
+    Raises ValueError for a learning rate that is not positive.
+
+    >>> GradientDescent(lr=0.1).update({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, {})[0]["w"]
+    tensor([0.8000])
+    """
+
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+
+    def init(self, phi: Tree) -> Tree:
+        return {}
+
+    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+        return tree.add(phi, gradient, -self.lr * lr_scale), state
+
+
+@dataclass(frozen=True)
+class Adam(FirstOrderMinimizer):
+    """Adam (Kingma and Ba, ICLR 2015, algorithm 1), every task with its own count of steps.
+
+    m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
+    phi <- phi - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
+
+    The state is the tree {"count": t `(tasks,)`, "mean.<name>": m, "square.<name>": v}.
+    It can be differentiated where a gradient is 0: a term far below eps^2 keeps the root's derivative finite.
+
+    Raises ValueError for an lr or eps that is not positive, or betas outside [0, 1).
+
+    >>> adam, phi = Adam(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> adam.update(phi, {"w": torch.tensor([30.0])}, adam.init(phi))[0]["w"]  # the first step is lr, in any units
+    tensor([0.9000])
+    """
+
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_lr(self.lr)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be positive, not {self.eps}")
+
+    def init(self, phi: Tree) -> Tree:
+        like = next(iter(phi.values()))
+        moments = {f"{kind}.{name}": torch.zeros_like(x) for kind in ("mean", "square") for name, x in phi.items()}
+        # floating, or the powers of the betas would be taken in torch's default dtype
+        return {"count": torch.zeros(len(like), dtype=like.dtype, device=like.device), **moments}
+
+    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+        first, second = self.betas
+        count = state["count"] + 1
+        new_phi, new_state = {}, {"count": count}
+        for name, x in phi.items():
+            g = gradient[name]
+            mean = first * state[f"mean.{name}"] + (1 - first) * g
+            square = second * state[f"square.{name}"] + (1 - second) * g * g
+            tiny = max((1e-8 * self.eps) ** 2, torch.finfo(x.dtype).tiny)
+            root = (square / tree.rows(1 - second**count, x) + tiny).sqrt()
+            rate = tree.rows(self.lr * lr_scale / (1 - first**count), x)
+            new_phi[name] = x - rate * mean / (root + self.eps)
+            new_state |= {f"mean.{name}": mean, f"square.{name}": square}
+        return new_phi, new_state
+
+
+def value_and_gradient(fn: Losses, phi: Tree, create_graph: bool = False) -> tuple[Tensor, Tree, Tree]:
+    """Losses `(tasks,)` without a graph, the point at which they were taken, and their gradient there.
+
+    The point is phi; without `create_graph` as leaves cut from phi's own graph, so that the caller's is not kept alive.
+
+    Raises ValueError if fn does not return one loss per task, or returns losses that have no graph back to phi.
+    """
+    if create_graph:
+        point = tree.map_tree(lambda x: x if x.requires_grad else x.detach().requires_grad_(), phi)
+    else:
+        point = tree.map_tree(lambda x: x.detach().requires_grad_(), phi)
+    with torch.enable_grad():
+        losses = fn(point)
+        tasks = tree.num_tasks(phi)
+        if losses.shape != (tasks,):
+            raise ValueError(
+                f"the function to minimise must return one loss per task, shape ({tasks},), not {tuple(losses.shape)}: "
+                "sum over everything but the task axis"
+            )
+        if not losses.requires_grad:
+            raise ValueError("the losses have no graph back to phi: compute them from phi, without detach or no_grad")
+        # entries that fn does not use have gradient 0
+        found = torch.autograd.grad(
+            losses.sum(), list(point.values()), create_graph=create_graph, materialize_grads=True
+        )
+    return losses.detach(), point, dict(zip(point, found, strict=True))
+
+
+def _check_count(name: str, value: int) -> None:
+    try:
+        operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, but is {value}")
+
+
+def _check_lr(lr: float) -> None:
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be a positive number, not {lr}")

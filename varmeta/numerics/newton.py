@@ -1,0 +1,338 @@
+"""Minimise one smooth loss per task by Newton's method, given only a function that autograd differentiates twice.
+
+Each iteration builds the graph of the gradient once, takes a direction from the Hessian (`_dense_direction` for few
+parameters, `_truncated_direction` for many), and searches along it, every task with its own length.  Inside, phi is rows
+`(tasks, size)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics import tree
+from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
+from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.tree import Tree
+
+_ARMIJO = 1e-4  # the share of the slope's promise that a step must keep; Nocedal and Wright's usual number
+_STEEP = 0.3  # a step after which the slope is still this share of what it was has been much too short
+_HOST_READS_EVERY = 4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
+_CHUNK = 8  # Hessian rows per batched product: most of the speed of all at once, a bounded part of the memory
+
+
+@dataclass(frozen=True)
+class NewtonCG(Minimizer):
+    """Newton's method with a line search, per task; quadratic convergence, on convex and other functions.
+
+    Up to `dense_size` parameters a task the Hessian H is formed, rescaled to a unit diagonal so that the units of
+    the parameters do not matter, and its eigenvalues are taken by absolute value.  Beyond, H d = -g is solved by
+    conjugate gradients to the accuracy max(sqrt(eps), min(0.1, (|g| / |g before|)^2)) |g|, or until the first direction of
+    negative curvature.  Steps are halved or so until the loss falls (Armijo), and doubled where it still falls steeply.
+    Within the rounding of the loss, 10 eps max(1, |loss|), a full step must lower |g| by a tenth instead: so the gradient
+    goes on down to its own rounding, and no task wanders there.
+
+    A task ends
+      CONVERGED   when |g| <= tolerance (1 + |g at its start|) and either the last step promised to lower the loss by no
+                  more than `tolerance`, or |g| <= tolerance: after a poor start the first condition alone means little.
+                  Also when no step gets further and the promise is below `tolerance` and below the loss's rounding;
+      STAGNATED   when no step lowers the loss and none of these holds, as at a kink or in float32;
+      NON_FINITE  when its loss, gradient or Hessian is not finite, at its last finite point.
+
+    There is no state, and no graph: `create_graph` is refused.  fn meets far points in the search; it must answer with
+    inf or nan, not with an exception (switch the validation of distributions off).
+
+    Args:
+        max_cg_steps: Hessian products per direction; default twice the parameters of a task, at most 500.
+        damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of phi)^2.
+        max_backtracks: trial lengths per line search, beyond the first.
+        dense_size: up to how many parameters a task H is formed; costs as many products, and its cube.  0: never.
+
+    In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's last direction met, NaN
+    where none was needed: negative means that the last H was not positive definite.
+
+    Raises ValueError for a number out of range.
+
+    Example:
+        >>> from varmeta.numerics.minimize import minimize
+        >>> fn = lambda phi: (phi["w"] ** 2 + torch.tensor([1.0, 4.0])).sqrt()  # two tasks, one number each
+        >>> solution = minimize(fn, {"w": torch.tensor([0.5, 30.0])}, NewtonCG())
+        >>> solution.worst.name, bool(solution.value["w"].abs().max() < 1e-3)
+        ('CONVERGED', True)
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), sections 3.5 and 7.1; Eisenstat and Walker, Choosing the
+    forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996), choice 2.
+    """
+
+    max_cg_steps: int | None = None
+    damping: float = 0.0
+    max_backtracks: int = 30
+    dense_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_cg_steps is not None and self.max_cg_steps < 1:
+            raise ValueError(f"max_cg_steps must be at least 1, not {self.max_cg_steps}")
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise ValueError(f"damping must be a finite number of at least 0, not {self.damping}")
+        if self.max_backtracks < 0 or self.dense_size < 0:
+            raise ValueError(
+                f"max_backtracks and dense_size must not be negative, but are {self.max_backtracks}, {self.dense_size}"
+            )
+
+    def init(self, phi: Tree) -> Tree:
+        return {}
+
+    def step(self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False) -> tuple[Tree, Tree]:
+        return self.solve(fn, phi, steps=1, tolerance=0.0, max_steps=1, create_graph=create_graph).value, state
+
+    def solve(
+        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+    ) -> Solution:
+        if create_graph:
+            raise ValueError(
+                "NewtonCG's steps cannot be differentiated: unroll GradientDescent or Adam, or take the derivative at "
+                "NewtonCG's minimum with ImplicitAdjoint"
+            )
+        x = tree.flatten(tree.detach(phi))
+        point = _Point(fn, x, phi)
+        loss, norm = point.loss, point.norm
+        allowed = tolerance * (1 + norm)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        active = finite & (norm > allowed)
+        result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
+        result = torch.where(finite, result, int(Result.NON_FINITE))
+        eps = torch.finfo(x.dtype).eps
+        curvature, forcing = torch.full_like(norm, math.nan), torch.full_like(norm, 0.1)
+        taken, evaluations = torch.zeros_like(result), torch.ones_like(norm)
+
+        for _ in range(max_steps if steps is None else steps):
+            if not bool(active.any()):
+                break
+            met, direction, work, sound = self._direction(point, active, forcing)
+            curvature = torch.where(active, met, curvature)
+            moving = active & sound
+            direction = torch.where(moving[:, None], direction, 0)
+            slope = torch.where(moving, _dot(point.gradient, direction), 0)
+            promise, rounding = -0.5 * slope, 10 * eps * loss.abs().clamp(min=1)
+
+            trial = _Point(fn, x + direction, phi)
+            lower = trial.loss <= loss + torch.minimum(_ARMIJO * slope, -rounding)
+            level = (trial.loss <= loss + rounding) & (trial.norm <= 0.9 * norm)
+            good = moving & torch.isfinite(trial.norm) & (lower | level)
+            # where the promise is below rounding, shorter steps would be judged by noise
+            shorter = moving & ~good & (promise > rounding)
+            longer = good & lower & (_dot(trial.gradient, direction) < _STEEP * slope)
+            length = good.to(x.dtype)
+            work = work + 1
+            if bool((shorter | longer).any()):
+                line = _Line(fn, x, direction, phi, loss, slope, rounding)
+                length, trials = line.search(length, trial.loss, shorter, longer, self.max_backtracks)
+                trial = _Point(fn, x + length[:, None] * direction, phi)
+                work = work + 0.5 * trials + (shorter | longer)
+            evaluations = evaluations + torch.where(active, work, 0)
+
+            stepped = moving & (length > 0)
+            arrived_finite = torch.isfinite(trial.norm)
+            broken = (active & ~sound) | (stepped & ~arrived_finite)
+            stepped = stepped & arrived_finite
+            stuck = moving & (length == 0)
+            ratio = (trial.norm / norm).square().clamp(eps**0.5, 0.1)
+            forcing = torch.where(stepped, ratio, forcing)
+            x = torch.where(stepped[:, None], trial.x, x)
+            loss, norm = torch.where(stepped, trial.loss, loss), torch.where(stepped, trial.norm, norm)
+            taken = taken + stepped
+
+            small = norm <= allowed
+            done = stepped & small & ((promise <= tolerance) | (norm <= tolerance))
+            done = done | (stuck & (small | (promise <= rounding.clamp(max=tolerance))))
+            result = torch.where(stuck, int(Result.STAGNATED), result)
+            result = torch.where(done, int(Result.CONVERGED), result)
+            result = torch.where(broken, int(Result.NON_FINITE), result)
+            active = stepped & ~done
+            point = trial
+        stats = {"gradient_norm": norm, "steps": taken, "evaluations": evaluations, "curvature": curvature}
+        return Solution(tree.unflatten(x, phi), result, stats)
+
+    def _direction(self, point: _Point, active: Tensor, forcing: Tensor) -> _Direction:
+        size = point.x.shape[-1]
+        if size <= self.dense_size:
+            return _dense_direction(point, active, self.damping)
+        limit = min(2 * size, 500) if self.max_cg_steps is None else self.max_cg_steps
+        return _truncated_direction(point, active, self.damping, forcing, limit)
+
+
+class _Point:
+    """Loss `(tasks,)` and gradient `(tasks, size)` at the rows x, and products with the Hessian there."""
+
+    def __init__(self, fn: Losses, x: Tensor, like: Tree) -> None:
+        self.x, self._like = x, like
+        self.loss, self._leaves, self._gradient = value_and_gradient(fn, _tree(x, like), create_graph=True)
+        self.gradient = tree.flatten(tree.detach(self._gradient))
+        self.norm = _norm(self.gradient)
+
+    def product(self, v: Tensor) -> Tensor:
+        """H v, `(tasks, size)`; or for a stack of vectors `(number, tasks, size)`, all at once."""
+        # an entry whose gradient is constant has no graph, and autograd refuses it
+        names = [name for name, g in self._gradient.items() if g.requires_grad]
+        if not names:
+            return torch.zeros_like(v)
+        parts = tree.unflatten(v.reshape(-1, v.shape[-1]), self._like)
+        found = torch.autograd.grad(
+            [self._gradient[name] for name in names],
+            list(self._leaves.values()),
+            grad_outputs=[parts[name].reshape(v.shape[:-1] + self._like[name].shape[1:]) for name in names],
+            retain_graph=True,
+            materialize_grads=True,
+            is_grads_batched=v.dim() == 3,
+        )
+        return torch.cat([x.reshape(*v.shape[:-1], -1) for x in found], -1)
+
+    def hessian(self) -> Tensor:
+        """`(tasks, size, size)`, symmetric."""
+        tasks, size = self.x.shape
+        basis = torch.eye(size, dtype=self.x.dtype, device=self.x.device)[:, None].expand(size, tasks, size)
+        try:
+            rows = [self.product(chunk) for chunk in basis.split(_CHUNK)]
+        except RuntimeError:
+            # an operation without a batching rule, such as a user's autograd.Function
+            rows = [torch.stack([self.product(v) for v in basis])]
+        h = torch.cat(rows).movedim(0, 1)
+        return 0.5 * (h + h.mT)
+
+
+class _Direction(NamedTuple):
+    """curvature: smallest Rayleigh quotient met; work: in gradients; sound: whether all is finite; each `(tasks,)`."""
+
+    curvature: Tensor
+    direction: Tensor
+    work: Tensor
+    sound: Tensor
+
+
+def _dense_direction(point: _Point, active: Tensor, damping: float) -> _Direction:
+    """-|H + damping|^-1 g, with the absolute value taken in the units where the diagonal is 1."""
+    h = point.hessian()
+    eps = torch.finfo(h.dtype).eps
+    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    sound = torch.isfinite(h).all(-1).all(-1)
+    # LAPACK raises on NaN, for all tasks at once
+    h = torch.where((sound & active)[:, None, None], h + damping * identity, identity)
+    diagonal = torch.maximum(h.diagonal(dim1=-2, dim2=-1).abs(), eps * h.abs().amax(-1))
+    unit = torch.where(diagonal > 0, diagonal, 1).rsqrt()
+    values, vectors = torch.linalg.eigh(unit[:, :, None] * h * unit[:, None, :])
+    largest = values.abs().amax(-1, keepdim=True)
+    # the floor: parameters that do not matter have curvature 0 but for rounding
+    magnitude = torch.maximum(values.abs(), torch.where(largest > 0, eps**0.75 * largest, 1))
+    gradient = torch.where(active[:, None], point.gradient, 0)
+    axes = unit[:, :, None] * vectors
+    axis = axes.square().sum(-2)
+    along = (axes.mT @ -gradient[..., None])[..., 0] / magnitude
+    # each by itself: where one parameter's curvature has all but vanished, the others still take their Newton step
+    farthest = _farthest(point)[:, None] / axis.sqrt()
+    direction = (axes @ along.clamp(-farthest, farthest)[..., None])[..., 0]
+    quotients = values / axis
+    work = torch.full_like(point.loss, 2.0 * h.shape[-1])
+    return _Direction(quotients.amin(-1) - damping, direction, work, sound)
+
+
+def _truncated_direction(point: _Point, active: Tensor, damping: float, forcing: Tensor, limit: int) -> _Direction:
+    """CG on (H + damping) d = -g until |residual| <= forcing |g|.
+
+    A direction p without positive curvature is the last: d goes on along it by the step for |curvature|, at most to 100
+    times phi's own size.  To stop before it would be steepest descent again and again beside a ridge.
+    """
+    # in units of |g|: squares of very large or small gradients would leave the range of the dtype
+    unit = torch.where(active, point.norm, 1)[:, None]
+    r = torch.where(active[:, None], -point.gradient / unit, 0)
+    eps = torch.finfo(r.dtype).eps
+    d, p, rr = torch.zeros_like(r), r, _dot(r, r)
+    target = forcing.square() * rr
+    farthest = _farthest(point) / unit[:, 0]
+    curvature, largest = torch.full_like(rr, math.inf), torch.zeros_like(rr)
+    products, running, sound = torch.zeros_like(rr), active, torch.ones_like(active)
+    for step in range(limit):
+        if step % _HOST_READS_EVERY == 0 and not bool(running.any()):
+            break
+        hp = point.product(p)
+        pp, php = _dot(p, p), _dot(p, hp)
+        products = products + running
+        curvature = torch.where(running, torch.minimum(curvature, php / pp), curvature)
+        sound = sound & ~(running & ~torch.isfinite(php))
+        php = php + damping * pp
+        # below rounding of the largest curvature the sign says nothing
+        largest = torch.maximum(largest, php.abs() / pp)
+        positive = php > eps * largest * pp
+        alpha = rr / php.abs()
+        alpha = torch.where(positive, alpha, torch.minimum(alpha, farthest / pp.sqrt()))
+        running = running & sound
+        d = torch.where(running[:, None], d + alpha[:, None] * p, d)
+        r = torch.where(running[:, None], r - alpha[:, None] * (hp + damping * p), r)
+        new_rr = _dot(r, r)
+        running = running & positive & (new_rr > target)
+        p = torch.where(running[:, None], r + (new_rr / rr)[:, None] * p, p)
+        rr = torch.where(running, new_rr, rr)
+    return _Direction(curvature, unit * d, 2 * products, sound)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+def _norm(a: Tensor) -> Tensor:
+    largest = a.abs().amax(-1)
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
+    return unit * (a / unit[:, None]).square().sum(-1).sqrt()
+
+
+def _farthest(point: _Point) -> Tensor:
+    """How far one direction may lead, `(tasks,)`: a bound on nonsense, loose enough for a start in poor units."""
+    return 100 * (1 + _norm(point.x))
+
+
+class _Line(NamedTuple):
+    """The lines x + length direction, one per task."""
+
+    fn: Losses
+    x: Tensor
+    direction: Tensor
+    like: Tree
+    loss: Tensor
+    slope: Tensor
+    rounding: Tensor
+
+    def search(
+        self, length: Tensor, at_one: Tensor, shorter: Tensor, longer: Tensor, max_trials: int
+    ) -> tuple[Tensor, Tensor]:
+        """Lengths, 0 where none lowers the loss, and how many losses each task asked for.
+
+        length: what a task settles for if nothing better is found; at_one: the losses at length 1;
+        shorter, longer: the tasks that must go back, and those that may go on while the loss falls.
+        """
+        ahead, last, lowest, trials = torch.ones_like(length), at_one, at_one, torch.zeros_like(length)
+        for _ in range(max_trials):
+            searching = shorter | longer
+            if not bool(searching.any()):
+                break
+            # the minimum of the parabola through what is known, but between a tenth and a half; a tenth where it is not
+            shrink = -0.5 * self.slope * ahead / (last - self.loss - ahead * self.slope)
+            shrink = torch.where(torch.isfinite(last), shrink.nan_to_num(0.1).clamp(0.1, 0.5), 0.1)
+            ahead = torch.where(shorter, shrink * ahead, torch.where(longer, 2 * ahead, length))
+            with torch.no_grad():
+                last = self.fn(_tree(self.x + ahead[:, None] * self.direction, self.like))
+            trials = trials + searching
+            enough = last <= self.loss + torch.minimum(_ARMIJO * ahead * self.slope, -self.rounding)
+            enough = shorter & enough
+            longer = longer & (last < lowest - self.rounding)
+            length = torch.where(enough | longer, ahead, length)
+            lowest = torch.where(longer, last, lowest)
+            shorter = shorter & ~enough
+        return length, trials
+
+
+def _tree(x: Tensor, like: Tree) -> Tree:
+    # contiguous: a compiled function may have been specialised to the strides of the caller's phi
+    return tree.map_tree(lambda part: part.contiguous(), tree.unflatten(x, like))

@@ -1,0 +1,52 @@
+"""What an iteration came to: a value, one result per task, and the numbers behind it."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+from varmeta.numerics.tree import Tree
+
+
+class Result(enum.IntEnum):
+    """How an iteration ended; the larger, the worse.  `.sentence` says it and ends in something to do."""
+
+    CONVERGED = 0
+    STEP_LIMIT = 1
+    STAGNATED = 2
+    NEGATIVE_CURVATURE = 3
+    DIVERGED = 4
+    NON_FINITE = 5
+
+    @property
+    def sentence(self) -> str:
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Result.CONVERGED: "converged",
+    Result.STEP_LIMIT: "stopped at the step limit before the tolerance was met: raise max_steps or loosen the tolerance",
+    Result.STAGNATED: "no step lowered the objective although the gradient is above the tolerance: use float64 data, or loosen the tolerance",
+    Result.NEGATIVE_CURVATURE: "met a direction of negative curvature, so the inner problem is not convex there: raise the prior precision, or take more inner steps",
+    Result.DIVERGED: "the iteration diverges: lower its step size",
+    Result.NON_FINITE: "a loss or gradient is not finite: look at the named tasks' data, and lower the learning rate",
+}  # fmt: skip
+
+
+class Solution(NamedTuple):
+    """The outcome of an inner solve or of a linear solve.
+
+    value: the tree that was found.
+    result: codes of `Result`, `(tasks,)`, int64.
+    stats: named numbers, each `(tasks,)`.
+    """
+
+    value: Tree
+    result: Tensor
+    stats: dict[str, Tensor]
+
+    @property
+    def worst(self) -> Result:
+        return Result(int(self.result.max()))
