@@ -1,0 +1,31 @@
+"""Learn a prior over weights from many small data sets, and adapt it to new ones."""
+
+from varmeta import datasets, likelihoods
+from varmeta.bayes.model import TaskModel
+from varmeta.bayes.prior import GaussianPrior
+from varmeta.certificate import Certificate
+from varmeta.fit import fit
+from varmeta.meta_gradient import MetaGradient, meta_gradient
+from varmeta.numerics.linear_solve import CG, Direct, Neumann
+from varmeta.numerics.minimize import Adam, GradientDescent
+from varmeta.numerics.newton import NewtonCG
+from varmeta.posterior import Posterior, Prediction
+from varmeta.result import Fit, LearnedPrior
+from varmeta.storage import load
+from varmeta.strategy import FirstOrder, Implicit, Joint, Reinit, Reptile, Unrolled
+from varmeta.tasks import Task, TaskSet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # data
+    "Task", "TaskSet", "datasets",
+    # model
+    "TaskModel", "GaussianPrior", "likelihoods",
+    # strategies and their parts
+    "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
+    "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct",
+    # verbs and what they return
+    "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
+    "meta_gradient", "MetaGradient", "Certificate",
+]  # fmt: skip

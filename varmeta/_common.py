@@ -1,0 +1,55 @@
+"""What all parts of a set of tasks must share: shapes, one floating dtype, one device."""
+
+from __future__ import annotations
+
+import torch
+
+from varmeta._arrays import Part
+
+
+def like_of(
+    names: list[str], supports: list[Part | None], queries: list[Part | None], dtype: torch.dtype | None
+) -> Part:
+    """An empty part with the shapes, dtypes and device that all parts share, or have to be brought to."""
+    known = [
+        (f"task {name!r} ({what})", part)
+        for what, parts in (("support", supports), ("query", queries))
+        for name, part in zip(names, parts, strict=True)
+        if part is not None
+    ]
+    # a part without rows says something about shapes only if nobody else does: [] has no features
+    known = [(who, part) for who, part in known if len(part[0])] or known[:1]
+    if not known:
+        kind = dtype or torch.get_default_dtype()
+        return torch.zeros(0, dtype=kind), torch.zeros(0, dtype=kind)
+    first, (x0, y0) = known[0]
+    for who, part in known:
+        for what, tensor, reference in (("x", part[0], x0), ("y", part[1], y0)):
+            if tensor.shape[1:] != reference.shape[1:]:
+                raise ValueError(
+                    f"{who}: a row of {what} has shape {tuple(tensor.shape[1:])}, but {tuple(reference.shape[1:])} in "
+                    f"{first}: all tasks, support and query, must share it; (n,) and (n, 1) differ, see reshape"
+                )
+            if tensor.device != x0.device:
+                raise ValueError(
+                    f"{who}: {what} is on {tensor.device}, but x of {first} on {x0.device}: move them together with .to"
+                )
+    seen: dict[torch.dtype, str] = {}
+    for who, part in known:
+        for what, tensor in zip("xy", part, strict=True):
+            if tensor.is_floating_point():
+                seen.setdefault(tensor.dtype, f"{what} of {who}")
+    if dtype is None and len(seen) > 1:
+        listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {where}" for kind, where in seen.items())
+        raise ValueError(f"floating dtypes differ: {listed}: cast the data, or choose one with TaskSet(..., dtype=...)")
+    kind = dtype or next(iter(seen), torch.float64)
+    floating_y = any(part[1].is_floating_point() for _, part in known)
+    return (
+        x0.new_zeros(0, *x0.shape[1:], dtype=kind),
+        y0.new_zeros(0, *y0.shape[1:], dtype=kind if floating_y else torch.int64),
+    )
+
+
+def fit_to(parts: list[Part | None], like: Part) -> list[Part | None]:
+    """Parts in the dtypes of `like`; one without rows is None."""
+    return [None if p is None or not len(p[0]) else (p[0].to(like[0].dtype), p[1].to(like[1].dtype)) for p in parts]

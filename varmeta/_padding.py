@@ -1,0 +1,93 @@
+"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask that says which rows are data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta._arrays import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The data of several tasks.
+
+    x: `(tasks, points, *features)`, floating.
+    y: `(tasks, points, *event)`, floating or int64.
+    mask: `(tasks, points)`, True where a row is data.  Where it is False, x and y are 0 and mean nothing.
+    """
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        """The number of tasks."""
+        return len(self.mask)
+
+    @property
+    def num_points(self) -> Tensor:
+        """The number of data rows of each task, `(tasks,)`, int64."""
+        return self.mask.sum(-1)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Data:
+        """On another device; `dtype` is given to floating tensors only, so class labels stay int64."""
+        return Data(cast(self.x, dtype, device), cast(self.y, dtype, device), self.mask.to(device=device))
+
+    def take(self, rows: Tensor) -> Data:
+        """The tasks at the positions `rows`, int64 `(n,)`; still as wide as before."""
+        return Data(self.x[rows], self.y[rows], self.mask[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some tasks of a set, padded to the largest task of the whole set so that shapes do not change between batches.
+
+    query: None where no task of the set has query data.
+    ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it stands.
+    rows: int64 `(tasks,)`, positions in the whole set, which has `total` tasks.
+    """
+
+    support: Data
+    query: Data | None
+    ids: Tensor
+    names: tuple[str, ...]
+    rows: Tensor
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def require_query(self) -> Data:
+        if self.query is None:
+            raise ValueError(
+                "these tasks have no query data: give Task(query=(x, y)), from_frame(query=...), or split the support "
+                "with tasks.split(...)"
+            )
+        return self.query
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def pad(parts: Sequence[Part | None], like: Part) -> Data:
+    """Stack ragged parts, None for a task without data; `like` is an empty part that gives shapes, dtypes and device.
+
+    >>> like = torch.zeros(0), torch.zeros(0)
+    >>> data = pad([(torch.ones(1), torch.ones(1)), None, (torch.ones(2), torch.ones(2))], like)
+    >>> data.x.tolist(), data.num_points.tolist()
+    ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [1, 0, 2])
+    """
+    device = like[0].device
+    sizes = torch.tensor([0 if part is None else len(part[0]) for part in parts], dtype=torch.int64)
+    mask = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
+    filled = [part for part in parts if part is not None]
+    x, y = (like[i].new_zeros(*mask.shape, *like[i].shape[1:]) for i in (0, 1))
+    if filled:  # the mask reads row by row, which is the order of the concatenation
+        x[mask] = torch.cat([part[0] for part in filled])
+        y[mask] = torch.cat([part[1] for part in filled])
+    return Data(x, y, mask)

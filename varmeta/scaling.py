@@ -1,0 +1,70 @@
+"""Shift and scale of the data, remembered so that new tasks get the same and predictions come back in y's units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta._arrays import Part
+from varmeta.tasks import Task, TaskSet
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """x -> (x - x_loc) / x_scale and y -> (y - y_loc) / y_scale.
+
+    x_loc, x_scale: `(*features,)`, in x's units.
+    y_loc, y_scale: `(*event,)`, in y's units; int64 0 and 1 if made from integer y, which is then left alone.
+    A log density of scaled y is brought to y's units by subtracting `y_scale.log()`, summed over the event.
+    """
+
+    x_loc: Tensor
+    x_scale: Tensor
+    y_loc: Tensor
+    y_scale: Tensor
+
+    @classmethod
+    def of(cls, tasks: TaskSet) -> Scaling:
+        """Pooled mean and sd of the support rows; the sd of a constant column is taken as 1."""
+        supports = [task.support for task in tasks if task.support is not None]
+        if not supports:
+            raise ValueError("no task has support data, so there is nothing to take a mean of: standardize with others")
+        x, y = (torch.cat([support[i] for support in supports]) for i in (0, 1))
+        y_moments = _moments(y) if y.is_floating_point() else (torch.zeros_like(y[0]), torch.ones_like(y[0]))
+        return cls(*_moments(x), *y_moments)
+
+    def apply(self, tasks: TaskSet) -> TaskSet:
+        """The tasks, support and query, scaled by these numbers.  Raises ValueError where the shapes differ."""
+
+        def scaled(part: Part | None, name: str | None) -> Part | None:
+            if part is None:
+                return None
+            x, y = part
+            for what, tensor, loc in (("x", x, self.x_loc), ("y", y, self.y_loc)):
+                if tensor.shape[1:] != loc.shape:
+                    raise ValueError(
+                        f"task {name!r}: a row of {what} has shape {tuple(tensor.shape[1:])}, but this scaling was "
+                        f"made from rows of shape {tuple(loc.shape)}: give tasks with the same columns"
+                    )
+            y = (y.to(x) - self.y_loc.to(x)) / self.y_scale.to(x) if self._scales_y else y
+            return (x - self.x_loc.to(x)) / self.x_scale.to(x), y
+
+        scaled_tasks = [Task(scaled(t.support, t.name), scaled(t.query, t.name), t.name) for t in tasks]
+        return TaskSet(scaled_tasks, dtype=tasks.dtype)
+
+    def y_inverse(self, values: Tensor) -> Tensor:
+        """Scaled responses, or predictions of them, `(..., *event)`, in y's units."""
+        return values * self.y_scale.to(values) + self.y_loc.to(values) if self._scales_y else values
+
+    @property
+    def _scales_y(self) -> bool:
+        return self.y_loc.is_floating_point()
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    loc, scale = rows.mean(0), rows.std(0, correction=0)
+    # compared directly: rounding in the mean leaves a constant column with a tiny sd instead of 0
+    constant = (rows == rows[:1]).all(0)
+    return loc, torch.where(constant, torch.ones_like(scale), scale)

@@ -1,0 +1,290 @@
+"""Many small related data sets: `Task` is one of them, `TaskSet` all of them, `Batch` what a model sees."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varmeta._arrays import Part, as_part
+from varmeta._common import fit_to, like_of
+from varmeta._frame import Columns, parts_of_frame
+from varmeta._padding import Batch, Data, cast, pad
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from varmeta.scaling import Scaling
+
+__all__ = ["Batch", "Data", "Task", "TaskSet"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Task:
+    """The data of one task.  It is checked, and turned into tensors, when it is put into a `TaskSet`.
+
+    support: (x, y), arrays, tensors or lists with one row per point, to adapt with; None or empty: no data yet.
+    query: (x, y) of the same shapes, to be judged on.
+    name: unique in a set; unnamed tasks are called "task 0", "task 1", ... by their position.
+    """
+
+    support: tuple[Any, Any] | None = None
+    query: tuple[Any, Any] | None = None
+    name: str | None = None
+
+    def __repr__(self) -> str:
+        sizes = [
+            f"{part}={_size(getattr(self, part))}" for part in ("support", "query") if getattr(self, part) is not None
+        ]
+        return f"Task({', '.join([repr(self.name), *sizes])})"
+
+
+def _size(part: Any) -> str:
+    try:
+        return f"{len(part[1])} points"
+    except (TypeError, IndexError):  # not checked yet
+        return type(part).__name__
+
+
+class TaskSet:
+    """Tasks of different sizes with one kind of data.
+
+    x becomes floating: whole numbers and booleans are converted to the dtype of the floating data in the set, or to
+    float64 where there are none.  y keeps its kind: all-integer y stays int64 (classes, counts), but if any task's y is
+    floating all are.  Floating data keep their precision (numpy float64 stays float64); Python lists take torch's
+    default.  All data are copied.
+
+    tasks: `Task`s, in a fixed order.
+    dtype: cast floating data to it; by default all must share one dtype.
+
+    Raises ValueError, naming the task and row: no tasks, a name used twice, x and y of different lengths, NaN or
+    infinity, shapes that differ between tasks or between support and query, different dtypes or devices.  TypeError:
+    what is not made of real numbers.
+
+    >>> tasks = TaskSet([Task(support=([0.0, 1.0], [0.5, 1.5])), Task(support=([2.0], [2.5]), name="late")])
+    >>> tasks
+    TaskSet(2 tasks, 3 support points (1 to 2 per task), no query, x (), float32)
+    >>> tasks.batch().support.mask.tolist()
+    [[True, True], [True, False]]
+    """
+
+    def __init__(self, tasks: Iterable[Task], *, dtype: torch.dtype | None = None) -> None:
+        if isinstance(tasks, Task):
+            raise TypeError("expected a list of tasks, got a single Task: write TaskSet([task])")
+        given = list(tasks)
+        for i, task in enumerate(given):
+            if not isinstance(task, Task):
+                raise TypeError(f"entry {i} is a {type(task).__name__}, expected a Task: write Task(support=(x, y))")
+        names = [f"task {i}" if task.name is None else str(task.name) for i, task in enumerate(given)]
+        supports = [as_part(t.support, f"task {name!r}: support") for t, name in zip(given, names, strict=True)]
+        queries = [as_part(t.query, f"task {name!r}: query") for t, name in zip(given, names, strict=True)]
+        like = like_of(names, supports, queries, dtype)
+        self._set([Task(*ts) for ts in zip(fit_to(supports, like), fit_to(queries, like), names, strict=True)], like)
+
+    def _set(self, tasks: list[Task], like: Part) -> None:
+        if not tasks:
+            raise ValueError("no tasks: a TaskSet needs at least one Task (it may have no data)")
+        self.names = tuple(str(task.name) for task in tasks)
+        twice = [name for name, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"{len(twice)} task names are used more than once, {twice[0]!r} first: names tell tasks apart, so give "
+                "each its own with Task(name=...)"
+            )
+        self._tasks, self._like = tasks, like
+
+    @classmethod
+    def _trusted(cls, tasks: list[Task], like: Part) -> TaskSet:
+        """From tasks that have been checked already."""
+        new = cls.__new__(cls)
+        new._set(tasks, like)
+        return new
+
+    @classmethod
+    def from_frame(cls, frame: pd.DataFrame, *, task: str, x: Columns, y: Columns, query: str | None = None) -> TaskSet:
+        """One task per group of a long table, which has one row per observation.
+
+        Tasks stand in order of first appearance and are named `str(value)`; rows keep the table's order.
+
+        task: the column that says which task a row belongs to.
+        x: the predictors: "a" gives x of shape `(points,)`, ["a", "b"] `(points, 2)`, [] `(points, 0)`.
+        y: the response, a column or several.
+        query: a column of booleans or 0 and 1 that marks the query rows; None: all rows are support.
+
+        Raises ValueError for missing columns, values or task labels (with the row's label in the table); TypeError for
+        columns that are not numbers.
+
+        >>> import pandas
+        >>> frame = pandas.DataFrame({"school": ["b", "b", "a"], "hours": [1, 2, 3], "score": [0.5, 1.0, 2.0]})
+        >>> tasks = TaskSet.from_frame(frame, task="school", x=["hours"], y="score")
+        >>> tasks.names, tuple(tasks.batch().support.x.shape)
+        (('b', 'a'), (2, 2, 1))
+        """
+        parts = parts_of_frame(frame, task, x, y, query)
+        # one table, so its columns are brought to their common precision instead of refused
+        kinds = {a.dtype for a in parts[0][1] if a.dtype.kind == "f"}
+        common = torch.from_numpy(np.zeros(0, np.result_type(*kinds))).dtype if kinds else None
+        return cls([Task(support, asked, name) for name, support, asked in parts], dtype=common)
+
+    # -- the tasks -----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._tasks)
+
+    @overload
+    def __getitem__(self, index: int | str) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[bool] | np.ndarray | Tensor) -> TaskSet: ...
+    def __getitem__(self, index: Any) -> Task | TaskSet:
+        """A position or a name gives a `Task`; a slice, positions or a boolean mask a `TaskSet`."""
+        if isinstance(index, str):
+            if index not in self.names:
+                raise KeyError(f"no task is called {index!r}; the first names are {list(self.names[:5])}")
+            return self._tasks[self.names.index(index)]
+        if isinstance(index, slice):
+            return self._trusted(self._tasks[index], self._like)
+        if np.ndim(index.cpu() if isinstance(index, Tensor) else index) == 0:
+            return self._tasks[self._position(index)]
+        return self._trusted([self._tasks[i] for i in self._positions(index)], self._like)
+
+    def _position(self, index: Any) -> int:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"there is no task at position {i}: the set has {len(self)} tasks")
+        return i % len(self)
+
+    def _positions(self, index: Any) -> list[int]:
+        array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+        if array.ndim != 1 or (array.dtype.kind not in "iub" and array.size):
+            raise TypeError(f"expected a list of positions or a mask, got {index!r}")
+        if array.dtype.kind == "b":
+            if len(array) != len(self):
+                raise IndexError(f"the mask has {len(array)} entries but the set has {len(self)} tasks")
+            array = np.flatnonzero(array)
+        return [self._position(int(i)) for i in array]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of x, and of y where it is floating."""
+        return self._like[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like[0].device
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> TaskSet:
+        """The same tasks in another precision or place; integer y stays int64."""
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch.dtype, e.g. torch.float64, not {dtype!r}; see device=")
+
+        def move(part: Part | None) -> Part | None:
+            return None if part is None else (cast(part[0], dtype, device), cast(part[1], dtype, device))
+
+        like = cast(self._like[0], dtype, device), cast(self._like[1], dtype, device)
+        return self._trusted([replace(t, support=move(t.support), query=move(t.query)) for t in self], like)
+
+    def __repr__(self) -> str:
+        count = f"{len(self)} task{'s' * (len(self) != 1)}"
+        parts = [_describe(what, [getattr(t, what) for t in self]) for what in ("support", "query")]
+        kind = str(self.dtype).removeprefix("torch.") + ("" if self._like[1].is_floating_point() else ", y int64")
+        return f"TaskSet({count}, {', '.join(parts)}, x {tuple(self._like[0].shape[1:])}, {kind})"
+
+    # -- what a model sees ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _support(self) -> Data:
+        return pad([task.support for task in self], self._like)
+
+    @cached_property
+    def _query(self) -> Data | None:
+        queries = [task.query for task in self]
+        return None if all(query is None for query in queries) else pad(queries, self._like)
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        from varmeta.numerics.noise import task_id
+
+        return torch.tensor([task_id(name) for name in self.names], dtype=torch.int64, device=self.device)
+
+    def batch(self, rows: Sequence[int] | np.ndarray | Tensor | None = None) -> Batch:
+        """The tasks at the positions `rows` (None: all of them), padded to the largest task of the whole set.
+
+        The tensors may share memory with the set: do not write into them.
+        """
+        if rows is None:
+            everyone = torch.arange(len(self), device=self.device)
+            return Batch(self._support, self._query, self._ids, self.names, everyone, len(self))
+        positions = self._positions(rows)
+        if not positions:
+            raise ValueError("rows is empty: a batch needs at least one task")
+        at = torch.tensor(positions, device=self.device)
+        query = None if self._query is None else self._query.take(at)
+        names = tuple(self.names[i] for i in positions)
+        return Batch(self._support.take(at), query, self._ids[at], names, at, len(self))
+
+    # -- new sets from old ---------------------------------------------------------------------------------------------
+
+    def split(self, num_support: int | float, seed: int = 0) -> TaskSet:
+        """Keep some of each task's support rows, chosen at random, and move the rest to its query.
+
+        num_support: an int keeps that many rows, and a task that has no more keeps them all and gains no query; a float
+            between 0 and 1 keeps that fraction, rounded, but at least one row on either side where there are two.
+        seed: rows are chosen by (seed, task name), so a task is split alike whichever tasks stand beside it.
+
+        Rows keep their order; query rows that a task has already come first.
+        Raises ValueError for a negative count, or a fraction that is not between 0 and 1.
+
+        >>> TaskSet([Task(support=([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]))]).split(2)
+        TaskSet(1 task, 2 support points (2 to 2 per task), 1 query points (1 to 1 per task), x (), float32)
+        """
+        is_count = isinstance(num_support, (int, np.integer)) and not isinstance(num_support, bool)
+        if not (num_support >= 0 if is_count else isinstance(num_support, float) and 0 < num_support < 1):
+            raise ValueError(f"num_support is {num_support!r}, expected a count 0, 1, 2, ... or a fraction like 0.5")
+        if operator.index(seed) < 0:
+            raise ValueError(f"seed is {seed}, expected 0, 1, 2, ...")
+        ids = self._ids.tolist()
+        return self._trusted([_split(t, num_support, (seed, i)) for t, i in zip(self, ids, strict=True)], self._like)
+
+    def standardized(self) -> tuple[TaskSet, Scaling]:
+        """Every x column, and y if it is floating, with mean 0 and sd 1 over all tasks' support rows pooled.
+
+        The sd divides by the number of rows; a constant column is centred only.  Query rows are scaled with the
+        support's numbers; further tasks with `Scaling.apply`.  Raises ValueError where no task has support data.
+
+        >>> tasks, scaling = TaskSet([Task(support=([1.0, 3.0], [10.0, 10.0]))]).standardized()
+        >>> tasks[0].support[0].tolist(), scaling.y_loc.item(), scaling.y_scale.item()
+        ([-1.0, 1.0], 10.0, 1.0)
+        """
+        from varmeta.scaling import Scaling
+
+        scaling = Scaling.of(self)
+        return scaling.apply(self), scaling
+
+
+def _split(task: Task, num_support: int | float, seed: tuple[int, int]) -> Task:
+    if task.support is None:
+        return task
+    x, y = task.support
+    keep = min(int(num_support), len(y))
+    if isinstance(num_support, float):
+        keep = min(max(round(num_support * len(y)), 1), max(len(y) - 1, 1))
+    chosen = np.random.default_rng(seed).permutation(len(y))[:keep]
+    kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    kept[torch.from_numpy(chosen)] = True
+    x_rest, y_rest = (torch.cat([*([task.query[i]] if task.query else []), task.support[i][~kept]]) for i in (0, 1))
+    return Task((x[kept], y[kept]) if keep else None, (x_rest, y_rest) if len(y_rest) else None, task.name)
+
+
+def _describe(what: str, parts: list[Part | None]) -> str:
+    sizes = [0 if part is None else len(part[1]) for part in parts]
+    return f"{sum(sizes)} {what} points ({min(sizes)} to {max(sizes)} per task)" if any(sizes) else f"no {what}"
