@@ -1,0 +1,47 @@
+# Two commands from a fresh clone: `make demo` and `make test`.  Each makes what it needs first; see CONTRIBUTING.md.
+PYTHON        ?= python3
+VENV          ?= .venv
+CONSTRAINTS   ?= -c constraints.txt
+# A Python >= 3.12 for `make test-arviz1`; empty: the first that .ci/find-python finds.
+ARVIZ1_PYTHON ?=
+ARVIZ1_VENV   ?= .venv-arviz1
+BIN            = $(VENV)/bin
+
+export MPLBACKEND ?= Agg
+
+.PHONY: setup demo test lint test-arviz1 clean
+
+setup: $(VENV)/.installed
+
+# The stamp is touched last, so an interrupted installation is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m experiments.demo --out results/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+# The export under ArviZ 1.x, which needs Python >= 3.12: an environment of its own, without torch.
+test-arviz1:
+	@python="$(ARVIZ1_PYTHON)"; \
+	test -n "$$python" || python="$$(.ci/find-python 12)" || \
+	  { echo "test-arviz1 not run: no working Python >= 3.12 here; name one by ARVIZ1_PYTHON=/path/to/python"; exit 0; }; \
+	$(MAKE) -s --no-print-directory $(ARVIZ1_VENV)/.installed ARVIZ1_PYTHON="$$python" && \
+	$(ARVIZ1_VENV)/bin/python -m pytest -o addopts= tests/test_inference_data.py
+
+$(ARVIZ1_VENV)/.installed: constraints-arviz1.txt
+	$(ARVIZ1_PYTHON) -m venv $(ARVIZ1_VENV)
+	$(ARVIZ1_VENV)/bin/python -m pip install -q -c constraints-arviz1.txt 'arviz[h5netcdf,matplotlib]>=1' pytest
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(ARVIZ1_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
