@@ -1,0 +1,164 @@
+"""How an observation comes from what the network puts out: p(y | network output, eta)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+SCALE = "log_scale"
+
+
+class Likelihood(ABC):
+    """p(y | out).  `out` is the network's output, `(..., points, channels)`; a single channel may be left out.
+
+    A likelihood's own learned numbers live in eta; `init` gives their start.
+    """
+
+    kind = "regression"
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """The likelihood's entries of eta."""
+        return {}
+
+    @abstractmethod
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
+        """The distribution of the observations; `y` only for what it says about the design (numbers of trials)."""
+
+    def observed(self, y: Tensor) -> Tensor:
+        """The random part of y."""
+        return y
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        """Which observations, `(points,)`, lie outside the support, and what the support is."""
+        return torch.zeros(len(y), dtype=torch.bool), "any real number"
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{key}={value}" for key, value in vars(self).items() if value is not None)
+        return f"{type(self).__name__}({inner})"
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive finite number, not {value}")
+    return float(value)
+
+
+def _not_count(y: Tensor) -> Tensor:
+    return (y < 0) | (y != y.floor())
+
+
+class _LocationScale(Likelihood):
+    """A location from the network and one scale, fixed or learned as `log_scale`; several channels: several responses."""
+
+    def __init__(self, scale: float = 1.0, learn_scale: bool = True) -> None:
+        self.scale = _positive("scale", scale)
+        self.learn_scale = bool(learn_scale)
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale else {}
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        scale = eta[SCALE].exp() if self.learn_scale else out.new_tensor(self.scale)
+        return self._noise(out, scale)
+
+    def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(loc, scale)
+
+
+class Gaussian(_LocationScale):
+    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`."""
+
+
+class StudentT(_LocationScale):
+    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed."""
+
+    def __init__(self, df: float = 4.0, scale: float = 1.0, learn_scale: bool = True) -> None:
+        super().__init__(scale, learn_scale)
+        self.df = _positive("df", df)
+
+    def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        return dist.StudentT(loc.new_tensor(self.df), loc, scale)
+
+
+class Bernoulli(Likelihood):
+    """y in {0, 1}; the network puts out the log odds."""
+
+    kind = "binary"
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Bernoulli(logits=out)
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        return (y != 0) & (y != 1), "0 or 1"
+
+
+class Categorical(Likelihood):
+    """y a class 0, ..., C-1 (integers); the network puts out C unnormalised log probabilities, C = `num_classes`."""
+
+    kind = "classification"
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, not {num_classes}")
+        self.num_classes = num_classes
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Categorical(logits=out)
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        bad = _not_count(y)
+        if self.num_classes is None:
+            return bad, "a class 0, 1, 2, ..."
+        return bad | (y >= self.num_classes), f"a class 0, ..., {self.num_classes - 1}"
+
+
+class Poisson(Likelihood):
+    """y a count; the network puts out the log rate."""
+
+    kind = "count"
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Poisson(out.exp())
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        return _not_count(y), "a count 0, 1, 2, ..."
+
+
+class Binomial(Likelihood):
+    """y successes out of a number of trials; the network puts out the log odds.
+
+    total_count: the trials of every observation; None where y has two columns, (successes, trials).  A prediction
+        without y is then for a single trial.
+    """
+
+    kind = "count"
+
+    def __init__(self, total_count: int | None = None) -> None:
+        if total_count is not None and total_count < 1:
+            raise ValueError(f"total_count must be at least 1, not {total_count}")
+        self.total_count = total_count
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        if self.total_count is not None:
+            trials = out.new_tensor(float(self.total_count))
+        else:
+            trials = out.new_tensor(1.0) if y is None else y[..., 1].to(out)
+        return dist.Binomial(total_count=trials, logits=out)
+
+    def observed(self, y: Tensor) -> Tensor:
+        return y if self.total_count is not None else y[..., 0]
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        if self.total_count is not None:
+            return _not_count(y) | (y > self.total_count), f"a count 0, ..., {self.total_count}"
+        if y.dim() != 2 or y.shape[-1] != 2:
+            return torch.ones(len(y), dtype=torch.bool), "two columns (successes, trials), or set total_count"
+        bad = _not_count(y).any(-1) | (y[:, 0] > y[:, 1])
+        return bad, "two columns (successes, trials) with 0 <= successes <= trials"

@@ -1,0 +1,279 @@
+"""The generative model of a set of tasks, as one Pyro program: theta_i ~ prior, y_in ~ p(y | x_in, theta_i).
+
+    with plate("tasks"):
+        theta ~ N(theta0, Lambda^-1)
+        with plate("data"), mask(padding):
+            y ~ likelihood(net(x; theta))
+
+The program is called with eta (everything shared) and padded data; nothing is stored between calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from varmeta.bayes.likelihood import SCALE, Likelihood
+from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
+from varmeta.bayes.weights import Weights
+from varmeta.tasks import Data, TaskSet
+
+TASKS, DATA, SITE = "tasks", "data", "theta"
+
+Program = Callable[[dict[str, Tensor], Tensor, Tensor | None], Any]
+
+
+class TaskModel:
+    """A network (or any Pyro program) whose weights vary from task to task around a learned prior.
+
+    net: any `nn.Module` without batch norm; its parameters are the weights, its present values the start of theta0.
+        It is copied, and run in evaluation mode.  Its input is one task's x `(points, features)`.
+    likelihood: one of `varmeta.likelihoods`.
+    prior: `GaussianPrior`; by default one fixed precision of 1.
+    shared: patterns (`"body.*"`) of parameters that are the same for every task: fixed effects, or a feature extractor
+        that is not adapted.  They live in eta beside theta0.
+    batch_norm: "refuse", or "frozen" to use the running statistics that the network came with.
+
+    Raises ValueError for batch norm, for a pattern that matches nothing, and for a name that varmeta uses itself.
+
+    >>> from varmeta import likelihoods
+    >>> model = TaskModel(nn.Linear(1, 1), likelihoods.Gaussian(), GaussianPrior(precision=0.1))
+    >>> model.weights.labels
+    ('weight', 'bias')
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        prior: GaussianPrior | None = None,
+        shared: Iterable[str] = (),
+        batch_norm: str = "refuse",
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be an nn.Module, not {type(net).__name__}; for a Pyro program: TaskModel.from_pyro")
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(f"likelihood must be one of varmeta.likelihoods, not {type(likelihood).__name__}")
+        _check_net(net, batch_norm)
+        self.net: nn.Module | None = copy.deepcopy(net).eval().requires_grad_(False)
+        self.likelihood: Likelihood | None = likelihood
+        self._program: Program | None = None
+        self._setup({name: value.detach().clone() for name, value in net.named_parameters()}, prior, shared)
+
+    @classmethod
+    def from_pyro(
+        cls,
+        program: Program,
+        params: Mapping[str, tuple[int, ...] | Tensor],
+        prior: GaussianPrior | None = None,
+        shared: Iterable[str] = (),
+    ) -> TaskModel:
+        """A task's likelihood as a Pyro program `program(params, x, y)`.
+
+        program: observes y (`pyro.sample("y", ..., obs=y)`) given the params; with `y=None` it samples y.  It runs once
+            for all tasks: `params[name]` has shape `(..., tasks, 1, *shape)` and x `(tasks, points, ...)`, so that params
+            broadcast against the points; the observed site's batch shape must come out as `(..., tasks, points)`.
+        params: shape of each weight (theta0 starts at zero), or a tensor to start theta0 from.
+        prior, shared: as for a network; a shared parameter reaches the program with its own shape.
+
+        >>> def program(params, x, y):
+        ...     mean = params["intercept"] + params["slope"] * x
+        ...     return pyro.sample("y", dist.Normal(mean, params["log_sd"].exp()), obs=y)
+        >>> shapes = {"intercept": (), "slope": (), "log_sd": ()}
+        >>> TaskModel.from_pyro(program, shapes, shared=["log_sd"]).weights.labels
+        ('intercept', 'slope')
+        """
+        if not callable(program):
+            raise TypeError(f"program must be callable as program(params, x, y), not {type(program).__name__}")
+        if not params:
+            raise ValueError("params must name at least one parameter and its shape, such as {'slope': ()}")
+        model = cls.__new__(cls)
+        model.net, model.likelihood, model._program = None, None, program
+        start = {
+            name: value.detach().clone() if isinstance(value, Tensor) else torch.zeros(value)
+            for name, value in params.items()
+        }
+        model._setup(start, prior, shared)
+        return model
+
+    def _setup(self, start: dict[str, Tensor], prior: GaussianPrior | None, shared: Iterable[str]) -> None:
+        if isinstance(shared, str):
+            raise TypeError(f"shared must be a list of patterns, not the string {shared!r}")
+        self.prior = GaussianPrior() if prior is None else prior
+        shared = tuple(shared)
+        for pattern in shared:
+            if not fnmatch.filter(start, pattern):
+                raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
+        for name in start:
+            if name in (SCALE, TRIL) or name.partition(".")[0] == PRECISION:
+                raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
+        unknown = set(self.prior.start_loc) - set(start)
+        if unknown:
+            raise ValueError(f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}")
+        for name, value in self.prior.start_loc.items():
+            start[name] = torch.as_tensor(value, dtype=start[name].dtype).expand(start[name].shape).clone()
+        self.shared = tuple(n for n in start if any(fnmatch.fnmatchcase(n, pattern) for pattern in shared))
+        self.start = start
+        self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
+        if not self.weights.names:
+            raise ValueError("every parameter is shared, so nothing is left to differ between tasks: share fewer")
+        self.prior.init(self.weights, torch.zeros(()))  # its names are checked here, before any work
+
+    # -- eta -----------------------------------------------------------------------------------------------------------
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """Where eta starts, on the dtype and device of `like`: theta0 and shared parameters by name, then the rest."""
+        eta = {name: value.to(like) for name, value in self.start.items()}
+        eta |= self.prior.init(self.weights, like)
+        if self.likelihood is not None:
+            eta |= self.likelihood.init(like)
+        return {name: value.detach().clone() for name, value in eta.items()}
+
+    def prior_distribution(self, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """p(theta | eta), event shape `(D,)`."""
+        return self.prior.distribution(self.weights, eta)
+
+    # -- the Pyro program ----------------------------------------------------------------------------------------------
+
+    def __call__(self, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+        """The generative program for padded data; samples `theta` `(tasks, 1, D)` and observes y."""
+        with pyro.plate(TASKS, len(data), dim=-2):
+            theta = pyro.sample(SITE, self.prior_distribution(eta))
+            if data.mask.shape[1]:  # tasks without any data: the prior alone
+                with pyro.plate(DATA, data.mask.shape[1], dim=-1), poutine.mask(mask=data.mask):
+                    self.observe(theta, eta, data.x, data.y)
+        return theta
+
+    def observe(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
+        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points, ...)`."""
+        shared = {name: eta[name] for name in self.shared}
+        if self._program is not None:
+            return self._program(self.weights.unflatten(theta) | shared, x, y)
+        assert self.likelihood is not None  # a network has one
+        out = self._forward(self.weights.unflatten(theta.squeeze(-2)), shared, x)
+        obs = None if y is None else self.likelihood.observed(y)
+        if obs is not None and self.likelihood.kind != "classification":
+            obs = obs.to(out.dtype)
+        noise = self.likelihood.distribution(self._channels(out, x, y), eta, y)
+        responses = len(noise.batch_shape) - (theta.dim() - 1)  # axes beyond (..., tasks, points)
+        if responses > 0:
+            noise = noise.to_event(responses)
+        return pyro.sample("y", noise, obs=obs)
+
+    def _forward(self, weights: dict[str, Tensor], shared: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The network's output `(..., tasks, points, channels)` for weights `(..., tasks, *shape)`."""
+        assert self.net is not None
+        net = self.net
+        if x.dim() == 2:
+            x = x.unsqueeze(-1)
+
+        def one_task(own: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            return torch.func.functional_call(net, own | shared, (inputs,))
+
+        call = torch.func.vmap(one_task)
+        first = next(iter(weights.values()))
+        lead = first.dim() - len(next(iter(self.weights.shapes.values()))) - 1
+        for _ in range(lead):  # points of an expectation: the same x for each
+            call = torch.func.vmap(call, in_dims=(0, None))
+        return call(weights, x)
+
+    def _channels(self, out: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+        """Drop the channel axis of a single output, unless y has it too."""
+        assert self.likelihood is not None
+        has_axis = y is not None and self.likelihood.kind == "regression" and y.dim() == 3
+        if self.likelihood.kind == "classification" or has_axis or out.shape[-1] != 1:
+            return out
+        return out.squeeze(-1)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def check(self, tasks: TaskSet) -> None:
+        """Run the program once with every check of Pyro and PyTorch on; say what does not fit.
+
+        Raises ValueError for observations outside the likelihood's support (naming task and row), and where the program
+        or network does not fit the data.
+        """
+        if self.likelihood is not None:
+            for task in tasks:
+                for part in (task.support, task.query):
+                    if part is None or not len(part[1]):
+                        continue
+                    bad, support = self.likelihood.invalid(part[1])
+                    if bool(bad.any()):
+                        row = int(bad.nonzero()[0])
+                        raise ValueError(
+                            f"task {task.name!r}, row {row}: y = {part[1][row].tolist()} is outside the support of "
+                            f"{type(self.likelihood).__name__}: expected {support}"
+                        )
+        batch = tasks.batch()
+        eta = self.init(torch.zeros((), dtype=tasks.dtype, device=batch.support.mask.device))
+        for data in (batch.support, batch.query):
+            if data is None or not data.mask.shape[1]:
+                continue
+            with pyro.validation_enabled(True), pyro.settings.context(module_local_params=True), torch.no_grad():
+                loc = self.weights.flatten(eta).expand(2, len(data), 1, self.weights.size)
+                try:
+                    trace = poutine.trace(poutine.condition(self, {SITE: loc})).get_trace(eta, data)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    raise ValueError(
+                        f"the model does not run on these tasks (x {tuple(data.x.shape)}, y {tuple(data.y.shape)}, "
+                        f"tasks and points first): {error}"
+                    ) from error
+            observed_log_prob(trace, (2, *data.mask.shape))
+
+    def __repr__(self) -> str:
+        what = self._program.__name__ if self._program is not None else type(self.net).__name__
+        noise = "" if self.likelihood is None else f", {self.likelihood!r}"
+        return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
+
+
+def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:
+    """log p(y | x, theta) of every observation, `(..., tasks, points)`, zero in the padding.
+
+    Raises ValueError where the program observes nothing, keeps a latent site of its own, or broadcasts to another shape.
+    """
+    trace.compute_log_prob(lambda name, site: site["is_observed"])
+    total: Tensor | float = 0.0
+    found = False
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or poutine.util.site_is_subsample(site):
+            continue
+        if site["is_observed"] and name != SITE:
+            found = True
+            total = total + site["log_prob"]
+        elif name != SITE:
+            raise ValueError(f"the program samples {name!r} without observing it: name it in params, so that it gets a prior")
+    if not found:
+        raise ValueError("the program observes nothing: pyro.sample('y', ..., obs=y) must be reached when y is given")
+    assert isinstance(total, Tensor)
+    if shape is not None and total.shape != shape:
+        raise ValueError(
+            f"the program's log density has shape {tuple(total.shape)}, but (theta points, tasks, data points) = {shape} "
+            "was expected: params broadcast as (..., tasks, 1, *shape) against x (tasks, points, ...)"
+        )
+    return total
+
+
+def _check_net(net: nn.Module, batch_norm: str) -> None:
+    if batch_norm not in ("refuse", "frozen"):
+        raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if batch_norm == "refuse":
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__}: batch statistics tie a task's observations together, so its "
+                "likelihood is no longer a product over them.  Use GroupNorm or LayerNorm, or batch_norm='frozen'"
+            )
+        if module.running_mean is None:
+            raise ValueError(f"layer {name!r} keeps no running statistics, so they cannot be frozen: use GroupNorm")
+    if not any(True for _ in net.parameters()):
+        raise ValueError("the network has no parameters, so there is nothing to learn")

@@ -1,0 +1,74 @@
+"""The objectives of a task, pure in (phi, eta, batch, noise): `fn(phi, eta, batch, noise) -> loss of each task`.
+
+    F_i = KL[q_i || p] + E_q f_i          "elbo": the inner problem, and the post's variational objective
+    KL[q_i || p] + E_q g_i                "query_elbo": with a separate validation loss g
+    E_q g_i                               "query": MAML, iMAML
+    -log E_q p(query_i | theta)           "query_predictive": Chen et al. (2019)
+
+f_i and g_i are summed over a task's observations, never averaged.  With a delta guide the first two are penalised losses
+(MAP); they are *not* bounds on the evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import pyro
+from pyro import poutine
+from torch import Tensor
+
+from varmeta.bayes.divergence import kl, move
+from varmeta.bayes.guide import Guide
+from varmeta.bayes.model import SITE, TaskModel, observed_log_prob
+from varmeta.numerics.tree import Tree
+from varmeta.tasks import Batch, Data
+
+ObjectiveFunction = Callable[[Tree, Mapping[str, Tensor], Batch, Tensor], Tensor]
+OUTER = ("elbo", "query_elbo", "query", "query_predictive")
+
+
+class Objective:
+    """The four objectives of one model under one guide.
+
+    `objective(phi, eta, batch, noise)` is the negative ELBO F_i on the support data (the inner problem);
+    `objective.outer(name)` gives any of the four with the same signature.  phi: the guide's parameters, task axis first;
+    eta: everything shared; noise: standardised points `(points, tasks or 1, D)` from an `Expectation`.
+    Each returns nats per task, `(tasks,)`.
+    """
+
+    def __init__(self, model: TaskModel, guide: Guide) -> None:
+        self.model = model
+        self.guide = guide
+
+    def __call__(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
+        divergence, nll = self.terms(phi, eta, batch.support, noise)
+        return divergence + nll.mean(0)
+
+    def query_elbo(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
+        divergence, nll = self.terms(phi, eta, batch.require_query(), noise)
+        return divergence + nll.mean(0)
+
+    def query(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
+        return self.terms(phi, eta, batch.require_query(), noise)[1].mean(0)
+
+    def query_predictive(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
+        nll = self.terms(phi, eta, batch.require_query(), noise)[1]
+        return math.log(len(nll)) - (-nll).logsumexp(0)
+
+    def outer(self, name: str) -> ObjectiveFunction:
+        if name not in OUTER:
+            raise ValueError(f"unknown outer objective {name!r}: choose one of {OUTER}")
+        return self if name == "elbo" else getattr(self, name)
+
+    def terms(self, phi: Tree, eta: Mapping[str, Tensor], data: Data, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """KL[q_i || p] `(tasks,)` and -log p(data_i | theta) at every point, `(points, tasks)`, from the two Pyro traces."""
+        # validation is data-dependent control flow on the hot path; TaskModel.check has run with it once
+        with pyro.validation_enabled(False):
+            q = self.guide.distribution(phi, eta, data)
+            theta = move(q, noise.unsqueeze(-2))
+            trace = poutine.trace(poutine.condition(self.model, {SITE: theta})).get_trace(eta, data)
+            divergence = kl(q, trace.nodes[SITE]["fn"]).squeeze(-1)
+            if not data.mask.shape[1]:
+                return divergence, noise.new_zeros(len(noise), len(data))
+            return divergence, -observed_log_prob(trace).sum(-1)

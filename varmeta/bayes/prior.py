@@ -1,0 +1,170 @@
+"""The meta-prior N(theta0, Lambda^-1) from which every task's weights come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from varmeta.bayes.weights import Weights
+
+LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
+PRECISION = "log_precision"
+TRIL = "prior_tril"
+
+
+class GaussianPrior:
+    """N(theta0, Lambda^-1) over the weights of a task; lambda is a *precision*, the inverse of a variance.
+
+    precision: where learning starts, or the fixed value: one number, a dict by parameter or module name whose values
+        are numbers or tensors of the parameter's shape.  Units: 1 / (weight's unit)^2.
+    learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for every single weight), or
+        "full" (a dense covariance over a few weights, as lme4's `(1 + x | g)`).
+    loc: theta0 by parameter name, where it should not start at the network's own weights (or at zero).
+    covariance: a fixed or starting dense covariance `(D, D)`, in the order of the model's weights, instead of a precision.
+    hyperprior: a distribution over each learned precision, such as `pyro.distributions.Gamma(2., 1.)`.  Its log density,
+        taken with respect to the precision itself, is added to the objective once.
+
+    The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower triangular, so that both
+    halves of it are free parameters without units.
+
+    Raises ValueError for a precision that is not positive and finite, and for an unknown `learn_precision`.
+    """
+
+    def __init__(
+        self,
+        precision: float | Mapping[str, float | Tensor] = 1.0,
+        learn_precision: str | None = None,
+        *,
+        loc: Mapping[str, Tensor | float] | None = None,
+        covariance: Tensor | None = None,
+        hyperprior: dist.TorchDistribution | None = None,
+    ) -> None:
+        if learn_precision not in LEARN_PRECISION:
+            raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
+        values = precision.items() if isinstance(precision, Mapping) else [("precision", precision)]
+        for name, value in values:
+            value = torch.as_tensor(value)
+            if not bool((value > 0).all()) or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"the precision of {name!r} must be positive and finite, not {value.tolist()}")
+        if covariance is not None:
+            covariance = torch.as_tensor(covariance)
+            if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
+                raise ValueError(f"covariance must be a square matrix, not of shape {tuple(covariance.shape)}")
+            if bool(torch.linalg.cholesky_ex(covariance).info):
+                raise ValueError("covariance must be positive definite")
+            if learn_precision not in (None, "full"):
+                raise ValueError(f"a dense covariance goes with learn_precision=None or 'full', not {learn_precision!r}")
+        if hyperprior is not None:
+            if not isinstance(hyperprior, torch.distributions.Distribution):
+                raise TypeError(f"hyperprior must be a distribution over the precision, not {type(hyperprior).__name__}")
+            if learn_precision is None:
+                raise ValueError("a hyperprior needs a precision to act on: set learn_precision, or leave it out")
+            if learn_precision == "full":
+                raise ValueError(
+                    "a hyperprior on a dense covariance is not offered: use learn_precision='per_parameter'"
+                )
+        self.start = precision
+        self.learn_precision = learn_precision
+        self.start_loc = dict(loc or {})
+        self.covariance = covariance
+        self.hyperprior = hyperprior
+
+    @property
+    def dense(self) -> bool:
+        return self.learn_precision == "full" or self.covariance is not None
+
+    # -- eta ---------------------------------------------------------------------------------------------------------
+
+    def init(self, weights: Weights, like: Tensor) -> dict[str, Tensor]:
+        """The prior's entries of eta, beside theta0: `log_precision...` and, for "full", `prior_tril`."""
+        self._check_names(weights)
+        if self.learn_precision is None:
+            return {}
+        start = self._start_log_precision(weights, like)
+        if self.learn_precision == "shared":
+            return {PRECISION: start.mean()}
+        if self.learn_precision == "full":
+            log_precision, tril = self._start_dense(weights, like)
+            return {PRECISION: log_precision, TRIL: tril} if len(tril) else {PRECISION: log_precision}
+        named = weights.unflatten(start)
+        if self.learn_precision == "per_parameter":
+            return {f"{PRECISION}.{name}": value.clone() for name, value in named.items()}
+        parts: dict[str, list[Tensor]] = {}
+        for name, value in named.items():
+            parts.setdefault(weights.module(name), []).append(value.reshape(-1))
+        return {f"{PRECISION}.{module}": torch.cat(part).mean() for module, part in parts.items()}
+
+    def log_precision(self, weights: Weights, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """log lambda of every weight, `(D,)`; for a dense covariance, of every weight given those before it."""
+        if self.learn_precision is None:
+            return self._start_dense(weights, like)[0] if self.dense else self._start_log_precision(weights, like)
+        if self.learn_precision == "shared":
+            return eta[PRECISION].expand(weights.size)
+        if self.learn_precision == "full":
+            return eta[PRECISION]
+        key = (lambda name: weights.module(name)) if self.learn_precision == "per_module" else (lambda name: name)
+        parts = [eta[f"{PRECISION}.{key(name)}"].expand(shape).reshape(-1) for name, shape in weights.shapes.items()]
+        return torch.cat(parts)
+
+    def distribution(self, weights: Weights, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one where the covariance is dense."""
+        loc = weights.flatten(eta)
+        sd = torch.exp(-0.5 * self.log_precision(weights, eta, loc))
+        if not self.dense:
+            return dist.Normal(loc, sd).to_event(1)
+        tril = eta[TRIL] if TRIL in eta else self._start_dense(weights, loc)[1]
+        return dist.MultivariateNormal(loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size))
+
+    def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
+        """-log of the hyperprior's density at the precisions of eta (0 where there is none)."""
+        if self.hyperprior is None:
+            return 0.0
+        learned = [value for name, value in eta.items() if name == PRECISION or name.startswith(PRECISION + ".")]
+        return -sum(self.hyperprior.log_prob(value.exp()).sum() for value in learned)
+
+    # -- where learning starts -----------------------------------------------------------------------------------------
+
+    def _check_names(self, weights: Weights) -> None:
+        known = {*weights.names, *weights.modules}
+        unknown = set(self.start if isinstance(self.start, Mapping) else ()) - known
+        if unknown:
+            raise ValueError(f"precision names {sorted(unknown)}, but the weights and modules are {sorted(known)}")
+        if isinstance(self.start, Mapping):
+            missing = [name for name in weights.names if not {name, weights.module(name)} & set(self.start)]
+            if missing:
+                raise ValueError(f"precision is a dict but says nothing about {missing}: name each, or its module")
+        if self.covariance is not None and len(self.covariance) != weights.size:
+            raise ValueError(
+                f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has {weights.size} weights"
+            )
+
+    def _start_log_precision(self, weights: Weights, like: Tensor) -> Tensor:
+        if not isinstance(self.start, Mapping):
+            return like.new_full((weights.size,), math.log(self.start))
+        parts = []
+        for name, shape in weights.shapes.items():
+            value = torch.as_tensor(self.start.get(name, self.start.get(weights.module(name))))
+            parts.append(value.to(like).log().expand(shape).reshape(-1))
+        return torch.cat(parts)
+
+    def _start_dense(self, weights: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = torch.tril_indices(weights.size, weights.size, -1)
+        if self.covariance is None:
+            return self._start_log_precision(weights, like), like.new_zeros(len(rows))
+        factor = torch.linalg.cholesky(self.covariance.to(like))
+        sd = factor.diagonal()
+        return -2.0 * sd.log(), (factor / sd.unsqueeze(-1))[rows, columns]
+
+
+def unit_lower(entries: Tensor, size: int) -> Tensor:
+    """Unit lower triangular matrices `(..., size, size)` from their entries below the diagonal, row by row."""
+    rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
+    # index_put on a fresh identity keeps this differentiable twice and free of in-place surprises
+    eye = torch.eye(size, dtype=entries.dtype, device=entries.device).expand(*entries.shape[:-1], size, size)
+    flat = eye.reshape(*entries.shape[:-1], size * size)
+    index = (rows * size + columns).expand(entries.shape)
+    return flat.scatter(-1, index, entries).reshape(*entries.shape[:-1], size, size)
