@@ -4,6 +4,7 @@ from varmeta import datasets, likelihoods
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
+from varmeta.compare import Report, compare
 from varmeta.fit import fit
 from varmeta.meta_gradient import MetaGradient, meta_gradient
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
@@ -27,5 +28,5 @@ __all__ = [
     "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct",
     # verbs and what they return
     "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
-    "meta_gradient", "MetaGradient", "Certificate",
+    "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
 ]  # fmt: skip

@@ -47,7 +47,7 @@ class Cubature:
     Source: Arasaratnam and Haykin, Cubature Kalman Filters, IEEE Trans. Automatic Control 54 (2009), section III.
 
     >>> Cubature().points(2, torch.zeros(()), torch.zeros(1), 0, 0)[:, 0].square().mean(0)
-    tensor([1., 1.])
+    tensor([1.0000, 1.0000])
     """
 
     deterministic = True
@@ -70,7 +70,9 @@ class MonteCarlo:
 
     def __post_init__(self) -> None:
         if self.num_particles < 2 or self.num_particles % 2:
-            raise ValueError(f"num_particles must be an even number of at least 2 (antithetic pairs), not {self.num_particles}")
+            raise ValueError(
+                f"num_particles must be an even number of at least 2 (antithetic pairs), not {self.num_particles}"
+            )
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
         half = noise.normal(seed, step, ids, self.num_particles // 2, size, like.dtype)

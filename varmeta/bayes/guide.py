@@ -15,7 +15,6 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoStructured
-from pyro.nn import PyroModule
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -49,7 +48,7 @@ class Guide(ABC):
         """
         with pyro.settings.context(module_local_params=True):
             trace = poutine.trace(self).get_trace(phi, eta, data)
-        sites = {
+        sites: dict[str, Any] = {
             name: site["fn"]
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
@@ -131,7 +130,7 @@ class PyroGuide(Guide):
         self.factory = factory
         self.name = getattr(factory, "__name__", type(factory).__name__)
         # one module per number of tasks: an autoguide remembers the plate size of its first call
-        self._modules: dict[int, tuple[TaskModel, PyroModule]] = {}
+        self._modules: dict[int, tuple[TaskModel, torch.nn.Module]] = {}
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         phi = {name: value.detach().clone() for name, value in self._module(model, eta, data).named_parameters()}
@@ -148,7 +147,7 @@ class PyroGuide(Guide):
             raise RuntimeError(f"call init for {len(data)} tasks before this guide is run on them")
         return torch.func.functional_call(self._modules[len(data)][1], phi, (eta, data))
 
-    def _module(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> PyroModule:
+    def _module(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> torch.nn.Module:
         cached = self._modules.get(len(data))
         if cached is not None and cached[0] is model:
             return cached[1]
@@ -179,7 +178,9 @@ def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
         return guide
     if isinstance(guide, str):
         if guide not in GUIDES:
-            raise ValueError(f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a Pyro guide")
+            raise ValueError(
+                f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a Pyro guide"
+            )
         return GUIDES[guide]()
     if not callable(guide):
         raise TypeError(f"guide must be a name or a callable that makes a Pyro guide, not {type(guide).__name__}")

@@ -26,9 +26,7 @@ class Likelihood(ABC):
         return {}
 
     @abstractmethod
-    def distribution(
-        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
-    ) -> dist.TorchDistribution:
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         """The distribution of the observations; `y` only for what it says about the design (numbers of trials)."""
 
     def observed(self, y: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -59,7 +59,9 @@ class TaskModel:
         batch_norm: str = "refuse",
     ) -> None:
         if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be an nn.Module, not {type(net).__name__}; for a Pyro program: TaskModel.from_pyro")
+            raise TypeError(
+                f"net must be an nn.Module, not {type(net).__name__}; for a Pyro program: TaskModel.from_pyro"
+            )
         if not isinstance(likelihood, Likelihood):
             raise TypeError(f"likelihood must be one of varmeta.likelihoods, not {type(likelihood).__name__}")
         _check_net(net, batch_norm)
@@ -148,7 +150,10 @@ class TaskModel:
         with pyro.plate(TASKS, len(data), dim=-2):
             theta = pyro.sample(SITE, self.prior_distribution(eta))
             if data.mask.shape[1]:  # tasks without any data: the prior alone
-                with pyro.plate(DATA, data.mask.shape[1], dim=-1), poutine.mask(mask=data.mask):
+                with (
+                    pyro.plate(DATA, data.mask.shape[1], dim=-1),
+                    poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
+                ):
                     self.observe(theta, eta, data.x, data.y)
         return theta
 
@@ -250,7 +255,9 @@ def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None
             found = True
             total = total + site["log_prob"]
         elif name != SITE:
-            raise ValueError(f"the program samples {name!r} without observing it: name it in params, so that it gets a prior")
+            raise ValueError(
+                f"the program samples {name!r} without observing it: name it in params, so that it gets a prior"
+            )
     if not found:
         raise ValueError("the program observes nothing: pyro.sample('y', ..., obs=y) must be reached when y is given")
     assert isinstance(total, Tensor)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import pyro
+import pyro.distributions as dist
 from pyro import poutine
 from torch import Tensor
 
@@ -68,7 +70,7 @@ class Objective:
             q = self.guide.distribution(phi, eta, data)
             theta = move(q, noise.unsqueeze(-2))
             trace = poutine.trace(poutine.condition(self.model, {SITE: theta})).get_trace(eta, data)
-            divergence = kl(q, trace.nodes[SITE]["fn"]).squeeze(-1)
+            divergence = kl(q, cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])).squeeze(-1)
             if not data.mask.shape[1]:
                 return divergence, noise.new_zeros(len(noise), len(data))
             return divergence, -observed_log_prob(trace).sum(-1)

@@ -57,10 +57,14 @@ class GaussianPrior:
             if bool(torch.linalg.cholesky_ex(covariance).info):
                 raise ValueError("covariance must be positive definite")
             if learn_precision not in (None, "full"):
-                raise ValueError(f"a dense covariance goes with learn_precision=None or 'full', not {learn_precision!r}")
+                raise ValueError(
+                    f"a dense covariance goes with learn_precision=None or 'full', not {learn_precision!r}"
+                )
         if hyperprior is not None:
             if not isinstance(hyperprior, torch.distributions.Distribution):
-                raise TypeError(f"hyperprior must be a distribution over the precision, not {type(hyperprior).__name__}")
+                raise TypeError(
+                    f"hyperprior must be a distribution over the precision, not {type(hyperprior).__name__}"
+                )
             if learn_precision is None:
                 raise ValueError("a hyperprior needs a precision to act on: set learn_precision, or leave it out")
             if learn_precision == "full":

@@ -65,7 +65,7 @@ class Weights:
         for name, shape in self.shapes.items():
             tensor = named[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
-            parts.append(tensor.reshape(*lead, math.prod(shape)))
+            parts.append(tensor.reshape((*lead, math.prod(shape))))
         return torch.cat(parts, -1)
 
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
@@ -73,6 +73,6 @@ class Weights:
         # split, not slices: its backward is one concatenation instead of one padded sum per parameter
         parts = theta.split(self.sizes, -1)
         return {
-            name: part.reshape(*theta.shape[:-1], *shape)
+            name: part.reshape((*theta.shape[:-1], *shape))
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }

@@ -1,0 +1,73 @@
+"""Lists that the tests take products of: models, guides, objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+import varmeta as vm
+
+GUIDES = ["delta", "normal", "multivariate_normal"]
+OUTERS = ["elbo", "query_elbo", "query", "query_predictive"]
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network with its own seed, whatever the global state."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().double()
+
+
+def ragged_tasks(num_tasks: int = 4, features: int = 1, seed: int = 0, noise: float = 0.3) -> vm.TaskSet:
+    """Noisy sines of different sizes, with query data; float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int, phase: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.randn(n, features, generator=generator, dtype=torch.float64)
+        y = torch.sin(x.sum(-1) + phase) + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+        return x, y
+
+    tasks = []
+    for index in range(num_tasks):
+        phase = torch.rand((), generator=generator, dtype=torch.float64)
+        tasks.append(
+            vm.Task(support=draw(3 + index % 3, phase), query=draw(2 + index % 2, phase), name=f"sine {index}")
+        )
+    return vm.TaskSet(tasks)
+
+
+def scalar_program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+    """One weight, and a nonlinear mean: the post's own setting."""
+    return pyro.sample("y", dist.Normal(torch.sin(params["w"] * x[..., 0]), params["log_sd"].exp()), obs=y)
+
+
+def scalar_model(prior: vm.GaussianPrior) -> vm.TaskModel:
+    start = {"w": torch.tensor(0.4, dtype=torch.float64), "log_sd": torch.tensor(-0.3, dtype=torch.float64)}
+    return vm.TaskModel.from_pyro(scalar_program, start, prior, shared=["log_sd"])
+
+
+def linear_model(prior: vm.GaussianPrior) -> vm.TaskModel:
+    return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Gaussian(scale=0.7), prior)
+
+
+def net_model(prior: vm.GaussianPrior, width: int = 3) -> vm.TaskModel:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
+
+    return vm.TaskModel(seeded(make), vm.likelihoods.Gaussian(scale=0.7), prior)
+
+
+def large_model(prior: vm.GaussianPrior) -> vm.TaskModel:
+    """1,761 weights."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+
+    return vm.TaskModel(seeded(make), vm.likelihoods.Gaussian(scale=0.7), prior)
+
+
+MODELS = {"scalar": scalar_model, "linear": linear_model, "net": net_model}

@@ -1,0 +1,227 @@
+"""`compare`: several strategies on the same tasks, seeds and budget, beside baselines that pool everything or nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varmeta.bayes.model import TaskModel
+from varmeta.bayes.prior import GaussianPrior
+from varmeta.fit import OptimizerFactory, fit
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import detach
+from varmeta.problem import Problem
+from varmeta.result import Fit
+from varmeta.strategy import Eta, Joint, State, Stats, Strategy
+from varmeta.tasks import Batch, TaskSet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BASELINES = ("pooled", "no pooling")
+# "No pooling" still needs a proper prior; one this wide says next to nothing about a task's weights.
+WEAK_PRECISION = 1e-2
+
+
+@dataclass(frozen=True)
+class Report:
+    """scores: one row per method, seed and test task.  runs: one row per method and seed.  fits: by (method, seed)."""
+
+    scores: pd.DataFrame
+    runs: pd.DataFrame
+    fits: dict[tuple[str, int], Fit]
+    level: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Mean of each score over test tasks and seeds, with the ends of its interval, one row per method.
+
+        The interval (95 %) is from a bootstrap that draws seeds and tasks anew, so that it holds over both.
+        """
+        import pandas as pd
+
+        rows = {method: _summarise(part) for method, part in self.scores.groupby("method", sort=False)}
+        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+        counts = self.runs.groupby("method", sort=False)[["evaluations", "seconds"]].mean()
+        failures = self.runs.groupby("method", sort=False)["failed"].sum().rename("failed")
+        return table.join(counts, how="outer").join(failures, how="outer").reindex(counts.index)
+
+    def plot(self, metric: str = "log_density", ax: Any = None) -> Any:
+        """Every method's mean and interval of one score; returns the matplotlib axes."""
+        from varmeta.plot import plot_comparison
+
+        return plot_comparison(self.table, metric, ax)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.scores.to_csv(folder / "scores.csv", index=False)
+        self.runs.to_csv(folder / "runs.csv", index=False)
+        self.table.to_csv(folder / "table.csv")
+
+    def __str__(self) -> str:
+        table = self.table
+        text = table[["evaluations", "seconds", "failed"]].copy()
+        text["evaluations"] = text["evaluations"].map("{:.0f}".format)
+        text["seconds"] = text["seconds"].map("{:.1f}".format)
+        for metric in [column[: -len("_low")] for column in table if column.endswith("_low")]:
+            text[metric] = [
+                f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+                for mean, low, high in zip(table[metric], table[f"{metric}_low"], table[f"{metric}_high"], strict=True)
+            ]
+        text = text[
+            [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
+        ]
+        return text.to_string()
+
+
+def compare(
+    strategies: Mapping[str, Strategy],
+    model: TaskModel,
+    train: TaskSet,
+    test: TaskSet,
+    seeds: int | list[int] = 5,
+    *,
+    budget: float = 2000,
+    optimizer: OptimizerFactory | None = None,
+    batch_size: int | None = None,
+    baselines: bool = True,
+    num_samples: int = 500,
+    level: float = 0.9,
+    progress: bool | None = None,
+) -> Report:
+    """Fit every strategy on `train`, adapt to each task of `test` from its support data, score on its query data.
+
+    strategies: by the name that the table shows.  model: the same start for all; for a network, each seed starts theta0
+        from a new initialisation of its layers, the same for every strategy.
+    seeds: how many, or which.
+    budget: gradient evaluations per training task for every strategy and the pooled baseline (a Hessian product counts as
+        two); adaptation at test time is not counted.
+    optimizer, batch_size: as in `fit`, and the same for every strategy; Adam at 1e-2 by default.
+    baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a mean-field posterior of each task on its
+        own, under a prior so wide that tasks share next to nothing but the noise scale).
+
+    A strategy that fails is kept in the report with its reason; it does not stop the others.
+
+    Raises ValueError where the test tasks have no query data, or a strategy does not fit the tasks.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    _check(strategies, model, train, test, seed_list)
+    methods: dict[str, Strategy | None] = dict(strategies)
+    if baselines:
+        methods |= dict.fromkeys(BASELINES)
+    scores, runs, fits = [], [], {}
+    jobs = [(seed, name) for seed in seed_list for name in methods]
+    for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
+        started = _initialised(model, seed)
+        begin = perf_counter()
+        failed, reason = 0, ""
+        try:
+            result = _run(name, methods[name], started, train, seed, budget, optimizer, batch_size)
+            fits[name, seed] = result
+            seconds = perf_counter() - begin
+            score = result.adapt(test).score(num_samples=num_samples, seed=seed, level=level).drop(index="all")
+            reason = result.stop
+            scores.append(score.reset_index().assign(method=name, seed=seed))
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            failed, reason, seconds = 1, str(error), perf_counter() - begin
+        spent = fits[name, seed].run.evaluations if (name, seed) in fits else float("nan")
+        runs.append(
+            {"method": name, "seed": seed, "evaluations": spent, "seconds": seconds, "failed": failed, "stop": reason}
+        )
+    if not scores:
+        raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
+    return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)
+
+
+def _check(strategies: object, model: TaskModel, train: TaskSet, test: TaskSet, seeds: list[int]) -> None:
+    if not isinstance(strategies, Mapping) or not strategies:
+        raise ValueError("strategies must be a dict of at least one, such as {'joint': vm.Joint()}")
+    if not seeds:
+        raise ValueError("seeds must name at least one seed")
+    clash = set(strategies) & set(BASELINES)
+    if clash:
+        raise ValueError(f"{sorted(clash)} are the names of the baselines: call your strategies otherwise")
+    bare = [task.name for task in test if task.query is None or not len(task.query[1])]
+    if bare:
+        raise ValueError(f"the test tasks are scored on query data, but {bare[0]!r} has none: use test.split(...)")
+    model.check(train)
+    model.check(test)
+    for strategy in strategies.values():
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategies must map names to strategies, not to {strategy!r}")
+        strategy.check(model, train)
+
+
+def _initialised(model: TaskModel, seed: int) -> TaskModel:
+    """The model with its network's layers initialised anew by `seed` (as PyTorch initialises them)."""
+    if model.net is None:
+        return model
+    fresh = copy.copy(model)
+    net = copy.deepcopy(model.net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in net.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    fresh.net = net
+    fresh.start = {name: value.detach().clone() for name, value in net.named_parameters()}
+    return fresh
+
+
+def _run(
+    name: str, strategy: Strategy | None, model: TaskModel, train: TaskSet, seed: int, budget: float,
+    optimizer: OptimizerFactory | None, batch_size: int | None,
+) -> Fit:  # fmt: skip
+    if strategy is None:
+        model = copy.copy(model)
+        model.prior = GaussianPrior(WEAK_PRECISION)
+        strategy = Pooled() if name == "pooled" else Joint("normal")
+    with warnings.catch_warnings():
+        # what the warnings say stands in the report's `stop` column and in each fit
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return fit(
+            model, train, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, progress=False
+        )
+
+
+@dataclass(frozen=True)
+class Pooled(Strategy):
+    """Baseline: every task has the weights theta0, fitted to all support data at once; nothing is adapted."""
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        losses = problem.losses("elbo", batch, state.step)(problem.start(batch, eta), eta)
+        return self._total(problem, batch, eta, losses), state, {"losses": losses.detach(), "evaluations": 1.0}
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        phi = detach(problem.start(batch, eta))
+        return Solution(phi, torch.zeros(len(batch), dtype=torch.int64), {})
+
+
+def _summarise(scores: pd.DataFrame, draws: int = 2000) -> dict[str, float]:
+    """Mean over seeds and tasks, and a bootstrap interval over both."""
+    rng = np.random.default_rng(0)
+    out: dict[str, float] = {}
+    for metric in scores.columns.difference(["task", "method", "seed", "n"], sort=False):
+        cells = scores.pivot_table(index="seed", columns="task", values=metric).to_numpy()
+        seeds = rng.integers(len(cells), size=(draws, len(cells), 1))
+        tasks = rng.integers(cells.shape[1], size=(draws, 1, cells.shape[1]))
+        means = np.nanmean(cells[seeds, tasks], axis=(1, 2))
+        low, high = np.quantile(means, [0.025, 0.975])
+        out |= {metric: float(np.nanmean(cells)), f"{metric}_low": float(low), f"{metric}_high": float(high)}
+    return out

@@ -1,0 +1,98 @@
+"""Which of a posterior's and a fit's numbers go into which ArviZ group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varmeta import inference_data
+from varmeta.bayes.divergence import location
+from varmeta.bayes.guide import Delta
+
+if TYPE_CHECKING:
+    from varmeta.posterior import Posterior
+    from varmeta.result import Fit
+
+# Draws of all weights are left out beyond this many numbers (80 MB); their distance from theta0 always goes in.
+MAX_WEIGHT_NUMBERS = 10_000_000
+
+
+def posterior_groups(posterior: Posterior, num_samples: int, seed: int) -> Any:
+    """The posterior of each task, its predictive, and the data, as an ArviZ object."""
+    return _assemble(posterior, num_samples, seed, {}, {})
+
+
+def fit_groups(fit: Fit, num_samples: int, seed: int) -> Any:
+    """The training tasks' posteriors together with the record of the run (group `fit`)."""
+    history = {name: np.array([row.get(name, np.nan) for row in fit.run.history]) for name in fit.run.history[0]}
+    steps = history.pop("step").astype(int)
+    attrs = {
+        "objective": fit.loss_name,
+        "loss": fit.loss,
+        "converged": str(fit.converged),
+        "stop": fit.stop,
+        "seed": fit.seed,
+        "config": {"strategy": repr(fit.strategy), "model": repr(fit.model)},
+    }
+    return _assemble(fit.posterior(), num_samples, seed, {"fit": history}, attrs, {"step": steps})
+
+
+def _assemble(
+    posterior: Posterior, num_samples: int, seed: int, more: dict[str, dict[str, Any]], attrs: dict[str, Any],
+    coords: dict[str, Any] | None = None,
+) -> Any:  # fmt: skip
+    import varmeta
+
+    model, delta = posterior.model, isinstance(posterior.problem.guide, Delta)
+    draws = posterior.draws(num_samples, seed)
+    prior = model.prior_distribution(posterior.eta)
+    with torch.no_grad():
+        groups: dict[str, dict[str, Any]] = {
+            "posterior": {"distance": (draws - location(prior)).norm(dim=-1)},
+            "constant_data": {"theta0": location(prior), "prior_sd": prior.stddev},
+        }
+        if draws.numel() <= MAX_WEIGHT_NUMBERS:
+            groups["posterior"]["theta"] = draws
+    dims = {
+        "theta": ["task", "weight"], "distance": ["task"], "theta0": ["weight"], "prior_sd": ["weight"],
+        "posterior_predictive/y": ["obs"], "observed_data/y": ["obs"], "log_likelihood/y": ["obs"],
+    }  # fmt: skip
+    dims |= {f"fit/{name}": ["step"] for name in more.get("fit", {})}
+    obs_task: dict[str, Any] = {}
+    support = posterior.support
+    if bool(support.mask.any()):
+        evaluated = posterior.evaluate(support, num_samples, seed)
+        flat = support.mask
+        tasks = np.array(posterior.names)[flat.nonzero()[:, 0].cpu().numpy()]
+        groups["posterior_predictive"] = {"y": evaluated.samples[:, flat]}
+        groups["observed_data"] = {"y": evaluated.y[flat]}
+        if groups["observed_data"]["y"].dim() > 1:
+            for group in ("posterior_predictive", "observed_data"):
+                dims[f"{group}/y"] = ["obs", "response"]
+        if not delta:  # a point's LOO would be its in-sample density
+            groups["log_likelihood"] = {"y": evaluated.log_prob[:, flat]}
+            q = posterior.distribution
+            log_q = q.log_prob(draws.unsqueeze(-2)).squeeze(-1)
+            log_joint = prior.log_prob(draws) + evaluated.log_prob.sum(-1)
+            groups["sample_stats"] = {"log_joint": log_joint, "log_q": log_q}
+            dims |= {"log_joint": ["task"], "log_q": ["task"]}
+        obs_task = {
+            name: tasks for name in ("posterior_predictive", "observed_data", "log_likelihood") if name in groups
+        }
+    groups |= more
+    facts = {
+        "inference_library": "varmeta",
+        "inference_library_version": varmeta.__version__,
+        "guide": posterior.problem.guide.name,
+        "posterior_kind": "delta" if delta else "gaussian",
+    }
+    labels = {"task": list(posterior.names), "weight": list(model.weights.labels), **(coords or {})}
+    arrays = {group: {name: _array(value) for name, value in values.items()} for group, values in groups.items()}
+    return inference_data.to_arviz(arrays, dims, labels, obs_task, facts | attrs)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

@@ -1,0 +1,149 @@
+"""`fit`: learn the prior from tasks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from varmeta.bayes.model import TaskModel
+from varmeta.result import Fit
+from varmeta.strategy import Joint, Strategy
+from varmeta.tasks import TaskSet
+from varmeta.training import (
+    Callback,
+    Descent,
+    OptimizerFactory,
+    Run,
+    adam,
+    descend,
+    lbfgs,
+    lbfgs_applies,
+    newton,
+    newton_applies,
+    pooled_start,
+)
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction))),
+    "constant": lambda fraction: 1.0,
+}
+
+
+def fit(
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy | None = None,
+    num_steps: int | None = None,
+    optimizer: OptimizerFactory | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    *,
+    schedule: str = "cosine",
+    budget: float | None = None,
+    progress: bool | None = None,
+    callback: Callback | None = None,
+    resume: Fit | None = None,
+) -> Fit:
+    """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
+
+    model, tasks, strategy: what is fitted to what, and how; `Joint("normal")` by default.
+    num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
+    optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` on
+        small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few meta-parameters
+        (both from the pooled fit); else Adam at 1e-2.  With a minibatch or a budget always Adam.
+    batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
+    schedule: "cosine" (the learning rate falls to zero over num_steps or the budget) or "constant".  L-BFGS ignores it.
+    budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
+    progress: a progress bar; None shows one on a terminal only.
+    callback: called with a dict of numbers after every step.
+    resume: a `Fit` of the same model, tasks and strategy to go on from; `num_steps` counts from its first step.
+
+    Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
+
+    Raises ValueError or TypeError, before any work, for input that does not fit together.
+
+    >>> import varmeta as vm
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    >>> result = vm.fit(model, vm.datasets.lines(20, num_support=5, noise=0.1))
+    >>> result.converged
+    True
+    """
+    strategy = Joint() if strategy is None else strategy
+    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget)
+    model.check(tasks)
+    strategy.check(model, tasks)
+    problem = strategy.problem(model, seed)
+    whole = tasks.batch()
+    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
+    free = optimizer is None and batch_size is None and budget is None
+    eta = model.init(whole.support.x.new_zeros(())) if resume is None else resume.eta
+    use_newton = free and newton_applies(strategy, problem, whole, eta)
+    quasi = free and lbfgs_applies(strategy, problem, eta)
+    if resume is not None:
+        run = resume.run_to_resume(model, tasks, strategy)
+    else:
+        eta = pooled_start(problem, whole, eta) if use_newton or quasi else eta
+        run = Run(eta, strategy.init(problem, whole, eta))
+    bar = _bar(progress, num_steps or (200 if use_newton else 2000))
+    reports = _reporter(bar, callback)
+    if use_newton:
+        newton(problem, whole, run, num_steps or 200, reports)
+    else:
+        factory = optimizer or (lbfgs if quasi else adam)
+        steps = num_steps if num_steps is not None else (None if budget is not None else 200 if quasi else 2000)
+        decay = DECAYS["constant" if quasi else schedule]
+        descend(problem, strategy, tasks, run, Descent(factory, steps, budget, batch_size, decay), reports)
+    if bar is not None:
+        bar.close()
+    result = Fit(model, tasks, strategy, seed, run)
+    for sentence in result.runaways():
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _check_arguments(
+    model: object, tasks: object, strategy: object, num_steps: int | None, optimizer: object,
+    batch_size: int | None, schedule: str, budget: float | None,
+) -> None:  # fmt: skip
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"model must be a TaskModel, not {type(model).__name__}")
+    if not isinstance(tasks, TaskSet):
+        raise TypeError(
+            f"tasks must be a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y)), ...])"
+        )
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"strategy must be one of vm.Joint(), vm.Implicit(), ..., not {strategy!r}")
+    if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
+        raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)")
+    if schedule not in DECAYS:
+        raise ValueError(f"schedule must be one of {sorted(DECAYS)}, not {schedule!r}")
+    for name, number in (("num_steps", num_steps), ("batch_size", batch_size), ("budget", budget)):
+        if number is not None and not number >= 1:
+            raise ValueError(f"{name} must be at least 1, not {number}")
+
+
+def _bar(progress: bool | None, total: int) -> tqdm | None:
+    if progress is False:
+        return None
+    from tqdm.auto import tqdm
+
+    # disable=None: tqdm's own word for "only on a terminal"
+    return tqdm(total=total, disable=None if progress is None else False, leave=False)
+
+
+def _reporter(bar: tqdm | None, callback: Callback | None) -> Callback:
+    def report(row: dict[str, float]) -> None:
+        if bar is not None:
+            bar.update(1)
+            bar.set_postfix(loss=f"{row['loss']:.6g}", refresh=False)
+        if callback is not None:
+            callback(row)
+
+    return report

@@ -1,0 +1,58 @@
+"""One model under one guide, with its rule for expectations and its seed: everything a strategy needs to make losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
+from varmeta.bayes.guide import Delta, Guide, make_guide
+from varmeta.bayes.model import TaskModel
+from varmeta.bayes.objective import Objective
+from varmeta.numerics.tree import Tree
+from varmeta.tasks import Batch
+
+Losses = Callable[[Tree, Mapping[str, Tensor]], Tensor]
+
+# E_q p(query | theta) is no low-order polynomial of theta, so cubature does not serve it; draws do.
+PREDICTIVE_PARTICLES = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inner problem F_i(phi, eta) and the outer objectives of a model, with noise fixed by (seed, step, task)."""
+
+    model: TaskModel
+    guide: Guide
+    expectation: Expectation
+    seed: int
+
+    @classmethod
+    def make(cls, model: TaskModel, guide: object, expectation: object, num_particles: int, seed: int) -> Problem:
+        made = make_guide(guide)  # type: ignore[arg-type]
+        size = model.weights.size
+        rule = Point() if isinstance(made, Delta) else make_expectation(expectation, size, num_particles)  # type: ignore[arg-type]
+        return cls(model, made, rule, int(seed))
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.model, self.guide)
+
+    @property
+    def deterministic(self) -> bool:
+        return self.expectation.deterministic
+
+    def losses(self, name: str, batch: Batch, step: int) -> Losses:
+        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise."""
+        function = self.objective.outer(name)
+        rule = self.expectation
+        if name == "query_predictive" and not isinstance(rule, Point):
+            rule = rule if isinstance(rule, MonteCarlo) else MonteCarlo(PREDICTIVE_PARTICLES)
+        noise = rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
+        return lambda phi, eta: function(phi, eta, batch, noise)
+
+    def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
+        """phi at the prior, differentiable in eta."""
+        return self.guide.init(self.model, eta, batch.support)

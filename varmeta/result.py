@@ -1,0 +1,230 @@
+"""What `fit` returns: the learned prior, how it was found, and what one does with it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from varmeta.bayes.guide import Delta
+from varmeta.bayes.model import TaskModel
+from varmeta.posterior import Posterior
+from varmeta.problem import Problem
+from varmeta.strategy import Eta, Strategy
+from varmeta.tasks import TaskSet
+from varmeta.training import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A weight whose prior precision exceeds what the best-informed task knows about it by this factor no longer varies.
+RUNAWAY = 500.0
+
+
+@dataclass(frozen=True)
+class LearnedPrior:
+    """N(theta0, Lambda^-1) as learned.
+
+    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight.
+    covariance: `(D, D)` in the order of `labels`.
+    shared: parameters that are the same for all tasks, by name.  scale: the noise scale, where it is learned.
+    """
+
+    loc: dict[str, Tensor]
+    precision: dict[str, Tensor]
+    sd: dict[str, Tensor]
+    covariance: Tensor
+    labels: tuple[str, ...]
+    shared: dict[str, Tensor]
+    scale: Tensor | None
+
+    @property
+    def correlation(self) -> Tensor:
+        sd = self.covariance.diagonal().sqrt()
+        return self.covariance / torch.outer(sd, sd)
+
+
+class Fit:
+    """A learned prior, with the tasks' posteriors and the record of the run."""
+
+    def __init__(self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int, run: Run) -> None:
+        self.model = model
+        self.tasks = tasks
+        self.strategy = strategy
+        self.seed = seed
+        self.run = run
+
+    # -- what was learned ----------------------------------------------------------------------------------------------
+
+    @property
+    def eta(self) -> Eta:
+        """Everything shared, by name, on the scale on which it is learned."""
+        return self.run.eta
+
+    @property
+    def converged(self) -> bool:
+        return self.run.converged
+
+    @property
+    def stop(self) -> str:
+        """Why the run ended, in a sentence."""
+        return self.run.stop
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per outer step: step, loss (nats), gradient_norm, evaluations (gradients per task so far), seconds."""
+        import pandas as pd
+
+        return pd.DataFrame(self.run.history)
+
+    @property
+    def loss(self) -> float:
+        """The last value of the outer objective, in nats; `loss_name` says what it is."""
+        return self.run.history[-1]["loss"]
+
+    @property
+    def loss_name(self) -> str:
+        """Only a Gaussian guide's elbo is a bound on the negative log evidence."""
+        names = {
+            "query_elbo": "KL + query loss",
+            "query": "query loss",
+            "query_predictive": "-log predictive of the query",
+        }
+        if self.strategy.outer in names:
+            return names[self.strategy.outer]
+        name = "penalised loss (MAP; no bound)" if isinstance(self.problem.guide, Delta) else "negative ELBO"
+        return name if self.model.prior.hyperprior is None else f"{name} - log hyperprior"
+
+    @cached_property
+    def prior(self) -> LearnedPrior:
+        weights = self.model.weights
+        with torch.no_grad():
+            distribution = self.model.prior_distribution(self.eta)
+            spread = distribution.stddev
+            dense = self.model.prior.dense
+            covariance = distribution.covariance_matrix if dense else torch.diag(spread.square())
+            scale = self.eta["log_scale"].exp() if "log_scale" in self.eta else None
+            return LearnedPrior(
+                weights.unflatten(distribution.mean),
+                weights.unflatten(spread**-2),
+                weights.unflatten(spread),
+                covariance,
+                weights.labels,
+                {name: self.eta[name] for name in self.model.shared},
+                scale,
+            )
+
+    @cached_property
+    def problem(self) -> Problem:
+        return self.strategy.problem(self.model, self.seed)
+
+    # -- posteriors ------------------------------------------------------------------------------------------------------
+
+    def posterior(self) -> Posterior:
+        """The posteriors of the training tasks: those stored, or found anew where the strategy stores none."""
+        state = self.run.state
+        if state.phi is None or self.strategy.adapts_afresh:
+            return self.adapt(self.tasks)
+        self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
+        return Posterior(self.problem, state.phi, self.eta, self.tasks)
+
+    def adapt(self, tasks: TaskSet) -> Posterior:
+        """The posteriors of new tasks: the same inner problem as in training, on their support data.
+
+        A task without support data gets the prior.  Raises TypeError or ValueError for tasks that do not fit the model.
+        """
+        if not isinstance(tasks, TaskSet):
+            raise TypeError(f"adapt takes a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y))])")
+        example = self.tasks.batch().support
+        tasks = tasks.to(dtype=example.x.dtype, device=example.x.device)
+        self.model.check(tasks)
+        solution = self.strategy.adapt(self.problem, tasks.batch(), self.eta)
+        return Posterior(self.problem, solution.value, self.eta, tasks)
+
+    def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
+        """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ 0.23 or 1.x."""
+        from varmeta.export import fit_groups
+
+        return fit_groups(self, num_samples, seed)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the fit as tensors and plain values (no pickled code); `varmeta.load(path, model)` reads it."""
+        from varmeta.storage import save
+
+        save(self, path)
+
+    # -- going on --------------------------------------------------------------------------------------------------------
+
+    def run_to_resume(self, model: TaskModel, tasks: TaskSet, strategy: Strategy) -> Run:
+        """A copy of the run to go on from.  Raises ValueError where model, tasks or strategy differ."""
+        start = model.init(tasks.batch().support.x.new_zeros(()))
+        if {name: value.shape for name, value in start.items()} != {n: v.shape for n, v in self.eta.items()}:
+            raise ValueError(f"resume is a fit of another model: it has {sorted(self.eta)}, this model {sorted(start)}")
+        if tasks.names != self.tasks.names:
+            raise ValueError("resume is a fit of other tasks: give the same tasks in the same order")
+        if type(strategy) is not type(self.strategy):
+            raise ValueError(f"resume is a fit by {type(self.strategy).__name__}, not {type(strategy).__name__}")
+        return copy.deepcopy(self.run)
+
+    # -- warnings and print ------------------------------------------------------------------------------------------------
+
+    def runaways(self) -> list[str]:
+        """A sentence for each learned precision that runs away: a weight that no longer varies between tasks."""
+        if self.model.prior.learn_precision is None:
+            return []
+        labels = self.prior.labels
+        precision = self.prior.covariance.diagonal().reciprocal()
+        if isinstance(self.problem.guide, Delta) or self.run.state.phi is None:
+            start = self.model.prior.log_precision(self.model.weights, self.model.init(precision), precision)
+            away = precision.log() - start > math.log(1e6)
+        else:
+            spread = self.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)
+            information = spread**-2 - precision
+            away = precision > RUNAWAY * information.max(0).values.clamp_min(torch.finfo(precision.dtype).eps)
+        if not bool(away.any()):
+            return []
+        names = ", ".join(label for label, gone in zip(labels, away.tolist(), strict=True) if gone)
+        return [
+            f"the prior precision of {names} runs away, so the fit pools the tasks completely there.  That may be the "
+            "best-fitting value; if not: centre the predictors, use guide='multivariate_normal', or give a hyperprior"
+        ]
+
+    def __str__(self) -> str:
+        points = int(self.tasks.batch().support.mask.sum())
+        lines = [
+            f"{self.strategy.describe()}, {len(self.tasks)} tasks, {points} support observations",
+            f"{self.loss_name}: {self.loss:.4f} nats" if self.run.history else "not run",
+            f"{'converged' if self.converged else 'not converged'}: {self.stop}",
+            "",
+        ]
+        return "\n".join(lines + self._table())
+
+    def _table(self, limit: int = 40) -> list[str]:
+        prior = self.prior
+        labels, loc = prior.labels, self.model.weights.flatten(prior.loc)
+        sd = prior.covariance.diagonal().sqrt()
+        width = max(len(label) for label in (*labels[:limit], *prior.shared, "noise scale"))
+        rows = [f"{'weight':<{width}} {'theta0':>12} {'prior sd':>12}"]
+        for label, mean, spread in list(zip(labels, loc.tolist(), sd.tolist(), strict=True))[:limit]:
+            rows.append(f"{label:<{width}} {mean:>12.5g} {spread:>12.5g}")
+        if len(labels) > limit:
+            rows.append(f"... and {len(labels) - limit} weights more")
+        for name, value in prior.shared.items():
+            text = f"{float(value):>12.5g}" if value.numel() == 1 else f"{'tensor ' + str(tuple(value.shape)):>12}"
+            rows.append(f"{name:<{width}} {text} {'shared':>12}")
+        if prior.scale is not None:
+            rows.append(f"{'noise scale':<{width}} {'':>12} {float(prior.scale):>12.5g}")
+        if self.model.prior.dense and 1 < len(labels) <= 10:
+            rows.append("correlations of the prior")
+            for label, row in zip(labels, prior.correlation.tolist(), strict=True):
+                rows.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))
+        return rows
+
+    def __repr__(self) -> str:
+        return f"<Fit: {self.strategy.describe()}, {len(self.tasks)} tasks, {'converged' if self.converged else 'not converged'}>"
