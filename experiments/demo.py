@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from time import perf_counter
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
@@ -22,7 +23,7 @@ from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import detach
 from varmeta.problem import Problem
 from varmeta.result import Fit
-from varmeta.strategy import Eta, Joint, State, Stats, Strategy
+from varmeta.strategy import Eta, Joint, State, Stats, Strategy, check_kinds
 from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ WEAK_PRECISION = 1e-2
 
 @dataclass(frozen=True)
 class Report:
-    """scores: one row per method, seed and test task.  runs: one row per method and seed.  fits: by (method, seed)."""
+    """scores: one row per method, seed and test task.  fits: by (method, seed).
+
+    runs: one row per method and seed: what it cost, whether it failed, why it stopped, and what it warned about.
+    """
 
     scores: pd.DataFrame
     runs: pd.DataFrame
@@ -60,7 +64,7 @@ class Report:
         """Every method's mean and interval of one score; returns the matplotlib axes."""
         from varmeta.plot import plot_comparison
 
-        return plot_comparison(self.table, metric, ax)
+        return plot_comparison(self.table, metric, ax, self.level)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write `scores.csv`, `runs.csv` and `table.csv` into a folder."""
@@ -103,8 +107,9 @@ def compare(
 ) -> Report:
     """Fit every strategy on `train`, adapt to each task of `test` from its support data, score on its query data.
 
-    strategies: by the name that the table shows.  model: the same start for all; for a network, each seed starts theta0
-        from a new initialisation of its layers, the same for every strategy.
+    strategies: by the name that the table shows.
+    model: the same start for all; for a network, each seed starts theta0 and shared parameters from a new initialisation of
+        its layers, the same for every strategy, except where the prior's `loc` says where to start.
     seeds: how many, or which.
     budget: gradient evaluations per training task for every strategy and the pooled baseline (a Hessian product counts as
         two); adaptation at test time is not counted.
@@ -112,15 +117,17 @@ def compare(
     baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a mean-field posterior of each task on its
         own, under a prior so wide that tasks share next to nothing but the noise scale).
 
-    A strategy that fails is kept in the report with its reason; it does not stop the others.
+    A strategy that fails is kept in the report with its reason; it does not stop the others.  What the fits warn about
+    stands in the report's `runs`.
 
-    Raises ValueError where the test tasks have no query data, or a strategy does not fit the tasks.
+    Raises ValueError where the test tasks have no query data, or a strategy does not fit the tasks; TypeError for arguments
+    of the wrong kind; RuntimeError where every run failed.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    _check(strategies, model, train, test, seed_list)
+    _check(strategies, model, train, test, seed_list, level)
     methods: dict[str, Strategy | None] = dict(strategies)
     if baselines:
         methods |= dict.fromkeys(BASELINES)
@@ -129,41 +136,48 @@ def compare(
     for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
         started = _initialised(model, seed)
         begin = perf_counter()
-        failed, reason = 0, ""
+        failed, reason, seconds, said = 0, "", float("nan"), list[str]()
         try:
-            result = _run(name, methods[name], started, train, seed, budget, optimizer, batch_size)
-            fits[name, seed] = result
-            seconds = perf_counter() - begin
-            score = result.adapt(test).score(num_samples=num_samples, seed=seed, level=level).drop(index="all")
-            reason = result.stop
-            scores.append(score.reset_index().assign(method=name, seed=seed))
+            with _collected(said):
+                result = _run(name, methods[name], started, train, seed, budget, optimizer, batch_size)
+                fits[name, seed] = result
+                seconds, reason = perf_counter() - begin, result.stop
+                score = result.adapt(test).score(num_samples=num_samples, seed=seed, level=level)
+            rows = score.iloc[:-1].reset_index()  # without "all"
+            scores.append(rows.assign(method=name, seed=seed))
         except (ArithmeticError, RuntimeError, ValueError) as error:
-            failed, reason, seconds = 1, str(error), perf_counter() - begin
+            failed, reason = 1, f"{type(error).__name__}: {error}"
         spent = fits[name, seed].run.evaluations if (name, seed) in fits else float("nan")
         runs.append(
-            {"method": name, "seed": seed, "evaluations": spent, "seconds": seconds, "failed": failed, "stop": reason}
-        )
+            {
+                "method": name, "seed": seed, "evaluations": spent, "seconds": seconds, "failed": failed,
+                "stop": reason, "warnings": "; ".join(said),
+            }
+        )  # fmt: skip
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
     return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)
 
 
-def _check(strategies: object, model: TaskModel, train: TaskSet, test: TaskSet, seeds: list[int]) -> None:
+def _check(strategies: object, model: TaskModel, train: TaskSet, test: TaskSet, seeds: list[int], level: float) -> None:
     if not isinstance(strategies, Mapping) or not strategies:
         raise ValueError("strategies must be a dict of at least one, such as {'joint': vm.Joint()}")
-    if not seeds:
-        raise ValueError("seeds must name at least one seed")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be a number of at least 1, or different seeds, not {seeds}")
+    if not isinstance(level, float) or not 0 < level < 1:
+        raise ValueError(f"level must be a probability between 0 and 1, such as 0.9, not {level!r}")
     clash = set(strategies) & set(BASELINES)
     if clash:
         raise ValueError(f"{sorted(clash)} are the names of the baselines: call your strategies otherwise")
+    for strategy in strategies.values():
+        for tasks in (train, test):
+            check_kinds(model, tasks, strategy)
     bare = [task.name for task in test if task.query is None or not len(task.query[1])]
     if bare:
         raise ValueError(f"the test tasks are scored on query data, but {bare[0]!r} has none: use test.split(...)")
     model.check(train)
     model.check(test)
     for strategy in strategies.values():
-        if not isinstance(strategy, Strategy):
-            raise TypeError(f"strategies must map names to strategies, not to {strategy!r}")
         strategy.check(model, train)
 
 
@@ -172,15 +186,18 @@ def _initialised(model: TaskModel, seed: int) -> TaskModel:
     if model.net is None:
         return model
     fresh = copy.copy(model)
-    net = copy.deepcopy(model.net)
+    net = copy.deepcopy(model.net).cpu()  # one generator, whatever the device
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for module in net.modules():
             reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
+            # frozen statistics are data, not a start
+            if callable(reset) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 reset()
-    fresh.net = net
-    fresh.start = {name: value.detach().clone() for name, value in net.named_parameters()}
+    # a start that the user gave to the prior stays
+    given = model.prior.start_loc
+    new = {name: value.detach().clone() for name, value in net.named_parameters() if name not in given}
+    fresh.start = model.start | new
     return fresh
 
 
@@ -192,12 +209,24 @@ def _run(
         model = copy.copy(model)
         model.prior = GaussianPrior(WEAK_PRECISION)
         strategy = Pooled() if name == "pooled" else Joint("normal")
-    with warnings.catch_warnings():
-        # what the warnings say stands in the report's `stop` column and in each fit
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return fit(
-            model, train, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, progress=False
-        )
+    return fit(
+        model, train, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, progress=False
+    )
+
+
+@contextlib.contextmanager
+def _collected(said: list[str]) -> Iterator[None]:
+    """Keep what RuntimeWarnings say, each once, instead of showing it between the runs of a comparison."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            yield
+        finally:
+            kept = [item for item in caught if issubclass(item.category, RuntimeWarning)]
+            said.extend(dict.fromkeys(str(item.message) for item in kept))
+    for item in caught:
+        if item not in kept:
+            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
 
 
 @dataclass(frozen=True)
@@ -218,10 +247,12 @@ def _summarise(scores: pd.DataFrame, draws: int = 2000) -> dict[str, float]:
     rng = np.random.default_rng(0)
     out: dict[str, float] = {}
     for metric in scores.columns.difference(["task", "method", "seed", "n"], sort=False):
-        cells = scores.pivot_table(index="seed", columns="task", values=metric).to_numpy()
+        # every (seed, task) stands once, so nothing is averaged; not pivot_table, which drops a score that is NaN throughout
+        cells = scores.pivot(index="seed", columns="task", values=metric).to_numpy()
         seeds = rng.integers(len(cells), size=(draws, len(cells), 1))
         tasks = rng.integers(cells.shape[1], size=(draws, 1, cells.shape[1]))
-        means = np.nanmean(cells[seeds, tasks], axis=(1, 2))
-        low, high = np.quantile(means, [0.025, 0.975])
-        out |= {metric: float(np.nanmean(cells)), f"{metric}_low": float(low), f"{metric}_high": float(high)}
+        # a NaN stays: a method whose score is not a number must not be judged on the tasks that went well
+        means = cells[seeds, tasks].mean((1, 2))
+        low, high = np.quantile(means, [0.025, 0.975]) if np.isfinite(cells).all() else (np.nan, np.nan)
+        out |= {metric: float(cells.mean()), f"{metric}_low": float(low), f"{metric}_high": float(high)}
     return out

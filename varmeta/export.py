@@ -10,7 +10,6 @@ from torch import Tensor
 
 from varmeta import inference_data
 from varmeta.bayes.divergence import location
-from varmeta.bayes.guide import Delta
 
 if TYPE_CHECKING:
     from varmeta.posterior import Posterior
@@ -27,8 +26,9 @@ def posterior_groups(posterior: Posterior, num_samples: int, seed: int) -> Any:
 
 def fit_groups(fit: Fit, num_samples: int, seed: int) -> Any:
     """The training tasks' posteriors together with the record of the run (group `fit`)."""
-    history = {name: np.array([row.get(name, np.nan) for row in fit.run.history]) for name in fit.run.history[0]}
-    steps = history.pop("step").astype(int)
+    table = fit.history
+    steps = table["step"].to_numpy(dtype=int)
+    history = {str(name): table[name].to_numpy(dtype=float) for name in table.columns if name != "step"}
     attrs = {
         "objective": fit.loss_name,
         "loss": fit.loss,
@@ -46,7 +46,7 @@ def _assemble(
 ) -> Any:  # fmt: skip
     import varmeta
 
-    model, delta = posterior.model, isinstance(posterior.problem.guide, Delta)
+    model, delta = posterior.model, posterior.is_point
     draws = posterior.draws(num_samples, seed)
     prior = model.prior_distribution(posterior.eta)
     with torch.no_grad():
@@ -70,8 +70,10 @@ def _assemble(
         groups["posterior_predictive"] = {"y": evaluated.samples[:, flat]}
         groups["observed_data"] = {"y": evaluated.y[flat]}
         if groups["observed_data"]["y"].dim() > 1:
+            extra = groups["observed_data"]["y"].dim() - 1
+            responses = ["response"] if extra == 1 else [f"response_{axis}" for axis in range(extra)]
             for group in ("posterior_predictive", "observed_data"):
-                dims[f"{group}/y"] = ["obs", "response"]
+                dims[f"{group}/y"] = ["obs", *responses]
         if not delta:  # a point's LOO would be its in-sample density
             groups["log_likelihood"] = {"y": evaluated.log_prob[:, flat]}
             q = posterior.distribution

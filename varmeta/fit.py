@@ -11,7 +11,7 @@ import torch
 
 from varmeta.bayes.model import TaskModel
 from varmeta.result import Fit
-from varmeta.strategy import Joint, Strategy
+from varmeta.strategy import Joint, Strategy, check_kinds
 from varmeta.tasks import TaskSet
 from varmeta.training import (
     Callback,
@@ -20,6 +20,7 @@ from varmeta.training import (
     Run,
     adam,
     descend,
+    is_small,
     lbfgs,
     lbfgs_applies,
     newton,
@@ -55,15 +56,16 @@ def fit(
 
     model, tasks, strategy: what is fitted to what, and how; `Joint("normal")` by default.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
-    optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` on
-        small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few meta-parameters
-        (both from the pooled fit); else Adam at 1e-2.  With a minibatch or a budget always Adam.
+    optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
+        `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
+        meta-parameters; else Adam at 1e-2.  Small models then start from the pooled fit.  With a minibatch or a budget:
+        Adam, from where the model starts.
     batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
     schedule: "cosine" (the learning rate falls to zero over num_steps or the budget) or "constant".  L-BFGS ignores it.
     budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
     progress: a progress bar; None shows one on a terminal only.
     callback: called with a dict of numbers after every step.
-    resume: a `Fit` of the same model, tasks and strategy to go on from; `num_steps` counts from its first step.
+    resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts from its first step.
 
     Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
 
@@ -76,7 +78,7 @@ def fit(
     True
     """
     strategy = Joint() if strategy is None else strategy
-    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget)
+    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume)
     model.check(tasks)
     strategy.check(model, tasks)
     problem = strategy.problem(model, seed)
@@ -87,17 +89,20 @@ def fit(
     use_newton = free and newton_applies(strategy, problem, whole, eta)
     quasi = free and lbfgs_applies(strategy, problem, eta)
     if resume is not None:
-        run = resume.run_to_resume(model, tasks, strategy)
+        run = resume.run_to_resume(model, tasks, strategy, seed)
     else:
-        eta = pooled_start(problem, whole, eta) if use_newton or quasi else eta
+        eta = pooled_start(problem, whole, eta) if free and is_small(model, eta) else eta
         run = Run(eta, strategy.init(problem, whole, eta))
-    bar = _bar(progress, num_steps or (200 if use_newton else 2000))
+    few = 200 if use_newton or quasi else 2000
+    steps = num_steps if num_steps is not None else None if budget is not None else few
+    if steps is not None and run.step >= steps:
+        raise ValueError(f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more")
+    bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
     if use_newton:
-        newton(problem, whole, run, num_steps or 200, reports)
+        newton(problem, strategy, whole, run, steps or few, reports)
     else:
         factory = optimizer or (lbfgs if quasi else adam)
-        steps = num_steps if num_steps is not None else (None if budget is not None else 200 if quasi else 2000)
         decay = DECAYS["constant" if quasi else schedule]
         descend(problem, strategy, tasks, run, Descent(factory, steps, budget, batch_size, decay), reports)
     if bar is not None:
@@ -110,20 +115,15 @@ def fit(
 
 def _check_arguments(
     model: object, tasks: object, strategy: object, num_steps: int | None, optimizer: object,
-    batch_size: int | None, schedule: str, budget: float | None,
+    batch_size: int | None, schedule: str, budget: float | None, resume: object,
 ) -> None:  # fmt: skip
-    if not isinstance(model, TaskModel):
-        raise TypeError(f"model must be a TaskModel, not {type(model).__name__}")
-    if not isinstance(tasks, TaskSet):
-        raise TypeError(
-            f"tasks must be a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y)), ...])"
-        )
-    if not isinstance(strategy, Strategy):
-        raise TypeError(f"strategy must be one of vm.Joint(), vm.Implicit(), ..., not {strategy!r}")
+    check_kinds(model, tasks, strategy)
     if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
         raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)")
     if schedule not in DECAYS:
         raise ValueError(f"schedule must be one of {sorted(DECAYS)}, not {schedule!r}")
+    if resume is not None and not isinstance(resume, Fit):
+        raise TypeError(f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file")
     for name, number in (("num_steps", num_steps), ("batch_size", batch_size), ("budget", budget)):
         if number is not None and not number >= 1:
             raise ValueError(f"{name} must be at least 1, not {number}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
-from varmeta.strategy import Strategy
+from varmeta.strategy import Strategy, check_kinds
 from varmeta.tasks import TaskSet
 
 
@@ -38,8 +38,8 @@ def meta_gradient(
 ) -> MetaGradient:
     """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where the model starts).
 
-    Raises ValueError for tasks or an eta that do not fit the model, RuntimeError for an uncertified implicit gradient
-    under `on_unconverged="raise"`.
+    Raises ValueError for tasks or an eta that do not fit the model, TypeError for arguments of the wrong kind, RuntimeError
+    for an uncertified implicit gradient under `on_unconverged="raise"`.
 
     >>> import varmeta as vm
     >>> model = vm.TaskModel(torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
@@ -47,6 +47,7 @@ def meta_gradient(
     >>> sorted(result.grads), result.certificate.ok
     (['bias', 'log_scale', 'weight'], True)
     """
+    check_kinds(model, tasks, strategy)
     model.check(tasks)
     problem = strategy.problem(model, seed)
     strategy.check(model, tasks, for_fit=False)
@@ -55,7 +56,13 @@ def meta_gradient(
     if eta is not None:
         if set(eta) != set(start):
             raise ValueError(f"eta must have the names {sorted(start)}, not {sorted(eta)}")
-        start = {name: torch.as_tensor(eta[name]).detach().to(value) for name, value in start.items()}
+        given = {name: torch.as_tensor(eta[name]).detach().to(value) for name, value in start.items()}
+        wrong = [name for name, value in start.items() if given[name].shape != value.shape]
+        if wrong:
+            raise ValueError(
+                f"eta[{wrong[0]!r}] has shape {tuple(given[wrong[0]].shape)}, expected {tuple(start[wrong[0]].shape)}"
+            )
+        start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     scalar, _, stats = strategy.loss(problem, batch, leaves, strategy.init(problem, batch, leaves))
     warning = strategy.warning(stats)

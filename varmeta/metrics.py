@@ -77,7 +77,7 @@ def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
         raise ValueError(f"level is {level}, expected a probability between 0 and 1, e.g. 0.9")
     samples, y = _matched(samples, y)
     ordered = samples.sort(0).values
-    inside = (_quantile(ordered, (1 - level) / 2) <= y) & (y <= _quantile(ordered, (1 + level) / 2))
+    inside = (quantile(ordered, (1 - level) / 2) <= y) & (y <= quantile(ordered, (1 + level) / 2))
     # NaN is sorted last, and compares as False, which would pass for a miss
     return torch.where(ordered[-1].isnan(), math.nan, inside.to(samples.dtype)).mean()
 
@@ -222,7 +222,7 @@ def _classes(probs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return _floating(probs), y.long()
 
 
-def _quantile(ordered: Tensor, probability: float) -> Tensor:
+def quantile(ordered: Tensor, probability: float) -> Tensor:
     """Of draws sorted along the first axis; torch.quantile refuses more than 16 million numbers."""
     position = probability * (len(ordered) - 1)
     below = min(math.floor(position), len(ordered) - 1)

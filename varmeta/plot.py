@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 INK, BAND, MUTED = "#1f3a5f", "#7fa6d6", "#8a8f98"
 AXIS_NAMES = {
     "log_density": "log predictive density (nats per observation)", "rmse": "RMSE", "crps": "CRPS",
-    "coverage": "coverage of the 90 % interval", "calibration_error": "calibration error", "error_rate": "error rate",
+    "calibration_error": "calibration error", "error_rate": "error rate",
 }  # fmt: skip
 
 
@@ -28,8 +28,10 @@ def _axes(ax: Any, **size: Any) -> Any:
     return plt.subplots(layout="constrained", **size)[1]
 
 
-def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = None) -> Any:
+def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = None, level: float = 0.9) -> Any:
     """Mean and 95 % interval of one score of a `Report.table`, best method on top.
+
+    level: the nominal level of the coverage in the table.
 
     Raises ValueError for a score that the table does not have.
     """
@@ -45,21 +47,28 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
     ax.set_yticks(rows, table.index)
     ax.set_xlabel(AXIS_NAMES.get(metric, metric))
     if metric == "coverage":
-        ax.axvline(0.9, color=MUTED, lw=1, ls="--")
+        ax.set_xlabel(f"coverage of the {level:.0%} interval")
+        ax.axvline(level, color=MUTED, lw=1, ls="--")
     ax.grid(axis="x", color="#e3e6ea", lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def plot_curves(
-    posterior: Posterior, x: Any, tasks: list[str], axes: Any = None, *, num_samples: int = 500, seed: int = 0, scaling: Any = None
+    posterior: Posterior, x: Any, tasks: list[str], axes: Any = None, *, num_samples: int = 500, seed: int = 0,
+    scaling: Any = None,
 ) -> Any:  # fmt: skip
     """Predictive mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name, with their data.
 
     scaling: the `Scaling` of standardised tasks; the figure is then in the data's own units.
+
+    Raises ValueError for a task that the posterior does not have.
     """
     import matplotlib.pyplot as plt
 
+    unknown = [name for name in tasks if name not in posterior.names]
+    if unknown or not tasks:
+        raise ValueError(f"tasks must name some of {list(posterior.names[:5])}, ...; not {unknown or tasks}")
     if axes is None:
         columns = min(3, len(tasks))
         lines = -(-len(tasks) // columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta import metrics
+from varmeta._arrays import as_tensor, refuse_non_finite
 from varmeta.bayes.divergence import location, move
-from varmeta.bayes.model import SITE, observed_log_prob
+from varmeta.bayes.model import SITE, observed_log_prob, real_rows
 from varmeta.numerics import noise
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Problem
@@ -49,10 +50,12 @@ class Prediction:
         return self._floating.std(0)
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the central interval, `(tasks, points, ...)` each."""
-        tails = torch.tensor([(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-        low, high = torch.quantile(self._floating, tails.to(self._floating), dim=0)
-        return low, high
+        """Lower and upper end of the central interval of probability `level`, `(tasks, points, ...)` each."""
+        if not 0 < level < 1:
+            raise ValueError(f"level is {level}, expected a probability between 0 and 1, e.g. 0.9")
+        # sorted here: torch.quantile refuses more than 16 million numbers
+        ordered = self._floating.sort(0).values
+        return metrics.quantile(ordered, (1 - level) / 2), metrics.quantile(ordered, (1 + level) / 2)
 
     @property
     def _floating(self) -> Tensor:
@@ -60,6 +63,8 @@ class Prediction:
 
     def task(self, name: str) -> Tensor:
         """The draws of one task without padding, `(draws, points, ...)`."""
+        if name not in self.names:
+            raise KeyError(f"no task is called {name!r}; the first names are {list(self.names[:5])}")
         index = self.names.index(name)
         return self.samples[:, index, self.mask[index]]
 
@@ -91,6 +96,11 @@ class Posterior:
             return self.problem.guide.distribution(self.phi, self.eta, self._batch.support)
 
     @property
+    def is_point(self) -> bool:
+        """Whether q is a point (a delta guide) instead of a distribution."""
+        return isinstance(self.distribution, dist.Delta)
+
+    @property
     def mean(self) -> dict[str, Tensor]:
         """Posterior mean by parameter name, `(tasks, *shape)`."""
         return self.model.weights.unflatten(location(self.distribution).squeeze(-2))
@@ -115,44 +125,54 @@ class Posterior:
 
         x: one array `(points, ...)` for all tasks, or a list with one array per task (of any lengths).
 
-        Raises ValueError where a list does not have one array per task.
+        Raises ValueError where a list does not have one array per task, for NaN and infinity, and for rows of another
+        shape than the tasks' own.
         """
         data = self._inputs(x)
+        rows = real_rows(data.x, data.mask)
         with _scope(seed, self._batch.support.x.device):
             parts = [
-                _sampled(poutine.trace(self._program(theta)).get_trace(self.eta, data.x, None))["value"]
+                _sampled(poutine.trace(self._program(theta)).get_trace(self.eta, rows, None))["value"]
                 for theta in self._slices(self._theta(num_samples, seed), data)
             ]
         return Prediction(torch.cat(parts), data.mask, self.names)
 
     def log_prob(self, query: Any = None, num_samples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, and the mask `(tasks, points)`."""
+        """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in the padding; and the
+        mask `(tasks, points)`."""
         evaluated = self.evaluate(self._query(query), num_samples, seed)
         return evaluated.log_prob, evaluated.data.mask
 
     def score(self, query: Any = None, num_samples: int = 1000, seed: int = 0, level: float = 0.9) -> pd.DataFrame:
         """How well the tasks' held-out observations are predicted: one row per task, and "all" over all observations.
 
-        query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data (or, where they have
-            none, support data) are scored; or a list of (x, y); None takes the tasks' own query data.
+        query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data (or, where none of
+            them has any, support data) are scored; or a list of (x, y), None for a task without; None takes the tasks'
+            own query data.
         Columns: n; log_density (nats per observation, of the predictive distribution); for numbers rmse, coverage of the
             central `level` interval, calibration_error and crps; for classes error_rate and calibration_error.
+        A task without data to score gets no row.
+
+        Raises ValueError for other tasks, another number or order of them, data that the model refuses, and where there
+        is nothing to score.
         """
         import pandas as pd
 
-        evaluated = self.evaluate(self._query(query), num_samples, seed)
-        table = metrics.classes if self._classes else metrics.numbers
-        predicted = evaluated.probs if self._classes else evaluated.samples
-        masks = {name: torch.zeros_like(evaluated.data.mask) for name in self.names}
-        for index, name in enumerate(self.names):
-            masks[name][index] = evaluated.data.mask[index]
-        masks["all"] = evaluated.data.mask
-        rows = {
-            name: table(evaluated.log_prob[:, mask], predicted[:, mask], evaluated.y[mask], level)
-            for name, mask in masks.items()
-            if bool(mask.any())
-        }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+        data = self._query(query)
+        if not bool(data.mask.any()):
+            raise ValueError("there is nothing to score: none of the tasks has query data")
+        evaluated = self.evaluate(data, num_samples, seed)
+        table = metrics.numbers if evaluated.probs is None else metrics.classes
+        predicted = evaluated.samples if evaluated.probs is None else evaluated.probs
+        index, rows = [], []
+        for number, name in enumerate((*self.names, "all")):
+            mask = data.mask.clone()
+            if number < len(self.names):
+                mask[:number], mask[number + 1 :] = False, False
+            if bool(mask.any()):
+                index.append(name)
+                rows.append(table(evaluated.log_prob[:, mask], predicted[:, mask], evaluated.y[mask], level))
+        return pd.DataFrame(rows, index=pd.Index(index, name="task"))
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood and the data.
@@ -168,7 +188,7 @@ class Posterior:
 
     def _theta(self, num_samples: int, seed: int) -> Tensor:
         """Draws `(draws, tasks, 1, D)`."""
-        if num_samples < 1:
+        if not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
         q, zero = self.distribution, self._batch.support.x.new_zeros(())
         size = self.model.weights.size
@@ -194,21 +214,19 @@ class Posterior:
     def evaluate(self, data: Data, num_samples: int, seed: int) -> Evaluated:
         """Log densities, draws and (for classes) probabilities of the observations in `data`."""
         log_probs, samples, probs = [], [], []
+        x, y = real_rows(data.x, data.mask), real_rows(data.y, data.mask)
         with _scope(seed, self._batch.support.x.device):
             for theta in self._slices(self._theta(num_samples, seed), data):
-                trace = poutine.trace(self._program(theta)).get_trace(self.eta, data.x, data.y)
-                log_probs.append(observed_log_prob(trace))
+                trace = poutine.trace(self._program(theta)).get_trace(self.eta, x, y)
+                # where, not a product: the density of padding may be anything
+                log_probs.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
                 site = _sampled(trace)
                 samples.append(site["fn"].sample())
-                if self._classes:
+                if isinstance(site["fn"], (dist.Bernoulli, dist.Categorical)):
                     probs.append(_class_probabilities(site["fn"]))
         return Evaluated(
             data, site["value"], torch.cat(log_probs), torch.cat(samples), torch.cat(probs) if probs else None
         )
-
-    @property
-    def _classes(self) -> bool:
-        return self.model.likelihood is not None and self.model.likelihood.kind in ("binary", "classification")
 
     def _inputs(self, x: Any) -> Data:
         support = self._batch.support
@@ -217,9 +235,12 @@ class Posterior:
                 raise ValueError(
                     f"x lists {len(x)} arrays, but there are {len(self.names)} tasks: give one array for each, or one for all"
                 )
-            parts = [torch.as_tensor(part).to(support.x) for part in x]
+            parts = [as_tensor(part, f"x of task {name!r}") for part, name in zip(x, self.names, strict=True)]
         else:
-            parts = [torch.as_tensor(x).to(support.x)] * len(self.names)
+            parts = [as_tensor(x, "x")] * len(self.names)
+        for part, name in zip(parts, self.names, strict=True):
+            self._check_rows(part, f"x of task {name!r}")
+        parts = [part.to(support.x) for part in parts]
         longest = max(len(part) for part in parts)
         padded = support.x.new_zeros(len(parts), longest, *parts[0].shape[1:])
         mask = torch.zeros(len(parts), longest, dtype=torch.bool, device=padded.device)
@@ -228,30 +249,52 @@ class Posterior:
             mask[index, : len(part)] = True
         return Data(padded, padded.new_zeros(len(parts), longest), mask)
 
+    def _check_rows(self, x: Tensor, what: str) -> None:
+        """A program that reads columns of x would take points for columns, and say nothing."""
+        if x.dim() == 0:
+            raise ValueError(f"{what} is a single number, expected one row per point: give [{x.item()}]")
+        refuse_non_finite(x, what)
+        own = self._batch.support
+        if bool(own.mask.any()) and x.shape[1:] != own.x.shape[2:]:
+            raise ValueError(
+                f"{what}: a row has shape {tuple(x.shape[1:])}, but {tuple(own.x.shape[2:])} in the tasks' support: "
+                "(n,) and (n, 1) differ, see reshape"
+            )
+
     def _query(self, query: Any) -> Data:
         if query is None:
-            query = self.tasks
             if self._batch.query is None:
                 raise ValueError(
                     "these tasks have no query data: pass score(query) the held-out data, as a TaskSet or list of (x, y)"
                 )
+            return self._batch.query
+        if not isinstance(query, Iterable):
+            raise TypeError(f"query must be a TaskSet or a list of (x, y), not {type(query).__name__}")
         tasks = [item if isinstance(item, Task) else Task(support=item) for item in query]
         if len(tasks) != len(self.names):
             raise ValueError(
                 f"query has {len(tasks)} tasks, but the posterior has {len(self.names)}: one for each, in the same order"
             )
         for task, name in zip(tasks, self.names, strict=True):
-            if task.name is not None and task.name != name and isinstance(query, TaskSet):
+            if task.name is not None and task.name != name:
                 raise ValueError(f"query lists task {task.name!r} where the posterior has {name!r}: use the same order")
-        parts = [task.query if task.query is not None else task.support for task in tasks]
+        # all from the one or all from the other: a task without query data must not be scored on what it learned from
+        asked = any(task.query is not None for task in tasks)
+        parts = [task.query if asked else task.support for task in tasks]
         named = TaskSet([Task(support=part, name=name) for part, name in zip(parts, self.names, strict=True)])
         support = self._batch.support
-        return named.to(dtype=support.x.dtype, device=support.x.device).batch().support
+        named = named.to(dtype=support.x.dtype, device=support.x.device)
+        for task in named:
+            if task.support is not None:
+                self._check_rows(task.support[0], f"query x of task {task.name!r}")
+        self.model.check(named)
+        return named.batch().support
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Observations under draws: y `(tasks, points, ...)`, log_prob and samples `(draws, tasks, points)`, probs with classes last."""
+    """Observations under draws: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, samples `(draws, tasks, points,
+    ...)`; for classes their probabilities, classes last."""
 
     data: Data
     y: Tensor
@@ -265,7 +308,11 @@ def _scope(seed: int, device: torch.device) -> Iterator[None]:
     """No gradients, no validation, and a random state of one's own that is put back afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        # not torch.manual_seed, which would seed the devices that are not forked too
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

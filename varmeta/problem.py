@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import pyro.distributions as dist
 from torch import Tensor
 
 from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
@@ -48,10 +49,16 @@ class Problem:
         """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise."""
         function = self.objective.outer(name)
         rule = self.expectation
-        if name == "query_predictive" and not isinstance(rule, Point):
-            rule = rule if isinstance(rule, MonteCarlo) else MonteCarlo(PREDICTIVE_PARTICLES)
+        if name == "query_predictive" and not isinstance(rule, Point) and self.deterministic:
+            # the same draws at every step: quasi-Newton steps and line searches need one function
+            rule, step = MonteCarlo(PREDICTIVE_PARTICLES), 0
         noise = rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
         return lambda phi, eta: function(phi, eta, batch, noise)
+
+    def is_point(self, batch: Batch, eta: Mapping[str, Tensor]) -> bool:
+        """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is then no bound."""
+        phi = self.start(batch, eta)
+        return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
         """phi at the prior, differentiable in eta."""

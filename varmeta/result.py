@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
+from varmeta.numerics.solution import Result
 from varmeta.posterior import Posterior
 from varmeta.problem import Problem
 from varmeta.strategy import Eta, Strategy
@@ -78,28 +79,34 @@ class Fit:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row per outer step: step, loss (nats), gradient_norm, evaluations (gradients per task so far), seconds."""
+        """One row per outer step: step, loss (nats), evaluations (gradients per task so far), seconds; with a torch
+        optimiser gradient_norm too."""
         import pandas as pd
 
-        return pd.DataFrame(self.run.history)
+        return pd.DataFrame(
+            self.run.history, columns=None if self.run.history else ["step", "loss", "evaluations", "seconds"]
+        )
 
     @property
     def loss(self) -> float:
-        """The last value of the outer objective, in nats; `loss_name` says what it is."""
-        return self.run.history[-1]["loss"]
+        """The last value of the outer objective, in nats (NaN before the first step); `loss_name` says what it is."""
+        return self.run.history[-1]["loss"] if self.run.history else math.nan
 
     @property
     def loss_name(self) -> str:
         """Only a Gaussian guide's elbo is a bound on the negative log evidence."""
-        names = {
-            "query_elbo": "KL + query loss",
+        name = {
+            "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO",
+            "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
             "query": "query loss",
             "query_predictive": "-log predictive of the query",
-        }
-        if self.strategy.outer in names:
-            return names[self.strategy.outer]
-        name = "penalised loss (MAP; no bound)" if isinstance(self.problem.guide, Delta) else "negative ELBO"
+        }[self.strategy.outer]
         return name if self.model.prior.hyperprior is None else f"{name} - log hyperprior"
+
+    @cached_property
+    def is_point(self) -> bool:
+        """Whether the tasks' posteriors are points (a delta guide, also one of the user's own)."""
+        return self.problem.is_point(self.tasks[:1].batch(), self.eta)
 
     @cached_property
     def prior(self) -> LearnedPrior:
@@ -137,14 +144,37 @@ class Fit:
     def adapt(self, tasks: TaskSet) -> Posterior:
         """The posteriors of new tasks: the same inner problem as in training, on their support data.
 
-        A task without support data gets the prior.  Raises TypeError or ValueError for tasks that do not fit the model.
+        A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
+        theta0, and a mean-field guide cannot follow the correlations of a dense prior.
+
+        Raises TypeError or ValueError for tasks that do not fit the model or have other columns than the training tasks.
+        Warns where the inner problem of a task was not solved.
         """
         if not isinstance(tasks, TaskSet):
             raise TypeError(f"adapt takes a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y))])")
         example = self.tasks.batch().support
         tasks = tasks.to(dtype=example.x.dtype, device=example.x.device)
+        batch = tasks.batch()
+        # tasks without any data do not know their columns
+        if bool(batch.support.mask.any()) and batch.support.x.shape[2:] != example.x.shape[2:]:
+            raise ValueError(
+                f"a row of these tasks' x has shape {tuple(batch.support.x.shape[2:])}, but {tuple(example.x.shape[2:])} in "
+                "the training tasks: give the same columns; (n,) and (n, 1) differ, see reshape"
+            )
         self.model.check(tasks)
-        solution = self.strategy.adapt(self.problem, tasks.batch(), self.eta)
+        solution = self.strategy.adapt(self.problem, batch, self.eta)
+        # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
+        fixed = getattr(self.strategy, "inner_steps", None) is not None or not self.problem.deterministic
+        if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
+            bad = [
+                name for name, code in zip(batch.names, solution.result.tolist(), strict=True) if code == solution.worst
+            ]
+            warnings.warn(
+                f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} first: "
+                f"{solution.worst.sentence}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Posterior(self.problem, solution.value, self.eta, tasks)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
@@ -161,8 +191,12 @@ class Fit:
 
     # -- going on --------------------------------------------------------------------------------------------------------
 
-    def run_to_resume(self, model: TaskModel, tasks: TaskSet, strategy: Strategy) -> Run:
-        """A copy of the run to go on from.  Raises ValueError where model, tasks or strategy differ."""
+    def run_to_resume(self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int) -> Run:
+        """A copy of the run to go on from.  Raises ValueError where model, tasks, strategy or seed differ."""
+        if seed != self.seed:
+            raise ValueError(
+                f"resume was run with seed={self.seed}: give fit the same, or its noise and batches would change"
+            )
         start = model.init(tasks.batch().support.x.new_zeros(()))
         if {name: value.shape for name, value in start.items()} != {n: v.shape for n, v in self.eta.items()}:
             raise ValueError(f"resume is a fit of another model: it has {sorted(self.eta)}, this model {sorted(start)}")
@@ -180,7 +214,7 @@ class Fit:
             return []
         labels = self.prior.labels
         precision = self.prior.covariance.diagonal().reciprocal()
-        if isinstance(self.problem.guide, Delta) or self.run.state.phi is None:
+        if self.is_point or self.run.state.phi is None:
             start = self.model.prior.log_precision(self.model.weights, self.model.init(precision), precision)
             away = precision.log() - start > math.log(1e6)
         else:
@@ -198,7 +232,7 @@ class Fit:
     def __str__(self) -> str:
         points = int(self.tasks.batch().support.mask.sum())
         lines = [
-            f"{self.strategy.describe()}, {len(self.tasks)} tasks, {points} support observations",
+            f"{self._describe()}, {len(self.tasks)} tasks, {points} support observations",
             f"{self.loss_name}: {self.loss:.4f} nats" if self.run.history else "not run",
             f"{'converged' if self.converged else 'not converged'}: {self.stop}",
             "",
@@ -226,5 +260,14 @@ class Fit:
                 rows.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))
         return rows
 
+    def _describe(self) -> str:
+        # a point has no evidence lower bound, whatever the option is called
+        text = self.strategy.describe()
+        return (
+            text.replace("query_elbo", "query loss + prior").replace("elbo", "loss + prior") if self.is_point else text
+        )
+
     def __repr__(self) -> str:
-        return f"<Fit: {self.strategy.describe()}, {len(self.tasks)} tasks, {'converged' if self.converged else 'not converged'}>"
+        return (
+            f"<Fit: {self._describe()}, {len(self.tasks)} tasks, {'converged' if self.converged else 'not converged'}>"
+        )

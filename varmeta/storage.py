@@ -33,7 +33,9 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "format": FORMAT,
         "strategy": json.dumps(_describe(fit.strategy)),
         "weights": json.dumps({name: list(shape) for name, shape in fit.model.weights.shapes.items()}),
-        "seed": fit.seed,
+        "likelihood": _settings(fit.model),
+        "covariance": fit.prior.covariance,
+        "seed": int(fit.seed),
         "eta": run.eta,
         "phi": run.state.phi,
         "inner": run.state.inner,
@@ -52,8 +54,11 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
 
     strategy: only where the fit used a guide or solver of the user's own, which is code and so is not stored.
 
-    Raises ValueError for a file that is not a fit, and for a fit of another model.
+    Raises ValueError for a file that is not a fit, for a fit of another model (other weights, another likelihood, another
+    fixed precision) and for another kind of strategy.
     """
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"model must be the TaskModel that was fitted, not {type(model).__name__}")
     if not Path(path).is_file():
         raise ValueError(f"{str(path)!r} is not a file")
     try:
@@ -67,15 +72,43 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
         raise ValueError(
             f"{str(path)!r} is a fit of a model with weights {content['weights']}, but this model has {shapes}"
         )
-    expected = set(model.init(torch.zeros(())))
-    if set(content["eta"]) != expected:
-        raise ValueError(f"{str(path)!r} learned {sorted(content['eta'])}, but this model has {sorted(expected)}")
+    eta = content["eta"]
+    like = next(iter(eta.values()))
+    expected = {name: list(value.shape) for name, value in model.init(like).items()}
+    learned = {name: list(value.shape) for name, value in eta.items()}
+    if learned != expected:
+        raise ValueError(f"{str(path)!r} learned {learned}, but this model has {expected}")
+    if content["likelihood"] != _settings(model):
+        raise ValueError(
+            f"{str(path)!r} is a fit with the likelihood {content['likelihood']}, but this model has {_settings(model)}"
+        )
+    covariance = model.prior_distribution(eta).variance
+    if not torch.allclose(covariance, content["covariance"].diagonal(), rtol=1e-4):
+        raise ValueError(
+            f"{str(path)!r} is a fit under another prior: its precision was {content['covariance'].diagonal() ** -1}, but "
+            f"that of this model would be {covariance**-1}"
+        )
+    described = json.loads(content["strategy"])
     if strategy is None:
-        strategy = _rebuild(json.loads(content["strategy"]))
+        strategy = _rebuild(described)
+    elif type(strategy).__name__ != described["kind"]:
+        raise ValueError(f"{str(path)!r} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])
-    run = Run(content["eta"], state, content["history"], content["optimizer"], content["stop"], content["converged"])
-    tasks = TaskSet([Task(support=support, query=query, name=name) for name, support, query in content["tasks"]])
+    run = Run(eta, state, content["history"], content["optimizer"], content["stop"], content["converged"])
+    tasks = TaskSet(
+        [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]], dtype=like.dtype
+    )
     return Fit(model, tasks, strategy, content["seed"], run)
+
+
+def _settings(model: TaskModel) -> str:
+    """The likelihood and its plain settings; a program is code, so of it only that it is one."""
+    if model.likelihood is None:
+        return "program"
+    plain = {
+        name: value for name, value in vars(model.likelihood).items() if isinstance(value, (bool, int, float, str))
+    }
+    return f"{type(model.likelihood).__name__} {json.dumps(plain, sort_keys=True)}"
 
 
 def _describe(value: Any) -> Any:
@@ -99,7 +132,9 @@ def _rebuild(value: Any) -> Any:
         raise ValueError(
             f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, model, strategy=...)"
         )
-    known = {**STRATEGIES, **PARTS}
+    from varmeta.compare import Pooled  # a report's fits can be saved too
+
+    known = {**STRATEGIES, **PARTS, "Pooled": Pooled}
     if kind not in known:
-        raise ValueError(f"the fit used {kind!r}, which this version of varmeta does not know")
+        raise ValueError(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
     return known[kind](**{name: _rebuild(item) for name, item in value.items()})

@@ -140,7 +140,8 @@ class Joint(Strategy):
     phi_i <- phi_i - step(dF_i/dphi_i),   eta <- eta - step(sum_i dF_i/deta), from one gradient of both.
 
     minimizer: the first-order rule for phi; `fit` steps eta by torch.optim.  On small models `fit` replaces both by one
-        Newton iteration on (phi, eta) unless an optimizer is given.
+        Newton iteration on (phi, eta), unless an optimizer, batch size or budget is given.
+    adapt_steps: steps of adaptation to new tasks where the expectation is by draws (else Newton, to tolerance).
     Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019), Meta-MinibatchProx.
     """
 
@@ -375,6 +376,18 @@ class Reptile(FirstOrder):
 STRATEGIES: dict[str, type[Strategy]] = {
     kind.__name__: kind for kind in (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile)
 }
+
+
+def check_kinds(model: object, tasks: object, strategy: object) -> None:
+    """Raise TypeError where one of the three is something else."""
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"model must be a TaskModel, not {type(model).__name__}")
+    if not isinstance(tasks, TaskSet):
+        raise TypeError(
+            f"tasks must be a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y)), ...])"
+        )
+    if not isinstance(strategy, Strategy):
+        raise TypeError(f"strategy must be one of vm.Joint(), vm.Implicit(), ..., not {strategy!r}")
 
 
 def _check_steps(steps: int | None) -> None:

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta.bayes.expectation import MAX_CUBATURE_SIZE
 from varmeta.bayes.guide import Delta
+from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.bayes.prior import PRECISION, TRIL
-from varmeta.numerics.arrowhead import minimize_jointly
+from varmeta.numerics.arrowhead import JointSolution, minimize_jointly
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten
 from varmeta.problem import Problem
-from varmeta.strategy import Eta, Joint, State, Strategy
+from varmeta.strategy import Eta, Joint, Reinit, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -33,6 +35,8 @@ Callback = Callable[[dict[str, float]], None]
 # Joint Newton assembles (m x m) blocks and a (p x p) corner; beyond this size first-order steps are cheaper.
 MAX_NEWTON_SIZE = 120
 MAX_NEWTON_ENTRIES = 20_000_000
+# Newton steps between two points at which an interrupted run keeps what it has.
+NEWTON_CHUNK = 20
 # Quasi-Newton on eta: beyond this many numbers Adam.
 MAX_LBFGS_SIZE = 300
 
@@ -56,6 +60,10 @@ class Run:
     def evaluations(self) -> float:
         return self.history[-1]["evaluations"] if self.history else 0.0
 
+    @property
+    def seconds(self) -> float:
+        return self.history[-1]["seconds"] if self.history else 0.0
+
     def record(self, callback: Callback | None, **row: float) -> None:
         self.history.append(row)
         if callback is not None:
@@ -63,6 +71,11 @@ class Run:
 
 
 # -- where small models start --------------------------------------------------------------------------------------------
+
+
+def is_small(model: TaskModel, eta: Eta) -> bool:
+    """Few weights, few meta-parameters: a regression rather than a network."""
+    return model.weights.size <= MAX_CUBATURE_SIZE and sum(value.numel() for value in eta.values()) <= MAX_LBFGS_SIZE
 
 
 def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
@@ -93,40 +106,72 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
 
 def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> bool:
     """Whether the whole joint problem is small and free of noise, so that Newton's method serves it."""
-    if type(strategy) is not Joint or not problem.deterministic:
+    if type(strategy) not in (Joint, Reinit) or not problem.deterministic:
         return False
     tasks, size = flatten(problem.start(batch, eta)).shape
     border = sum(value.numel() for value in eta.values())
     return size + border <= MAX_NEWTON_SIZE and tasks * size * (size + border) <= MAX_NEWTON_ENTRIES
 
 
-def newton(problem: Problem, batch: Batch, run: Run, max_steps: int, callback: Callback | None) -> None:
-    """Minimise sum_i F_i(phi_i, eta) over everything at once; updates `run` in place."""
-    inner = problem.losses("elbo", batch, 0)
-    assert run.state.phi is not None
-    first, spent, begin = run.step, run.evaluations, perf_counter()
+def newton(
+    problem: Problem, strategy: Strategy, batch: Batch, run: Run, max_steps: int, callback: Callback | None
+) -> None:
+    """Minimise sum_i F_i(phi_i, eta) over everything at once; updates `run` in place, also when interrupted.
 
-    def each_step(step: int, loss: float, **numbers: float) -> None:
-        run.record(
-            callback, step=first + step, loss=loss, seconds=perf_counter() - begin, evaluations=math.nan, **numbers
-        )
+    `Reinit` sets phi back to the prior after every period, or as soon as a period has converged, and is done when two
+    periods end at the same value.
+    """
+    period = strategy.every if isinstance(strategy, Reinit) else NEWTON_CHUNK
+    begin, last = perf_counter() - run.seconds, math.inf
+    try:
+        while True:
+            solution = _newton_steps(problem, batch, run, min(period, max_steps - run.step), begin, callback)
+            loss = float(solution.stats["loss"][-1])
+            run.converged = solution.result == Result.CONVERGED
+            if run.converged and isinstance(strategy, Reinit) and abs(loss - last) > 1e-8 * max(1.0, abs(loss)):
+                run.converged = False  # from the prior once more: is it reached again?
+            if run.converged:
+                left = float(solution.stats["decrement"])
+                run.stop = f"converged after {run.step} Newton steps: the objective can fall by {left:.1e} nats more"
+                return
+            if solution.result == Result.NON_FINITE:
+                raise ValueError(_non_finite(batch, solution.stats["losses"], "at the start"))
+            if solution.result not in (Result.CONVERGED, Result.STEP_LIMIT) or run.step >= max_steps:
+                run.stop = f"Newton steps {solution.result.sentence}"
+                return
+            last = loss
+            if isinstance(strategy, Reinit):
+                run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
+    except KeyboardInterrupt:
+        run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
+
+
+def _newton_steps(
+    problem: Problem, batch: Batch, run: Run, max_steps: int, begin: float, callback: Callback | None
+) -> JointSolution:
+    assert run.state.phi is not None  # Joint and Reinit store it
+    first, spent, known = run.step, run.evaluations, len(run.history)
+
+    def each_step(step: int, loss: float) -> None:
+        run.record(callback, step=first + step, loss=loss, evaluations=math.nan, seconds=perf_counter() - begin)
 
     solution = minimize_jointly(
-        inner, run.state.phi, run.eta, penalty=problem.model.prior.penalty, max_steps=max_steps, callback=each_step
+        problem.losses("elbo", batch, 0),
+        run.state.phi,
+        run.eta,
+        penalty=problem.model.prior.penalty,
+        max_steps=max_steps,
+        callback=each_step,
     )
+    if not run.history:  # the start was the optimum
+        each_step(0, float(solution.stats["loss"][-1]))
     # the iteration counts its own products; they are shared out evenly over its steps
-    for number, row in enumerate(run.history[len(run.history) - (run.step - first) :], 1):
-        row["evaluations"] = spent + solution.stats["evaluations"] * number / max(1, run.step - first)
+    rows = run.history[known:]
+    for number, row in enumerate(rows, 1):
+        row["evaluations"] = spent + float(solution.stats["evaluations"]) * number / len(rows)
     run.eta = detach(solution.eta)
-    run.state = replace(run.state, phi=detach(solution.phi), step=run.state.step + 1)
-    run.converged = solution.result == Result.CONVERGED
-    if run.converged:
-        left = float(solution.stats["decrement"])
-        run.stop = f"converged after {run.step} Newton steps: the objective can fall by {left:.1e} nats more"
-    elif solution.result == Result.NON_FINITE:
-        raise ValueError(_non_finite(batch, solution.stats["losses"], "at the start"))
-    else:
-        run.stop = f"Newton steps {solution.result.sentence}"
+    run.state = replace(run.state, phi=detach(solution.phi), step=run.step)
+    return solution
 
 
 # -- any torch optimiser -------------------------------------------------------------------------------------------------
@@ -161,8 +206,6 @@ class Descent:
     budget: float | None
     batch_size: int | None
     decay: Callable[[float], float]
-    # relative change of the objective between steps at which a quasi-Newton run, whose steps are large, has converged
-    tolerance: float = 1e-10
 
 
 def descend(
@@ -174,6 +217,9 @@ def descend(
     optimizer = plan.optimizer(leaves)
     base = [group["lr"] for group in optimizer.param_groups]
     if run.optimizer_state is not None:
+        known, own = (set(state["param_groups"][0]) for state in (run.optimizer_state, optimizer.state_dict()))
+        if known != own:
+            raise ValueError("resume was stepped by another kind of optimizer: give fit(optimizer=...) the same again")
         optimizer.load_state_dict(run.optimizer_state)
     quasi_newton = isinstance(optimizer, torch.optim.LBFGS)
     if quasi_newton and isinstance(strategy, Joint):
@@ -181,10 +227,10 @@ def descend(
             "LBFGS evaluates the objective several times a step, but Joint moves phi at each: use Adam or SGD"
         )
     whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
-    start, begin = run.step, perf_counter()
+    start, begin = run.step, perf_counter() - run.seconds
     spent = run.evaluations
-    # the last point at which everything was finite; what a run that breaks off returns
-    safe = run.eta
+    # the last point at which the loss was finite; what a run that breaks off returns
+    safe, broken = (run.eta, run.state), False
     warned = False
     run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
     try:
@@ -207,15 +253,20 @@ def descend(
                 calls[-1][0].backward(inputs=leaves)  # noqa: B023
                 return float(calls[-1][0].detach())  # noqa: B023
 
+            here = {name: value.detach().clone() for name, value in eta.items()}
             optimizer.step(closure)
             scalar, state, stats = calls[0]
             loss = float(scalar.detach())
+            if math.isfinite(loss):
+                safe = here, run.state
             if not math.isfinite(loss) or not all(bool(torch.isfinite(value).all()) for value in eta.values()):
                 message = _non_finite(batch, stats["losses"], f"at step {step}")
                 if step == start:
                     raise ValueError(message)
-                run.stop = f"{message}; this is the fit of the step before"
-                for name, value in safe.items():
+                run.stop = f"{message}; this is the fit of the last step at which it was"
+                warnings.warn(run.stop, RuntimeWarning, stacklevel=3)
+                broken, run.state = True, safe[1]
+                for name, value in safe[0].items():
                     eta[name].data.copy_(value)
                 break
             gradient_norm = math.sqrt(sum(float(v.grad.square().sum()) for v in eta.values() if v.grad is not None))
@@ -229,15 +280,16 @@ def descend(
                 callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,
                 seconds=perf_counter() - begin,
             )  # fmt: skip
-            if quasi_newton and _settled(run.history, plan.tolerance):
+            # without noise a flat record is the end; quasi-Newton steps are large, so two of them tell
+            if whole is not None and problem.deterministic and _settled(run.history, 2 if quasi_newton else 50):
                 run.converged = True
-                run.stop = f"converged after {step + 1} quasi-Newton steps: the objective no longer changes"
+                kind = "quasi-Newton steps" if quasi_newton else "steps"
+                run.stop = f"converged after {step + 1} {kind}: the objective no longer changes"
                 break
-            safe = {name: value.detach().clone() for name, value in eta.items()}
     except KeyboardInterrupt:
         run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
     run.eta = {name: value.detach().clone() for name, value in eta.items()}
-    run.optimizer_state = optimizer.state_dict()
+    run.optimizer_state = None if broken else optimizer.state_dict()  # its averages are not finite either
     if not quasi_newton and run.stop.startswith(("stopped", "spent")):
         _judge(run)
 
@@ -250,11 +302,10 @@ def _rows(total: int, size: int, seed: int, step: int) -> Tensor:
     return torch.randperm(total, generator=generator)[number * size : (number + 1) * size].sort().values
 
 
-def _settled(history: list[dict[str, float]], tolerance: float) -> bool:
-    if len(history) < 2:
-        return False
-    last, before = history[-1]["loss"], history[-2]["loss"]
-    return abs(before - last) <= tolerance * max(1.0, abs(last))
+def _settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-10) -> bool:
+    """Whether the last `window` losses are equal up to rounding."""
+    losses = [row["loss"] for row in history[-window:]]
+    return len(losses) == window and max(losses) - min(losses) <= tolerance * max(1.0, abs(losses[-1]))
 
 
 def _judge(run: Run) -> None:

@@ -17,6 +17,12 @@ def location(q: dist.TorchDistribution) -> Tensor:
     return q.v if isinstance(q, dist.Delta) else q.mean
 
 
+def has_closed_form(q: dist.TorchDistribution) -> bool:
+    """Whether q is one of the families whose KL to a Gaussian prior is known here."""
+    gaussian = isinstance(q, Independent) and isinstance(q.base_dist, Normal)
+    return gaussian or isinstance(q, (dist.Delta, torch.distributions.MultivariateNormal))
+
+
 def scale(q: dist.TorchDistribution) -> Tensor | None:
     """sd `(..., D)` of a diagonal normal, the factor `(..., D, D)` of a dense one, None for a point.
 
@@ -69,8 +75,8 @@ def move(q: dist.TorchDistribution, noise: Tensor) -> Tensor:
     """theta = loc + scale @ noise for standardised points `(points, ..., D)`."""
     q_scale = scale(q)
     if q_scale is None:
-        # zeros in the noise: the points are copies of the location
-        return location(q) + noise
+        # a point has no spread, whatever the noise: every point of the rule is its location
+        return location(q) + torch.zeros_like(noise)
     if isinstance(q, Independent):
         return location(q) + q_scale * noise
     return location(q) + (q_scale @ noise.unsqueeze(-1)).squeeze(-1)

@@ -82,6 +82,8 @@ class MonteCarlo:
 def make_expectation(name: str | Expectation, size: int, num_particles: int) -> Expectation:
     """The rule behind "auto", "cubature" or "monte_carlo"; "auto" takes cubature up to 24 weights."""
     if not isinstance(name, str):
+        if not hasattr(name, "points") or not hasattr(name, "deterministic"):
+            raise TypeError(f"expectation must be a name or a rule with `points`, not {type(name).__name__}")
         return name
     if name == "auto":
         name = "cubature" if size <= MAX_CUBATURE_SIZE else "monte_carlo"

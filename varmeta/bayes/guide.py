@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoStructured
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from varmeta.bayes.divergence import location, scale
+from varmeta.bayes.divergence import has_closed_form, location, scale
 from varmeta.bayes.model import SITE, TASKS, TaskModel
 from varmeta.bayes.prior import unit_lower
 from varmeta.numerics.tree import Tree
@@ -46,21 +47,26 @@ class Guide(ABC):
 
         Raises ValueError where the program samples anything but one theta per task.
         """
-        with pyro.settings.context(module_local_params=True):
+        with pyro.settings.context(module_local_params=True), _AtLocation():
             trace = poutine.trace(self).get_trace(phi, eta, data)
         sites: dict[str, Any] = {
-            name: site["fn"]
+            name: site
             for name, site in trace.nodes.items()
             if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
         }
         if SITE not in sites:
             raise ValueError(f"the guide must sample the site {SITE!r}; it samples {sorted(sites)}")
-        # AutoNormal draws an auxiliary Gaussian and hands it on as a Delta; theta is real, so that Gaussian is q
-        random = [fn for fn in sites.values() if not isinstance(fn, dist.Delta)]
+        random = [site for site in sites.values() if not isinstance(site["fn"], dist.Delta)]
         if len(random) > 1:
             raise ValueError(f"the guide must have one random site per task, theta; it has {sorted(sites)}")
-        q = random[0] if random else sites[SITE]
+        # AutoNormal draws an auxiliary Gaussian and hands it on as a Delta; theta is real, so that Gaussian is q
+        q = random[0]["fn"] if random else sites[SITE]["fn"]
         scale(q)  # raises for a family without a closed-form KL
+        if q.batch_shape != (len(data), 1) or len(q.event_shape) != 1:
+            raise ValueError(
+                f"the guide's theta has batch shape {tuple(q.batch_shape)} and event shape {tuple(q.event_shape)}: expected "
+                f"({len(data)}, 1), one row for each task, and (D,), as from Normal(...).to_event(1)"
+            )
         return q
 
     def __repr__(self) -> str:
@@ -120,38 +126,66 @@ class Dense(Guide):
 class PyroGuide(Guide):
     """A user's own Pyro guide, made by `factory(model)`: an `AutoNormal`, `AutoDelta`, or a `PyroModule` of one's own.
 
-    It samples the site `theta`, event shape `(D,)`, under `pyro.plate("tasks", ..., dim=-2)`; every one of its parameters
-    has the task axis first.  One auxiliary Gaussian site is allowed (what `AutoNormal` does).
+    It is called as `guide(eta, data)` and samples the site `theta`, event shape `(D,)`, under
+    `pyro.plate("tasks", len(data), dim=-2)`.  It makes its parameters in its first call, every one with the task axis
+    first, and is made anew for other numbers of tasks.  One auxiliary Gaussian site is allowed (what `AutoNormal` does).
 
-    Raises ValueError for a guide that mixes the tasks: the flattening autoguides, or parameters without the task axis.
+    phi starts where the guide itself starts (for autoguides: `init_loc_fn`), as a constant: no derivative with respect to
+    eta passes through the start.
+
+    Raises ValueError for a guide that mixes the tasks: the flattening autoguides, parameters without the task axis, or
+    a task's theta that moves with another task's parameters.
+
+    >>> class Points(pyro.nn.PyroModule):
+    ...     def __init__(self, model):
+    ...         super().__init__()
+    ...         self.model, self.loc = model, None
+    ...     def forward(self, eta, data):
+    ...         if self.loc is None:
+    ...             start = self.model.prior_distribution(eta).mean
+    ...             self.loc = torch.nn.Parameter(start.repeat(len(data), 1, 1))
+    ...         with pyro.plate("tasks", len(data), dim=-2):
+    ...             return pyro.sample("theta", dist.Delta(self.loc, event_dim=1))
+    >>> make_guide(Points)
+    Points
     """
 
     def __init__(self, factory: Callable[[Callable[..., Any]], Any]) -> None:
         self.factory = factory
         self.name = getattr(factory, "__name__", type(factory).__name__)
+        self._model: TaskModel | None = None
         # one module per number of tasks: an autoguide remembers the plate size of its first call
-        self._modules: dict[int, tuple[TaskModel, torch.nn.Module]] = {}
+        self._modules: dict[int, torch.nn.Module] = {}
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
-        phi = {name: value.detach().clone() for name, value in self._module(model, eta, data).named_parameters()}
-        wrong = [name for name, value in phi.items() if value.dim() == 0 or len(value) != len(data)]
-        if wrong or not phi:
-            raise ValueError(
-                f"the guide's parameters {wrong} do not have the task axis ({len(data)} tasks) first, so it is not a "
-                "guide per task: give every parameter one row per task"
-            )
-        return phi
+        if self._model is None:
+            self._check(model, eta, data)
+            self._model = model
+        elif self._model is not model:
+            raise ValueError("this PyroGuide serves another model already: make a new one from its factory")
+        # made anew, so that the start follows eta (init_to_mean)
+        module = self._modules[len(data)] = self._make(model, eta, data)
+        return _rows_of(module)
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
         if len(data) not in self._modules:
-            raise RuntimeError(f"call init for {len(data)} tasks before this guide is run on them")
-        return torch.func.functional_call(self._modules[len(data)][1], phi, (eta, data))
+            raise RuntimeError(f"call init or distribution for {len(data)} tasks before this guide is run")
+        return torch.func.functional_call(self._modules[len(data)], phi, (eta, data))
 
-    def _module(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> torch.nn.Module:
-        cached = self._modules.get(len(data))
-        if cached is not None and cached[0] is model:
-            return cached[1]
-        with pyro.settings.context(module_local_params=True), torch.random.fork_rng():
+    def distribution(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> dist.TorchDistribution:
+        if len(data) not in self._modules and self._model is not None:
+            # a minibatch: of this module only the structure is used, its values come from phi
+            self._modules[len(data)] = self._make(self._model, eta, data)
+        return super().distribution(phi, eta, data)
+
+    def _make(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> torch.nn.Module:
+        devices = [data.mask.device] if data.mask.device.type == "cuda" else []
+        with (
+            pyro.settings.context(module_local_params=True),
+            pyro.get_param_store().scope(),
+            torch.random.fork_rng(devices=devices),
+        ):
+            torch.manual_seed(0)  # a random start is the same at every call
             module = self.factory(model)
             if isinstance(module, (AutoContinuous, AutoStructured, AutoGuideList)):
                 raise ValueError(
@@ -160,10 +194,46 @@ class PyroGuide(Guide):
                 )
             if not isinstance(module, torch.nn.Module):
                 raise TypeError(f"the guide must be a Pyro guide (an nn.Module), not {type(module).__name__}")
-            detached = {name: value.detach() for name, value in eta.items()}
-            module(detached, data)
-        self._modules[len(data)] = (model, module)
+            module({name: value.detach() for name, value in eta.items()}, data)
+            if pyro.get_param_store():
+                raise ValueError(
+                    f"the guide keeps {sorted(pyro.get_param_store().keys())} in Pyro's global parameter store: make them "
+                    "attributes of a PyroModule instead (PyroParam or nn.Parameter)"
+                )
         return module
+
+    def _check(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> None:
+        """Refuse a guide that is not one factor per task, by running it on one task more and moving one task's row."""
+        more = data.take(torch.arange(len(data) + 1, device=data.mask.device) % len(data))
+        module = self._modules[len(more)] = self._make(model, eta, more)
+        named = dict(module.named_parameters())
+        # one task more than the caller's: a length of D that happens to be the number of tasks does not pass for it
+        wrong = [name for name, value in named.items() if value.dim() == 0 or len(value) != len(more)]
+        if wrong or not named:
+            what = f"the guide's parameters {wrong} do not" if named else "the guide has no parameters, so they do not"
+            raise ValueError(
+                f"{what} have the task axis ({len(more)} tasks) first, so it is not a guide per task: make the parameters "
+                "in its first call, with one row for each of len(data) tasks"
+            )
+        phi = _rows_of(module)
+        with torch.no_grad():
+            q = self.distribution(phi, eta, more)
+            if q.event_shape != (model.weights.size,):
+                raise ValueError(
+                    f"the guide's theta has {q.event_shape[0]} entries, but a task {model.weights.size} weights"
+                )
+            with pyro.settings.context(module_local_params=True), _AtLocation(offset=1.0):
+                trace = poutine.trace(self).get_trace(phi, eta, more)
+            # of an auxiliary Gaussian only the very draw will do as theta: the density of a transformed one is not read off
+            draw = location(q) if isinstance(q, dist.Delta) else location(q) + 1.0
+            if not torch.equal(cast("Tensor", trace.nodes[SITE]["value"]), draw):
+                raise ValueError("the guide transforms an auxiliary draw into theta: sample theta itself instead")
+            moved = self.distribution({name: _first_moved(value) for name, value in phi.items()}, eta, more)
+            pairs = [(location(q), location(moved)), (scale(q), scale(moved))]
+            if any(a is not None and b is not None and not torch.equal(a[1:], b[1:]) for a, b in pairs):
+                raise ValueError(
+                    "the guide mixes the tasks: another task's theta moved with the first task's parameters"
+                )
 
 
 GUIDES: dict[str, type[Guide]] = {guide.name: guide for guide in (Delta, MeanField, Dense)}
@@ -174,6 +244,8 @@ def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
 
     Raises ValueError for an unknown name.
     """
+    if isinstance(guide, PyroGuide):
+        return PyroGuide(guide.factory)  # each serves one model
     if isinstance(guide, Guide):
         return guide
     if isinstance(guide, str):
@@ -185,6 +257,27 @@ def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
     if not callable(guide):
         raise TypeError(f"guide must be a name or a callable that makes a Pyro guide, not {type(guide).__name__}")
     return PyroGuide(guide)
+
+
+class _AtLocation(Messenger):
+    """Let Gaussian sites take their location (plus `offset`) as value: q is read off, so no random number is drawn."""
+
+    def __init__(self, offset: float = 0.0) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not site_is_subsample(msg) and has_closed_form(msg["fn"]):
+            at = location(msg["fn"])
+            msg["value"] = at + self.offset if self.offset and not isinstance(msg["fn"], dist.Delta) else at
+
+
+def _rows_of(module: torch.nn.Module) -> Tree:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def _first_moved(value: Tensor) -> Tensor:
+    return torch.cat([value[:1] + 0.5, value[1:]])
 
 
 def _sample(q: dist.TorchDistribution) -> Tensor:

@@ -34,7 +34,7 @@ class Likelihood(ABC):
         return y
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        """Which observations, `(points,)`, lie outside the support, and what the support is."""
+        """Which observations, `(points,)` or `(points, responses)`, lie outside the support, and what the support is."""
         return torch.zeros(len(y), dtype=torch.bool), "any real number"
 
     def __repr__(self) -> str:
@@ -129,6 +129,17 @@ class Poisson(Likelihood):
         return _not_count(y), "a count 0, 1, 2, ..."
 
 
+class _StableBinomial(dist.Binomial):
+    """torch's log density has a kink in its second derivative at log odds of exactly 0, where theta0 often starts."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        n, log_odds = self.total_count, self.logits
+        coefficient = torch.lgamma(n + 1) - torch.lgamma(value + 1) - torch.lgamma(n - value + 1)
+        return coefficient + value * log_odds + n * torch.nn.functional.logsigmoid(-log_odds)
+
+
 class Binomial(Likelihood):
     """y successes out of a number of trials; the network puts out the log odds.
 
@@ -148,7 +159,7 @@ class Binomial(Likelihood):
             trials = out.new_tensor(float(self.total_count))
         else:
             trials = out.new_tensor(1.0) if y is None else y[..., 1].to(out)
-        return dist.Binomial(total_count=trials, logits=out)
+        return _StableBinomial(total_count=trials, logits=out)
 
     def observed(self, y: Tensor) -> Tensor:
         return y if self.total_count is not None else y[..., 0]

@@ -10,17 +10,21 @@ The program is called with eta (everything shared) and padded data; nothing is s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from varmeta.bayes.check import check_net, check_support, layer_entered, warn_unless_twice_differentiable
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.weights import Weights
@@ -35,7 +39,7 @@ class TaskModel:
     """A network (or any Pyro program) whose weights vary from task to task around a learned prior.
 
     net: any `nn.Module` without batch norm; its parameters are the weights, its present values the start of theta0.
-        It is copied, and run in evaluation mode.  Its input is one task's x `(points, features)`.
+        It is copied, and run in evaluation mode: dropout is off.  Its input is one task's x `(points, features)`.
     likelihood: one of `varmeta.likelihoods`.
     prior: `GaussianPrior`; by default one fixed precision of 1.
     shared: patterns (`"body.*"`) of parameters that are the same for every task: fixed effects, or a feature extractor
@@ -64,7 +68,7 @@ class TaskModel:
             )
         if not isinstance(likelihood, Likelihood):
             raise TypeError(f"likelihood must be one of varmeta.likelihoods, not {type(likelihood).__name__}")
-        _check_net(net, batch_norm)
+        check_net(net, batch_norm)
         self.net: nn.Module | None = copy.deepcopy(net).eval().requires_grad_(False)
         self.likelihood: Likelihood | None = likelihood
         self._program: Program | None = None
@@ -121,7 +125,12 @@ class TaskModel:
         if unknown:
             raise ValueError(f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}")
         for name, value in self.prior.start_loc.items():
-            start[name] = torch.as_tensor(value, dtype=start[name].dtype).expand(start[name].shape).clone()
+            value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+            if value.numel() != 1 and value.shape != start[name].shape:
+                raise ValueError(
+                    f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected {tuple(start[name].shape)}"
+                )
+            start[name] = value.expand(start[name].shape).clone()
         self.shared = tuple(n for n in start if any(fnmatch.fnmatchcase(n, pattern) for pattern in shared))
         self.start = start
         self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
@@ -154,7 +163,7 @@ class TaskModel:
                     pyro.plate(DATA, data.mask.shape[1], dim=-1),
                     poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
                 ):
-                    self.observe(theta, eta, data.x, data.y)
+                    self.observe(theta, eta, *_real(data))
         return theta
 
     def observe(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
@@ -167,36 +176,40 @@ class TaskModel:
         obs = None if y is None else self.likelihood.observed(y)
         if obs is not None and self.likelihood.kind != "classification":
             obs = obs.to(out.dtype)
-        noise = self.likelihood.distribution(self._channels(out, x, y), eta, y)
-        responses = len(noise.batch_shape) - (theta.dim() - 1)  # axes beyond (..., tasks, points)
-        if responses > 0:
-            noise = noise.to_event(responses)
+        batch = theta.dim() - 1  # axes of (..., tasks, points)
+        # a single channel is dropped, unless y has it too
+        if self.likelihood.kind != "classification" and out.dim() == batch + 1 and out.shape[-1] == 1:
+            out = out if obs is not None and obs.dim() == 3 else out.squeeze(-1)
+        noise = self.likelihood.distribution(out, eta, y)
+        if len(noise.batch_shape) > batch:
+            noise = noise.to_event(len(noise.batch_shape) - batch)
+        if obs is not None and noise.event_shape != obs.shape[2:]:
+            # broadcasting would hide it
+            raise ValueError(
+                f"the network's output for a row, {tuple(out.shape[batch:])}, does not fit {self.likelihood!r} of a y "
+                f"with rows of shape {tuple(obs.shape[2:])}"
+            )
         return pyro.sample("y", noise, obs=obs)
 
     def _forward(self, weights: dict[str, Tensor], shared: dict[str, Tensor], x: Tensor) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for weights `(..., tasks, *shape)`."""
         assert self.net is not None
         net = self.net
+        # statistics that came with the network, in the precision of the data
+        buffers = {name: b.to(x if b.is_floating_point() else x.device) for name, b in net.named_buffers()}
         if x.dim() == 2:
             x = x.unsqueeze(-1)
 
         def one_task(own: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return torch.func.functional_call(net, own | shared, (inputs,))
+            return torch.func.functional_call(net, own | shared | buffers, (inputs,))
 
         call = torch.func.vmap(one_task)
         first = next(iter(weights.values()))
         lead = first.dim() - len(next(iter(self.weights.shapes.values()))) - 1
         for _ in range(lead):  # points of an expectation: the same x for each
             call = torch.func.vmap(call, in_dims=(0, None))
-        return call(weights, x)
-
-    def _channels(self, out: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
-        """Drop the channel axis of a single output, unless y has it too."""
-        assert self.likelihood is not None
-        has_axis = y is not None and self.likelihood.kind == "regression" and y.dim() == 3
-        if self.likelihood.kind == "classification" or has_axis or out.shape[-1] != 1:
-            return out
-        return out.squeeze(-1)
+        with _differentiable_attention():
+            return call(weights, x)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -213,7 +226,7 @@ class TaskModel:
                         continue
                     bad, support = self.likelihood.invalid(part[1])
                     if bool(bad.any()):
-                        row = int(bad.nonzero()[0])
+                        row = int(bad.nonzero()[0, 0])
                         raise ValueError(
                             f"task {task.name!r}, row {row}: y = {part[1][row].tolist()} is outside the support of "
                             f"{type(self.likelihood).__name__}: expected {support}"
@@ -223,16 +236,41 @@ class TaskModel:
         for data in (batch.support, batch.query):
             if data is None or not data.mask.shape[1]:
                 continue
-            with pyro.validation_enabled(True), pyro.settings.context(module_local_params=True), torch.no_grad():
-                loc = self.weights.flatten(eta).expand(2, len(data), 1, self.weights.size)
+            loc = self.weights.flatten(eta).expand(2, len(data), 1, self.weights.size)
+            program = poutine.trace(poutine.condition(self, {SITE: loc}))
+            with (
+                pyro.settings.context(module_local_params=True),
+                pyro.get_param_store().scope(),
+                torch.no_grad(),
+                pyro.validation_enabled(True),
+                layer_entered(self.net) as place,
+            ):
                 try:
-                    trace = poutine.trace(poutine.condition(self, {SITE: loc})).get_trace(eta, data)
+                    trace = program.get_trace(eta, data)
+                    trace.compute_log_prob()
                 except (RuntimeError, ValueError, IndexError) as error:
+                    with pyro.validation_enabled(False):
+                        check_support(program, eta, data, batch.names, SITE)
                     raise ValueError(
                         f"the model does not run on these tasks (x {tuple(data.x.shape)}, y {tuple(data.y.shape)}, "
-                        f"tasks and points first): {error}"
+                        f"tasks and points first){place()}: {error}"
                     ) from error
+            params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+            if params:
+                raise ValueError(
+                    f"the program calls pyro.param for {params}: name them in params, with shared={params}"
+                )
             observed_log_prob(trace, (2, *data.mask.shape))
+            if self.net is not None:
+                some = data.take(data.num_points.argmax().reshape(1))
+                few = Data(some.x[:, :2], some.y[:, :2], some.mask[:, :2])
+
+                def loss(theta: Tensor, few: Data = few) -> Tensor:
+                    one = {SITE: theta.reshape(1, 1, -1)}
+                    with pyro.validation_enabled(False):
+                        return observed_log_prob(poutine.trace(poutine.condition(self, one)).get_trace(eta, few)).sum()
+
+                warn_unless_twice_differentiable(self.net, loss, self.weights.flatten(eta), few.x[0])
 
     def __repr__(self) -> str:
         what = self._program.__name__ if self._program is not None else type(self.net).__name__
@@ -245,11 +283,15 @@ def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None
 
     Raises ValueError where the program observes nothing, keeps a latent site of its own, or broadcasts to another shape.
     """
-    trace.compute_log_prob(lambda name, site: site["is_observed"])
+    trace.compute_log_prob(lambda name, site: site["is_observed"] and name != SITE)
     total: Tensor | float = 0.0
     found = False
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or poutine.util.site_is_subsample(site):
+        if (
+            site["type"] != "sample"
+            or poutine.util.site_is_subsample(site)
+            or (site["infer"] or {}).get("_deterministic")
+        ):
             continue
         if site["is_observed"] and name != SITE:
             found = True
@@ -269,18 +311,38 @@ def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None
     return total
 
 
-def _check_net(net: nn.Module, batch_norm: str) -> None:
-    if batch_norm not in ("refuse", "frozen"):
-        raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
-    for name, module in net.named_modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-            continue
-        if batch_norm == "refuse":
-            raise ValueError(
-                f"layer {name!r} is a {type(module).__name__}: batch statistics tie a task's observations together, so its "
-                "likelihood is no longer a product over them.  Use GroupNorm or LayerNorm, or batch_norm='frozen'"
-            )
-        if module.running_mean is None:
-            raise ValueError(f"layer {name!r} keeps no running statistics, so they cannot be frozen: use GroupNorm")
-    if not any(True for _ in net.parameters()):
-        raise ValueError("the network has no parameters, so there is nothing to learn")
+@contextlib.contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Attention written out: PyTorch's fused kernels have no second derivative, and some no first one under vmap."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+# the answer for a batch, which an inner solve asks for hundreds of times; it lives as long as the batch
+_REAL: WeakKeyDictionary[Data, tuple[Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _real(data: Data) -> tuple[Tensor, Tensor]:
+    """x and y without padding values."""
+    if data not in _REAL:
+        _REAL[data] = real_rows(data.x, data.mask), real_rows(data.y, data.mask)
+    return _REAL[data]
+
+
+def real_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Padding replaced by a row of real data: the task's first, or where it has none another task's.
+
+    The mask makes padding count for nothing, but a density or network that is infinite at 0 (a Gamma, a logarithm of x)
+    would still send 0 * inf = NaN back through it.
+    """
+    first = values[torch.arange(len(mask), device=mask.device), mask.long().argmax(1)]
+    some = mask.any(1)
+    lender = first[some.long().argmax()] if len(first) else first
+    shape = (-1,) + (1,) * (values.dim() - 2)
+    first = torch.where(some.reshape(shape), first, torch.where(some.any(), lender, torch.zeros_like(lender)))
+    return torch.where(mask.reshape(*mask.shape, *shape[1:]), values, first.unsqueeze(1))

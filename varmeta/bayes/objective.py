@@ -48,14 +48,14 @@ class Objective:
         return divergence + nll.mean(0)
 
     def query_elbo(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
-        divergence, nll = self.terms(phi, eta, batch.require_query(), noise)
+        divergence, nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)
         return divergence + nll.mean(0)
 
     def query(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
-        return self.terms(phi, eta, batch.require_query(), noise)[1].mean(0)
+        return self.terms(phi, eta, batch.require_query(), noise, batch.support)[1].mean(0)
 
     def query_predictive(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
-        nll = self.terms(phi, eta, batch.require_query(), noise)[1]
+        nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)[1]
         return math.log(len(nll)) - (-nll).logsumexp(0)
 
     def outer(self, name: str) -> ObjectiveFunction:
@@ -63,11 +63,18 @@ class Objective:
             raise ValueError(f"unknown outer objective {name!r}: choose one of {OUTER}")
         return self if name == "elbo" else getattr(self, name)
 
-    def terms(self, phi: Tree, eta: Mapping[str, Tensor], data: Data, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """KL[q_i || p] `(tasks,)` and -log p(data_i | theta) at every point, `(points, tasks)`, from the two Pyro traces."""
+    def terms(
+        self, phi: Tree, eta: Mapping[str, Tensor], data: Data, noise: Tensor, seen: Data | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """KL[q_i || p] `(tasks,)` and -log p(data_i | theta) at every point, `(points, tasks)`, from the two Pyro traces.
+
+        seen: the data that the guide is shown (by default the same): never the query that it is judged on.
+        """
         # validation is data-dependent control flow on the hot path; TaskModel.check has run with it once
         with pyro.validation_enabled(False):
-            q = self.guide.distribution(phi, eta, data)
+            q = self.guide.distribution(phi, eta, data if seen is None else seen)
+            if isinstance(q, dist.Delta):
+                noise = noise[:1]  # all points of a rule are the same one
             theta = move(q, noise.unsqueeze(-2))
             trace = poutine.trace(poutine.condition(self.model, {SITE: theta})).get_trace(eta, data)
             divergence = kl(q, cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])).squeeze(-1)

@@ -48,14 +48,19 @@ class GaussianPrior:
         values = precision.items() if isinstance(precision, Mapping) else [("precision", precision)]
         for name, value in values:
             value = torch.as_tensor(value)
+            if value.numel() != 1 and not isinstance(precision, Mapping):
+                raise ValueError(
+                    f"precision must be one number, not of shape {tuple(value.shape)}: give a dict by parameter name"
+                )
             if not bool((value > 0).all()) or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"the precision of {name!r} must be positive and finite, not {value.tolist()}")
         if covariance is not None:
             covariance = torch.as_tensor(covariance)
+            covariance = covariance if covariance.is_floating_point() else covariance.to(torch.float64)
             if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
                 raise ValueError(f"covariance must be a square matrix, not of shape {tuple(covariance.shape)}")
-            if bool(torch.linalg.cholesky_ex(covariance).info):
-                raise ValueError("covariance must be positive definite")
+            if bool(torch.linalg.cholesky_ex(covariance).info) or not torch.allclose(covariance, covariance.mT):
+                raise ValueError("covariance must be symmetric and positive definite")
             if learn_precision not in (None, "full"):
                 raise ValueError(
                     f"a dense covariance goes with learn_precision=None or 'full', not {learn_precision!r}"
@@ -152,6 +157,10 @@ class GaussianPrior:
         parts = []
         for name, shape in weights.shapes.items():
             value = torch.as_tensor(self.start.get(name, self.start.get(weights.module(name))))
+            if value.numel() != 1 and value.shape != shape:
+                raise ValueError(
+                    f"the precision of {name!r} has shape {tuple(value.shape)}: expected one number, or {tuple(shape)}"
+                )
             parts.append(value.to(like).log().expand(shape).reshape(-1))
         return torch.cat(parts)
 
@@ -167,7 +176,7 @@ class GaussianPrior:
 def unit_lower(entries: Tensor, size: int) -> Tensor:
     """Unit lower triangular matrices `(..., size, size)` from their entries below the diagonal, row by row."""
     rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
-    # index_put on a fresh identity keeps this differentiable twice and free of in-place surprises
+    # scatter out of place: differentiable twice, and nothing is written into
     eye = torch.eye(size, dtype=entries.dtype, device=entries.device).expand(*entries.shape[:-1], size, size)
     flat = eye.reshape(*entries.shape[:-1], size * size)
     index = (rows * size + columns).expand(entries.shape)

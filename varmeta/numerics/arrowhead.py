@@ -29,9 +29,13 @@ _KEEP = 0.4  # of the coupling that would make a block-diagonal model singular, 
 _SUFFICIENT = 0.25  # of the predicted decrease, the share that a step of eta must achieve
 _FIRST_DAMPING, _MORE_DAMPING, _TRIALS = 1e-3, 4.0, 25
 _CORRECTIONS = 2  # further steps of phi with the Hessian at hand, before eta moves
+_RESETTLE = 3  # Newton steps of phi at a trial point of eta
 _LATE = 1.0  # nats: below this decrement the end is near
 _NEGATIVE = -1e-6  # an equilibrated eigenvalue below this is negative beyond rounding
-_COLUMNS = 32  # Hessian columns made at once: enough to hide the overhead, few enough to bound the memory
+_COLUMNS = 8  # Hessian columns made at once: enough to hide the overhead, few enough to bound the memory
+# numbers in one tensor, beyond which a processor core is busy enough with a single column (measured: batches cost up to
+# twice the loop's time there, and a third of it on small problems)
+_BUSY = 50_000
 
 
 class JointSolution(NamedTuple):
@@ -93,8 +97,8 @@ def minimize_jointly(
             differentiable loss per task.
         TypeError: the tensors are not floating, or of several dtypes.
 
-    Sources: Newton-Schur elimination as in Bates, Maechler, Bolker and Walker, J. Stat. Software 67 (2015), section 3;
-    absolute eigenvalues: Dauphin et al., NeurIPS 2014; damping: Marquardt, SIAM J. 11 (1963).
+    Sources: modified Newton steps and their damping, Nocedal and Wright, Numerical Optimization (2006), sections 3.4 and
+    10.3; absolute eigenvalues, Dauphin et al., NeurIPS 2014; equilibration, Ruiz, report RAL-TR-2001-034.
 
     Example:
         >>> fn = lambda phi, eta: (phi["w"] - torch.tensor([1.0, 3.0])) ** 2 + (phi["w"] - eta["loc"]) ** 2
@@ -122,7 +126,10 @@ def minimize_jointly(
 
         x, losses, reduced = _settle_phi(problem, model, x, e, losses, thorough=not small)
         base = float(losses.sum() + problem.penalty(e))
-        moved = _move_eta(problem, model, x, e, base, reduced, damping, slack) if len(e) else None
+        # while phi has everything to gain, what eta has may drown in rounding errors, which any step would pass
+        moved = None
+        if len(e) and (small or model.eta_decrement(reduced) > slack):
+            moved = _move_eta(problem, model, x, e, base, reduced, damping, slack)
         x, e, losses, new, damping = moved or (x, e, losses, base, 0.0)
         stuck = moved is None and not new < total - slack
         if small or stuck:
@@ -162,8 +169,22 @@ class _Problem:
     def __init__(self, fn: SharedLosses, phi: Tree, eta: dict[str, Tensor], penalty: Penalty | None) -> None:
         self.fn, self.phi, self.eta, self.extra = fn, tree.detach(phi), tree.detach(eta), penalty
         self.evaluations = 0.0
-        self.batched = True
         self.device = next(iter(phi.values())).device
+        self.batched = self.device.type != "cpu" or self._largest() <= _BUSY
+
+    def _largest(self) -> int:
+        """Size of the largest tensor that the losses keep for their derivative."""
+        sizes = [0]
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        x, e = (leaf.clone().requires_grad_() for leaf in self.start())
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.losses(x, e)
+        self.evaluations += 0.5
+        return max(sizes)
 
     def start(self) -> tuple[Tensor, Tensor]:
         x = tree.flatten(self.phi)
@@ -217,34 +238,52 @@ class _Problem:
     def hessian(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients g_x `(tasks, m)`, g_e `(p,)`; blocks A `(tasks, m, m)`, B `(tasks, m, p)`, C `(p, p)`."""
         g_x, g_e, x, e = self.gradient(x, e, graph=True)
-        (tasks, m), p = x.shape, len(e)
+        a = self._phi_blocks(g_x, x)
+        b, c = self._rows(g_e, (x, e), torch.eye(len(e), dtype=x.dtype, device=x.device))
+        return g_x.detach(), g_e.detach(), a, b.permute(1, 2, 0), 0.5 * (c + c.mT)
+
+    def phi_hessian(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """g_x and the blocks A alone."""
+        g_x, _, x, _ = self.gradient(x, e, graph=True)
+        return g_x.detach(), self._phi_blocks(g_x, x)
+
+    def _phi_blocks(self, g_x: Tensor, x: Tensor) -> Tensor:
+        tasks, m = x.shape
         # row j of every task's block at once: the tasks do not see each other
         basis = torch.eye(m, dtype=x.dtype, device=x.device).unsqueeze(1).expand(m, tasks, m)
-        (a,) = self._rows(g_x, (x,), basis)
-        a = a.transpose(0, 1)
-        b, c = self._rows(g_e, (x, e), torch.eye(p, dtype=x.dtype, device=x.device))
-        return g_x.detach(), g_e.detach(), 0.5 * (a + a.mT), b.permute(1, 2, 0), 0.5 * (c + c.mT)
+        a = self._rows(g_x, (x,), basis)[0].transpose(0, 1)
+        return 0.5 * (a + a.mT)
 
     def _rows(self, vector: Tensor, leaves: tuple[Tensor, ...], basis: Tensor) -> list[Tensor]:
         """Products basis[k] . d vector / d leaf, stacked over k, one tensor per leaf."""
         if not vector.requires_grad or not len(basis):  # linear in the leaves, or nothing to differentiate
             return [vector.new_zeros(len(basis), *leaf.shape) for leaf in leaves]
         self.evaluations += 2 * len(basis)
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        parts: list[tuple[Tensor, ...]] = []
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        chunks: list[list[Tensor]] = []
         for chunk in basis.split(_COLUMNS):
             if self.batched:
                 try:
                     with warnings.catch_warnings():
                         # an operation without a batching rule is looped over by torch itself, with a warning
                         warnings.filterwarnings("ignore", message="There is a performance drop")
-                        parts.append(torch.autograd.grad(vector, leaves, chunk, is_grads_batched=True, **options))
-                    continue
+                        columns: tuple[Tensor | None, ...] = torch.autograd.grad(
+                            vector, leaves, chunk, is_grads_batched=True, **options
+                        )
                 except RuntimeError:  # one that cannot be batched at all
                     self.batched = False
-            rows = [torch.autograd.grad(vector, leaves, row, **options) for row in chunk]
-            parts.append(tuple(torch.stack(column) for column in zip(*rows, strict=True)))
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+            if not self.batched:
+                rows = [torch.autograd.grad(vector, leaves, row, **options) for row in chunk]
+                columns = tuple(
+                    None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+                )
+            chunks.append(
+                [
+                    vector.new_zeros(len(chunk), *leaf.shape) if column is None else column
+                    for leaf, column in zip(leaves, columns, strict=True)
+                ]
+            )
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
 # -- the quadratic model -------------------------------------------------------------------------------------------------
@@ -283,13 +322,17 @@ def _convex(matrix: Tensor, gradient: Tensor, level: Tensor, entry: Tensor, nois
     eps = torch.finfo(matrix.dtype).eps
     # Far out on a plateau curvature vanishes before the slope does and Newton's step is astronomical: g^2 / 2h <= level
     # bounds it.  Near a minimum the term is of second order in g and does not slow convergence.
-    least = gradient.square() / (2 * level.unsqueeze(-1))
+    least = (gradient.square() / (2 * level.unsqueeze(-1))).clamp(max=math.sqrt(torch.finfo(matrix.dtype).max))
     matrix = matrix + torch.diag_embed((least - matrix.diagonal(dim1=-2, dim2=-1).abs()).clamp(min=0))
     scale = _equilibrate(matrix, noise)
     matrix = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    # numbers near the end of the floating range: no step there
+    finite = matrix.isfinite().all(-1).all(-1) & scale.isfinite().all(-1)
+    matrix = torch.where(finite[..., None, None], matrix, torch.eye(matrix.shape[-1]).to(matrix))
+    scale = torch.where(finite.unsqueeze(-1), scale, 0.0)
     values, vectors = torch.linalg.eigh(matrix)
     lowest, direction = values[..., 0], scale * vectors[..., 0]
-    bad = lowest < 1e4 * eps
+    bad = lowest < -1e4 * eps  # a singular direction is harmless: nothing is to be gained along it
     if bool(bad.any()):
         blocks = torch.where(entry.unsqueeze(-1) == entry, matrix[bad], 0.0)
         coupling = matrix[bad] - blocks
@@ -306,14 +349,22 @@ def _convex(matrix: Tensor, gradient: Tensor, level: Tensor, entry: Tensor, nois
 
 
 def _equilibrate(matrix: Tensor, noise: Tensor) -> Tensor:
-    """Scales `(..., n)` that bring the largest entry of every row near 1; also where the diagonal is 0 (Ruiz, 2001)."""
+    """Scales `(..., n)` that bring the largest entry of every row near 1; also where the diagonal is 0."""
     size = matrix.abs()
-    live = size.amax(-1) > noise
-    scale = torch.ones_like(size[..., 0])
-    for _ in range(4):
+    largest = size.amax(-1)
+    live = largest > noise
+    # from the diagonal on, so that the parameters' units cancel; 0 on it is as small as rounding leaves it
+    diagonal = torch.maximum(size.diagonal(dim1=-2, dim2=-1), torch.finfo(size.dtype).eps ** 2 * largest)
+    scale = torch.where(live, torch.where(live, diagonal, 1.0).rsqrt(), 1.0)
+    for _ in range(6):
         top = (size * scale.unsqueeze(-1) * scale.unsqueeze(-2)).amax(-1)
         scale = torch.where(live, scale / torch.where(live, top, 1.0).sqrt(), scale)
     return scale
+
+
+def _convex_phi(problem: _Problem, g_phi: Tensor, blocks: Tensor, losses: Tensor) -> _Convex:
+    noise = torch.full_like(g_phi, torch.finfo(g_phi.dtype).tiny)  # nothing was subtracted here
+    return _convex(blocks, g_phi, losses.abs().clamp(min=1), problem.entries()[0], noise)
 
 
 class _Quadratic:
@@ -324,27 +375,26 @@ class _Quadratic:
         self.finite = all(bool(t.isfinite().all()) for t in (losses, self.g_phi, g_eta, a, b, c))
         if not self.finite:
             return
-        eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
-        level = losses.abs().clamp(min=1)
-        x_entry, e_entry = problem.entries()
-        self.phi = _convex(a, self.g_phi, level, x_entry, a.new_full(x.shape, tiny))
+        self.phi = _convex_phi(problem, self.g_phi, a, losses)
         self.follow = self.phi.solve(b)
         self.reduced = self.reduce(self.g_phi, g_eta)
-        self.decrement_phi = 0.5 * float((self.g_phi * self.phi_step(self.g_phi)).sum().neg())
+        self.decrement_phi = self.phi_decrement(self.g_phi)
         self.decrement_eta = 0.0
         if len(e):
             removed = (b.mT @ self.follow).sum(0)
-            noise = 100 * eps * (c.abs() + removed.abs()).amax(-1)  # what is left of two large terms
+            noise = (
+                100 * torch.finfo(x.dtype).eps * (c.abs() + removed.abs()).amax(-1)
+            )  # what is left of two large terms
             schur = c - 0.5 * (removed + removed.mT)
-            self.eta = _convex(schur, self.reduced, level.sum(), e_entry, noise)
+            self.eta = _convex(schur, self.reduced, losses.abs().clamp(min=1).sum(), problem.entries()[1], noise)
             self.decrement_eta = self.eta_decrement(self.reduced)
 
     def reduce(self, g_phi: Tensor, g_eta: Tensor) -> Tensor:
         """The gradient with respect to eta, phi following."""
         return g_eta - (self.follow * g_phi.unsqueeze(-1)).sum((0, 1))
 
-    def phi_step(self, g_phi: Tensor, damping: Tensor | float = 0.0) -> Tensor:
-        return -self.phi.solve(g_phi.unsqueeze(-1), damping).squeeze(-1)
+    def phi_decrement(self, g_phi: Tensor) -> float:
+        return 0.5 * float((g_phi * self.phi.solve(g_phi.unsqueeze(-1)).squeeze(-1)).sum())
 
     def eta_step(self, reduced: Tensor, damping: float = 0.0) -> Tensor:
         return -self.eta.solve(reduced.unsqueeze(-1), damping).squeeze(-1)
@@ -363,27 +413,27 @@ def _settle_phi(
 
     Where eta has far more to gain than phi, one step does: with eta's it makes Newton's step.
     """
-    x, losses = _move_phi(problem, model, x, e, losses, model.g_phi)
+    x, losses = _move_phi(problem, model.phi, x, e, losses, model.g_phi)
     if not thorough or model.decrement_phi <= 1e-3 * model.decrement_eta:
         return x, losses, model.reduced
     for correction in range(_CORRECTIONS + 1):
         g_phi, g_eta = problem.gradient(x, e)
         reduced = model.reduce(g_phi, g_eta)
-        left = -0.5 * float((g_phi * model.phi_step(g_phi)).sum())
+        left = model.phi_decrement(g_phi)
         if left <= 1e-2 * (model.eta_decrement(reduced) if len(e) else 0.0) or correction == _CORRECTIONS:
             break
-        x, losses = _move_phi(problem, model, x, e, losses, g_phi)
+        x, losses = _move_phi(problem, model.phi, x, e, losses, g_phi)
     return x, losses, reduced
 
 
 def _move_phi(
-    problem: _Problem, model: _Quadratic, x: Tensor, e: Tensor, losses: Tensor, g_phi: Tensor
+    problem: _Problem, convex: _Convex, x: Tensor, e: Tensor, losses: Tensor, g_phi: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step of phi at fixed eta; each task raises its own damping until its loss falls, or stays where it is."""
     slack = 10 * torch.finfo(x.dtype).eps * losses.abs().clamp(min=1)
     damping = x.new_zeros(len(x), 1, 1)
     for _ in range(_TRIALS):
-        step = model.phi_step(g_phi, damping)
+        step = -convex.solve(g_phi.unsqueeze(-1), damping).squeeze(-1)
         new, _ = problem.loss(x + step, e)
         good = new.isfinite() & (new <= losses + 1e-4 * (g_phi * step).sum(-1) + slack)
         if bool(good.all()):
@@ -393,29 +443,37 @@ def _move_phi(
     return torch.where(good.unsqueeze(-1), x + step, x), torch.where(good, new, losses)
 
 
+def _newton_phi(problem: _Problem, x: Tensor, e: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """One Newton step of phi at fixed eta, with a fresh Hessian."""
+    g_phi, blocks = problem.phi_hessian(x, e)
+    if not (g_phi.isfinite().all() and blocks.isfinite().all()):
+        return x, losses
+    convex = _convex_phi(problem, g_phi, blocks, losses)
+    return _move_phi(problem, convex, x, e, losses, g_phi)
+
+
 def _move_eta(
     problem: _Problem, model: _Quadratic, x: Tensor, e: Tensor, base: float, reduced: Tensor, last: float, slack: float
 ) -> tuple[Tensor, Tensor, Tensor, float, float] | None:
     """One step of eta with phi following; None where no damping lowers the total.  `last`: the damping used before."""
-    damping = 0.0
+    # such that the softest direction, the likeliest to be overdone, is halved
+    damping, first = 0.0, min(_FIRST_DAMPING, float(model.eta.values.min()))
     for _ in range(_TRIALS):
         step = model.eta_step(reduced, damping)
         x_new, e_new = x - model.follow @ step, e + step
         losses, total = problem.loss(x_new, e_new)
         goal = base + slack + _SUFFICIENT * float((reduced * step).sum() + 0.5 * model.eta.square(step))
-        # A narrow curved valley (a covariance about to lose rank) lets a straight step go next to nowhere: step back onto
-        # its floor.  Far from a minimum that would hide how bad a step was.
-        for _ in range(_CORRECTIONS if model.decrement_eta <= _LATE else 0):
+        # In a narrow curved valley (a covariance about to lose rank) phi follows a straight step of eta badly, and without
+        # this the steps become ever shorter.  Far from a minimum it would hide how bad a step was.
+        for _ in range(_RESETTLE if model.decrement_eta <= _LATE else 0):
             if not math.isfinite(total) or total <= goal:
                 break
-            g_phi, g_eta = problem.gradient(x_new, e_new)
-            back = model.eta_step(model.reduce(g_phi, g_eta), damping)
-            x_new, e_new = x_new + model.phi_step(g_phi) - model.follow @ back, e_new + back
-            losses, total = problem.loss(x_new, e_new)
+            x_new, losses = _newton_phi(problem, x_new, e_new, losses)
+            total = float(losses.sum() + problem.penalty(e_new))
         if math.isfinite(total) and total <= goal:
             return x_new, e_new, losses, total, damping
         # no need to begin from the bottom each time
-        damping = damping * _MORE_DAMPING if damping else max(last / _MORE_DAMPING**2, _FIRST_DAMPING)
+        damping = damping * _MORE_DAMPING if damping else max(last / _MORE_DAMPING**2, first)
     return None
 
 

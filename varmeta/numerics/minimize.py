@@ -70,8 +70,9 @@ def minimize(
             to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
 
     Returns:
-        `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point; "steps", int64; and
-        "evaluations", the work in units of one loss with its gradient (a loss alone 1/2, a Hessian product 2).
+        `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point; "start_gradient_norm";
+        "steps", int64; and "evaluations", the work in units of one loss with its gradient (a loss alone 1/2, a
+        Hessian product 2).
 
     Raises:
         ValueError: an argument is out of range, or fn does not return one differentiable loss per task.
@@ -128,14 +129,14 @@ class FirstOrderMinimizer(Minimizer):
         failed = converged = torch.zeros_like(active)
         taken = torch.zeros(tasks, dtype=torch.int64, device=like.device)
         evaluations = torch.zeros(tasks, dtype=like.dtype, device=like.device)
-        size = threshold = evaluations
+        size = start = threshold = evaluations
 
         for count in range(limit + 1):
             keep = create_graph and count < limit
             losses, point, gradient = value_and_gradient(fn, current, keep)
             new_size = tree.norm(tree.detach(gradient))
             if count == 0:
-                size, threshold = new_size, tolerance * (1 + new_size)
+                size, start, threshold = new_size, new_size, tolerance * (1 + new_size)
             evaluations = evaluations + active
             finite = torch.isfinite(losses) & torch.isfinite(new_size)
             broken = active & ~finite
@@ -159,7 +160,11 @@ class FirstOrderMinimizer(Minimizer):
 
         result = torch.where(converged, int(Result.CONVERGED), int(Result.STEP_LIMIT))
         result = torch.where(failed, int(Result.NON_FINITE), result)
-        return Solution(current, result, {"gradient_norm": size, "steps": taken, "evaluations": evaluations})
+        return Solution(
+            current,
+            result,
+            {"gradient_norm": size, "start_gradient_norm": start, "steps": taken, "evaluations": evaluations},
+        )
 
 
 @dataclass(frozen=True)

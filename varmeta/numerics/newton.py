@@ -1,13 +1,14 @@
 """Minimise one smooth loss per task by Newton's method, given only a function that autograd differentiates twice.
 
 Each iteration builds the graph of the gradient once, takes a direction from the Hessian (`_dense_direction` for few
-parameters, `_truncated_direction` for many), and searches along it, every task with its own length.  Inside, phi is rows
-`(tasks, size)`.
+parameters, `_truncated_direction` for many), and searches along it, every task with its own length.  Inside, phi is
+rows `(tasks, size)`.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from varmeta.numerics.tree import Tree
 
 _ARMIJO = 1e-4  # the share of the slope's promise that a step must keep; Nocedal and Wright's usual number
 _STEEP = 0.3  # a step after which the slope is still this share of what it was has been much too short
+_BROKEN, _CREEP, _PATIENCE = 1e-3, 1e-6, 5  # gain over promise, gain over loss, and how often in a row, to give up
 _HOST_READS_EVERY = 4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
 _CHUNK = 8  # Hessian rows per batched product: most of the speed of all at once, a bounded part of the memory
 
@@ -30,18 +32,19 @@ class NewtonCG(Minimizer):
     """Newton's method with a line search, per task; quadratic convergence, on convex and other functions.
 
     Up to `dense_size` parameters a task the Hessian H is formed, rescaled to a unit diagonal so that the units of
-    the parameters do not matter, and its eigenvalues are taken by absolute value.  Beyond, H d = -g is solved by
-    conjugate gradients to the accuracy max(sqrt(eps), min(0.1, (|g| / |g before|)^2)) |g|, or until the first direction of
+    the parameters do not matter, and its eigenvalues are taken by absolute value.  Beyond, H d = -g is solved by conjugate
+    gradients to the accuracy max(sqrt(eps), min(0.1, (|g| / |g before|)^2)) |g|, or up to the first direction of
     negative curvature.  Steps are halved or so until the loss falls (Armijo), and doubled where it still falls steeply.
-    Within the rounding of the loss, 10 eps max(1, |loss|), a full step must lower |g| by a tenth instead: so the gradient
-    goes on down to its own rounding, and no task wanders there.
+    Where the loss is level but for rounding, a full step must lower |g| by a tenth instead: so the gradient goes on down
+    to its own rounding, and no task wanders there.
 
-    A task ends
-      CONVERGED   when |g| <= tolerance (1 + |g at its start|) and either the last step promised to lower the loss by no
-                  more than `tolerance`, or |g| <= tolerance: after a poor start the first condition alone means little.
-                  Also when no step gets further and the promise is below `tolerance` and below the loss's rounding;
-      STAGNATED   when no step lowers the loss and none of these holds, as at a kink or in float32;
-      NON_FINITE  when its loss, gradient or Hessian is not finite, at its last finite point.
+    A task ends as
+      CONVERGED, when |g| <= tolerance (1 + |g at its start|) and either the last step promised to lower the loss by no
+        more than `tolerance` or |g| <= tolerance: after a poor start the first condition alone says little.  Also when no
+        step gets further, and what is promised is below `tolerance` and the loss's rounding, 10 eps max(1, |loss|);
+      NEGATIVE_CURVATURE, when one of these holds but the last H was indefinite: a saddle;
+      STAGNATED, when no step lowers the loss, or five in a row by next to nothing, as at the kink of a ReLU;
+      NON_FINITE, when its loss, gradient or Hessian is not finite, at its last finite point.
 
     There is no state, and no graph: `create_graph` is refused.  fn meets far points in the search; it must answer with
     inf or nan, not with an exception (switch the validation of distributions off).
@@ -52,8 +55,8 @@ class NewtonCG(Minimizer):
         max_backtracks: trial lengths per line search, beyond the first.
         dense_size: up to how many parameters a task H is formed; costs as many products, and its cube.  0: never.
 
-    In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's last direction met, NaN
-    where none was needed: negative means that the last H was not positive definite.
+    In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's last direction met,
+    NaN where none was needed.
 
     Raises ValueError for a number out of range.
 
@@ -100,6 +103,7 @@ class NewtonCG(Minimizer):
         x = tree.flatten(tree.detach(phi))
         point = _Point(fn, x, phi)
         loss, norm = point.loss, point.norm
+        start = norm
         allowed = tolerance * (1 + norm)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         active = finite & (norm > allowed)
@@ -107,12 +111,13 @@ class NewtonCG(Minimizer):
         result = torch.where(finite, result, int(Result.NON_FINITE))
         eps = torch.finfo(x.dtype).eps
         curvature, forcing = torch.full_like(norm, math.nan), torch.full_like(norm, 0.1)
-        taken, evaluations = torch.zeros_like(result), torch.ones_like(norm)
+        idle = taken = torch.zeros_like(result)
+        evaluations = torch.ones_like(norm)
 
         for _ in range(max_steps if steps is None else steps):
             if not bool(active.any()):
                 break
-            met, direction, work, sound = self._direction(point, active, forcing)
+            direction, met, convex, work, sound = self._direction(point, active, forcing)
             curvature = torch.where(active, met, curvature)
             moving = active & sound
             direction = torch.where(moving[:, None], direction, 0)
@@ -121,7 +126,8 @@ class NewtonCG(Minimizer):
 
             trial = _Point(fn, x + direction, phi)
             lower = trial.loss <= loss + torch.minimum(_ARMIJO * slope, -rounding)
-            level = (trial.loss <= loss + rounding) & (trial.norm <= 0.9 * norm)
+            # sums that cancel leave more rounding than the loss's size tells; the gradient is there to judge
+            level = (trial.loss <= loss + 100 * rounding) & (trial.norm <= 0.9 * norm)
             good = moving & torch.isfinite(trial.norm) & (lower | level)
             # where the promise is below rounding, shorter steps would be judged by noise
             shorter = moving & ~good & (promise > rounding)
@@ -139,7 +145,11 @@ class NewtonCG(Minimizer):
             arrived_finite = torch.isfinite(trial.norm)
             broken = (active & ~sound) | (stepped & ~arrived_finite)
             stepped = stepped & arrived_finite
-            stuck = moving & (length == 0)
+            # at a kink, as of a ReLU, Newton's promises are broken again and again while the loss creeps
+            gain = loss - trial.loss
+            creeping = stepped & (gain <= _BROKEN * promise) & (gain <= _CREEP * loss.abs().clamp(min=1))
+            idle = torch.where(creeping, idle + 1, 0)
+            stuck = moving & ((length == 0) | (idle >= _PATIENCE))
             ratio = (trial.norm / norm).square().clamp(eps**0.5, 0.1)
             forcing = torch.where(stepped, ratio, forcing)
             x = torch.where(stepped[:, None], trial.x, x)
@@ -151,10 +161,17 @@ class NewtonCG(Minimizer):
             done = done | (stuck & (small | (promise <= rounding.clamp(max=tolerance))))
             result = torch.where(stuck, int(Result.STAGNATED), result)
             result = torch.where(done, int(Result.CONVERGED), result)
+            result = torch.where(done & ~convex, int(Result.NEGATIVE_CURVATURE), result)
             result = torch.where(broken, int(Result.NON_FINITE), result)
-            active = stepped & ~done
+            active = stepped & ~done & ~stuck
             point = trial
-        stats = {"gradient_norm": norm, "steps": taken, "evaluations": evaluations, "curvature": curvature}
+        stats = {
+            "gradient_norm": norm,
+            "start_gradient_norm": start,
+            "steps": taken,
+            "evaluations": evaluations,
+            "curvature": curvature,
+        }
         return Solution(tree.unflatten(x, phi), result, stats)
 
     def _direction(self, point: _Point, active: Tensor, forcing: Tensor) -> _Direction:
@@ -181,34 +198,47 @@ class _Point:
         if not names:
             return torch.zeros_like(v)
         parts = tree.unflatten(v.reshape(-1, v.shape[-1]), self._like)
+        leaves = list(self._leaves.values())
         found = torch.autograd.grad(
             [self._gradient[name] for name in names],
-            list(self._leaves.values()),
+            leaves,
             grad_outputs=[parts[name].reshape(v.shape[:-1] + self._like[name].shape[1:]) for name in names],
             retain_graph=True,
-            materialize_grads=True,
+            allow_unused=True,  # and not materialize_grads, whose zeros would lack the batch of vectors
             is_grads_batched=v.dim() == 3,
         )
-        return torch.cat([x.reshape(*v.shape[:-1], -1) for x in found], -1)
+        columns = [
+            v.new_zeros(*v.shape[:-1], leaf[0].numel()) if x is None else x.reshape(*v.shape[:-1], -1)
+            for leaf, x in zip(leaves, found, strict=True)
+        ]
+        return torch.cat(columns, -1)
 
     def hessian(self) -> Tensor:
         """`(tasks, size, size)`, symmetric."""
         tasks, size = self.x.shape
         basis = torch.eye(size, dtype=self.x.dtype, device=self.x.device)[:, None].expand(size, tasks, size)
         try:
-            rows = [self.product(chunk) for chunk in basis.split(_CHUNK)]
+            with warnings.catch_warnings():
+                # torch loops over operations without a batching rule by itself, and says so each time
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                rows = [self.product(chunk) for chunk in basis.split(_CHUNK)]
         except RuntimeError:
-            # an operation without a batching rule, such as a user's autograd.Function
+            # an operation that cannot be batched at all, such as a user's autograd.Function
             rows = [torch.stack([self.product(v) for v in basis])]
         h = torch.cat(rows).movedim(0, 1)
         return 0.5 * (h + h.mT)
 
 
 class _Direction(NamedTuple):
-    """curvature: smallest Rayleigh quotient met; work: in gradients; sound: whether all is finite; each `(tasks,)`."""
+    """A direction `(tasks, size)` and, each `(tasks,)`, what was met on the way to it.
 
-    curvature: Tensor
+    curvature: the smallest Rayleigh quotient; convex: whether none was negative beyond rounding; work: in gradients;
+    sound: whether all is finite.
+    """
+
     direction: Tensor
+    curvature: Tensor
+    convex: Tensor
     work: Tensor
     sound: Tensor
 
@@ -236,7 +266,8 @@ def _dense_direction(point: _Point, active: Tensor, damping: float) -> _Directio
     direction = (axes @ along.clamp(-farthest, farthest)[..., None])[..., 0]
     quotients = values / axis
     work = torch.full_like(point.loss, 2.0 * h.shape[-1])
-    return _Direction(quotients.amin(-1) - damping, direction, work, sound)
+    convex = values[:, 0] >= -(eps**0.5) * largest[:, 0]
+    return _Direction(direction, quotients.amin(-1) - damping, convex, work, sound)
 
 
 def _truncated_direction(point: _Point, active: Tensor, damping: float, forcing: Tensor, limit: int) -> _Direction:
@@ -266,8 +297,9 @@ def _truncated_direction(point: _Point, active: Tensor, damping: float, forcing:
         # below rounding of the largest curvature the sign says nothing
         largest = torch.maximum(largest, php.abs() / pp)
         positive = php > eps * largest * pp
-        alpha = rr / php.abs()
-        alpha = torch.where(positive, alpha, torch.minimum(alpha, farthest / pp.sqrt()))
+        alpha, limit_of_alpha = rr / php.abs(), farthest / pp.sqrt()
+        positive = positive & (alpha < limit_of_alpha)
+        alpha = torch.minimum(alpha, limit_of_alpha)
         running = running & sound
         d = torch.where(running[:, None], d + alpha[:, None] * p, d)
         r = torch.where(running[:, None], r - alpha[:, None] * (hp + damping * p), r)
@@ -275,7 +307,8 @@ def _truncated_direction(point: _Point, active: Tensor, damping: float, forcing:
         running = running & positive & (new_rr > target)
         p = torch.where(running[:, None], r + (new_rr / rr)[:, None] * p, p)
         rr = torch.where(running, new_rr, rr)
-    return _Direction(curvature, unit * d, 2 * products, sound)
+    convex = curvature >= -(eps**0.5) * largest
+    return _Direction(unit * d, curvature, convex, 2 * products, sound)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

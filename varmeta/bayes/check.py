@@ -1,0 +1,118 @@
+"""What is looked at once, before any work: does the network or program fit, and which layer or observation does not."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varmeta.tasks import Data
+
+
+def warn_unless_twice_differentiable(
+    net: nn.Module, loss: Callable[[Tensor], Tensor], theta: Tensor, x: Tensor
+) -> None:
+    """Warn, naming the layer, where the loss has a first derivative and no second (fused kernels, custom functions).
+
+    Newton steps, `Implicit` and `Unrolled` need the second; first-order strategies do not, so this is no error.
+    loss: of theta `(D,)`; x: one task's inputs, with which each layer is tried on its own once something has failed.
+    """
+    with torch.enable_grad():
+        theta = theta.detach().requires_grad_()
+        if _second_derivative(loss, theta) is None:
+            return
+        inputs: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args, name=name: inputs.append((name, module, args)))
+            for name, module in net.named_modules()
+            if name
+        ]
+        try:
+            net(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # innermost layers come last in the order of entering, so that a container is not blamed for its part
+        who, why = "the network", _second_derivative(loss, theta)
+        for name, module, args in reversed(inputs):
+            if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                error = _second_derivative(lambda value: module(value).sum(), args[0].detach().requires_grad_())  # noqa: B023
+                if error is not None:
+                    who, why = f"layer {name!r} ({type(module).__name__})", error
+                    break
+    warnings.warn(
+        f"{who} cannot be differentiated twice ({why}), which Newton steps, Implicit and Unrolled need: replace it, or use "
+        "FirstOrder or Reptile with GradientDescent",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> str | None:
+    """The error met on the way to it, if any."""
+    first = torch.autograd.grad(function(at), at, create_graph=True, allow_unused=True)[0]
+    if first is None or not first.requires_grad:  # linear
+        return None
+    try:
+        torch.autograd.grad(first.sum(), at, allow_unused=True)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0].rstrip(".")
+    return None
+
+
+@contextlib.contextmanager
+def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
+    """Within it, the yielded function says which layer of the network was entered last and not left."""
+    entered: list[str] = []
+    hooks = []
+    for name, module in net.named_modules() if net is not None else ():
+        if name:
+            word = f"layer {name!r}, {type(module).__name__}"
+            hooks.append(module.register_forward_pre_hook(lambda *_, word=word: entered.append(word)))
+            hooks.append(module.register_forward_hook(lambda *_: entered.pop() and None))
+    try:
+        yield lambda: f" in {entered[-1]}" if entered else ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], skip: str) -> None:
+    """Raise a ValueError that names the task and row of an observation outside its distribution's support."""
+    try:
+        trace = program.get_trace(eta, data)
+        sites = [site for name, site in trace.nodes.items() if site["type"] == "sample" and name != skip]
+        found = [
+            (site, ~site["fn"].support.check(site["value"]).expand(2, *data.mask.shape)[0])
+            for site in sites
+            if site["is_observed"]
+        ]
+    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
+        return
+    for site, bad in found:
+        for task, row in (bad & data.mask).nonzero()[:1].tolist():
+            raise ValueError(
+                f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
+                f"{type(site['fn']).__name__}: expected {site['fn'].support}"
+            )
+
+
+def check_net(net: nn.Module, batch_norm: str) -> None:
+    if batch_norm not in ("refuse", "frozen"):
+        raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if batch_norm == "refuse":
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__}: batch statistics tie a task's observations together, so its "
+                "likelihood is no longer a product over them.  Use GroupNorm or LayerNorm, or batch_norm='frozen'"
+            )
+        if module.running_mean is None:
+            raise ValueError(f"layer {name!r} keeps no running statistics, so they cannot be frozen: use GroupNorm")
+    if not any(True for _ in net.parameters()):
+        raise ValueError("the network has no parameters, so there is nothing to learn")
