@@ -97,6 +97,7 @@ def compare(
     test: TaskSet,
     seeds: int | list[int] = 5,
     *,
+    models: Mapping[str, TaskModel] | None = None,
     budget: float = 2000,
     optimizer: OptimizerFactory | None = None,
     batch_size: int | None = None,
@@ -107,9 +108,13 @@ def compare(
 ) -> Report:
     """Fit every strategy on `train`, adapt to each task of `test` from its support data, score on its query data.
 
+    Every strategy sees every row of the training tasks: with `outer="elbo"` (and in the baselines) the query data join the
+    support; the other objectives keep the two apart.
+
     strategies: by the name that the table shows.
     model: the same start for all; for a network, each seed starts theta0 and shared parameters from a new initialisation of
         its layers, the same for every strategy, except where the prior's `loc` says where to start.
+    models: another model for some of the strategies, by name: one that learns the precision, say.
     seeds: how many, or which.
     budget: gradient evaluations per training task for every strategy and the pooled baseline (a Hessian product counts as
         two); adaptation at test time is not counted.
@@ -127,14 +132,18 @@ def compare(
     from tqdm.auto import tqdm
 
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    _check(strategies, model, train, test, seed_list, level)
+    chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
+    _check(strategies, chosen, train, test, seed_list, level)
+    stray = set(models or {}) - set(strategies)
+    if stray:
+        raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")
     methods: dict[str, Strategy | None] = dict(strategies)
     if baselines:
         methods |= dict.fromkeys(BASELINES)
     scores, runs, fits = [], [], {}
     jobs = [(seed, name) for seed in seed_list for name in methods]
     for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
-        started = _initialised(model, seed)
+        started = _initialised(chosen[name], seed)
         begin = perf_counter()
         failed, reason, seconds, said = 0, "", float("nan"), list[str]()
         try:
@@ -159,7 +168,9 @@ def compare(
     return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)
 
 
-def _check(strategies: object, model: TaskModel, train: TaskSet, test: TaskSet, seeds: list[int], level: float) -> None:
+def _check(
+    strategies: object, models: Mapping[str, TaskModel], train: TaskSet, test: TaskSet, seeds: list[int], level: float
+) -> None:
     if not isinstance(strategies, Mapping) or not strategies:
         raise ValueError("strategies must be a dict of at least one, such as {'joint': vm.Joint()}")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -169,16 +180,16 @@ def _check(strategies: object, model: TaskModel, train: TaskSet, test: TaskSet, 
     clash = set(strategies) & set(BASELINES)
     if clash:
         raise ValueError(f"{sorted(clash)} are the names of the baselines: call your strategies otherwise")
-    for strategy in strategies.values():
+    for name, strategy in strategies.items():
         for tasks in (train, test):
-            check_kinds(model, tasks, strategy)
+            check_kinds(models[name], tasks, strategy)
     bare = [task.name for task in test if task.query is None or not len(task.query[1])]
     if bare:
         raise ValueError(f"the test tasks are scored on query data, but {bare[0]!r} has none: use test.split(...)")
-    model.check(train)
-    model.check(test)
-    for strategy in strategies.values():
-        strategy.check(model, train)
+    for name, strategy in strategies.items():
+        models[name].check(train)
+        models[name].check(test)
+        strategy.check(models[name], train)
 
 
 def _initialised(model: TaskModel, seed: int) -> TaskModel:
@@ -209,8 +220,9 @@ def _run(
         model = copy.copy(model)
         model.prior = GaussianPrior(WEAK_PRECISION)
         strategy = Pooled() if name == "pooled" else Joint("normal")
+    rows = train.merged() if strategy.outer == "elbo" else train
     return fit(
-        model, train, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, progress=False
+        model, rows, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, progress=False
     )
 
 

@@ -111,24 +111,36 @@ def plot_curves(
     return axes
 
 
-def plot_prior(fit: Fit, ax: Any = None, limit: int = 30) -> Any:
-    """theta0 and the prior's 50 % and 90 % intervals of every weight, the tasks' posterior means as dots."""
-    prior = fit.prior
+def plot_prior(fit: Fit, limit: int = 30) -> Any:
+    """theta0 and the prior's 50 % and 90 % intervals of every weight, the tasks' posterior means as dots.
+
+    A few weights get an axis each, since their units differ; more share one.  Returns the axes.
+    """
+    import matplotlib.pyplot as plt
+
+    prior, weights = fit.prior, fit.model.weights
     labels = prior.labels[:limit]
-    ax = _axes(ax, figsize=(6.5, 0.26 * len(labels) + 1.2))
-    weights = fit.model.weights
-    loc = weights.flatten(prior.loc).cpu().numpy()[:limit]
-    sd = weights.flatten(prior.sd).cpu().numpy()[:limit]
-    means = weights.flatten(fit.posterior().mean).cpu().numpy()[:, :limit]
-    rows = np.arange(len(labels))
-    for z, width in ((1.645, 2), (0.674, 6)):
-        ax.hlines(rows, loc - z * sd, loc + z * sd, color=BAND, lw=width, zorder=1)
-    ax.scatter(
-        means.T, np.repeat(rows[:, None], len(means), 1) + 0.0, s=5, color=INK, alpha=0.35, zorder=2, linewidths=0
+    loc = weights.flatten(prior.loc).cpu().numpy()
+    sd = weights.flatten(prior.sd).cpu().numpy()
+    means = weights.flatten(fit.posterior().mean).cpu().numpy()
+    few = len(labels) <= 6
+    size = (6.5, 0.7 * len(labels) + 0.6) if few else (6.5, 0.26 * len(labels) + 1.2)
+    _, axes = plt.subplots(len(labels) if few else 1, 1, figsize=size, squeeze=False, layout="constrained")
+    for row, label in enumerate(labels):
+        ax, height = (axes[row, 0], 0) if few else (axes[0, 0], row)
+        for z, width in ((1.645, 3), (0.674, 8)):
+            ax.hlines(height, loc[row] - z * sd[row], loc[row] + z * sd[row], color=BAND, lw=width, zorder=1)
+        ax.scatter(means[:, row], np.full(len(means), height), s=8, color=INK, alpha=0.4, zorder=2, linewidths=0)
+        ax.scatter(loc[row], height, marker="|", s=220, color="black", zorder=3)
+        if few:
+            ax.set_yticks([0], [label])
+            ax.set_ylim(-1, 1)
+    if not few:
+        axes[0, 0].set_yticks(np.arange(len(labels)), labels, fontsize=8)
+        axes[0, 0].set_ylim(len(labels) - 0.4, -0.6)
+    for ax in axes[:, 0]:
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].set_xlabel(
+        "weight: theta0 (bar), prior intervals (50 %, 90 %), tasks' posterior means (dots)", fontsize=8
     )
-    ax.scatter(loc, rows, marker="|", s=120, color="black", zorder=3)
-    ax.set_yticks(rows, labels, fontsize=8)
-    ax.invert_yaxis()
-    ax.set_xlabel("weight: prior intervals (50 %, 90 %) and tasks' posterior means")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return axes

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varmeta.bayes.guide import Delta
+from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import OUTER
 from varmeta.certificate import Certificate
@@ -98,8 +98,10 @@ class Strategy(ABC):
                     "query=(x, y), or split the support with tasks.split(...)"
                 )
         prior = model.prior
-        if for_fit and prior.learn_precision is not None and isinstance(problem.guide, Delta):
-            self._check_precision(prior.hyperprior is not None)
+        if for_fit and prior.learn_precision is not None:
+            batch = tasks[:1].batch()
+            if problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
+                self._check_precision(prior.hyperprior is not None)
 
     def _check_precision(self, has_hyperprior: bool) -> None:
         if self.outer in ("elbo", "query_elbo") and not has_hyperprior:
@@ -295,12 +297,22 @@ class Unrolled(Strategy):
     inner_steps: int = 5
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: GradientDescent(lr=0.01))
 
+    through_start = True
+
     def __post_init__(self) -> None:
         _check_steps(self.inner_steps)
         if not isinstance(self.minimizer, FirstOrderMinimizer):
             raise ValueError(
                 f"{type(self).__name__} differentiates or counts first-order steps: minimizer must be GradientDescent or "
                 f"Adam, not {type(self.minimizer).__name__}"
+            )
+
+    def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
+        super().check(model, tasks, for_fit)
+        if self.through_start and isinstance(self.problem(model, 0).guide, PyroGuide):
+            raise ValueError(
+                f"{type(self).__name__} differentiates through the start of phi, but a guide of one's own starts where its "
+                "author put it, which carries no derivative to theta0: use Joint, Reinit, Implicit or Reptile"
             )
 
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
@@ -359,6 +371,8 @@ class Reptile(FirstOrder):
     """
 
     outer: str = "elbo"
+
+    through_start = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

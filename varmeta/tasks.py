@@ -255,6 +255,19 @@ class TaskSet:
         ids = self._ids.tolist()
         return self._trusted([_split(t, num_support, (seed, i)) for t, i in zip(self, ids, strict=True)], self._like)
 
+    def merged(self) -> TaskSet:
+        """Each task's query data joined to its support: the inverse of `split`, up to the order of rows.
+
+        >>> TaskSet([Task(([1.0], [2.0]), query=([3.0], [4.0]))]).merged()[0].support
+        (tensor([1., 3.]), tensor([2., 4.]))
+        """
+
+        def joined(task: Task) -> Part | None:
+            parts = [part for part in (task.support, task.query) if part is not None]
+            return (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) if parts else None
+
+        return TaskSet._trusted([Task(joined(task), None, task.name) for task in self], self._like)
+
     def standardized(self) -> tuple[TaskSet, Scaling]:
         """Every x column, and y if it is floating, with mean 0 and sd 1 over all tasks' support rows pooled.
 

@@ -20,7 +20,7 @@ from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
-_ARMIJO = 1e-4  # the share of the slope's promise that a step must keep; Nocedal and Wright's usual number
+_ARMIJO = 0.1  # the share of slope x length that a step must gain; with 1e-4 steps that overshoot are taken too often
 _STEEP = 0.3  # a step after which the slope is still this share of what it was has been much too short
 _BROKEN, _CREEP, _PATIENCE = 1e-3, 1e-6, 5  # gain over promise, gain over loss, and how often in a row, to give up
 _HOST_READS_EVERY = 4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
@@ -51,7 +51,8 @@ class NewtonCG(Minimizer):
 
     Args:
         max_cg_steps: Hessian products per direction; default twice the parameters of a task, at most 500.
-        damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of phi)^2.
+        damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of phi)^2.  Steps are not
+            doubled then.
         max_backtracks: trial lengths per line search, beyond the first.
         dense_size: up to how many parameters a task H is formed; costs as many products, and its cube.  0: never.
 
@@ -132,6 +133,7 @@ class NewtonCG(Minimizer):
             # where the promise is below rounding, shorter steps would be judged by noise
             shorter = moving & ~good & (promise > rounding)
             longer = good & lower & (_dot(trial.gradient, direction) < _STEEP * slope)
+            longer = longer & (self.damping == 0)  # or it would undo the damping
             length = good.to(x.dtype)
             work = work + 1
             if bool((shorter | longer).any()):

@@ -1,0 +1,306 @@
+"""`compare`: every method on the same tasks, seeds, start and budget; and honest intervals."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import varmeta as vm
+from tests.cases import linear_model, net_model, ragged_tasks, seeded
+from varmeta.compare import BASELINES, Pooled, _initialised, _summarise
+from varmeta.plot import plot_comparison
+
+PRIOR = vm.GaussianPrior(3.0)
+INNER: dict[str, Any] = {"inner_steps": 2, "minimizer": vm.GradientDescent(lr=0.01)}
+STRATEGIES = {
+    "joint": vm.Joint("normal"),
+    "joint, delta": vm.Joint("delta"),
+    "reinit": vm.Reinit("normal", every=10),
+    "implicit": vm.Implicit("delta", "elbo", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER),
+    "imaml": vm.Implicit("delta", "query", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER),
+    "maml": vm.Unrolled("delta", **INNER),
+    "fomaml": vm.FirstOrder("delta", **INNER),
+    "reptile": vm.Reptile("delta", **INNER),
+}
+METRICS = ["log_density", "rmse", "coverage", "calibration_error", "crps"]
+TRAIN, TEST = ragged_tasks(4), ragged_tasks(3, seed=1)
+
+
+@pytest.fixture(scope="module")
+def report() -> vm.Report:
+    return vm.compare(STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=[3, 5], budget=30, num_samples=50)
+
+
+def test_every_method_and_seed_is_there(report: vm.Report) -> None:
+    methods = [*STRATEGIES, *BASELINES]
+    assert list(report.table.index) == methods
+    assert set(report.fits) == {(method, seed) for method in methods for seed in (3, 5)}
+    assert list(report.runs.columns) == ["method", "seed", "evaluations", "seconds", "failed", "stop", "warnings"]
+    assert len(report.runs) == 20 and not report.runs["failed"].any()
+    # one row per method, seed and test task: every cell is there, so methods are compared on the same ones
+    counts = report.scores.groupby(["method", "seed", "task"]).size()
+    assert len(counts) == 20 * len(TEST) and (counts == 1).all()
+    assert set(report.scores["task"]) == set(TEST.names)
+    assert list(report.scores.columns) == ["task", "n", *METRICS, "method", "seed"]
+
+
+def test_columns_of_the_table(report: vm.Report) -> None:
+    table = report.table
+    ends = [column for metric in METRICS for column in (metric, f"{metric}_low", f"{metric}_high")]
+    assert list(table.columns) == [*ends, "evaluations", "seconds", "failed"]
+    for metric in METRICS:
+        by_hand = report.scores.groupby("method")[metric].mean()
+        assert table[metric].to_numpy() == pytest.approx(by_hand[table.index].to_numpy(), abs=1e-12)
+        assert (table[f"{metric}_low"] <= table[metric]).all() and (table[metric] <= table[f"{metric}_high"]).all()
+
+
+def test_scores_are_those_of_the_fits(report: vm.Report) -> None:
+    fit = report.fits["maml", 5]
+    own = fit.adapt(TEST).score(num_samples=50, seed=5).drop(index="all")
+    there = report.scores.query("method == 'maml' and seed == 5").set_index("task")
+    pd.testing.assert_frame_equal(there[METRICS], own[METRICS])
+
+
+def test_the_budget_is_the_same_for_all(report: vm.Report) -> None:
+    for (method, _), fit in report.fits.items():
+        spent = fit.history["evaluations"]
+        assert 30 <= spent.iloc[-1] < 30 + spent.diff().max() + 1e-9, method
+        assert "spent its budget of 30" in fit.stop
+
+
+def test_every_method_starts_at_the_same_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    import varmeta.compare as module
+
+    real = module.fit
+
+    def spy(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, **options: Any) -> vm.Fit:
+        starts[f"{strategy!r} {model.prior.start}", options["seed"]] = model.init(torch.zeros((), dtype=tasks.dtype))
+        return real(model, tasks, strategy, **options)
+
+    monkeypatch.setattr(module, "fit", spy)
+    vm.compare(STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=2, budget=2, num_samples=2)
+    assert len(starts) == 20
+    one = {seed: next(start for (_, s), start in starts.items() if s == seed) for seed in (0, 1)}
+    for (_, seed), start in starts.items():
+        assert all(torch.equal(value, one[seed][name]) for name, value in start.items())
+    assert not torch.equal(one[0]["0.weight"], one[1]["0.weight"])
+
+
+def test_a_method_does_not_depend_on_the_others(report: vm.Report) -> None:
+    alone = vm.compare(
+        {"reinit": STRATEGIES["reinit"]}, net_model(PRIOR), TRAIN, TEST, seeds=[5], budget=30, num_samples=50, baselines=False
+    )
+    assert list(alone.table.index) == ["reinit"]
+    there = report.scores.query("method == 'reinit' and seed == 5").reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone.scores, there)
+
+
+def test_a_new_initialisation_is_pytorchs_own() -> None:
+    model = net_model(PRIOR)
+    fresh = _initialised(model, 7)
+    again = seeded(lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), seed=7)
+    # drawn in double precision here, in single there; the same layers in the same order
+    assert {n: v.shape for n, v in fresh.start.items()} == {n: v.shape for n, v in again.named_parameters()}
+    limit = {"0.weight": 1.0, "0.bias": 1.0, "2.weight": 3**-0.5, "2.bias": 3**-0.5}
+    assert all(bool((value.abs() <= limit[name]).all()) for name, value in fresh.start.items())
+    assert all(torch.equal(value, _initialised(model, 7).start[name]) for name, value in fresh.start.items())
+    assert not torch.equal(model.start["0.weight"], fresh.start["0.weight"])
+
+
+def test_a_start_given_to_the_prior_and_frozen_statistics_stay() -> None:
+    net = nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    net(torch.randn(50, 1) + 5.0)  # running statistics
+    prior = vm.GaussianPrior(3.0, loc={"2.bias": 1.25})
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior, batch_norm="frozen")
+    fresh = _initialised(model, 0)
+    assert fresh.start["2.bias"].tolist() == [1.25]
+    assert not torch.equal(fresh.start["2.weight"], model.start["2.weight"])
+    assert fresh.net is not None and model.net is not None
+    for name, value in model.net.named_buffers():
+        assert torch.equal(value, dict(fresh.net.named_buffers())[name])
+    assert fresh.net[1].running_mean.abs().max() > 0.1  # type: ignore[index, union-attr, operator]
+
+
+def test_programs_start_where_they_start() -> None:
+    model = vm.TaskModel.from_pyro(lambda params, x, y: None, {"w": ()})
+    assert _initialised(model, 3) is model
+
+
+# -- baselines -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pooled_baseline_is_least_squares() -> None:
+    """All tasks as one: with Adam to convergence, ordinary least squares and the residual's maximum-likelihood sd."""
+    tasks = ragged_tasks(5)
+    fit = vm.fit(linear_model(PRIOR), tasks, Pooled(), 1500, lambda p: torch.optim.Adam(p, 5e-2))
+    x, y = (torch.cat([task.support[i] for task in tasks if task.support is not None]) for i in (0, 1))
+    design = torch.cat([x, torch.ones_like(x)], -1)
+    solution = torch.linalg.lstsq(design, y.unsqueeze(-1)).solution.flatten()
+    assert float(fit.eta["weight"]) == pytest.approx(float(solution[0]), abs=1e-4)
+    assert float(fit.eta["bias"]) == pytest.approx(float(solution[1]), abs=1e-4)
+    residual = y - design @ solution
+    assert float(fit.eta["log_scale"].exp()) == pytest.approx(float(residual.square().mean().sqrt()), rel=1e-3)
+    # nothing is adapted
+    assert all(bool((value == value[:1]).all()) for value in fit.adapt(tasks).mean.values())
+
+
+def test_no_pooling_lets_every_task_go_its_own_way() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 1, generator=generator, dtype=torch.float64)
+    slopes = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
+    y = slopes[:, None] * x[..., 0] + 0.1 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    tasks = vm.TaskSet([vm.Task((a[:30], b[:30]), (a[30:], b[30:])) for a, b in zip(x, y, strict=True)])
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(scale=0.1, learn_scale=False), vm.GaussianPrior(1e4))
+    report = vm.compare({"joint": vm.Joint("normal")}, model, tasks, tasks, seeds=1, budget=50)
+    mean = report.fits["no pooling", 0].adapt(tasks).mean["weight"].flatten()
+    torch.testing.assert_close(mean, slopes, rtol=0, atol=0.1)
+    assert report.table.loc["no pooling", "rmse"] < 0.2 < report.table.loc["pooled", "rmse"]
+
+
+# -- failures and warnings -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Broken(vm.Joint):
+    """Fails where its seed is odd."""
+
+    def adapt(self, problem: Any, batch: Any, eta: Any) -> Any:
+        if problem.seed % 2:
+            raise RuntimeError("no luck with this seed")
+        return super().adapt(problem, batch, eta)
+
+
+def test_failures_are_kept_and_do_not_stop_the_others() -> None:
+    strategies = {"broken": Broken("normal"), "joint": vm.Joint("normal")}
+    report = vm.compare(strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[0, 1], budget=5, num_samples=5, baselines=False)
+    runs = report.runs.set_index(["method", "seed"])
+    assert runs["failed"].to_dict() == {("broken", 0): 0, ("joint", 0): 0, ("broken", 1): 1, ("joint", 1): 0}
+    assert runs.loc[("broken", 1), "stop"] == "RuntimeError: no luck with this seed"
+    assert report.table["failed"].to_dict() == {"broken": 1, "joint": 0}
+    assert np.isfinite(report.table.loc["broken", METRICS].to_numpy(dtype=float)).all()
+    assert "broken" in str(report)
+
+
+def test_a_method_that_always_fails_keeps_its_row() -> None:
+    strategies = {"broken": Broken("normal"), "joint": vm.Joint("normal")}
+    report = vm.compare(strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[1], budget=5, num_samples=5, baselines=False)
+    assert list(report.table.index) == ["broken", "joint"]
+    assert np.isnan(report.table.loc["broken", "rmse"]) and "nan" in str(report)
+    with pytest.raises(RuntimeError, match="every strategy failed; the first: RuntimeError: no luck"):
+        vm.compare({"broken": Broken()}, linear_model(PRIOR), TRAIN, TEST, seeds=[1], budget=5, baselines=False)
+
+
+def test_warnings_stand_in_the_report() -> None:
+    """An uncertified gradient must not vanish between the runs."""
+    short = vm.Implicit("delta", "query", **INNER)
+    with warnings.catch_warnings(record=True) as caught:
+        report = vm.compare({"imaml": short}, net_model(PRIOR), TRAIN, TEST, seeds=1, budget=20, num_samples=5, baselines=False)
+    assert not caught
+    assert "the implicit gradient is not certified for" in report.runs["warnings"].iloc[0]
+
+
+# -- intervals -----------------------------------------------------------------------------------------------------------
+
+
+def scores(cells: np.ndarray) -> pd.DataFrame:
+    seeds, tasks = np.indices(cells.shape)
+    table = {"task": tasks.ravel().astype(str), "n": 1, "rmse": cells.ravel(), "method": "m", "seed": seeds.ravel()}
+    return pd.DataFrame(table)
+
+
+def test_the_interval_holds_over_tasks_and_seeds() -> None:
+    """Of a table of independent seed effects and task effects the variance of the mean is known."""
+    rng = np.random.default_rng(0)
+    cells = 2.0 * rng.normal(size=(20, 1)) + 3.0 * rng.normal(size=(1, 40))
+    row = _summarise(scores(cells))
+    sd = np.sqrt(cells.mean(1).var() / 20 + cells.mean(0).var() / 40)
+    assert row["rmse"] == pytest.approx(cells.mean())
+    assert row["rmse_high"] - row["rmse_low"] == pytest.approx(2 * 1.96 * sd, rel=0.08)
+
+
+def test_a_score_that_is_not_a_number_is_not_averaged_away() -> None:
+    cells = np.ones((2, 3))
+    cells[1, 2] = np.nan
+    row = _summarise(scores(cells))
+    assert all(np.isnan(value) for value in row.values())
+    cells[1, 2] = -np.inf
+    row = _summarise(scores(cells))
+    assert row["rmse"] == -np.inf and np.isnan(row["rmse_low"])
+    assert all(np.isnan(value) for value in _summarise(scores(np.full((2, 2), np.nan))).values())
+
+
+# -- what is written and drawn -------------------------------------------------------------------------------------------
+
+
+def test_save_writes_three_tables(report: vm.Report, tmp_path: Path) -> None:
+    report.save(tmp_path / "new" / "folder")
+    read = {name: pd.read_csv(tmp_path / "new" / "folder" / f"{name}.csv") for name in ("scores", "runs", "table")}
+    assert read["scores"]["rmse"].to_numpy() == pytest.approx(report.scores["rmse"].to_numpy(), rel=1e-12)
+    assert read["runs"]["method"].tolist() == report.runs["method"].tolist()
+    assert read["table"].set_index("method")["crps"].to_numpy() == pytest.approx(report.table["crps"].to_numpy(), rel=1e-12)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_plot_puts_the_best_on_top(report: vm.Report, metric: str) -> None:
+    import matplotlib.pyplot as plt
+
+    ax = report.plot(metric)
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    values = report.table[metric][labels].to_numpy()
+    assert sorted(labels) == sorted(report.table.index)
+    assert (np.diff(values) >= 0).all() if metric == "log_density" else (np.diff(values) <= 0).all()
+    if metric == "coverage":
+        assert "90%" in ax.get_xlabel()
+    plt.close("all")
+
+
+def test_plot_knows_its_scores(report: vm.Report) -> None:
+    with pytest.raises(ValueError, match="unknown score 'error_rate': the table has"):
+        plot_comparison(report.table, "error_rate")
+
+
+def test_print_shows_intervals(report: vm.Report) -> None:
+    text = str(report)
+    row = report.table.loc["maml"]
+    assert f"{row['rmse']:.3f} [{row['rmse_low']:.3f}, {row['rmse_high']:.3f}]" in text
+    assert len(text.splitlines()) == 12  # two lines of head
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no strategies": ({"strategies": {}}, ValueError, "dict of at least one"),
+    "a list": ({"strategies": [vm.Joint()]}, ValueError, "strategies must be a dict"),
+    "a name": ({"strategies": {"a": "joint"}}, TypeError, "strategy must be one of"),
+    "a baseline's name": ({"strategies": {"pooled": vm.Joint()}}, ValueError, "names of the baselines"),
+    "no seeds": ({"seeds": 0}, ValueError, "seeds must be a number of at least 1"),
+    "seeds twice": ({"seeds": [1, 1]}, ValueError, "different seeds"),
+    "level": ({"level": 90}, ValueError, "level must be a probability"),
+    "budget": ({"budget": 0}, ValueError, "budget must be at least 1"),
+    "no query": ({"test": vm.TaskSet([vm.Task(([[0.0]], [0.0]), name="bare")])}, ValueError, "but 'bare' has none"),
+    "train": ({"train": [1]}, TypeError, "tasks must be a TaskSet, not list"),
+    "test": ({"test": None}, TypeError, "tasks must be a TaskSet, not NoneType"),
+    "model": ({"model": nn.Linear(1, 1)}, TypeError, "model must be a TaskModel"),
+    "a strategy that cannot work": (
+        {"model": linear_model(vm.GaussianPrior(1.0, "shared")), "strategies": {"a": vm.Joint("delta")}},
+        ValueError,
+        "hyperprior",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused(name: str) -> None:
+    change, error, message = BAD[name]
+    arguments = {"strategies": {"joint": vm.Joint()}, "model": linear_model(PRIOR), "train": TRAIN, "test": TEST}
+    with pytest.raises(error, match=message):
+        vm.compare(**{**arguments, "seeds": 1, "num_samples": 2, **change})
