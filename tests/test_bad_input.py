@@ -73,86 +73,216 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # data
     "no tasks": (lambda: vm.TaskSet([]), ValueError, "no tasks: a TaskSet needs at least one Task"),
     "lengths": (lambda: tasks_of(ONES, [0.0, 1.0]), ValueError, "task 'north': support x has 3 rows but y has 2"),
-    "NaN in x": (lambda: tasks_of([[0.0], [np.nan], [1.0]], np.zeros(3)), ValueError, "'north': support x, row 1 .* is nan"),
+    "NaN in x": (
+        lambda: tasks_of([[0.0], [np.nan], [1.0]], np.zeros(3)),
+        ValueError,
+        "'north': support x, row 1 .* is nan",
+    ),
     "NaN in y": (lambda: tasks_of(ONES, [0.0, 1.0, np.nan]), ValueError, "'north': support y, row 2 .* is nan"),
     "infinity": (lambda: tasks_of(ONES, [-np.inf, 1.0, 0.0]), ValueError, "'north': support y, row 0 .* is -inf"),
     "NaN in the query": (
         lambda: vm.TaskSet([vm.Task(query=(ONES, [0.0, 1.0, np.nan]), name="north")]),
-        ValueError, "'north': query y, row 2 .* is nan",
+        ValueError,
+        "'north': query y, row 2 .* is nan",
     ),
-    "words": (lambda: tasks_of(ONES, ["a", "b", "c"]), TypeError, "'north': support y has dtype .*code categories as 0, 1"),
+    "words": (
+        lambda: tasks_of(ONES, ["a", "b", "c"]),
+        TypeError,
+        "'north': support y has dtype .*code categories as 0, 1",
+    ),
     "complex": (lambda: tasks_of(ONES, [1j, 0, 0]), TypeError, "'north': support y is complex"),
     "mixed precision": (lambda: tasks_of(ONES.astype(np.float32), np.zeros(3)), ValueError, "floating dtypes differ"),
     "columns differ": (lambda: tasks_of(np.ones((3, 2)), np.zeros(3)), ValueError, "'north' .*: a row of x has shape"),
     "a task twice": (lambda: tasks_of(ONES, np.zeros(3), "south"), ValueError, "'south' first: names tell tasks apart"),
     # outside the support
-    "half a count": (lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, np.array([0, 0.5, 1]))), ValueError, "'north', row 1: y = 0.5 is outside the support of Poisson: expected a count"),
-    "a negative count": (lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, [0, 2, -1])), ValueError, "'north', row 2: y = -1"),
-    "binary 2": (lambda: fit(model=of_likelihood(vm.likelihoods.Bernoulli()), tasks=tasks_of(ONES, [0, 2, 1])), ValueError, "'north', row 1: y = 2.* expected 0 or 1"),
-    "a class too many": (lambda: fit(model=of_likelihood(vm.likelihoods.Categorical(3), 3), tasks=vm.TaskSet([vm.Task((ONES, [0, 1, 3]), name="north")])), ValueError, "'north', row 2: y = 3.* a class 0, ..., 2"),
-    "more successes than trials": (lambda: fit(model=of_likelihood(vm.likelihoods.Binomial(5)), tasks=tasks_of(ONES, [0, 6, 1])), ValueError, "'north', row 1: y = 6"),
-    "a program's support": (lambda: fit(model=vm.TaskModel.from_pyro(program, {"a": ()}), tasks=vm.TaskSet([vm.Task((ONES, np.array([1.0, 2.0, -1.0])), name="north")])), ValueError, "'north', row 2: y = -1.0 is outside the support of"),
+    "half a count": (
+        lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, np.array([0, 0.5, 1]))),
+        ValueError,
+        "'north', row 1: y = 0.5 is outside the support of Poisson: expected a count",
+    ),
+    "a negative count": (
+        lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, [0, 2, -1])),
+        ValueError,
+        "'north', row 2: y = -1",
+    ),
+    "binary 2": (
+        lambda: fit(model=of_likelihood(vm.likelihoods.Bernoulli()), tasks=tasks_of(ONES, [0, 2, 1])),
+        ValueError,
+        "'north', row 1: y = 2.* expected 0 or 1",
+    ),
+    "a class too many": (
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Categorical(3), 3),
+            tasks=vm.TaskSet([vm.Task((ONES, [0, 1, 3]), name="north")]),
+        ),
+        ValueError,
+        "'north', row 2: y = 3.* a class 0, ..., 2",
+    ),
+    "more successes than trials": (
+        lambda: fit(model=of_likelihood(vm.likelihoods.Binomial(5)), tasks=tasks_of(ONES, [0, 6, 1])),
+        ValueError,
+        "'north', row 1: y = 6",
+    ),
+    "a program's support": (
+        lambda: fit(
+            model=vm.TaskModel.from_pyro(program, {"a": ()}),
+            tasks=vm.TaskSet([vm.Task((ONES, np.array([1.0, 2.0, -1.0])), name="north")]),
+        ),
+        ValueError,
+        "'north', row 2: y = -1.0 is outside the support of",
+    ),
     "outside in the query": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=vm.TaskSet([vm.Task((ONES, [0, 1, 2]), (ONES, [1, -2, 0]), "north")])),
-        ValueError, "'north', row 1: y = -2",
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Poisson()),
+            tasks=vm.TaskSet([vm.Task((ONES, [0, 1, 2]), (ONES, [1, -2, 0]), "north")]),
+        ),
+        ValueError,
+        "'north', row 1: y = -2",
     ),
     # names
-    "unknown guide": (lambda: fit(strategy=vm.Joint("gaussian")), ValueError, "unknown guide 'gaussian': choose one of"),
-    "unknown objective": (lambda: fit(strategy=vm.Implicit(outer="loss")), ValueError, "unknown outer objective 'loss': choose"),
-    "unknown expectation": (lambda: fit(strategy=vm.Joint(expectation="exact")), ValueError, "expectation must be 'auto'"),
-    "unknown shared": (lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared=["body.*"]), ValueError, r"'body.\*' matches none of the parameters \['bias', 'weight'\]"),
-    "unknown precision": (lambda: linear_model(vm.GaussianPrior({"w": 1.0, "bias": 1.0})), ValueError, r"precision names \['w'\]"),
-    "missing precision": (lambda: linear_model(vm.GaussianPrior({"bias": 1.0})), ValueError, r"says nothing about \['weight'\]"),
+    "unknown guide": (
+        lambda: fit(strategy=vm.Joint("gaussian")),
+        ValueError,
+        "unknown guide 'gaussian': choose one of",
+    ),
+    "unknown objective": (
+        lambda: fit(strategy=vm.Implicit(outer="loss")),
+        ValueError,
+        "unknown outer objective 'loss': choose",
+    ),
+    "unknown expectation": (
+        lambda: fit(strategy=vm.Joint(expectation="exact")),
+        ValueError,
+        "expectation must be 'auto'",
+    ),
+    "unknown shared": (
+        lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared=["body.*"]),
+        ValueError,
+        r"'body.\*' matches none of the parameters \['bias', 'weight'\]",
+    ),
+    "unknown precision": (
+        lambda: linear_model(vm.GaussianPrior({"w": 1.0, "bias": 1.0})),
+        ValueError,
+        r"precision names \['w'\]",
+    ),
+    "missing precision": (
+        lambda: linear_model(vm.GaussianPrior({"bias": 1.0})),
+        ValueError,
+        r"says nothing about \['weight'\]",
+    ),
     "unknown loc": (lambda: linear_model(vm.GaussianPrior(loc={"w": 1.0})), ValueError, r"loc names \['w'\]"),
-    "unknown learn_precision": (lambda: vm.GaussianPrior(1.0, "diagonal"), ValueError, "learn_precision must be one of"),
+    "unknown learn_precision": (
+        lambda: vm.GaussianPrior(1.0, "diagonal"),
+        ValueError,
+        "learn_precision must be one of",
+    ),
     "unknown schedule": (lambda: fit(schedule="linear"), ValueError, "schedule must be one of"),
     "unknown on_unconverged": (lambda: vm.Implicit(on_unconverged="log"), ValueError, "on_unconverged must be"),
-    "unknown eta": (lambda: vm.meta_gradient(linear_model(PRIOR), ragged_tasks(2), vm.Implicit(), eta={"w": 1.0}), ValueError, "eta must have the names"),
-    "eta of another shape": (
-        lambda: vm.meta_gradient(linear_model(PRIOR), ragged_tasks(2), vm.Implicit(), eta={"weight": torch.zeros(2), "bias": torch.zeros(1), "log_scale": torch.zeros(())}),
-        ValueError, r"eta\['weight'\] has shape \(2,\), expected \(1, 1\)",
+    "unknown eta": (
+        lambda: vm.meta_gradient(linear_model(PRIOR), ragged_tasks(2), vm.Implicit(), eta={"w": 1.0}),
+        ValueError,
+        "eta must have the names",
     ),
-    "a name of varmeta's own": (lambda: vm.TaskModel.from_pyro(program, {"log_scale": ()}), ValueError, "uses itself: rename"),
+    "eta of another shape": (
+        lambda: vm.meta_gradient(
+            linear_model(PRIOR),
+            ragged_tasks(2),
+            vm.Implicit(),
+            eta={"weight": torch.zeros(2), "bias": torch.zeros(1), "log_scale": torch.zeros(())},
+        ),
+        ValueError,
+        r"eta\['weight'\] has shape \(2,\), expected \(1, 1\)",
+    ),
+    "a name of varmeta's own": (
+        lambda: vm.TaskModel.from_pyro(program, {"log_scale": ()}),
+        ValueError,
+        "uses itself: rename",
+    ),
     # models
-    "batch norm": (lambda: vm.TaskModel(bn, gaussian(), PRIOR), ValueError, "layer '1' is a BatchNorm1d.*GroupNorm or LayerNorm"),
+    "batch norm": (
+        lambda: vm.TaskModel(bn, gaussian(), PRIOR),
+        ValueError,
+        "layer '1' is a BatchNorm1d.*GroupNorm or LayerNorm",
+    ),
     "no parameters": (lambda: vm.TaskModel(nn.Tanh(), gaussian(), PRIOR), ValueError, "has no parameters"),
-    "everything shared": (lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared=["*"]), ValueError, "every parameter is shared"),
-    "columns of the net": (lambda: fit(model=vm.TaskModel(nn.Linear(2, 1), gaussian(), PRIOR)), ValueError, "the model does not run on these tasks"),
-    "precision 0": (lambda: vm.GaussianPrior(0.0), ValueError, "precision of 'precision' must be positive and finite, not 0"),
-    "precision below 0": (lambda: vm.GaussianPrior({"weight": -1.0}), ValueError, "precision of 'weight' must be positive"),
+    "everything shared": (
+        lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared=["*"]),
+        ValueError,
+        "every parameter is shared",
+    ),
+    "columns of the net": (
+        lambda: fit(model=vm.TaskModel(nn.Linear(2, 1), gaussian(), PRIOR)),
+        ValueError,
+        "the model does not run on these tasks",
+    ),
+    "precision 0": (
+        lambda: vm.GaussianPrior(0.0),
+        ValueError,
+        "precision of 'precision' must be positive and finite, not 0",
+    ),
+    "precision below 0": (
+        lambda: vm.GaussianPrior({"weight": -1.0}),
+        ValueError,
+        "precision of 'weight' must be positive",
+    ),
     "infinite precision": (lambda: vm.GaussianPrior(float("inf")), ValueError, "must be positive and finite"),
     "covariance": (lambda: vm.GaussianPrior(covariance=-torch.eye(2)), ValueError, "positive definite"),
     "scale 0": (lambda: gaussian(scale=0.0), ValueError, "scale must be a positive finite number"),
     # guides
     **{
         f"flattening {name}": (
-            lambda name=name: fit(strategy=strategy_of(getattr(autoguide, name))), ValueError, f"{name} makes one vector of all tasks",
+            lambda name=name: fit(strategy=strategy_of(getattr(autoguide, name))),
+            ValueError,
+            f"{name} makes one vector of all tasks",
         )
-        for name in ("AutoDiagonalNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoLaplaceApproximation")
+        for name in (
+            "AutoDiagonalNormal",
+            "AutoMultivariateNormal",
+            "AutoLowRankMultivariateNormal",
+            "AutoLaplaceApproximation",
+        )
     },
-    "a guide that mixes tasks": (lambda: fit(strategy=strategy_of(Mixing)), ValueError, r"\['loc'\] do not have the task axis"),
-    "a guide of another kind": (lambda: fit(strategy=strategy_of(lambda model: 3)), TypeError, "must be a Pyro guide .*not int"),
+    "a guide that mixes tasks": (
+        lambda: fit(strategy=strategy_of(Mixing)),
+        ValueError,
+        r"\['loc'\] do not have the task axis",
+    ),
+    "a guide of another kind": (
+        lambda: fit(strategy=strategy_of(lambda model: 3)),
+        TypeError,
+        "must be a Pyro guide .*not int",
+    ),
     "no guide": (lambda: fit(strategy=strategy_of(3)), TypeError, "guide must be a name or a callable .*not int"),
     # objectives
     **{
         f"{outer} without query data": (
-            lambda outer=outer: fit(strategy=vm.Implicit(outer=outer), tasks=no_query), ValueError,
+            lambda outer=outer: fit(strategy=vm.Implicit(outer=outer), tasks=no_query),
+            ValueError,
             f"outer='{outer}' needs query data, but 1 tasks have none, 'south' first",
         )
         for outer in ("query", "query_elbo", "query_predictive")
     },
     "MAML without query data": (lambda: fit(strategy=vm.Unrolled(), tasks=no_query), ValueError, "needs query data"),
-    "meta-gradient without query data": (lambda: vm.meta_gradient(linear_model(PRIOR), no_query, vm.Unrolled()), ValueError, "needs query data"),
+    "meta-gradient without query data": (
+        lambda: vm.meta_gradient(linear_model(PRIOR), no_query, vm.Unrolled()),
+        ValueError,
+        "needs query data",
+    ),
     "Reptile of the query": (lambda: vm.Reptile(outer="query"), ValueError, "outer='query'"),
     **{
         f"{kind} with a free precision": (
-            lambda strategy=strategy: fit(strategy=strategy, model=linear_model(FREE)), ValueError,
+            lambda strategy=strategy: fit(strategy=strategy, model=linear_model(FREE)),
+            ValueError,
             "Gaussian guide .*a hyperprior on the precision .*a query objective",
         )
         for kind, strategy in {
-            "joint delta": vm.Joint("delta"), "reinit delta": vm.Reinit("delta"), "implicit delta": vm.Implicit("delta"),
-            "implicit query_elbo": vm.Implicit("delta", "query_elbo"), "Reptile": vm.Reptile(),
-            "unrolled elbo": vm.Unrolled("delta", "elbo"), "a delta of one's own": vm.Joint(autoguide.AutoDelta),
+            "joint delta": vm.Joint("delta"),
+            "reinit delta": vm.Reinit("delta"),
+            "implicit delta": vm.Implicit("delta"),
+            "implicit query_elbo": vm.Implicit("delta", "query_elbo"),
+            "Reptile": vm.Reptile(),
+            "unrolled elbo": vm.Unrolled("delta", "elbo"),
+            "a delta of one's own": vm.Joint(autoguide.AutoDelta),
         }.items()
     },
     # numbers and kinds of arguments
@@ -161,22 +291,54 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "budget": (lambda: fit(budget=0.0), ValueError, "budget must be at least 1, not 0"),
     "inner_steps": (lambda: vm.Unrolled(inner_steps=0), ValueError, "inner_steps must be at least 1"),
     "every": (lambda: vm.Reinit(every=0), ValueError, "every must be at least 1"),
-    "odd particles": (lambda: fit(strategy=vm.Joint(expectation="monte_carlo", num_particles=3)), ValueError, "even number"),
+    "odd particles": (
+        lambda: fit(strategy=vm.Joint(expectation="monte_carlo", num_particles=3)),
+        ValueError,
+        "even number",
+    ),
     "unrolling Newton": (lambda: vm.Unrolled(minimizer=vm.NewtonCG()), ValueError, "must be GradientDescent or Adam"),  # type: ignore[arg-type]
-    "an optimizer": (lambda: fit(optimizer=torch.optim.Adam([torch.zeros(1, requires_grad=True)])), TypeError, "must be a factory"),
+    "an optimizer": (
+        lambda: fit(optimizer=torch.optim.Adam([torch.zeros(1, requires_grad=True)])),
+        TypeError,
+        "must be a factory",
+    ),
     "model": (lambda: fit(model=nn.Linear(1, 1)), TypeError, "model must be a TaskModel, not Linear"),
     "tasks": (lambda: fit(tasks=[vm.Task((ONES, np.zeros(3)))]), TypeError, "tasks must be a TaskSet, not list"),
     "strategy": (lambda: fit(strategy="joint"), TypeError, "strategy must be one of"),
     "strategy class": (lambda: fit(strategy=vm.Joint), TypeError, "strategy must be one of"),
     "net": (lambda: vm.TaskModel(lambda x: x, gaussian()), TypeError, "net must be an nn.Module.*from_pyro"),  # type: ignore[arg-type]
     "likelihood": (lambda: vm.TaskModel(nn.Linear(1, 1), "gaussian"), TypeError, "likelihood must be one of"),  # type: ignore[arg-type]
-    "a string of shared": (lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared="bias"), TypeError, "list of patterns"),
-    "hyperprior": (lambda: vm.GaussianPrior(1.0, "shared", hyperprior=2.0), TypeError, "hyperprior must be a distribution"),  # type: ignore[arg-type]
-    "hyperprior of nothing": (lambda: vm.GaussianPrior(1.0, hyperprior=dist.Gamma(1.0, 1.0)), ValueError, "set learn_precision"),
-    "meta-gradient of a net": (lambda: vm.meta_gradient(nn.Linear(1, 1), no_query, vm.Joint()), TypeError, "model must be"),  # type: ignore[arg-type]
-    "meta-gradient of a list": (lambda: vm.meta_gradient(linear_model(PRIOR), [], vm.Joint()), TypeError, "tasks must be"),  # type: ignore[arg-type]
-    "meta-gradient by name": (lambda: vm.meta_gradient(linear_model(PRIOR), no_query, "joint"), TypeError, "strategy must"),  # type: ignore[arg-type]
-}  # fmt: skip
+    "a string of shared": (
+        lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared="bias"),
+        TypeError,
+        "list of patterns",
+    ),
+    "hyperprior": (
+        lambda: vm.GaussianPrior(1.0, "shared", hyperprior=2.0),
+        TypeError,
+        "hyperprior must be a distribution",
+    ),  # type: ignore[arg-type]
+    "hyperprior of nothing": (
+        lambda: vm.GaussianPrior(1.0, hyperprior=dist.Gamma(1.0, 1.0)),
+        ValueError,
+        "set learn_precision",
+    ),
+    "meta-gradient of a net": (
+        lambda: vm.meta_gradient(nn.Linear(1, 1), no_query, vm.Joint()),
+        TypeError,
+        "model must be",
+    ),  # type: ignore[arg-type]
+    "meta-gradient of a list": (
+        lambda: vm.meta_gradient(linear_model(PRIOR), [], vm.Joint()),
+        TypeError,
+        "tasks must be",
+    ),  # type: ignore[arg-type]
+    "meta-gradient by name": (
+        lambda: vm.meta_gradient(linear_model(PRIOR), no_query, "joint"),
+        TypeError,
+        "strategy must",
+    ),  # type: ignore[arg-type]
+}
 
 
 @pytest.mark.parametrize("name", CASES)

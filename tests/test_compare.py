@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,7 @@ def test_the_budget_is_the_same_for_all(report: vm.Report) -> None:
 
 def test_every_method_starts_at_the_same_point(monkeypatch: pytest.MonkeyPatch) -> None:
     starts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
-    import varmeta.compare as module
-
+    module = sys.modules["varmeta.compare"]  # the attribute of that name is the function
     real = module.fit
 
     def spy(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, **options: Any) -> vm.Fit:
@@ -97,7 +97,14 @@ def test_every_method_starts_at_the_same_point(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_method_does_not_depend_on_the_others(report: vm.Report) -> None:
     alone = vm.compare(
-        {"reinit": STRATEGIES["reinit"]}, net_model(PRIOR), TRAIN, TEST, seeds=[5], budget=30, num_samples=50, baselines=False
+        {"reinit": STRATEGIES["reinit"]},
+        net_model(PRIOR),
+        TRAIN,
+        TEST,
+        seeds=[5],
+        budget=30,
+        num_samples=50,
+        baselines=False,
     )
     assert list(alone.table.index) == ["reinit"]
     there = report.scores.query("method == 'reinit' and seed == 5").reset_index(drop=True)
@@ -121,7 +128,7 @@ def test_a_start_given_to_the_prior_and_frozen_statistics_stay() -> None:
     net(torch.randn(50, 1) + 5.0)  # running statistics
     prior = vm.GaussianPrior(3.0, loc={"2.bias": 1.25})
     model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior, batch_norm="frozen")
-    fresh = _initialised(model, 0)
+    fresh = _initialised(model, 5)
     assert fresh.start["2.bias"].tolist() == [1.25]
     assert not torch.equal(fresh.start["2.weight"], model.start["2.weight"])
     assert fresh.net is not None and model.net is not None
@@ -181,7 +188,9 @@ class Broken(vm.Joint):
 
 def test_failures_are_kept_and_do_not_stop_the_others() -> None:
     strategies = {"broken": Broken("normal"), "joint": vm.Joint("normal")}
-    report = vm.compare(strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[0, 1], budget=5, num_samples=5, baselines=False)
+    report = vm.compare(
+        strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[0, 1], budget=5, num_samples=5, baselines=False
+    )
     runs = report.runs.set_index(["method", "seed"])
     assert runs["failed"].to_dict() == {("broken", 0): 0, ("joint", 0): 0, ("broken", 1): 1, ("joint", 1): 0}
     assert runs.loc[("broken", 1), "stop"] == "RuntimeError: no luck with this seed"
@@ -192,7 +201,9 @@ def test_failures_are_kept_and_do_not_stop_the_others() -> None:
 
 def test_a_method_that_always_fails_keeps_its_row() -> None:
     strategies = {"broken": Broken("normal"), "joint": vm.Joint("normal")}
-    report = vm.compare(strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[1], budget=5, num_samples=5, baselines=False)
+    report = vm.compare(
+        strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[1], budget=5, num_samples=5, baselines=False
+    )
     assert list(report.table.index) == ["broken", "joint"]
     assert np.isnan(report.table.loc["broken", "rmse"]) and "nan" in str(report)
     with pytest.raises(RuntimeError, match="every strategy failed; the first: RuntimeError: no luck"):
@@ -203,7 +214,9 @@ def test_warnings_stand_in_the_report() -> None:
     """An uncertified gradient must not vanish between the runs."""
     short = vm.Implicit("delta", "query", **INNER)
     with warnings.catch_warnings(record=True) as caught:
-        report = vm.compare({"imaml": short}, net_model(PRIOR), TRAIN, TEST, seeds=1, budget=20, num_samples=5, baselines=False)
+        report = vm.compare(
+            {"imaml": short}, net_model(PRIOR), TRAIN, TEST, seeds=1, budget=20, num_samples=5, baselines=False
+        )
     assert not caught
     assert "the implicit gradient is not certified for" in report.runs["warnings"].iloc[0]
 
@@ -246,7 +259,9 @@ def test_save_writes_three_tables(report: vm.Report, tmp_path: Path) -> None:
     read = {name: pd.read_csv(tmp_path / "new" / "folder" / f"{name}.csv") for name in ("scores", "runs", "table")}
     assert read["scores"]["rmse"].to_numpy() == pytest.approx(report.scores["rmse"].to_numpy(), rel=1e-12)
     assert read["runs"]["method"].tolist() == report.runs["method"].tolist()
-    assert read["table"].set_index("method")["crps"].to_numpy() == pytest.approx(report.table["crps"].to_numpy(), rel=1e-12)
+    assert read["table"].set_index("method")["crps"].to_numpy() == pytest.approx(
+        report.table["crps"].to_numpy(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -286,6 +301,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "seeds twice": ({"seeds": [1, 1]}, ValueError, "different seeds"),
     "level": ({"level": 90}, ValueError, "level must be a probability"),
     "budget": ({"budget": 0}, ValueError, "budget must be at least 1"),
+    "num_samples": ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
+    "models": (
+        {"models": {"imaml": linear_model(PRIOR)}},
+        ValueError,
+        r"models names \['imaml'\], but the strategies are",
+    ),
     "no query": ({"test": vm.TaskSet([vm.Task(([[0.0]], [0.0]), name="bare")])}, ValueError, "but 'bare' has none"),
     "train": ({"train": [1]}, TypeError, "tasks must be a TaskSet, not list"),
     "test": ({"test": None}, TypeError, "tasks must be a TaskSet, not NoneType"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from tests.cases import GUIDES, MODELS, OUTERS, large_model, ragged_tasks
+from tests.cases import GUIDES, MODELS, OUTERS, large_model, net_model, ragged_tasks
 
 # A query loss is first order in the error of phi, and a difference quotient divides that error by STEP.
 TIGHT = {"tolerance": 1e-13, "linear_solver": vm.CG(rtol=1e-13)}
@@ -72,6 +72,16 @@ def test_equals_central_differences_with_two_thousand_weights(adjoint: str, guid
     tasks = ragged_tasks(2)
     model = large_model(vm.GaussianPrior(30.0, "shared"))
     strategy = strategies(guide, "query")[adjoint]
+    for part, direction in directions(model).items():
+        assert directional_error(model, tasks, strategy, direction) <= 1e-6, part
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
+def test_equals_central_differences_with_a_dense_guide_over_28_weights(adjoint: str) -> None:
+    """434 variational parameters per task."""
+    tasks = ragged_tasks(2)
+    model = net_model(vm.GaussianPrior(10.0, "shared"), width=9)
+    strategy = strategies("multivariate_normal", "query")[adjoint]
     for part, direction in directions(model).items():
         assert directional_error(model, tasks, strategy, direction) <= 1e-6, part
 

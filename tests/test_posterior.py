@@ -77,7 +77,9 @@ def test_intervals_of_a_thousand_tasks_cover() -> None:
     posterior = fit.adapt(tasks)
     draws = posterior.sample(1000)
     for column, name in enumerate(("bias", "weight")):
-        low, high = torch.quantile(draws[name].reshape(1000, 1000), torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
+        low, high = torch.quantile(
+            draws[name].reshape(1000, 1000), torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0
+        )
         covered = (low <= theta[:, column]) & (theta[:, column] <= high)
         assert 0.87 <= float(covered.double().mean()) <= 0.93  # 3 standard errors of 1,000 tasks
     table = posterior.score(num_samples=1000)
@@ -323,7 +325,11 @@ def net(outputs: int, likelihood: Any) -> vm.TaskModel:
 
 KINDS: dict[str, tuple[Any, Any, list[str]]] = {
     "gaussian": (lambda: net(1, vm.likelihoods.Gaussian()), lambda rng, x: x + rng.normal(size=len(x)), NUMBERS),
-    "several responses": (lambda: net(2, vm.likelihoods.Gaussian()), lambda rng, x: rng.normal(size=(len(x), 2)), NUMBERS),
+    "several responses": (
+        lambda: net(2, vm.likelihoods.Gaussian()),
+        lambda rng, x: rng.normal(size=(len(x), 2)),
+        NUMBERS,
+    ),
     "student": (lambda: net(1, vm.likelihoods.StudentT()), lambda rng, x: x + rng.normal(size=len(x)), NUMBERS),
     "counts": (lambda: net(1, vm.likelihoods.Poisson()), lambda rng, x: rng.poisson(1.5, size=len(x)), NUMBERS),
     "binomial": (lambda: net(1, vm.likelihoods.Binomial()), binomial, NUMBERS),
@@ -415,7 +421,11 @@ def test_a_task_called_all_keeps_its_row() -> None:
         (lambda tasks: tasks[:2], ValueError, "query has 2 tasks, but the posterior has 3"),
         (lambda tasks: tasks[[1, 0, 2]], ValueError, "lists task 'sine 1' where the posterior has 'sine 0'"),
         (lambda tasks: [tasks[1], tasks[0], tasks[2]], ValueError, "lists task 'sine 1' where"),
-        (lambda tasks: [(np.zeros((2, 1)), np.zeros(3))] * 3, ValueError, "task 'sine 0': support x has 2 rows but y has 3"),
+        (
+            lambda tasks: [(np.zeros((2, 1)), np.zeros(3))] * 3,
+            ValueError,
+            "task 'sine 0': support x has 2 rows but y has 3",
+        ),
         (lambda tasks: [(np.zeros((2, 1)), [0.0, np.nan])] * 3, ValueError, "task 'sine 0'.*row 1"),
         (lambda tasks: [(np.zeros(2), np.zeros(2))] * 3, ValueError, "query x of task 'sine 0': a row has shape"),
         (lambda tasks: [None] * 3, ValueError, "nothing to score"),
@@ -470,7 +480,9 @@ def test_adaptation_that_breaks_off_says_so() -> None:
     tasks = vm.TaskSet([vm.Task(support=(np.ones(2), np.ones(2)), name="calm")])
     wild = vm.TaskSet([*tasks, vm.Task(support=(np.full(2, 1e200), np.ones(2)), name="wild")])
     fit = known(model, tasks, vm.Joint("delta"))
-    with pytest.warns(RuntimeWarning, match="did not end well for 1 of 2 tasks, 'wild' first: a loss or gradient is not"):
+    with pytest.warns(
+        RuntimeWarning, match="did not end well for 1 of 2 tasks, 'wild' first: a loss or gradient is not"
+    ):
         fit.adapt(wild)
 
 

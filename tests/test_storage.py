@@ -167,7 +167,7 @@ def write_code(path: Path) -> None:
 @pytest.mark.parametrize("write", [write_text, write_weights, write_code, Path.mkdir, Path.touch, lambda path: None])
 def test_what_is_not_a_fit_is_refused(write: Callable[[Path], object], tmp_path: Path) -> None:
     write(tmp_path / "other")
-    with pytest.raises(ValueError, match="other' is not a (file|varmeta fit)"):
+    with pytest.raises(ValueError, match=r"other' is not a (file|varmeta fit)"):
         vm.load(tmp_path / "other", linear_model(PRIOR))
 
 
@@ -189,8 +189,14 @@ def other_program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Ten
         (lambda: net_model(PRIOR), "is a fit of a model with weights"),
         (lambda: linear_model(vm.GaussianPrior(3.0, "shared")), "learned .* but this model has .*log_precision"),
         (lambda: linear_model(vm.GaussianPrior(4.0)), "under another prior"),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.StudentT(scale=0.7), PRIOR), "with the likelihood Gaussian"),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(scale=0.7, learn_scale=False), PRIOR), "learned"),
+        (
+            lambda: vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.StudentT(scale=0.7), PRIOR),
+            "with the likelihood Gaussian",
+        ),
+        (
+            lambda: vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(scale=0.7, learn_scale=False), PRIOR),
+            "learned",
+        ),
         (lambda: vm.TaskModel.from_pyro(other_program, {"weight": (1, 1), "bias": (1,)}, PRIOR), "learned"),
     ],
     ids=["weights", "learned precision", "fixed precision", "likelihood", "learned scale", "program"],

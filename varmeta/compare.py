@@ -134,6 +134,9 @@ def compare(
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
     _check(strategies, chosen, train, test, seed_list, level)
+    for what, number in (("budget", budget), ("batch_size", batch_size), ("num_samples", num_samples)):
+        if number is not None and not number >= 1:
+            raise ValueError(f"{what} must be at least 1, not {number}")
     stray = set(models or {}) - set(strategies)
     if stray:
         raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")

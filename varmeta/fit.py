@@ -96,7 +96,9 @@ def fit(
     few = 200 if use_newton or quasi else 2000
     steps = num_steps if num_steps is not None else None if budget is not None else few
     if steps is not None and run.step >= steps:
-        raise ValueError(f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more")
+        raise ValueError(
+            f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more"
+        )
     bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
     if use_newton:
