@@ -20,7 +20,7 @@ from torch import nn
 
 import varmeta as vm
 from varmeta import inference_data
-from varmeta.plot import plot_comparison, plot_curves, plot_prior
+from varmeta.plot import plot_curves, plot_prior
 
 # lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual sd, log likelihood.
 LME4 = {

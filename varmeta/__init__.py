@@ -1,11 +1,13 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
 from varmeta import datasets, likelihoods
+from varmeta.amortised import FirstOrder, Implicit, Reptile, Unrolled
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
 from varmeta.compare import Report, compare
 from varmeta.fit import fit
+from varmeta.joint import Joint, Reinit
 from varmeta.meta_gradient import MetaGradient, meta_gradient
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
@@ -13,7 +15,6 @@ from varmeta.numerics.newton import NewtonCG
 from varmeta.posterior import Posterior, Prediction
 from varmeta.result import Fit, LearnedPrior
 from varmeta.storage import load
-from varmeta.strategy import FirstOrder, Implicit, Joint, Reinit, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
 
 __version__ = "0.1.0"

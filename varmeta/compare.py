@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.fit import OptimizerFactory, fit
+from varmeta.joint import Joint
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import detach
 from varmeta.problem import Problem
 from varmeta.result import Fit
-from varmeta.strategy import Eta, Joint, State, Stats, Strategy, check_kinds
+from varmeta.strategy import Eta, State, Stats, Strategy, check_kinds
 from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:

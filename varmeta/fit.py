@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from varmeta.bayes.model import TaskModel
+from varmeta.joint import Joint
 from varmeta.result import Fit
-from varmeta.strategy import Joint, Strategy, check_kinds
+from varmeta.strategy import Strategy, check_kinds
 from varmeta.tasks import TaskSet
 from varmeta.training import (
     Callback,

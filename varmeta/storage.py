@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 
+from varmeta.amortised import FirstOrder, Implicit, Reptile, Unrolled
 from varmeta.bayes.model import TaskModel
+from varmeta.joint import Joint, Reinit
 from varmeta.numerics import linear_solve, minimize, newton
 from varmeta.result import Fit
-from varmeta.strategy import STRATEGIES, State, Strategy
+from varmeta.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 from varmeta.training import Run
 
 FORMAT = "varmeta fit 1"
-PARTS = {
+STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile)
+PARTS: dict[str, Any] = {
     part.__name__: part
     for part in (
         minimize.GradientDescent, minimize.Adam, newton.NewtonCG, linear_solve.CG, linear_solve.Neumann, linear_solve.Direct,
@@ -134,7 +137,7 @@ def _rebuild(value: Any) -> Any:
         )
     from varmeta.compare import Pooled  # a report's fits can be saved too
 
-    known = {**STRATEGIES, **PARTS, "Pooled": Pooled}
+    known: dict[str, Any] = {kind.__name__: kind for kind in (*STRATEGIES, Pooled)} | PARTS
     if kind not in known:
         raise ValueError(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
     return known[kind](**{name: _rebuild(item) for name, item in value.items()})

@@ -20,13 +20,14 @@ from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.bayes.prior import PRECISION, TRIL
+from varmeta.joint import Joint, Reinit
 from varmeta.numerics.arrowhead import JointSolution, minimize_jointly
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten
 from varmeta.problem import Problem
-from varmeta.strategy import Eta, Joint, Reinit, State, Strategy
+from varmeta.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -274,7 +275,9 @@ def descend(
             if warning is not None:  # once: the next steps would say the same with other numbers
                 warnings.warn(warning, RuntimeWarning, stacklevel=3)
                 warned = True
-            spent += sum(float(call[2]["evaluations"]) for call in calls)
+            # a minibatch works for its own tasks only
+            share = len(batch) / len(tasks)
+            spent += share * sum(float(call[2]["evaluations"]) for call in calls)
             run.state = state
             run.record(
                 callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,

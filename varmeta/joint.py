@@ -1,0 +1,117 @@
+"""Strategies that store phi for every task: phi and eta move together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
+from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.tree import Tree, detach, leaves, map_tree, put, take
+from varmeta.problem import Problem
+from varmeta.strategy import Eta, State, Stats, Strategy
+from varmeta.tasks import Batch
+
+
+@dataclass(frozen=True)
+class Joint(Strategy):
+    """Minimise sum_i F_i(phi_i, eta) over eta and every phi_i together: the post's M(theta0, Q_i).
+
+    phi_i <- phi_i - step(dF_i/dphi_i),   eta <- eta - step(sum_i dF_i/deta), from one gradient of both.
+
+    minimizer: the first-order rule for phi; `fit` steps eta by torch.optim.  On small models `fit` replaces both by one
+        Newton iteration on (phi, eta), unless an optimizer, batch size or budget is given.
+    adapt_steps: steps of adaptation to new tasks where the expectation is by draws (else Newton, to tolerance).
+    Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019), Meta-MinibatchProx.
+    """
+
+    guide: str | Callable[..., Any] = "normal"
+    minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=1e-2), kw_only=True)
+    adapt_steps: int = field(default=1000, kw_only=True)
+
+    outer = "elbo"
+    adapts_afresh = False
+
+    def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
+        phi = detach(problem.start(batch, eta))
+        return State(phi, self.minimizer.init(phi))
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        state = self._before(problem, batch, eta, state)
+        assert state.phi is not None and state.inner is not None
+        phi = leaves(take(state.phi, batch.rows))
+        losses = problem.losses("elbo", batch, state.step)(phi, eta)
+        names = [name for name in eta if eta[name].requires_grad]
+        total = self._total(problem, batch, eta, losses)
+        scale = batch.total / len(batch)
+        gradients = torch.autograd.grad(
+            total, [*phi.values(), *(eta[name] for name in names)], allow_unused=True, materialize_grads=True
+        )
+        phi_gradient = dict(zip(phi, (g / scale for g in gradients), strict=False))
+        new, inner = self.minimizer.update(detach(phi), phi_gradient, take(state.inner, batch.rows), state.lr_scale)
+        state = replace(
+            state, phi=put(state.phi, batch.rows, new), inner=put(state.inner, batch.rows, inner), step=state.step + 1
+        )
+        scalar = total.detach()
+        for name, gradient in zip(names, gradients[len(phi) :], strict=True):
+            # zero in value, `gradient` in derivative: eta's half of the one gradient that was taken
+            scalar = scalar + (gradient * (eta[name] - eta[name].detach())).sum()
+        return scalar, state, {"losses": losses.detach(), "evaluations": 1.0}
+
+    def _before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
+        return state
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        start = detach(problem.start(batch, eta))
+        if problem.deterministic:
+            inner = problem.losses("elbo", batch, 0)
+            return minimize(lambda phi: inner(phi, eta), start, NewtonCG())
+        return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
+
+
+@dataclass(frozen=True)
+class Reinit(Joint):
+    """`Joint`, with every phi_i and its optimiser state set back to the prior every `every` steps.
+
+    The post: "jointly minimize the variational objective with respect to theta0 and theta_i, but every once in a while
+    reinitialize theta_i to be theta0".  Each period has its own step-size schedule for phi, full at its start and falling to
+    zero at its end, while eta's falls once over the whole run; so phi's steps must be large enough to get from the prior
+    to the posterior within a period.
+    """
+
+    minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=5e-2), kw_only=True)
+    every: int = field(default=100, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
+
+    def _before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
+        within = state.step % self.every
+        state = replace(state, lr_scale=0.5 * (1.0 + math.cos(math.pi * within / self.every)))
+        if state.step == 0 or within:
+            return state
+        assert state.phi is not None
+        row = map_tree(lambda x: x[:1], detach(problem.start(batch, eta)))
+        phi = map_tree(lambda new, old: new.expand_as(old).clone(), row, state.phi)
+        return replace(state, phi=phi, inner=self.minimizer.init(phi))
+
+
+def _adapt_with_fresh_noise(
+    problem: Problem, batch: Batch, eta: Eta, phi: Tree, minimizer: FirstOrderMinimizer, steps: int
+) -> Solution:
+    """Stochastic descent on F_i, new draws at every step, the step size falling to zero."""
+    inner = minimizer.init(phi)
+    for step in range(steps):
+        point = leaves(phi)
+        losses = problem.losses("elbo", batch, step)(point, eta)
+        gradient = dict(zip(point, torch.autograd.grad(losses.sum(), list(point.values())), strict=True))
+        phi, inner = minimizer.update(detach(point), gradient, inner, 1.0 - step / steps)
+    result = torch.full((len(batch),), int(Result.STEP_LIMIT), device=losses.device)
+    return Solution(phi, result, {"evaluations": torch.full_like(losses, float(steps)).detach()})
