@@ -44,6 +44,7 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
     rows = np.arange(len(table))
     errors = [table[metric] - table[f"{metric}_low"], table[f"{metric}_high"] - table[metric]]
     ax.errorbar(table[metric], rows, xerr=np.clip(errors, 0, None), fmt="o", color=INK, ecolor=BAND, elinewidth=3, ms=5)
+    _zoom(ax, table, metric)
     ax.set_yticks(rows, table.index)
     ax.set_xlabel(AXIS_NAMES.get(metric, metric))
     if metric == "coverage":
@@ -52,6 +53,26 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
     ax.grid(axis="x", color="#e3e6ea", lw=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _zoom(ax: Any, table: pd.DataFrame, metric: str) -> None:
+    """Keep a method that failed by far from squeezing the others together: it stands at the edge, with its number."""
+    sign = -1.0 if metric == "log_density" else 1.0
+    loss = sign * table[metric]
+    far = loss > loss.min() + 6.0 * (loss.median() - loss.min())
+    if metric == "coverage" or not far.any():
+        return
+    near = table[~far]
+    ends = sorted([sign * near[f"{metric}_low"], sign * near[f"{metric}_high"]], key=lambda part: part.max())
+    best, worst = ends[0].min(), ends[1].max()
+    margin = 0.15 * (worst - best)
+    edges = sign * (best - 0.3 * margin), sign * (worst + 2.0 * margin)
+    ax.set_xlim(min(edges), max(edges))
+    for row in np.flatnonzero(far):
+        text = f"off the axis: {table[metric].iloc[row]:.2f} "
+        ax.text(
+            edges[1], row, f" {text}" if sign < 0 else text, ha="left" if sign < 0 else "right", va="center", fontsize=8
+        )
 
 
 def plot_curves(
