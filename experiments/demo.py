@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import varmeta as vm
-from varmeta import inference_data
+from varmeta import inference_data, metrics
 from varmeta.plot import plot_curves, plot_prior
 
 # lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual sd, log likelihood.
@@ -85,6 +85,12 @@ def tasks_of(countries: pd.DataFrame) -> vm.TaskSet:
     return vm.TaskSet.from_frame(marked, task="country", x=["year"], y="life_exp", query="later")
 
 
+def floor(points: int, draws: int = 4000) -> float:
+    """The calibration error of perfect forecasts of a few independent observations."""
+    uniform = torch.rand(draws, points, generator=torch.Generator().manual_seed(0))
+    return float(torch.stack([metrics.calibration_error(row) for row in uniform]).mean())
+
+
 def growth(out: Path, seeds: int, budget: float) -> None:
     """Compare the strategies on unseen countries; write the table and the figures."""
     import matplotlib.pyplot as plt
@@ -115,6 +121,7 @@ def growth(out: Path, seeds: int, budget: float) -> None:
         f"\n{len(train)} training countries, {len(test)} unseen; {seeds} seeds; {budget:g} gradient evaluations per task"
     )
     print("standardised units; mean [95 % interval over seeds and tasks]; coverage is of 90 % intervals")
+    print(f"calibration error is per country: perfect forecasts of 6 independent years would score {floor(6):.2f}")
     print(report)
     report.save(out)
     for metric in ("log_density", "rmse", "coverage"):

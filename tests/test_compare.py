@@ -286,7 +286,7 @@ def test_plot_knows_its_scores(report: vm.Report) -> None:
 def test_print_shows_intervals(report: vm.Report) -> None:
     text = str(report)
     row = report.table.loc["maml"]
-    assert f"{row['rmse']:.3f} [{row['rmse_low']:.3f}, {row['rmse_high']:.3f}]" in text
+    assert f"{row['rmse']:.2f} [{row['rmse_low']:.2f}, {row['rmse_high']:.2f}]" in text
     assert len(text.splitlines()) == 12  # two lines of head
 
 

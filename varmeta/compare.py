@@ -82,7 +82,7 @@ class Report:
         text["seconds"] = text["seconds"].map("{:.1f}".format)
         for metric in [column[: -len("_low")] for column in table if column.endswith("_low")]:
             text[metric] = [
-                f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+                f"{mean:.2f} [{low:.2f}, {high:.2f}]"
                 for mean, low, high in zip(table[metric], table[f"{metric}_low"], table[f"{metric}_high"], strict=True)
             ]
         text = text[
