@@ -1,12 +1,12 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
 from varmeta import datasets, likelihoods
-from varmeta.amortised import FirstOrder, Implicit, Reptile, Unrolled
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
 from varmeta.compare import Report, compare
 from varmeta.fit import fit
+from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
 from varmeta.meta_gradient import MetaGradient, meta_gradient
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
@@ -14,8 +14,10 @@ from varmeta.numerics.minimize import Adam, GradientDescent
 from varmeta.numerics.newton import NewtonCG
 from varmeta.posterior import Posterior, Prediction
 from varmeta.result import Fit, LearnedPrior
+from varmeta.stochastic import StochasticAlg
 from varmeta.storage import load
 from varmeta.tasks import Task, TaskSet
+from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
 __version__ = "0.1.0"
 
@@ -26,7 +28,7 @@ __all__ = [
     "TaskModel", "GaussianPrior", "likelihoods",
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
-    "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct",
+    "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg",
     # verbs and what they return
     "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",

@@ -41,6 +41,11 @@ class Data:
         """The tasks at the positions `rows`, int64 `(n,)`; still as wide as before."""
         return Data(self.x[rows], self.y[rows], self.mask[rows])
 
+    def take_points(self, index: Tensor) -> Data:
+        """Of every task the rows `index`, int64 `(tasks, n)`."""
+        task = torch.arange(len(self), device=index.device).unsqueeze(-1)
+        return Data(self.x[task, index], self.y[task, index], self.mask[task, index])
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -60,6 +65,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def repeat(self, number: int) -> Batch:
+        """All tasks `number` times, one whole batch after another."""
+        if number == 1:
+            return self
+        again = torch.arange(len(self), device=self.rows.device).repeat(number)
+        query = None if self.query is None else self.query.take(again)
+        support, names = self.support.take(again), self.names * number
+        return Batch(support, query, self.ids[again], names, self.rows[again], self.total)
 
     def require_query(self) -> Data:
         if self.query is None:

@@ -21,11 +21,15 @@ class MetaGradient:
 
     grads: d value / d eta by name: theta0 and shared parameters by parameter name, then "log_precision...", "log_scale".
     certificate: for `Implicit`, what the gradient rests on; else None.
+    moving, selecting: with a `StochasticAlg`, the two parts of grads by name: how each minimum moves, and how the
+        probability of reaching it changes; else None.
     """
 
     value: float
     grads: dict[str, Tensor]
     certificate: Certificate | None
+    moving: dict[str, Tensor] | None = None
+    selecting: dict[str, Tensor] | None = None
 
     def __str__(self) -> str:
         rows = [f"{name:24s} |gradient| = {float(g.norm()):.6g}" for name, g in self.grads.items()]
@@ -64,9 +68,20 @@ def meta_gradient(
             )
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-    scalar, _, stats = strategy.loss(problem, batch, leaves, strategy.init(problem, batch, leaves))
+    state = strategy.init(problem, batch, leaves)
+    scalar, _, stats = strategy.loss(problem, batch, leaves, state)
     warning = strategy.warning(stats)
     if warning is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
-    gradients = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return MetaGradient(float(scalar.detach()), dict(zip(leaves, gradients, strict=True)), stats.get("certificate"))
+    grads = _gradient(scalar, leaves)
+    moving = strategy.moving(problem, batch, leaves, state, stats)
+    value, certificate = float(scalar.detach()), stats.get("certificate")
+    if moving is None:
+        return MetaGradient(value, grads, certificate)
+    part = _gradient(moving, leaves)
+    return MetaGradient(value, grads, certificate, part, {name: grads[name] - part[name] for name in grads})
+
+
+def _gradient(scalar: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))

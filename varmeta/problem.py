@@ -13,7 +13,7 @@ from varmeta.bayes.guide import Delta, Guide, make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.numerics.tree import Tree
-from varmeta.tasks import Batch
+from varmeta.tasks import Batch, Data
 
 Losses = Callable[[Tree, Mapping[str, Tensor]], Tensor]
 
@@ -54,6 +54,16 @@ class Problem:
             rule, step = MonteCarlo(PREDICTIVE_PARTICLES), 0
         noise = rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
         return lambda phi, eta: function(phi, eta, batch, noise)
+
+    def scaled_losses(self, data: Data, share: Tensor) -> Losses:
+        """F_i under a delta guide, the likelihood of `data` (a minibatch of each task) counted `share` `(tasks,)` times."""
+        noise = data.x.new_zeros(1, 1, self.model.weights.size)
+
+        def fn(phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
+            divergence, nll = self.objective.terms(phi, eta, data, noise)
+            return divergence + share * nll.mean(0)
+
+        return fn
 
     def is_point(self, batch: Batch, eta: Mapping[str, Tensor]) -> bool:
         """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is then no bound."""

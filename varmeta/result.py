@@ -164,7 +164,7 @@ class Fit:
         self.model.check(tasks)
         solution = self.strategy.adapt(self.problem, batch, self.eta)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
-        fixed = getattr(self.strategy, "inner_steps", None) is not None or not self.problem.deterministic
+        fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.is_noisy(self.problem)
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
             bad = [
                 name for name, code in zip(batch.names, solution.result.tolist(), strict=True) if code == solution.worst

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from varmeta.amortised import FirstOrder, Implicit, Reptile, Unrolled
 from varmeta.bayes.model import TaskModel
+from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
 from varmeta.numerics import linear_solve, minimize, newton
 from varmeta.result import Fit
+from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 from varmeta.training import Run
+from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
 FORMAT = "varmeta fit 1"
 STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile)
@@ -25,6 +27,7 @@ PARTS: dict[str, Any] = {
     part.__name__: part
     for part in (
         minimize.GradientDescent, minimize.Adam, newton.NewtonCG, linear_solve.CG, linear_solve.Neumann, linear_solve.Direct,
+        StochasticAlg,
     )
 }  # fmt: skip
 

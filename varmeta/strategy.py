@@ -3,7 +3,7 @@
 A strategy answers four questions: where phi starts, how many inner steps it takes, how the derivative with respect to eta
 comes back through them, and which outer objective is differentiated.
 
-`joint.py` holds the strategies that store phi, `amortised.py` those for which it is a function of eta:
+`joint.py` holds the strategies that store phi, `implicit.py` and `unrolled.py` those for which it is a function of eta:
 
 | strategy     | start of phi     | inner steps       | derivative           | outer objective |
 | `Joint`      | stored per task  | phi and eta move together                | elbo            |
@@ -117,6 +117,14 @@ class Strategy(ABC):
     @abstractmethod
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         """phi of (new) tasks: the same inner problem as in training, on their support data."""
+
+    def is_noisy(self, problem: Problem) -> bool:
+        """Whether `loss` draws random numbers anew at every step."""
+        return not problem.deterministic
+
+    def moving(self, problem: Problem, batch: Batch, eta: Eta, state: State, stats: Stats) -> Tensor | None:
+        """For a stochastic Alg, see `Amortised.moving`; else None."""
+        return None
 
     def warning(self, stats: Stats) -> str | None:
         """What the caller of `loss` should warn about (once), if anything."""

@@ -107,7 +107,7 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
 
 def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> bool:
     """Whether the whole joint problem is small and free of noise, so that Newton's method serves it."""
-    if type(strategy) not in (Joint, Reinit) or not problem.deterministic:
+    if type(strategy) not in (Joint, Reinit) or strategy.is_noisy(problem):
         return False
     tasks, size = flatten(problem.start(batch, eta)).shape
     border = sum(value.numel() for value in eta.values())
@@ -191,7 +191,7 @@ def lbfgs(params: Iterable[Tensor]) -> torch.optim.Optimizer:
 def lbfgs_applies(strategy: Strategy, problem: Problem, eta: Eta) -> bool:
     """Whether a line search may trust value and gradient, and eta is small."""
     small = sum(value.numel() for value in eta.values()) <= MAX_LBFGS_SIZE
-    return strategy.exact and not isinstance(strategy, Joint) and problem.deterministic and small
+    return strategy.exact and not isinstance(strategy, Joint) and not strategy.is_noisy(problem) and small
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,11 @@ def descend(
                 seconds=perf_counter() - begin,
             )  # fmt: skip
             # without noise a flat record is the end; quasi-Newton steps are large, so two of them tell
-            if whole is not None and problem.deterministic and _settled(run.history, 2 if quasi_newton else 50):
+            if (
+                whole is not None
+                and not strategy.is_noisy(problem)
+                and _settled(run.history, 2 if quasi_newton else 50)
+            ):
                 run.converged = True
                 kind = "quasi-Newton steps" if quasi_newton else "steps"
                 run.stop = f"converged after {step + 1} {kind}: the objective no longer changes"

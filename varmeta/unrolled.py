@@ -1,0 +1,148 @@
+"""K inner steps from the prior: `Unrolled` differentiates through them, `FirstOrder` and `Reptile` do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from varmeta.amortised import Amortised, check_steps
+from varmeta.bayes.guide import PyroGuide
+from varmeta.bayes.model import TaskModel
+from varmeta.numerics.adjoint import detached, unrolled
+from varmeta.numerics.minimize import FirstOrderMinimizer, GradientDescent, minimize
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import Tree, add, detach
+from varmeta.problem import Problem
+from varmeta.stochastic import StochasticAlg
+from varmeta.strategy import Eta, State, Stats
+from varmeta.tasks import Batch, TaskSet
+
+
+@dataclass(frozen=True)
+class Unrolled(Amortised):
+    """K inner steps from the prior, and the derivative through all of them (MAML with a delta guide; ABML with a normal).
+
+    phi_{k+1} = phi_k - step(dF/dphi_k), phi_0 = prior(eta);   dG/deta by backpropagation through the K steps.
+    Reference: Finn et al. (2017); Ravi and Beatson (2019).
+    """
+
+    outer: str = "query"
+    inner_steps: int = 5
+    minimizer: FirstOrderMinimizer = field(default_factory=lambda: GradientDescent(lr=0.01))
+
+    through_start = True
+
+    def __post_init__(self) -> None:
+        check_steps(self.inner_steps)
+        if not isinstance(self.minimizer, FirstOrderMinimizer):
+            raise ValueError(
+                f"{type(self).__name__} differentiates or counts first-order steps: minimizer must be GradientDescent or "
+                f"Adam, not {type(self.minimizer).__name__}"
+            )
+
+    def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
+        super().check(model, tasks, for_fit)
+        if self.through_start and isinstance(self.problem(model, 0).guide, PyroGuide):
+            raise ValueError(
+                f"{type(self).__name__} differentiates through the start of phi, but a guide of one's own starts where its "
+                "author put it, which carries no derivative to theta0: use Joint, Reinit, Implicit or Reptile"
+            )
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        if self.alg is not None:
+            return self._noisy_loss(self.alg, problem, batch, eta, state)
+        inner, outer = self._objectives(problem, batch, state)
+        losses = self._through(inner, outer, problem.start(batch, eta), eta)
+        stats = {"losses": losses.detach(), "evaluations": self._evaluations}
+        return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
+
+    def _noisy_loss(
+        self, alg: StochasticAlg, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
+        """The mean over draws at the end of the noisy steps."""
+        walk = alg.walk(problem, batch, eta, state.step, graph=not alg.uses_score)
+        _, outer = self._objectives(problem, batch.repeat(alg.num_draws), state)
+        losses = unrolled(outer, walk[-1], eta)
+        total = self._total(problem, batch, eta, self._mean(losses))
+        if alg.uses_score:
+            total = self._add_score(total, problem, batch, eta, state, walk, losses)
+        stats = {
+            "losses": self._mean(losses.detach()),
+            "evaluations": alg.num_draws * ((4.0 if alg.uses_score else 3.0) * alg.num_steps + 1.0),
+            "ends": detach(walk[-1]),
+        }
+        return total, replace(state, step=state.step + 1), stats
+
+    @property
+    def _evaluations(self) -> float:
+        return 3.0 * self.inner_steps + 1.0  # a gradient forward, a Hessian product (two gradients) backward
+
+    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> Tensor:
+        solution = minimize(
+            lambda phi: inner(phi, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True
+        )
+        return unrolled(outer, solution.value, eta)
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        inner = problem.losses("elbo", batch, 0)
+        if self.alg is not None:
+            end = self.alg.one_draw(problem, batch, eta)
+            return minimize(lambda phi: inner(phi, eta), end, self.minimizer, steps=0)
+        start = detach(problem.start(batch, eta))
+        return minimize(lambda phi: inner(phi, eta), start, self.minimizer, steps=self.inner_steps)
+
+
+@dataclass(frozen=True)
+class FirstOrder(Unrolled):
+    """`Unrolled` with d phi_K / d phi_0 taken as the identity: first-order MAML."""
+
+    exact = False
+
+    def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
+        super().check(model, tasks, for_fit)
+        if self.alg is not None:
+            raise ValueError(f"{type(self).__name__} takes no alg: use Unrolled(alg=...) or Implicit(alg=...)")
+
+    @property
+    def _evaluations(self) -> float:
+        return self.inner_steps + 1.0
+
+    def _check_precision(self, has_hyperprior: bool) -> None:
+        super()._check_precision(has_hyperprior)
+        if self.outer == "query" or self.outer == "query_predictive":
+            raise ValueError(
+                f"{type(self).__name__} with a delta guide passes no derivative to the precision: fix it "
+                "(learn_precision=None), or use Implicit or Unrolled"
+            )
+
+    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> Tensor:
+        fixed = detach(eta)
+        solution = minimize(lambda phi: inner(phi, fixed), detach(start), self.minimizer, steps=self.inner_steps)
+        moved = add(solution.value, detach(start), -1.0)
+        return unrolled(outer, add(start, moved), eta)
+
+
+@dataclass(frozen=True)
+class Reptile(FirstOrder):
+    """K inner steps, then theta0 is pulled towards where they ended: lambda (theta0 - phi_K), the elbo with phi_K held fixed.
+
+    Reference: Nichol et al. (2018); its pull with the precision of the prior as the factor.
+    """
+
+    outer: str = "elbo"
+
+    through_start = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outer != "elbo":
+            raise ValueError(
+                f"Reptile pulls theta0 towards phi_K, which is the elbo's derivative; outer={self.outer!r}"
+            )
+
+    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> Tensor:
+        fixed = detach(eta)
+        solution = minimize(lambda phi: inner(phi, fixed), detach(start), self.minimizer, steps=self.inner_steps)
+        return detached(outer, solution.value, eta)
