@@ -80,10 +80,11 @@ def is_small(model: TaskModel, eta: Eta) -> bool:
 
 
 def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
-    """eta with theta0, shared parameters and noise scales at their best fit to all tasks at once, as if tasks did not differ.
+    """eta with theta0, shared parameters and noise scales at their best fit to all tasks at once, as if tasks did not differ,
+    and a learned precision at what one observation knows, unless the user said where it starts.
 
-    Data in raw units (weights of hundreds of grams, a noise scale of 25) put the optimum far from where a model starts;
-    this brings the quadratic and quasi-Newton methods near enough.
+    Data in raw units (weights of hundreds of grams, a predictor around 2,000) put the optimum far from where a model
+    starts; this brings the quadratic and quasi-Newton methods near enough, in any units.
     """
     objective = Objective(problem.model, Delta())
     moving = [name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL)]
@@ -99,7 +100,16 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
     solution = minimize(fn, start, NewtonCG(), max_steps=100)
     if solution.worst == Result.NON_FINITE:
         return eta
-    return eta | {name: value.squeeze(0) for name, value in solution.value.items()}
+    eta = eta | {name: value.squeeze(0) for name, value in solution.value.items()}
+    weights = problem.model.weights
+    theta = weights.flatten(eta)
+
+    def total(theta: Tensor) -> Tensor:
+        now = eta | weights.unflatten(theta)
+        return fn({name: now[name].unsqueeze(0) for name in moving}).squeeze()
+
+    information = torch.autograd.functional.hessian(total, theta) / batch.support.mask.sum()
+    return eta | problem.model.prior.start_at(weights, eta, information)
 
 
 # -- joint Newton ------------------------------------------------------------------------------------------------------

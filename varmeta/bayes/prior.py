@@ -20,7 +20,8 @@ class GaussianPrior:
     """N(theta0, Lambda^-1) over the weights of a task; lambda is a *precision*, the inverse of a variance.
 
     precision: where learning starts, or the fixed value: one number, a dict by parameter or module name whose values
-        are numbers or tensors of the parameter's shape.  Units: 1 / (weight's unit)^2.
+        are numbers or tensors of the parameter's shape.  Units: 1 / (weight's unit)^2.  Left out: 1 if fixed; if learned,
+        `fit` starts small models where one observation would know as much as the prior, else at 1.
     learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for every single weight), or
         "full" (a dense covariance over a few weights, as lme4's `(1 + x | g)`).
     loc: theta0 by parameter name, where it should not start at the network's own weights (or at zero).
@@ -36,7 +37,7 @@ class GaussianPrior:
 
     def __init__(
         self,
-        precision: float | Mapping[str, float | Tensor] = 1.0,
+        precision: float | Mapping[str, float | Tensor] | None = None,
         learn_precision: str | None = None,
         *,
         loc: Mapping[str, Tensor | float] | None = None,
@@ -46,7 +47,7 @@ class GaussianPrior:
         if learn_precision not in LEARN_PRECISION:
             raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
         values = precision.items() if isinstance(precision, Mapping) else [("precision", precision)]
-        for name, value in values:
+        for name, value in values if precision is not None else ():
             value = torch.as_tensor(value)
             if value.numel() != 1 and not isinstance(precision, Mapping):
                 raise ValueError(
@@ -93,13 +94,15 @@ class GaussianPrior:
         self._check_names(weights)
         if self.learn_precision is None:
             return {}
-        start = self._start_log_precision(weights, like)
+        return self._entries(weights, *self._start_dense(weights, like))
+
+    def _entries(self, weights: Weights, log_precision: Tensor, tril: Tensor) -> dict[str, Tensor]:
+        """The learned entries of eta from every weight's log precision `(D,)` and, for "full", the factor's lower part."""
         if self.learn_precision == "shared":
-            return {PRECISION: start.mean()}
+            return {PRECISION: log_precision.mean()}
         if self.learn_precision == "full":
-            log_precision, tril = self._start_dense(weights, like)
             return {PRECISION: log_precision, TRIL: tril} if len(tril) else {PRECISION: log_precision}
-        named = weights.unflatten(start)
+        named = weights.unflatten(log_precision)
         if self.learn_precision == "per_parameter":
             return {f"{PRECISION}.{name}": value.clone() for name, value in named.items()}
         parts: dict[str, list[Tensor]] = {}
@@ -135,6 +138,22 @@ class GaussianPrior:
         learned = [value for name, value in eta.items() if name == PRECISION or name.startswith(PRECISION + ".")]
         return -sum(self.hyperprior.log_prob(value.exp()).sum() for value in learned)
 
+    def start_at(self, weights: Weights, eta: Mapping[str, Tensor], information: Tensor) -> dict[str, Tensor]:
+        """Entries of eta for a learned precision whose start was left open: what one observation knows about the weights.
+
+        information: the mean Hessian of one observation's negative log likelihood, `(D, D)`.  Its inverse as the prior's
+        covariance (the unit information prior) has the weights' units, wherever the predictors' origin is.
+        """
+        if self.learn_precision is None or self.start is not None or self.covariance is not None:
+            return {}
+        scale = information.diagonal().clamp(min=torch.finfo(information.dtype).tiny).rsqrt()
+        if self.learn_precision != "full":
+            return self._entries(weights, -2.0 * scale.log(), scale.new_zeros(0))
+        values, vectors = torch.linalg.eigh(scale[:, None] * information * scale)
+        # in units of the diagonal; collinear predictors leave directions that no observation knows
+        root = scale[:, None] * (vectors * values.clamp(min=1e-4).rsqrt())
+        return self._entries(weights, *_log_precision_and_tril(torch.linalg.cholesky(root @ root.mT)))
+
     # -- where learning starts -----------------------------------------------------------------------------------------
 
     def _check_names(self, weights: Weights) -> None:
@@ -153,7 +172,7 @@ class GaussianPrior:
 
     def _start_log_precision(self, weights: Weights, like: Tensor) -> Tensor:
         if not isinstance(self.start, Mapping):
-            return like.new_full((weights.size,), math.log(self.start))
+            return like.new_full((weights.size,), 0.0 if self.start is None else math.log(self.start))
         parts = []
         for name, shape in weights.shapes.items():
             value = torch.as_tensor(self.start.get(name, self.start.get(weights.module(name))))
@@ -165,12 +184,17 @@ class GaussianPrior:
         return torch.cat(parts)
 
     def _start_dense(self, weights: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = torch.tril_indices(weights.size, weights.size, -1)
         if self.covariance is None:
-            return self._start_log_precision(weights, like), like.new_zeros(len(rows))
-        factor = torch.linalg.cholesky(self.covariance.to(like))
-        sd = factor.diagonal()
-        return -2.0 * sd.log(), (factor / sd.unsqueeze(-1))[rows, columns]
+            below = weights.size * (weights.size - 1) // 2
+            return self._start_log_precision(weights, like), like.new_zeros(below)
+        return _log_precision_and_tril(torch.linalg.cholesky(self.covariance.to(like)))
+
+
+def _log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """A lower triangular factor `(D, D)` as diag(exp(-log_precision / 2)) times a unit lower triangle."""
+    sd = factor.diagonal()
+    rows, columns = torch.tril_indices(len(sd), len(sd), -1)
+    return -2.0 * sd.log(), (factor / sd.unsqueeze(-1))[rows, columns]
 
 
 def unit_lower(entries: Tensor, size: int) -> Tensor:
