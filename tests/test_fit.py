@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import adam, known, linear_model, net_model, ragged_tasks, seeded
+from varmeta.doubts import doubts
 from varmeta.strategy import Strategy
 from varmeta.training import _rows
 
@@ -133,7 +134,9 @@ def test_an_interrupted_newton_run_goes_on() -> None:
     [
         ({"model": net_model(PRIOR)}, ValueError, "a fit of another model"),
         ({"tasks": ragged_tasks(2)}, ValueError, "a fit of other tasks"),
+        ({"tasks": ragged_tasks(3, seed=1)}, ValueError, "the support of 'sine 0' has other numbers"),
         ({"strategy": vm.Joint("normal")}, ValueError, "a fit by Implicit, not Joint"),
+        ({"strategy": vm.Implicit("normal")}, ValueError, r"Implicit\(guide='delta'\), not Implicit\(guide='normal'\)"),
         ({"seed": 1}, ValueError, "was run with seed=0"),
         ({"num_steps": 3}, ValueError, "has taken 3 steps already"),
         ({"resume": "fit.pt"}, TypeError, "resume must be a Fit, not str"),
@@ -446,6 +449,7 @@ def test_a_precision_that_runs_away_is_called_out() -> None:
         RuntimeWarning, match="precision of bias runs away.*centre the predictors.*multivariate_normal.*hyperprior"
     ):
         fit = vm.fit(bias, tasks, vm.Joint("normal"))
-    assert fit.runaways()
+    assert len(doubts(fit)) == 1
     spread = vm.TaskSet([vm.Task((a, 3.0 * i + b)) for i, (a, b) in enumerate(zip(x, noise, strict=True))])
-    assert vm.fit(bias, spread, vm.Joint("normal")).runaways() == []
+    fit = vm.fit(bias, spread, vm.Joint("normal"))
+    assert doubts(fit) == []

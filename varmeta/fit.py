@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from varmeta.bayes.model import TaskModel
+from varmeta.doubts import doubts
 from varmeta.joint import Joint
 from varmeta.result import Fit
 from varmeta.strategy import Strategy, check_kinds
@@ -111,7 +112,9 @@ def fit(
     if bar is not None:
         bar.close()
     result = Fit(model, tasks, strategy, seed, run)
-    for sentence in result.runaways():
+    # where the user says when to stop, that it came before convergence is no surprise
+    reached = (num_steps is not None and run.step >= num_steps) or (budget is not None and run.evaluations >= budget)
+    for sentence in doubts(result, own_end=reached or run.stop.startswith("interrupted")):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
@@ -23,9 +24,6 @@ from varmeta.training import Run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# A weight whose prior precision exceeds what the best-informed task knows about it by this factor no longer varies.
-RUNAWAY = 500.0
 
 
 @dataclass(frozen=True)
@@ -200,34 +198,14 @@ class Fit:
         start = model.init(tasks.batch().support.x.new_zeros(()))
         if {name: value.shape for name, value in start.items()} != {n: v.shape for n, v in self.eta.items()}:
             raise ValueError(f"resume is a fit of another model: it has {sorted(self.eta)}, this model {sorted(start)}")
-        if tasks.names != self.tasks.names:
-            raise ValueError("resume is a fit of other tasks: give the same tasks in the same order")
-        if type(strategy) is not type(self.strategy):
-            raise ValueError(f"resume is a fit by {type(self.strategy).__name__}, not {type(strategy).__name__}")
+        other = self.tasks.first_difference(tasks)
+        if other is not None:
+            raise ValueError(f"resume is a fit of other tasks ({other}): give the same data in the same order")
+        if strategy != self.strategy:
+            raise ValueError(f"resume is a fit by {_unlike(self.strategy, strategy)}: give fit the same strategy")
         return copy.deepcopy(self.run)
 
-    # -- warnings and print ------------------------------------------------------------------------------------------------
-
-    def runaways(self) -> list[str]:
-        """A sentence for each learned precision that runs away: a weight that no longer varies between tasks."""
-        if self.model.prior.learn_precision is None:
-            return []
-        labels = self.prior.labels
-        precision = self.prior.covariance.diagonal().reciprocal()
-        if self.is_point or self.run.state.phi is None:
-            start = self.model.prior.log_precision(self.model.weights, self.model.init(precision), precision)
-            away = precision.log() - start > math.log(1e6)
-        else:
-            spread = self.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)
-            information = spread**-2 - precision
-            away = precision > RUNAWAY * information.max(0).values.clamp_min(torch.finfo(precision.dtype).eps)
-        if not bool(away.any()):
-            return []
-        names = ", ".join(label for label, gone in zip(labels, away.tolist(), strict=True) if gone)
-        return [
-            f"the prior precision of {names} runs away, so the fit pools the tasks completely there.  That may be the "
-            "best-fitting value; if not: centre the predictors, use guide='multivariate_normal', or give a hyperprior"
-        ]
+    # -- print ------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         points = int(self.tasks.batch().support.mask.sum())
@@ -271,3 +249,12 @@ class Fit:
         return (
             f"<Fit: {self._describe()}, {len(self.tasks)} tasks, {'converged' if self.converged else 'not converged'}>"
         )
+
+
+def _unlike(one: Strategy, other: Strategy) -> str:
+    """`one, not other`, in as few words as tell them apart."""
+    if type(one) is not type(other):
+        return f"{type(one).__name__}, not {type(other).__name__}"
+    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]
+    mine, its = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (one, other))
+    return f"{type(one).__name__}({mine}), not {type(other).__name__}({its})"

@@ -232,6 +232,21 @@ class TaskSet:
         names = tuple(self.names[i] for i in positions)
         return Batch(self._support.take(at), query, self._ids[at], names, at, len(self))
 
+    def first_difference(self, other: TaskSet) -> str | None:
+        """Where another set differs from this one, in a few words; None where every name and number is the same."""
+        if len(self) != len(other):
+            return f"{len(other)} tasks instead of {len(self)}"
+        for mine, its in zip(self, other, strict=True):
+            if mine.name != its.name:
+                return f"{its.name!r} where it had {mine.name!r}"
+            for what in ("support", "query"):
+                parts = getattr(mine, what), getattr(its, what)
+                if (parts[0] is None) != (parts[1] is None) or (
+                    parts[0] is not None and not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*parts, strict=True))
+                ):
+                    return f"the {what} of {mine.name!r} has other numbers"
+        return None
+
     # -- new sets from old ---------------------------------------------------------------------------------------------
 
     def split(self, num_support: int | float, seed: int = 0) -> TaskSet:

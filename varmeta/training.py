@@ -41,6 +41,14 @@ NEWTON_CHUNK = 20
 # Quasi-Newton on eta: beyond this many numbers Adam.
 MAX_LBFGS_SIZE = 300
 
+UNDETERMINED = "the data can hardly tell"
+_WHY_NEWTON_ENDED = {
+    Result.STEP_LIMIT: "give more by num_steps (or go on with resume=), or standardise the data: tasks.standardized()",
+    Result.STAGNATED: "no step lowers the objective, although it is not flat: use float64 data, or standardise them",
+    Result.DIVERGED: "the objective is not finite any more: standardise the data (tasks.standardized()), or start nearer with "
+    "GaussianPrior(precision=...)",
+}
+
 
 @dataclass
 class Run:
@@ -144,11 +152,13 @@ def newton(
             if run.converged:
                 left = float(solution.stats["decrement"])
                 run.stop = f"converged after {run.step} Newton steps: the objective can fall by {left:.1e} nats more"
+                if solution.stats["flat"]:
+                    run.stop += f"; {UNDETERMINED} {' and '.join(solution.stats['flat'])} apart"
                 return
             if solution.result == Result.NON_FINITE:
                 raise ValueError(_non_finite(batch, solution.stats["losses"], "at the start"))
             if solution.result not in (Result.CONVERGED, Result.STEP_LIMIT) or run.step >= max_steps:
-                run.stop = f"Newton steps {solution.result.sentence}"
+                run.stop = f"after {run.step} Newton steps: {_WHY_NEWTON_ENDED[solution.result]}"
                 return
             last = loss
             if isinstance(strategy, Reinit):

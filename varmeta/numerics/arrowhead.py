@@ -26,6 +26,7 @@ _CORRECTIONS = 2  # further steps of phi with the Hessian at hand, before eta mo
 _RESETTLE = 3  # Newton steps of phi at a trial point of eta
 _LATE = 1.0  # nats: below this decrement the end is near
 _NEGATIVE = -1e-6  # an equilibrated eigenvalue below this is negative beyond rounding
+_FLAT = 1e-5  # one below this says that some entries of eta can hardly be told apart (0 where they cannot at all)
 
 
 class JointSolution(NamedTuple):
@@ -77,10 +78,11 @@ def minimize_jointly(
 
     Returns:
         `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end, `(tasks,)`), "decrement" (in
-        the loss's unit, before the last step, so an upper bound), "gradient_norm", "steps", and "evaluations" (work in
-        units of one loss with its gradient: a loss alone 1/2, a Hessian column 2).  The result is NON_FINITE where the
-        loss or a derivative is not finite at the start, DIVERGED where that happens later (the last good point is
-        returned), STAGNATED where rounding lets no step lower the loss, else CONVERGED or STEP_LIMIT.
+        the loss's unit, before the last step, so an upper bound), "gradient_norm", "steps", "evaluations" (work in
+        units of one loss with its gradient: a loss alone 1/2, a Hessian column 2), and "flat" (in float64, the names of
+        eta that a direction without curvature to speak of leads along: what fn does not determine one by one).
+        The result is NON_FINITE where the loss or a derivative is not finite at the start, DIVERGED where that happens later
+        (the last good point is returned), STAGNATED where rounding lets no step lower the loss, else CONVERGED or STEP_LIMIT.
 
     Raises:
         ValueError: phi is empty or its leading sizes differ, an argument is out of range, or fn does not return one
@@ -146,6 +148,7 @@ def minimize_jointly(
         "gradient_norm": math.sqrt(float(g_phi.square().sum() + g_eta.square().sum())),
         "steps": steps,
         "evaluations": problem.evaluations,
+        "flat": _flat(problem, model) if result == Result.CONVERGED and len(e) and eps < 1e-10 else (),
     }
     return JointSolution(*problem.named(x, e), result, stats)
 
@@ -248,6 +251,16 @@ def _escape(
             if math.isfinite(new) and new < total - gain:
                 return x_new, e_new, losses, new
     return None
+
+
+def _flat(problem: SharedProblem, model: Quadratic) -> tuple[str, ...]:
+    """The names of eta along the softest direction, where its curvature is next to nothing."""
+    if float(model.eta.lowest) >= _FLAT:
+        return ()
+    # in the units in which every entry alone has curvature 1
+    share = (model.eta.direction / model.eta.scale).abs() / model.eta.direction.div(model.eta.scale).norm()
+    entry = problem.entries()[1]
+    return tuple(name for i, name in enumerate(problem.eta) if bool((share[entry == i] > 0.2).any()))
 
 
 def _check(phi: Tree, eta: dict[str, Tensor], tolerance: float, max_steps: int) -> None:
