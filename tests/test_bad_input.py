@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import linear_model, ragged_tasks
-from varmeta.training import Run
+from varmeta.run import Run
 
 PRIOR = vm.GaussianPrior(3.0)
 FREE = vm.GaussianPrior(3.0, "shared")

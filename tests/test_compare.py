@@ -16,8 +16,10 @@ from torch import nn
 
 import varmeta as vm
 from tests.cases import linear_model, net_model, ragged_tasks, seeded
-from varmeta.compare import BASELINES, Pooled, _initialised, _summarise
+from varmeta.baselines import BASELINES, Pooled
+from varmeta.compare import _initialised
 from varmeta.plot import plot_comparison
+from varmeta.report import interval
 
 PRIOR = vm.GaussianPrior(3.0)
 INNER: dict[str, Any] = {"inner_steps": 2, "minimizer": vm.GradientDescent(lr=0.01)}
@@ -224,31 +226,42 @@ def test_warnings_stand_in_the_report() -> None:
 # -- intervals -----------------------------------------------------------------------------------------------------------
 
 
-def scores(cells: np.ndarray) -> pd.DataFrame:
-    seeds, tasks = np.indices(cells.shape)
-    table = {"task": tasks.ravel().astype(str), "n": 1, "rmse": cells.ravel(), "method": "m", "seed": seeds.ravel()}
-    return pd.DataFrame(table)
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5, 20])
+def test_the_interval_covers_other_seeds_and_tasks(seeds: int) -> None:
+    """Simulated tables with effects of seeds, tasks and both: 95 % intervals cover the true mean, 0, as often as they say."""
+    rng = np.random.default_rng(seeds)
+    scale = 0.0 if seeds == 1 else 2.0  # a single seed tells nothing about the others
+    covered = []
+    for _ in range(1000):
+        cells = scale * rng.normal(size=(seeds, 1)) + 3.0 * rng.normal(size=(1, 25)) + rng.normal(size=(seeds, 25))
+        low, high = interval(cells)
+        covered.append(low < 0.0 < high)
+    assert 0.93 <= np.mean(covered) <= 0.985
 
 
-def test_the_interval_holds_over_tasks_and_seeds() -> None:
-    """Of a table of independent seed effects and task effects the variance of the mean is known."""
+def test_the_interval_of_many_seeds_has_the_known_width() -> None:
     rng = np.random.default_rng(0)
     cells = 2.0 * rng.normal(size=(20, 1)) + 3.0 * rng.normal(size=(1, 40))
-    row = _summarise(scores(cells))
-    sd = np.sqrt(cells.mean(1).var() / 20 + cells.mean(0).var() / 40)
-    assert row["rmse"] == pytest.approx(cells.mean())
-    assert row["rmse_high"] - row["rmse_low"] == pytest.approx(2 * 1.96 * sd, rel=0.08)
+    low, high = interval(cells)
+    sd = np.sqrt(cells.mean(1).var(ddof=1) / 20 + cells.mean(0).var(ddof=1) / 40)
+    assert high - low == pytest.approx(2 * 2.0 * sd, rel=0.03)  # t with about 50 degrees of freedom
 
 
 def test_a_score_that_is_not_a_number_is_not_averaged_away() -> None:
     cells = np.ones((2, 3))
-    cells[1, 2] = np.nan
-    row = _summarise(scores(cells))
-    assert all(np.isnan(value) for value in row.values())
-    cells[1, 2] = -np.inf
-    row = _summarise(scores(cells))
-    assert row["rmse"] == -np.inf and np.isnan(row["rmse_low"])
-    assert all(np.isnan(value) for value in _summarise(scores(np.full((2, 2), np.nan))).values())
+    for value in (np.nan, -np.inf):
+        cells[1, 2] = value
+        assert all(np.isnan(end) for end in interval(cells))
+    assert interval(np.ones((2, 3))) == (1.0, 1.0)
+
+
+def test_differences_are_paired(report: vm.Report) -> None:
+    table = report.differences("joint")
+    assert "joint" not in table.index and set(table.index) < set(report.table.index)
+    mean = report.table.loc["maml", "rmse"] - report.table.loc["joint", "rmse"]
+    assert table.loc["maml", "rmse"] == pytest.approx(mean)
+    with pytest.raises(ValueError, match="reference must be one of the methods"):
+        report.differences("nobody")
 
 
 # -- what is written and drawn -------------------------------------------------------------------------------------------

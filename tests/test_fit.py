@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import adam, known, linear_model, net_model, ragged_tasks, seeded
+from varmeta.descent import _rows
 from varmeta.doubts import doubts
 from varmeta.strategy import Strategy
-from varmeta.training import _rows
 
 PRIOR = vm.GaussianPrior(3.0)
 SHORT = vm.GradientDescent(lr=0.01)
@@ -136,7 +136,11 @@ def test_an_interrupted_newton_run_goes_on() -> None:
         ({"tasks": ragged_tasks(2)}, ValueError, "a fit of other tasks"),
         ({"tasks": ragged_tasks(3, seed=1)}, ValueError, "the support of 'sine 0' has other numbers"),
         ({"strategy": vm.Joint("normal")}, ValueError, "a fit by Implicit, not Joint"),
-        ({"strategy": vm.Implicit("normal")}, ValueError, r"Implicit\(guide='delta'\), not Implicit\(guide='normal'\)"),
+        (
+            {"strategy": vm.Implicit("normal", "query")},
+            ValueError,
+            r"Implicit\(guide='delta'\), not Implicit\(guide='normal'\)",
+        ),
         ({"seed": 1}, ValueError, "was run with seed=0"),
         ({"num_steps": 3}, ValueError, "has taken 3 steps already"),
         ({"resume": "fit.pt"}, TypeError, "resume must be a Fit, not str"),
@@ -148,8 +152,9 @@ def test_what_cannot_be_resumed(change: dict[str, Any], error: type[Exception], 
     first = {
         "model": linear_model(PRIOR),
         "tasks": ragged_tasks(3),
-        "strategy": vm.Implicit("delta"),
+        "strategy": vm.Implicit("delta", "query"),
         "optimizer": adam,
+        "schedule": "constant",
     }
     fit = vm.fit(**first, num_steps=3)
     with pytest.raises(error, match=message):
@@ -254,7 +259,7 @@ def test_minibatch_gradients_average_to_the_full_gradient(name: str, size: int) 
     learned = name not in ("reptile", "first order")
     prior = vm.GaussianPrior(3.0, "shared", hyperprior=dist.Gamma(2.0, 1.0)) if learned else PRIOR
     model, strategy = linear_model(prior), STRATEGIES[name]()
-    problem = strategy.problem(model, 0)
+    problem = strategy.problem(model, tasks, 0)
     start = model.init(torch.zeros((), dtype=torch.float64))
     state = strategy.init(problem, tasks.batch(), start)
 

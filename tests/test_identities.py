@@ -16,7 +16,7 @@ def solved(
     model: vm.TaskModel, tasks: vm.TaskSet
 ) -> tuple[Problem, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     strategy = vm.Implicit("delta", **TIGHT)
-    problem = strategy.problem(model, 0)
+    problem = strategy.problem(model, tasks, 0)
     eta = model.init(torch.zeros((), dtype=torch.float64))
     phi = strategy.adapt(problem, tasks.batch(), eta).value["loc"]
     return problem, phi, model.weights.flatten(eta), eta
@@ -85,7 +85,7 @@ def test_reptile_pulls_along_the_envelope_direction() -> None:
     """With phi_K held fixed the elbo's derivative is lambda (theta0 - phi_K), Reptile's own direction."""
     model, tasks = linear_model(vm.GaussianPrior(3.0)), ragged_tasks(3)
     strategy = vm.Reptile(inner_steps=7)
-    problem = strategy.problem(model, 0)
+    problem = strategy.problem(model, tasks, 0)
     eta = model.init(torch.zeros((), dtype=torch.float64))
     phi = strategy.adapt(problem, tasks.batch(), eta).value["loc"]
     grads = vm.meta_gradient(model, tasks, strategy).grads
@@ -97,7 +97,7 @@ def test_first_order_is_the_query_gradient_at_the_end() -> None:
     """First-order MAML: dG/dtheta0 = sum_i grad g_i(phi_K)."""
     model, tasks = linear_model(vm.GaussianPrior(3.0)), ragged_tasks(3)
     strategy = vm.FirstOrder(inner_steps=7)
-    problem = strategy.problem(model, 0)
+    problem = strategy.problem(model, tasks, 0)
     eta = model.init(torch.zeros((), dtype=torch.float64))
     phi = strategy.adapt(problem, tasks.batch(), eta).value["loc"].requires_grad_()
     loss = problem.losses("query", tasks.batch(), 0)({"loc": phi}, eta).sum()

@@ -86,7 +86,7 @@ def test_why_the_guard_is_there() -> None:
     tasks = conjugate_tasks()
     unguarded = model(vm.GaussianPrior(1.0, "shared"))
     centre = torch.stack([task.support[1].mean(0) for task in tasks if task.support is not None]).mean(0)
-    problem = vm.Joint("delta").problem(unguarded, 0)
+    problem = vm.Joint("delta").problem(unguarded, tasks, 0)
     losses = problem.losses("elbo", tasks.batch(), 0)
     values = []
     for log_precision in (5.0, 15.0, 25.0):

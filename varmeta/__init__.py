@@ -4,7 +4,7 @@ from varmeta import datasets, likelihoods
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
-from varmeta.compare import Report, compare
+from varmeta.compare import compare
 from varmeta.fit import fit
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
@@ -13,6 +13,7 @@ from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
 from varmeta.numerics.newton import NewtonCG
 from varmeta.posterior import Posterior, Prediction
+from varmeta.report import Report
 from varmeta.result import Fit, LearnedPrior
 from varmeta.stochastic import StochasticAlg
 from varmeta.storage import load

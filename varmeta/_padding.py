@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,15 @@ class Data:
     def num_points(self) -> Tensor:
         """The number of data rows of each task, `(tasks,)`, int64."""
         return self.mask.sum(-1)
+
+    @cached_property
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """x and y with a row of real data wherever there is padding: the task's first, or where it has none another task's.
+
+        The mask makes padding count for nothing, but a density or network that is infinite at 0 (a Gamma, a logarithm of x)
+        would still send 0 * inf = NaN back through it.
+        """
+        return _fill(self.x, self.mask), _fill(self.y, self.mask)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Data:
         """On another device; `dtype` is given to floating tensors only, so class labels stay int64."""
@@ -82,6 +92,15 @@ class Batch:
                 "with tasks.split(...)"
             )
         return self.query
+
+
+def _fill(values: Tensor, mask: Tensor) -> Tensor:
+    first = values[torch.arange(len(mask), device=mask.device), mask.long().argmax(1)]
+    some = mask.any(1)
+    lender = first[some.long().argmax()] if len(first) else first
+    shape = (-1,) + (1,) * (values.dim() - 2)
+    first = torch.where(some.reshape(shape), first, torch.where(some.any(), lender, torch.zeros_like(lender)))
+    return torch.where(mask.reshape(*mask.shape, *shape[1:]), values, first.unsqueeze(1))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint
-from varmeta.numerics.linear_solve import CG, LinearSolver
+from varmeta.numerics.linear_solve import LinearSolver
+from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Losses, Problem
 from varmeta.stochastic import StochasticAlg, leave_one_out
@@ -28,8 +29,8 @@ class Amortised(Strategy):
     alg: StochasticAlg | None = field(default=None, kw_only=True)
 
     @property
-    def _solver(self) -> LinearSolver:
-        return CG()
+    def _solver(self) -> LinearSolver | None:
+        return None
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         super().check(model, tasks, for_fit)
@@ -37,7 +38,7 @@ class Amortised(Strategy):
             return
         if not isinstance(self.alg, StochasticAlg):
             raise TypeError(f"alg must be a StochasticAlg, not {type(self.alg).__name__}")
-        if not isinstance(self.problem(model, 0).guide, Delta):
+        if not isinstance(self.problem(model, tasks, 0).guide, Delta):
             raise ValueError(
                 f"a StochasticAlg ends at points, so it goes with guide='delta', not {self.guide!r}: a Gaussian guide is "
                 "a distribution over weights already"
@@ -55,7 +56,7 @@ class Amortised(Strategy):
         if self.alg is None:
             return None
         inner, outer = self._objectives(problem, batch.repeat(self.alg.num_draws), state)
-        losses, _ = ImplicitAdjoint(self._solver)(inner, outer, stats["ends"], eta)
+        losses, _ = ImplicitAdjoint(self._solver, certify=False)(inner, outer, stats["ends"], eta)
         return self._total(problem, batch, eta, self._mean(losses))
 
     def _add_score(
@@ -82,3 +83,15 @@ class Amortised(Strategy):
 def check_steps(steps: int | None) -> None:
     if steps is not None and steps < 1:
         raise ValueError(f"inner_steps must be at least 1, not {steps}")
+
+
+def count_diverged(solution: Solution) -> int:
+    """Tasks whose inner loop ended above where it started, or not at a finite number."""
+    return int((solution.result >= Result.DIVERGED).sum())
+
+
+def diverged(count: int) -> str:
+    return (
+        f"the inner steps diverge for {count} tasks, whose loss they raise: lower the minimizer's learning rate, or use Adam, "
+        "whose steps do not grow with the curvature"
+    )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from varmeta.training import UNDETERMINED
+from varmeta.joint_newton import UNDETERMINED
+from varmeta.pooled_start import is_regression, pooled_fit
 
 if TYPE_CHECKING:
     from varmeta.result import Fit
 
 # A weight whose prior precision exceeds what the best-informed task knows about it by this factor no longer varies.
 RUNAWAY = 500.0
+# One that is this many times weaker than what that task knows shares nothing.
+LOST = 1e7
 
 
 def doubts(fit: Fit, own_end: bool = False) -> list[str]:
@@ -31,27 +34,47 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
 
 
 def _runaways(fit: Fit) -> str | None:
-    """Learned precisions that run away: weights that no longer vary between tasks."""
+    """Learned precisions that run away: weights that no longer vary between tasks, or share nothing."""
     prior = fit.model.prior
     if prior.learn_precision is None:
         return None
     labels, precision = fit.prior.labels, fit.prior.covariance.diagonal().reciprocal()
-    if fit.is_point or fit.run.state.phi is None:
-        start = prior.log_precision(fit.model.weights, fit.model.init(precision), precision)
-        away = precision.log() - start > math.log(1e6)
-    else:
+    information = _information(fit, precision)
+    away = precision > RUNAWAY * information
+    if bool(away.any()):
+        dense = fit.strategy.guide == "multivariate_normal"
+        ways = ["centre the predictors", *([] if dense else ["use guide='multivariate_normal'"]), "give a hyperprior"]
+        return (
+            f"the prior precision of {_names(labels, away)} runs away, so the fit pools the tasks completely there.  That may "
+            f"be the best-fitting value; if not: {', or '.join(ways)}"
+        )
+    lost = precision < information / LOST
+    if bool(lost.any()):
+        return (
+            f"the prior precision of {_names(labels, lost)} runs to zero, so that the tasks share nothing there: fix it "
+            "(learn_precision=None), give a hyperprior, or learn it under a Gaussian guide"
+        )
+    return None
+
+
+def _information(fit: Fit, precision: Tensor) -> Tensor:
+    """What the best-informed task's data say about each weight, as a precision `(D,)`."""
+    tiny = torch.finfo(precision.dtype).eps
+    if fit.run.state.phi is not None and not fit.is_point:
         spread = fit.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)
-        information = spread**-2 - precision
-        away = precision > RUNAWAY * information.max(0).values.clamp_min(torch.finfo(precision.dtype).eps)
-    if not bool(away.any()):
-        return None
-    names = ", ".join(label for label, gone in zip(labels, away.tolist(), strict=True) if gone)
-    dense = fit.strategy.guide == "multivariate_normal"
-    ways = ["centre the predictors", *([] if dense else ["use guide='multivariate_normal'"]), "give a hyperprior"]
-    return (
-        f"the prior precision of {names} runs away, so the fit pools the tasks completely there.  That may be the "
-        f"best-fitting value; if not: {', or '.join(ways)}"
-    )
+        return (spread**-2 - precision).max(0).values.clamp_min(tiny)
+    # points have no width: one observation's information at the pooled fit, times the most that a task has
+    batch = fit.tasks.batch()
+    if is_regression(fit.model, fit.tasks, fit.eta):
+        found = pooled_fit(fit.model, batch, fit.model.init(precision))
+        if found is not None:
+            return (found[1].diagonal() * batch.support.num_points.max()).clamp_min(tiny)
+    # of a network nothing is known beforehand but where it started
+    return fit.model.prior.log_precision(fit.model.weights, fit.model.init(precision), precision).exp() * 1e6 / RUNAWAY
+
+
+def _names(labels: tuple[str, ...], chosen: Tensor) -> str:
+    return ", ".join(label for label, yes in zip(labels, chosen.tolist(), strict=True) if yes)
 
 
 def _vanishing_noise(fit: Fit) -> str | None:

@@ -10,25 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from varmeta.bayes.model import TaskModel
+from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
 from varmeta.joint import Joint
+from varmeta.joint_newton import newton, newton_applies
+from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
+from varmeta.run import Callback, Run
 from varmeta.strategy import Strategy, check_kinds
 from varmeta.tasks import TaskSet
-from varmeta.training import (
-    Callback,
-    Descent,
-    OptimizerFactory,
-    Run,
-    adam,
-    descend,
-    is_small,
-    lbfgs,
-    lbfgs_applies,
-    newton,
-    newton_applies,
-    pooled_start,
-)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -56,7 +46,7 @@ def fit(
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
-    model, tasks, strategy: what is fitted to what, and how; `Joint("normal")` by default.
+    model, tasks, strategy: what is fitted to what, and how; by default `Joint("normal")`, or that of `resume`.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
@@ -79,11 +69,12 @@ def fit(
     >>> result.converged
     True
     """
-    strategy = Joint() if strategy is None else strategy
+    if strategy is None:
+        strategy = resume.strategy if isinstance(resume, Fit) else Joint()
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume)
     model.check(tasks)
     strategy.check(model, tasks)
-    problem = strategy.problem(model, seed)
+    problem = strategy.problem(model, tasks, seed)
     whole = tasks.batch()
     # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
     free = optimizer is None and batch_size is None and budget is None
@@ -93,13 +84,20 @@ def fit(
     if resume is not None:
         run = resume.run_to_resume(model, tasks, strategy, seed)
     else:
-        eta = pooled_start(problem, whole, eta) if free and is_small(model, eta) else eta
+        eta = pooled_start(problem, whole, eta) if free and is_regression(model, tasks, eta) else eta
         run = Run(eta, strategy.init(problem, whole, eta))
     few = 200 if use_newton or quasi else 2000
     steps = num_steps if num_steps is not None else None if budget is not None else few
     if steps is not None and run.step >= steps:
         raise ValueError(
             f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more"
+        )
+    if resume is not None and run.schedule == schedule != "constant" and run.stop.startswith("stopped"):
+        warnings.warn(
+            f"the step size of the run that is resumed had fallen to zero by its last step, {run.step}, and now starts "
+            "high again: schedule='constant', or an interrupted longer run, goes on as if it had never stopped",
+            RuntimeWarning,
+            stacklevel=2,
         )
     bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
@@ -108,6 +106,7 @@ def fit(
     else:
         factory = optimizer or (lbfgs if quasi else adam)
         decay = DECAYS["constant" if quasi else schedule]
+        run.schedule = None if quasi else schedule
         descend(problem, strategy, tasks, run, Descent(factory, steps, budget, batch_size, decay), reports)
     if bar is not None:
         bar.close()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta.bayes.expectation import Point
+from varmeta.bayes.guide import Delta, PyroGuide
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result, Solution
@@ -17,6 +19,9 @@ from varmeta.numerics.tree import Tree, detach, leaves, map_tree, put, take
 from varmeta.problem import Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
+
+# Noisy objectives are reported as the mean over this many steps' draws.
+VALUE_DRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Joint(Strategy):
 
     outer = "elbo"
     adapts_afresh = False
+    frozen = False
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         phi = detach(problem.start(batch, eta))
@@ -66,6 +72,14 @@ class Joint(Strategy):
 
     def _before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
         return state
+
+    def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
+        assert state.phi is not None
+        draws = 1 if problem.deterministic else VALUE_DRAWS
+        with torch.no_grad():
+            phi = take(state.phi, batch.rows)
+            losses = [problem.losses("elbo", batch, state.step + k)(phi, eta) for k in range(draws)]
+            return float(self._total(problem, batch, eta, torch.stack(losses).mean(0)))
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         start = detach(problem.start(batch, eta))
@@ -98,20 +112,52 @@ class Reinit(Joint):
         if state.step == 0 or within:
             return state
         assert state.phi is not None
-        row = map_tree(lambda x: x[:1], detach(problem.start(batch, eta)))
-        phi = map_tree(lambda new, old: new.expand_as(old).clone(), row, state.phi)
-        return replace(state, phi=phi, inner=self.minimizer.init(phi))
+        start = detach(problem.start(batch, eta))
+        if len(batch) < batch.total:
+            if isinstance(problem.guide, PyroGuide):
+                raise ValueError("Reinit with a guide of one's own needs all tasks in each step: leave batch_size out")
+            # our own guides start every task at the prior, whichever tasks are at hand
+            start = map_tree(lambda new, old: new[:1].expand_as(old).clone(), start, state.phi)
+        return replace(state, phi=start, inner=self.minimizer.init(start))
+
+    def settled(self, state: State) -> bool:
+        return state.step % self.every == 0
 
 
 def _adapt_with_fresh_noise(
     problem: Problem, batch: Batch, eta: Eta, phi: Tree, minimizer: FirstOrderMinimizer, steps: int
 ) -> Solution:
-    """Stochastic descent on F_i, new draws at every step, the step size falling to zero."""
-    inner = minimizer.init(phi)
+    """Stochastic descent on F_i, new draws at every step, the step size falling to zero.
+
+    The location starts at the mode and moves in units of the prior's sd, so that it is reached in any units.
+    """
+    ours = not isinstance(problem.guide, PyroGuide)
+    mode, spread = phi, problem.model.prior_distribution(eta).stddev
+    if ours:
+        points = replace(problem, guide=Delta(), expectation=Point())
+        inner = points.losses("elbo", batch, 0)
+        start = {"loc": phi["loc"]}
+        found = minimize(lambda point: inner(point, eta), start, NewtonCG(), max_steps=100)
+        mode = phi | {"loc": torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])}
+
+    def guide_of(free: Tree) -> Tree:
+        return free | {"loc": mode["loc"] + spread * free["loc"]} if ours else free
+
+    free = mode | {"loc": torch.zeros_like(mode["loc"])} if ours else mode
+    state = minimizer.init(free)
+    record = []
     for step in range(steps):
-        point = leaves(phi)
-        losses = problem.losses("elbo", batch, step)(point, eta)
+        point = leaves(free)
+        losses = problem.losses("elbo", batch, step)(guide_of(point), eta)
         gradient = dict(zip(point, torch.autograd.grad(losses.sum(), list(point.values())), strict=True))
-        phi, inner = minimizer.update(detach(point), gradient, inner, 1.0 - step / steps)
+        record.append(losses.detach())
+        free, state = minimizer.update(detach(point), gradient, state, 1.0 - step / steps)
+    phi = guide_of(detach(free))
     result = torch.full((len(batch),), int(Result.STEP_LIMIT), device=losses.device)
+    # the mode is the floor: a guide that ends above where it started has not been fitted
+    tenth = max(1, steps // 10)
+    first, last = torch.stack(record[:tenth]).mean(0), torch.stack(record[-tenth:]).mean(0)
+    result = torch.where(last > first, int(Result.DIVERGED), result) if steps >= 100 else result
+    sound = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
+    result = torch.where(sound & torch.isfinite(last), result, int(Result.NON_FINITE))
     return Solution(phi, result, {"evaluations": torch.full_like(losses, float(steps)).detach()})

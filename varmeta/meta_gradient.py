@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def meta_gradient(
     """
     check_kinds(model, tasks, strategy)
     model.check(tasks)
-    problem = strategy.problem(model, seed)
+    problem = strategy.problem(model, tasks, seed)
     strategy.check(model, tasks, for_fit=False)
     batch = tasks.batch()
     start = model.init(batch.support.x.new_zeros(()))
@@ -68,7 +68,7 @@ def meta_gradient(
             )
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-    state = strategy.init(problem, batch, leaves)
+    state = replace(strategy.init(problem, batch, leaves), certify=True)
     scalar, _, stats = strategy.loss(problem, batch, leaves, state)
     warning = strategy.warning(stats)
     if warning is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from varmeta import metrics
 from varmeta._arrays import as_tensor, refuse_non_finite
 from varmeta.bayes.divergence import location, move
-from varmeta.bayes.model import SITE, observed_log_prob, real_rows
+from varmeta.bayes.model import SITE, observed_log_prob
 from varmeta.numerics import noise
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Problem
@@ -129,7 +129,7 @@ class Posterior:
         shape than the tasks' own.
         """
         data = self._inputs(x)
-        rows = real_rows(data.x, data.mask)
+        rows, _ = data.filled
         with _scope(seed, self._batch.support.x.device):
             parts = [
                 _sampled(poutine.trace(self._program(theta)).get_trace(self.eta, rows, None))["value"]
@@ -214,7 +214,7 @@ class Posterior:
     def evaluate(self, data: Data, num_samples: int, seed: int) -> Evaluated:
         """Log densities, draws and (for classes) probabilities of the observations in `data`."""
         log_probs, samples, probs = [], [], []
-        x, y = real_rows(data.x, data.mask), real_rows(data.y, data.mask)
+        x, y = data.filled
         with _scope(seed, self._batch.support.x.device):
             for theta in self._slices(self._theta(num_samples, seed), data):
                 trace = poutine.trace(self._program(theta)).get_trace(self.eta, x, y)

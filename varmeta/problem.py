@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import pyro
 import pyro.distributions as dist
 from torch import Tensor
 
 from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
-from varmeta.bayes.guide import Delta, Guide, make_guide
+from varmeta.bayes.guide import Guide, make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.numerics.tree import Tree
-from varmeta.tasks import Batch, Data
+from varmeta.tasks import Batch, Data, TaskSet
 
 Losses = Callable[[Tree, Mapping[str, Tensor]], Tensor]
 
@@ -31,10 +32,24 @@ class Problem:
     seed: int
 
     @classmethod
-    def make(cls, model: TaskModel, guide: object, expectation: object, num_particles: int, seed: int) -> Problem:
+    def make(
+        cls,
+        model: TaskModel,
+        tasks: TaskSet,
+        guide: object,
+        expectation: object,
+        num_particles: int,
+        frozen: bool,
+        seed: int,
+    ) -> Problem:
+        """frozen: see `make_expectation`."""
         made = make_guide(guide)  # type: ignore[arg-type]
-        size = model.weights.size
-        rule = Point() if isinstance(made, Delta) else make_expectation(expectation, size, num_particles)  # type: ignore[arg-type]
+        example = tasks.batch()
+        problem = cls(model, made, Point(), int(seed))
+        if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
+            return problem
+        linear = model.is_linear(tasks)
+        rule = make_expectation(expectation, model.weights.size, num_particles, linear, frozen)  # type: ignore[arg-type]
         return cls(model, made, rule, int(seed))
 
     @property
@@ -49,9 +64,11 @@ class Problem:
         """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise."""
         function = self.objective.outer(name)
         rule = self.expectation
-        if name == "query_predictive" and not isinstance(rule, Point) and self.deterministic:
-            # the same draws at every step: quasi-Newton steps and line searches need one function
-            rule, step = MonteCarlo(PREDICTIVE_PARTICLES), 0
+        if name == "query_predictive" and not isinstance(rule, Point):
+            if self.deterministic:
+                step = 0  # the same draws at every step: quasi-Newton steps and line searches need one function
+            known = rule.num_particles if isinstance(rule, MonteCarlo) else 0
+            rule = MonteCarlo(max(PREDICTIVE_PARTICLES, known))
         noise = rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
         return lambda phi, eta: function(phi, eta, batch, noise)
 
@@ -72,4 +89,5 @@ class Problem:
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
         """phi at the prior, differentiable in eta."""
-        return self.guide.init(self.model, eta, batch.support)
+        with pyro.validation_enabled(False):  # a line search may ask for a point without a finite scale
+            return self.guide.init(self.model, eta, batch.support)

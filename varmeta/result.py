@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +17,9 @@ from varmeta.bayes.model import TaskModel
 from varmeta.numerics.solution import Result
 from varmeta.posterior import Posterior
 from varmeta.problem import Problem
+from varmeta.run import Run
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
-from varmeta.training import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,8 +86,8 @@ class Fit:
 
     @property
     def loss(self) -> float:
-        """The last value of the outer objective, in nats (NaN before the first step); `loss_name` says what it is."""
-        return self.run.history[-1]["loss"] if self.run.history else math.nan
+        """The outer objective over all training tasks, in nats, at what was learned; `loss_name` says what it is."""
+        return self.run.loss
 
     @property
     def loss_name(self) -> str:
@@ -127,14 +126,15 @@ class Fit:
 
     @cached_property
     def problem(self) -> Problem:
-        return self.strategy.problem(self.model, self.seed)
+        return self.strategy.problem(self.model, self.tasks, self.seed)
 
     # -- posteriors ------------------------------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
-        """The posteriors of the training tasks: those stored, or found anew where the strategy stores none."""
+        """The posteriors of the training tasks: those stored, or found anew where the strategy stores none (or, as `Reinit`
+        within a period, was interrupted on the way to them)."""
         state = self.run.state
-        if state.phi is None or self.strategy.adapts_afresh:
+        if state.phi is None or self.strategy.adapts_afresh or not (self.converged or self.strategy.settled(state)):
             return self.adapt(self.tasks)
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
         return Posterior(self.problem, state.phi, self.eta, self.tasks)

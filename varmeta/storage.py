@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
+from varmeta.baselines import Pooled
 from varmeta.bayes.model import TaskModel
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
 from varmeta.numerics import linear_solve, minimize, newton
 from varmeta.result import Fit
+from varmeta.run import Run
 from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
-from varmeta.training import Run
 from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
-FORMAT = "varmeta fit 1"
-STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile)
+FORMAT = "varmeta fit 2"
+STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile, Pooled)  # a report's fits can be saved too
 PARTS: dict[str, Any] = {
     part.__name__: part
     for part in (
@@ -50,6 +51,8 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "optimizer": run.optimizer_state,
         "stop": run.stop,
         "converged": run.converged,
+        "loss": run.loss,
+        "schedule": run.schedule,
         "tasks": [(task.name, task.support, task.query) for task in fit.tasks],
     }
     torch.save(content, path)
@@ -88,11 +91,15 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
         raise ValueError(
             f"{str(path)!r} is a fit with the likelihood {content['likelihood']}, but this model has {_settings(model)}"
         )
-    covariance = model.prior_distribution(eta).variance
-    if not torch.allclose(covariance, content["covariance"].diagonal(), rtol=1e-4):
+    prior = model.prior_distribution(eta)
+    covariance = prior.covariance_matrix if model.prior.dense else torch.diag(prior.variance)
+    scale = covariance.diagonal().sqrt()
+    if not torch.allclose(
+        covariance / torch.outer(scale, scale), content["covariance"] / torch.outer(scale, scale), atol=1e-4
+    ):
         raise ValueError(
-            f"{str(path)!r} is a fit under another prior: its precision was {content['covariance'].diagonal() ** -1}, but "
-            f"that of this model would be {covariance**-1}"
+            f"{str(path)!r} is a fit under another prior: its covariance was {content['covariance'].tolist()}, but that of "
+            f"this model would be {covariance.tolist()}"
         )
     described = json.loads(content["strategy"])
     if strategy is None:
@@ -100,7 +107,8 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     elif type(strategy).__name__ != described["kind"]:
         raise ValueError(f"{str(path)!r} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])
-    run = Run(eta, state, content["history"], content["optimizer"], content["stop"], content["converged"])
+    record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
+    run = Run(eta, state, *record)
     tasks = TaskSet(
         [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]], dtype=like.dtype
     )
@@ -138,9 +146,7 @@ def _rebuild(value: Any) -> Any:
         raise ValueError(
             f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, model, strategy=...)"
         )
-    from varmeta.compare import Pooled  # a report's fits can be saved too
-
-    known: dict[str, Any] = {kind.__name__: kind for kind in (*STRATEGIES, Pooled)} | PARTS
+    known: dict[str, Any] = {kind.__name__: kind for kind in STRATEGIES} | PARTS
     if kind not in known:
         raise ValueError(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
     return known[kind](**{name: _rebuild(item) for name, item in value.items()})

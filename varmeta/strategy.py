@@ -45,12 +45,14 @@ class State:
     inner: the inner minimiser's state for them.
     step: the outer step, which also numbers the noise.
     lr_scale: the schedule's present multiplier, for steps that the strategy takes itself.
+    certify: work out in full what an implicit gradient rests on, also where the strategy ignores it.
     """
 
     phi: Tree | None = None
     inner: Tree | None = None
     step: int = 0
     lr_scale: float = 1.0
+    certify: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ class Strategy(ABC):
 
     # not annotated: constants of the class here, a field where a strategy lets its user choose
     outer = "elbo"
-    exact = True  # the scalar's gradient is that of its value, so that a line search may trust both
+
+    @property
+    def gradient_is_of_value(self) -> bool:
+        """Whether the scalar's gradient is that of its value, so that a line search may trust both."""
+        return True
+
+    frozen = True  # the noise of the expectation is held fixed while phi is minimised
 
     # the posterior of a training task is found anew from the prior, not stored
     adapts_afresh = True
@@ -76,12 +84,12 @@ class Strategy(ABC):
         guide = self.guide if isinstance(self.guide, str) else getattr(self.guide, "__name__", "own guide")
         return f"{type(self).__name__}({guide}, outer={self.outer})"
 
-    def problem(self, model: TaskModel, seed: int) -> Problem:
-        return Problem.make(model, self.guide, self.expectation, self.num_particles, seed)
+    def problem(self, model: TaskModel, tasks: TaskSet, seed: int) -> Problem:
+        return Problem.make(model, tasks, self.guide, self.expectation, self.num_particles, self.frozen, seed)
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         """Refuse what cannot work, before any work is done; `for_fit` also what has a gradient but no optimum."""
-        problem = self.problem(model, 0)
+        problem = self.problem(model, tasks, 0)
         if self.outer not in OUTER:
             raise ValueError(f"unknown outer objective {self.outer!r}: choose one of {OUTER}")
         if self.outer != "elbo":
@@ -95,10 +103,16 @@ class Strategy(ABC):
         if for_fit and prior.learn_precision is not None:
             batch = tasks[:1].batch()
             if problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
-                self._check_precision(prior.hyperprior is not None)
+                self._check_precision(prior.bounds_points(len(tasks)), prior.hyperprior is not None)
 
-    def _check_precision(self, has_hyperprior: bool) -> None:
-        if self.outer in ("elbo", "query_elbo") and not has_hyperprior:
+    def _check_precision(self, bounded: bool, has_hyperprior: bool) -> None:
+        if self.outer in ("elbo", "query_elbo") and has_hyperprior and not bounded:
+            raise ValueError(
+                "the hyperprior does not bound the precision under a delta guide: its density falls too slowly, so that all "
+                "weights still gain from meeting theta0.  Take one with an exponential tail, such as a Gamma, or a Gaussian "
+                "guide"
+            )
+        if self.outer in ("elbo", "query_elbo") and not bounded:
             raise ValueError(
                 "a delta guide cannot learn the precision from this objective, which falls without bound as the precision "
                 "grows and all weights meet theta0.  Three ways out: a Gaussian guide (guide='normal' or "
@@ -114,9 +128,17 @@ class Strategy(ABC):
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
         """The outer objective (nats, summed over all tasks), whose gradient in eta is the meta-gradient."""
 
+    def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
+        """The outer objective at eta and the state, for the record (nats)."""
+        return float(self.loss(problem, batch, {name: e.detach() for name, e in eta.items()}, state)[0].detach())
+
     @abstractmethod
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         """phi of (new) tasks: the same inner problem as in training, on their support data."""
+
+    def settled(self, state: State) -> bool:
+        """Whether the stored phi are the tasks' posteriors now, and not on their way there."""
+        return True
 
     def is_noisy(self, problem: Problem) -> bool:
         """Whether `loss` draws random numbers anew at every step."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varmeta.amortised import Amortised, check_steps
+from varmeta.amortised import Amortised, check_steps, count_diverged, diverged
 from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import detached, unrolled
@@ -44,7 +44,7 @@ class Unrolled(Amortised):
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         super().check(model, tasks, for_fit)
-        if self.through_start and isinstance(self.problem(model, 0).guide, PyroGuide):
+        if self.through_start and isinstance(self.problem(model, tasks, 0).guide, PyroGuide):
             raise ValueError(
                 f"{type(self).__name__} differentiates through the start of phi, but a guide of one's own starts where its "
                 "author put it, which carries no derivative to theta0: use Joint, Reinit, Implicit or Reptile"
@@ -54,8 +54,10 @@ class Unrolled(Amortised):
         if self.alg is not None:
             return self._noisy_loss(self.alg, problem, batch, eta, state)
         inner, outer = self._objectives(problem, batch, state)
-        losses = self._through(inner, outer, problem.start(batch, eta), eta)
-        stats = {"losses": losses.detach(), "evaluations": self._evaluations}
+        losses, solution = self._through(inner, outer, problem.start(batch, eta), eta)
+        stats = {
+            "losses": losses.detach(), "evaluations": self._evaluations, "diverged": count_diverged(solution)
+        }  # fmt: skip
         return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
     def _noisy_loss(
@@ -77,13 +79,16 @@ class Unrolled(Amortised):
 
     @property
     def _evaluations(self) -> float:
-        return 3.0 * self.inner_steps + 1.0  # a gradient forward, a Hessian product (two gradients) backward
+        return 3.0 * self.inner_steps + 1.5  # a gradient forward, a Hessian product (two gradients) backward
 
-    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> Tensor:
+    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
         solution = minimize(
             lambda phi: inner(phi, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True
         )
-        return unrolled(outer, solution.value, eta)
+        return unrolled(outer, solution.value, eta), solution
+
+    def warning(self, stats: Stats) -> str | None:
+        return diverged(stats["diverged"]) if stats.get("diverged") else None
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         inner = problem.losses("elbo", batch, 0)
@@ -98,7 +103,9 @@ class Unrolled(Amortised):
 class FirstOrder(Unrolled):
     """`Unrolled` with d phi_K / d phi_0 taken as the identity: first-order MAML."""
 
-    exact = False
+    @property
+    def gradient_is_of_value(self) -> bool:
+        return False
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         super().check(model, tasks, for_fit)
@@ -107,21 +114,21 @@ class FirstOrder(Unrolled):
 
     @property
     def _evaluations(self) -> float:
-        return self.inner_steps + 1.0
+        return self.inner_steps + 1.5
 
-    def _check_precision(self, has_hyperprior: bool) -> None:
-        super()._check_precision(has_hyperprior)
+    def _check_precision(self, bounded: bool, has_hyperprior: bool) -> None:
+        super()._check_precision(bounded, has_hyperprior)
         if self.outer == "query" or self.outer == "query_predictive":
             raise ValueError(
                 f"{type(self).__name__} with a delta guide passes no derivative to the precision: fix it "
                 "(learn_precision=None), or use Implicit or Unrolled"
             )
 
-    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> Tensor:
+    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
         fixed = detach(eta)
         solution = minimize(lambda phi: inner(phi, fixed), detach(start), self.minimizer, steps=self.inner_steps)
         moved = add(solution.value, detach(start), -1.0)
-        return unrolled(outer, add(start, moved), eta)
+        return unrolled(outer, add(start, moved), eta), solution
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class Reptile(FirstOrder):
                 f"Reptile pulls theta0 towards phi_K, which is the elbo's derivative; outer={self.outer!r}"
             )
 
-    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> Tensor:
+    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
         fixed = detach(eta)
         solution = minimize(lambda phi: inner(phi, fixed), detach(start), self.minimizer, steps=self.inner_steps)
-        return detached(outer, solution.value, eta)
+        return detached(outer, solution.value, eta), solution

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
+from varmeta.bayes.expectation import Point, make_expectation
+from varmeta.bayes.guide import Delta, make_guide
 from varmeta.problem import Problem
 from varmeta.tasks import Batch, Data
 
@@ -20,7 +22,13 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def problem(model: vm.TaskModel, guide: Any = "normal", expectation: Any = "auto", num_particles: int = 4) -> Problem:
-    return Problem.make(model, guide, expectation, num_particles, seed=3)
+    made = make_guide(guide)
+    rule = (
+        Point()
+        if isinstance(made, Delta)
+        else make_expectation(expectation, model.weights.size, num_particles, True, False)
+    )
+    return Problem(model, made, rule, seed=3)
 
 
 def start(model: vm.TaskModel) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ from varmeta.bayes.divergence import kl, move
 from varmeta.bayes.expectation import Cubature, MonteCarlo, Point, make_expectation
 from varmeta.bayes.prior import unit_lower
 from varmeta.numerics.noise import task_id
-from varmeta.problem import Problem
 
 PRIORS: dict[str, Any] = {
     "shared": lambda: vm.GaussianPrior(1.7, "shared"),
@@ -117,17 +116,21 @@ def test_a_minibatch_in_any_order_has_the_losses_of_the_whole(expectation: str) 
 
 
 def test_which_rule_is_taken() -> None:
-    assert isinstance(make_expectation("auto", 24, 2), Cubature)
-    assert isinstance(make_expectation("auto", 25, 2), MonteCarlo)
-    assert make_expectation("monte_carlo", 3, 8) == MonteCarlo(8)
-    assert make_expectation(Point(), 3, 2) == Point()
+    assert make_expectation("auto", 24, 2, linear=True, frozen=False) == Cubature()
+    assert make_expectation("auto", 25, 2, linear=True, frozen=False) == MonteCarlo(2)
+    assert make_expectation("auto", 10, 2, linear=False, frozen=False) == MonteCarlo(2)
+    assert make_expectation("auto", 100, 2, linear=True, frozen=True) == Cubature()
+    assert make_expectation("auto", 60, 2, linear=False, frozen=True) == Cubature(rotations=8)
+    assert make_expectation("auto", 100, 2, linear=False, frozen=True) == MonteCarlo(2)
+    assert make_expectation("monte_carlo", 3, 8, linear=True, frozen=True) == MonteCarlo(8)
+    assert make_expectation(Point(), 3, 2, linear=True, frozen=True) == Point()
     for particles in (0, 1, 3):
         with pytest.raises(ValueError, match="even number"):
             MonteCarlo(particles)
     with pytest.raises(ValueError, match="expectation must be"):
-        make_expectation("quadrature", 3, 2)
+        make_expectation("quadrature", 3, 2, True, False)
     with pytest.raises(TypeError, match="a name or a rule"):
-        make_expectation(3, 3, 2)  # type: ignore[arg-type]
+        make_expectation(3, 3, 2, True, False)  # type: ignore[arg-type]
 
 
 def test_the_predictive_objective_is_one_function_at_every_step_where_the_problem_is_deterministic() -> None:
@@ -273,7 +276,7 @@ def test_theta0s_gradient_is_exact_whatever_the_noise() -> None:
 def test_the_four_objectives_are_made_of_one_kl_and_two_losses() -> None:
     model, tasks = net_model(vm.GaussianPrior(1.3)), ragged_tasks(4)
     batch, eta = tasks.batch(), start(model)
-    made = problem(model, "normal", "monte_carlo", 8)
+    made = problem(model, "normal", "monte_carlo", 80)
     phi = moved(made.start(batch, eta))
     noise = made.expectation.points(model.weights.size, eta["0.bias"], batch.ids, 3, 0)
     divergence, support = made.objective.terms(phi, eta, batch.support, noise)
@@ -286,6 +289,11 @@ def test_the_four_objectives_are_made_of_one_kl_and_two_losses() -> None:
     same(values["query"], query.mean(0))
     same(values["query_predictive"], -(-query).exp().mean(0).log())
     assert bool((values["query_predictive"] <= values["query"]).all())  # Jensen
+    # a logarithm of a mean over two draws would be far too large: never fewer than 64
+    few = problem(model, "normal", "monte_carlo", 2)
+    noise = MonteCarlo(64).points(model.weights.size, eta["0.bias"], batch.ids, 3, 0)
+    _, query = made.objective.terms(phi, eta, batch.query, noise)
+    same(few.losses("query_predictive", batch, 0)(phi, eta), -(-query).exp().mean(0).log())
     with pytest.raises(ValueError, match="unknown outer objective"):
         made.losses("evidence", batch, 0)
     without = vm.TaskSet([vm.Task(task.support) for task in tasks]).batch()
@@ -348,6 +356,6 @@ def test_float32_stays_float32() -> None:
     assert {value.dtype for value in eta.values()} == {torch.float32}
     for guide in GUIDES:
         for expectation in ("cubature", "monte_carlo"):
-            made = Problem.make(model, guide, expectation, 2, 0)
+            made = problem(model, guide, expectation, 2)
             for name in OUTERS:
                 assert made.losses(name, batch, 0)(made.start(batch, eta), eta).dtype == torch.float32

@@ -116,12 +116,12 @@ def test_imaml_is_the_envelope_gradient_preconditioned(solver):
     phi = {"w": ridge_minimum(eta).detach()}
     precision = eta["log_precision"].exp().detach()
     pull = precision * (eta["theta0"].detach() - phi["w"])  # lambda (theta0 - theta*), per task
-    adjoint = ImplicitAdjoint(LINEAR_SOLVERS[solver])
+    adjoint = ImplicitAdjoint(LINEAR_SOLVERS[solver], certify=False)
 
     losses, stats = adjoint(ridge_inner, ridge_inner, phi, eta)
     torch.testing.assert_close(gradients(losses, eta)["theta0"], pull.sum(0), rtol=1e-12, atol=1e-12)
     assert stats["residual"].tolist() == [0] * 4
-    assert stats["linear_steps"].tolist() == [0] * 4
+    assert stats["products"].tolist() == [0] * 4
     assert bool(stats["curvature"].isnan().all())
     assert stats["linear_result"].tolist() == [Result.CONVERGED] * 4
     assert bool((stats["gradient_norm"] < 1e-12).all())
@@ -286,7 +286,6 @@ def test_an_outer_objective_without_phi_has_only_its_direct_gradient():
     assert not found["theta0"].any()
     assert found["log_precision"].item() == 4
     assert stats["residual"].tolist() == [0] * 4
-    assert stats["linear_steps"].tolist() == [0] * 4
     # nor need it depend on anything
     losses, _ = ImplicitAdjoint()(ridge_inner, lambda phi, eta: torch.ones(4, dtype=torch.float64), phi, eta)
     assert not any(x.any() for x in gradients(losses, eta).values())
@@ -313,13 +312,13 @@ def test_a_linear_inner_objective_is_certified_as_flat():
 
     phi = {"a": torch.ones(2, dtype=torch.float64)}
     losses, stats = ImplicitAdjoint()(inner, lambda phi, eta: phi["a"] ** 2, phi, eta)
-    assert stats["linear_result"].tolist() == [Result.NEGATIVE_CURVATURE] * 2
-    assert stats["curvature"].tolist() == [0, 0]
+    assert stats["linear_result"].tolist() == [Result.STAGNATED] * 2
+    assert bool(stats["curvature"].isnan().all()) and stats["residual"].tolist() == [1, 1]
     assert stats["gradient_norm"].tolist() == [1, 1]
     assert losses.tolist() == [1, 1]
     # nor does a gradient that has no graph at all break the product
     _, stats = ImplicitAdjoint()(lambda phi, eta: phi["a"], lambda phi, eta: phi["a"] ** 2, phi, {})
-    assert stats["linear_result"].tolist() == [Result.NEGATIVE_CURVATURE] * 2
+    assert stats["linear_result"].tolist() == [Result.STAGNATED] * 2
 
 
 @ALL

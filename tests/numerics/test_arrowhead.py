@@ -421,7 +421,7 @@ def test_single_precision():
 def test_the_callback_sees_every_step():
     fn, phi, eta = poisson_problem()
     seen = []
-    solution = minimize_jointly(fn, phi, eta, callback=lambda step, loss: seen.append((step, loss)))
+    solution = minimize_jointly(fn, phi, eta, callback=lambda step: seen.append((step.number, step.loss)))
     assert [step for step, _ in seen] == list(range(1, solution.stats["steps"] + 1))
     assert [loss for _, loss in seen] == solution.stats["loss"][1:]
     assert all(after <= before + 1e-9 for before, after in pairwise(solution.stats["loss"]))

@@ -126,10 +126,26 @@ def test_exactly_k_steps(rule):
     for steps in (0, 1, 7):
         solution = minimize(lambda phi: phi["w"] ** 2, phi, rule, steps=steps)
         assert solution.stats["steps"].tolist() == [steps, steps]
-        assert solution.result.tolist() == [Result.CONVERGED, Result.STEP_LIMIT]
+        assert solution.result.tolist() == [Result.STEP_LIMIT, Result.STEP_LIMIT]
+        assert solution.stats["evaluations"].tolist() == [steps + 0.5, steps + 0.5]
         assert solution.value["w"].data_ptr() != phi["w"].data_ptr()
-    momentum = minimize(lambda phi: phi["w"] ** 2, phi, rule, steps=0)
-    assert torch.equal(momentum.stats["gradient_norm"], double(0.0, 2.0))
+
+
+def test_a_rule_that_climbs_has_diverged():
+    """Steps beyond 2 / curvature: the second task, of curvature 10, ends above its start, however few the steps."""
+    scale = double(1.0, 10.0)
+    for steps, graph in ((3, False), (3, True), (None, False)):
+        phi = {"w": double(1.0, 1.0)}
+        solution = minimize(
+            lambda phi: 0.5 * scale * phi["w"] ** 2,
+            phi,
+            GradientDescent(0.3),
+            steps=steps,
+            max_steps=3,
+            create_graph=graph,
+        )
+        assert solution.result.tolist() == [Result.STEP_LIMIT, Result.DIVERGED]
+    assert "lower its step size" in solution.worst.sentence
 
 
 def test_gradient_descent_closed_form_through_the_graph():

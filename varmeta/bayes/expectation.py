@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -18,6 +19,9 @@ from varmeta.numerics import noise
 
 # Up to here 2 D points cost less than the accuracy is worth; beyond, draws (measured: docs/choices.md).
 MAX_CUBATURE_SIZE = 24
+# With frozen noise draws are no alternative, so more points are worth it; by whether the predictor is linear in the weights.
+MAX_FROZEN_SIZE = {True: 512, False: 64}
+ROTATIONS = 8
 
 
 class Expectation(Protocol):
@@ -44,17 +48,30 @@ class Point:
 class Cubature:
     """Spherical cubature of third degree: the 2 D points +-sqrt(D) e_j.  Exact for quadratics, and without noise.
 
+    rotations: 0 takes the axes e_j; R takes R random orthonormal bases instead, always the same ones, 2 D R points in all.
+        A point on an axis moves one weight by sqrt(D) standard deviations and leaves the others alone, which says little
+        about a network; along a rotated basis every weight moves by about one, as in a draw of the guide.
+
     Source: Arasaratnam and Haykin, Cubature Kalman Filters, IEEE Trans. Automatic Control 54 (2009), section III.
 
     >>> Cubature().points(2, torch.zeros(()), torch.zeros(1), 0, 0)[:, 0].square().mean(0)
     tensor([1.0000, 1.0000])
     """
 
+    rotations: int = 0
+
     deterministic = True
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
-        axes = math.sqrt(size) * torch.eye(size, dtype=like.dtype, device=like.device)
-        return torch.cat([axes, -axes]).unsqueeze(1)
+        return _sphere(size, self.rotations, like.dtype, like.device).unsqueeze(1)
+
+
+@lru_cache(maxsize=32)
+def _sphere(size: int, rotations: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(rotations, size, size, generator=generator, dtype=torch.float64)
+    axes = torch.linalg.qr(normal)[0].reshape(-1, size) if rotations else torch.eye(size, dtype=torch.float64)
+    return (math.sqrt(size) * torch.cat([axes, -axes])).to(dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -79,16 +96,21 @@ class MonteCarlo:
         return torch.cat([half, -half])
 
 
-def make_expectation(name: str | Expectation, size: int, num_particles: int) -> Expectation:
-    """The rule behind "auto", "cubature" or "monte_carlo"; "auto" takes cubature up to 24 weights."""
+def make_expectation(name: str | Expectation, size: int, num_particles: int, linear: bool, frozen: bool) -> Expectation:
+    """The rule behind "auto", "cubature" or "monte_carlo", for D = `size` weights a task.
+
+    linear: the predictor is linear in the weights.  frozen: the noise is held fixed while phi is minimised; then a few draws
+    would be fitted instead of the expectation, which the scales of the guide can escape along all the other directions.
+    """
     if not isinstance(name, str):
         if not hasattr(name, "points") or not hasattr(name, "deterministic"):
             raise TypeError(f"expectation must be a name or a rule with `points`, not {type(name).__name__}")
         return name
     if name == "auto":
-        name = "cubature" if size <= MAX_CUBATURE_SIZE else "monte_carlo"
+        small = size <= (MAX_FROZEN_SIZE[linear] if frozen else MAX_CUBATURE_SIZE)
+        name = "cubature" if small and (linear or frozen) else "monte_carlo"
     if name == "cubature":
-        return Cubature()
+        return Cubature(0 if linear else ROTATIONS)
     if name == "monte_carlo":
         return MonteCarlo(num_particles)
     raise ValueError(f"expectation must be 'auto', 'cubature' or 'monte_carlo', not {name!r}")

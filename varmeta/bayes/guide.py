@@ -170,7 +170,9 @@ class PyroGuide(Guide):
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
         if len(data) not in self._modules:
             raise RuntimeError(f"call init or distribution for {len(data)} tasks before this guide is run")
-        return torch.func.functional_call(self._modules[len(data)], phi, (eta, data))
+        # views: Pyro hangs attributes on the tensors that it is given, which phi as it is stored must not carry
+        views = {name: value.view_as(value) for name, value in phi.items()}
+        return torch.func.functional_call(self._modules[len(data)], views, (eta, data))
 
     def distribution(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> dist.TorchDistribution:
         if len(data) not in self._modules and self._model is not None:
@@ -185,7 +187,10 @@ class PyroGuide(Guide):
             pyro.get_param_store().scope(),
             torch.random.fork_rng(devices=devices),
         ):
-            torch.manual_seed(0)  # a random start is the same at every call
+            # a random start is the same at every call; not torch.manual_seed, which would seed devices that are not forked
+            torch.default_generator.manual_seed(0)
+            if devices:
+                torch.cuda.manual_seed(0)
             module = self.factory(model)
             if isinstance(module, (AutoContinuous, AutoStructured, AutoGuideList)):
                 raise ValueError(

@@ -15,7 +15,6 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import pyro
 import pyro.distributions as dist
@@ -163,7 +162,7 @@ class TaskModel:
                     pyro.plate(DATA, data.mask.shape[1], dim=-1),
                     poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
                 ):
-                    self.observe(theta, eta, *_real(data))
+                    self.observe(theta, eta, *data.filled)
         return theta
 
     def observe(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
@@ -210,6 +209,23 @@ class TaskModel:
             call = torch.func.vmap(call, in_dims=(0, None))
         with _differentiable_attention():
             return call(weights, x)
+
+    def is_linear(self, tasks: TaskSet) -> bool:
+        """Whether the network's output is linear in the weights that vary (by a second difference); of a program, True."""
+        data = tasks.batch().support
+        if self.net is None or not data.mask.shape[1]:
+            return self.net is None
+        data = data.take(data.num_points.argmax().reshape(1))
+        eta = self.init(data.x.new_zeros(()))
+        shared = {name: eta[name] for name in self.shared}
+        theta = self.weights.flatten(eta)
+        generator = torch.Generator().manual_seed(0)
+        step = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
+        points = torch.stack([theta + step, theta, theta - step]).unsqueeze(1)
+        with torch.no_grad():
+            plus, middle, minus = self._forward(self.weights.unflatten(points), shared, data.filled[0])
+        size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
+        return bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -321,28 +337,3 @@ def _differentiable_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-# the answer for a batch, which an inner solve asks for hundreds of times; it lives as long as the batch
-_REAL: WeakKeyDictionary[Data, tuple[Tensor, Tensor]] = WeakKeyDictionary()
-
-
-def _real(data: Data) -> tuple[Tensor, Tensor]:
-    """x and y without padding values."""
-    if data not in _REAL:
-        _REAL[data] = real_rows(data.x, data.mask), real_rows(data.y, data.mask)
-    return _REAL[data]
-
-
-def real_rows(values: Tensor, mask: Tensor) -> Tensor:
-    """Padding replaced by a row of real data: the task's first, or where it has none another task's.
-
-    The mask makes padding count for nothing, but a density or network that is infinite at 0 (a Gamma, a logarithm of x)
-    would still send 0 * inf = NaN back through it.
-    """
-    first = values[torch.arange(len(mask), device=mask.device), mask.long().argmax(1)]
-    some = mask.any(1)
-    lender = first[some.long().argmax()] if len(first) else first
-    shape = (-1,) + (1,) * (values.dim() - 2)
-    first = torch.where(some.reshape(shape), first, torch.where(some.any(), lender, torch.zeros_like(lender)))
-    return torch.where(mask.reshape(*mask.shape, *shape[1:]), values, first.unsqueeze(1))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -62,6 +65,8 @@ class GaussianPrior:
                 raise ValueError(f"covariance must be a square matrix, not of shape {tuple(covariance.shape)}")
             if bool(torch.linalg.cholesky_ex(covariance).info) or not torch.allclose(covariance, covariance.mT):
                 raise ValueError("covariance must be symmetric and positive definite")
+            if precision is not None:
+                raise ValueError("give a precision or a covariance, not both: they are two ways to say the same")
             if learn_precision not in (None, "full"):
                 raise ValueError(
                     f"a dense covariance goes with learn_precision=None or 'full', not {learn_precision!r}"
@@ -136,7 +141,22 @@ class GaussianPrior:
         if self.hyperprior is None:
             return 0.0
         learned = [value for name, value in eta.items() if name == PRECISION or name.startswith(PRECISION + ".")]
-        return -sum(self.hyperprior.log_prob(value.exp()).sum() for value in learned)
+        hyperprior = in_dtype(self.hyperprior, learned[0])
+        with pyro.validation_enabled(False):  # outside its support a density is 0, which is no error
+            return -sum(hyperprior.log_prob(value.exp()).sum() for value in learned)
+
+    def bounds_points(self, num_tasks: int) -> bool:
+        """Whether the hyperprior outweighs what points at theta0 gain from a growing precision: 1/2 log lambda per task.
+
+        That takes a density which falls faster than lambda^(-tasks/2): a Gamma's does, a half-Cauchy's does not.
+        """
+        if self.hyperprior is None:
+            return False
+        far = torch.tensor([30.0, 60.0], dtype=torch.float64)
+        with pyro.validation_enabled(False):
+            near, beyond = in_dtype(self.hyperprior, far).log_prob(far.exp()).unbind(-1)
+        gained = 0.5 * num_tasks * float(far[1] - far[0])
+        return bool(near.isneginf() | (near - beyond > gained))
 
     def start_at(self, weights: Weights, eta: Mapping[str, Tensor], information: Tensor) -> dict[str, Tensor]:
         """Entries of eta for a learned precision whose start was left open: what one observation knows about the weights.
@@ -205,3 +225,14 @@ def unit_lower(entries: Tensor, size: int) -> Tensor:
     flat = eye.reshape(*entries.shape[:-1], size * size)
     index = (rows * size + columns).expand(entries.shape)
     return flat.scatter(-1, index, entries).reshape(*entries.shape[:-1], size, size)
+
+
+def in_dtype(distribution: Any, like: Tensor) -> Any:
+    """A copy whose parameters are floating tensors like `like`: torch would round its argument to theirs."""
+    new = copy.copy(distribution)
+    for name, value in vars(distribution).items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            setattr(new, name, value.to(like))
+        elif isinstance(value, torch.distributions.Distribution):
+            setattr(new, name, in_dtype(value, like))
+    return new

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
-from varmeta.numerics.linear_solve import CG, LinearSolver
-from varmeta.numerics.solution import Result
+from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Matvec
+from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
+
+# Up to here the Hessian is formed: it costs about what CG does, and the units of the parameters do not matter.
+MAX_DIRECT_SIZE = 32
 
 Objective = Callable[[Tree, dict[str, Tensor]], Tensor]
 """fn(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on eta, which has no task axis."""
@@ -32,14 +35,17 @@ class ImplicitAdjoint:
 
     It is the derivative of the Lagrangian outer - <u, d_phi inner> with u held fixed, and that is how it is built: the
     value of the losses is outer, their gradient is the line above, and each task may be weighted afterwards.
-    If `inner is outer` the gradient at the minimum is d_eta outer alone (envelope theorem) and nothing is solved.
+    If `inner is outer` the gradient at the minimum is d_eta outer alone (envelope theorem) and no system is left.
 
     The gradient is exact only at a minimum, and as good as the linear solve: look at the stats.  Far from the
     minimum it can be wrong by any factor, and "curvature" may be negative.  It is a first derivative: u does not
     depend on eta, so differentiating it once more gives a wrong answer.
 
     Args:
-        linear_solver: solves with the Hessian of `inner`, given products only.
+        linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct` where a task has at most
+            32 numbers (in any units), else `CG`.
+        certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement" says how far off in
+            the unit of the loss phi is.
 
     Example:
         The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0 + 2) / 2, so the
@@ -55,7 +61,8 @@ class ImplicitAdjoint:
     Source: Rajeswaran et al. 2019 (iMAML); Lorraine, Vicol and Duvenaud 2020; Blondel et al. 2022.
     """
 
-    linear_solver: LinearSolver = field(default_factory=CG)
+    linear_solver: LinearSolver | None = None
+    certify: bool = True
 
     def __call__(
         self, inner: Objective, outer: Objective, phi: Tree, eta: dict[str, Tensor]
@@ -72,32 +79,58 @@ class ImplicitAdjoint:
 
         Returns:
             losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
-            "residual", "curvature", "linear_steps" and "linear_result", of the linear solve (residual 0 and
-            curvature NaN where the envelope theorem made it unnecessary).
+            "decrement", 1/2 g' H^-1 g with g = d_phi inner, what the inner loss can still fall by (NaN where it was not asked
+            for); "residual" and "linear_result" of the linear solve (0 and CONVERGED where the envelope theorem made it
+            unnecessary); "linear_error", a bound on the relative error of u in the norm of H, |r| / sqrt(curvature u'v), with
+            the smallest curvature that the solves met ("curvature", NaN where none was made); "products" with H.
 
         Raises:
             ValueError: an objective does not return one loss per task.
         """
         point = tree.leaves(phi)
         with torch.enable_grad():
-            if inner is outer:
-                return _envelope(inner, point, eta)
-            gradient = _gradient(_losses(inner, point, eta, "inner"), point, create_graph=True)
-            losses = _losses(outer, point, eta, "outer")
-            v = _gradient(losses, point, retain_graph=True)
-            # one graph of the gradient serves all the products and the last derivative with respect to eta
-            solution = self.linear_solver.solve(lambda x: _pull_back(gradient, point, x), v)
-            slope = tree.dot(solution.value, gradient)
-            # the parenthesis is exactly 0, unless the gradient is not finite; then the loss shows it
-            losses = losses - (slope - slope.detach())
-        stats = {
-            "gradient_norm": tree.norm(tree.detach(gradient)),
-            "residual": solution.stats["residual"],
-            "curvature": solution.stats["curvature"],
-            "linear_result": solution.result,
-            "linear_steps": solution.stats["steps"],
-        }
+            envelope = inner is outer
+            losses = _losses(inner if envelope else outer, point, eta, "inner" if envelope else "outer")
+            known = losses if envelope else _losses(inner, point, eta, "inner")
+            gradient = _gradient(known, point, create_graph=self.certify or not envelope, retain_graph=True)
+            g = tree.detach(gradient)
+            stats = _nothing_solved(tree.norm(g))
+            if self.certify or not envelope:
+                # one graph of the gradient serves all the products and the last derivative with respect to eta
+                solver = self._solver(point)
+                v = None if envelope else _gradient(losses, point, retain_graph=True)
+                solutions = self._solve(solver, lambda x: _pull_back(gradient, point, x), v, g)
+                if v is not None:
+                    stats |= {"residual": solutions[0].stats["residual"], "linear_result": solutions[0].result}
+                    slope = tree.dot(solutions[0].value, gradient)
+                    # the parenthesis is exactly 0, unless the gradient is not finite; then the loss shows it
+                    losses = losses - (slope - slope.detach())
+                    energy, size = tree.dot(solutions[0].value, v), stats["residual"] * tree.norm(v)
+                if self.certify:
+                    stats["decrement"] = 0.5 * tree.dot(solutions[-1].value, g)
+                for solution in solutions:
+                    stats["curvature"] = torch.fmin(stats["curvature"], solution.stats["curvature"])
+                    stats["products"] = stats["products"] + solution.stats["products"]
+                if v is not None:
+                    bound = size / (stats["curvature"] * energy).clamp(min=torch.finfo(size.dtype).tiny).sqrt()
+                    stats["linear_error"] = torch.where(size > 0, bound, size)
         return losses, stats
+
+    def _solver(self, point: Tree) -> LinearSolver:
+        if self.linear_solver is not None:
+            return self.linear_solver
+        return Direct() if sum(x[0].numel() for x in point.values()) <= MAX_DIRECT_SIZE else CG()
+
+    def _solve(self, solver: LinearSolver, product: Matvec, v: Tree | None, g: Tree) -> list[Solution]:
+        """The solutions for v and, to certify, for g."""
+        if isinstance(solver, Direct):
+            return solver.solve_all(product, [b for b in (v, g if self.certify else None) if b is not None])
+        solutions = [] if v is None else [solver.solve(product, v)]
+        if self.certify:
+            # its order of magnitude is enough
+            rough = CG(rtol=0.1, preconditioner=solver.preconditioner if isinstance(solver, CG) else None)
+            solutions.append(rough.solve(product, g))
+        return solutions
 
 
 def unrolled(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
@@ -124,18 +157,17 @@ def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
     return _losses(outer, tree.detach(phi), eta, "outer")
 
 
-def _envelope(fn: Objective, point: Tree, eta: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    losses = _losses(fn, point, eta, "inner")
-    norm = tree.norm(_gradient(losses, point, retain_graph=True))
+def _nothing_solved(norm: Tensor) -> dict[str, Tensor]:
     nothing = torch.zeros_like(norm, dtype=torch.int64)
-    stats = {
+    return {
         "gradient_norm": norm,
+        "decrement": torch.full_like(norm, math.nan),
         "residual": torch.zeros_like(norm),
+        "linear_error": torch.zeros_like(norm),
         "curvature": torch.full_like(norm, math.nan),
         "linear_result": nothing + int(Result.CONVERGED),
-        "linear_steps": nothing,
+        "products": nothing,
     }
-    return losses, stats
 
 
 def _losses(fn: Objective, phi: Tree, eta: dict[str, Tensor], name: str) -> Tensor:

@@ -43,6 +43,16 @@ class JointSolution(NamedTuple):
     stats: dict[str, Any]
 
 
+class Step(NamedTuple):
+    """Where an iteration arrived: its number, from 1; the total loss; the point; the work so far, as in the stats."""
+
+    number: int
+    loss: float
+    phi: Tree
+    eta: dict[str, Tensor]
+    evaluations: float
+
+
 def minimize_jointly(
     fn: SharedLosses,
     phi: Tree,
@@ -51,7 +61,7 @@ def minimize_jointly(
     penalty: Penalty | None = None,
     tolerance: float = 1e-9,
     max_steps: int = 200,
-    callback: Callable[[int, float], object] | None = None,
+    callback: Callable[[Step], object] | None = None,
 ) -> JointSolution:
     """Minimise sum_i fn(phi, eta)_i + penalty(eta) over phi and eta together.
 
@@ -74,7 +84,7 @@ def minimize_jointly(
         penalty: a scalar of eta alone, added once.
         tolerance: relative, in the unit of the loss; not below 1e-6 in float32.
         max_steps: Newton iterations.
-        callback: called with (number of the iteration, from 1; total loss after it).
+        callback: called with a `Step` after each iteration.
 
     Returns:
         `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end, `(tasks,)`), "decrement" (in
@@ -131,7 +141,7 @@ def minimize_jointly(
         total, steps = new, steps + 1
         history.append(total)
         if callback is not None:
-            callback(steps, total)
+            callback(Step(steps, total, *problem.named(x, e), problem.evaluations))
         # a second small decrement: the step between them is what makes the parameters, not the loss alone, exact
         if small and (was_small or stuck):
             result = Result.CONVERGED

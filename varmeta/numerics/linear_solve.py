@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,12 +39,16 @@ class LinearSolver(ABC):
             `Solution` with `value` shaped as `b`, a `Result` code per task, and the stats, each `(tasks,)`:
             "residual", |b - A x| / |b| recomputed from the returned x (0 where b = 0);
             "curvature", the smallest p'Ap / p'p over the directions p that were met (NaN where none was);
-            "steps", int64.
+            "steps", int64; "products", how many products with A were taken for the whole batch.
 
         Raises:
             ValueError: `b` or what `matvec` returns does not have the shapes above.
             TypeError: `b` is not floating.
         """
+
+    def solve_all(self, matvec: Matvec, bs: Sequence[Tree]) -> list[Solution]:
+        """Several right-hand sides for one A."""
+        return [self.solve(matvec, b) for b in bs]
 
 
 @dataclass(frozen=True)
@@ -262,11 +266,11 @@ class Neumann(LinearSolver):
 class Direct(LinearSolver):
     """A dense solve: A is built from `size` products, O(tasks size^2) memory and O(tasks size^3) time.
 
-    Cholesky where A is positive definite.  Elsewhere the task is flagged `NEGATIVE_CURVATURE` and solved by
-    eigenvalues, those within rounding of 0 left out: the solution if A is invertible, else the shortest
-    least-squares one.
-    Only the symmetric part of A is used.  The stat "curvature" is the smallest eigenvalue, "steps" is `size`.
-    `STAGNATED` says that A is too ill-conditioned for the dtype: the residual is above the root of its rounding.
+    Cholesky where A is positive definite.  Elsewhere by eigenvalues, those within rounding of 0 left out: the solution if
+    A is invertible, else the shortest least-squares one.  A negative eigenvalue flags the task `NEGATIVE_CURVATURE`.
+    Only the symmetric part of A is used.  The stat "curvature" is the smallest eigenvalue that is not 0 by rounding,
+    "steps" is `size`.  `STAGNATED` says that A is too ill-conditioned for the dtype, or b outside its range: the residual
+    is above the root of its rounding.
 
     Example:
         >>> solution = Direct().solve(lambda v: {"w": 4.0 * v["w"]}, {"w": torch.tensor([[2.0, 8.0]])})
@@ -275,42 +279,55 @@ class Direct(LinearSolver):
     """
 
     def solve(self, matvec: Matvec, b: Tree) -> Solution:
-        system = _System.of(matvec, b)
-        tasks, size = system.b.shape
-        basis = torch.eye(size, dtype=system.b.dtype, device=system.b.device)
-        a = torch.stack([system.product(e.expand(tasks, size)) for e in basis], -1)
+        return self.solve_all(matvec, [b])[0]
+
+    def solve_all(self, matvec: Matvec, bs: Sequence[Tree]) -> list[Solution]:
+        systems = [_System.of(matvec, b) for b in bs]
+        like = systems[0].b
+        tasks, size = like.shape
+        basis = torch.eye(size, dtype=like.dtype, device=like.device)
+        a = torch.stack([systems[0].product(e.expand(tasks, size)) for e in basis], -1)
         a = 0.5 * (a + a.mT)
         finite = torch.isfinite(a).all(-1).all(-1)
         a = torch.where(finite[:, None, None], a, basis)  # LAPACK raises on NaN, for all tasks at once
-
         factor, failed = torch.linalg.cholesky_ex(a)
         definite = failed == 0
+        factor = torch.where(definite[:, None, None], factor, basis)
         eigenvalues, vectors = torch.linalg.eigh(a)
         cut = size * torch.finfo(a.dtype).eps * eigenvalues.abs().amax(-1, keepdim=True)
-        inverse = torch.where(eigenvalues.abs() > cut, 1 / eigenvalues, 0)
-        spectral = (vectors @ (inverse[..., None] * (vectors.mT @ system.b[..., None])))[..., 0]
-        dense = torch.cholesky_solve(system.b[..., None], torch.where(definite[:, None, None], factor, basis))[..., 0]
-        x = torch.where(definite[:, None], dense, spectral)
+        known = eigenvalues.abs() > cut
+        inverse = torch.where(known, 1 / eigenvalues, 0)
+        curvature = torch.where(known, eigenvalues, math.inf).amin(-1)
+        curvature = torch.where(finite & known.any(-1), curvature, math.nan)
 
-        r = system.b - (a @ x[..., None])[..., 0]
-        accurate = _norm(r) <= torch.finfo(a.dtype).eps ** 0.5 * _norm(system.b)
-        result = torch.where(accurate, int(Result.CONVERGED), int(Result.STAGNATED))
-        result = torch.where(definite, result, int(Result.NEGATIVE_CURVATURE))
-        result = torch.where(finite, result, int(Result.NON_FINITE))
-        x = torch.where(finite[:, None], x, 0)
-        r = torch.where(finite[:, None], r, math.nan)
-        curvature = torch.where(finite, eigenvalues[:, 0], math.nan)
-        return system.solution(x, r, result, curvature, torch.full_like(result, size))
+        solutions = []
+        for system in systems:
+            b = system.b[..., None]
+            spectral = vectors @ (inverse[..., None] * (vectors.mT @ b))
+            x = torch.where(definite[:, None, None], torch.cholesky_solve(b, factor), spectral)
+            r = (b - a @ x)[..., 0]
+            accurate = _norm(r) <= torch.finfo(a.dtype).eps ** 0.5 * _norm(system.b)
+            result = torch.where(accurate, int(Result.CONVERGED), int(Result.STAGNATED))
+            result = torch.where(curvature < 0, int(Result.NEGATIVE_CURVATURE), result)
+            result = torch.where(finite, result, int(Result.NON_FINITE))
+            x = torch.where(finite[:, None], x[..., 0], 0)
+            r = torch.where(finite[:, None], r, math.nan)
+            solutions.append(system.solution(x, r, result, curvature, torch.full_like(result, size)))
+        return solutions
 
 
 class _System(NamedTuple):
-    """A x = b on rows `(tasks, size)`, each row of b divided by its largest entry so that squares do not underflow."""
+    """A x = b on rows `(tasks, size)`, each row of b divided by its largest entry so that squares do not underflow.
+
+    calls: one entry for each product taken so far.
+    """
 
     product: Product
     b: Tensor
     scale: Tensor
     finite: Tensor
     like: Tree
+    calls: list[None]
 
     @classmethod
     def of(cls, matvec: Matvec, b: Tree) -> _System:
@@ -319,7 +336,13 @@ class _System(NamedTuple):
         scale = flat.abs().amax(-1)
         finite = torch.isfinite(scale)
         scale = torch.where(finite & (scale > 0), scale, 1)[:, None]
-        return cls(_on_rows(matvec, b, "matvec"), torch.where(finite[:, None], flat / scale, 0), scale, finite, b)
+        on_rows, calls = _on_rows(matvec, b, "matvec"), list[None]()
+
+        def product(v: Tensor) -> Tensor:
+            calls.append(None)
+            return on_rows(v)
+
+        return cls(product, torch.where(finite[:, None], flat / scale, 0), scale, finite, b, calls)
 
     def tolerance(self, rtol: float | Tensor | None) -> Tensor:
         """The largest |b - A x| that is accepted, `(tasks,)`."""
@@ -339,7 +362,9 @@ class _System(NamedTuple):
         residual = torch.where(self.finite, residual, math.nan)
         result = torch.where(torch.isfinite(residual), result, int(Result.NON_FINITE))
         value = tree.unflatten(self.scale * x, self.like)
-        return Solution(value, result, {"residual": residual, "curvature": curvature, "steps": steps})
+        products = torch.full_like(steps, len(self.calls))
+        stats = {"residual": residual, "curvature": curvature, "steps": steps, "products": products}
+        return Solution(value, result, stats)
 
 
 def _on_rows(function: Matvec, like: Tree, what: str) -> Product:

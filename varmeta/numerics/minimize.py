@@ -56,7 +56,8 @@ def minimize(
     """Minimise fn over phi, each task by itself.
 
     A task has converged when |g| <= tolerance (1 + |g at its start|), g its gradient.  With `steps=None` its row does
-    not change any more from then on, bit for bit; `steps=K` goes on to exactly K steps (at most K with `NewtonCG`).
+    not change any more from then on, bit for bit; `steps=K` goes on to exactly K steps (at most K with `NewtonCG`), and a
+    first-order rule then ends as STEP_LIMIT.
     A task whose loss or gradient stops being finite keeps its last finite point, and the others go on.
 
     Args:
@@ -70,9 +71,10 @@ def minimize(
             to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
 
     Returns:
-        `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point; "start_gradient_norm";
-        "steps", int64; and "evaluations", the work in units of one loss with its gradient (a loss alone 1/2, a
-        Hessian product 2).
+        `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN after a fixed number of
+        first-order steps, which spend no gradient on it); "start_gradient_norm"; "steps", int64; and "evaluations", the
+        work in units of one loss with its gradient (a loss alone 1/2, a Hessian product 2).  A task that ends above the
+        loss that it started from, by more than rounding, is DIVERGED.
 
     Raises:
         ValueError: an argument is out of range, or fn does not return one differentiable loss per task.
@@ -129,29 +131,40 @@ class FirstOrderMinimizer(Minimizer):
         failed = converged = torch.zeros_like(active)
         taken = torch.zeros(tasks, dtype=torch.int64, device=like.device)
         evaluations = torch.zeros(tasks, dtype=like.dtype, device=like.device)
-        size = start = threshold = evaluations
+        size = start = threshold = first = end = evaluations
 
         for count in range(limit + 1):
-            keep = create_graph and count < limit
-            losses, point, gradient = value_and_gradient(fn, current, keep)
-            new_size = tree.norm(tree.detach(gradient))
+            last = count == limit
+            if last and steps is not None:
+                # the end's own gradient would be a step's work, and nobody moves on from there
+                with torch.no_grad():
+                    losses = _checked_losses(fn, current)
+                point, new_size = current, torch.full_like(size, math.nan)
+                gradient: Tree = {}
+                finite = torch.isfinite(losses)
+                evaluations = evaluations + 0.5 * active
+            else:
+                losses, point, gradient = value_and_gradient(fn, current, create_graph and not last)
+                new_size = tree.norm(tree.detach(gradient))
+                finite = torch.isfinite(losses) & torch.isfinite(new_size)
+                evaluations = evaluations + active
             if count == 0:
                 size, start, threshold = new_size, new_size, tolerance * (1 + new_size)
-            evaluations = evaluations + active
-            finite = torch.isfinite(losses) & torch.isfinite(new_size)
+                first = losses
             broken = active & ~finite
             active = active & finite
             size = torch.where(active, new_size, size)
-            converged = torch.where(active, new_size <= threshold, converged)
+            end = torch.where(active, losses, end) if count else losses
             # at the limit the gradient has no graph, but the iterate keeps its own
-            point = tree.where(broken, previous, point if keep else current)
+            point = tree.where(broken, previous, point if create_graph and not last else current)
             taken = (taken - broken.to(taken)).clamp(min=0)  # the step that led there is taken back
             failed = failed | broken
             if steps is None:
+                converged = torch.where(active, new_size <= threshold, converged)
                 active = active & ~converged
             current = point
             done = steps is None and count % _HOST_READS_EVERY == 0 and not bool(active.any())
-            if count == limit or done:
+            if last or done:
                 break
             moved, moved_state = self.update(point, gradient, state)
             previous, current = point, tree.where(active, moved, point)
@@ -160,6 +173,8 @@ class FirstOrderMinimizer(Minimizer):
 
         result = torch.where(converged, int(Result.CONVERGED), int(Result.STEP_LIMIT))
         result = torch.where(failed, int(Result.NON_FINITE), result)
+        slack = 100 * torch.finfo(like.dtype).eps * first.abs().clamp(min=1)
+        result = torch.where(~failed & (end > first + slack), int(Result.DIVERGED), result)
         return Solution(
             current,
             result,
@@ -253,13 +268,7 @@ def value_and_gradient(fn: Losses, phi: Tree, create_graph: bool = False) -> tup
     else:
         point = tree.map_tree(lambda x: x.detach().requires_grad_(), phi)
     with torch.enable_grad():
-        losses = fn(point)
-        tasks = tree.num_tasks(phi)
-        if losses.shape != (tasks,):
-            raise ValueError(
-                f"the function to minimise must return one loss per task, shape ({tasks},), not {tuple(losses.shape)}: "
-                "sum over everything but the task axis"
-            )
+        losses = _checked_losses(fn, point)
         if not losses.requires_grad:
             raise ValueError("the losses have no graph back to phi: compute them from phi, without detach or no_grad")
         # entries that fn does not use have gradient 0
@@ -267,6 +276,17 @@ def value_and_gradient(fn: Losses, phi: Tree, create_graph: bool = False) -> tup
             losses.sum(), list(point.values()), create_graph=create_graph, materialize_grads=True
         )
     return losses.detach(), point, dict(zip(point, found, strict=True))
+
+
+def _checked_losses(fn: Losses, phi: Tree) -> Tensor:
+    losses = fn(phi)
+    tasks = tree.num_tasks(phi)
+    if losses.shape != (tasks,):
+        raise ValueError(
+            f"the function to minimise must return one loss per task, shape ({tasks},), not {tuple(losses.shape)}: "
+            "sum over everything but the task axis"
+        )
+    return losses
 
 
 def _check_count(name: str, value: int) -> None:

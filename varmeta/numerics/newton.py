@@ -39,8 +39,8 @@ class NewtonCG(Minimizer):
     to its own rounding, and no task wanders there.
 
     A task ends as
-      CONVERGED, when |g| <= tolerance (1 + |g at its start|) and either the last step promised to lower the loss by no
-        more than `tolerance` or |g| <= tolerance: after a poor start the first condition alone says little.  Also when no
+      CONVERGED, when |g| <= tolerance (1 + |g at its start|) and the last step promised to lower the loss by no more than
+        `tolerance`: in the parameters' units, or after a poor start, the first condition alone says little.  Also when no
         step gets further, and what is promised is below `tolerance` and the loss's rounding, 10 eps max(1, |loss|);
       NEGATIVE_CURVATURE, when one of these holds but the last H was indefinite: a saddle;
       STAGNATED, when no step lowers the loss, or five in a row by next to nothing, as at the kink of a ReLU;
@@ -107,7 +107,8 @@ class NewtonCG(Minimizer):
         start = norm
         allowed = tolerance * (1 + norm)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        active = finite & (norm > allowed)
+        # also a start whose gradient looks small: in what units is for the Hessian to say
+        active = finite & (norm > 0)
         result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
         result = torch.where(finite, result, int(Result.NON_FINITE))
         eps = torch.finfo(x.dtype).eps
@@ -159,7 +160,7 @@ class NewtonCG(Minimizer):
             taken = taken + stepped
 
             small = norm <= allowed
-            done = stepped & small & ((promise <= tolerance) | (norm <= tolerance))
+            done = stepped & small & ((promise <= tolerance) | (norm == 0))
             done = done | (stuck & (small | (promise <= rounding.clamp(max=tolerance))))
             result = torch.where(stuck, int(Result.STAGNATED), result)
             result = torch.where(done, int(Result.CONVERGED), result)

@@ -1,0 +1,56 @@
+"""What every comparison stands beside: one set of weights for all tasks, and every task on its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta.bayes.model import TaskModel
+from varmeta.bayes.prior import GaussianPrior
+from varmeta.joint import Joint
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import detach
+from varmeta.pooled_start import is_regression, pooled_fit
+from varmeta.problem import Problem
+from varmeta.strategy import Eta, State, Stats, Strategy
+from varmeta.tasks import Batch, TaskSet
+
+BASELINES = ("pooled", "no pooling")
+# "No pooling" still needs a proper prior: one that weighs as much as this share of one observation, or, for a network, that
+# has this share of the model's own precision.
+WEAK = 1e-2
+
+
+@dataclass(frozen=True)
+class Pooled(Strategy):
+    """Every task has the weights theta0, fitted to all support data at once; nothing is adapted."""
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        losses = problem.losses("elbo", batch, state.step)(problem.start(batch, eta), eta)
+        return self._total(problem, batch, eta, losses), state, {"losses": losses.detach(), "evaluations": 1.0}
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        phi = detach(problem.start(batch, eta))
+        return Solution(phi, torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device), {})
+
+
+def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]) -> tuple[TaskModel, Strategy]:
+    """The model and strategy of a baseline; "no pooling" steps its posteriors as the first `Joint` of the comparison does."""
+    alone = copy.copy(model)
+    batch = train.batch()
+    eta = model.init(batch.support.x.new_zeros(()))
+    precision = WEAK * model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
+    if is_regression(model, train, eta):
+        found = pooled_fit(model, batch, eta)
+        if found is not None:
+            smallest = torch.finfo(precision.dtype).tiny
+            precision = WEAK * found[1].diagonal().clamp(min=smallest)
+    alone.prior = GaussianPrior(model.weights.unflatten(precision), loc=model.prior.start_loc)
+    if name == "pooled":
+        return alone, Pooled()
+    joints = [strategy for strategy in strategies if isinstance(strategy, Joint)]
+    return alone, Joint("normal", minimizer=joints[0].minimizer) if joints else Joint("normal")

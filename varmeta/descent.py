@@ -1,0 +1,188 @@
+"""Descent on eta by any torch optimiser, with minibatches, a budget and a schedule."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.joint import Joint, Reinit
+from varmeta.pooled_start import MAX_ETA_SIZE
+from varmeta.problem import Problem
+from varmeta.run import Callback, Run, non_finite
+from varmeta.strategy import Eta, State, Strategy
+from varmeta.tasks import TaskSet
+
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+# A run has settled when its mean objective fell by no more than this over its last third (nats per task).
+SETTLED = 0.01
+
+
+def adam(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-2)
+
+
+def lbfgs(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(
+        params, max_iter=20, history_size=20, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+
+def lbfgs_applies(strategy: Strategy, problem: Problem, eta: Eta) -> bool:
+    """Whether a line search may trust value and gradient, and eta is small."""
+    small = sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE
+    return (
+        strategy.gradient_is_of_value and not isinstance(strategy, Joint) and not strategy.is_noisy(problem) and small
+    )
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How far and in which steps to descend.
+
+    num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
+    batch_size: tasks per step (None: all).  decay: the schedule's multiplier at a fraction of the way.
+    """
+
+    optimizer: OptimizerFactory
+    num_steps: int | None
+    budget: float | None
+    batch_size: int | None
+    decay: Callable[[float], float]
+
+
+def descend(
+    problem: Problem, strategy: Strategy, tasks: TaskSet, run: Run, plan: Descent, callback: Callback | None
+) -> None:
+    """Step eta by a torch optimiser; updates `run` in place, also when interrupted."""
+    eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
+    leaves = list(eta.values())
+    optimizer = plan.optimizer(leaves)
+    base = [group["lr"] for group in optimizer.param_groups]
+    if run.optimizer_state is not None:
+        known, own = (set(state["param_groups"][0]) for state in (run.optimizer_state, optimizer.state_dict()))
+        if known != own:
+            raise ValueError("resume was stepped by another kind of optimizer: give fit(optimizer=...) the same again")
+        optimizer.load_state_dict(run.optimizer_state)
+    quasi_newton = isinstance(optimizer, torch.optim.LBFGS)
+    if quasi_newton and isinstance(strategy, Joint):
+        raise ValueError(
+            "LBFGS evaluates the objective several times a step, but Joint moves phi at each: use Adam or SGD"
+        )
+    if quasi_newton and not strategy.gradient_is_of_value:
+        raise ValueError(
+            f"LBFGS's line search trusts value and gradient alike, but those of {strategy.describe()} do not belong together: "
+            "use Adam or SGD"
+        )
+    whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
+    start, begin = run.step, perf_counter() - run.seconds
+    spent = run.evaluations
+    # the last point at which the loss was finite; what a run that breaks off returns
+    safe, broken = (run.eta, run.state), False
+    warned = False
+    run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
+    try:
+        for step in range(start, plan.num_steps if plan.num_steps is not None else 10**9):
+            fraction = max(step / (plan.num_steps or math.inf), spent / (plan.budget or math.inf))
+            if plan.budget is not None and spent >= plan.budget:
+                run.stop = f"spent its budget of {plan.budget:g} gradient evaluations per task after {step} steps"
+                break
+            scale = plan.decay(fraction)
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * scale
+            batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
+            before = replace(run.state, lr_scale=scale)
+            calls: list[tuple[Tensor, State, dict[str, Any]]] = []
+
+            def closure() -> float:
+                optimizer.zero_grad(set_to_none=True)
+                # B023: the closure is called within this step only
+                calls.append(strategy.loss(problem, batch, eta, before))  # noqa: B023
+                calls[-1][0].backward(inputs=leaves)  # noqa: B023
+                return float(calls[-1][0].detach())  # noqa: B023
+
+            here = {name: value.detach().clone() for name, value in eta.items()}
+            optimizer.step(closure)
+            scalar, state, stats = calls[0]
+            loss = float(scalar.detach())
+            if math.isfinite(loss):
+                safe = here, run.state
+            if not math.isfinite(loss) or not all(bool(torch.isfinite(value).all()) for value in eta.values()):
+                message = non_finite(batch, stats["losses"], f"at step {step}")
+                if step == start:
+                    raise ValueError(message)
+                run.stop = f"{message}; this is the fit of the last step at which it was"
+                warnings.warn(run.stop, RuntimeWarning, stacklevel=3)
+                broken, run.state = True, safe[1]
+                for name, value in safe[0].items():
+                    eta[name].data.copy_(value)
+                break
+            gradient_norm = math.sqrt(sum(float(v.grad.square().sum()) for v in eta.values() if v.grad is not None))
+            warning = None if warned else strategy.warning(stats)
+            if warning is not None:  # once: the next steps would say the same with other numbers
+                warnings.warn(warning, RuntimeWarning, stacklevel=3)
+                warned = True
+            # a minibatch works for its own tasks only
+            share = len(batch) / len(tasks)
+            spent += share * sum(float(call[2]["evaluations"]) for call in calls)
+            run.state = state
+            run.record(
+                callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,
+                seconds=perf_counter() - begin,
+            )  # fmt: skip
+            # without noise a flat record is the end; quasi-Newton steps are large, so two of them tell
+            if (
+                whole is not None
+                and not strategy.is_noisy(problem)
+                and _settled(run.history, 2 if quasi_newton else 50)
+            ):
+                run.converged = True
+                kind = "quasi-Newton steps" if quasi_newton else "steps"
+                run.stop = f"converged after {step + 1} {kind}: the objective no longer changes"
+                break
+    except KeyboardInterrupt:
+        run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
+    run.eta = {name: value.detach().clone() for name, value in eta.items()}
+    run.optimizer_state = None if broken else optimizer.state_dict()  # its averages are not finite either
+    run.loss = strategy.value(problem, whole or tasks.batch(), run.eta, run.state)
+    if not quasi_newton and run.stop.startswith(("stopped", "spent")):
+        _judge(run, len(tasks), strategy.every if isinstance(strategy, Reinit) else 1)
+
+
+def _rows(total: int, size: int, seed: int, step: int) -> Tensor:
+    """The tasks of a minibatch: each epoch is a new permutation, a function of (seed, step) alone."""
+    per_epoch = math.ceil(total / size)
+    epoch, number = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(total, generator=generator)[number * size : (number + 1) * size].sort().values
+
+
+def _settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-10) -> bool:
+    """Whether the last `window` losses are equal up to rounding."""
+    losses = [row["loss"] for row in history[-window:]]
+    return len(losses) == window and max(losses) - min(losses) <= tolerance * max(1.0, abs(losses[-1]))
+
+
+def _judge(run: Run, num_tasks: int, every: int) -> None:
+    """Whether a first-order run settled: the mean loss of its last tenth against the tenth that ended at 70 %.
+
+    Not the tenth before: under a falling step size nothing moves at the end, whether or not it has arrived.
+    every: look at each that many-th step only (the ends of `Reinit`'s periods).
+    """
+    losses = torch.tensor([row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64)
+    tenth = max(1, len(losses) // 10)
+    if len(losses) < (20 if every == 1 else 4):
+        return
+    late, earlier = losses[-tenth:], losses[-4 * tenth : -3 * tenth]
+    change = float(earlier.mean() - late.mean())
+    # what minibatches and draws make of it by chance
+    noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
+    run.converged = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
+    verdict = "which has settled" if run.converged else "so it is still moving: raise num_steps or the learning rate"
+    run.stop += f"; over its last third the mean objective fell by {change:.1e} nats, {verdict}"

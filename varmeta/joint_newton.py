@@ -1,0 +1,113 @@
+"""Joint Newton: minimise sum_i F_i(phi_i, eta) over eta and every phi_i at once, for small models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from time import perf_counter
+
+from varmeta.implicit import Implicit
+from varmeta.joint import Joint, Reinit
+from varmeta.numerics.arrowhead import JointSolution, Step, minimize_jointly
+from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import detach, flatten
+from varmeta.problem import Problem
+from varmeta.run import Callback, Run, non_finite
+from varmeta.strategy import Eta, Strategy
+from varmeta.tasks import Batch
+
+# Joint Newton assembles (m x m) blocks and a (p x p) corner; beyond this size first-order steps are cheaper.
+MAX_NEWTON_SIZE = 120
+MAX_NEWTON_ENTRIES = 20_000_000
+UNDETERMINED = "the data can hardly tell"
+WHY_IT_ENDED = {
+    Result.STEP_LIMIT: "give more by num_steps (or go on with resume=), or standardise the data: tasks.standardized()",
+    Result.STAGNATED: "no step lowers the objective, although it is not flat: use float64 data, or standardise them",
+    Result.DIVERGED: "the objective is not finite any more: standardise the data (tasks.standardized()), or start nearer with "
+    "GaussianPrior(precision=...)",
+}
+
+
+def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> bool:
+    """Whether the whole joint problem is small and free of noise, so that Newton's method serves it.
+
+    `Implicit` with the same objective inside and outside is the profile of the joint one over phi, and the Schur
+    complement that a step takes is the profile's Hessian; so it is served too.
+    """
+    profile = isinstance(strategy, Implicit) and strategy.outer == "elbo" and strategy.inner_steps is None
+    if not (profile or type(strategy) in (Joint, Reinit)) or strategy.is_noisy(problem):
+        return False
+    tasks, size = flatten(problem.start(batch, eta)).shape
+    border = sum(value.numel() for value in eta.values())
+    return size + border <= MAX_NEWTON_SIZE and tasks * size * (size + border) <= MAX_NEWTON_ENTRIES
+
+
+def newton(
+    problem: Problem, strategy: Strategy, batch: Batch, run: Run, max_steps: int, callback: Callback | None
+) -> None:
+    """Move `run` to the minimum, in place; an interruption leaves it at the last step that was completed.
+
+    `Reinit` sets phi back to the prior after every period, or as soon as a period has converged, and is done when two
+    periods end at the same value.
+    """
+    period = strategy.every if isinstance(strategy, Reinit) else max_steps
+    begin, last = perf_counter() - run.seconds, math.inf
+    run.converged = False
+    stored = run.state.phi is not None
+    if not stored:
+        run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
+    try:
+        while True:
+            solution = _period(problem, batch, run, min(period, max_steps - run.step), begin, callback)
+            loss = float(solution.stats["loss"][-1])
+            run.converged = solution.result == Result.CONVERGED
+            if run.converged and isinstance(strategy, Reinit) and abs(loss - last) > 1e-8 * max(1.0, abs(loss)):
+                run.converged = False  # from the prior once more: is it reached again?
+            if run.converged:
+                left = float(solution.stats["decrement"])
+                run.stop = f"converged after {run.step} Newton steps: the objective can fall by {left:.1e} nats more"
+                if solution.stats["flat"]:
+                    run.stop += f"; {UNDETERMINED} {' and '.join(solution.stats['flat'])} apart"
+                return
+            if solution.result == Result.NON_FINITE:
+                raise ValueError(non_finite(batch, solution.stats["losses"], "at the start"))
+            if solution.result not in (Result.CONVERGED, Result.STEP_LIMIT) or run.step >= max_steps:
+                run.stop = f"after {run.step} Newton steps: {WHY_IT_ENDED.get(solution.result, 'it was to be no more')}"
+                return
+            last = loss
+            if isinstance(strategy, Reinit):
+                run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
+    except KeyboardInterrupt:
+        run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
+    finally:
+        if not stored:
+            run.state = replace(run.state, phi=None)
+
+
+def _period(
+    problem: Problem, batch: Batch, run: Run, max_steps: int, begin: float, callback: Callback | None
+) -> JointSolution:
+    assert run.state.phi is not None
+    first, spent = run.step, run.evaluations
+
+    def arrived(step: Step) -> None:
+        run.eta, run.state = detach(step.eta), replace(run.state, phi=detach(step.phi), step=first + step.number)
+        run.loss = step.loss
+        run.record(
+            callback, step=first + step.number, loss=step.loss, evaluations=spent + step.evaluations,
+            seconds=perf_counter() - begin,
+        )  # fmt: skip
+
+    solution = minimize_jointly(
+        problem.losses("elbo", batch, 0),
+        run.state.phi,
+        run.eta,
+        penalty=problem.model.prior.penalty,
+        max_steps=max_steps,
+        callback=arrived,
+    )
+    if not run.history:  # no step was taken
+        arrived(Step(0, float(solution.stats["loss"][-1]), solution.phi, solution.eta, solution.stats["evaluations"]))
+    run.eta, run.state = detach(solution.eta), replace(run.state, phi=detach(solution.phi))
+    run.loss = float(solution.stats["loss"][-1])
+    return solution

@@ -1,0 +1,134 @@
+"""What a comparison found: scores by method, seed and task, and intervals that hold over seeds and tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from varmeta.result import Fit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Report:
+    """scores: one row per method, seed and test task.  fits: by (method, seed).
+
+    runs: one row per method and seed: what it cost, whether it failed, why it stopped, and what it warned about.
+    """
+
+    scores: pd.DataFrame
+    runs: pd.DataFrame
+    fits: dict[tuple[str, int], Fit]
+    level: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Mean of each score over test tasks and seeds, with the ends of its 95 % interval, one row per method.
+
+        The interval is for other seeds and other tasks (with a single seed, for other tasks alone); see `interval`.
+        """
+        import pandas as pd
+
+        rows = {method: _summarise(cells) for method, cells in self._cells().items()}
+        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+        counts = self.runs.groupby("method", sort=False)[["evaluations", "seconds"]].mean()
+        failures = self.runs.groupby("method", sort=False)["failed"].sum().rename("failed")
+        return table.join(counts, how="outer").join(failures, how="outer").reindex(counts.index)
+
+    def differences(self, reference: str) -> pd.DataFrame:
+        """Every method less `reference`, on the same tasks and seeds: means with their 95 % intervals.
+
+        Methods share tasks, so a difference is known better than either score.  Raises ValueError for an unknown method.
+        """
+        import pandas as pd
+
+        cells = self._cells()
+        if reference not in cells:
+            raise ValueError(f"reference must be one of the methods {list(cells)}, not {reference!r}")
+        own = cells[reference]
+        rows = {
+            method: _summarise({metric: part[metric].sub(own[metric]) for metric in part})
+            for method, part in cells.items()
+            if method != reference
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+    def _cells(self) -> dict[str, dict[str, pd.DataFrame]]:
+        """By method and score: one row per seed, one column per task."""
+        metrics = self.scores.columns.difference(["task", "method", "seed", "n"], sort=False)
+        # not pivot_table, which drops a score that is NaN throughout
+        return {
+            method: {metric: part.pivot(index="seed", columns="task", values=metric) for metric in metrics}
+            for method, part in self.scores.groupby("method", sort=False)
+        }
+
+    def plot(self, metric: str = "log_density", ax: Any = None) -> Any:
+        """Every method's mean and interval of one score; returns the matplotlib axes."""
+        from varmeta.plot import plot_comparison
+
+        return plot_comparison(self.table, metric, ax, self.level)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.scores.to_csv(folder / "scores.csv", index=False)
+        self.runs.to_csv(folder / "runs.csv", index=False)
+        self.table.to_csv(folder / "table.csv")
+
+    def __str__(self) -> str:
+        table = self.table
+        text = table[["evaluations", "seconds", "failed"]].copy()
+        text["evaluations"] = text["evaluations"].map("{:.0f}".format)
+        text["seconds"] = text["seconds"].map("{:.1f}".format)
+        for metric in [column[: -len("_low")] for column in table if column.endswith("_low")]:
+            text[metric] = [
+                f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+                for mean, low, high in zip(table[metric], table[f"{metric}_low"], table[f"{metric}_high"], strict=True)
+            ]
+        text = text[
+            [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
+        ]
+        said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
+        notes = [f"{method} ({row['size']} runs): {row['first']}" for method, row in said.iterrows()]
+        return "\n".join([text.to_string(), *(["warnings"] if notes else []), *notes])
+
+
+def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """An interval for the mean of `cells` `(seeds, tasks)` over other seeds and other tasks.
+
+    A crossed design with random seeds and tasks: the half-widths for seeds alone and for tasks alone, each with Student's t on
+    its own means, joined as the root of their squares.  A little wide where both matter, and honest where seeds are few.
+    With one seed it holds for other tasks alone.  NaN where a cell is not a number: a method must not be judged on what
+    went well.
+
+    >>> low, high = interval(np.array([[1.0, 2.0, 3.0]]))
+    >>> round(low, 2), round(high, 2)
+    (-0.48, 4.48)
+    """
+    from scipy.stats import t  # ArviZ brings it
+
+    if not np.isfinite(cells).all() or cells.shape[1] < 2:
+        return math.nan, math.nan
+    mean, square = float(cells.mean()), 0.0
+    for means in (cells.mean(0), cells.mean(1)):
+        count = len(means)
+        if count > 1:
+            square += t.ppf(0.5 + level / 2, count - 1) ** 2 * means.var(ddof=1) / count
+    return mean - math.sqrt(square), mean + math.sqrt(square)
+
+
+def _summarise(cells: Mapping[str, pd.DataFrame]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for metric, table in cells.items():
+        low, high = interval(table.to_numpy())
+        out |= {metric: float(table.to_numpy().mean()), f"{metric}_low": low, f"{metric}_high": high}
+    return out

@@ -1,0 +1,57 @@
+"""Where a fit stands: everything needed to look at it, and to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.strategy import Eta, State
+from varmeta.tasks import Batch
+
+Callback = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class Run:
+    """The record of a run so far.
+
+    loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
+    schedule: how the step size fell, None for solvers without one.
+    """
+
+    eta: Eta
+    state: State
+    history: list[dict[str, float]] = field(default_factory=list)
+    optimizer_state: dict[str, Any] | None = None
+    stop: str = "not started"
+    converged: bool = False
+    loss: float = math.nan
+    schedule: str | None = None
+
+    @property
+    def step(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    @property
+    def evaluations(self) -> float:
+        return self.history[-1]["evaluations"] if self.history else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    def record(self, callback: Callback | None, **row: float) -> None:
+        self.history.append(row)
+        if callback is not None:
+            callback(row)
+
+
+def non_finite(batch: Batch, losses: Tensor, when: str) -> str:
+    bad = [name for name, ok in zip(batch.names, torch.isfinite(losses).tolist(), strict=True) if not ok]
+    who = f"the loss of task {bad[0]!r}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "") if bad else "eta"
+    return f"{who} is not finite {when}: standardise the data, lower the learning rate, or raise the prior precision"
