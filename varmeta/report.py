@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,8 +99,8 @@ class Report:
             [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
         ]
         said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
-        notes = [f"{method} ({row['size']} runs): {row['first']}" for method, row in said.iterrows()]
-        return "\n".join([text.to_string(), *(["warnings"] if notes else []), *notes])
+        notes = [f"  {method} ({row['size']} runs): {shorten(row['first'], 150)}" for method, row in said.iterrows()]
+        return "\n".join([text.to_string(), *(["warnings (in full: report.runs)"] if notes else []), *notes])
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
