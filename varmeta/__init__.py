@@ -13,6 +13,7 @@ from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
 from varmeta.numerics.newton import NewtonCG
 from varmeta.posterior import Posterior, Prediction
+from varmeta.reachability import Reachability, reachability
 from varmeta.report import Report
 from varmeta.result import Fit, LearnedPrior
 from varmeta.stochastic import StochasticAlg
@@ -33,4 +34,5 @@ __all__ = [
     # verbs and what they return
     "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
+    "reachability", "Reachability",
 ]  # fmt: skip

@@ -165,3 +165,15 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
         "weight: theta0 (bar), prior intervals (50 %, 90 %), tasks' posterior means (dots)", fontsize=8
     )
     return axes
+
+
+def plot_gaps(gap: Any, ax: Any = None) -> Any:
+    """Gaps of a `Reachability` in nats, one bar per task, sorted; returns the axes."""
+    ax = _axes(ax, figsize=(6.5, 3.0))
+    gap = np.sort(np.asarray(gap))
+    ax.bar(np.arange(1, len(gap) + 1), gap, color=np.where(gap > 0, BAND, MUTED), width=0.9)
+    ax.axhline(0.0, color=INK, lw=1)
+    ax.set_xlabel("tasks, sorted")
+    ax.set_ylabel("F reached from the prior - F stored (nats)")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
