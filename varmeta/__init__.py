@@ -8,6 +8,7 @@ from varmeta.compare import compare
 from varmeta.fit import fit
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
+from varmeta.landscape import Landscape
 from varmeta.meta_gradient import MetaGradient, meta_gradient
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
@@ -35,4 +36,6 @@ __all__ = [
     "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "reachability", "Reachability",
+    # one scalar weight, seen whole
+    "Landscape",
 ]  # fmt: skip

@@ -171,7 +171,10 @@ class TaskSet:
             if len(array) != len(self):
                 raise IndexError(f"the mask has {len(array)} entries but the set has {len(self)} tasks")
             array = np.flatnonzero(array)
-        return [self._position(int(i)) for i in array]
+        outside = array[(array < -len(self)) | (array >= len(self))]
+        if len(outside):
+            self._position(outside[0])  # says so
+        return (array % len(self)).tolist()  # a landscape asks for 100,000 rows
 
     @property
     def dtype(self) -> torch.dtype:
