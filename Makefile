@@ -9,7 +9,7 @@ BIN            = $(VENV)/bin
 
 export MPLBACKEND ?= Agg
 
-.PHONY: setup demo test lint test-arviz1 clean
+.PHONY: setup demo landscape test lint test-arviz1 clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo --out results/demo
+
+landscape: $(VENV)/.installed
+	$(BIN)/python -m experiments.landscape --out results/landscape
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
