@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
-from varmeta.numerics.minimize import Minimizer, minimize
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result, Solution
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, add
 from varmeta.numerics.wells import lowest_of, lowest_wells
 from varmeta.problem import Losses, Problem
 from varmeta.tasks import TaskSet
@@ -168,6 +168,19 @@ class Rows:
                 stacklevel=2,
             )
         return theta_of(found.value)
+
+
+@dataclass(frozen=True)
+class RowDescent(FirstOrderMinimizer):
+    """Gradient descent with a learning rate for each row, `(rows,)`."""
+
+    lr: Tensor
+
+    def init(self, phi: Tree) -> Tree:
+        return {}
+
+    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+        return add(phi, gradient, -self.lr * lr_scale), state
 
 
 def phi_of(theta: Tensor) -> Tree:

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from varmeta._anchored import Anchored, phi_of, theta_of
+from varmeta._anchored import Anchored, RowDescent, phi_of, theta_of
 from varmeta._functions import model_of_function, tasks_of_coefficients
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint, unrolled
 from varmeta.numerics.minimize import FirstOrderMinimizer, GradientDescent
-from varmeta.numerics.tree import Tree, add
 from varmeta.numerics.wells import locate_jumps
 from varmeta.problem import Losses
 from varmeta.result import Fit
@@ -224,7 +222,7 @@ class Landscape:
             return (self.precision / curvature).reshape(theta.shape)
         start = (theta.flatten() / self._anchored.spacing).round() * self._anchored.spacing
         # every step halves the distance to the minimum, and what the derivative lacks
-        found = rows.minimize(_Descent(0.5 / curvature), start, steps=40, create_graph=True)
+        found = rows.minimize(RowDescent(0.5 / curvature), start, steps=40, create_graph=True)
         losses = unrolled(theta_of, found.value, rows.eta)
         return torch.autograd.grad(losses.sum(), rows.anchor)[0].reshape(theta.shape)
 
@@ -276,19 +274,6 @@ class Landscape:
         function = inner if outer == "elbo" else rows.losses(outer) if isinstance(outer, str) else outer
         losses, _ = ImplicitAdjoint()(inner, function, phi_of(theta.flatten()), rows.eta)
         return torch.autograd.grad(losses.sum(), rows.anchor)[0].reshape(len(anchors), -1)
-
-
-@dataclass(frozen=True)
-class _Descent(FirstOrderMinimizer):
-    """Gradient descent with a learning rate for each row, `(rows,)`."""
-
-    lr: Tensor
-
-    def init(self, phi: Tree) -> Tree:
-        return {}
-
-    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
-        return add(phi, gradient, -self.lr * lr_scale), state
 
 
 def _line(values: Anchors, name: str) -> Tensor:
