@@ -70,7 +70,7 @@ def study(starts: int, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:
 def values(model: vm.TaskModel, tasks: vm.TaskSet, eta: dict[str, Tensor]) -> dict[str, float]:
     """Both objectives, summed over tasks, with Alg started at theta0."""
     strategy, batch = vm.Implicit("delta"), tasks.batch()
-    problem = strategy.problem(model, 0)
+    problem = strategy.problem(model, tasks, 0)
     phi = strategy.adapt(problem, batch, eta).value
     return {name: float(problem.losses(outer, batch, 0)(phi, eta).sum()) for name, outer in OBJECTIVES.items()}
 
@@ -107,7 +107,7 @@ def line_between(num_points: int) -> dict[str, list[float]]:
     train = same_inside_and_outside(sinusoids(NUM_TASKS, seed=0))
     one, other = model_from(0), model_from(1)
     share = torch.linspace(-0.25, 1.25, num_points, dtype=torch.float64)
-    problem = vm.Implicit("delta").problem(one, 0)
+    problem = vm.Implicit("delta").problem(one, train, 0)
 
     def between(a: Tensor, b: Tensor) -> Tensor:
         points = torch.stack([a + s * (b - a) for s in share])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from varmeta.bayes.expectation import Point
 from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize
@@ -46,7 +47,7 @@ class Anchored:
 
     def __init__(self, model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor], spacing: float) -> None:
         self.model, self.tasks, self.spacing = model, tasks, spacing
-        self.problem = Problem.make(model, Delta(), "auto", 2, 0)
+        self.problem = Problem(model, Delta(), Point(), seed=0)
         like = torch.zeros((), dtype=torch.float64)
         start = model.init(like)
         unknown = set(eta) - set(start)
