@@ -17,6 +17,9 @@ from varmeta.stochastic import StochasticAlg, leave_one_out
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch, TaskSet
 
+# Inner and linear steps that may stand in one graph; its compilation time grows with them.
+MAX_TRACED_STEPS = 50
+
 
 @dataclass(frozen=True)
 class Amortised(Strategy):
@@ -46,6 +49,9 @@ class Amortised(Strategy):
 
     def is_noisy(self, problem: Problem) -> bool:
         return self.alg is not None or super().is_noisy(problem)
+
+    def not_captured(self, problem: Problem) -> str | None:
+        return None if self.alg is None else "a StochasticAlg draws its own noise at every inner step"
 
     def moving(self, problem: Problem, batch: Batch, eta: Eta, state: State, stats: Stats) -> Tensor | None:
         """Of the mean over Alg, a scalar whose derivative is the part through how the ends of the draws move.
@@ -85,9 +91,9 @@ def check_steps(steps: int | None) -> None:
         raise ValueError(f"inner_steps must be at least 1, not {steps}")
 
 
-def count_diverged(solution: Solution) -> int:
+def count_diverged(solution: Solution) -> Tensor:
     """Tasks whose inner loop ended above where it started, or not at a finite number."""
-    return int((solution.result >= Result.DIVERGED).sum())
+    return (solution.result >= Result.DIVERGED).sum()
 
 
 def diverged(count: int) -> str:

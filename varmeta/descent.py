@@ -97,7 +97,7 @@ def descend(
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * scale
             batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
-            before = replace(run.state, lr_scale=scale)
+            before = strategy.before(problem, batch, eta, replace(run.state, lr_scale=scale))
             calls: list[tuple[Tensor, State, dict[str, Any]]] = []
 
             def closure() -> float:
@@ -124,7 +124,7 @@ def descend(
                     eta[name].data.copy_(value)
                 break
             gradient_norm = math.sqrt(sum(float(v.grad.square().sum()) for v in eta.values() if v.grad is not None))
-            warning = None if warned else strategy.warning(stats)
+            warning = None if warned else strategy.warning(batch, stats)
             if warning is not None:  # once: the next steps would say the same with other numbers
                 warnings.warn(warning, RuntimeWarning, stacklevel=3)
                 warned = True

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varmeta.amortised import Amortised, check_steps, count_diverged, diverged
+from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, count_diverged, diverged
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
-from varmeta.numerics.adjoint import ImplicitAdjoint
-from varmeta.numerics.linear_solve import LinearSolver
-from varmeta.numerics.minimize import Minimizer, minimize, value_and_gradient
+from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
+from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, value_and_gradient
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach, dot, put, take
@@ -116,15 +116,12 @@ class Implicit(Amortised):
         # the certificate costs a second solve, which nobody looks at where it is ignored
         certify = state.certify or self.on_unconverged != "ignore"
         losses, linear = ImplicitAdjoint(self.linear_solver, certify)(inner, outer, solution.value, eta)
-        certificate = Certificate.of(batch.names, solution, linear)
-        if self.on_unconverged == "raise" and not certificate.ok:
-            raise RuntimeError(str(certificate))
         # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
         evaluations = evaluations + (1.0 if inner is outer else 4.0)
         stats = {
-            "losses": losses.detach(), "evaluations": evaluations, "certificate": certificate,
-            "diverged": count_diverged(solution),
+            "losses": losses.detach(), "evaluations": evaluations, "diverged": count_diverged(solution),
+            "inner": solution._replace(value={}), "linear": linear,
         }  # fmt: skip
         return losses, solution.value, stats
 
@@ -142,18 +139,42 @@ class Implicit(Amortised):
     def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None) -> Solution:
         return minimize(lambda phi: inner(phi, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance)
 
-    def warning(self, stats: Stats) -> str | None:
-        if stats["diverged"]:
-            return diverged(stats["diverged"])
+    def not_captured(self, problem: Problem) -> str | None:
+        if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
+            return "an inner solve to tolerance looks at its own numbers"
+        linear = self.linear_solver
+        steps = (
+            linear.max_steps if isinstance(linear, CG) else linear.num_terms if isinstance(linear, Neumann) else None
+        )
+        small = linear is None or isinstance(linear, Direct)
+        if self.outer == "elbo" and self.on_unconverged == "ignore":
+            steps = 0  # nothing is solved
+        elif small and problem.model.weights.size <= MAX_DIRECT_SIZE:
+            steps = problem.model.weights.size
+        if steps is None:
+            return "a linear solve to tolerance looks at its own numbers: give CG(max_steps=...)"
+        if self.inner_steps + steps > MAX_TRACED_STEPS:
+            return f"{self.inner_steps} inner and {steps} linear steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+        return super().not_captured(problem)
+
+    def certificate(self, batch: Batch, stats: Stats) -> Certificate:
+        names = batch.names if self.alg is None else batch.names * self.alg.num_draws
+        return Certificate.of(names, stats["inner"], stats["linear"])
+
+    def warning(self, batch: Batch, stats: Stats) -> str | None:
+        if int(stats["diverged"]):
+            return diverged(int(stats["diverged"]))
         if self.on_unconverged == "ignore":
             return None
+        certificate = self.certificate(batch, stats)
+        if self.on_unconverged == "raise" and not certificate.ok:
+            raise RuntimeError(str(certificate))
         unsettled = float(stats.get("unsettled", 0.0))
         if unsettled > MAX_UNSETTLED:
             return (
                 f"{unsettled:.1%} of the draws of alg ended on a ridge between two minima, where the noise does not settle "
                 "which one is reached and the gradient is biased: cool the noise down (cooling=True), or take more steps"
             )
-        certificate = stats["certificate"]
         return None if certificate.ok else str(certificate)
 
 

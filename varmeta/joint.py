@@ -49,7 +49,6 @@ class Joint(Strategy):
         return State(phi, self.minimizer.init(phi))
 
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
-        state = self._before(problem, batch, eta, state)
         assert state.phi is not None and state.inner is not None
         phi = leaves(take(state.phi, batch.rows))
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
@@ -69,9 +68,6 @@ class Joint(Strategy):
             # zero in value, `gradient` in derivative: eta's half of the one gradient that was taken
             scalar = scalar + (gradient * (eta[name] - eta[name].detach())).sum()
         return scalar, state, {"losses": losses.detach(), "evaluations": 1.0}
-
-    def _before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
-        return state
 
     def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
         assert state.phi is not None
@@ -106,7 +102,7 @@ class Reinit(Joint):
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}")
 
-    def _before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
+    def before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
         within = state.step % self.every
         state = replace(state, lr_scale=0.5 * (1.0 + math.cos(math.pi * within / self.every)))
         if state.step == 0 or within:

@@ -70,12 +70,12 @@ def meta_gradient(
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     state = replace(strategy.init(problem, batch, leaves), certify=True)
     scalar, _, stats = strategy.loss(problem, batch, leaves, state)
-    warning = strategy.warning(stats)
+    warning = strategy.warning(batch, stats)
     if warning is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
     grads = _gradient(scalar, leaves)
     moving = strategy.moving(problem, batch, leaves, state, stats)
-    value, certificate = float(scalar.detach()), stats.get("certificate")
+    value, certificate = float(scalar.detach()), strategy.certificate(batch, stats)
     if moving is None:
         return MetaGradient(value, grads, certificate)
     part = _gradient(moving, leaves)

@@ -39,7 +39,8 @@ class StochasticAlg:
 
     Two estimators of the gradient, both with the post's two mechanisms in them:
     "pathwise" differentiates through the noisy steps, the noise held fixed.  It serves every kind of noise and is unbiased,
-    but where steps are many and minima far apart a few draws near the ridges carry it all, and its variance explodes.
+    but where steps are many and minima far apart a few draws near the ridges carry it all: its variance explodes, and a
+    sample without such a draw looks precise and is wrong (docs/post-in-numbers.md).
     "score" weights each draw by the derivative of its log density (of the start, and of each noisy step given the point
     before), with a leave-one-out baseline.  It needs Langevin noise: a score for the start alone misses that the ridges
     between the basins move with theta0.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import OUTER
+from varmeta.certificate import Certificate
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Problem
@@ -148,8 +149,23 @@ class Strategy(ABC):
         """For a stochastic Alg, see `Amortised.moving`; else None."""
         return None
 
-    def warning(self, stats: Stats) -> str | None:
-        """What the caller of `loss` should warn about (once), if anything."""
+    def before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
+        """What is done to the state between two steps; for the caller of `loss` to call first."""
+        return state
+
+    def not_captured(self, problem: Problem) -> str | None:
+        """Why `loss` cannot be traced into a graph, in a sentence; None where it can."""
+        return None
+
+    def certificate(self, batch: Batch, stats: Stats) -> Certificate | None:
+        """What an implicit gradient rests on, from the stats of `loss`; None for other gradients."""
+        return None
+
+    def warning(self, batch: Batch, stats: Stats) -> str | None:
+        """What the caller of `loss` should warn about (once), if anything.
+
+        Raises RuntimeError where the strategy was told to raise.
+        """
         return None
 
     def _total(self, problem: Problem, batch: Batch, eta: Eta, losses: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varmeta.amortised import Amortised, check_steps, count_diverged, diverged
+from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, count_diverged, diverged
 from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import detached, unrolled
@@ -87,8 +87,14 @@ class Unrolled(Amortised):
         )
         return unrolled(outer, solution.value, eta), solution
 
-    def warning(self, stats: Stats) -> str | None:
-        return diverged(stats["diverged"]) if stats.get("diverged") else None
+    def not_captured(self, problem: Problem) -> str | None:
+        if self.inner_steps > MAX_TRACED_STEPS:
+            return f"{self.inner_steps} inner steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+        return super().not_captured(problem)
+
+    def warning(self, batch: Batch, stats: Stats) -> str | None:
+        count = int(stats.get("diverged", 0))
+        return diverged(count) if count else None
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         inner = problem.losses("elbo", batch, 0)

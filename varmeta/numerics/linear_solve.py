@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from varmeta.numerics import tree
 from varmeta.numerics.solution import Result, Solution
@@ -95,13 +96,15 @@ class CG(LinearSolver):
         # a little below the tolerance, or rounding alone would send tasks to the refinement
         target = 0.9 * tolerance
 
-        x, result, curvature, steps = conjugate_gradient(system.product, system.b, target, limits, precondition)
+        x, result, curvature, steps = conjugate_gradient(system.product, system.b, target, limits, limit, precondition)
         r = system.b - system.product(x)
         error = _norm(r)
-        while bool((short := (result == Result.CONVERGED) & (error > tolerance)).any()):
+        while not tracing() and bool((short := (result == Result.CONVERGED) & (error > tolerance)).any()):
             # iterative refinement, A dx = b - A x; it ends because every round halves the error or is the last
             start = torch.where(short[:, None], r, 0)
-            dx, outcome, met, more = conjugate_gradient(system.product, start, target, limits - steps, precondition)
+            dx, outcome, met, more = conjugate_gradient(
+                system.product, start, target, limits - steps, limit, precondition
+            )
             refined = system.b - system.product(x + dx)
             refined_error = _norm(refined)
             outcome = torch.where(refined_error < 0.5 * error, outcome, int(Result.STAGNATED))
@@ -125,7 +128,7 @@ class Run(NamedTuple):
 
 
 def conjugate_gradient(
-    product: Product, b: Tensor, tolerance: Tensor, limits: Tensor, precondition: Product | None = None
+    product: Product, b: Tensor, tolerance: Tensor, limits: Tensor, most: int, precondition: Product | None = None
 ) -> Run:
     """The recursion behind `CG`, on rows: from x = 0 until |b - A x| <= tolerance by its own account.
 
@@ -133,7 +136,7 @@ def conjugate_gradient(
         product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without a graph.
         b: `(tasks, size)`, finite.
         tolerance: absolute, `(tasks,)`.
-        limits: steps that each task may take, int64 `(tasks,)`.
+        limits: steps that each task may take, int64 `(tasks,)`; most: the largest of them, or more.
     """
     eps = torch.finfo(b.dtype).eps
     x, r = torch.zeros_like(b), b
@@ -149,7 +152,7 @@ def conjugate_gradient(
     active = active & (steps < limits)
 
     count, every = 0, _host_reads_every(b)
-    while count % every or bool(active.any()):
+    while count < most and (count % every or tracing() or bool(active.any())):
         count += 1
         ap = product(p)
         pap = _dot(p, ap)
@@ -237,7 +240,7 @@ class Neumann(LinearSolver):
         steps = torch.zeros_like(result)
         every = _host_reads_every(system.b)
         for count in range(self.num_terms):
-            if count % every == 0 and not bool(active.any()):
+            if count % every == 0 and not tracing() and not bool(active.any()):
                 break
             ar = system.product(r)
             curvature = torch.where(active, torch.fmin(curvature, _dot(r, ar) / _dot(r, r)), curvature)
@@ -365,6 +368,11 @@ class _System(NamedTuple):
         products = torch.full_like(steps, len(self.calls))
         stats = {"residual": residual, "curvature": curvature, "steps": steps, "products": products}
         return Solution(value, result, stats)
+
+
+def tracing() -> bool:
+    """Whether this is being traced into a graph: no number can be read then, so loops run to their limit, masked."""
+    return get_proxy_mode() is not None
 
 
 def _on_rows(function: Matvec, like: Tree, what: str) -> Product:
