@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta.fast import FastLoss
 from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
@@ -48,6 +49,7 @@ class Descent:
 
     num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
     batch_size: tasks per step (None: all).  decay: the schedule's multiplier at a fraction of the way.
+    compile: whether the step is captured and compiled, see `FastLoss`.
     """
 
     optimizer: OptimizerFactory
@@ -55,6 +57,7 @@ class Descent:
     budget: float | None
     batch_size: int | None
     decay: Callable[[float], float]
+    compile: str | bool = "auto"
 
 
 def descend(
@@ -80,6 +83,7 @@ def descend(
             f"LBFGS's line search trusts value and gradient alike, but those of {strategy.describe()} do not belong together: "
             "use Adam or SGD"
         )
+    fast = FastLoss(strategy, plan.compile)
     whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
     start, begin = run.step, perf_counter() - run.seconds
     spent = run.evaluations
@@ -94,6 +98,7 @@ def descend(
                 run.stop = f"spent its budget of {plan.budget:g} gradient evaluations per task after {step} steps"
                 break
             scale = plan.decay(fraction)
+            fast.steps_left = _steps_left(plan, run, step)
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * scale
             batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
@@ -103,7 +108,7 @@ def descend(
             def closure() -> float:
                 optimizer.zero_grad(set_to_none=True)
                 # B023: the closure is called within this step only
-                calls.append(strategy.loss(problem, batch, eta, before))  # noqa: B023
+                calls.append(fast(problem, batch, eta, before))  # noqa: B023
                 calls[-1][0].backward(inputs=leaves)  # noqa: B023
                 return float(calls[-1][0].detach())  # noqa: B023
 
@@ -153,6 +158,15 @@ def descend(
     run.loss = strategy.value(problem, whole or tasks.batch(), run.eta, run.state)
     if not quasi_newton and run.stop.startswith(("stopped", "spent")):
         _judge(run, len(tasks), strategy.every if isinstance(strategy, Reinit) else 1)
+
+
+def _steps_left(plan: Descent, run: Run, step: int) -> float:
+    """By the number of steps, or by what the last step took of the budget."""
+    by_number = math.inf if plan.num_steps is None else plan.num_steps - step
+    if plan.budget is None or len(run.history) < 2:
+        return by_number
+    last = run.history[-1]["evaluations"] - run.history[-2]["evaluations"]
+    return min(by_number, (plan.budget - run.evaluations) / max(last, 1.0))
 
 
 def _rows(total: int, size: int, seed: int, step: int) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ class FastLoss:
         self.strategy = strategy
         self.mode = compile
         self.steps_left = 0.0
-        self._static: dict[str, Any] = {}
-        self._captured: Captured | None = None
+        self._step: _Step | None = None
         self._seconds: list[float] = []
 
     def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
@@ -67,7 +66,7 @@ class FastLoss:
     def _ready(self, problem: Problem) -> bool:
         if self.mode is False:
             return False
-        if self._captured is not None or self.mode is True:
+        if self._step is not None or self.mode is True:
             return True
         if len(self._seconds) < EAGER_STEPS:
             return False
@@ -90,9 +89,9 @@ class FastLoss:
             "query": () if batch.query is None else (*batch.query.filled, batch.query.mask),
             "noise": problem.noises(sorted(names), batch, state.step),
         }
-        if self._captured is None:
-            self._captured = Captured(_Step(self.strategy, problem, batch.total, state, self._static))
-        out = self._captured(inputs)
+        if self._step is None:
+            self._step = _step(self.strategy, problem, batch.total, state.certify)
+        out = self._step.captured(inputs)
         new = replace(state, step=state.step + 1)
         if out["phi"]:
             assert state.phi is not None
@@ -101,34 +100,41 @@ class FastLoss:
             assert state.inner is not None
             new = replace(new, inner=_back(state.inner, rows, out["inner"]))
         total = _Given.apply(out["total"], list(out["grads"].values()), *(eta[name] for name in out["grads"]))
-        return total, new, {**self._static, **out["stats"]}
+        return total, new, {**self._step.static, **out["stats"]}
 
 
-@dataclass(frozen=True)
+def _step(strategy: Strategy, problem: Problem, total: int, certify: bool) -> _Step:
+    """The step's graphs, kept with the model: another seed, fit or start of the same model captures nothing anew."""
+    key = (strategy, problem.expectation, problem.model.prior, total, certify)
+    graphs = problem.model.graphs
+    if key not in graphs:
+        graphs[key] = _Step(strategy, problem, total, certify)
+    return cast("_Step", graphs[key])
+
+
 class _Step:
-    """The traced function: a strategy's loss and its gradient in eta, of nothing but tensors."""
+    """The traced function: a strategy's loss and its gradient in eta, of nothing but tensors.
 
-    strategy: Strategy
-    problem: Problem
-    total: int
-    state: State
-    static: dict[str, Any]
+    static: the stats that are plain numbers, as the trace met them.
+    """
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def __init__(self, strategy: Strategy, problem: Problem, total: int, certify: bool) -> None:
+        self.strategy, self.problem, self.total, self.certify = strategy, problem, total, certify
+        self.static: dict[str, Any] = {}
+        self.captured = Captured(self._traced)
+
+    def _traced(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         problem = replace(self.problem, given=inputs["noise"])
         support = _data(*inputs["support"])
         tasks = len(support)
-        names = tuple(map(str, range(tasks)))
         everyone = torch.arange(tasks, device=support.mask.device)
         query = _data(*inputs["query"]) if inputs["query"] else None
         # the batch as a set of its own: rows are taken and put back outside
-        batch = Batch(support, query, everyone, names, everyone, self.total)
+        batch = Batch(support, query, everyone, ("",) * tasks, everyone, self.total)
         learned = inputs["learned"]
         with torch.enable_grad():
             eta = {n: v.detach().requires_grad_() if n in learned else v.detach() for n, v in inputs["eta"].items()}
-            state = replace(
-                self.state, phi=inputs["phi"] or None, inner=inputs["inner"] or None, lr_scale=inputs["lr_scale"]
-            )
+            state = State(inputs["phi"] or None, inputs["inner"] or None, 0, inputs["lr_scale"], self.certify)
             scalar, new, stats = self.strategy.loss(problem, batch, eta, state)
             grads = torch.autograd.grad(
                 scalar, [eta[name] for name in learned], allow_unused=True, materialize_grads=True

@@ -12,6 +12,7 @@ import torch
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
+from varmeta.fast import check_compile
 from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
 from varmeta.pooled_start import is_regression, pooled_start
@@ -40,6 +41,7 @@ def fit(
     *,
     schedule: str = "cosine",
     budget: float | None = None,
+    compile: str | bool = "auto",
     progress: bool | None = None,
     callback: Callback | None = None,
     resume: Fit | None = None,
@@ -55,6 +57,9 @@ def fit(
     batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
     schedule: "cosine" (the learning rate falls to zero over num_steps or the budget) or "constant".  L-BFGS ignores it.
     budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
+    compile: capture each step as one graph and compile it: "auto" where the work ahead is worth ten times what compiling
+        costs, True at once, False never.  Joint Newton steps are never compiled.  What cannot be captured runs eagerly,
+        which the log says once.
     progress: a progress bar; None shows one on a terminal only.
     callback: called with a dict of numbers after every step.
     resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts from its first step.
@@ -72,6 +77,7 @@ def fit(
     if strategy is None:
         strategy = resume.strategy if isinstance(resume, Fit) else Joint()
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume)
+    check_compile(compile)
     model.check(tasks)
     strategy.check(model, tasks)
     problem = strategy.problem(model, tasks, seed)
@@ -107,7 +113,7 @@ def fit(
         factory = optimizer or (lbfgs if quasi else adam)
         decay = DECAYS["constant" if quasi else schedule]
         run.schedule = None if quasi else schedule
-        descend(problem, strategy, tasks, run, Descent(factory, steps, budget, batch_size, decay), reports)
+        descend(problem, strategy, tasks, run, Descent(factory, steps, budget, batch_size, decay, compile), reports)
     if bar is not None:
         bar.close()
     result = Fit(model, tasks, strategy, seed, run)

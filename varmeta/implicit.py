@@ -153,6 +153,8 @@ class Implicit(Amortised):
             steps = problem.model.weights.size
         if steps is None:
             return "a linear solve to tolerance looks at its own numbers: give CG(max_steps=...)"
+        if self.on_unconverged != "ignore" and not (small and steps):
+            steps = 2 * steps  # the certificate's solve
         if self.inner_steps + steps > MAX_TRACED_STEPS:
             return f"{self.inner_steps} inner and {steps} linear steps are too many for one graph (at most {MAX_TRACED_STEPS})"
         return super().not_captured(problem)

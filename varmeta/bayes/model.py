@@ -113,6 +113,8 @@ class TaskModel:
         if isinstance(shared, str):
             raise TypeError(f"shared must be a list of patterns, not the string {shared!r}")
         self.prior = GaussianPrior() if prior is None else prior
+        # what has been captured of this model so far; copies that differ in their start only share it
+        self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
         for pattern in shared:
             if not fnmatch.filter(start, pattern):

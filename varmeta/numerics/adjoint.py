@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -127,8 +127,9 @@ class ImplicitAdjoint:
             return solver.solve_all(product, [b for b in (v, g if self.certify else None) if b is not None])
         solutions = [] if v is None else [solver.solve(product, v)]
         if self.certify:
-            # its order of magnitude is enough
-            rough = CG(rtol=0.1, preconditioner=solver.preconditioner if isinstance(solver, CG) else None)
+            # its order of magnitude is enough, at no more than what the other solve may cost
+            known = solver if isinstance(solver, CG) else CG(max_steps=getattr(solver, "num_terms", None))
+            rough = replace(known, rtol=0.1)
             solutions.append(rough.solve(product, g))
         return solutions
 

@@ -74,9 +74,8 @@ class Captured:
 
     def _make(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> Callable[[Sequence[Tensor]], Any]:
         graph, out = capture(self.function, leaves, structure)
-        run, constants = lift(graph, len(leaves))
-        if self.compiled:
-            run = compile_graph(run, [*leaves, *constants])
+        constants = lift(graph, len(leaves))
+        run: Function = compile_graph(graph, [*leaves, *constants]) if self.compiled else graph
         return lambda now: pytree.tree_unflatten(list(run(*now, *constants)), out)
 
 
@@ -105,8 +104,8 @@ def capture(
     return graph, out[0]
 
 
-def lift(graph: fx.GraphModule, num_inputs: int) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The graph with its constant tensors as further inputs, so that equal computations are equal graphs."""
+def lift(graph: fx.GraphModule, num_inputs: int) -> list[Tensor]:
+    """Make a graph's constant tensors further inputs of it, so that equal computations are equal graphs; the constants."""
     constants: list[Tensor] = []
     placed = [node for node in graph.graph.nodes if node.op == "placeholder"]
     assert len(placed) == num_inputs
@@ -118,7 +117,7 @@ def lift(graph: fx.GraphModule, num_inputs: int) -> tuple[fx.GraphModule, list[T
         node.replace_all_uses_with(placeholder)
         graph.graph.erase_node(node)
     graph.recompile()
-    return graph, constants
+    return constants
 
 
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function:
