@@ -54,6 +54,7 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "loss": run.loss,
         "schedule": run.schedule,
         "tasks": [(task.name, task.support, task.query) for task in fit.tasks],
+        "x_names": fit.tasks.x_names,
     }
     torch.save(content, path)
 
@@ -110,7 +111,9 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
     run = Run(eta, state, *record)
     tasks = TaskSet(
-        [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]], dtype=like.dtype
+        [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]],
+        dtype=like.dtype,
+        x_names=content.get("x_names"),  # files of before had none
     )
     return Fit(model, tasks, strategy, content["seed"], run)
 

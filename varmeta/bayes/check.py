@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varmeta.tasks import Data
+from varmeta.tasks import Data, TaskSet
 
 
 def warn_unless_twice_differentiable(
@@ -99,6 +99,16 @@ def check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tu
                 f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
                 f"{type(site['fn']).__name__}: expected {site['fn'].support}"
             )
+
+
+def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
+    """Raise ValueError where the network names its columns and x's have other names or another order."""
+    columns = getattr(net, "columns", None)
+    if isinstance(columns, tuple) and tasks.x_names is not None and columns != tasks.x_names:
+        raise ValueError(
+            f"the network's columns are {list(columns)}, but those of x are {list(tasks.x_names)}: name the same in the same "
+            "order, such as vm.LinearPredictor(tasks.x_names)"
+        )
 
 
 def check_net(net: nn.Module, batch_norm: str) -> None:

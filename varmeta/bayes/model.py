@@ -23,7 +23,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from varmeta.bayes.check import check_net, check_support, layer_entered, warn_unless_twice_differentiable
+from varmeta.bayes.check import check_columns, check_net, check_support, layer_entered, warn_unless_twice_differentiable
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.weights import Weights
@@ -115,7 +115,7 @@ class TaskModel:
         self.prior = GaussianPrior() if prior is None else prior
         shared = tuple(shared)
         for pattern in shared:
-            if not fnmatch.filter(start, pattern):
+            if not any(_matches(name, pattern) for name in start):
                 raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
         for name in start:
             if name in (SCALE, TRIL) or name.partition(".")[0] == PRECISION:
@@ -130,7 +130,7 @@ class TaskModel:
                     f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected {tuple(start[name].shape)}"
                 )
             start[name] = value.expand(start[name].shape).clone()
-        self.shared = tuple(n for n in start if any(fnmatch.fnmatchcase(n, pattern) for pattern in shared))
+        self.shared = tuple(n for n in start if any(_matches(n, pattern) for pattern in shared))
         self.start = start
         self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
         if not self.weights.names:
@@ -235,6 +235,7 @@ class TaskModel:
         Raises ValueError for observations outside the likelihood's support (naming task and row), and where the program
         or network does not fit the data.
         """
+        check_columns(self.net, tasks)
         if self.likelihood is not None:
             for task in tasks:
                 for part in (task.support, task.query):
@@ -292,6 +293,11 @@ class TaskModel:
         what = self._program.__name__ if self._program is not None else type(self.net).__name__
         noise = "" if self.likelihood is None else f", {self.likelihood!r}"
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # the name itself too: a column may be called "dose [mg]"
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -88,6 +88,15 @@ class GaussianPrior:
         self.covariance = covariance
         self.hyperprior = hyperprior
 
+    def __repr__(self) -> str:
+        parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
+        parts += [f"precision of {', '.join(self.start)}"] if isinstance(self.start, Mapping) else []
+        parts += [] if self.covariance is None else [f"covariance {tuple(self.covariance.shape)}"]
+        parts += [] if self.learn_precision is None else [f"learn_precision={self.learn_precision!r}"]
+        parts += [f"loc of {', '.join(self.start_loc)}"] if self.start_loc else []
+        parts += [] if self.hyperprior is None else [f"hyperprior={type(self.hyperprior).__name__}"]
+        return f"GaussianPrior({', '.join(parts)})"
+
     @property
     def dense(self) -> bool:
         return self.learn_precision == "full" or self.covariance is not None
