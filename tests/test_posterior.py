@@ -477,7 +477,7 @@ def test_adapt_refuses_other_columns_and_other_things() -> None:
     fit = known(linear_model(vm.GaussianPrior(3.0)), tasks, vm.Joint())
     with pytest.raises(ValueError, match=r"x has shape \(\), but \(1,\) in the training tasks"):
         fit.adapt(vm.TaskSet([vm.Task(support=([0.0, 1.0], [0.0, 1.0]))]))
-    with pytest.raises(TypeError, match="adapt takes a TaskSet, not list"):
+    with pytest.raises(TypeError, match="adapt takes a TaskSet, not a list"):
         fit.adapt([vm.Task()])  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Numbers that users type, checked under the argument's name, and numbers of things in sentences."""
+"""Numbers that users type, checked under the argument's name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def counted(number: int, noun: str) -> str:
-    """
-    >>> counted(1, "task"), counted(3, "task")
-    ('1 task', '3 tasks')
-    """
-    return f"{number} {noun}{'s' * (number != 1)}"
+def positive_number(name: str, value: Any, least: float = 1.0) -> float:
+    """value as a float of at least `least`; ValueError for a smaller one, TypeError for other things."""
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number of at least {least:g}, not {value!r}")
+    if not float(value) >= least:
+        raise ValueError(f"{name} must be a number of at least {least:g}, not {value!r}")
+    return float(value)

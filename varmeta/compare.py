@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from varmeta._numbers import positive_number, whole_number
 from varmeta.baselines import BASELINES, baseline
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import OptimizerFactory
@@ -66,9 +67,10 @@ def compare(
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
     _check(strategies, chosen, train, test, seed_list, level)
-    for what, number in (("budget", budget), ("batch_size", batch_size), ("num_samples", num_samples)):
-        if number is not None and not number >= 1:
-            raise ValueError(f"{what} must be at least 1, not {number}")
+    positive_number("budget", budget)
+    whole_number("num_samples", num_samples)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size)
     stray = set(models or {}) - set(strategies)
     if stray:
         raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from varmeta._words import counted
+
 INTERCEPT = "intercept"
 
 
@@ -42,6 +44,8 @@ class LinearPredictor(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(())))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != len(self.columns):
+            raise ValueError(f"the network takes {counted(len(self.columns), 'column')}, x has {x.shape[-1]}")
         out = getattr(self, INTERCEPT) if self.has_intercept else x.new_zeros(())
         if not self.columns:
             return out.expand(len(x))

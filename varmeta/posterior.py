@@ -12,8 +12,9 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta import metrics
-from varmeta._numbers import counted, whole_number
+from varmeta._numbers import whole_number
 from varmeta._points import points, scored
+from varmeta._words import counted
 from varmeta.bayes.divergence import location, move
 from varmeta.bayes.model import observed_log_prob
 from varmeta.labels import parameter_labels

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta import metrics
-from varmeta._numbers import counted
+from varmeta._words import counted
 
 if TYPE_CHECKING:
     import pandas as pd

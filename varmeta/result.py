@@ -18,7 +18,7 @@ from varmeta.posterior import Posterior
 from varmeta.problem import Problem
 from varmeta.run import Run
 from varmeta.strategy import Eta, Strategy
-from varmeta.tasks import TaskSet
+from varmeta.tasks import TaskSet, no_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +111,7 @@ class Fit:
         Warns where the inner problem of a task was not solved.
         """
         if not isinstance(tasks, TaskSet):
-            raise TypeError(f"adapt takes a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y))])")
+            raise TypeError(f"adapt takes a TaskSet, not {no_tasks(tasks)}")
         example = self.tasks.batch().support
         tasks = tasks.to(dtype=example.x.dtype, device=example.x.device)
         check_columns(tasks, self.tasks)

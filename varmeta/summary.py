@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from varmeta._numbers import counted
+from varmeta._words import counted
 
 if TYPE_CHECKING:
     from varmeta.result import Fit

@@ -17,6 +17,7 @@ from varmeta._arrays import Part, as_part
 from varmeta._common import check_names, fit_to, like_of
 from varmeta._frame import Columns, parts_of_frame
 from varmeta._padding import Batch, Data, cast, pad
+from varmeta._words import counted, kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +84,8 @@ class TaskSet:
     ) -> None:
         if isinstance(tasks, Task):
             raise TypeError("expected a list of tasks, got a single Task: write TaskSet([task])")
+        if hasattr(tasks, "columns"):
+            raise TypeError(f"expected a list of tasks, got {no_tasks(tasks)}")
         given = list(tasks)
         for i, task in enumerate(given):
             if not isinstance(task, Task):
@@ -102,8 +105,8 @@ class TaskSet:
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         if twice:
             raise ValueError(
-                f"{len(twice)} task names are used more than once, {twice[0]!r} first: names tell tasks apart, so give "
-                "each its own with Task(name=...)"
+                f"{counted(len(twice), 'task name')} {'is' if len(twice) == 1 else 'are'} used more than once, {twice[0]!r} "
+                "first: names tell tasks apart, so give each its own with Task(name=...)"
             )
         self._tasks, self._like, self.x_names = tasks, like, x_names
 
@@ -114,7 +117,7 @@ class TaskSet:
         return new
 
     @classmethod
-    def from_frame(cls, frame: pd.DataFrame, *, task: str, x: Columns, y: Columns, query: str | None = None) -> TaskSet:
+    def from_frame(cls, frame: pd.DataFrame, task: str, x: Columns, y: Columns, query: str | None = None) -> TaskSet:
         """One task per group of a long table, which has one row per observation.
 
         Tasks stand in order of first appearance and are named `str(value)`; rows keep the table's order.
@@ -209,7 +212,7 @@ class TaskSet:
         return self._derived([replace(t, support=move(t.support), query=move(t.query)) for t in self], like)
 
     def __repr__(self) -> str:
-        count = f"{len(self)} task{'s' * (len(self) != 1)}"
+        count = counted(len(self), "task")
         parts = [_describe(what, [getattr(t, what) for t in self]) for what in ("support", "query")]
         kind = str(self.dtype).removeprefix("torch.") + ("" if self._like[1].is_floating_point() else ", y int64")
         return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}, {kind})"
@@ -312,6 +315,15 @@ class TaskSet:
 
         scaling = Scaling.of(self)
         return scaling.apply(self), scaling
+
+
+def no_tasks(value: object) -> str:
+    """What came instead of a TaskSet, and how to make one of it."""
+    if hasattr(value, "columns"):
+        return "a table: make tasks of it, TaskSet.from_frame(table, task='...', x=['...'], y='...')"
+    if isinstance(value, tuple) and value and isinstance(value[0], TaskSet):
+        return "a tuple: standardized() returns (tasks, scaling), so take its first"
+    return f"{kind_of(value)}: write TaskSet([Task(support=(x, y)), ...])"
 
 
 def _split(task: Task, num_support: int | float, seed: tuple[int, int]) -> Task:
