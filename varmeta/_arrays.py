@@ -91,5 +91,6 @@ def refuse_non_finite(tensor: Tensor, what: str) -> None:
         count = int((~finite).reshape(len(tensor), -1).any(-1).sum())
         raise ValueError(
             f"{what}, row {row} (counted from 0), is {bad}; {count} of {counted(len(tensor), 'row')} "
-            f"{'is' if count == 1 else 'are'} not finite: drop or impute; a task without data is Task(support=None)"
+            f"{'is' if count == 1 else 'are'} not finite: drop these rows or impute them; a task without data is "
+            "Task(support=None)"
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ def compare(
     num_samples: int = 500,
     level: float = 0.9,
     progress: bool | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
     """Fit every strategy on `train`, adapt to each task of `test` from its support data, score on its query data.
 
@@ -54,6 +56,9 @@ def compare(
     baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a mean-field posterior of each task on its
         own, under a prior that weighs a hundredth of one observation, so that tasks share next to nothing but the noise scale;
         for a network, a hundredth of the model's own precision).
+
+    progress: a progress bar; None shows one on a terminal only.
+    callback: called after each run with its row of the report's `runs`, a dict.
 
     A strategy that fails is kept in the report with its reason; it does not stop the others.  What the fits warn about
     stands in the report's `runs`.
@@ -98,6 +103,8 @@ def compare(
                 "stop": reason, "warnings": "; ".join(said),
             }
         )  # fmt: skip
+        if callback is not None:
+            callback(runs[-1])
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
     return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -19,7 +19,7 @@ from varmeta.bayes.divergence import location, move
 from varmeta.bayes.model import observed_log_prob
 from varmeta.labels import parameter_labels
 from varmeta.numerics import noise
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, take
 from varmeta.observations import Evaluated, class_probabilities, mean_of, observed_site, quiet_scope
 from varmeta.prediction import Prediction
 from varmeta.problem import Problem
@@ -57,6 +57,14 @@ class Posterior:
         """A readable name for each of the D weights, as in `Fit.prior.labels`."""
         named = parameter_labels(self.model, self.trained.x_names)
         return tuple(label for name in self.model.weights.names for label in named[name])
+
+    def take(self, names: Sequence[str]) -> Posterior:
+        """The same for some of the tasks.  Raises KeyError for a task that there is not."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise KeyError(f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}")
+        at = torch.tensor([self.names.index(name) for name in names], device=self._batch.rows.device)
+        return Posterior(self.problem, take(self.phi, at), self.eta, self.tasks[at], self.trained)
 
     @property
     def support(self) -> Data:
