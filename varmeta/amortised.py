@@ -100,6 +100,6 @@ def count_diverged(solution: Solution) -> Tensor:
 
 def diverged(count: int) -> str:
     return (
-        f"the inner steps diverge for {counted(count, 'task')}, whose loss they raise: lower the minimizer's learning rate, "
+        f"the inner steps diverge for {counted(int(count), 'task')}, whose loss they raise: lower the minimizer's learning rate, "
         "or use Adam, whose steps do not grow with the curvature"
     )

@@ -21,7 +21,8 @@ MAX_CORRELATIONS = 10
 class LearnedPrior:
     """N(theta0, Lambda^-1) as learned.
 
-    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight.
+    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight on its own, so for
+        a dense covariance not the diagonal of its inverse.
     covariance: `(D, D)` in the order of `labels`, one readable name per weight.
     shared: parameters that are the same for all tasks, by name; shared_labels: the readable names of their entries.
     scale: the noise scale, where it is learned.

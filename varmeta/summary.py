@@ -21,7 +21,7 @@ def long(fit: Fit) -> str:
     lines = [
         f"{method(fit)}, {counted(len(fit.tasks), 'task')}, {counted(points, 'support observation')}",
         f"{fit.loss_name}: {fit.loss:.4f} nats" if fit.run.history else "not run",
-        f"{'converged' if fit.converged else 'not converged'}: {fit.stop}",
+        fit.stop if fit.stop.startswith("converged") else f"{'' if fit.converged else 'not '}converged: {fit.stop}",
         "",
         str(fit.prior),
     ]
