@@ -48,9 +48,12 @@ def plot_curves(
     axes = _grid_of_axes(len(tasks)) if own else axes
 
     def in_x(values: Tensor) -> np.ndarray:
-        return np.asarray(values if scaling is None else values * scaling.x_scale + scaling.x_loc).reshape(-1)
+        values = values.cpu()
+        scaled = values if scaling is None else values * scaling.x_scale.to(values) + scaling.x_loc.to(values)
+        return np.asarray(scaled).reshape(-1)
 
     def in_y(values: Tensor) -> np.ndarray:
+        values = values.cpu()
         return np.asarray(values if scaling is None else scaling.y_inverse(values)).reshape(-1)
 
     binary = drawn.of_mean and all(_is_binary(task.support) and _is_binary(task.query) for task in posterior.tasks)

@@ -64,7 +64,7 @@ class Strategy(ABC):
     """How phi and eta are found; see the table above.
 
     guide: "delta", "normal", "multivariate_normal", or a factory of a Pyro guide.
-    expectation, num_particles: how E_q is taken; "auto" is cubature up to 24 weights, else antithetic draws.
+    expectation, num_particles: how E_q is taken; "auto" is cubature where it serves, else antithetic draws (docs/choices.md).
     """
 
     guide: str | Callable[..., Any] = "delta"
