@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pandas as pd
 import torch
@@ -51,7 +52,7 @@ def mixed_models(out: Path) -> pd.DataFrame:
         labels = ("intercept", "slope", "sd intercept", "sd slope", "correlation", "residual sd", "log likelihood")
         for label, mine, reference in zip(labels, ours, LME4[name], strict=True):
             rows.append({"data": name, "quantity": label, "varmeta": float(mine), "lme4 (ML)": reference})
-        print(f"{name}: {fit.stop}; {seconds:.1f} s")
+        print(f"{name}: {fit.stop}; {seconds:.1f} s", flush=True)
         inference_data.save(fit.to_arviz(), out / f"{name}.nc")
         plot_prior(fit)[0, 0].figure.savefig(out / f"{name}_prior.png", dpi=150)
         plt.close("all")
@@ -92,6 +93,12 @@ def floor(points: int, draws: int = 4000) -> float:
     return float(torch.stack([metrics.calibration_error(row) for row in uniform]).mean())
 
 
+def said(row: dict[str, Any]) -> None:
+    """A line for each run as it ends: minutes of silence look like a hang."""
+    how = f"{row['seconds']:.1f} s, {row['evaluations']:.0f} evaluations" if not row["failed"] else row["stop"]
+    print(f"seed {row['seed']}: {row['method']} ({how})", flush=True)
+
+
 def growth(out: Path, seeds: int, budget: float) -> None:
     """Compare the strategies on unseen countries; write the table and the figures."""
     import matplotlib.pyplot as plt
@@ -117,6 +124,8 @@ def growth(out: Path, seeds: int, budget: float) -> None:
         models=models,
         budget=budget,
         optimizer=lambda params: torch.optim.Adam(params, lr=3e-2),
+        progress=False,
+        callback=said,
     )
     print(
         f"\n{len(train)} training countries, {len(test)} unseen; {seeds} seeds; {budget:g} gradient evaluations per task"
@@ -132,11 +141,8 @@ def growth(out: Path, seeds: int, budget: float) -> None:
     years = torch.linspace(1950, 2010, 61, dtype=train.dtype)
     grid = (years - scaling.x_loc) / scaling.x_scale
     shown = posterior.names[:: max(1, len(posterior.names) // 6)][:6]
-    axes = plot_curves(posterior, grid, list(shown), num_samples=2000, scaling=scaling)
-    figure = axes[0, 0].figure
-    figure.supxlabel("year (filled: adapted to; open: held out)", fontsize=9)
-    figure.supylabel("life expectancy (years)", fontsize=9)
-    figure.savefig(out / "unseen_countries.png", dpi=150)
+    axes = plot_curves(posterior, grid, list(shown), scaling=scaling, labels=("year", "life expectancy (years)"))
+    axes[0, 0].figure.savefig(out / "unseen_countries.png", dpi=150)
     plot_prior(fit)[0, 0].figure.savefig(out / "gapminder_prior.png", dpi=150)
     plt.close("all")
     inference_data.save(fit.to_arviz(num_samples=200), out / "gapminder.nc")

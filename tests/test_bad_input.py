@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -20,6 +22,7 @@ from varmeta.run import Run
 PRIOR = vm.GaussianPrior(3.0)
 FREE = vm.GaussianPrior(3.0, "shared")
 ONES = np.ones((3, 1))
+TABLE = pd.DataFrame({"g": ["a", "b"], "dose": ["1.5", "low"], "y": [0.0, 1.0]}, index=["r0", "r1"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,19 @@ def strategy_of(guide: Any) -> vm.Joint:
 
 def program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
     return pyro.sample("y", dist.Gamma(params["a"].exp(), 1.0), obs=y)
+
+
+def unknown_name(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+    return pyro.sample("y", dist.Normal(params["slope"] * x[..., 0], 1.0), obs=y)
+
+
+def without_obs(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+    return pyro.sample("y", dist.Normal(params["a"] * x[..., 0], 1.0))
+
+
+def with_plate(name: str, params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+    with pyro.plate(name, x.shape[1]):
+        return pyro.sample("y", dist.Normal(params["a"] * x[..., 0], 1.0), obs=y)
 
 
 class Mixing(pyro.nn.PyroModule):  # type: ignore[name-defined, misc]
@@ -213,13 +229,108 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "columns of the net": (
         lambda: fit(model=vm.TaskModel(nn.Linear(2, 1), gaussian(), PRIOR)),
         ValueError,
-        "the model does not run on these tasks",
+        "the model does not run on these tasks .*: the network takes 2 columns, x has 1$",
+    ),
+    "columns of the first layer": (
+        lambda: fit(model=vm.TaskModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), gaussian(), PRIOR)),
+        ValueError,
+        "the network takes 3 columns, x has 1$",
+    ),
+    "no columns": (
+        lambda: fit(tasks=vm.TaskSet([vm.Task((np.ones((3, 0)), np.zeros(3)))])),
+        ValueError,
+        "the network takes 1 column, x has 0$",
+    ),
+    "columns by name": (
+        lambda: fit(model=vm.TaskModel(vm.LinearPredictor(["a", "b"]), gaussian(), PRIOR)),
+        ValueError,
+        "the network takes 2 columns, x has 1$",
+    ),
+    "two outputs": (
+        lambda: fit(model=of_likelihood(gaussian(), 2)),
+        ValueError,
+        r"the network's output for a row, \(2,\), does not fit Gaussian.* of a y with rows of shape \(\)$",
+    ),
+    "fewer outputs than classes": (
+        lambda: fit(model=of_likelihood(vm.likelihoods.Categorical(3), 2), tasks=tasks_of(ONES, [0, 1, 2])),
+        ValueError,
+        r"puts out 2 numbers for a row, but Categorical\(num_classes=3\) needs one for each class, 3$",
+    ),
+    "fewer outputs than classes in y": (
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Categorical(), 2),
+            tasks=vm.TaskSet([vm.Task((ONES, [0, 1, 2]), name="north")]),
+        ),
+        ValueError,
+        "'north', row 2: y = 2 .*expected a class 0, ..., 1, since the network puts out 2 numbers",
+    ),
+    "one output for classes": (
+        lambda: fit(model=of_likelihood(vm.likelihoods.Categorical()), tasks=vm.TaskSet([vm.Task((ONES, [0, 0, 0]))])),
+        ValueError,
+        r"puts out 1 number for a row, but Categorical\(\) needs one for each class, at least 2$",
+    ),
+    "a recurrent net": (
+        lambda: vm.TaskModel(nn.GRU(1, 1), gaussian()),
+        ValueError,
+        r"the network is recurrent \(GRU\), which PyTorch cannot run for many tasks",
+    ),
+    # programs
+    "a name that is no param": (
+        lambda: fit(model=vm.TaskModel.from_pyro(unknown_name, {"a": (), "b": ()})),
+        ValueError,
+        r"raises KeyError: 'slope'; its params are \['a', 'b'\]: use one of these names",
+    ),
+    "y is not observed": (
+        lambda: fit(model=vm.TaskModel.from_pyro(without_obs, {"a": ()})),
+        ValueError,
+        r"samples 'y' without observing it: if that is the data, write pyro.sample\('y', ..., obs=y\); if it is a weight",
+    ),
+    **{
+        f"a plate called {name}": (
+            lambda name=name: fit(model=vm.TaskModel.from_pyro(partial(with_plate, name), {"a": ()})),
+            ValueError,
+            rf"opens pyro.plate\('{name}'\), but the plates of tasks and of their observations are supplied: leave it out$",
+        )
+        for name in ("data", "tasks", "rows")
+    },
+    "params in a list": (
+        lambda: vm.TaskModel.from_pyro(program, ["a"]),  # type: ignore[arg-type]
+        TypeError,
+        r"params must be a dict of shapes by name, such as {'slope': \(\)}, not \['a'\]",
+    ),
+    "a number for a shape": (
+        lambda: vm.TaskModel.from_pyro(program, {"a": 0.0}),  # type: ignore[dict-item]
+        TypeError,
+        r"params\['a'\] is 0.0, expected a shape, \(\) for a single number .* or a tensor",
+    ),
+    "params with a negative size": (
+        lambda: vm.TaskModel.from_pyro(program, {"a": (-1,)}),
+        TypeError,
+        r"params\['a'\] is \(-1,\), expected a shape",
     ),
     "precision 0": (
         lambda: vm.GaussianPrior(0.0),
         ValueError,
-        "precision of 'precision' must be positive and finite, not 0",
+        "the precision must be positive and finite, not 0",
     ),
+    "learn_precision as precision": (
+        lambda: vm.GaussianPrior("full"),  # type: ignore[arg-type]
+        TypeError,
+        r"the precision must be a number, not 'full': write GaussianPrior\(learn_precision='full'\)",
+    ),
+    "a word for a precision": (
+        lambda: vm.GaussianPrior(precision="a"),  # type: ignore[arg-type]
+        TypeError,
+        "the precision must be a number, not 'a'$",
+    ),
+    "a truth value for a precision": (lambda: vm.GaussianPrior(True), TypeError, "must be a number, not True"),
+    "an object for a precision": (
+        lambda: vm.GaussianPrior({"weight": object()}),  # type: ignore[dict-item]
+        TypeError,
+        "the precision of 'weight' must be a number or a tensor, not an object",
+    ),
+    "several precisions": (lambda: vm.GaussianPrior([1.0, 2.0]), ValueError, "must be one number, not 2: give a dict"),  # type: ignore[arg-type]
+    "precision of one weight": (lambda: vm.GaussianPrior(-1), ValueError, "^the precision must be .*, not -1$"),
     "precision below 0": (
         lambda: vm.GaussianPrior({"weight": -1.0}),
         ValueError,
@@ -233,13 +344,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         f"flattening {name}": (
             lambda name=name: fit(strategy=strategy_of(getattr(autoguide, name))),
             ValueError,
-            f"{name} makes one vector of all tasks",
+            rf"{name}\w* makes one vector of all tasks",
         )
         for name in (
             "AutoDiagonalNormal",
             "AutoMultivariateNormal",
             "AutoLowRankMultivariateNormal",
             "AutoLaplaceApproximation",
+            "AutoGaussian",
         )
     },
     "a guide that mixes tasks": (
@@ -252,13 +364,18 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "must be a Pyro guide .*not int",
     ),
+    "a guide that is made already": (
+        lambda: fit(strategy=strategy_of(autoguide.AutoNormal(lambda: None))),
+        TypeError,
+        "made already: give AutoNormal itself, or lambda model",
+    ),
     "no guide": (lambda: fit(strategy=strategy_of(3)), TypeError, "guide must be a name or a callable .*not int"),
     # objectives
     **{
         f"{outer} without query data": (
             lambda outer=outer: fit(strategy=vm.Implicit(outer=outer), tasks=no_query),
             ValueError,
-            f"outer='{outer}' needs query data, but 1 tasks have none, 'south' first",
+            f"outer='{outer}' needs query data, but 1 task of 1 has none, 'south' first",
         )
         for outer in ("query", "query_elbo", "query_predictive")
     },
@@ -286,10 +403,51 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         }.items()
     },
     # numbers and kinds of arguments
-    "num_steps": (lambda: fit(num_steps=0), ValueError, "num_steps must be at least 1, not 0"),
-    "batch_size": (lambda: fit(batch_size=0), ValueError, "batch_size must be at least 1, not 0"),
-    "budget": (lambda: fit(budget=0.0), ValueError, "budget must be at least 1, not 0"),
-    "inner_steps": (lambda: vm.Unrolled(inner_steps=0), ValueError, "inner_steps must be at least 1"),
+    "num_steps": (lambda: fit(num_steps=0), ValueError, "num_steps must be a whole number of at least 1, not 0"),
+    "batch_size": (lambda: fit(batch_size=0), ValueError, "batch_size must be a whole number of at least 1, not 0"),
+    "budget": (lambda: fit(budget=0.0), ValueError, "budget must be a number of at least 1, not 0"),
+    "inner_steps": (
+        lambda: vm.Unrolled(inner_steps=0),
+        ValueError,
+        "inner_steps must be a whole number of at least 1, not 0",
+    ),
+    **{
+        f"{name}={value!r}": (
+            lambda name=name, value=value: fit(**{name: value}),
+            TypeError if isinstance(value, str) else ValueError,
+            f"{name} must be a whole number of at least {least}, not {value!r}",
+        )
+        for name, value, least in [
+            ("num_steps", 2.5, 1),
+            ("num_steps", "10", 1),
+            ("batch_size", 2.5, 1),
+            ("seed", 1.5, 0),
+            ("seed", -1, 0),
+        ]
+    },
+    "a word for a budget": (lambda: fit(budget="all"), TypeError, "budget must be a number of at least 1, not 'all'"),
+    "half an inner step": (
+        lambda: vm.Implicit(inner_steps=2.5),  # type: ignore[arg-type]
+        ValueError,
+        "inner_steps must be a whole number of at least 1, not 2.5",
+    ),
+    **{
+        f"{part} by name in {strategy.__name__}": (
+            lambda strategy=strategy, part=part, name=name: fit(strategy=strategy(**{part: name})),
+            TypeError,
+            f"{part} must be one of vm.*, not the string {name!r}",
+        )
+        for strategy, part, name in [
+            (vm.Implicit, "linear_solver", "cg"),
+            (vm.Implicit, "minimizer", "adam"),
+            (vm.Joint, "minimizer", "adam"),
+        ]
+    },
+    "a class of minimizers": (
+        lambda: fit(strategy=vm.Joint(minimizer=vm.Adam)),  # type: ignore[arg-type]
+        TypeError,
+        "minimizer must be one of .*not the class Adam itself: call it",
+    ),
     "every": (lambda: vm.Reinit(every=0), ValueError, "every must be at least 1"),
     "odd particles": (
         lambda: fit(strategy=vm.Joint(expectation="monte_carlo", num_particles=3)),
@@ -302,10 +460,61 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "must be a factory",
     ),
-    "model": (lambda: fit(model=nn.Linear(1, 1)), TypeError, "model must be a TaskModel, not Linear"),
-    "tasks": (lambda: fit(tasks=[vm.Task((ONES, np.zeros(3)))]), TypeError, "tasks must be a TaskSet, not list"),
+    "model": (lambda: fit(model=nn.Linear(1, 1)), TypeError, "model must be a TaskModel, not a Linear"),
+    "tasks": (
+        lambda: fit(tasks=[vm.Task((ONES, np.zeros(3)))]),
+        TypeError,
+        "tasks must be a TaskSet, not a list: write TaskSet",
+    ),
     "strategy": (lambda: fit(strategy="joint"), TypeError, "strategy must be one of"),
     "strategy class": (lambda: fit(strategy=vm.Joint), TypeError, "strategy must be one of"),
+    "a table for tasks": (
+        lambda: fit(tasks=TABLE),
+        TypeError,
+        "tasks must be a TaskSet, not a table: make tasks of it, TaskSet.from_frame",
+    ),
+    "a table in a TaskSet": (lambda: vm.TaskSet(TABLE), TypeError, "got a table: make tasks of it, TaskSet.from_frame"),
+    "tasks with their scaling": (
+        lambda: fit(tasks=ragged_tasks(2).standardized()),
+        TypeError,
+        "not a tuple: standardized.. returns .tasks, scaling., so take its first",
+    ),
+    "x and y of a task": (
+        lambda: vm.TaskSet([vm.Task(ONES, np.zeros(3))]),  # type: ignore[arg-type]
+        TypeError,
+        r"support is a ndarray, expected a pair .x, y., .* write Task\(support=\(x, y\)",
+    ),
+    "x and y of a task in lists": (
+        lambda: vm.TaskSet([vm.Task([[0.0], [1.0]], [0.0, 1.0])]),  # type: ignore[arg-type]
+        TypeError,
+        r"query is a list of length 2 of numbers, .* write Task\(support=\(x, y\)",
+    ),
+    "a word in a column": (
+        lambda: vm.TaskSet.from_frame(TABLE, "g", ["dose"], "y"),
+        TypeError,
+        "column 'dose' .* is 'low' in row 'r1' .task 'b'., expected numbers",
+    ),
+    "names of columns": (
+        lambda: vm.TaskSet([vm.Task((ONES, np.zeros(3)))], x_names=["a", "b"]),
+        ValueError,
+        r"x_names lists \['a', 'b'\], but a row of x has shape \(1,\)",
+    ),
+    "a string of names": (
+        lambda: vm.TaskSet([vm.Task((ONES, np.zeros(3)))], x_names="a"),
+        TypeError,
+        r"not the string 'a': write \['a'\]",
+    ),
+    "prior class": (
+        lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), vm.GaussianPrior),  # type: ignore[arg-type]
+        TypeError,
+        "prior must be a GaussianPrior.*not the class GaussianPrior itself: call it",
+    ),
+    "likelihood class": (
+        lambda: vm.TaskModel(nn.Linear(1, 1), gaussian),  # type: ignore[arg-type]
+        TypeError,
+        r"such as Gaussian\(\), not the class Gaussian itself: call it",
+    ),
+    "net class": (lambda: vm.TaskModel(nn.Linear, gaussian()), TypeError, "not the class Linear itself: call it"),  # type: ignore[arg-type]
     "net": (lambda: vm.TaskModel(lambda x: x, gaussian()), TypeError, "net must be an nn.Module.*from_pyro"),  # type: ignore[arg-type]
     "likelihood": (lambda: vm.TaskModel(nn.Linear(1, 1), "gaussian"), TypeError, "likelihood must be one of"),  # type: ignore[arg-type]
     "a string of shared": (

@@ -18,7 +18,6 @@ import varmeta as vm
 from tests.cases import linear_model, net_model, ragged_tasks, seeded
 from varmeta.baselines import BASELINES, Pooled
 from varmeta.compare import _initialised
-from varmeta.plot import plot_comparison
 from varmeta.report import interval
 
 PRIOR = vm.GaussianPrior(3.0)
@@ -277,23 +276,12 @@ def test_save_writes_three_tables(report: vm.Report, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_plot_puts_the_best_on_top(report: vm.Report, metric: str) -> None:
-    import matplotlib.pyplot as plt
-
-    ax = report.plot(metric)
-    labels = [label.get_text() for label in ax.get_yticklabels()]
-    values = report.table[metric][labels].to_numpy()
-    assert sorted(labels) == sorted(report.table.index)
-    assert (np.diff(values) >= 0).all() if metric == "log_density" else (np.diff(values) <= 0).all()
-    if metric == "coverage":
-        assert "90%" in ax.get_xlabel()
-    plt.close("all")
-
-
-def test_plot_knows_its_scores(report: vm.Report) -> None:
-    with pytest.raises(ValueError, match="unknown score 'error_rate': the table has"):
-        plot_comparison(report.table, "error_rate")
+def test_the_callback_sees_every_run() -> None:
+    rows: list[dict[str, Any]] = []
+    report = vm.compare(
+        {"joint": vm.Joint()}, linear_model(PRIOR), TRAIN, TEST, seeds=2, budget=3, num_samples=5, callback=rows.append
+    )
+    assert pd.DataFrame(rows).equals(report.runs)
 
 
 def test_print_shows_intervals(report: vm.Report) -> None:
@@ -313,16 +301,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no seeds": ({"seeds": 0}, ValueError, "seeds must be a number of at least 1"),
     "seeds twice": ({"seeds": [1, 1]}, ValueError, "different seeds"),
     "level": ({"level": 90}, ValueError, "level must be a probability"),
-    "budget": ({"budget": 0}, ValueError, "budget must be at least 1"),
-    "num_samples": ({"num_samples": 0}, ValueError, "num_samples must be at least 1"),
+    "budget": ({"budget": 0}, ValueError, "budget must be a number of at least 1"),
+    "num_samples": ({"num_samples": 0}, ValueError, "num_samples must be a whole number of at least 1"),
     "models": (
         {"models": {"imaml": linear_model(PRIOR)}},
         ValueError,
         r"models names \['imaml'\], but the strategies are",
     ),
     "no query": ({"test": vm.TaskSet([vm.Task(([[0.0]], [0.0]), name="bare")])}, ValueError, "but 'bare' has none"),
-    "train": ({"train": [1]}, TypeError, "tasks must be a TaskSet, not list"),
-    "test": ({"test": None}, TypeError, "tasks must be a TaskSet, not NoneType"),
+    "train": ({"train": [1]}, TypeError, "tasks must be a TaskSet, not a list"),
+    "test": ({"test": None}, TypeError, "tasks must be a TaskSet, not None"),
     "model": ({"model": nn.Linear(1, 1)}, TypeError, "model must be a TaskModel"),
     "a strategy that cannot work": (
         {"model": linear_model(vm.GaussianPrior(1.0, "shared")), "strategies": {"a": vm.Joint("delta")}},

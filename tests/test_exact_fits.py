@@ -202,7 +202,7 @@ def test_rats_with_the_shipped_data() -> None:
 def test_mean_field_collapses_on_radon_slopes_and_says_so() -> None:
     """A property of the mean-field optimum, not of the optimiser: its slope sd is 0, where exact ML has 0.2645."""
     tasks = vm.datasets.radon()
-    with pytest.warns(RuntimeWarning, match="precision of weight runs away.*multivariate_normal"):
+    with pytest.warns(RuntimeWarning, match="precision of floor runs away.*multivariate_normal"):
         fit = vm.fit(regression(1, "per_parameter"), tasks, vm.Joint("normal"))
     assert abs(fit.loss - 1044.8534) <= 1e-2
     with warnings.catch_warnings():

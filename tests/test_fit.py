@@ -431,7 +431,9 @@ def test_a_delta_objective_is_never_called_an_elbo(strategy: Strategy) -> None:
         (vm.Joint("normal"), "negative ELBO"),
         (vm.Implicit("normal", "query_elbo"), "KL + query loss"),
         (vm.Implicit("normal", "query"), "query loss"),
-        (vm.Implicit("delta", "query_predictive"), "-log predictive of the query"),
+        (vm.Implicit("normal", "query_predictive"), "-log predictive of the query"),
+        (vm.Implicit("delta", "query"), "query loss (no bound)"),
+        (vm.Implicit("delta", "query_predictive"), "-log predictive of the query (no bound)"),
     ],
 )
 def test_the_objective_has_its_name(strategy: Strategy, name: str) -> None:

@@ -216,8 +216,16 @@ def test_draws_of_a_task_do_not_depend_on_the_other_tasks() -> None:
 def test_the_number_of_draws_is_checked(number: Any) -> None:
     tasks = ragged_tasks(2)
     posterior = known(linear_model(vm.GaussianPrior()), tasks, vm.Joint()).posterior()
-    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1"):
         posterior.sample(number)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    tasks = ragged_tasks(2)
+    posterior = known(linear_model(vm.GaussianPrior()), tasks, vm.Joint()).posterior()
+    assert torch.equal(posterior.draws(np.int64(5)), posterior.draws(5))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="num_samples must be a whole number of at least 1, not 'five'"):
+        posterior.sample("five")  # type: ignore[arg-type]
 
 
 # -- predict -----------------------------------------------------------------------------------------------------------
@@ -279,6 +287,13 @@ def test_predictions_of_many_numbers_come_in_slices(lines: vm.Posterior, monkeyp
 def test_predict_refuses(lines: vm.Posterior, x: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lines.predict(x)
+
+
+def test_nested_lists_of_numbers_are_rows(lines: vm.Posterior) -> None:
+    """As in numpy; only a list of arrays is one per task.  Three rows for three tasks are where the two could be mixed up."""
+    rows = [[0.0], [5.0], [10.0]]
+    assert torch.equal(lines.predict(rows, 10).samples, lines.predict(np.array(rows), 10).samples)
+    assert lines.predict([np.array(rows), np.array(rows[:1]), rows[:2]], 10).mask.sum(-1).tolist() == [3, 1, 2]
 
 
 def test_predict_refuses_words(lines: vm.Posterior) -> None:
@@ -462,7 +477,7 @@ def test_adapt_refuses_other_columns_and_other_things() -> None:
     fit = known(linear_model(vm.GaussianPrior(3.0)), tasks, vm.Joint())
     with pytest.raises(ValueError, match=r"x has shape \(\), but \(1,\) in the training tasks"):
         fit.adapt(vm.TaskSet([vm.Task(support=([0.0, 1.0], [0.0, 1.0]))]))
-    with pytest.raises(TypeError, match="adapt takes a TaskSet, not list"):
+    with pytest.raises(TypeError, match="adapt takes a TaskSet, not a list"):
         fit.adapt([vm.Task()])  # type: ignore[arg-type]
 
 

@@ -156,6 +156,10 @@ def write_text(path: Path) -> None:
     path.write_text("no fit")
 
 
+def write_table(path: Path) -> None:
+    path.write_text("county,floor\n1,0\n")
+
+
 def write_weights(path: Path) -> None:
     torch.save(nn.Linear(1, 1).state_dict(), path)
 
@@ -164,11 +168,34 @@ def write_code(path: Path) -> None:
     torch.save({"format": "varmeta fit 2", "eta": nn.Linear(1, 1)}, path)
 
 
-@pytest.mark.parametrize("write", [write_text, write_weights, write_code, Path.mkdir, Path.touch, lambda path: None])
+@pytest.mark.parametrize(
+    "write", [write_text, write_table, write_weights, write_code, Path.mkdir, Path.touch, lambda path: None]
+)
 def test_what_is_not_a_fit_is_refused(write: Callable[[Path], object], tmp_path: Path) -> None:
     write(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other' is not a (file|varmeta fit)"):
+    with pytest.raises(ValueError, match=r"other' is not a (file|varmeta fit)") as caught:
         vm.load(tmp_path / "other", linear_model(PRIOR))
+    # torch would advise to let the file run code, in colours
+    assert "weights_only" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+def test_a_file_with_parts_missing_is_refused(tmp_path: Path) -> None:
+    known(linear_model(PRIOR), ragged_tasks(2), vm.Joint()).save(tmp_path / "fit.pt")
+    content = torch.load(tmp_path / "fit.pt", weights_only=True)
+    torch.save({key: value for key, value in content.items() if key not in ("eta", "tasks")}, tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match=r"fit.pt' is damaged: it lacks \['eta', 'tasks'\]"):
+        vm.load(tmp_path / "fit.pt", linear_model(PRIOR))
+
+
+def test_where_a_fit_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = known(linear_model(PRIOR), ragged_tasks(2), vm.Joint())
+    with pytest.raises(ValueError, match=r"the folder of '.*fit.pt' does not exist: make it first"):
+        fit.save(tmp_path / "results" / "fit.pt")
+    with pytest.raises(ValueError, match="is a folder: give the name of a file"):
+        fit.save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    fit.save("fit.pt")
+    assert (tmp_path / "fit.pt").is_file()
 
 
 def test_half_a_file_is_refused(tmp_path: Path) -> None:

@@ -460,6 +460,13 @@ def test_scaling_serves_further_tasks():
         TaskSet([Task()]).standardized()
 
 
+def test_repr_of_a_scaling():
+    _, scaling = TaskSet([Task(support=([[1.0, 2.0], [3.0, 2.0]], [10.0, 14.0]))]).standardized()
+    assert repr(scaling) == "Scaling(x: loc [2., 2.], scale [1., 1.]; y: loc 12., scale 2.)"
+    _, scaling = TaskSet([Task(support=([1.0, 3.0], [0, 1]))]).standardized()
+    assert repr(scaling) == "Scaling(x: loc 2., scale 1.; y: left alone)"
+
+
 def test_classes_are_not_standardized():
     tasks, scaling = TaskSet([Task(support=([[0.0], [1.0]], [0, 3]))]).standardized()
     assert tasks[0].support[1].tolist() == [0, 3]

@@ -9,14 +9,17 @@ from varmeta.fit import fit
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
 from varmeta.landscape import Landscape
+from varmeta.learned_prior import LearnedPrior
+from varmeta.linear_predictor import LinearPredictor
 from varmeta.meta_gradient import MetaGradient, meta_gradient
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
 from varmeta.numerics.newton import NewtonCG
-from varmeta.posterior import Posterior, Prediction
+from varmeta.posterior import Posterior
+from varmeta.prediction import Prediction
 from varmeta.reachability import Reachability, reachability
 from varmeta.report import Report
-from varmeta.result import Fit, LearnedPrior
+from varmeta.result import Fit
 from varmeta.stochastic import StochasticAlg
 from varmeta.storage import load
 from varmeta.tasks import Task, TaskSet
@@ -28,7 +31,7 @@ __all__ = [
     # data
     "Task", "TaskSet", "datasets",
     # model
-    "TaskModel", "GaussianPrior", "likelihoods",
+    "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
     "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg",

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta._words import counted
+
 Part = tuple[Tensor, Tensor]
 
 
@@ -63,10 +65,12 @@ def as_part(pair: Any, what: str) -> Part | None:
     """(x, y) as tensors with one row per point each, or None; `what` as in "task 'a': support"."""
     if pair is None:
         return None
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    numbers = isinstance(pair, (tuple, list)) and pair and all(isinstance(value, (int, float)) for value in pair)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or numbers:
         length = f" of length {len(pair)}" if isinstance(pair, (tuple, list)) else ""
         raise TypeError(
-            f"{what} is a {type(pair).__name__}{length}, expected a pair (x, y), or None where there are no data"
+            f"{what} is a {type(pair).__name__}{length}{' of numbers' * bool(numbers)}, expected a pair (x, y), or None where "
+            "there are no data: write Task(support=(x, y), query=(x, y))"
         )
     x, y = as_tensor(pair[0], f"{what} x"), as_tensor(pair[1], f"{what} y")
     for name, tensor in (("x", x), ("y", y)):
@@ -86,6 +90,7 @@ def refuse_non_finite(tensor: Tensor, what: str) -> None:
         bad = tensor[row][~finite[row]].reshape(-1)[0].item()
         count = int((~finite).reshape(len(tensor), -1).any(-1).sum())
         raise ValueError(
-            f"{what}, row {row} (counted from 0), is {bad}; {count} of {len(tensor)} rows are not finite: drop these "
-            "rows or impute them; a task without data is Task(support=None)"
+            f"{what}, row {row} (counted from 0), is {bad}; {count} of {counted(len(tensor), 'row')} "
+            f"{'is' if count == 1 else 'are'} not finite: drop these rows or impute them; a task without data is "
+            "Task(support=None)"
         )

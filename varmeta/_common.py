@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from varmeta._arrays import Part
 
@@ -53,3 +57,16 @@ def like_of(
 def fit_to(parts: list[Part | None], like: Part) -> list[Part | None]:
     """Parts in the dtypes of `like`; one without rows is None."""
     return [None if p is None or not len(p[0]) else (p[0].to(like[0].dtype), p[1].to(like[1].dtype)) for p in parts]
+
+
+def check_names(names: Sequence[str] | None, x: Tensor | None) -> tuple[str, ...] | None:
+    """The names of x's columns, as many as there are; x: an empty part's, None where no task has data."""
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"x_names must list one name per column, not the string {names!r}: write [{names!r}]")
+    if x is not None and (x.dim() > 2 or len(names) != math.prod(x.shape[1:])):
+        raise ValueError(
+            f"x_names lists {list(names)}, but a row of x has shape {tuple(x.shape[1:])}: give one name per column"
+        )
+    return tuple(map(str, names))

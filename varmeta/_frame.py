@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from varmeta._words import counted
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -30,7 +32,7 @@ def parts_of_frame(
     if (codes < 0).any():
         where = np.flatnonzero(codes < 0)
         raise ValueError(
-            f"column {task!r} is missing in {len(where)} rows, first in row {_label(frame, where[0])}: every row must "
+            f"column {task!r} is missing in {counted(len(where), 'row')}, first in row {_label(frame, where[0])}: every row must "
             f"belong to a task; drop them with frame.dropna(subset=[{task!r}])"
         )
     names = [str(value) for value in values.tolist()]
@@ -82,15 +84,15 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
     missing = column.isna().to_numpy()
     if missing.any():
         raise ValueError(
-            f"column {name!r} is missing in {missing.sum()} rows, first in {rows_of(int(missing.argmax()))}: drop them "
-            f"with frame.dropna(subset=[{name!r}]), or impute them"
+            f"column {name!r} is missing in {counted(missing.sum(), 'row')}, first in {rows_of(int(missing.argmax()))}: drop "
+            f"them with frame.dropna(subset=[{name!r}]), or impute them"
         )
     array = np.asarray(column.to_numpy())
     if array.dtype.kind == "O" and getattr(column.dtype, "kind", "O") in "fiub":
         array = array.astype(column.dtype.kind + "8")  # pandas' nullable numbers, in versions that give objects
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8 or str(column.dtype) == "category":
         raise TypeError(
-            f"column {name!r} has dtype {column.dtype}, expected numbers: for classes use "
+            f"column {name!r} has dtype {column.dtype}{_first_word(column, rows_of)}, expected numbers: for classes use "
             f"frame[{name!r}].astype('category').cat.codes, for predictors pandas.get_dummies, for text "
             "pandas.to_numeric"
         )
@@ -98,6 +100,16 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
         first = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(f"column {name!r} is {array[first]} in {rows_of(first)}: drop the row or impute it")
     return array if array.dtype.kind == "f" else array.astype(np.int64)
+
+
+def _first_word(column: pd.Series, rows_of: _RowNames) -> str:
+    """The first entry that is no number, in a column that is meant to hold numbers."""
+    import pandas as pd
+
+    words = np.flatnonzero(pd.to_numeric(column.astype(object), errors="coerce").isna())
+    if not len(words):
+        return ""
+    return f" and is {column.iloc[int(words[0])]!r} in {rows_of(int(words[0]))}"
 
 
 def _block(frame: pd.DataFrame, names: Columns, rows_of: _RowNames) -> np.ndarray:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from varmeta._numbers import whole_number
+from varmeta._words import counted
 from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint
@@ -87,8 +89,8 @@ class Amortised(Strategy):
 
 
 def check_steps(steps: int | None) -> None:
-    if steps is not None and steps < 1:
-        raise ValueError(f"inner_steps must be at least 1, not {steps}")
+    if steps is not None:
+        whole_number("inner_steps", steps)
 
 
 def count_diverged(solution: Solution) -> Tensor:
@@ -98,6 +100,6 @@ def count_diverged(solution: Solution) -> Tensor:
 
 def diverged(count: int) -> str:
     return (
-        f"the inner steps diverge for {count} tasks, whose loss they raise: lower the minimizer's learning rate, or use Adam, "
-        "whose steps do not grow with the curvature"
+        f"the inner steps diverge for {counted(int(count), 'task')}, whose loss they raise: lower the minimizer's learning rate, "
+        "or use Adam, whose steps do not grow with the curvature"
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
 
+from varmeta._numbers import positive_number, whole_number
 from varmeta.baselines import BASELINES, baseline
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import OptimizerFactory
@@ -36,6 +38,7 @@ def compare(
     num_samples: int = 500,
     level: float = 0.9,
     progress: bool | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
     """Fit every strategy on `train`, adapt to each task of `test` from its support data, score on its query data.
 
@@ -54,6 +57,9 @@ def compare(
         own, under a prior that weighs a hundredth of one observation, so that tasks share next to nothing but the noise scale;
         for a network, a hundredth of the model's own precision).
 
+    progress: a progress bar; None shows one on a terminal only.
+    callback: called after each run with its row of the report's `runs`, a dict.
+
     A strategy that fails is kept in the report with its reason; it does not stop the others.  What the fits warn about
     stands in the report's `runs`.
 
@@ -66,9 +72,10 @@ def compare(
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
     _check(strategies, chosen, train, test, seed_list, level)
-    for what, number in (("budget", budget), ("batch_size", batch_size), ("num_samples", num_samples)):
-        if number is not None and not number >= 1:
-            raise ValueError(f"{what} must be at least 1, not {number}")
+    positive_number("budget", budget)
+    whole_number("num_samples", num_samples)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size)
     stray = set(models or {}) - set(strategies)
     if stray:
         raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")
@@ -96,6 +103,8 @@ def compare(
                 "stop": reason, "warnings": "; ".join(said),
             }
         )  # fmt: skip
+        if callback is not None:
+            callback(runs[-1])
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
     return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)

@@ -91,7 +91,7 @@ def _assemble(
         "guide": posterior.problem.guide.name,
         "posterior_kind": "delta" if delta else "gaussian",
     }
-    labels = {"task": list(posterior.names), "weight": list(model.weights.labels), **(coords or {})}
+    labels = {"task": list(posterior.names), "weight": list(posterior.labels), **(coords or {})}
     arrays = {group: {name: _array(value) for name, value in values.items()} for group, values in groups.items()}
     return inference_data.to_arviz(arrays, dims, labels, obs_task, facts | attrs)
 

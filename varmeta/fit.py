@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from varmeta._numbers import positive_number, whole_number
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
@@ -76,7 +77,7 @@ def fit(
     """
     if strategy is None:
         strategy = resume.strategy if isinstance(resume, Fit) else Joint()
-    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume)
+    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume, seed)
     check_compile(compile)
     model.check(tasks)
     strategy.check(model, tasks)
@@ -126,7 +127,7 @@ def fit(
 
 def _check_arguments(
     model: object, tasks: object, strategy: object, num_steps: int | None, optimizer: object,
-    batch_size: int | None, schedule: str, budget: float | None, resume: object,
+    batch_size: int | None, schedule: str, budget: float | None, resume: object, seed: int,
 ) -> None:  # fmt: skip
     check_kinds(model, tasks, strategy)
     if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
@@ -135,9 +136,12 @@ def _check_arguments(
         raise ValueError(f"schedule must be one of {sorted(DECAYS)}, not {schedule!r}")
     if resume is not None and not isinstance(resume, Fit):
         raise TypeError(f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file")
-    for name, number in (("num_steps", num_steps), ("batch_size", batch_size), ("budget", budget)):
-        if number is not None and not number >= 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
+    whole_number("seed", seed, 0)
+    for name, number in (("num_steps", num_steps), ("batch_size", batch_size)):
+        if number is not None:
+            whole_number(name, number)
+    if budget is not None:
+        positive_number("budget", budget)
 
 
 def _bar(progress: bool | None, total: int) -> tqdm | None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -15,13 +12,18 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta import metrics
-from varmeta._arrays import as_tensor, refuse_non_finite
+from varmeta._numbers import whole_number
+from varmeta._points import points, scored
+from varmeta._words import counted
 from varmeta.bayes.divergence import location, move
-from varmeta.bayes.model import SITE, observed_log_prob
+from varmeta.bayes.model import observed_log_prob
+from varmeta.labels import parameter_labels
 from varmeta.numerics import noise
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, take
+from varmeta.observations import Evaluated, class_probabilities, mean_of, observed_site, quiet_scope
+from varmeta.prediction import Prediction
 from varmeta.problem import Problem
-from varmeta.tasks import Data, Task, TaskSet
+from varmeta.tasks import Data, TaskSet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,57 +34,37 @@ DRAWS = 2**40
 CHUNK = 8_000_000
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Draws of new observations: `samples` `(draws, tasks, points, ...)`; `mask` `(tasks, points)` is False in padding."""
-
-    samples: Tensor
-    mask: Tensor
-    names: tuple[str, ...]
-
-    @property
-    def mean(self) -> Tensor:
-        """`(tasks, points, ...)`."""
-        return self._floating.mean(0)
-
-    @property
-    def sd(self) -> Tensor:
-        return self._floating.std(0)
-
-    def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the central interval of probability `level`, `(tasks, points, ...)` each."""
-        if not 0 < level < 1:
-            raise ValueError(f"level is {level}, expected a probability between 0 and 1, e.g. 0.9")
-        # sorted here: torch.quantile refuses more than 16 million numbers
-        ordered = self._floating.sort(0).values
-        return metrics.quantile(ordered, (1 - level) / 2), metrics.quantile(ordered, (1 + level) / 2)
-
-    @property
-    def _floating(self) -> Tensor:
-        return self.samples if self.samples.is_floating_point() else self.samples.to(torch.get_default_dtype())
-
-    def task(self, name: str) -> Tensor:
-        """The draws of one task without padding, `(draws, points, ...)`."""
-        if name not in self.names:
-            raise KeyError(f"no task is called {name!r}; the first names are {list(self.names[:5])}")
-        index = self.names.index(name)
-        return self.samples[:, index, self.mask[index]]
-
-
 class Posterior:
-    """q(theta; phi_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`."""
+    """q(theta; phi_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`; `trained` are the training tasks."""
 
-    def __init__(self, problem: Problem, phi: Tree, eta: Mapping[str, Tensor], tasks: TaskSet) -> None:
+    def __init__(
+        self, problem: Problem, phi: Tree, eta: Mapping[str, Tensor], tasks: TaskSet, trained: TaskSet
+    ) -> None:
         self.problem = problem
         self.model = problem.model
         self.phi = phi
         self.eta = dict(eta)
         self.tasks = tasks
+        self.trained = trained
         self._batch = tasks.batch()
 
     @property
     def names(self) -> tuple[str, ...]:
         return self._batch.names
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A readable name for each of the D weights, as in `Fit.prior.labels`."""
+        named = parameter_labels(self.model, self.trained.x_names)
+        return tuple(label for name in self.model.weights.names for label in named[name])
+
+    def take(self, names: Sequence[str]) -> Posterior:
+        """The same for some of the tasks.  Raises KeyError for a task that there is not."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise KeyError(f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}")
+        at = torch.tensor([self.names.index(name) for name in names], device=self._batch.rows.device)
+        return Posterior(self.problem, take(self.phi, at), self.eta, self.tasks[at], self.trained)
 
     @property
     def support(self) -> Data:
@@ -91,7 +73,7 @@ class Posterior:
 
     @property
     def distribution(self) -> dist.TorchDistribution:
-        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of `model.weights.labels`."""
+        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of `labels`."""
         with torch.no_grad():
             return self.problem.guide.distribution(self.phi, self.eta, self._batch.support)
 
@@ -117,22 +99,56 @@ class Posterior:
         return self.model.weights.unflatten(self.draws(num_samples, seed))
 
     def draws(self, num_samples: int = 1000, seed: int = 0) -> Tensor:
-        """The same draws as vectors, `(num_samples, tasks, D)`, in the order of `model.weights.labels`."""
+        """The same draws as vectors, `(num_samples, tasks, D)`, in the order of `labels`."""
         return self._theta(num_samples, seed).squeeze(-2)
+
+    def frame(self, deviations: bool = False) -> pd.DataFrame:
+        """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as lme4's `coef`.
+
+        deviations: means as deviations from theta0, as lme4's `ranef`.  The sds are those of the weights either way: theta0
+            is a point estimate.
+        Shared parameters are the same for all tasks and stand in `Fit.prior.shared`.
+        """
+        import pandas as pd
+
+        weights = self.model.weights
+        mean = weights.flatten(self.mean)
+        if deviations:
+            mean = mean - location(self.model.prior_distribution(self.eta))
+        parts = {
+            kind: pd.DataFrame(values.tolist(), index=pd.Index(self.names, name="task"), columns=list(self.labels))
+            for kind, values in {"mean": mean, "sd": weights.flatten(self.sd)}.items()
+        }
+        return pd.concat(parts, axis=1)
 
     def predict(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
         """Draws of new observations at x.
 
-        x: one array `(points, ...)` for all tasks, or a list with one array per task (of any lengths).
+        x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the training tasks' columns),
+            or a list with one array per task (of any lengths).
 
         Raises ValueError where a list does not have one array per task, for NaN and infinity, and for rows of another
-        shape than the tasks' own.
+        shape than those of the training tasks; TypeError for what is no array.
         """
-        data = self._inputs(x)
+        return self.observed(x, lambda site: site["value"], num_samples, seed)
+
+    def expected(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
+        """Draws of the mean of an observation at x: of a probability, a rate, a curve, without the noise of single observations.
+
+        x: as for `predict`.  For classes their probabilities, in a last axis; for `Binomial` without `total_count`, of one
+        trial.  Its interval says where the mean is, that of `predict` where an observation will be.
+
+        Raises ValueError as `predict`, and where the observations' distribution has no mean.
+        """
+        return self.observed(x, lambda site: mean_of(site["fn"]), num_samples, seed)
+
+    def observed(self, x: Any, read: Callable[[Any], Tensor], num_samples: int = 1000, seed: int = 0) -> Prediction:
+        """What `read` takes from the site (a dict of Pyro's, with "fn" and "value") of the observations at x, draws first."""
+        data = points(x, self.names, self.trained, self._batch.support.x)
         rows, _ = data.filled
-        with _scope(seed, self._batch.support.x.device):
+        with quiet_scope(seed, self._batch.support.x.device):
             parts = [
-                _sampled(poutine.trace(self._program(theta)).get_trace(self.eta, rows, None))["value"]
+                read(observed_site(poutine.trace(self._program(theta)).get_trace(self.eta, rows, None)))
                 for theta in self._slices(self._theta(num_samples, seed), data)
             ]
         return Prediction(torch.cat(parts), data.mask, self.names)
@@ -140,7 +156,8 @@ class Posterior:
     def log_prob(self, query: Any = None, num_samples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
         """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in the padding; and the
         mask `(tasks, points)`."""
-        evaluated = self.evaluate(self._query(query), num_samples, seed)
+        data = scored(query, self._batch, self.model, self.trained)
+        evaluated = self.evaluate(data, num_samples, seed)
         return evaluated.log_prob, evaluated.data.mask
 
     def score(self, query: Any = None, num_samples: int = 1000, seed: int = 0, level: float = 0.9) -> pd.DataFrame:
@@ -158,7 +175,7 @@ class Posterior:
         """
         import pandas as pd
 
-        data = self._query(query)
+        data = scored(query, self._batch, self.model, self.trained)
         if not bool(data.mask.any()):
             raise ValueError("there is nothing to score: none of the tasks has query data")
         evaluated = self.evaluate(data, num_samples, seed)
@@ -184,12 +201,15 @@ class Posterior:
 
         return posterior_groups(self, num_samples, seed)
 
+    def __repr__(self) -> str:
+        guide, count = self.problem.guide.name, self.model.weights.size
+        return f"<Posterior: {counted(len(self.names), 'task')}, {counted(count, 'weight')} each, {guide} guide>"
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _theta(self, num_samples: int, seed: int) -> Tensor:
         """Draws `(draws, tasks, 1, D)`."""
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        num_samples = whole_number("num_samples", num_samples)
         q, zero = self.distribution, self._batch.support.x.new_zeros(())
         size = self.model.weights.size
         if isinstance(q, dist.Delta):
@@ -215,121 +235,15 @@ class Posterior:
         """Log densities, draws and (for classes) probabilities of the observations in `data`."""
         log_probs, samples, probs = [], [], []
         x, y = data.filled
-        with _scope(seed, self._batch.support.x.device):
+        with quiet_scope(seed, self._batch.support.x.device):
             for theta in self._slices(self._theta(num_samples, seed), data):
                 trace = poutine.trace(self._program(theta)).get_trace(self.eta, x, y)
                 # where, not a product: the density of padding may be anything
                 log_probs.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
-                site = _sampled(trace)
+                site = observed_site(trace)
                 samples.append(site["fn"].sample())
                 if isinstance(site["fn"], (dist.Bernoulli, dist.Categorical)):
-                    probs.append(_class_probabilities(site["fn"]))
+                    probs.append(class_probabilities(site["fn"]))
         return Evaluated(
             data, site["value"], torch.cat(log_probs), torch.cat(samples), torch.cat(probs) if probs else None
         )
-
-    def _inputs(self, x: Any) -> Data:
-        support = self._batch.support
-        if isinstance(x, (list, tuple)) and len(x) and not np.isscalar(x[0]) and not isinstance(x, Tensor):
-            if len(x) != len(self.names):
-                raise ValueError(
-                    f"x lists {len(x)} arrays, but there are {len(self.names)} tasks: give one array for each, or one for all"
-                )
-            parts = [as_tensor(part, f"x of task {name!r}") for part, name in zip(x, self.names, strict=True)]
-        else:
-            parts = [as_tensor(x, "x")] * len(self.names)
-        for part, name in zip(parts, self.names, strict=True):
-            self._check_rows(part, f"x of task {name!r}")
-        parts = [part.to(support.x) for part in parts]
-        longest = max(len(part) for part in parts)
-        padded = support.x.new_zeros(len(parts), longest, *parts[0].shape[1:])
-        mask = torch.zeros(len(parts), longest, dtype=torch.bool, device=padded.device)
-        for index, part in enumerate(parts):
-            padded[index, : len(part)] = part
-            mask[index, : len(part)] = True
-        return Data(padded, padded.new_zeros(len(parts), longest), mask)
-
-    def _check_rows(self, x: Tensor, what: str) -> None:
-        """A program that reads columns of x would take points for columns, and say nothing."""
-        if x.dim() == 0:
-            raise ValueError(f"{what} is a single number, expected one row per point: give [{x.item()}]")
-        refuse_non_finite(x, what)
-        own = self._batch.support
-        if bool(own.mask.any()) and x.shape[1:] != own.x.shape[2:]:
-            raise ValueError(
-                f"{what}: a row has shape {tuple(x.shape[1:])}, but {tuple(own.x.shape[2:])} in the tasks' support: "
-                "(n,) and (n, 1) differ, see reshape"
-            )
-
-    def _query(self, query: Any) -> Data:
-        if query is None:
-            if self._batch.query is None:
-                raise ValueError(
-                    "these tasks have no query data: pass score(query) the held-out data, as a TaskSet or list of (x, y)"
-                )
-            return self._batch.query
-        if not isinstance(query, Iterable):
-            raise TypeError(f"query must be a TaskSet or a list of (x, y), not {type(query).__name__}")
-        tasks = [item if isinstance(item, Task) else Task(support=item) for item in query]
-        if len(tasks) != len(self.names):
-            raise ValueError(
-                f"query has {len(tasks)} tasks, but the posterior has {len(self.names)}: one for each, in the same order"
-            )
-        for task, name in zip(tasks, self.names, strict=True):
-            if task.name is not None and task.name != name:
-                raise ValueError(f"query lists task {task.name!r} where the posterior has {name!r}: use the same order")
-        # all from the one or all from the other: a task without query data must not be scored on what it learned from
-        asked = any(task.query is not None for task in tasks)
-        parts = [task.query if asked else task.support for task in tasks]
-        named = TaskSet([Task(support=part, name=name) for part, name in zip(parts, self.names, strict=True)])
-        support = self._batch.support
-        named = named.to(dtype=support.x.dtype, device=support.x.device)
-        for task in named:
-            if task.support is not None:
-                self._check_rows(task.support[0], f"query x of task {task.name!r}")
-        self.model.check(named)
-        return named.batch().support
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Observations under draws: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, samples `(draws, tasks, points,
-    ...)`; for classes their probabilities, classes last."""
-
-    data: Data
-    y: Tensor
-    log_prob: Tensor
-    samples: Tensor
-    probs: Tensor | None
-
-
-@contextlib.contextmanager
-def _scope(seed: int, device: torch.device) -> Iterator[None]:
-    """No gradients, no validation, and a random state of one's own that is put back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=devices):
-        # not torch.manual_seed, which would seed the devices that are not forked too
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-def _sampled(trace: poutine.Trace) -> Any:
-    """The site of the observations: the one called y, or the only one."""
-    sites = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and name != SITE and not poutine.util.site_is_subsample(site)
-    }
-    if "y" in sites:
-        return sites["y"]
-    if len(sites) != 1:
-        raise ValueError(f"the program samples {sorted(sites)}: call the observed site 'y', or sample just one")
-    return next(iter(sites.values()))
-
-
-def _class_probabilities(fn: dist.TorchDistribution) -> Tensor:
-    """`(..., classes)`; for a Bernoulli, of 0 and of 1."""
-    return torch.stack([1.0 - fn.probs, fn.probs], -1) if isinstance(fn, dist.Bernoulli) else fn.probs

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from varmeta._words import counted
 from varmeta.result import Fit
 
 if TYPE_CHECKING:
@@ -99,7 +100,10 @@ class Report:
             [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
         ]
         said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
-        notes = [f"  {method} ({row['size']} runs): {shorten(row['first'], 150)}" for method, row in said.iterrows()]
+        notes = [
+            f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
+            for method, row in said.iterrows()
+        ]
         return "\n".join([text.to_string(), *(["warnings (in full: report.runs)"] if notes else []), *notes])
 
 

@@ -5,47 +5,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from varmeta import summary
+from varmeta._points import check_columns
 from varmeta.bayes.model import TaskModel
+from varmeta.learned_prior import LearnedPrior
 from varmeta.numerics.solution import Result
 from varmeta.posterior import Posterior
 from varmeta.problem import Problem
 from varmeta.run import Run
 from varmeta.strategy import Eta, Strategy
-from varmeta.tasks import TaskSet
+from varmeta.tasks import TaskSet, no_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class LearnedPrior:
-    """N(theta0, Lambda^-1) as learned.
-
-    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight.
-    covariance: `(D, D)` in the order of `labels`.
-    shared: parameters that are the same for all tasks, by name.  scale: the noise scale, where it is learned.
-    """
-
-    loc: dict[str, Tensor]
-    precision: dict[str, Tensor]
-    sd: dict[str, Tensor]
-    covariance: Tensor
-    labels: tuple[str, ...]
-    shared: dict[str, Tensor]
-    scale: Tensor | None
-
-    @property
-    def correlation(self) -> Tensor:
-        sd = self.covariance.diagonal().sqrt()
-        return self.covariance / torch.outer(sd, sd)
 
 
 class Fit:
@@ -95,8 +71,8 @@ class Fit:
         name = {
             "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
-            "query": "query loss",
-            "query_predictive": "-log predictive of the query",
+            "query": "query loss (no bound)" if self.is_point else "query loss",
+            "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
         }[self.strategy.outer]
         return name if self.model.prior.hyperprior is None else f"{name} - log hyperprior"
 
@@ -107,22 +83,7 @@ class Fit:
 
     @cached_property
     def prior(self) -> LearnedPrior:
-        weights = self.model.weights
-        with torch.no_grad():
-            distribution = self.model.prior_distribution(self.eta)
-            spread = distribution.stddev
-            dense = self.model.prior.dense
-            covariance = distribution.covariance_matrix if dense else torch.diag(spread.square())
-            scale = self.eta["log_scale"].exp() if "log_scale" in self.eta else None
-            return LearnedPrior(
-                weights.unflatten(distribution.mean),
-                weights.unflatten(spread**-2),
-                weights.unflatten(spread),
-                covariance,
-                weights.labels,
-                {name: self.eta[name] for name in self.model.shared},
-                scale,
-            )
+        return LearnedPrior.of(self.model, self.eta, self.tasks.x_names)
 
     @cached_property
     def problem(self) -> Problem:
@@ -137,7 +98,7 @@ class Fit:
         if state.phi is None or self.strategy.adapts_afresh or not (self.converged or self.strategy.settled(state)):
             return self.adapt(self.tasks)
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
-        return Posterior(self.problem, state.phi, self.eta, self.tasks)
+        return Posterior(self.problem, state.phi, self.eta, self.tasks, self.tasks)
 
     def adapt(self, tasks: TaskSet) -> Posterior:
         """The posteriors of new tasks: the same inner problem as in training, on their support data.
@@ -145,20 +106,16 @@ class Fit:
         A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
         theta0, and a mean-field guide cannot follow the correlations of a dense prior.
 
-        Raises TypeError or ValueError for tasks that do not fit the model or have other columns than the training tasks.
+        Raises TypeError or ValueError for tasks that do not fit the model, or whose columns have another number or other names
+        than those of the training tasks.
         Warns where the inner problem of a task was not solved.
         """
         if not isinstance(tasks, TaskSet):
-            raise TypeError(f"adapt takes a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y))])")
+            raise TypeError(f"adapt takes a TaskSet, not {no_tasks(tasks)}")
         example = self.tasks.batch().support
         tasks = tasks.to(dtype=example.x.dtype, device=example.x.device)
+        check_columns(tasks, self.tasks)
         batch = tasks.batch()
-        # tasks without any data do not know their columns
-        if bool(batch.support.mask.any()) and batch.support.x.shape[2:] != example.x.shape[2:]:
-            raise ValueError(
-                f"a row of these tasks' x has shape {tuple(batch.support.x.shape[2:])}, but {tuple(example.x.shape[2:])} in "
-                "the training tasks: give the same columns; (n,) and (n, 1) differ, see reshape"
-            )
         self.model.check(tasks)
         solution = self.strategy.adapt(self.problem, batch, self.eta)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
@@ -173,7 +130,7 @@ class Fit:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return Posterior(self.problem, solution.value, self.eta, tasks)
+        return Posterior(self.problem, solution.value, self.eta, tasks, self.tasks)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ 0.23 or 1.x."""
@@ -205,50 +162,13 @@ class Fit:
             raise ValueError(f"resume is a fit by {_unlike(self.strategy, strategy)}: give fit the same strategy")
         return copy.deepcopy(self.run)
 
-    # -- print ------------------------------------------------------------------------------------------------
+    # -- print -----------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        points = int(self.tasks.batch().support.mask.sum())
-        lines = [
-            f"{self._describe()}, {len(self.tasks)} tasks, {points} support observations",
-            f"{self.loss_name}: {self.loss:.4f} nats" if self.run.history else "not run",
-            f"{'converged' if self.converged else 'not converged'}: {self.stop}",
-            "",
-        ]
-        return "\n".join(lines + self._table())
-
-    def _table(self, limit: int = 40) -> list[str]:
-        prior = self.prior
-        labels, loc = prior.labels, self.model.weights.flatten(prior.loc)
-        sd = prior.covariance.diagonal().sqrt()
-        width = max(len(label) for label in (*labels[:limit], *prior.shared, "noise scale"))
-        rows = [f"{'weight':<{width}} {'theta0':>12} {'prior sd':>12}"]
-        for label, mean, spread in list(zip(labels, loc.tolist(), sd.tolist(), strict=True))[:limit]:
-            rows.append(f"{label:<{width}} {mean:>12.5g} {spread:>12.5g}")
-        if len(labels) > limit:
-            rows.append(f"... and {len(labels) - limit} weights more")
-        for name, value in prior.shared.items():
-            text = f"{float(value):>12.5g}" if value.numel() == 1 else f"{'tensor ' + str(tuple(value.shape)):>12}"
-            rows.append(f"{name:<{width}} {text} {'shared':>12}")
-        if prior.scale is not None:
-            rows.append(f"{'noise scale':<{width}} {'':>12} {float(prior.scale):>12.5g}")
-        if self.model.prior.dense and 1 < len(labels) <= 10:
-            rows.append("correlations of the prior")
-            for label, row in zip(labels, prior.correlation.tolist(), strict=True):
-                rows.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))
-        return rows
-
-    def _describe(self) -> str:
-        # a point has no evidence lower bound, whatever the option is called
-        text = self.strategy.describe()
-        return (
-            text.replace("query_elbo", "query loss + prior").replace("elbo", "loss + prior") if self.is_point else text
-        )
+        return summary.long(self)
 
     def __repr__(self) -> str:
-        return (
-            f"<Fit: {self._describe()}, {len(self.tasks)} tasks, {'converged' if self.converged else 'not converged'}>"
-        )
+        return summary.short(self)
 
 
 def _unlike(one: Strategy, other: Strategy) -> str:

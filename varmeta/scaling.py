@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from varmeta._arrays import Part
 from varmeta.tasks import Task, TaskSet
 
+if TYPE_CHECKING:
+    from varmeta.learned_prior import LearnedPrior
+    from varmeta.result import Fit
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Scaling:
     """x -> (x - x_loc) / x_scale and y -> (y - y_loc) / y_scale.
 
@@ -52,11 +58,37 @@ class Scaling:
             return (x - self.x_loc.to(x)) / self.x_scale.to(x), y
 
         scaled_tasks = [Task(scaled(t.support, t.name), scaled(t.query, t.name), t.name) for t in tasks]
-        return TaskSet(scaled_tasks, dtype=tasks.dtype)
+        return TaskSet(scaled_tasks, dtype=tasks.dtype, x_names=tasks.x_names)
 
     def y_inverse(self, values: Tensor) -> Tensor:
         """Scaled responses, or predictions of them, `(..., *event)`, in y's units."""
         return values * self.y_scale.to(values) + self.y_loc.to(values) if self._scales_y else values
+
+    def raw_prior(self, fit: Fit) -> LearnedPrior:
+        """The prior that `fit` learned from the scaled tasks, in the data's own units: theta0, covariance, noise scale.
+
+        fit: of a linear model, `nn.Linear` with one output or `LinearPredictor`.
+
+        Raises TypeError for another model; ValueError where the raw-unit model is none of the same kind, as with centred data
+        and no intercept.
+
+        >>> import varmeta as vm
+        >>> tasks, scaling = vm.datasets.radon().standardized()
+        >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
+        >>> scaling.raw_prior(vm.fit(model, tasks, vm.Joint("multivariate_normal")))  # radon in log(pCi/L), floor 0 or 1
+        LearnedPrior(floor -0.6561 (sd 0.314), intercept 1.494 (sd 0.333), noise scale 0.717)
+        """
+        from varmeta.raw_units import raw_prior
+
+        return raw_prior(self, fit)
+
+    def __repr__(self) -> str:
+        def numbers(loc: Tensor, scale: Tensor) -> str:
+            texts = [np.array2string(v.cpu().numpy(), precision=4, separator=", ", threshold=6) for v in (loc, scale)]
+            return f"loc {texts[0]}, scale {texts[1]}"
+
+        y = numbers(self.y_loc, self.y_scale) if self._scales_y else "left alone"
+        return f"Scaling(x: {numbers(self.x_loc, self.x_scale)}; y: {y})"
 
     @property
     def _scales_y(self) -> bool:

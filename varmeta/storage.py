@@ -23,6 +23,10 @@ from varmeta.tasks import Task, TaskSet
 from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
 FORMAT = "varmeta fit 2"
+KEYS = (
+    "strategy", "weights", "likelihood", "covariance", "seed", "eta", "phi", "inner", "counters", "history", "optimizer",
+    "stop", "converged", "loss", "schedule", "tasks",
+)  # fmt: skip
 STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile, Pooled)  # a report's fits can be saved too
 PARTS: dict[str, Any] = {
     part.__name__: part
@@ -34,7 +38,10 @@ PARTS: dict[str, Any] = {
 
 
 def save(fit: Fit, path: str | PathLike[str]) -> None:
-    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data and the strategy's settings."""
+    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data and the strategy's settings.
+
+    Raises ValueError where there is no such folder.
+    """
     run = fit.run
     content = {
         "format": FORMAT,
@@ -54,7 +61,12 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "loss": run.loss,
         "schedule": run.schedule,
         "tasks": [(task.name, task.support, task.query) for task in fit.tasks],
+        "x_names": fit.tasks.x_names,
     }
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"the folder of {str(path)!r} does not exist: make it first, Path(...).mkdir(parents=True)")
+    if Path(path).is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: give the name of a file")
     torch.save(content, path)
 
 
@@ -73,9 +85,16 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises its own, pickle's, zipfile's and more for foreign files
-        raise ValueError(f"{str(path)!r} is not a varmeta fit (Fit.save writes one): {error}") from error
+        # torch's words would advise to let the file run code
+        raise ValueError(
+            f"{str(path)!r} is not a varmeta fit (Fit.save writes one): it has another format, is damaged, or holds code, which "
+            "is never run"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} is not a varmeta fit of this version: expected the format {FORMAT!r}")
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise ValueError(f"{str(path)!r} is damaged: it lacks {missing}")
     shapes = {name: list(shape) for name, shape in model.weights.shapes.items()}
     if json.loads(content["weights"]) != shapes:
         raise ValueError(
@@ -110,7 +129,9 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
     run = Run(eta, state, *record)
     tasks = TaskSet(
-        [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]], dtype=like.dtype
+        [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]],
+        dtype=like.dtype,
+        x_names=content.get("x_names"),  # files of before had none
     )
     return Fit(model, tasks, strategy, content["seed"], run)
 

@@ -26,13 +26,16 @@ from typing import Any
 
 from torch import Tensor
 
+from varmeta._words import counted, kind_of
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import OUTER
 from varmeta.certificate import Certificate
+from varmeta.numerics.linear_solve import LinearSolver
+from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Problem
-from varmeta.tasks import Batch, TaskSet
+from varmeta.tasks import Batch, TaskSet, no_tasks
 
 Eta = dict[str, Tensor]
 Stats = dict[str, Any]
@@ -61,7 +64,7 @@ class Strategy(ABC):
     """How phi and eta are found; see the table above.
 
     guide: "delta", "normal", "multivariate_normal", or a factory of a Pyro guide.
-    expectation, num_particles: how E_q is taken; "auto" is cubature up to 24 weights, else antithetic draws.
+    expectation, num_particles: how E_q is taken; "auto" is cubature where it serves, else antithetic draws (docs/choices.md).
     """
 
     guide: str | Callable[..., Any] = "delta"
@@ -90,6 +93,7 @@ class Strategy(ABC):
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         """Refuse what cannot work, before any work is done; `for_fit` also what has a gradient but no optimum."""
+        self._check_solvers()
         problem = self.problem(model, tasks, 0)
         if self.outer not in OUTER:
             raise ValueError(f"unknown outer objective {self.outer!r}: choose one of {OUTER}")
@@ -97,7 +101,8 @@ class Strategy(ABC):
             missing = [task.name for task in tasks if task.query is None or not len(task.query[1])]
             if missing:
                 raise ValueError(
-                    f"outer={self.outer!r} needs query data, but {len(missing)} tasks have none, {missing[0]!r} first: give "
+                    f"outer={self.outer!r} needs query data, but {counted(len(missing), 'task')} of {len(tasks)} "
+                    f"{'has' if len(missing) == 1 else 'have'} none, {missing[0]!r} first: give "
                     "query=(x, y), or split the support with tasks.split(...)"
                 )
         prior = model.prior
@@ -105,6 +110,16 @@ class Strategy(ABC):
             batch = tasks[:1].batch()
             if problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
                 self._check_precision(prior.bounds_points(len(tasks)), prior.hyperprior is not None)
+
+    def _check_solvers(self) -> None:
+        """The parts that a strategy may have are objects, not names."""
+        minimizer, solver = getattr(self, "minimizer", None), getattr(self, "linear_solver", None)
+        if minimizer is not None and not isinstance(minimizer, Minimizer):
+            raise TypeError(
+                f"minimizer must be one of vm.Adam(), vm.GradientDescent() or vm.NewtonCG(), not {kind_of(minimizer)}"
+            )
+        if solver is not None and not isinstance(solver, LinearSolver):
+            raise TypeError(f"linear_solver must be one of vm.CG(), vm.Neumann() or vm.Direct(), not {kind_of(solver)}")
 
     def _check_precision(self, bounded: bool, has_hyperprior: bool) -> None:
         if self.outer in ("elbo", "query_elbo") and has_hyperprior and not bounded:
@@ -175,10 +190,8 @@ class Strategy(ABC):
 def check_kinds(model: object, tasks: object, strategy: object) -> None:
     """Raise TypeError where one of the three is something else."""
     if not isinstance(model, TaskModel):
-        raise TypeError(f"model must be a TaskModel, not {type(model).__name__}")
+        raise TypeError(f"model must be a TaskModel, not {kind_of(model)}")
     if not isinstance(tasks, TaskSet):
-        raise TypeError(
-            f"tasks must be a TaskSet, not {type(tasks).__name__}: vm.TaskSet([vm.Task(support=(x, y)), ...])"
-        )
+        raise TypeError(f"tasks must be a TaskSet, not {no_tasks(tasks)}")
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be one of vm.Joint(), vm.Implicit(), ..., not {strategy!r}")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from varmeta._arrays import Part, as_part
-from varmeta._common import fit_to, like_of
+from varmeta._common import check_names, fit_to, like_of
 from varmeta._frame import Columns, parts_of_frame
 from varmeta._padding import Batch, Data, cast, pad
+from varmeta._words import counted, kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,10 +64,11 @@ class TaskSet:
 
     tasks: `Task`s, in a fixed order.
     dtype: cast floating data to it; by default all must share one dtype.
+    x_names: what the columns of x are called, for printing; `from_frame` knows them.
 
     Raises ValueError, naming the task and row: no tasks, a name used twice, x and y of different lengths, NaN or
-    infinity, shapes that differ between tasks or between support and query, different dtypes or devices.  TypeError:
-    what is not made of real numbers.
+    infinity, shapes that differ between tasks or between support and query, different dtypes or devices, x_names of
+    another number.  TypeError: what is not made of real numbers.
 
     >>> tasks = TaskSet([Task(support=([0.0, 1.0], [0.5, 1.5])), Task(support=([2.0], [2.5]), name="late")])
     >>> tasks
@@ -75,9 +77,15 @@ class TaskSet:
     [[True, True], [True, False]]
     """
 
-    def __init__(self, tasks: Iterable[Task], *, dtype: torch.dtype | None = None) -> None:
+    x_names: tuple[str, ...] | None
+
+    def __init__(
+        self, tasks: Iterable[Task], *, dtype: torch.dtype | None = None, x_names: Sequence[str] | None = None
+    ) -> None:
         if isinstance(tasks, Task):
             raise TypeError("expected a list of tasks, got a single Task: write TaskSet([task])")
+        if hasattr(tasks, "columns"):
+            raise TypeError(f"expected a list of tasks, got {no_tasks(tasks)}")
         given = list(tasks)
         for i, task in enumerate(given):
             if not isinstance(task, Task):
@@ -86,29 +94,30 @@ class TaskSet:
         supports = [as_part(t.support, f"task {name!r}: support") for t, name in zip(given, names, strict=True)]
         queries = [as_part(t.query, f"task {name!r}: query") for t, name in zip(given, names, strict=True)]
         like = like_of(names, supports, queries, dtype)
-        self._set([Task(*ts) for ts in zip(fit_to(supports, like), fit_to(queries, like), names, strict=True)], like)
+        checked = [Task(*ts) for ts in zip(fit_to(supports, like), fit_to(queries, like), names, strict=True)]
+        some = any(part is not None for part in (*supports, *queries))
+        self._set(checked, like, check_names(x_names, like[0] if some else None))
 
-    def _set(self, tasks: list[Task], like: Part) -> None:
+    def _set(self, tasks: list[Task], like: Part, x_names: tuple[str, ...] | None) -> None:
         if not tasks:
             raise ValueError("no tasks: a TaskSet needs at least one Task (it may have no data)")
         self.names = tuple(str(task.name) for task in tasks)
         twice = [name for name, count in Counter(self.names).items() if count > 1]
         if twice:
             raise ValueError(
-                f"{len(twice)} task names are used more than once, {twice[0]!r} first: names tell tasks apart, so give "
-                "each its own with Task(name=...)"
+                f"{counted(len(twice), 'task name')} {'is' if len(twice) == 1 else 'are'} used more than once, {twice[0]!r} "
+                "first: names tell tasks apart, so give each its own with Task(name=...)"
             )
-        self._tasks, self._like = tasks, like
+        self._tasks, self._like, self.x_names = tasks, like, x_names
 
-    @classmethod
-    def _trusted(cls, tasks: list[Task], like: Part) -> TaskSet:
-        """From tasks that have been checked already."""
-        new = cls.__new__(cls)
-        new._set(tasks, like)
+    def _derived(self, tasks: list[Task], like: Part | None = None) -> TaskSet:
+        """The same columns with other tasks, which have been checked already."""
+        new = TaskSet.__new__(TaskSet)
+        new._set(tasks, self._like if like is None else like, self.x_names)
         return new
 
     @classmethod
-    def from_frame(cls, frame: pd.DataFrame, *, task: str, x: Columns, y: Columns, query: str | None = None) -> TaskSet:
+    def from_frame(cls, frame: pd.DataFrame, task: str, x: Columns, y: Columns, query: str | None = None) -> TaskSet:
         """One task per group of a long table, which has one row per observation.
 
         Tasks stand in order of first appearance and are named `str(value)`; rows keep the table's order.
@@ -131,7 +140,8 @@ class TaskSet:
         # one table, so its columns are brought to their common precision instead of refused
         kinds = {a.dtype for a in parts[0][1] if a.dtype.kind == "f"}
         common = torch.from_numpy(np.zeros(0, np.result_type(*kinds))).dtype if kinds else None
-        return cls([Task(support, asked, name) for name, support, asked in parts], dtype=common)
+        x_names = [x] if isinstance(x, str) else x
+        return cls([Task(support, asked, name) for name, support, asked in parts], dtype=common, x_names=x_names)
 
     # -- the tasks -----------------------------------------------------------------------------------------------------
 
@@ -152,10 +162,10 @@ class TaskSet:
                 raise KeyError(f"no task is called {index!r}; the first names are {list(self.names[:5])}")
             return self._tasks[self.names.index(index)]
         if isinstance(index, slice):
-            return self._trusted(self._tasks[index], self._like)
+            return self._derived(self._tasks[index])
         if np.ndim(index.cpu() if isinstance(index, Tensor) else index) == 0:
             return self._tasks[self._position(index)]
-        return self._trusted([self._tasks[i] for i in self._positions(index)], self._like)
+        return self._derived([self._tasks[i] for i in self._positions(index)])
 
     def _position(self, index: Any) -> int:
         i = operator.index(index)
@@ -182,6 +192,11 @@ class TaskSet:
         return self._like[0].dtype
 
     @property
+    def x_shape(self) -> tuple[int, ...]:
+        """The shape of a row of x; `()` where no task has data."""
+        return tuple(self._like[0].shape[1:])
+
+    @property
     def device(self) -> torch.device:
         return self._like[0].device
 
@@ -194,13 +209,13 @@ class TaskSet:
             return None if part is None else (cast(part[0], dtype, device), cast(part[1], dtype, device))
 
         like = cast(self._like[0], dtype, device), cast(self._like[1], dtype, device)
-        return self._trusted([replace(t, support=move(t.support), query=move(t.query)) for t in self], like)
+        return self._derived([replace(t, support=move(t.support), query=move(t.query)) for t in self], like)
 
     def __repr__(self) -> str:
-        count = f"{len(self)} task{'s' * (len(self) != 1)}"
+        count = counted(len(self), "task")
         parts = [_describe(what, [getattr(t, what) for t in self]) for what in ("support", "query")]
         kind = str(self.dtype).removeprefix("torch.") + ("" if self._like[1].is_floating_point() else ", y int64")
-        return f"TaskSet({count}, {', '.join(parts)}, x {tuple(self._like[0].shape[1:])}, {kind})"
+        return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}, {kind})"
 
     # -- what a model sees ---------------------------------------------------------------------------------------------
 
@@ -271,7 +286,7 @@ class TaskSet:
         if operator.index(seed) < 0:
             raise ValueError(f"seed is {seed}, expected 0, 1, 2, ...")
         ids = self._ids.tolist()
-        return self._trusted([_split(t, num_support, (seed, i)) for t, i in zip(self, ids, strict=True)], self._like)
+        return self._derived([_split(t, num_support, (seed, i)) for t, i in zip(self, ids, strict=True)])
 
     def merged(self) -> TaskSet:
         """Each task's query data joined to its support: the inverse of `split`, up to the order of rows.
@@ -284,7 +299,7 @@ class TaskSet:
             parts = [part for part in (task.support, task.query) if part is not None]
             return (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) if parts else None
 
-        return TaskSet._trusted([Task(joined(task), None, task.name) for task in self], self._like)
+        return self._derived([Task(joined(task), None, task.name) for task in self])
 
     def standardized(self) -> tuple[TaskSet, Scaling]:
         """Every x column, and y if it is floating, with mean 0 and sd 1 over all tasks' support rows pooled.
@@ -300,6 +315,15 @@ class TaskSet:
 
         scaling = Scaling.of(self)
         return scaling.apply(self), scaling
+
+
+def no_tasks(value: object) -> str:
+    """What came instead of a TaskSet, and how to make one of it."""
+    if hasattr(value, "columns"):
+        return "a table: make tasks of it, TaskSet.from_frame(table, task='...', x=['...'], y='...')"
+    if isinstance(value, tuple) and value and isinstance(value[0], TaskSet):
+        return "a tuple: standardized() returns (tasks, scaling), so take its first"
+    return f"{kind_of(value)}: write TaskSet([Task(support=(x, y)), ...])"
 
 
 def _split(task: Task, num_support: int | float, seed: tuple[int, int]) -> Task:

@@ -117,6 +117,23 @@ def test_what_is_refused(make: Any, match: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("prior", "text"),
+    [
+        (vm.GaussianPrior(), "GaussianPrior()"),
+        (vm.GaussianPrior(0.1, "full"), "GaussianPrior(precision=0.1, learn_precision='full')"),
+        (vm.GaussianPrior({"a": 1.0, "b": 2.0}, loc={"a": 1.0}), "GaussianPrior(precision of a, b, loc of a)"),
+        (vm.GaussianPrior(covariance=torch.eye(2)), "GaussianPrior(covariance (2, 2))"),
+        (
+            vm.GaussianPrior(learn_precision="shared", hyperprior=dist.Gamma(2.0, 1.0)),
+            "GaussianPrior(learn_precision='shared', hyperprior=Gamma)",
+        ),
+    ],
+)
+def test_repr(prior: vm.GaussianPrior, text: str) -> None:
+    assert repr(prior) == text
+
+
 def test_a_hyperprior_is_a_distribution() -> None:
     with pytest.raises(TypeError, match="must be a distribution"):
         vm.GaussianPrior(learn_precision="shared", hyperprior=2.0)  # type: ignore[arg-type]

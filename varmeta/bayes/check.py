@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from varmeta.tasks import Data
+from varmeta._words import counted
+from varmeta.tasks import Data, TaskSet
 
 
 def warn_unless_twice_differentiable(
@@ -66,10 +69,18 @@ def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> str 
 
 @contextlib.contextmanager
 def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
-    """Within it, the yielded function says which layer of the network was entered last and not left."""
+    """Within it, the yielded function says which layer of the network was entered last and not left.
+
+    A linear layer of another width than its input raises a ValueError that says both.
+    """
     entered: list[str] = []
     hooks = []
+    # the layer that meets x itself, unless there are weights of another kind before
+    first = next((module for module in net.modules() if list(module.parameters(False))), None) if net else None
     for name, module in net.named_modules() if net is not None else ():
+        if isinstance(module, nn.Linear):
+            who, what = ("the network", "x") if module is first else (f"layer {name!r}", "its input")
+            hooks.append(module.register_forward_pre_hook(partial(_check_width, who, what)))
         if name:
             word = f"layer {name!r}, {type(module).__name__}"
             hooks.append(module.register_forward_pre_hook(lambda *_, word=word: entered.append(word)))
@@ -79,6 +90,11 @@ def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _check_width(who: str, what: str, module: nn.Linear, args: tuple[Any, ...]) -> None:
+    if len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[-1:] != (module.in_features,):
+        raise ValueError(f"{who} takes {counted(module.in_features, 'column')}, {what} has {args[0].shape[-1]}")
 
 
 def check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], skip: str) -> None:
@@ -97,14 +113,37 @@ def check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tu
         for task, row in (bad & data.mask).nonzero()[:1].tolist():
             raise ValueError(
                 f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
-                f"{type(site['fn']).__name__}: expected {site['fn'].support}"
+                f"{type(site['fn']).__name__}: expected {_support_of(site['fn'])}"
             )
+
+
+def _support_of(fn: Any) -> str:
+    if not isinstance(fn, dist.Categorical):
+        return str(fn.support)
+    classes = fn.probs.shape[-1]
+    return f"a class 0, ..., {classes - 1}, since the network puts out {counted(classes, 'number')}: one for each class is needed"
+
+
+def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
+    """Raise ValueError where the network names its columns and x's have other names or another order."""
+    columns = getattr(net, "columns", None)
+    if isinstance(columns, tuple) and tasks.x_names is not None and columns != tasks.x_names:
+        raise ValueError(
+            f"the network's columns are {list(columns)}, but those of x are {list(tasks.x_names)}: name the same in the same "
+            "order, such as vm.LinearPredictor(tasks.x_names)"
+        )
 
 
 def check_net(net: nn.Module, batch_norm: str) -> None:
     if batch_norm not in ("refuse", "frozen"):
         raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
     for name, module in net.named_modules():
+        if isinstance(module, nn.RNNBase):
+            who = f"layer {name!r}" if name else "the network"
+            raise ValueError(
+                f"{who} is recurrent ({type(module).__name__}), which PyTorch cannot run for many tasks with weights of their "
+                "own (no batching rule): use convolutions or attention"
+            )
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
         if batch_norm == "refuse":

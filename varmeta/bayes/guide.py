@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoStructured
+from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuideList, AutoStructured
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -192,7 +192,7 @@ class PyroGuide(Guide):
             if devices:
                 torch.cuda.manual_seed(0)
             module = self.factory(model)
-            if isinstance(module, (AutoContinuous, AutoStructured, AutoGuideList)):
+            if isinstance(module, (AutoContinuous, AutoGaussian, AutoStructured, AutoGuideList)):
                 raise ValueError(
                     f"{type(module).__name__} makes one vector of all tasks and so mixes them: use 'normal' or "
                     "'multivariate_normal', AutoNormal, AutoDelta, or a PyroModule with one row per task"
@@ -259,6 +259,12 @@ def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
                 f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a Pyro guide"
             )
         return GUIDES[guide]()
+    if isinstance(guide, torch.nn.Module):
+        kind = type(guide).__name__
+        raise TypeError(
+            f"guide must be a name or a callable that makes a Pyro guide, not a guide that is made already: give {kind} itself, "
+            f"or lambda model: {kind}(model, ...)"
+        )
     if not callable(guide):
         raise TypeError(f"guide must be a name or a callable that makes a Pyro guide, not {type(guide).__name__}")
     return PyroGuide(guide)

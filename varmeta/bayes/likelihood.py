@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from varmeta._words import counted
+
 SCALE = "log_scale"
 
 
@@ -108,6 +110,12 @@ class Categorical(Likelihood):
         self.num_classes = num_classes
 
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        outputs = out.shape[-1]
+        if outputs != (self.num_classes or max(2, outputs)):
+            raise ValueError(
+                f"the network puts out {counted(outputs, 'number')} for a row, but {self!r} needs one for each class, "
+                f"{self.num_classes or 'at least 2'}"
+            )
         return dist.Categorical(logits=out)
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:

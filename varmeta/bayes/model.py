@@ -23,9 +23,11 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from varmeta.bayes.check import check_net, check_support, layer_entered, warn_unless_twice_differentiable
+from varmeta._words import kind_of
+from varmeta.bayes.check import check_columns, check_net, check_support, layer_entered, warn_unless_twice_differentiable
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
+from varmeta.bayes.program import RefusePlates, starts, without_shapes
 from varmeta.bayes.weights import Weights
 from varmeta.tasks import Data, TaskSet
 
@@ -62,11 +64,11 @@ class TaskModel:
         batch_norm: str = "refuse",
     ) -> None:
         if not isinstance(net, nn.Module):
-            raise TypeError(
-                f"net must be an nn.Module, not {type(net).__name__}; for a Pyro program: TaskModel.from_pyro"
-            )
+            raise TypeError(f"net must be an nn.Module (for a Pyro program: TaskModel.from_pyro), not {kind_of(net)}")
         if not isinstance(likelihood, Likelihood):
-            raise TypeError(f"likelihood must be one of varmeta.likelihoods, not {type(likelihood).__name__}")
+            raise TypeError(
+                f"likelihood must be one of varmeta.likelihoods, such as Gaussian(), not {kind_of(likelihood)}"
+            )
         check_net(net, batch_norm)
         self.net: nn.Module | None = copy.deepcopy(net).eval().requires_grad_(False)
         self.likelihood: Likelihood | None = likelihood
@@ -98,26 +100,24 @@ class TaskModel:
         """
         if not callable(program):
             raise TypeError(f"program must be callable as program(params, x, y), not {type(program).__name__}")
-        if not params:
-            raise ValueError("params must name at least one parameter and its shape, such as {'slope': ()}")
         model = cls.__new__(cls)
         model.net, model.likelihood, model._program = None, None, program
-        start = {
-            name: value.detach().clone() if isinstance(value, Tensor) else torch.zeros(value)
-            for name, value in params.items()
-        }
-        model._setup(start, prior, shared)
+        model._setup(starts(params), prior, shared)
         return model
 
     def _setup(self, start: dict[str, Tensor], prior: GaussianPrior | None, shared: Iterable[str]) -> None:
         if isinstance(shared, str):
             raise TypeError(f"shared must be a list of patterns, not the string {shared!r}")
+        if prior is not None and not isinstance(prior, GaussianPrior):
+            raise TypeError(
+                f"prior must be a GaussianPrior, such as GaussianPrior(precision=1.0), not {kind_of(prior)}"
+            )
         self.prior = GaussianPrior() if prior is None else prior
         # what has been captured of this model so far; copies that differ in their start only share it
         self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
         for pattern in shared:
-            if not fnmatch.filter(start, pattern):
+            if not any(_matches(name, pattern) for name in start):
                 raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
         for name in start:
             if name in (SCALE, TRIL) or name.partition(".")[0] == PRECISION:
@@ -132,7 +132,7 @@ class TaskModel:
                     f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected {tuple(start[name].shape)}"
                 )
             start[name] = value.expand(start[name].shape).clone()
-        self.shared = tuple(n for n in start if any(fnmatch.fnmatchcase(n, pattern) for pattern in shared))
+        self.shared = tuple(n for n in start if any(_matches(n, pattern) for pattern in shared))
         self.start = start
         self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
         if not self.weights.names:
@@ -237,6 +237,7 @@ class TaskModel:
         Raises ValueError for observations outside the likelihood's support (naming task and row), and where the program
         or network does not fit the data.
         """
+        check_columns(self.net, tasks)
         if self.likelihood is not None:
             for task in tasks:
                 for part in (task.support, task.query):
@@ -264,14 +265,20 @@ class TaskModel:
                 layer_entered(self.net) as place,
             ):
                 try:
-                    trace = program.get_trace(eta, data)
+                    with RefusePlates({TASKS, DATA}):
+                        trace = program.get_trace(eta, data)
                     trace.compute_log_prob()
+                except KeyError as error:
+                    raise ValueError(
+                        f"the program raises KeyError: {error}; its params are {list(self.start)}: use one of these names, "
+                        "or name it in params"
+                    ) from error
                 except (RuntimeError, ValueError, IndexError) as error:
                     with pyro.validation_enabled(False):
                         check_support(program, eta, data, batch.names, SITE)
                     raise ValueError(
                         f"the model does not run on these tasks (x {tuple(data.x.shape)}, y {tuple(data.y.shape)}, "
-                        f"tasks and points first){place()}: {error}"
+                        f"tasks and points first){place()}: {without_shapes(error)}"
                     ) from error
             params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
             if params:
@@ -291,9 +298,15 @@ class TaskModel:
                 warn_unless_twice_differentiable(self.net, loss, self.weights.flatten(eta), few.x[0])
 
     def __repr__(self) -> str:
-        what = self._program.__name__ if self._program is not None else type(self.net).__name__
+        program = self._program
+        what = type(self.net).__name__ if program is None else getattr(program, "__name__", type(program).__name__)
         noise = "" if self.likelihood is None else f", {self.likelihood!r}"
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # the name itself too: a column may be called "dose [mg]"
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -316,7 +329,8 @@ def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None
             total = total + site["log_prob"]
         elif name != SITE:
             raise ValueError(
-                f"the program samples {name!r} without observing it: name it in params, so that it gets a prior"
+                f"the program samples {name!r} without observing it: if that is the data, write pyro.sample({name!r}, ..., "
+                "obs=y); if it is a weight, name it in params, so that it gets a prior"
             )
     if not found:
         raise ValueError("the program observes nothing: pyro.sample('y', ..., obs=y) must be reached when y is given")

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from varmeta._words import kind_of
 from varmeta.bayes.weights import Weights
 
 LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
@@ -35,7 +36,8 @@ class GaussianPrior:
     The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower triangular, so that both
     halves of it are free parameters without units.
 
-    Raises ValueError for a precision that is not positive and finite, and for an unknown `learn_precision`.
+    Raises ValueError for a precision that is not positive and finite, and for an unknown `learn_precision`; TypeError for a
+    precision that is no number.
     """
 
     def __init__(
@@ -49,15 +51,13 @@ class GaussianPrior:
     ) -> None:
         if learn_precision not in LEARN_PRECISION:
             raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
-        values = precision.items() if isinstance(precision, Mapping) else [("precision", precision)]
-        for name, value in values if precision is not None else ():
-            value = torch.as_tensor(value)
-            if value.numel() != 1 and not isinstance(precision, Mapping):
-                raise ValueError(
-                    f"precision must be one number, not of shape {tuple(value.shape)}: give a dict by parameter name"
-                )
-            if not bool((value > 0).all()) or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"the precision of {name!r} must be positive and finite, not {value.tolist()}")
+        if isinstance(precision, Mapping):
+            for name, value in precision.items():
+                _check_precision(value, f"the precision of {name!r}")
+        elif precision is not None:
+            count = _check_precision(precision, "the precision").numel()
+            if count != 1:
+                raise ValueError(f"the precision must be one number, not {count}: give a dict by parameter name")
         if covariance is not None:
             covariance = torch.as_tensor(covariance)
             covariance = covariance if covariance.is_floating_point() else covariance.to(torch.float64)
@@ -87,6 +87,15 @@ class GaussianPrior:
         self.start_loc = dict(loc or {})
         self.covariance = covariance
         self.hyperprior = hyperprior
+
+    def __repr__(self) -> str:
+        parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
+        parts += [f"precision of {', '.join(self.start)}"] if isinstance(self.start, Mapping) else []
+        parts += [] if self.covariance is None else [f"covariance {tuple(self.covariance.shape)}"]
+        parts += [] if self.learn_precision is None else [f"learn_precision={self.learn_precision!r}"]
+        parts += [f"loc of {', '.join(self.start_loc)}"] if self.start_loc else []
+        parts += [] if self.hyperprior is None else [f"hyperprior={type(self.hyperprior).__name__}"]
+        return f"GaussianPrior({', '.join(parts)})"
 
     @property
     def dense(self) -> bool:
@@ -208,6 +217,19 @@ class GaussianPrior:
             below = weights.size * (weights.size - 1) // 2
             return self._start_log_precision(weights, like), like.new_zeros(below)
         return _log_precision_and_tril(torch.linalg.cholesky(self.covariance.to(like)))
+
+
+def _check_precision(value: Any, what: str) -> Tensor:
+    if isinstance(value, (str, bool)):
+        hint = f": write GaussianPrior(learn_precision={value!r})" if value in LEARN_PRECISION else ""
+        raise TypeError(f"{what} must be a number, not {value!r}{hint}")
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be a number or a tensor, not {kind_of(value)}") from error
+    if not bool((tensor > 0).all()) or not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{what} must be positive and finite, not {tensor.tolist()}")
+    return tensor
 
 
 def _log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:

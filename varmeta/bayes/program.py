@@ -1,0 +1,55 @@
+"""What a user's Pyro program may be: its params, its plates, and what is left of Pyro's complaints about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+def starts(params: Any) -> dict[str, Tensor]:
+    """Where each param starts: at zeros of its shape, or at its tensor.  Raises TypeError or ValueError, naming the param."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a dict of shapes by name, such as {{'slope': ()}}, not {params!r}")
+    if not params:
+        raise ValueError("params must name at least one parameter and its shape, such as {'slope': ()}")
+    out = {}
+    for name, value in params.items():
+        if isinstance(value, (Tensor, np.ndarray)):
+            out[name] = torch.as_tensor(value).detach().clone()
+        elif isinstance(value, (tuple, list)) and all(isinstance(n, int) and n >= 0 for n in value):
+            out[name] = torch.zeros(tuple(value))
+        else:
+            raise TypeError(
+                f"params[{name!r}] is {value!r}, expected a shape, () for a single number or (3,) for three, or a tensor to "
+                "start theta0 from"
+            )
+    return out
+
+
+class RefusePlates(Messenger):
+    """Within it, a plate beyond the first ones called `supplied` raises a ValueError: the axes are there already."""
+
+    def __init__(self, supplied: set[str]) -> None:
+        super().__init__()
+        self.supplied = supplied
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not site_is_subsample(msg):
+            return
+        if msg["name"] not in self.supplied:
+            raise ValueError(
+                f"the program opens pyro.plate({msg['name']!r}), but the plates of tasks and of their observations are "
+                "supplied: leave it out"
+            )
+        self.supplied = self.supplied - {msg["name"]}
+
+
+def without_shapes(error: BaseException) -> str:
+    """A message without the table of shapes that Pyro appends, in which every number is varmeta's own."""
+    return str(error).partition("\nTrace Shapes:")[0].rstrip()

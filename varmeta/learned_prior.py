@@ -1,0 +1,107 @@
+"""The prior as it was learned: numbers by parameter name, and a table that a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta.bayes.likelihood import SCALE
+from varmeta.bayes.model import TaskModel
+from varmeta.labels import parameter_labels
+
+# Weights that a table, and a repr, show; networks have more.
+ROWS, FEW = 40, 4
+MAX_CORRELATIONS = 10
+
+
+@dataclass(frozen=True, repr=False)
+class LearnedPrior:
+    """N(theta0, Lambda^-1) as learned.
+
+    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight on its own, so for
+        a dense covariance not the diagonal of its inverse.
+    covariance: `(D, D)` in the order of `labels`, one readable name per weight.
+    shared: parameters that are the same for all tasks, by name; shared_labels: the readable names of their entries.
+    scale: the noise scale, where it is learned.
+    is_learned: whether the covariance was learned, or given by the user.
+    """
+
+    loc: dict[str, Tensor]
+    precision: dict[str, Tensor]
+    sd: dict[str, Tensor]
+    covariance: Tensor
+    labels: tuple[str, ...]
+    shared: dict[str, Tensor]
+    shared_labels: dict[str, tuple[str, ...]]
+    scale: Tensor | None
+    is_learned: bool
+
+    @classmethod
+    def of(cls, model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> LearnedPrior:
+        weights, named = model.weights, parameter_labels(model, x_names)
+        with torch.no_grad():
+            distribution = model.prior_distribution(eta)
+            spread = distribution.stddev
+            dense = model.prior.dense
+            return cls(
+                loc=weights.unflatten(distribution.mean),
+                precision=weights.unflatten(spread**-2),
+                sd=weights.unflatten(spread),
+                covariance=distribution.covariance_matrix if dense else torch.diag(spread.square()),
+                labels=tuple(label for name in weights.names for label in named[name]),
+                shared={name: eta[name] for name in model.shared},
+                shared_labels={name: named[name] for name in model.shared},
+                scale=eta[SCALE].exp() if SCALE in eta else None,
+                is_learned=model.prior.learn_precision is not None,
+            )
+
+    @property
+    def correlation(self) -> Tensor:
+        sd = self.covariance.diagonal().sqrt()
+        return self.covariance / torch.outer(sd, sd)
+
+    @property
+    def _rows(self) -> list[tuple[str, float, float]]:
+        """Label, theta0 and sd of every weight."""
+        loc = torch.cat([value.reshape(-1) for value in self.loc.values()])
+        return list(zip(self.labels, loc.tolist(), self.covariance.diagonal().sqrt().tolist(), strict=True))
+
+    @property
+    def _shared_rows(self) -> list[tuple[str, float]]:
+        return [
+            (label, number)
+            for name, value in self.shared.items()
+            for label, number in zip(self.shared_labels[name], value.reshape(-1).tolist(), strict=True)
+        ]
+
+    def __str__(self) -> str:
+        rows, shared = self._rows, self._shared_rows
+        shown, shown_shared = rows[:ROWS], shared[:ROWS]
+        labels = [label for label, _, _ in shown] + [label for label, _ in shown_shared]
+        width = max(map(len, ["noise scale", *labels]))
+        lines = [f"{'weight':<{width}} {'theta0':>12} {'prior sd':>12}"]
+        # a number that was given must not be read as a finding
+        fixed = "" if self.is_learned else " (fixed)"
+        lines += [f"{label:<{width}} {mean:>12.5g} {spread:>12.5g}{fixed}" for label, mean, spread in shown]
+        lines += [f"... and {len(rows) - ROWS} weights more"] if len(rows) > ROWS else []
+        lines += [f"{label:<{width}} {number:>12.5g} {'shared':>12}" for label, number in shown_shared]
+        lines += [f"... and {len(shared) - ROWS} shared numbers more"] if len(shared) > ROWS else []
+        if self.scale is not None:
+            lines.append(f"{'noise scale':<{width}} {'':>12} {float(self.scale):>12.5g}")
+        off = self.covariance - torch.diag(self.covariance.diagonal())
+        if len(rows) <= MAX_CORRELATIONS and bool(off.any()):
+            lines.append("correlations of the prior")
+            for label, row in zip(self.labels, self.correlation.tolist(), strict=True):
+                lines.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        parts = [f"{label} {mean:.4g} (sd {spread:.3g})" for label, mean, spread in self._rows[:FEW]]
+        parts += [f"{label} {number:.4g} (shared)" for label, number in self._shared_rows[:FEW]]
+        left = max(0, len(self._rows) - FEW) + max(0, len(self._shared_rows) - FEW)
+        parts += [f"{left} more"] if left else []
+        parts += [] if self.scale is None else [f"noise scale {float(self.scale):.4g}"]
+        return f"LearnedPrior({', '.join(parts)})"

@@ -1,0 +1,73 @@
+"""Observations under draws of the weights: their site in the program's trace, densities, means, class probabilities."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from varmeta.bayes.model import SITE
+from varmeta.tasks import Data
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Observations under draws: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, samples `(draws, tasks, points,
+    ...)`; for classes their probabilities, classes last."""
+
+    data: Data
+    y: Tensor
+    log_prob: Tensor
+    samples: Tensor
+    probs: Tensor | None
+
+
+@contextlib.contextmanager
+def quiet_scope(seed: int, device: torch.device) -> Iterator[None]:
+    """No gradients, no validation, and a random state of one's own that is put back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=devices):
+        # not torch.manual_seed, which would seed the devices that are not forked too
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def observed_site(trace: poutine.Trace) -> Any:
+    """The site of the observations: the one called y, or the only one."""
+    sites = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and name != SITE and not poutine.util.site_is_subsample(site)
+    }
+    if "y" in sites:
+        return sites["y"]
+    if len(sites) != 1:
+        raise ValueError(f"the program samples {sorted(sites)}: call the observed site 'y', or sample just one")
+    return next(iter(sites.values()))
+
+
+def class_probabilities(fn: dist.TorchDistribution) -> Tensor:
+    """`(..., classes)`; for a Bernoulli, of 0 and of 1."""
+    return torch.stack([1.0 - fn.probs, fn.probs], -1) if isinstance(fn, dist.Bernoulli) else fn.probs
+
+
+def mean_of(fn: dist.TorchDistribution) -> Tensor:
+    if isinstance(fn, dist.Categorical):
+        return fn.probs
+    try:
+        mean = fn.mean
+    except NotImplementedError:
+        mean = None
+    if mean is None or bool(mean.isnan().any()):
+        raise ValueError(f"a {type(fn).__name__} observation has no mean here: use predict(x) and its interval")
+    return mean

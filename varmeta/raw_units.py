@@ -1,0 +1,88 @@
+"""A linear model's prior, learned from standardised data, in the data's own units.
+
+With x' = (x - m) / s and y' = (y - l) / k, the coefficients of y on x are an affine function of those of y' on x':
+
+    slope_j = k / s_j slope'_j,    intercept = l + k (intercept' - sum_j m_j / s_j slope'_j),    noise scale = k scale'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from varmeta.learned_prior import LearnedPrior
+from varmeta.linear_predictor import INTERCEPT, LinearPredictor
+
+if TYPE_CHECKING:
+    from varmeta.result import Fit
+    from varmeta.scaling import Scaling
+
+
+def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
+    """See `Scaling.raw_prior`."""
+    model, prior = fit.model, fit.prior
+    slopes, intercept = _positions(model.net)
+    mean = torch.cat([fit.eta[name].reshape(-1) for name in model.start])  # varying and shared
+    matrix, shift = _affine_map(scaling, slopes, intercept, mean)
+    kind = torch.cat([torch.full((value.numel(),), name in model.shared) for name, value in model.start.items()])
+    shared, varying = kind.nonzero().flatten(), (~kind).nonzero().flatten()
+    if bool(matrix[shared][:, varying].any()):
+        raise ValueError(
+            "the slopes vary between tasks but the intercept is shared, and in raw units, where x is not centred, an intercept "
+            "that is the same for all tasks does not say the same: let the intercept vary"
+        )
+    mean = matrix @ mean + shift
+    rows = matrix[varying][:, varying]
+    covariance = rows @ prior.covariance @ rows.T
+    sd = covariance.diagonal().sqrt()
+    named = dict(zip(model.start, mean.split([value.numel() for value in model.start.values()]), strict=True))
+    return replace(
+        prior,
+        loc=model.weights.unflatten(mean[varying]),
+        precision=model.weights.unflatten(sd**-2),
+        sd=model.weights.unflatten(sd),
+        covariance=covariance,
+        shared={name: named[name].reshape(model.start[name].shape) for name in model.shared},
+        scale=None if prior.scale is None else prior.scale * scaling.y_scale.to(prior.scale).reshape(()),
+    )
+
+
+def _positions(net: nn.Module | None) -> tuple[list[int], int | None]:
+    """Where slopes and intercept stand among all parameters."""
+    if isinstance(net, nn.Linear) and net.out_features == 1:
+        return list(range(net.in_features)), None if net.bias is None else net.in_features
+    if isinstance(net, LinearPredictor):
+        names = [name for name, _ in net.named_parameters()]
+        return [names.index(column) for column in net.columns], names.index(INTERCEPT) if net.has_intercept else None
+    what = "a Pyro program" if net is None else f"a {type(net).__name__}"
+    raise TypeError(
+        f"raw_prior needs a linear model, nn.Linear with one output or vm.LinearPredictor, not {what}: of others standardise "
+        "the predictions back, scaling.y_inverse"
+    )
+
+
+def _affine_map(scaling: Scaling, slopes: list[int], intercept: int | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix `(P, P)` and shift `(P,)` that take the coefficients of the scaled data to those of the raw data."""
+    loc, scale = (value.to(like).reshape(-1) for value in (scaling.x_loc, scaling.x_scale))
+    y_loc, y_scale = (value.to(like).reshape(-1) for value in (scaling.y_loc, scaling.y_scale))
+    if len(loc) != len(slopes):
+        raise ValueError(
+            f"the scaling is of {len(loc)} columns of x, but the model has {len(slopes)}: give the tasks' own"
+        )
+    if y_loc.numel() != 1:
+        raise ValueError(f"the scaling is of {y_loc.numel()} responses, but raw_prior serves models of one")
+    matrix, shift = torch.zeros(len(like), len(like)).to(like), torch.zeros_like(like)
+    matrix[slopes, slopes] = y_scale / scale
+    if intercept is None:
+        if bool(loc.any()) or bool(y_loc.any()):
+            raise ValueError(
+                "the data were centred but the model has no intercept, so in raw units it would need one: add an intercept"
+            )
+        return matrix, shift
+    matrix[intercept, intercept] = y_scale
+    matrix[intercept, slopes] = -y_scale * loc / scale
+    shift[intercept] = y_loc
+    return matrix, shift
