@@ -9,7 +9,7 @@ BIN            = $(VENV)/bin
 
 export MPLBACKEND ?= Agg
 
-.PHONY: setup demo landscape test lint test-arviz1 clean
+.PHONY: setup demo readme landscape test lint test-arviz1 clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: $(VENV)/.installed
 
 landscape: $(VENV)/.installed
 	$(BIN)/python -m experiments.landscape --out results/landscape
+
+# Put the demonstration's output into the README.
+readme: $(VENV)/.installed
+	$(BIN)/python -m experiments.demo --out results/demo | $(BIN)/python -m experiments.readme
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -96,7 +97,7 @@ def floor(points: int, draws: int = 4000) -> float:
 def said(row: dict[str, Any]) -> None:
     """A line for each run as it ends: minutes of silence look like a hang."""
     how = f"{row['seconds']:.1f} s, {row['evaluations']:.0f} evaluations" if not row["failed"] else row["stop"]
-    print(f"seed {row['seed']}: {row['method']} ({how})", flush=True)
+    print(f"seed {row['seed']}: {row['method']} ({how})", file=sys.stderr, flush=True)
 
 
 def growth(out: Path, seeds: int, budget: float) -> None:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.demo import strategies
+from experiments.readme import BLOCK, README
+from varmeta.baselines import BASELINES
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -27,3 +31,12 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_readme_shows_what_the_demonstration_prints() -> None:
+    """`make readme` writes it; its numbers move with the machine, so only its rows are compared."""
+    found = BLOCK.search(README.read_text())
+    assert found is not None
+    rows = {line.split("  ")[0] for line in found[0].splitlines()}
+    assert {*strategies(), *BASELINES} <= rows
+    assert "radon log likelihood -1043.5214 -1043.5213" in found[0]

@@ -150,10 +150,12 @@ def _adapt_with_fresh_noise(
         free, state = minimizer.update(detach(point), gradient, state, 1.0 - step / steps)
     phi = guide_of(detach(free))
     result = torch.full((len(batch),), int(Result.STEP_LIMIT), device=losses.device)
-    # the mode is the floor: a guide that ends above where it started has not been fitted
-    tenth = max(1, steps // 10)
-    first, last = torch.stack(record[:tenth]).mean(0), torch.stack(record[-tenth:]).mean(0)
-    result = torch.where(last > first, int(Result.DIVERGED), result) if steps >= 100 else result
+    # a guide that ends above where it started, by more than the draws make of it, has not been fitted
+    tenth = max(2, steps // 10)
+    first, last = torch.stack(record[:tenth]), torch.stack(record[-tenth:])
+    chance = 3.0 * (first.var(0) + last.var(0)).sqrt() / tenth**0.5
+    climbed = last.mean(0) > first.mean(0) + chance.clamp(min=0.1)
+    result = torch.where(climbed, int(Result.DIVERGED), result) if steps >= 100 else result
     sound = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
-    result = torch.where(sound & torch.isfinite(last), result, int(Result.NON_FINITE))
+    result = torch.where(sound & torch.isfinite(record[-1]), result, int(Result.NON_FINITE))
     return Solution(phi, result, {"evaluations": torch.full_like(losses, float(steps)).detach()})
