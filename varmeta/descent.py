@@ -7,17 +7,16 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from varmeta.fast import FastLoss
+from varmeta.fast import Outcome, Step
 from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
 from varmeta.run import Callback, Run, non_finite
-from varmeta.strategy import Eta, State, Strategy
+from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -26,7 +25,7 @@ SETTLED = 0.01
 
 
 def adam(params: Iterable[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=1e-2)
+    return torch.optim.Adam(params, lr=1e-2, fused=True)  # one kernel for all of eta
 
 
 def lbfgs(params: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -49,7 +48,7 @@ class Descent:
 
     num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
     batch_size: tasks per step (None: all).  decay: the schedule's multiplier at a fraction of the way.
-    compile: whether the step is captured and compiled, see `FastLoss`.
+    compile: whether the step is captured and compiled, see `Step`.
     """
 
     optimizer: OptimizerFactory
@@ -83,7 +82,7 @@ def descend(
             f"LBFGS's line search trusts value and gradient alike, but those of {strategy.describe()} do not belong together: "
             "use Adam or SGD"
         )
-    fast = FastLoss(strategy, plan.compile)
+    take_step = Step(strategy, plan.compile, _num_steps(plan))
     whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
     start, begin = run.step, perf_counter() - run.seconds
     spent = run.evaluations
@@ -98,44 +97,42 @@ def descend(
                 run.stop = f"spent its budget of {plan.budget:g} gradient evaluations per task after {step} steps"
                 break
             scale = plan.decay(fraction)
-            fast.steps_left = _steps_left(plan, run, step)
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * scale
             batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
             before = strategy.before(problem, batch, eta, replace(run.state, lr_scale=scale))
-            calls: list[tuple[Tensor, State, dict[str, Any]]] = []
+            calls: list[Outcome] = []
 
             def closure() -> float:
-                optimizer.zero_grad(set_to_none=True)
                 # B023: the closure is called within this step only
-                calls.append(fast(problem, batch, eta, before))  # noqa: B023
-                calls[-1][0].backward(inputs=leaves)  # noqa: B023
-                return float(calls[-1][0].detach())  # noqa: B023
+                calls.append(take_step(problem, batch, eta, before))  # noqa: B023
+                for name, gradient in calls[-1].gradient.items():  # noqa: B023
+                    eta[name].grad = gradient
+                return float(calls[-1].value)  # noqa: B023
 
             here = {name: value.detach().clone() for name, value in eta.items()}
             optimizer.step(closure)
-            scalar, state, stats = calls[0]
-            loss = float(scalar.detach())
+            value, gradient, state, stats = calls[0]
+            loss, gradient_norm, size = torch.stack([value, _norm(gradient), _norm(eta)]).tolist()  # one read a step
             if math.isfinite(loss):
                 safe = here, run.state
-            if not math.isfinite(loss) or not all(bool(torch.isfinite(value).all()) for value in eta.values()):
+            if not math.isfinite(loss + gradient_norm + size):
                 message = non_finite(batch, stats["losses"], f"at step {step}")
                 if step == start:
                     raise ValueError(message)
                 run.stop = f"{message}; this is the fit of the last step at which it was"
                 warnings.warn(run.stop, RuntimeWarning, stacklevel=3)
                 broken, run.state = True, safe[1]
-                for name, value in safe[0].items():
-                    eta[name].data.copy_(value)
+                for name, known in safe[0].items():
+                    eta[name].data.copy_(known)
                 break
-            gradient_norm = math.sqrt(sum(float(v.grad.square().sum()) for v in eta.values() if v.grad is not None))
             warning = None if warned else strategy.warning(batch, stats)
             if warning is not None:  # once: the next steps would say the same with other numbers
                 warnings.warn(warning, RuntimeWarning, stacklevel=3)
                 warned = True
             # a minibatch works for its own tasks only
             share = len(batch) / len(tasks)
-            spent += share * sum(float(call[2]["evaluations"]) for call in calls)
+            spent += share * sum(float(call.stats["evaluations"]) for call in calls)
             run.state = state
             run.record(
                 callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,
@@ -160,13 +157,13 @@ def descend(
         _judge(run, len(tasks), strategy.every if isinstance(strategy, Reinit) else 1)
 
 
-def _steps_left(plan: Descent, run: Run, step: int) -> float:
-    """By the number of steps, or by what the last step took of the budget."""
-    by_number = math.inf if plan.num_steps is None else plan.num_steps - step
-    if plan.budget is None or len(run.history) < 2:
-        return by_number
-    last = run.history[-1]["evaluations"] - run.history[-2]["evaluations"]
-    return min(by_number, (plan.budget - run.evaluations) / max(last, 1.0))
+def _num_steps(plan: Descent) -> float:
+    """The length of the whole run; a budget buys no more steps than gradient evaluations."""
+    return min(plan.num_steps or math.inf, plan.budget or math.inf)
+
+
+def _norm(eta: Eta) -> Tensor:
+    return torch.linalg.vector_norm(torch.cat([value.detach().reshape(-1) for value in eta.values()]))
 
 
 def _rows(total: int, size: int, seed: int, step: int) -> Tensor:

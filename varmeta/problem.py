@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pyro
@@ -30,8 +30,6 @@ class Problem:
     guide: Guide
     expectation: Expectation
     seed: int
-    # noise by kind where it is handed in (a captured graph takes it as an input), instead of drawn
-    given: Mapping[str, Tensor] | None = None
 
     @classmethod
     def make(
@@ -65,22 +63,18 @@ class Problem:
     def losses(self, name: str, batch: Batch, step: int) -> Losses:
         """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise."""
         function = self.objective.outer(name)
-        noise = self.noise(name, batch, step) if self.given is None else self.given[_kind(name)]
+        noise = self.noise(name, batch, step)
         return lambda phi, eta: function(phi, eta, batch, noise)
 
     def noise(self, name: str, batch: Batch, step: int) -> Tensor:
         """The standardised points at which that objective takes its expectation, `(points, tasks or 1, D)`."""
         rule = self.expectation
-        if _kind(name) == "predictive" and not isinstance(rule, Point):
+        if name == "query_predictive" and not isinstance(rule, Point):
             if self.deterministic:
                 step = 0  # the same draws at every step: quasi-Newton steps and line searches need one function
             known = rule.num_particles if isinstance(rule, MonteCarlo) else 0
             rule = MonteCarlo(max(PREDICTIVE_PARTICLES, known))
         return rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
-
-    def noises(self, names: Iterable[str], batch: Batch, step: int) -> dict[str, Tensor]:
-        """What `given` takes: the noise of these objectives, by kind."""
-        return {_kind(name): self.noise(name, batch, step) for name in names}
 
     def scaled_losses(self, data: Data, share: Tensor) -> Losses:
         """F_i under a delta guide, the likelihood of `data` (a minibatch of each task) counted `share` `(tasks,)` times."""
@@ -101,7 +95,3 @@ class Problem:
         """phi at the prior, differentiable in eta."""
         with pyro.validation_enabled(False):  # a line search may ask for a point without a finite scale
             return self.guide.init(self.model, eta, batch.support)
-
-
-def _kind(name: str) -> str:
-    return "predictive" if name == "query_predictive" else "points"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,10 +69,11 @@ class Cubature:
 
 @lru_cache(maxsize=32)
 def _sphere(size: int, rotations: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(rotations, size, size, generator=generator, dtype=torch.float64)
-    axes = torch.linalg.qr(normal)[0].reshape(-1, size) if rotations else torch.eye(size, dtype=torch.float64)
-    return (math.sqrt(size) * torch.cat([axes, -axes])).to(dtype=dtype, device=device)
+    # by numpy: a traced graph then takes the points as a constant
+    normal = np.random.default_rng(0).standard_normal((rotations, size, size))
+    axes = np.linalg.qr(normal)[0].swapaxes(-1, -2).reshape(-1, size) if rotations else np.eye(size)
+    points = torch.from_numpy(math.sqrt(size) * np.concatenate([axes, -axes]))
+    return points.to(dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -11,39 +11,33 @@ compile once.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
 log = logging.getLogger("varmeta")
 
 Function = Callable[..., Any]
+Flat = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-@dataclass
-class _Compiled:
-    """Graphs that have been compiled in this process, by their code and the shapes of what they take."""
-
-    graphs: dict[tuple[Any, ...], Function] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
+class CaptureError(RuntimeError):
+    """A function that cannot be traced or compiled, with the reason in a sentence."""
 
 
-_COMPILED = _Compiled()
+class Traced(NamedTuple):
+    """A graph of plain tensor operations, the constants that are its last inputs, and the tree that it returns."""
 
-
-def compile_cost() -> float:
-    """Seconds that the next new graph will take to compile, judged by those before it (the first in a process is slow)."""
-    return max(_COMPILED.seconds[-3:]) if _COMPILED.seconds else FIRST_COMPILE
-
-
-# Measured on two cores: the first graph in a process 20 to 45 s, later ones 2 to 8 s.
-FIRST_COMPILE = 30.0
+    graph: fx.GraphModule
+    constants: list[Tensor]
+    out: pytree.TreeSpec
 
 
 class Captured:
@@ -63,30 +57,29 @@ class Captured:
     def __init__(self, function: Function, compiled: bool = True) -> None:
         self.function = function
         self.compiled = compiled
-        self._made: dict[tuple[Any, ...], Callable[[Sequence[Tensor]], Any]] = {}
+        self._traced: dict[tuple[Any, ...], Traced] = {}
+        self._made: dict[tuple[Any, ...], Flat] = {}
 
     def __call__(self, *args: Any) -> Any:
         leaves, structure = pytree.tree_flatten(args)
         key = (structure, signature(leaves))
         if key not in self._made:
-            self._made[key] = self._make(leaves, structure)
-        return self._made[key](leaves)
+            self._made[key] = runner(self._trace(key, leaves, structure), leaves, self.compiled)
+        return pytree.tree_unflatten(self._made[key](leaves), self._traced[key].out)
 
-    def _make(self, leaves: list[Tensor], structure: pytree.TreeSpec) -> Callable[[Sequence[Tensor]], Any]:
-        graph, out = capture(self.function, leaves, structure)
-        constants = lift(graph, len(leaves))
-        run: Function = compile_graph(graph, [*leaves, *constants]) if self.compiled else graph
-        return lambda now: pytree.tree_unflatten(list(run(*now, *constants)), out)
+    def traced(self, *args: Any) -> Traced:
+        """The graph for these arguments, which a later call need not trace again."""
+        leaves, structure = pytree.tree_flatten(args)
+        return self._trace((structure, signature(leaves)), leaves, structure)
+
+    def _trace(self, key: tuple[Any, ...], leaves: list[Tensor], structure: pytree.TreeSpec) -> Traced:
+        if key not in self._traced:
+            self._traced[key] = trace(self.function, leaves, structure)
+        return self._traced[key]
 
 
-class CaptureError(RuntimeError):
-    """A function that cannot be traced or compiled, with the reason in a sentence."""
-
-
-def capture(
-    function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSpec
-) -> tuple[fx.GraphModule, pytree.TreeSpec]:
-    """The graph of `function` on flat inputs, dead operations dropped, and the structure of what it returns."""
+def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSpec) -> Traced:
+    """The graph of `function`, whose arguments are `leaves` in that structure; dead operations are dropped."""
     out: list[pytree.TreeSpec] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
@@ -97,21 +90,32 @@ def capture(
     try:
         graph = make_fx(flat, tracing_mode="real")(*[leaf.detach() for leaf in leaves])
     except Exception as error:
-        raise CaptureError(f"it cannot be traced: {str(error).partition(chr(10))[0]}") from error
+        raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
     # autograd's bookkeeping leaves operations whose results nobody reads; some of them the compiler cannot handle
     graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph, out[0]
+    return Traced(graph, _lift(graph), out[0])
 
 
-def lift(graph: fx.GraphModule, num_inputs: int) -> list[Tensor]:
+def tracing() -> bool:
+    """Whether this is being traced into a graph: no number can be read then, so loops run to their limit, masked."""
+    return get_proxy_mode() is not None
+
+
+def runner(traced: Traced, leaves: Sequence[Tensor], compiled: bool) -> Flat:
+    """The traced function on flat inputs like `leaves`, to flat outputs."""
+    constants = traced.constants
+    run: Function = compile_graph(traced.graph, [*leaves, *constants]) if compiled else traced.graph
+    return lambda now: list(run(*now, *constants))
+
+
+def _lift(graph: fx.GraphModule) -> list[Tensor]:
     """Make a graph's constant tensors further inputs of it, so that equal computations are equal graphs; the constants."""
     constants: list[Tensor] = []
     placed = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    assert len(placed) == num_inputs
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
         with graph.graph.inserting_after(placed[-1]):
             placeholder = graph.graph.placeholder(f"constant_{len(constants)}")
+        placeholder.meta.update(node.meta)
         placed.append(placeholder)
         constants.append(getattr(graph, str(node.target)))
         node.replace_all_uses_with(placeholder)
@@ -120,17 +124,40 @@ def lift(graph: fx.GraphModule, num_inputs: int) -> list[Tensor]:
     return constants
 
 
+# -- compilation -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Compiled:
+    """Graphs that have been compiled in this process, by their code and the shapes of what they take."""
+
+    graphs: dict[tuple[Any, ...], Function] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+_COMPILED = _Compiled()
+
+
+def seconds_compiling() -> float:
+    """What compiling graphs has taken in this process so far."""
+    return _COMPILED.seconds
+
+
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function:
     """The compiled graph: an equal one of this process, or a new one, compiled and tried on the examples."""
     key = (graph.code, signature(examples))
     if key not in _COMPILED.graphs:
         begin = time.perf_counter()
-        compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+        from torch import _inductor  # seconds, which a process without a compiled graph need not spend
+
         try:
-            compiled(*examples)
+            # the graph is made of plain operations already: nothing for torch.compile's front end, and its guards, to add
+            with torch.no_grad():
+                compiled = _inductor.compile(graph, list(examples))
+                compiled(*examples)
         except Exception as error:
-            raise CaptureError(f"it cannot be compiled: {str(error).partition(chr(10))[0]}") from error
-        _COMPILED.seconds.append(time.perf_counter() - begin)
+            raise CaptureError(f"it cannot be compiled: {_first_line(error)}") from error
+        _COMPILED.seconds += time.perf_counter() - begin
         _COMPILED.graphs[key] = compiled
     return _COMPILED.graphs[key]
 
@@ -138,3 +165,31 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a graph is specialised to: shapes, strides, dtypes and devices."""
     return tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in leaves)
+
+
+# Measured on two cores (docs/speed.md).  They are constants, and no clock is read, so that whether a fit is compiled, and with
+# that the last digit of its numbers, is the same in every run.
+_SECONDS_PER_OPERATION = 8e-6  # eagerly, with what autograd and Python add
+_SECONDS_PER_BYTE = 4e-10
+_FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 8.0, 1e-2
+
+
+def eager_seconds(graph: fx.GraphModule) -> float:
+    """What one eager evaluation of a traced function takes, from the number and size of its operations."""
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+    return len(nodes) * _SECONDS_PER_OPERATION + sum(map(_bytes, nodes)) * _SECONDS_PER_BYTE
+
+
+def compile_seconds(graph: fx.GraphModule) -> float:
+    """What compiling it takes, from the number of its operations."""
+    return _FIRST_COMPILATION + len(graph.graph.nodes) * _COMPILATION_PER_OPERATION
+
+
+def _bytes(node: fx.Node) -> int:
+    values = node.meta.get("val")
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return sum(math.prod(x.shape) * x.element_size() for x in values if isinstance(x, Tensor))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

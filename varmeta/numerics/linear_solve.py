@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from varmeta.numerics import tree
+from varmeta.numerics.capture import tracing
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
@@ -368,11 +368,6 @@ class _System(NamedTuple):
         products = torch.full_like(steps, len(self.calls))
         stats = {"residual": residual, "curvature": curvature, "steps": steps, "products": products}
         return Solution(value, result, stats)
-
-
-def tracing() -> bool:
-    """Whether this is being traced into a graph: no number can be read then, so loops run to their limit, masked."""
-    return get_proxy_mode() is not None
 
 
 def _on_rows(function: Matvec, like: Tree, what: str) -> Product:

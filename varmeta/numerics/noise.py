@@ -15,14 +15,17 @@ import hashlib
 import math
 import operator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def normal(seed: int, step: int, ids: Tensor, num: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def normal(
+    seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Draws of N(0, 1), `(num, tasks, size)`, on the device of `ids`.
 
-    seed, step: any integers of 64 bits.
+    seed, step: any integers of 64 bits, or int64 tensors `()`: then a traced graph serves every seed and step.
     ids: the tasks' names as int64 numbers, `(tasks,)`; see `task_id`.
     num, size: how many draws, of how many coordinates; a larger call begins with the numbers of a smaller one.
     dtype: the numbers are made in float64 and then rounded, so float32 sees the same noise as float64.
@@ -37,15 +40,17 @@ def normal(seed: int, step: int, ids: Tensor, num: int, size: int, dtype: torch.
     _check(seed, step, ids, num, size, dtype)
     # Box-Muller: the coordinates 2i and 2i + 1 are the cosine and the sine of one pair of uniforms
     pairs = (size + 1) // 2
-    u, v = _open_unit(_address(seed, step, ids, num, 2 * pairs, stream=0), torch.float64).chunk(2, -1)
-    radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
-    draws = torch.empty(num, len(ids), pairs, 2, dtype=dtype, device=ids.device)
-    draws[..., 0] = radius * angle.cos()
-    draws[..., 1] = radius * angle.sin()
+    row = _address(seed, step, ids, num, stream=0)
+    first = 2 * _counting(pairs, ids)
+    u, v = (_open_unit(_absorb(row, coordinate), torch.float64) for coordinate in (first, first + 1))
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    draws = torch.stack([(radius * angle.cos()).to(dtype), (radius * angle.sin()).to(dtype)], -1)
     return draws.reshape(num, len(ids), 2 * pairs)[..., :size]
 
 
-def uniform(seed: int, step: int, ids: Tensor, num: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def uniform(
+    seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Uniform draws `(num, tasks, size)` in the open interval (0, 1); never 0 or 1, so logarithms are finite.
 
     Arguments, errors and invariances as for `normal`, but independent of it.  Resolution: 2^-52 in float64, 2^-23 in
@@ -56,7 +61,7 @@ def uniform(seed: int, step: int, ids: Tensor, num: int, size: int, dtype: torch
     (True, True, 0.5)
     """
     _check(seed, step, ids, num, size, dtype)
-    return _open_unit(_address(seed, step, ids, num, size, stream=1), dtype)
+    return _open_unit(_absorb(_address(seed, step, ids, num, stream=1), _counting(size, ids)), dtype)
 
 
 def task_id(name: str) -> int:
@@ -81,45 +86,40 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _absorb(h: Tensor, value: Tensor) -> Tensor:
-    # in place, in two buffers: at millions of numbers the time goes into memory, not into arithmetic
     h = h + (value + 1) * _GOLDEN  # int64 arithmetic wraps around, on purpose
-    buffer = torch.empty_like(h)
-    for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
-        h ^= _shift(h, bits, buffer)
-        h *= factor
-    return h
+    h = (h ^ _shift(h, 30)) * _MIX_1
+    h = (h ^ _shift(h, 27)) * _MIX_2
+    return h ^ _shift(h, 31)
 
 
-def _shift(h: Tensor, bits: int, out: Tensor) -> Tensor:
+def _shift(h: Tensor, bits: int) -> Tensor:
     """Logical shift to the right: int64's own shift copies the sign bit, so it is masked away."""
-    torch.bitwise_right_shift(h, bits, out=out)
-    return out.bitwise_and_((1 << (64 - bits)) - 1)
+    return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _address(seed: int, step: int, ids: Tensor, num: int, size: int, stream: int) -> Tensor:
-    """One hash for every number, int64 `(num, tasks, size)`.
-
-    `stream` separates the kinds of number.  For the normal ones the even and the odd half of a pair lie in two blocks,
-    addressed as if interleaved, so that the address does not depend on `size`.
-    """
+def _address(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, stream: int) -> Tensor:
+    """One hash for every draw and task, int64 `(num, tasks, 1)`; `stream` separates the kinds of number."""
     h = torch.zeros((), dtype=torch.int64, device=ids.device)
     for value in (stream, seed, step):
-        h = _absorb(h, torch.full_like(h, _signed(value)))
-    draw = torch.arange(num, device=ids.device).reshape(-1, 1, 1)
-    coordinate = torch.arange(size, device=ids.device)
-    if stream == 0:
-        coordinate = torch.cat([coordinate[::2], coordinate[1::2]])
-    return _absorb(_absorb(_absorb(h, ids.reshape(-1, 1)), draw), coordinate)
+        h = _absorb(h, value if isinstance(value, Tensor) else torch.full_like(h, _signed(value)))
+    return _absorb(_absorb(h, ids.reshape(-1, 1)), _counting(num, ids).reshape(-1, 1, 1))
+
+
+def _counting(size: int, like: Tensor) -> Tensor:
+    # by numpy: in a traced graph this is then an input, where arange's products would overflow the compiler's symbols
+    return torch.from_numpy(np.arange(size)).to(like.device)
 
 
 def _open_unit(h: Tensor, dtype: torch.dtype) -> Tensor:
     """(n + 1/2) / 2^bits of the leading bits n: with one bit fewer than the significand neither end is reached."""
     bits = round(-math.log2(torch.finfo(dtype).eps))
-    return _shift(h, 64 - bits, out=h).to(dtype).add_(0.5).mul_(2.0**-bits)
+    return (_shift(h, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
 
 
-def _check(seed: int, step: int, ids: Tensor, num: int, size: int, dtype: torch.dtype) -> None:
+def _check(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype) -> None:
     for name, value in (("seed", seed), ("step", step), ("num", num), ("size", size)):
+        if isinstance(value, Tensor) and value.shape == () and value.dtype == torch.int64:
+            continue
         try:
             operator.index(value)
         except TypeError:

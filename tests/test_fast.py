@@ -1,0 +1,196 @@
+"""A strategy's step, captured and compiled, is the same step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+import varmeta as vm
+from tests.cases import GUIDES, OUTERS, linear_model, net_model, ragged_tasks, scalar_model
+from varmeta.fast import Outcome, Step, eager
+from varmeta.numerics import capture
+
+GD = vm.GradientDescent(0.01)
+STRATEGIES: dict[str, Any] = {
+    "joint": lambda guide: vm.Joint(guide),
+    "joint, 4 draws": lambda guide: vm.Joint(guide, expectation="monte_carlo", num_particles=4),
+    "reinit": lambda guide: vm.Reinit(guide, every=2),
+    "maml": lambda guide: vm.Unrolled(guide, inner_steps=2, minimizer=GD),
+    "maml, adam": lambda guide: vm.Unrolled(guide, "query_elbo", 2, vm.Adam(0.01)),
+    "fomaml": lambda guide: vm.FirstOrder(guide, inner_steps=2, minimizer=GD),
+    "reptile": lambda guide: vm.Reptile(guide, inner_steps=2, minimizer=GD),
+    **{
+        f"implicit {outer}, cg": lambda guide, outer=outer: vm.Implicit(guide, outer, 2, GD, vm.CG(max_steps=2))
+        for outer in OUTERS
+    },
+    "implicit, direct": lambda guide: vm.Implicit(guide, "query", 2, GD, vm.Direct()),
+    "implicit, neumann": lambda guide: vm.Implicit(guide, "query", 2, GD, vm.Neumann(2, step=0.01)),
+    "implicit, ignored": lambda guide: vm.Implicit(guide, "query", 2, GD, vm.CG(max_steps=2), "ignore"),
+    "implicit, warm": lambda guide: vm.Implicit(guide, "query", 2, vm.Adam(0.01), vm.CG(max_steps=2), warm_start=True),
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def model_of(dtype: torch.dtype, **choices: Any) -> vm.TaskModel:
+    model = net_model(vm.GaussianPrior(3.0, learn_precision="shared"))
+    net = model.net.to(dtype)
+    return vm.TaskModel(net, vm.likelihoods.Gaussian(scale=0.7), model.prior, **choices)
+
+
+def steps(
+    step: Any, model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, count: int = 3, rows: Any = None
+) -> list[Outcome]:
+    """Outcomes of some steps in a row, eta moved by plain gradient descent between them."""
+    problem = strategy.problem(model, tasks, 7)
+    start = model.init(tasks.batch().support.x.new_zeros(()))
+    eta = {name: value.clone().requires_grad_() for name, value in start.items()}
+    state = strategy.init(problem, tasks.batch(), eta)
+    outcomes = []
+    for number in range(count):
+        batch = tasks.batch(None if rows is None else rows[number])
+        state = strategy.before(problem, batch, eta, replace(state, lr_scale=1.0 - 0.1 * number))
+        outcomes.append(step(problem, batch, eta, state))
+        state = outcomes[-1].state
+        for name, gradient in outcomes[-1].gradient.items():
+            eta[name].data.add_(gradient, alpha=-1e-3)
+    return outcomes
+
+
+def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float) -> None:
+    def close(a: Tensor, b: Tensor, what: str) -> None:
+        scale = max(1.0, float(a.detach().abs().max()))
+        assert float((a - b).detach().abs().max()) <= tolerance * scale, what
+
+    for one, other in zip(mine, its, strict=True):
+        close(one.value, other.value, "value")
+        assert one.gradient.keys() == other.gradient.keys()
+        for name, gradient in one.gradient.items():
+            close(gradient, other.gradient[name], name)
+        assert one.state.step == other.state.step
+        for tree, same in ((one.state.phi, other.state.phi), (one.state.inner, other.state.inner)):
+            assert (tree is None) == (same is None)
+            for name in tree or {}:
+                close(tree[name], same[name], name)
+        assert one.stats.keys() == other.stats.keys()
+        close(one.stats["losses"], other.stats["losses"], "losses")
+        # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done
+        assert float(one.stats["evaluations"]) <= float(other.stats["evaluations"])
+
+
+def both(strategy: Any, model: vm.TaskModel, **choices: Any) -> None:
+    dtype = model.init(torch.zeros(()))["log_precision"].dtype
+    tasks = ragged_tasks(5).to(dtype=dtype)
+    step = Step(strategy, True, 1)
+    found = steps(step, model, tasks, strategy, **choices)
+    assert step.compiled  # and did not fall back
+    expected = steps(lambda *args: eager(strategy, *args), model, tasks, strategy, **choices)
+    assert_same(expected, found, TOLERANCE[dtype])
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captured graphs run operation by operation: nobody waits for a compiler."""
+    monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: graph)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("strategy", "guide"),
+    [(name, "normal") for name in STRATEGIES]
+    + [(name, guide) for name in ("joint", "maml", "implicit query, cg") for guide in ("delta", "multivariate_normal")],
+)
+def test_a_captured_step_is_the_eager_step(strategy: str, guide: str) -> None:
+    both(STRATEGIES[strategy](guide), linear_model(vm.GaussianPrior(3.0, learn_precision="shared")), count=2)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_compiled_step_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
+    both(STRATEGIES[strategy](guide), model_of(dtype))
+
+
+def test_one_compiled_step_is_the_eager_step() -> None:
+    """The only test of the usual run that waits for the compiler."""
+    both(vm.Joint("delta"), model_of(torch.float64))
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_minibatches_share_a_graph_and_put_their_rows_back() -> None:
+    both(vm.Joint("normal"), model_of(torch.float64), rows=[[0, 3], [4, 1], [0, 2]])
+    model, tasks = model_of(torch.float64), ragged_tasks(5)
+    strategy = vm.Joint("normal")
+    steps(Step(strategy, True, 1), model, tasks, strategy, rows=[[0, 3], [4, 1], [0, 2]])
+    (graph,) = model.graphs.values()
+    assert len(graph.captured._made) == 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_another_seed_needs_no_other_graph_and_sees_other_noise() -> None:
+    model, tasks = scalar_model(vm.GaussianPrior(2.0)), ragged_tasks(5)
+    strategy = vm.Joint("normal", expectation="monte_carlo")
+    losses = [
+        vm.fit(model, tasks, strategy, 3, seed=seed, optimizer=adam, compile=True).history["loss"].tolist()
+        for seed in (0, 1, 0)
+    ]
+    assert losses[0] == losses[2] != losses[1]
+    (graph,) = model.graphs.values()
+    assert len(graph.captured._made) == 1
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(params, lr=1e-2)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_fit_is_the_same_by_either_way() -> None:
+    tasks = ragged_tasks(5)
+    for strategy in (vm.Joint("normal", expectation="monte_carlo"), vm.Unrolled(inner_steps=2, minimizer=GD)):
+        model = scalar_model(vm.GaussianPrior(2.0))
+        one, other = (
+            vm.fit(model, tasks, strategy, 30, adam, batch_size=2, seed=3, compile=how) for how in (False, True)
+        )
+        for name, value in one.eta.items():
+            torch.testing.assert_close(value, other.eta[name], rtol=1e-10, atol=1e-12)
+
+
+def test_auto_compiles_long_runs_alone_and_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: compiled.append(1) or graph)
+    tasks = ragged_tasks(5)
+    for num_steps, expected in ((100, False), (2_000, False), (10_000_000, True)):
+        model = model_of(torch.float64)
+        strategy = vm.Joint("normal")
+        step = Step(strategy, "auto", num_steps)
+        steps(step, model, tasks, strategy, count=1)
+        assert step.compiled is expected
+    assert len(compiled) == 1
+
+
+def branching(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+    sign = 1.0 if bool((x > -100.0).all()) else -1.0  # control flow on numbers: Pyro runs it, a graph cannot hold it
+    return pyro.sample("y", dist.Normal(sign * params["w"] * x[..., 0], 1.0), obs=y)
+
+
+def test_a_program_that_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    start = {"w": torch.tensor(0.4, dtype=torch.float64)}
+    model = vm.TaskModel.from_pyro(branching, start, vm.GaussianPrior(1.0))
+    tasks = ragged_tasks(5)
+    with caplog.at_level(logging.WARNING, "varmeta"):
+        fits = [vm.fit(model, tasks, vm.Joint("normal"), 5, adam, compile=how) for how in (True, False)]
+    (record,) = caplog.records
+    assert "without compilation" in record.message and "cannot be traced" in record.message
+    assert fits[0].loss == fits[1].loss
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'auto', True or False, not 'fast'"):
+        vm.fit(model_of(torch.float64), ragged_tasks(5), compile="fast")
