@@ -16,6 +16,7 @@ from varmeta._numbers import positive_number, whole_number
 from varmeta.baselines import BASELINES, baseline
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import OptimizerFactory
+from varmeta.fast import check_compile
 from varmeta.fit import fit
 from varmeta.report import Report
 from varmeta.result import Fit
@@ -37,6 +38,7 @@ def compare(
     baselines: bool = True,
     num_samples: int = 500,
     level: float = 0.9,
+    compile: str | bool = "auto",
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
@@ -53,6 +55,7 @@ def compare(
     budget: gradient evaluations per training task for every strategy and the pooled baseline (a Hessian product counts as
         two); adaptation at test time is not counted.
     optimizer, batch_size: as in `fit`, and the same for every strategy; Adam at 1e-2 by default.
+    compile: as in `fit`, judged for each run by itself.
     baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a mean-field posterior of each task on its
         own, under a prior that weighs a hundredth of one observation, so that tasks share next to nothing but the noise scale;
         for a network, a hundredth of the model's own precision).
@@ -73,6 +76,7 @@ def compare(
     chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
     _check(strategies, chosen, train, test, seed_list, level)
     positive_number("budget", budget)
+    check_compile(compile)
     whole_number("num_samples", num_samples)
     if batch_size is not None:
         whole_number("batch_size", batch_size)
@@ -88,10 +92,10 @@ def compare(
         failed, reason, seconds, said = 0, "", float("nan"), list[str]()
         try:
             with _collected(said):
-                result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size)
+                result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size, compile)
                 fits[name, seed] = result
                 seconds, reason = perf_counter() - begin, result.stop
-                score = result.adapt(test).score(num_samples=num_samples, seed=seed, level=level)
+                score = result.adapt(test, compile=compile).score(num_samples=num_samples, seed=seed, level=level)
             rows = score.iloc[:-1].reset_index()  # without "all"
             scores.append(rows.assign(method=name, seed=seed))
         except (ArithmeticError, RuntimeError, ValueError) as error:
@@ -156,7 +160,7 @@ def _initialised(model: TaskModel, seed: int) -> TaskModel:
 
 def _run(
     name: str, strategies: Mapping[str, Strategy], model: TaskModel, train: TaskSet, seed: int, budget: float,
-    optimizer: OptimizerFactory | None, batch_size: int | None,
+    optimizer: OptimizerFactory | None, batch_size: int | None, compile: str | bool,
 ) -> Fit:  # fmt: skip
     if name in strategies:
         strategy = strategies[name]
@@ -164,8 +168,9 @@ def _run(
         model, strategy = baseline(name, model, train, strategies.values())
     rows = train.merged() if strategy.outer == "elbo" else train
     return fit(
-        model, rows, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, progress=False
-    )
+        model, rows, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, compile=compile,
+        progress=False,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

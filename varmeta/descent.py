@@ -123,8 +123,8 @@ def descend(
                 run.stop = f"{message}; this is the fit of the last step at which it was"
                 warnings.warn(run.stop, RuntimeWarning, stacklevel=3)
                 broken, run.state = True, safe[1]
-                for name, known in safe[0].items():
-                    eta[name].data.copy_(known)
+                for name, before_it in safe[0].items():
+                    eta[name].data.copy_(before_it)
                 break
             warning = None if warned else strategy.warning(batch, stats)
             if warning is not None:  # once: the next steps would say the same with other numbers

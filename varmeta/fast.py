@@ -1,8 +1,10 @@
-"""A strategy's step as one compiled graph: the same step, traced once through Pyro, autograd and the inner loop.
+"""A strategy's step by compiled graphs: the same step, traced once through Pyro, autograd and the inner loop.
 
-Everything that changes between steps is an input of the graph: eta, the rows of phi and of the inner minimiser's state, the
-step size, the data of the batch, and the address (seed, step, tasks) from which the noise is made.  So one graph serves every
-batch of its shapes and every seed.
+As one graph where its loops have a fixed, small number of steps.  Everything that changes between steps is then an input: eta,
+the rows of phi and of the inner minimiser's state, the step size, the data of the batch, and the address (seed, step, tasks)
+from which the noise is made.  So one graph serves every batch of its shapes and every seed.
+
+Else in pieces (`numerics/pieces.py`): a loop that goes to a tolerance, or on for long, stays in Python, and its body is a graph.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.capture import Captured, CaptureError, compile_seconds, eager_seconds
-from varmeta.numerics.tree import put, take
+from varmeta.numerics.pieces import Graphed
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import detach, put, take
 from varmeta.problem import Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
-from varmeta.tasks import Batch, Data
+from varmeta.tasks import Batch
+from varmeta.tensors import batch_of, tensors_of
 
 log = logging.getLogger("varmeta")
 COMPILE = ("auto", True, False)
@@ -28,6 +34,10 @@ COMPILE = ("auto", True, False)
 WORTH = 4.0
 # Fewer steps are not even traced: that takes as long as some ten steps.
 FEWEST_STEPS = 200
+# Fewer numbers times weights are adapted to in no time, so the question is not even asked.
+MANY = 10**7
+# Gradients that an inner solve typically takes, and pieces, each larger than a gradient, that have to be compiled for it.
+SOLVE, PIECES = 30, 6
 
 
 def check_compile(value: object) -> None:
@@ -63,31 +73,63 @@ class Step:
         try:
             if self.compiled is None:
                 self.compiled = self._worth_it(problem, batch, eta, state)
-            if self.compiled:
+            if self.compiled and self.strategy.not_captured(problem) is None:
                 return self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
+            if self.compiled and self._in_pieces(problem):
+                return eager(self.strategy, replace(problem, graphed=True), batch, eta, state)
         except CaptureError as error:
-            log.warning("this model runs without compilation: %s", error)
+            fall_back(str(error))
             self.compiled = False
         return eager(self.strategy, problem, batch, eta, state)
 
     def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> bool:
-        if self.num_steps < FEWEST_STEPS or self.strategy.not_captured(problem) is not None:
+        if self.num_steps < FEWEST_STEPS:
             return False
-        graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
-        return eager_seconds(graph) * self.num_steps > WORTH * compile_seconds(graph)
+        if self.strategy.not_captured(problem) is None:
+            graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
+            return eager_seconds(graph) * self.num_steps > WORTH * compile_seconds(graph)
+        return self._in_pieces(problem) and pieces_are_worth_it(problem, batch, eta, self.num_steps)
+
+    def _in_pieces(self, problem: Problem) -> bool:
+        reason = self.strategy.not_in_pieces(problem)
+        if reason is not None and self.compiled:
+            raise CaptureError(reason)
+        return reason is None
 
     def _prepared(self, problem: Problem, batch: Batch, state: State) -> _Graph:
         """The step's graphs, kept with the model: another seed, fit or start of the same model captures nothing anew."""
         if self._graph is None:
-            reason = self.strategy.not_captured(problem)
-            if reason is not None:
-                raise CaptureError(reason)
             key = (self.strategy, problem.expectation, problem.model.prior, batch.total, state.certify)
             graphs = problem.model.graphs
             if key not in graphs:
                 graphs[key] = _Graph(self.strategy, problem, batch.total, state.certify)
             self._graph = cast("_Graph", graphs[key])
         return self._graph
+
+
+def adapt(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, compile: str | bool) -> Solution:
+    """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
+    try:
+        if compile == "auto":
+            many = batch.support.x.numel() * problem.model.weights.size >= MANY
+            compile = many and pieces_are_worth_it(problem, batch, eta, 1.0)
+        return strategy.adapt(replace(problem, graphed=bool(compile)), batch, eta)
+    except CaptureError as error:
+        fall_back(str(error))
+        return strategy.adapt(problem, batch, eta)
+
+
+def fall_back(reason: str) -> None:
+    log.warning("this model runs without compilation: %s", reason)
+
+
+def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: float) -> bool:
+    """Whether that many inner solves, of a typical length, are enough work to compile a minimiser's and a solver's pieces."""
+    known = {name: value.detach() for name, value in eta.items()}
+    inner = replace(problem, graphed=True).losses("elbo", batch, 0)
+    assert isinstance(inner, Graphed)
+    graph = inner.traced(losses_and_gradient, detach(problem.start(batch, known)), known)
+    return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
 
 
 def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
@@ -126,13 +168,8 @@ class _Graph:
         return self.captured.traced(_inputs(seed, batch, eta, state)).graph
 
     def _traced(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        problem = replace(self.problem, seed=inputs["seed"])
-        support = _data(*inputs["support"])
-        tasks = len(support)
-        # the batch as a set of its own: rows are taken and put back outside
-        everyone = torch.arange(tasks, device=support.mask.device)
-        query = _data(*inputs["query"]) if inputs["query"] else None
-        batch = Batch(support, query, inputs["ids"], ("",) * tasks, everyone, self.total)
+        problem = replace(self.problem, seed=inputs["seed"], graphed=False)
+        batch = batch_of(inputs["batch"], self.total)  # rows are taken and put back outside
         learned = inputs["learned"]
         with torch.enable_grad():
             eta = {n: v.detach().requires_grad_() if n in learned else v.detach() for n, v in inputs["eta"].items()}
@@ -155,16 +192,8 @@ def _inputs(seed: int, batch: Batch, eta: Eta, state: State) -> dict[str, Any]:
         "lr_scale": torch.tensor(state.lr_scale, dtype=batch.support.x.dtype, device=like.device),
         "seed": torch.tensor(_signed(seed), device=like.device),
         "step": torch.tensor(state.step, device=like.device),
-        "ids": batch.ids,
-        "support": (*batch.support.filled, like),
-        "query": () if batch.query is None else (*batch.query.filled, batch.query.mask),
+        "batch": tensors_of(batch),
     }
-
-
-def _data(x: Tensor, y: Tensor, mask: Tensor) -> Data:
-    data = Data(x, y, mask)
-    data.__dict__["filled"] = (x, y)  # filled before it came in: where to is for the numbers to say
-    return data
 
 
 def _rows(batch: Batch) -> Tensor | None:

@@ -15,6 +15,7 @@ from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, value_and_gradient
 from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach, dot, put, take
 from varmeta.problem import Losses, Problem
@@ -137,7 +138,7 @@ class Implicit(Amortised):
         return self._solve(problem.losses("elbo", batch, 0), start, eta, steps)
 
     def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None) -> Solution:
-        return minimize(lambda phi: inner(phi, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance)
+        return minimize(at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance)
 
     def not_captured(self, problem: Problem) -> str | None:
         if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
@@ -157,6 +158,9 @@ class Implicit(Amortised):
             steps = 2 * steps  # the certificate's solve
         if self.inner_steps + steps > MAX_TRACED_STEPS:
             return f"{self.inner_steps} inner and {steps} linear steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+        return super().not_captured(problem)
+
+    def not_in_pieces(self, problem: Problem) -> str | None:
         return super().not_captured(problem)
 
     def certificate(self, batch: Batch, stats: Stats) -> Certificate:

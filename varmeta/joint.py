@@ -14,9 +14,10 @@ from varmeta.bayes.expectation import Point
 from varmeta.bayes.guide import Delta, PyroGuide
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.pieces import at, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree, detach, leaves, map_tree, put, take
-from varmeta.problem import Problem
+from varmeta.problem import Losses, Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
 
@@ -81,7 +82,7 @@ class Joint(Strategy):
         start = detach(problem.start(batch, eta))
         if problem.deterministic:
             inner = problem.losses("elbo", batch, 0)
-            return minimize(lambda phi: inner(phi, eta), start, NewtonCG())
+            return minimize(at(inner, eta), start, NewtonCG())
         return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
 
 
@@ -128,27 +129,21 @@ def _adapt_with_fresh_noise(
     The location starts at the mode and moves in units of the prior's sd, so that it is reached in any units.
     """
     ours = not isinstance(problem.guide, PyroGuide)
-    mode, spread = phi, problem.model.prior_distribution(eta).stddev
+    unit = {name: torch.ones_like(x) for name, x in phi.items()}
+    origin = {name: torch.zeros_like(x) for name, x in phi.items()}
     if ours:
         points = replace(problem, guide=Delta(), expectation=Point())
-        inner = points.losses("elbo", batch, 0)
-        start = {"loc": phi["loc"]}
-        found = minimize(lambda point: inner(point, eta), start, NewtonCG(), max_steps=100)
-        mode = phi | {"loc": torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])}
-
-    def guide_of(free: Tree) -> Tree:
-        return free | {"loc": mode["loc"] + spread * free["loc"]} if ours else free
-
-    free = mode | {"loc": torch.zeros_like(mode["loc"])} if ours else mode
-    state = minimizer.init(free)
-    record = []
+        found = minimize(at(points.losses("elbo", batch, 0), eta), {"loc": phi["loc"]}, NewtonCG(), max_steps=100)
+        mode = torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])
+        unit["loc"] = problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
+        origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}
+    move = _NoisyStep(minimizer)
+    free, state, record = phi, minimizer.init(phi), []
     for step in range(steps):
-        point = leaves(free)
-        losses = problem.losses("elbo", batch, step)(guide_of(point), eta)
-        gradient = dict(zip(point, torch.autograd.grad(losses.sum(), list(point.values())), strict=True))
-        record.append(losses.detach())
-        free, state = minimizer.update(detach(point), gradient, state, 1.0 - step / steps)
-    phi = guide_of(detach(free))
+        scale = batch.support.x.new_full((len(batch),), 1.0 - step / steps)
+        losses, free, state = run(problem.losses("elbo", batch, step), move, free, state, scale, origin, unit, eta)
+        record.append(losses)
+    phi = map_tree(lambda o, u, x: o + u * x, origin, unit, free)
     result = torch.full((len(batch),), int(Result.STEP_LIMIT), device=losses.device)
     # a guide that ends above where it started, by more than the draws make of it, has not been fitted
     tenth = max(2, steps // 10)
@@ -159,3 +154,20 @@ def _adapt_with_fresh_noise(
     sound = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
     result = torch.where(sound & torch.isfinite(record[-1]), result, int(Result.NON_FINITE))
     return Solution(phi, result, {"evaluations": torch.full_like(losses, float(steps)).detach()})
+
+
+@dataclass(frozen=True)
+class _NoisyStep:
+    """The piece that is one step of phi = origin + unit * free."""
+
+    rule: FirstOrderMinimizer
+
+    def __call__(
+        self, fn: Losses, free: Tree, state: Tree, lr_scale: Tensor, origin: Tree, unit: Tree, eta: Eta
+    ) -> tuple[Tensor, Tree, Tree]:
+        point = leaves(free)
+        with torch.enable_grad():
+            losses = fn(map_tree(lambda o, u, x: o + u * x, origin, unit, point), eta)
+            found = torch.autograd.grad(losses.sum(), list(point.values()))
+        moved, state = self.rule.update(detach(point), dict(zip(point, found, strict=True)), state, lr_scale)
+        return losses.detach(), moved, state

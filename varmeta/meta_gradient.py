@@ -11,6 +11,7 @@ from torch import Tensor
 
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
+from varmeta.fast import Step, check_compile
 from varmeta.strategy import Strategy, check_kinds
 from varmeta.tasks import TaskSet
 
@@ -38,9 +39,18 @@ class MetaGradient:
 
 
 def meta_gradient(
-    model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int = 0, eta: Mapping[str, Tensor] | None = None
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy,
+    seed: int = 0,
+    eta: Mapping[str, Tensor] | None = None,
+    *,
+    compile: str | bool = "auto",
 ) -> MetaGradient:
     """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where the model starts).
+
+    compile: True captures and compiles it, for those who ask for many; "auto" and False do not, since one gradient is not
+        worth it.  The graphs are kept with the model.
 
     Raises ValueError for tasks or an eta that do not fit the model, TypeError for arguments of the wrong kind, RuntimeError
     for an uncertified implicit gradient under `on_unconverged="raise"`.
@@ -52,6 +62,7 @@ def meta_gradient(
     (['bias', 'log_scale', 'weight'], True)
     """
     check_kinds(model, tasks, strategy)
+    check_compile(compile)
     model.check(tasks)
     problem = strategy.problem(model, tasks, seed)
     strategy.check(model, tasks, for_fit=False)
@@ -69,13 +80,13 @@ def meta_gradient(
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     state = replace(strategy.init(problem, batch, leaves), certify=True)
-    scalar, _, stats = strategy.loss(problem, batch, leaves, state)
+    scalar, found, _, stats = Step(strategy, compile, 1)(problem, batch, leaves, state)
     warning = strategy.warning(batch, stats)
     if warning is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)
-    grads = _gradient(scalar, leaves)
+    grads = {name: found[name] for name in leaves}
     moving = strategy.moving(problem, batch, leaves, state, stats)
-    value, certificate = float(scalar.detach()), strategy.certificate(batch, stats)
+    value, certificate = float(scalar), strategy.certificate(batch, stats)
     if moving is None:
         return MetaGradient(value, grads, certificate)
     part = _gradient(moving, leaves)

@@ -13,8 +13,10 @@ from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expec
 from varmeta.bayes.guide import Guide, make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
+from varmeta.numerics.pieces import Graphed
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Batch, Data, TaskSet
+from varmeta.tensors import batch_of, tensors_of
 
 Losses = Callable[[Tree, Mapping[str, Tensor]], Tensor]
 
@@ -30,6 +32,8 @@ class Problem:
     guide: Guide
     expectation: Expectation
     seed: int
+    # whether the losses are to be run as compiled graphs, piece by piece (numerics/pieces.py)
+    graphed: bool = False
 
     @classmethod
     def make(
@@ -64,7 +68,15 @@ class Problem:
         """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise."""
         function = self.objective.outer(name)
         noise = self.noise(name, batch, step)
-        return lambda phi, eta: function(phi, eta, batch, noise)
+        if not self.graphed:
+            return lambda phi, eta: function(phi, eta, batch, noise)
+        total = batch.total
+        graphs = self.model.graphs.setdefault((name, self.guide.key, self.model.prior, total), {})
+        return Graphed(
+            lambda known, phi, eta: function(phi, eta, batch_of(known[0], total), known[1]),
+            (tensors_of(batch), noise),
+            graphs,
+        )
 
     def noise(self, name: str, batch: Batch, step: int) -> Tensor:
         """The standardised points at which that objective takes its expectation, `(points, tasks or 1, D)`."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from varmeta import summary
 from varmeta._points import check_columns
 from varmeta.bayes.model import TaskModel
+from varmeta.fast import adapt, check_compile
 from varmeta.learned_prior import LearnedPrior
 from varmeta.numerics.solution import Result
 from varmeta.posterior import Posterior
@@ -100,8 +101,10 @@ class Fit:
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
         return Posterior(self.problem, state.phi, self.eta, self.tasks, self.tasks)
 
-    def adapt(self, tasks: TaskSet) -> Posterior:
+    def adapt(self, tasks: TaskSet, *, compile: str | bool = "auto") -> Posterior:
         """The posteriors of new tasks: the same inner problem as in training, on their support data.
+
+        compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is worth it.
 
         A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
         theta0, and a mean-field guide cannot follow the correlations of a dense prior.
@@ -110,6 +113,7 @@ class Fit:
         than those of the training tasks.
         Warns where the inner problem of a task was not solved.
         """
+        check_compile(compile)
         if not isinstance(tasks, TaskSet):
             raise TypeError(f"adapt takes a TaskSet, not {no_tasks(tasks)}")
         example = self.tasks.batch().support
@@ -117,7 +121,7 @@ class Fit:
         check_columns(tasks, self.tasks)
         batch = tasks.batch()
         self.model.check(tasks)
-        solution = self.strategy.adapt(self.problem, batch, self.eta)
+        solution = adapt(self.strategy, self.problem, batch, self.eta, compile)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
         fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.is_noisy(self.problem)
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):

@@ -169,8 +169,12 @@ class Strategy(ABC):
         return state
 
     def not_captured(self, problem: Problem) -> str | None:
-        """Why `loss` cannot be traced into a graph, in a sentence; None where it can."""
+        """Why `loss` cannot be traced into one graph, in a sentence; None where it can."""
         return None
+
+    def not_in_pieces(self, problem: Problem) -> str | None:
+        """Why `loss` gains nothing from an inner loop whose body is a graph; None where it does."""
+        return self.not_captured(problem)
 
     def certificate(self, batch: Batch, stats: Stats) -> Certificate | None:
         """What an implicit gradient rests on, from the stats of `loss`; None for other gradients."""

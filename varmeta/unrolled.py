@@ -12,6 +12,7 @@ from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import detached, unrolled
 from varmeta.numerics.minimize import FirstOrderMinimizer, GradientDescent, minimize
+from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.problem import Problem
@@ -82,9 +83,7 @@ class Unrolled(Amortised):
         return 3.0 * self.inner_steps + 1.5  # a gradient forward, a Hessian product (two gradients) backward
 
     def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
-        solution = minimize(
-            lambda phi: inner(phi, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True
-        )
+        solution = minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True)
         return unrolled(outer, solution.value, eta), solution
 
     def not_captured(self, problem: Problem) -> str | None:
@@ -100,9 +99,9 @@ class Unrolled(Amortised):
         inner = problem.losses("elbo", batch, 0)
         if self.alg is not None:
             end = self.alg.one_draw(problem, batch, eta)
-            return minimize(lambda phi: inner(phi, eta), end, self.minimizer, steps=0)
+            return minimize(at(inner, eta), end, self.minimizer, steps=0)
         start = detach(problem.start(batch, eta))
-        return minimize(lambda phi: inner(phi, eta), start, self.minimizer, steps=self.inner_steps)
+        return minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps)
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,9 @@ class FirstOrder(Unrolled):
         if self.alg is not None:
             raise ValueError(f"{type(self).__name__} takes no alg: use Unrolled(alg=...) or Implicit(alg=...)")
 
+    def not_in_pieces(self, problem: Problem) -> str | None:
+        return None  # no derivative goes through the steps
+
     @property
     def _evaluations(self) -> float:
         return self.inner_steps + 1.5
@@ -132,7 +134,7 @@ class FirstOrder(Unrolled):
 
     def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
         fixed = detach(eta)
-        solution = minimize(lambda phi: inner(phi, fixed), detach(start), self.minimizer, steps=self.inner_steps)
+        solution = minimize(at(inner, fixed), detach(start), self.minimizer, steps=self.inner_steps)
         moved = add(solution.value, detach(start), -1.0)
         return unrolled(outer, add(start, moved), eta), solution
 
@@ -157,5 +159,5 @@ class Reptile(FirstOrder):
 
     def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
         fixed = detach(eta)
-        solution = minimize(lambda phi: inner(phi, fixed), detach(start), self.minimizer, steps=self.inner_steps)
+        solution = minimize(at(inner, fixed), detach(start), self.minimizer, steps=self.inner_steps)
         return detached(outer, solution.value, eta), solution

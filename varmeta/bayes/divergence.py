@@ -6,6 +6,8 @@ has none; so a pair without a closed form raises instead of falling back.
 
 from __future__ import annotations
 
+import math
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -46,26 +48,28 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     With p = N(mu, S S') and q = N(m, L L'):
     KL = 1/2 |S^-1 L|^2 + 1/2 |S^-1 (m - mu)|^2 - D/2 + log det S - log det L.
     """
-    if isinstance(q, dist.Delta):
-        return -p.log_prob(q.v)
     q_scale, p_scale = scale(q), scale(p)
-    assert q_scale is not None and p_scale is not None  # only a Delta has none
-    diagonal_q = isinstance(q, Independent)
+    assert p_scale is not None  # the prior is a Gaussian
     diagonal_p = isinstance(p, Independent)
     offset = location(q) - location(p)
     size = offset.shape[-1]
     if diagonal_p:
-        ratio = q_scale / (p_scale if diagonal_q else p_scale.unsqueeze(-1))
-        whitened = offset / p_scale
-        log_det_p = p_scale.log().sum(-1)
+        whitened, log_det_p = offset / p_scale, p_scale.log().sum(-1)
     else:
-        factor = torch.diag_embed(q_scale) if diagonal_q else q_scale
-        batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
-        ratio = torch.linalg.solve_triangular(p_scale.expand(batch), factor.expand(batch), upper=False)
         whitened = torch.linalg.solve_triangular(
             p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
         ).squeeze(-1)
         log_det_p = p_scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if q_scale is None:
+        # not p.log_prob, which takes the logarithm of every weight's scale for every task
+        return 0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) + log_det_p
+    diagonal_q = isinstance(q, Independent)
+    if diagonal_p:
+        ratio = q_scale / (p_scale if diagonal_q else p_scale.unsqueeze(-1))
+    else:
+        factor = torch.diag_embed(q_scale) if diagonal_q else q_scale
+        batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
+        ratio = torch.linalg.solve_triangular(p_scale.expand(batch), factor.expand(batch), upper=False)
     diagonal_of_q = q_scale if diagonal_q else q_scale.diagonal(dim1=-2, dim2=-1)
     squares = ratio.square().sum(-1) if diagonal_q and diagonal_p else ratio.square().sum((-2, -1))
     return 0.5 * (squares + whitened.square().sum(-1) - size) + log_det_p - diagonal_of_q.log().sum(-1)

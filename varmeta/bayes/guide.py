@@ -7,7 +7,7 @@ first, so that rows can be taken, put back and reset to the prior.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 import pyro
@@ -30,6 +30,11 @@ class Guide(ABC):
     """q(theta; phi_i), one factor per task."""
 
     name = "guide"
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for guides that make the same distribution of the same phi."""
+        return type(self)
 
     @abstractmethod
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
@@ -156,6 +161,10 @@ class PyroGuide(Guide):
         self._model: TaskModel | None = None
         # one module per number of tasks: an autoguide remembers the plate size of its first call
         self._modules: dict[int, torch.nn.Module] = {}
+
+    @property
+    def key(self) -> Hashable:
+        return self  # it holds the modules that it made
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         if self._model is None:

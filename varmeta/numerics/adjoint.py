@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Matvec
+from varmeta.numerics.pieces import Graphed, call, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
@@ -87,6 +89,8 @@ class ImplicitAdjoint:
         Raises:
             ValueError: an objective does not return one loss per task.
         """
+        if isinstance(inner, Graphed) and isinstance(outer, Graphed):
+            return self._by_graphs(inner, outer, tree.detach(phi), eta)
         point = tree.leaves(phi)
         with torch.enable_grad():
             envelope = inner is outer
@@ -97,24 +101,64 @@ class ImplicitAdjoint:
             stats = _nothing_solved(tree.norm(g))
             if self.certify or not envelope:
                 # one graph of the gradient serves all the products and the last derivative with respect to eta
-                solver = self._solver(point)
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
-                solutions = self._solve(solver, lambda x: _pull_back(gradient, point, x), v, g)
-                if v is not None:
-                    stats |= {"residual": solutions[0].stats["residual"], "linear_result": solutions[0].result}
-                    slope = tree.dot(solutions[0].value, gradient)
+                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g)
+                stats |= solved
+                if u is not None:
+                    slope = tree.dot(u, gradient)
                     # the parenthesis is exactly 0, unless the gradient is not finite; then the loss shows it
                     losses = losses - (slope - slope.detach())
-                    energy, size = tree.dot(solutions[0].value, v), stats["residual"] * tree.norm(v)
-                if self.certify:
-                    stats["decrement"] = 0.5 * tree.dot(solutions[-1].value, g)
-                for solution in solutions:
-                    stats["curvature"] = torch.fmin(stats["curvature"], solution.stats["curvature"])
-                    stats["products"] = stats["products"] + solution.stats["products"]
-                if v is not None:
-                    bound = size / (stats["curvature"] * energy).clamp(min=torch.finfo(size.dtype).tiny).sqrt()
-                    stats["linear_error"] = torch.where(size > 0, bound, size)
         return losses, stats
+
+    def _by_graphs(
+        self, inner: Graphed, outer: Graphed, point: Tree, eta: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, each derivative by its compiled graph."""
+        known = tree.detach(eta)
+        flat = tree.flatten(point)
+        u, envelope = None, inner is outer
+        losses, v = outer.run(losses_and_gradient, point, known)
+        if self.certify or not envelope:
+            g_rows, product = inner.linearize(_gradient_and_products, flat, point, known)
+            g = tree.unflatten(g_rows, point)
+
+            def matvec(x: Tree) -> Tree:
+                return tree.unflatten(run(product, call, tree.flatten(x)), point)
+
+            u, solved = self._certified(matvec, None if envelope else v, g)
+            stats = _nothing_solved(tree.norm(g)) | solved
+        else:
+            stats = _nothing_solved(tree.norm(v))
+        learned = tuple(name for name, value in eta.items() if value.requires_grad)
+
+        def pull(weights: Tensor) -> list[Tensor]:
+            direct = outer.run(_EtaGradient(learned), point, known, weights)
+            if u is None:
+                return list(direct.values())
+            through = inner.run(_MixedGradient(learned), point, known, u, weights)
+            return [direct[name] - through[name] for name in learned]
+
+        return _Pulled.apply(losses, pull, *(eta[name] for name in learned)), stats
+
+    def _certified(self, product: Matvec, v: Tree | None, g: Tree) -> tuple[Tree | None, dict[str, Tensor]]:
+        """u with H u = v (None without v), and the stats that the solves give."""
+        solutions = self._solve(self._solver(g), product, v, g)
+        curvature, products = solutions[0].stats["curvature"], solutions[0].stats["products"]
+        for solution in solutions[1:]:
+            curvature = torch.fmin(curvature, solution.stats["curvature"])
+            products = products + solution.stats["products"]
+        stats = {"curvature": curvature, "products": products}
+        if self.certify:
+            stats["decrement"] = 0.5 * tree.dot(solutions[-1].value, g)
+        if v is None:
+            return None, stats
+        u, residual = solutions[0].value, solutions[0].stats["residual"]
+        energy, size = tree.dot(u, v), residual * tree.norm(v)
+        bound = size / (curvature * energy).clamp(min=torch.finfo(size.dtype).tiny).sqrt()
+        stats |= {
+            "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, bound, size)
+        }  # fmt: skip
+        return u, stats
 
     def _solver(self, point: Tree) -> LinearSolver:
         if self.linear_solver is not None:
@@ -132,6 +176,76 @@ class ImplicitAdjoint:
             rough = replace(known, rtol=0.1)
             solutions.append(rough.solve(product, g))
         return solutions
+
+
+def losses_and_gradient(fn: Objective, phi: Tree, eta: dict[str, Tensor]) -> tuple[Tensor, Tree]:
+    """fn's losses and their derivative with respect to phi, without a graph."""
+    point = tree.leaves(phi)
+    with torch.enable_grad():
+        losses = _losses(fn, point, eta, "outer")
+        return losses.detach(), _gradient(losses, point)
+
+
+def _gradient_and_products(
+    fn: Objective, flat: Tensor, like: Tree, eta: dict[str, Tensor]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """d fn / d phi and the products with d2 fn / dphi2, on rows `(tasks, size)`."""
+    point = tree.leaves(tree.unflatten(flat, like))
+    with torch.enable_grad():
+        gradient = _gradient(_losses(fn, point, eta, "inner"), point, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        return tree.flatten(_pull_back(gradient, point, tree.unflatten(v, like)))
+
+    return tree.flatten(tree.detach(gradient)), product
+
+
+@dataclass(frozen=True)
+class _EtaGradient:
+    """The piece d (weights' losses) / d eta, by name; names: those that are asked for."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, fn: Objective, phi: Tree, eta: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        eta = eta | {name: eta[name].detach().requires_grad_() for name in self.names}
+        with torch.enable_grad():
+            value = (weights * fn(phi, eta)).sum()
+        return _by_name(value, eta, self.names)
+
+
+@dataclass(frozen=True)
+class _MixedGradient:
+    """The piece d (sum_i weights_i <u_i, d losses_i / d phi_i>) / d eta, by name."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, fn: Objective, phi: Tree, eta: dict[str, Tensor], u: Tree, weights: Tensor) -> dict[str, Tensor]:
+        eta = eta | {name: eta[name].detach().requires_grad_() for name in self.names}
+        point = tree.leaves(phi)
+        with torch.enable_grad():
+            gradient = _gradient(fn(point, eta), point, create_graph=True)
+            value = (weights * tree.dot(u, gradient)).sum()
+        return _by_name(value, eta, self.names)
+
+
+def _by_name(value: Tensor, eta: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    if not value.requires_grad:
+        return {name: torch.zeros_like(eta[name]) for name in names}
+    found = torch.autograd.grad(value, [eta[name] for name in names], materialize_grads=True)
+    return dict(zip(names, found, strict=True))
+
+
+class _Pulled(torch.autograd.Function):
+    """Losses `(tasks,)` whose derivative with respect to eta is a function of their weights."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, pull: Callable[[Tensor], list[Tensor]], *eta: Tensor) -> Tensor:
+        ctx.pull = pull
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        return (None, None, *ctx.pull(outputs[0].contiguous()))
 
 
 def unrolled(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:

@@ -45,18 +45,16 @@ class Captured:
 
     function: pure in its arguments, trees (dicts, lists, tuples) of tensors; no Python value may depend on a tensor's
         numbers.  Returns a tree of tensors, which carry no graph.
-    compiled: False keeps the captured graph uncompiled (the same operations, one by one).
 
     Raises CaptureError at the first call where the function cannot be traced or compiled.
 
-    >>> square = Captured(lambda tree: {"y": tree["x"] ** 2}, compiled=False)
-    >>> square({"x": torch.tensor([1.0, 2.0])})
+    >>> square = Captured(lambda tree: {"y": tree["x"] ** 2})
+    >>> square({"x": torch.tensor([1.0, 2.0])})  # doctest: +SKIP
     {'y': tensor([1., 4.])}
     """
 
-    def __init__(self, function: Function, compiled: bool = True) -> None:
+    def __init__(self, function: Function) -> None:
         self.function = function
-        self.compiled = compiled
         self._traced: dict[tuple[Any, ...], Traced] = {}
         self._made: dict[tuple[Any, ...], Flat] = {}
 
@@ -64,7 +62,7 @@ class Captured:
         leaves, structure = pytree.tree_flatten(args)
         key = (structure, signature(leaves))
         if key not in self._made:
-            self._made[key] = runner(self._trace(key, leaves, structure), leaves, self.compiled)
+            self._made[key] = runner(self._trace(key, leaves, structure), leaves)
         return pytree.tree_unflatten(self._made[key](leaves), self._traced[key].out)
 
     def traced(self, *args: Any) -> Traced:
@@ -101,10 +99,10 @@ def tracing() -> bool:
     return get_proxy_mode() is not None
 
 
-def runner(traced: Traced, leaves: Sequence[Tensor], compiled: bool) -> Flat:
-    """The traced function on flat inputs like `leaves`, to flat outputs."""
+def runner(traced: Traced, leaves: Sequence[Tensor]) -> Flat:
+    """The compiled graph on flat inputs like `leaves`, to flat outputs."""
     constants = traced.constants
-    run: Function = compile_graph(traced.graph, [*leaves, *constants]) if compiled else traced.graph
+    run = compile_graph(traced.graph, [*leaves, *constants])
     return lambda now: list(run(*now, *constants))
 
 

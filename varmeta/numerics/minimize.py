@@ -11,11 +11,14 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
+from varmeta.numerics.pieces import apply, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
@@ -121,65 +124,100 @@ class FirstOrderMinimizer(Minimizer):
     def solve(
         self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
     ) -> Solution:
-        limit = max_steps if steps is None else steps
+        # the end's own gradient would be a step's work, and after a fixed number of steps nobody moves on from there
+        limit, final = (max_steps, _Evaluation.FULL) if steps is None else (steps, _Evaluation.LOSS)
+        middle = _Evaluation.GRAPH if create_graph else _Evaluation.FULL
+        bound = tolerance if steps is None else None
         # without a graph the start is copied: the result must not share memory with it
-        current = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
-        previous, state = current, self.init(current)
-        like = next(iter(phi.values()))
-        tasks = len(like)
-        active = torch.ones(tasks, dtype=torch.bool, device=like.device)
-        failed = converged = torch.zeros_like(active)
-        taken = torch.zeros(tasks, dtype=torch.int64, device=like.device)
-        evaluations = torch.zeros(tasks, dtype=like.dtype, device=like.device)
-        size = start = threshold = first = end = evaluations
-
-        for count in range(limit + 1):
-            last = count == limit
-            if last and steps is not None:
-                # the end's own gradient would be a step's work, and nobody moves on from there
-                with torch.no_grad():
-                    losses = _checked_losses(fn, current)
-                point, new_size = current, torch.full_like(size, math.nan)
-                gradient: Tree = {}
-                finite = torch.isfinite(losses)
-                evaluations = evaluations + 0.5 * active
-            else:
-                losses, point, gradient = value_and_gradient(fn, current, create_graph and not last)
-                new_size = tree.norm(tree.detach(gradient))
-                finite = torch.isfinite(losses) & torch.isfinite(new_size)
-                evaluations = evaluations + active
-            if count == 0:
-                size, start, threshold = new_size, new_size, tolerance * (1 + new_size)
-                first = losses
-            broken = active & ~finite
-            active = active & finite
-            size = torch.where(active, new_size, size)
-            end = torch.where(active, losses, end) if count else losses
-            # at the limit the gradient has no graph, but the iterate keeps its own
-            point = tree.where(broken, previous, point if create_graph and not last else current)
-            taken = (taken - broken.to(taken)).clamp(min=0)  # the step that led there is taken back
-            failed = failed | broken
-            if steps is None:
-                converged = torch.where(active, new_size <= threshold, converged)
-                active = active & ~converged
-            current = point
-            done = steps is None and count % _HOST_READS_EVERY == 0 and not bool(active.any())
-            if last or done:
+        start = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
+        go = apply if create_graph else run  # a compiled piece has no graph of autograd's
+        walk = go(fn, _Begin(self, bound, middle if limit else final), start)
+        for count in range(1, limit + 1):
+            if steps is None and count % _HOST_READS_EVERY == 1 and not bool(walk["active"].any()):
                 break
-            moved, moved_state = self.update(point, gradient, state)
-            previous, current = point, tree.where(active, moved, point)
-            state = tree.where(active, moved_state, state) if state else state
-            taken = taken + active
+            walk = go(fn, _Advance(self, middle if count < limit else final), walk)
 
-        result = torch.where(converged, int(Result.CONVERGED), int(Result.STEP_LIMIT))
+        failed, end, first = walk["failed"], walk["loss"], walk["first"]
+        result = torch.where(walk["converged"], int(Result.CONVERGED), int(Result.STEP_LIMIT))
         result = torch.where(failed, int(Result.NON_FINITE), result)
-        slack = 100 * torch.finfo(like.dtype).eps * first.abs().clamp(min=1)
+        slack = 100 * torch.finfo(end.dtype).eps * first.abs().clamp(min=1)
         result = torch.where(~failed & (end > first + slack), int(Result.DIVERGED), result)
-        return Solution(
-            current,
-            result,
-            {"gradient_norm": size, "start_gradient_norm": start, "steps": taken, "evaluations": evaluations},
-        )
+        stats = {
+            "gradient_norm": walk["norm"], "start_gradient_norm": walk["start_norm"], "steps": walk["taken"],
+            "evaluations": walk["evaluations"],
+        }  # fmt: skip
+        return Solution(walk["point"], result, stats)
+
+
+class _Evaluation(Enum):
+    """What is worked out at a point: its loss; its gradient too; and the gradient's graph too."""
+
+    LOSS = "loss"
+    FULL = "gradient"
+    GRAPH = "graph"
+
+    @property
+    def cost(self) -> float:
+        return 0.5 if self is _Evaluation.LOSS else 1.0
+
+    def __call__(self, fn: Losses, phi: Tree) -> tuple[Tensor, Tree, Tree, Tensor]:
+        """Losses, the point, the gradient there ({} without), and its norm (NaN without)."""
+        if self is not _Evaluation.LOSS:
+            losses, point, gradient = value_and_gradient(fn, phi, self is _Evaluation.GRAPH)
+            kept = point if self is _Evaluation.GRAPH else phi
+            return losses, kept, gradient, tree.norm(tree.detach(gradient))
+        with torch.no_grad():
+            losses = _checked_losses(fn, phi)
+        return losses, phi, {}, torch.full_like(losses, math.nan)
+
+
+@dataclass(frozen=True)
+class _Begin:
+    """The piece before the first step: where each task stands, as a tree of tensors."""
+
+    rule: FirstOrderMinimizer
+    tolerance: float | None
+    evaluate: _Evaluation
+
+    def __call__(self, fn: Losses, phi: Tree) -> dict[str, Any]:
+        losses, point, gradient, norm = self.evaluate(fn, phi)
+        finite = torch.isfinite(losses) & (torch.isfinite(norm) | (self.evaluate is _Evaluation.LOSS))
+        # without a tolerance nobody converges
+        threshold = torch.full_like(norm, -1.0) if self.tolerance is None else self.tolerance * (1 + norm)
+        converged = finite & (norm <= threshold)
+        return {
+            "point": point, "gradient": gradient, "state": self.rule.init(tree.detach(point)), "loss": losses,
+            "first": losses, "norm": norm, "start_norm": norm, "threshold": threshold, "active": finite & ~converged,
+            "failed": ~finite, "converged": converged, "taken": torch.zeros_like(losses, dtype=torch.int64),
+            "evaluations": torch.full_like(losses, self.evaluate.cost),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Advance:
+    """The piece that is one step of every task that still moves."""
+
+    rule: FirstOrderMinimizer
+    evaluate: _Evaluation
+
+    def __call__(self, fn: Losses, walk: dict[str, Any]) -> dict[str, Any]:
+        active, point, state = walk["active"], walk["point"], walk["state"]
+        moved, moved_state = self.rule.update(point, walk["gradient"], state)
+        trial = tree.where(active, moved, point)
+        losses, trial, gradient, norm = self.evaluate(fn, trial)
+        finite = torch.isfinite(losses) & (torch.isfinite(norm) | (self.evaluate is _Evaluation.LOSS))
+        broken, arrived = active & ~finite, active & finite
+        converged = arrived & (norm <= walk["threshold"])
+        return {
+            # a step that leads nowhere finite is taken back
+            "point": tree.where(broken, point, trial), "gradient": gradient,
+            "state": tree.where(active, moved_state, state) if state else state,
+            "loss": torch.where(arrived, losses, walk["loss"]), "first": walk["first"],
+            "norm": torch.where(arrived, norm, walk["norm"]), "start_norm": walk["start_norm"],
+            "threshold": walk["threshold"], "active": arrived & ~converged, "failed": walk["failed"] | broken,
+            "converged": walk["converged"] | converged, "taken": walk["taken"] + arrived,
+            "evaluations": walk["evaluations"] + self.evaluate.cost * active,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
 from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
+from varmeta.numerics.pieces import Graphed, linearize, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
@@ -102,7 +104,7 @@ class NewtonCG(Minimizer):
                 "NewtonCG's minimum with ImplicitAdjoint"
             )
         x = tree.flatten(tree.detach(phi))
-        point = _Point(fn, x, phi)
+        point = _point(fn, x, phi)
         loss, norm = point.loss, point.norm
         start = norm
         allowed = tolerance * (1 + norm)
@@ -126,7 +128,7 @@ class NewtonCG(Minimizer):
             slope = torch.where(moving, _dot(point.gradient, direction), 0)
             promise, rounding = -0.5 * slope, 10 * eps * loss.abs().clamp(min=1)
 
-            trial = _Point(fn, x + direction, phi)
+            trial = _point(fn, x + direction, phi)
             lower = trial.loss <= loss + torch.minimum(_ARMIJO * slope, -rounding)
             # sums that cancel leave more rounding than the loss's size tells; the gradient is there to judge
             level = (trial.loss <= loss + 100 * rounding) & (trial.norm <= 0.9 * norm)
@@ -140,7 +142,7 @@ class NewtonCG(Minimizer):
             if bool((shorter | longer).any()):
                 line = _Line(fn, x, direction, phi, loss, slope, rounding)
                 length, trials = line.search(length, trial.loss, shorter, longer, self.max_backtracks)
-                trial = _Point(fn, x + length[:, None] * direction, phi)
+                trial = _point(fn, x + length[:, None] * direction, phi)
                 work = work + 0.5 * trials + (shorter | longer)
             evaluations = evaluations + torch.where(active, work, 0)
 
@@ -177,7 +179,7 @@ class NewtonCG(Minimizer):
         }
         return Solution(tree.unflatten(x, phi), result, stats)
 
-    def _direction(self, point: _Point, active: Tensor, forcing: Tensor) -> _Direction:
+    def _direction(self, point: _Point | _GraphedPoint, active: Tensor, forcing: Tensor) -> _Direction:
         size = point.x.shape[-1]
         if size <= self.dense_size:
             return _dense_direction(point, active, self.damping)
@@ -193,6 +195,9 @@ class _Point:
         self.loss, self._leaves, self._gradient = value_and_gradient(fn, _tree(x, like), create_graph=True)
         self.gradient = tree.flatten(tree.detach(self._gradient))
         self.norm = _norm(self.gradient)
+
+    def linearized(self) -> Callable[[Tensor], Tensor]:
+        return self.product
 
     def product(self, v: Tensor) -> Tensor:
         """H v, `(tasks, size)`; or for a stack of vectors `(number, tasks, size)`, all at once."""
@@ -232,6 +237,43 @@ class _Point:
         return 0.5 * (h + h.mT)
 
 
+class _GraphedPoint:
+    """The same of a fn that can be a graph, which is asked for the gradient, the Hessian or its products one by one."""
+
+    def __init__(self, fn: Graphed, x: Tensor, like: Tree) -> None:
+        self.x, self._fn, self._like = x, fn, like
+        self.loss, self.gradient, self.norm = fn.run(_slope, x, like)
+
+    def linearized(self) -> Callable[[Tensor], Tensor]:
+        return linearize(self._fn, _products, self.x, self._like)[1]
+
+    def hessian(self) -> Tensor:
+        return cast("Tensor", self._fn.run(_hessian, self.x, self._like))
+
+
+def _point(fn: Losses, x: Tensor, like: Tree) -> _Point | _GraphedPoint:
+    return _GraphedPoint(fn, x, like) if isinstance(fn, Graphed) else _Point(fn, x, like)
+
+
+def _slope(fn: Losses, x: Tensor, like: Tree) -> tuple[Tensor, Tensor, Tensor]:
+    loss, _, gradient = value_and_gradient(fn, _tree(x, like))
+    rows = tree.flatten(gradient)
+    return loss, rows, _norm(rows)
+
+
+def _products(fn: Losses, x: Tensor, like: Tree) -> tuple[tuple[()], Callable[[Tensor], Tensor]]:
+    return (), _Point(fn, x, like).product
+
+
+def _hessian(fn: Losses, x: Tensor, like: Tree) -> Tensor:
+    return _Point(fn, x, like).hessian()
+
+
+def _loss_along(fn: Losses, x: Tensor, direction: Tensor, length: Tensor, like: Tree) -> Tensor:
+    with torch.no_grad():
+        return fn(_tree(x + length[:, None] * direction, like))
+
+
 class _Direction(NamedTuple):
     """A direction `(tasks, size)` and, each `(tasks,)`, what was met on the way to it.
 
@@ -246,7 +288,7 @@ class _Direction(NamedTuple):
     sound: Tensor
 
 
-def _dense_direction(point: _Point, active: Tensor, damping: float) -> _Direction:
+def _dense_direction(point: _Point | _GraphedPoint, active: Tensor, damping: float) -> _Direction:
     """-|H + damping|^-1 g, with the absolute value taken in the units where the diagonal is 1."""
     h = point.hessian()
     eps = torch.finfo(h.dtype).eps
@@ -265,7 +307,7 @@ def _dense_direction(point: _Point, active: Tensor, damping: float) -> _Directio
     axis = axes.square().sum(-2)
     along = (axes.mT @ -gradient[..., None])[..., 0] / magnitude
     # each by itself: where one parameter's curvature has all but vanished, the others still take their Newton step
-    farthest = _farthest(point)[:, None] / axis.sqrt()
+    farthest = _farthest(point.x)[:, None] / axis.sqrt()
     direction = (axes @ along.clamp(-farthest, farthest)[..., None])[..., 0]
     quotients = values / axis
     work = torch.full_like(point.loss, 2.0 * h.shape[-1])
@@ -273,7 +315,9 @@ def _dense_direction(point: _Point, active: Tensor, damping: float) -> _Directio
     return _Direction(direction, quotients.amin(-1) - damping, convex, work, sound)
 
 
-def _truncated_direction(point: _Point, active: Tensor, damping: float, forcing: Tensor, limit: int) -> _Direction:
+def _truncated_direction(
+    point: _Point | _GraphedPoint, active: Tensor, damping: float, forcing: Tensor, limit: int
+) -> _Direction:
     """CG on (H + damping) d = -g until |residual| <= forcing |g|.
 
     A direction p without positive curvature is the last: d goes on along it by the step for |curvature|, at most to 100
@@ -282,36 +326,52 @@ def _truncated_direction(point: _Point, active: Tensor, damping: float, forcing:
     # in units of |g|: squares of very large or small gradients would leave the range of the dtype
     unit = torch.where(active, point.norm, 1)[:, None]
     r = torch.where(active[:, None], -point.gradient / unit, 0)
-    eps = torch.finfo(r.dtype).eps
-    d, p, rr = torch.zeros_like(r), r, _dot(r, r)
-    target = forcing.square() * rr
-    farthest = _farthest(point) / unit[:, 0]
-    curvature, largest = torch.full_like(rr, math.inf), torch.zeros_like(rr)
-    products, running, sound = torch.zeros_like(rr), active, torch.ones_like(active)
+    rr = _dot(r, r)
+    zero = torch.zeros_like(rr)
+    walk = {
+        "d": torch.zeros_like(r), "r": r, "p": r, "rr": rr, "target": forcing.square() * rr,
+        "farthest": _farthest(point.x) / unit[:, 0], "curvature": torch.full_like(rr, math.inf), "largest": zero,
+        "products": zero, "running": active, "sound": torch.ones_like(active),
+    }  # fmt: skip
+    product, piece = point.linearized(), _ConjugateStep(damping)
     for step in range(limit):
-        if step % _HOST_READS_EVERY == 0 and not bool(running.any()):
+        if step % _HOST_READS_EVERY == 0 and not bool(walk["running"].any()):
             break
-        hp = point.product(p)
+        walk = run(product, piece, walk)
+    convex = walk["curvature"] >= -(torch.finfo(r.dtype).eps ** 0.5) * walk["largest"]
+    return _Direction(unit * walk["d"], walk["curvature"], convex, 2 * walk["products"], walk["sound"])
+
+
+@dataclass(frozen=True)
+class _ConjugateStep:
+    """The piece that is one step of CG, with one product."""
+
+    damping: float
+
+    def __call__(self, product: Callable[[Tensor], Tensor], walk: dict[str, Tensor]) -> dict[str, Tensor]:
+        d, r, p, rr, running = (walk[name] for name in ("d", "r", "p", "rr", "running"))
+        hp = product(p)
         pp, php = _dot(p, p), _dot(p, hp)
-        products = products + running
-        curvature = torch.where(running, torch.minimum(curvature, php / pp), curvature)
-        sound = sound & ~(running & ~torch.isfinite(php))
-        php = php + damping * pp
+        products = walk["products"] + running
+        curvature = torch.where(running, torch.minimum(walk["curvature"], php / pp), walk["curvature"])
+        sound = walk["sound"] & ~(running & ~torch.isfinite(php))
+        php = php + self.damping * pp
         # below rounding of the largest curvature the sign says nothing
-        largest = torch.maximum(largest, php.abs() / pp)
-        positive = php > eps * largest * pp
-        alpha, limit_of_alpha = rr / php.abs(), farthest / pp.sqrt()
+        largest = torch.maximum(walk["largest"], php.abs() / pp)
+        positive = php > torch.finfo(r.dtype).eps * largest * pp
+        alpha, limit_of_alpha = rr / php.abs(), walk["farthest"] / pp.sqrt()
         positive = positive & (alpha < limit_of_alpha)
         alpha = torch.minimum(alpha, limit_of_alpha)
         running = running & sound
         d = torch.where(running[:, None], d + alpha[:, None] * p, d)
-        r = torch.where(running[:, None], r - alpha[:, None] * (hp + damping * p), r)
+        r = torch.where(running[:, None], r - alpha[:, None] * (hp + self.damping * p), r)
         new_rr = _dot(r, r)
-        running = running & positive & (new_rr > target)
+        running = running & positive & (new_rr > walk["target"])
         p = torch.where(running[:, None], r + (new_rr / rr)[:, None] * p, p)
-        rr = torch.where(running, new_rr, rr)
-    convex = curvature >= -(eps**0.5) * largest
-    return _Direction(unit * d, curvature, convex, 2 * products, sound)
+        return walk | {
+            "d": d, "r": r, "p": p, "rr": torch.where(running, new_rr, rr), "curvature": curvature, "largest": largest,
+            "products": products, "running": running, "sound": sound,
+        }  # fmt: skip
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -324,9 +384,9 @@ def _norm(a: Tensor) -> Tensor:
     return unit * (a / unit[:, None]).square().sum(-1).sqrt()
 
 
-def _farthest(point: _Point) -> Tensor:
+def _farthest(x: Tensor) -> Tensor:
     """How far one direction may lead, `(tasks,)`: a bound on nonsense, loose enough for a start in poor units."""
-    return 100 * (1 + _norm(point.x))
+    return 100 * (1 + _norm(x))
 
 
 class _Line(NamedTuple):
@@ -357,8 +417,7 @@ class _Line(NamedTuple):
             shrink = -0.5 * self.slope * ahead / (last - self.loss - ahead * self.slope)
             shrink = torch.where(torch.isfinite(last), shrink.nan_to_num(0.1).clamp(0.1, 0.5), 0.1)
             ahead = torch.where(shorter, shrink * ahead, torch.where(longer, 2 * ahead, length))
-            with torch.no_grad():
-                last = self.fn(_tree(self.x + ahead[:, None] * self.direction, self.like))
+            last = run(self.fn, _loss_along, self.x, self.direction, ahead, self.like)
             trials = trials + searching
             enough = last <= self.loss + torch.minimum(_ARMIJO * ahead * self.slope, -self.rounding)
             enough = shorter & enough

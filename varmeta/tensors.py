@@ -1,0 +1,32 @@
+"""A batch as a tree of tensors, which a captured graph takes as its input, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.tasks import Batch, Data
+
+
+def tensors_of(batch: Batch) -> dict[str, Any]:
+    return {
+        "ids": batch.ids,
+        "support": (*batch.support.filled, batch.support.mask),
+        "query": () if batch.query is None else (*batch.query.filled, batch.query.mask),
+    }
+
+
+def batch_of(tensors: dict[str, Any], total: int) -> Batch:
+    """The batch as a set of its own, its tasks without names."""
+    support = _data(*tensors["support"])
+    everyone = torch.arange(len(support), device=support.mask.device)
+    query = _data(*tensors["query"]) if tensors["query"] else None
+    return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total)
+
+
+def _data(x: Tensor, y: Tensor, mask: Tensor) -> Data:
+    data = Data(x, y, mask)
+    data.__dict__["filled"] = (x, y)  # filled before it came in: where to is for the numbers to say
+    return data
