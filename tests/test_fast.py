@@ -84,14 +84,14 @@ def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float) -> No
         assert float(one.stats["evaluations"]) <= float(other.stats["evaluations"])
 
 
-def both(strategy: Any, model: vm.TaskModel, **choices: Any) -> None:
+def both(strategy: Any, model: vm.TaskModel, tolerance: float | None = None, **choices: Any) -> None:
     dtype = model.init(torch.zeros(()))["log_precision"].dtype
     tasks = ragged_tasks(5).to(dtype=dtype)
     step = Step(strategy, True, 1)
     found = steps(step, model, tasks, strategy, **choices)
     assert step.compiled  # and did not fall back
     expected = steps(lambda *args: eager(strategy, *args), model, tasks, strategy, **choices)
-    assert_same(expected, found, TOLERANCE[dtype])
+    assert_same(expected, found, tolerance or TOLERANCE[dtype])
 
 
 @pytest.fixture
@@ -121,6 +121,63 @@ def test_a_compiled_step_is_the_eager_step(strategy: str, guide: str, dtype: tor
 def test_one_compiled_step_is_the_eager_step() -> None:
     """The only test of the usual run that waits for the compiler."""
     both(vm.Joint("delta"), model_of(torch.float64))
+
+
+IN_PIECES: dict[str, Any] = {
+    "newton": lambda guide: vm.Implicit(guide, "query"),
+    "newton, elbo": lambda guide: vm.Implicit(guide, on_unconverged="ignore"),
+    "newton, predictive": lambda guide: vm.Implicit(guide, "query_predictive", linear_solver=vm.CG()),
+    "truncated newton": lambda guide: vm.Implicit(guide, "query_elbo", minimizer=vm.NewtonCG(dense_size=0)),
+    "warm": lambda guide: vm.Implicit(guide, "query", warm_start=True),
+    "long": lambda guide: vm.Implicit(guide, "query", 60, vm.GradientDescent(0.05), on_unconverged="ignore"),
+    "long fomaml": lambda guide: vm.FirstOrder(guide, inner_steps=60, minimizer=GD),
+    "long reptile": lambda guide: vm.Reptile(guide, inner_steps=60, minimizer=GD),
+}
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("strategy", "guide"),
+    [(name, "delta") for name in IN_PIECES]
+    + [("newton", "normal"), ("newton", "multivariate_normal"), ("truncated newton", "normal")],
+)
+def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
+    chosen = IN_PIECES[strategy](guide)
+    model = linear_model(vm.GaussianPrior(3.0, learn_precision="shared"))
+    assert chosen.not_captured(chosen.problem(model, ragged_tasks(5), 0)) is not None  # not as one graph
+    both(chosen, model, count=2)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("strategy", IN_PIECES)
+def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
+    both(IN_PIECES[strategy](guide), model_of(dtype), tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype])
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("expectation", ["cubature", "monte_carlo"])
+def test_adapting_in_pieces_is_adapting(guide: str, expectation: str) -> None:
+    tasks = ragged_tasks(5)
+    strategy = vm.Joint(guide, expectation=expectation, adapt_steps=20)
+    result = vm.fit(linear_model(vm.GaussianPrior(2.0)), tasks[:3], strategy, 2, adam)
+    found, expected = (result.adapt(tasks[3:], compile=how) for how in (True, False))
+    for name, value in expected.phi.items():
+        assert torch.equal(value, found.phi[name]), name
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_compiled_meta_gradient_is_the_same_with_its_certificate() -> None:
+    model, tasks = linear_model(vm.GaussianPrior(2.0)), ragged_tasks(5)
+    for strategy in (vm.Implicit(outer="query"), vm.Unrolled(inner_steps=2, minimizer=GD)):
+        one, other = (vm.meta_gradient(model, tasks, strategy, compile=how) for how in (True, False))
+        for name, gradient in other.grads.items():
+            torch.testing.assert_close(gradient, one.grads[name], rtol=1e-12, atol=1e-12)
+        assert (one.certificate is None) == (other.certificate is None)
+        if one.certificate is not None and other.certificate is not None:
+            assert one.certificate.ok and torch.equal(one.certificate.inner_result, other.certificate.inner_result)
 
 
 @pytest.mark.usefixtures("uncompiled")
