@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 def standard_errors(fit: Fit) -> dict[str, Tensor] | None:
-    """By parameter name, in the parameter's shape; of a posterior of eta its standard deviations.
+    """By parameter name, in the parameter's shape; of a posterior of eta the standard deviations of its Gaussian.
 
     None where they are not known: for points, noisy objectives, networks, an outer objective on other data, or at a place
     that is no minimum.
     """
     names = [*fit.model.weights.names, *fit.model.shared]
     if fit.hyper is not None:
-        return {name: fit.hyper.draws[name].std(0) for name in names}
+        # of the Gaussian, exact under "reml" for a linear model; the weighted draws are those of `hyperparameters`
+        sds = fit.hyper.factor.square().sum(1).sqrt().split([value.numel() for value in fit.eta.values()])
+        named = dict(zip(fit.eta, sds, strict=True))
+        return {name: named[name].reshape(fit.eta[name].shape) for name in names}
     phi, batch = fit.run.state.phi, fit.tasks.batch()
     if phi is None or fit.is_point or fit.strategy.outer != "elbo" or not fit.converged:
         return None

@@ -90,62 +90,94 @@ def fit_gaussian(
     tolerance, max_steps, callback: of the Newton steps on the bound.
     """
 
-    def log_density(point: Mapping[str, Tensor]) -> Tensor:
-        return coordinates.log_density(point, jacobian)
+    def penalty(point: Mapping[str, Tensor]) -> Tensor:
+        return -coordinates.log_density(point, jacobian)
 
     single = shared_losses(problem, batch, coordinates)
-    begin = detach(coordinates.of(start))
-    mode = minimize_jointly(
-        single, detach(problem.start(batch, start)), begin, penalty=lambda e: -log_density(e), max_steps=max_steps
-    )
+    begin, guides = detach(coordinates.of(start)), detach(problem.start(batch, start))
+    mode = minimize_jointly(single, guides, begin, penalty=penalty, max_steps=max_steps)
     if mode.result in (Result.NON_FINITE, Result.DIVERGED):
         point = coordinates.vector(mode.eta)
         return Gaussian(point, torch.zeros(len(free), len(free)).to(point), math.nan, mode.result)
-    phi, centre = mode.phi, coordinates.vector(mode.eta)
-    curvature = Curvature(single, phi, mode.eta, lambda e: -log_density(e))
-    hessian, follow = curvature.hessian, curvature.follow
-    white = _whiten(hessian, free, diagonal)
-    count, size, tasks = int(free.sum()), len(free), len(batch)
-    index = free.nonzero().flatten().to(white.device)
-    axes = math.sqrt(count) * torch.eye(count).to(white)
-    standard = torch.cat([axes, -axes])  # (K, count)
-    losses = _Losses(problem, batch)
+    # the mode of a density may lie far from its mass, even at an edge of its support, where the start is the better place
+    still = minimize_jointly(lambda phi, _: single(phi, begin), guides, {}, max_steps=max_steps)
+    bounds = [
+        _Bound(problem, batch, coordinates, penalty, place, free, diagonal, single)
+        for place in ((mode.phi, mode.eta), (still.phi, begin))
+    ]
+    values = [bound.start_value() for bound in bounds]
+    best = bounds[0] if values[0] <= values[1] or not math.isfinite(values[1]) else bounds[1]
+    return best.minimum(tolerance, max_steps, callback)
 
-    def points(parameters: Mapping[str, Tensor]) -> Tensor:
+
+class _Bound:
+    """The bound as a joint problem: its rows are the guides at the nodes of the cubature, its shared part is (m, L).
+
+    (m, L) are in units in which L is the identity where the Gaussian is that of the curvature at `place`, (phi, coordinates).
+    """
+
+    def __init__(
+        self, problem: Problem, batch: Batch, coordinates: Coordinates, penalty: Callable[[Mapping[str, Tensor]], Tensor],
+        place: tuple[Tree, dict[str, Tensor]], free: Tensor, diagonal: bool, single: SharedLosses,
+    ) -> None:  # fmt: skip
+        self.coordinates, self._penalty, self._losses = coordinates, penalty, _Losses(problem, batch)
+        phi, point = place
+        curvature = Curvature(single, phi, point, penalty)
+        self.centre = coordinates.vector(point)
+        self.white = _whiten(curvature.hessian, free, diagonal)
+        self.index, self.size, self.tasks = free.nonzero().flatten().to(self.white.device), len(free), len(batch)
+        self.count = len(self.index)
+        axes = math.sqrt(self.count) * torch.eye(self.count).to(self.white)
+        self.standard = torch.cat([axes, -axes])  # (K, count)
+        self.parameters = {"mean": torch.zeros(self.size).to(axes), "log_scale": torch.zeros(self.count).to(axes)}
+        if not diagonal and self.count > 1:
+            self.parameters["tril"] = torch.zeros(self.count * (self.count - 1) // 2).to(axes)
+        # a hyperprior's support may end between the nodes
+        for _ in range(8):
+            if bool(self.penalty(self.parameters).isfinite()):
+                break
+            self.parameters["log_scale"] = self.parameters["log_scale"] - 0.5
+        moved = self.points(self.parameters) - self.centre
+        rows = flatten(phi) - torch.einsum("tmp,kp->ktm", curvature.follow, moved)
+        self.rows = unflatten(rows.reshape(-1, rows.shape[-1]), phi)
+
+    def factor(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        diagonal = torch.diag_embed(parameters["log_scale"].exp())
+        return diagonal @ unit_lower(parameters["tril"], self.count) if "tril" in parameters else diagonal
+
+    def points(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Coordinates at the nodes, `(K, size)`."""
-        factor = torch.diag_embed(parameters["log_scale"].exp())
-        if "tril" in parameters:
-            factor = factor @ unit_lower(parameters["tril"], count)
-        spread = torch.zeros(len(standard), size).to(white).index_copy(1, index, standard @ factor.mT)
-        return centre + (parameters["mean"] + spread) @ white.mT
+        moved = self.standard @ self.factor(parameters).mT
+        spread = torch.zeros(len(moved), self.size).to(moved).index_copy(1, self.index, moved)
+        return self.centre + (parameters["mean"] + spread) @ self.white.mT
 
-    def fn(rows: Tree, parameters: Mapping[str, Tensor]) -> Tensor:
-        eta = coordinates.eta_of(points(parameters))
-        guides = map_tree(lambda x: x.reshape(len(standard), tasks, *x.shape[1:]), rows)
-        return losses(guides, eta).reshape(-1) / len(standard)
+    def fn(self, rows: Tree, parameters: Mapping[str, Tensor]) -> Tensor:
+        eta, number = self.coordinates.eta_of(self.points(parameters)), len(self.standard)
+        phi = map_tree(lambda x: x.reshape(number, self.tasks, *x.shape[1:]), rows)
+        return self._losses(phi, eta).reshape(-1) / number
 
-    def penalty(parameters: dict[str, Tensor]) -> Tensor:
-        densities = torch.func.vmap(lambda vector: log_density(coordinates.named(vector)))(points(parameters))
-        return -densities.mean() - parameters["log_scale"].sum()
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        density = rowwise(lambda vector: self._penalty(self.coordinates.named(vector)))
+        return density(self.points(parameters)).mean() - parameters["log_scale"].sum()
 
-    parameters = {"mean": torch.zeros(size).to(white), "log_scale": torch.zeros(count).to(white)}
-    if not diagonal and count > 1:
-        parameters["tril"] = torch.zeros(count * (count - 1) // 2).to(white)
-    moved = points(parameters) - centre
-    rows = flatten(phi) - torch.einsum("tmp,kp->ktm", follow, moved)
-    solution = minimize_jointly(
-        fn, unflatten(rows.reshape(-1, rows.shape[-1]), phi), parameters, penalty=penalty,
-        tolerance=tolerance, max_steps=max_steps, callback=callback,
-    )  # fmt: skip
-    best = solution.eta
-    factor = torch.diag_embed(best["log_scale"].exp())
-    if "tril" in best:
-        factor = factor @ unit_lower(best["tril"], count)
-    whole = torch.zeros(size, size).to(white)
-    whole[index[:, None], index] = white[index[:, None], index] @ factor
-    entropy = 0.5 * count * (1 + math.log(2 * math.pi)) + float(white.diagonal()[index].log().sum())
-    mean = centre + white @ best["mean"]
-    return Gaussian(mean, whole, float(solution.stats["loss"][-1]) - entropy, solution.result)
+    def start_value(self) -> float:
+        with torch.no_grad():
+            return float(self.fn(self.rows, self.parameters).sum() + self.penalty(self.parameters)) - self._entropy
+
+    @property
+    def _entropy(self) -> float:
+        """Of the Gaussian with L the identity."""
+        return 0.5 * self.count * (1 + math.log(2 * math.pi)) + float(self.white.diagonal()[self.index].log().sum())
+
+    def minimum(self, tolerance: float, max_steps: int, callback: Callable[[Step], object] | None) -> Gaussian:
+        solution = minimize_jointly(
+            self.fn, self.rows, self.parameters, penalty=self.penalty, tolerance=tolerance, max_steps=max_steps,
+            callback=callback,
+        )  # fmt: skip
+        factor, at = torch.zeros_like(self.white), (self.index[:, None], self.index)
+        factor[at] = self.white[at] @ self.factor(solution.eta)
+        mean = self.centre + self.white @ solution.eta["mean"]
+        return Gaussian(mean, factor, float(solution.stats["loss"][-1]) - self._entropy, solution.result)
 
 
 def _whiten(hessian: Tensor, free: Tensor, diagonal: bool) -> Tensor:

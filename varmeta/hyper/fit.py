@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
 
@@ -12,7 +11,8 @@ from torch import Tensor
 from varmeta._words import counted
 from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.model import TaskModel
-from varmeta.hyper.conditional import conditionals, is_linear_gaussian
+from varmeta.buckets import buckets
+from varmeta.hyper.conditional import conditionals, is_linear_gaussian, nodes
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import fit_gaussian
 from varmeta.hyper.importance import importance
@@ -27,8 +27,9 @@ from varmeta.run import Callback, Run, non_finite
 from varmeta.strategy import State, Strategy
 from varmeta.tasks import Batch, TaskSet
 
-# Draws of eta that are kept, and proposals in each round of importance sampling.
-DRAWS, PROPOSALS = 2000, 1000
+# Draws of eta that are kept; proposals in each round of importance sampling, the more the cheaper the tasks are.
+DRAWS = 2000
+PROPOSALS, MORE_PROPOSALS, WORK = 1000, 4000, 1_000_000
 # Coordinates that a dense Gaussian may have: it has as many parameters as half its square.
 MAX_SIZE = 24
 
@@ -124,13 +125,23 @@ def integrate(
         evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)
         return evidence + coordinates.log_density_of(points)
 
-    weighted = importance(log_density, found.mean, found.factor, PROPOSALS, seed)
-    rows = weighted.resampled(DRAWS, seed)
-    draws = coordinates.eta_of(weighted.points[rows])
+    several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
+    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
+    number = max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
+    weighted = importance(log_density, found.mean, found.factor, number, seed)
     run.hyper = HyperPosterior(
-        hyperguide, draws, found.mean, found.factor, weighted.pareto_k, weighted.final_k, weighted.ess, weighted.log_evidence,
-        weighted.evidence_error,
-    )  # fmt: skip
+        hyperguide=hyperguide,
+        points=coordinates.eta_of(weighted.points),
+        log_weights=weighted.log_weights,
+        rows=weighted.resampled(DRAWS, seed),
+        mean=found.mean,
+        factor=found.factor,
+        pareto_k=weighted.pareto_k,
+        final_k=weighted.final_k,
+        ess=weighted.ess,
+        log_evidence=weighted.log_evidence,
+        evidence_error=weighted.evidence_error,
+    )
     centre = (weighted.log_weights.exp()[:, None] * weighted.points).sum(0)
     run.eta = detach(coordinates.eta(coordinates.named(centre)))
     run.state = _adapted(problem, strategy, batch, run)
@@ -146,13 +157,3 @@ def integrate(
 
 def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
     return replace(run.state, phi=detach(strategy.adapt(problem, batch, run.eta).value), step=run.step)
-
-
-def rows_of(draws: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """The distinct rows among draws that were resampled, and which of them each draw is."""
-    flat = torch.cat([value.reshape(len(value), -1) for value in draws.values()], -1)
-    unique, index = flat.unique(dim=0, return_inverse=True)
-    first = torch.full((len(unique),), len(flat), dtype=torch.int64).scatter_reduce(
-        0, index.cpu(), torch.arange(len(flat)), "amin"
-    )
-    return {name: value[first.to(value.device)] for name, value in draws.items()}, index

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from varmeta._numbers import whole_number
 from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, is_linear_gaussian, log_joint
-from varmeta.hyper.fit import rows_of
 from varmeta.hyper.result import HyperPosterior
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics import noise
@@ -35,9 +34,12 @@ class IntegratedPosterior(Posterior):
     ) -> None:
         super().__init__(problem, {}, eta, tasks, trained)
         self.hyper = hyper
-        rows, self._row_of = rows_of(hyper.draws)
+        # a row that was resampled several times is worked out once
+        rows, self._row_of = hyper.rows.unique(return_inverse=True)
         self._gaussian = is_linear_gaussian(problem.model, trained)
-        self._parts = conditionals(problem.model, self._batch, rows, self._gaussian)
+        self._parts = conditionals(
+            problem.model, self._batch, {name: value[rows] for name, value in hyper.points.items()}, self._gaussian
+        )
 
     def take(self, names: Sequence[str]) -> Posterior:
         at = self.positions(names)

@@ -28,16 +28,19 @@ class HyperPosterior:
     """p(eta | y): theta0, shared parameters, precisions and scales.
 
     hyperguide: the family of Gaussians.
-    draws: of eta, by name, `(S, ...)`, on the scales on which it is learned; `natural` has means, sds and correlations.
+    points, log_weights: weighted draws of eta, by name `(N, ...)`, on the scales on which it is learned, and `(N,)`.
+    rows: which of them were resampled as `draws` of equal weight, `(S,)`.
     mean, factor: the fitted Gaussian in the coordinates of `varmeta.hyper.coordinates`, `(size,)` and `(size, size)`.
     pareto_k: k-hat of the Gaussian's importance weights: below 0.5 it is near the posterior, above 0.7 it is not.
-    final_k, ess: k-hat and effective number of the weighted draws that `draws` were resampled from.
+    final_k, ess: k-hat and effective number of the weighted draws.
     log_evidence, evidence_error: log p(y), nats, with eta integrated out, and its standard error; proper only where every
         hyperprior is.
     """
 
     hyperguide: str
-    draws: dict[str, Tensor]
+    points: dict[str, Tensor]
+    log_weights: Tensor
+    rows: Tensor
     mean: Tensor
     factor: Tensor
     pareto_k: float
@@ -47,28 +50,34 @@ class HyperPosterior:
     evidence_error: float
 
     def __len__(self) -> int:
-        """The number of draws."""
-        return len(next(iter(self.draws.values())))
+        """The number of draws of equal weight."""
+        return len(self.rows)
+
+    @property
+    def draws(self) -> dict[str, Tensor]:
+        """Draws of eta, `(S, ...)`."""
+        return {name: value[self.rows] for name, value in self.points.items()}
 
     @property
     def is_reliable(self) -> bool:
         """Whether enough draws carry weight."""
         return self.ess >= MIN_ESS
 
-    def natural(self, model: TaskModel, x_names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """Draws `(S,)` by readable name: theta0 as its weight is called, shared parameters, `sd(...)`, `cor(..., ...)`, `noise
-        scale`."""
-        return natural(model, self.draws, x_names)
-
     def frame(self, model: TaskModel, x_names: tuple[str, ...] | None = None, level: float = 0.9) -> pd.DataFrame:
-        """Mean, sd, median and the ends of the central interval of each quantity."""
+        """Mean, sd, median and the ends of the central interval of each quantity of `natural`, from the weighted draws."""
         import pandas as pd
 
-        named = self.natural(model, x_names)
-        values = torch.stack(list(named.values()), -1)
-        levels = torch.tensor([(1 - level) / 2, 0.5, (1 + level) / 2]).to(values)
-        low, middle, high = values.quantile(levels, 0)
-        columns = {"mean": values.mean(0), "sd": values.std(0), "median": middle, "low": low, "high": high}
+        named = natural(model, self.points, x_names)
+        values, weight = torch.stack(list(named.values()), -1), self.log_weights.exp()[:, None]
+        mean = (weight * values).sum(0)
+        sd = (weight * (values - mean).square()).sum(0).sqrt()
+        ordered, order = values.sort(0)
+        share = weight.expand_as(values).gather(0, order).cumsum(0)
+        quantiles = [
+            ordered.gather(0, (share < q * share[-1]).sum(0, keepdim=True).clamp(max=len(values) - 1)).squeeze(0)
+            for q in ((1 - level) / 2, 0.5, (1 + level) / 2)
+        ]
+        columns = dict(zip(("mean", "sd", "low", "median", "high"), (mean, sd, *quantiles), strict=True))
         return pd.DataFrame({name: value.tolist() for name, value in columns.items()}, index=list(named))
 
     def __repr__(self) -> str:
@@ -76,7 +85,8 @@ class HyperPosterior:
 
 
 def natural(model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-    """What eta with a leading axis S says, `(S,)` each: see `HyperPosterior.natural`."""
+    """What eta with a leading axis S says, `(S,)` each, by readable name: theta0 as its weight is called, shared parameters,
+    `sd(...)`, `cor(..., ...)`, `noise scale`."""
     labels = parameter_labels(model, x_names)
     names = [label for name in model.weights.names for label in labels[name]]
 
