@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
+from varmeta.hyper.posterior import IntegratedPosterior
 from varmeta.hyper.result import natural
 
 SHARED = Path(os.environ.get("VARMETA_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
@@ -148,6 +149,8 @@ class Bayesian:
     model: Callable[[], vm.TaskModel]
     names: Mapping[str, str]
     effects: Mapping[str, str] = field(default_factory=dict)
+    # the same less theta0, which needs draws of both together
+    deviations: Mapping[str, str] = field(default_factory=dict)
     # what is to be compared and is no coefficient: from natural draws, by their name
     derived: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda draws: {}
 
@@ -171,6 +174,12 @@ class Bayesian:
                 number = int(name) if name.isdigit() else position + 1
                 row = frame.loc[name]
                 moments[f"{their}[{number}]"] = (float(row["mean"][our]), float(row["sd"][our]))
+        for our, their in self.deviations.items():
+            posterior = fit.posterior()
+            assert isinstance(posterior, IntegratedPosterior)
+            away = posterior.sample(4000, seed)[our] - posterior.eta_draws(4000)[our][:, None]
+            for number in range(len(posterior.names)):
+                moments[f"{their}[{number + 1}]"] = (float(away[:, number].mean()), float(away[:, number].std()))
         seconds = perf_counter() - begin
         return [
             {
@@ -313,6 +322,7 @@ BAYESIAN = (
     Bayesian(
         "seeds", "seeds_tau_gamma", _seeds, lambda: _binomial(["x1", "x2", "x12"]),
         {INTERCEPT: "alpha0", "x1": "alpha1", "x2": "alpha2", "x12": "alpha12", "sd(intercept)": "sigma"},
+        deviations={INTERCEPT: "b"},
     ),
     Bayesian(
         "sitecounts", "glmm_site", lambda: vm.TaskSet.from_frame(table("sitecounts"), task="site", x=[], y="count"),
@@ -329,7 +339,7 @@ BAYESIAN = (
     ),
     Bayesian(
         "pilots", "pilots", _pilots_tasks, _pilots_model, {"sd(b)": "sigma_b", "mu_a": "mu_a"}, {"b": "b"},
-        _pilots_effects,
+        derived=_pilots_effects,
     ),
 )  # fmt: skip
 

@@ -78,10 +78,11 @@ def test_binomial_tasks_by_quadrature(successes: int, trials: int, sd: float) ->
 
     evidence, first, second = joint(0), joint(1), joint(2)
     mean = first / evidence
-    # eleven nodes; the skew of no success in few trials under a wide prior is the hardest
-    assert float(found.log_evidence) == pytest.approx(math.log(evidence), abs=1e-3)
-    assert float(found.mean) == pytest.approx(mean, abs=2e-3)
-    assert float(found.covariance) == pytest.approx(second / evidence - mean**2, rel=1e-2)
+    variance = second / evidence - mean**2
+    # the skew of no success in few trials under a wide prior is the hardest
+    assert float(found.log_evidence) == pytest.approx(math.log(evidence), abs=5e-4)
+    assert float(found.mean) == pytest.approx(mean, abs=2e-3 * math.sqrt(variance))
+    assert float(found.covariance) == pytest.approx(variance, rel=1e-2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

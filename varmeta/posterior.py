@@ -109,8 +109,8 @@ class Posterior:
     def frame(self, deviations: bool = False) -> pd.DataFrame:
         """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as lme4's `coef`.
 
-        deviations: means as deviations from theta0, as lme4's `ranef`.  The sds are those of the weights either way: theta0
-            is a point estimate.
+        deviations: means as deviations from theta0 (or from its mean), as lme4's `ranef`.  The sds are those of the weights
+            either way.
         Shared parameters are the same for all tasks and stand in `Fit.prior.shared`.
         """
         import pandas as pd

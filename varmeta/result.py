@@ -146,7 +146,8 @@ class Fit:
         """The posteriors of new tasks: the same inner problem as in training, on their support data.
 
         A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
-        theta0, and a mean-field guide cannot follow the correlations of a dense prior.
+        theta0, and a mean-field guide cannot follow the correlations of a dense prior.  Under a posterior of eta they are
+        averages over its draws, which the new tasks' data do not change.
 
         Raises TypeError or ValueError for tasks that do not fit the model, or whose columns have another number or other names
         than those of the training tasks.

@@ -32,7 +32,7 @@ from varmeta.numerics.tree import Tree
 from varmeta.tasks import Batch, Data, TaskSet
 
 # Nodes per weight of a task; beyond three weights, so many quasi-random ones.
-NODES = {1: 11, 2: 7, 3: 5}
+NODES = {1: 15, 2: 7, 3: 5}
 MANY = 128
 # Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes into.
 CELLS = 200_000

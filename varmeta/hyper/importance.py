@@ -23,8 +23,9 @@ from varmeta.numerics.psis import psis
 # for the exponential tails that a log sd has.
 DEGREES = 4.0
 WIDTHS = (1.0, 2.0, 1.0, 2.0, 1.0, 2.0)
-# The Gaussian's draws are enough where this share of them is effective and the tail is light; after two ts, a tail below this.
-GOOD_SHARE, GOOD_K, BAD_K = 0.9, 0.5, 0.7
+# The Gaussian's draws are enough where this share of them is effective and the tail is light; with two ts, where as many as
+# ENOUGH are effective and the tail is no worse than BAD_K.
+GOOD_SHARE, GOOD_K, BAD_K, ENOUGH = 0.9, 0.5, 0.7, 400.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def importance(
     for round_, width in enumerate(WIDTHS):
         # a t joins in unless the Gaussian is all but right, and another where the tail is heavy still
         if (round_ == 0 and own_k <= GOOD_K and _ess(log_weights) >= GOOD_SHARE * number) or (
-            round_ >= 2 and final_k <= BAD_K
+            round_ >= 2 and final_k <= BAD_K and _ess(log_weights) >= ENOUGH
         ):
             break
         weight = log_weights.exp()[:, None]
