@@ -11,6 +11,7 @@ from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import is_regression, pooled_fit
 
 if TYPE_CHECKING:
+    from varmeta.hyper.result import HyperPosterior
     from varmeta.result import Fit
 
 # A weight whose prior precision exceeds what the best-informed task knows about it by this factor no longer varies.
@@ -23,6 +24,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     """Sentences to warn with.  own_end: the user chose where the run ends, so that it may do so before convergence."""
     if not fit.converged and not own_end:
         return [f"the fit has not converged: {fit.stop}"]
+    if fit.hyper is not None:
+        return [] if fit.hyper.is_reliable else [_few_draws(fit.hyper)]
     found = [sentence for sentence in (_runaways(fit), _vanishing_noise(fit)) if sentence]
     if not found and UNDETERMINED in fit.stop:
         end = fit.stop[fit.stop.index(UNDETERMINED) :]
@@ -31,6 +34,13 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
             "or give more rows per task"
         )
     return found
+
+
+def _few_draws(hyper: HyperPosterior) -> str:
+    return (
+        f"only {hyper.ess:.0f} draws of eta carry weight (k-hat {hyper.pareto_k:.2f}): its posterior is far from Gaussian, and "
+        "what is said of it is rough.  Give hyperpriors that rule out the implausible, or use hyperguide='multivariate_normal'"
+    )
 
 
 def _runaways(fit: Fit) -> str | None:

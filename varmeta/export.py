@@ -10,6 +10,8 @@ from torch import Tensor
 
 from varmeta import inference_data
 from varmeta.bayes.divergence import location
+from varmeta.hyper.posterior import IntegratedPosterior
+from varmeta.hyper.result import natural
 
 if TYPE_CHECKING:
     from varmeta.posterior import Posterior
@@ -49,10 +51,13 @@ def _assemble(
     model, delta = posterior.model, posterior.is_point
     draws = posterior.draws(num_samples, seed)
     prior = model.prior_distribution(posterior.eta)
+    hyper = _hyper_draws(posterior, num_samples)
     with torch.no_grad():
+        centre = hyper["theta0"].unsqueeze(1) if hyper else location(prior)
+        about = {"theta0": location(prior), "prior_sd": prior.stddev}
         groups: dict[str, dict[str, Any]] = {
-            "posterior": {"distance": (draws - location(prior)).norm(dim=-1)},
-            "constant_data": {"theta0": location(prior), "prior_sd": prior.stddev},
+            "posterior": {"distance": (draws - centre).norm(dim=-1)} | hyper,
+            "constant_data": {} if hyper else about,
         }
         if draws.numel() <= MAX_WEIGHT_NUMBERS:
             groups["posterior"]["theta"] = draws
@@ -76,6 +81,7 @@ def _assemble(
                 dims[f"{group}/y"] = ["obs", *responses]
         if not delta:  # a point's LOO would be its in-sample density
             groups["log_likelihood"] = {"y": evaluated.log_prob[:, flat]}
+        if not delta and not hyper:  # with eta integrated out the draws are not those of a guide
             q = posterior.distribution
             log_q = q.log_prob(draws.unsqueeze(-2)).squeeze(-1)
             log_joint = prior.log_prob(draws) + evaluated.log_prob.sum(-1)
@@ -89,11 +95,26 @@ def _assemble(
         "inference_library": "varmeta",
         "inference_library_version": varmeta.__version__,
         "guide": posterior.problem.guide.name,
-        "posterior_kind": "delta" if delta else "gaussian",
+        "posterior_kind": "delta" if delta else "integrated" if hyper else "gaussian",
     }
     labels = {"task": list(posterior.names), "weight": list(posterior.labels), **(coords or {})}
     arrays = {group: {name: _array(value) for name, value in values.items()} for group, values in groups.items()}
     return inference_data.to_arviz(arrays, dims, labels, obs_task, facts | attrs)
+
+
+def _hyper_draws(posterior: Posterior, num_samples: int) -> dict[str, Tensor]:
+    """Draws of eta in natural units, those behind the draws of the weights; none where eta is a point."""
+    if not isinstance(posterior, IntegratedPosterior):
+        return {}
+    model, eta = posterior.model, posterior.eta_draws(num_samples)
+    named = list(natural(model, eta, posterior.trained.x_names).items())
+    size = model.weights.size
+    found = {"theta0": torch.stack([value for _, value in named[:size]], -1)}
+    found |= {
+        name.replace(", ", ",").replace(" ", "_"): value for name, value in named[size:] if not name.startswith("sd(")
+    }
+    sds = [value for name, value in named if name.startswith("sd(")]
+    return found | ({"prior_sd": torch.stack(sds, -1)} if sds else {})
 
 
 def _array(value: Any) -> np.ndarray:

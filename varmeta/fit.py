@@ -14,6 +14,7 @@ from varmeta.bayes.model import TaskModel
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
 from varmeta.fast import check_compile
+from varmeta.hyper.fit import check_hyperguide, integrate
 from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
 from varmeta.pooled_start import is_regression, pooled_start
@@ -40,6 +41,7 @@ def fit(
     batch_size: int | None = None,
     seed: int = 0,
     *,
+    hyperguide: str | None = None,
     schedule: str = "cosine",
     budget: float | None = None,
     compile: str | bool = "auto",
@@ -56,6 +58,10 @@ def fit(
         meta-parameters; else Adam at 1e-2.  Small models then start from the pooled fit.  With a minibatch or a budget:
         Adam, from where the model starts.
     batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
+    hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and "multivariate_normal", its
+        posterior, by a Gaussian and importance weights (`Fit.hyper`, `Fit.hyperparameters()`), which then flows into
+        `posterior`, `adapt` and `predict`; "reml", theta0 and the shared parameters integrated out, the variances at their
+        best point, lme4's REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
     schedule: "cosine" (the learning rate falls to zero over num_steps or the budget) or "constant".  L-BFGS ignores it.
     budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
     compile: capture each step as one graph and compile it: "auto" where the work ahead is worth ten times what compiling
@@ -76,11 +82,21 @@ def fit(
     True
     """
     if strategy is None:
-        strategy = resume.strategy if isinstance(resume, Fit) else Joint()
+        integrated = hyperguide not in (None, "delta")
+        strategy = (
+            resume.strategy if isinstance(resume, Fit) else Joint("multivariate_normal" if integrated else "normal")
+        )
+    if hyperguide is None:
+        hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume, seed)
     check_compile(compile)
     model.check(tasks)
     strategy.check(model, tasks)
+    check_hyperguide(hyperguide, model, tasks, strategy)
+    if hyperguide != "delta" and not (optimizer is None and batch_size is None and budget is None):
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
+        )
     problem = strategy.problem(model, tasks, seed)
     whole = tasks.batch()
     # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
@@ -93,7 +109,7 @@ def fit(
     else:
         eta = pooled_start(problem, whole, eta) if free and is_regression(model, tasks, eta) else eta
         run = Run(eta, strategy.init(problem, whole, eta))
-    few = 200 if use_newton or quasi else 2000
+    few = 200 if use_newton or quasi or hyperguide != "delta" else 2000
     steps = num_steps if num_steps is not None else None if budget is not None else few
     if steps is not None and run.step >= steps:
         raise ValueError(
@@ -108,7 +124,11 @@ def fit(
         )
     bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
-    if use_newton:
+    run.hyper = None
+    if hyperguide != "delta":
+        run.schedule = None
+        integrate(problem, strategy, whole, tasks, run, hyperguide, (steps or few) - run.step, seed, reports)
+    elif use_newton:
         newton(problem, strategy, whole, run, steps or few, reports)
     else:
         factory = optimizer or (lbfgs if quasi else adam)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from time import perf_counter
 
+from varmeta.buckets import elbo_losses
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
 from varmeta.numerics.arrowhead import JointSolution, Step, minimize_jointly
@@ -99,10 +100,10 @@ def _period(
         )  # fmt: skip
 
     solution = minimize_jointly(
-        problem.losses("elbo", batch, 0),
+        elbo_losses(problem, batch),
         run.state.phi,
         run.eta,
-        penalty=problem.model.prior.penalty,
+        penalty=problem.model.penalty,
         max_steps=max_steps,
         callback=arrived,
     )

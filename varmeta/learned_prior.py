@@ -78,19 +78,35 @@ class LearnedPrior:
         ]
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, errors: Mapping[str, Tensor] | None = None) -> str:
+        """The prior as text; errors: standard errors by parameter name, a column beside theta0."""
         rows, shared = self._rows, self._shared_rows
+        beside = {}
+        if errors is not None:
+            own = [float(e) for name in self.loc for e in errors[name].reshape(-1)]
+            common = [float(e) for name in self.shared for e in errors[name].reshape(-1)]
+            beside = dict(zip([label for label, *_ in (*rows, *shared)], own + common, strict=True))
+
+        def error(label: str) -> str:
+            return f" {beside[label]:>12.5g}" if beside else ""
+
         shown, shown_shared = rows[:ROWS], shared[:ROWS]
         labels = [label for label, _, _ in shown] + [label for label, _ in shown_shared]
         width = max(map(len, ["noise scale", *labels]))
-        lines = [f"{'weight':<{width}} {'theta0':>12} {'prior sd':>12}"]
+        gap = f" {'':>12}" if beside else ""
+        lines = [f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} {'prior sd':>12}"]
         # a number that was given must not be read as a finding
         fixed = "" if self.is_learned else " (fixed)"
-        lines += [f"{label:<{width}} {mean:>12.5g} {spread:>12.5g}{fixed}" for label, mean, spread in shown]
+        lines += [
+            f"{label:<{width}} {mean:>12.5g}{error(label)} {spread:>12.5g}{fixed}" for label, mean, spread in shown
+        ]
         lines += [f"... and {len(rows) - ROWS} weights more"] if len(rows) > ROWS else []
-        lines += [f"{label:<{width}} {number:>12.5g} {'shared':>12}" for label, number in shown_shared]
+        lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'shared':>12}" for label, number in shown_shared]
         lines += [f"... and {len(shared) - ROWS} shared numbers more"] if len(shared) > ROWS else []
         if self.scale is not None:
-            lines.append(f"{'noise scale':<{width}} {'':>12} {float(self.scale):>12.5g}")
+            lines.append(f"{'noise scale':<{width}} {'':>12}{gap} {float(self.scale):>12.5g}")
         off = self.covariance - torch.diag(self.covariance.diagonal())
         if len(rows) <= MAX_CORRELATIONS and bool(off.any()):
             lines.append("correlations of the prior")

@@ -60,11 +60,15 @@ class Posterior:
 
     def take(self, names: Sequence[str]) -> Posterior:
         """The same for some of the tasks.  Raises KeyError for a task that there is not."""
+        at = self.positions(names)
+        return Posterior(self.problem, take(self.phi, at), self.eta, self.tasks[at], self.trained)
+
+    def positions(self, names: Sequence[str]) -> Tensor:
+        """Where these tasks stand, int64 `(len(names),)`.  Raises KeyError for a task that there is not."""
         unknown = [name for name in names if name not in self.names]
         if unknown:
             raise KeyError(f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}")
-        at = torch.tensor([self.names.index(name) for name in names], device=self._batch.rows.device)
-        return Posterior(self.problem, take(self.phi, at), self.eta, self.tasks[at], self.trained)
+        return torch.tensor([self.names.index(name) for name in names], device=self._batch.rows.device)
 
     @property
     def support(self) -> Data:
@@ -105,8 +109,8 @@ class Posterior:
     def frame(self, deviations: bool = False) -> pd.DataFrame:
         """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as lme4's `coef`.
 
-        deviations: means as deviations from theta0, as lme4's `ranef`.  The sds are those of the weights either way: theta0
-            is a point estimate.
+        deviations: means as deviations from theta0 (or from its mean), as lme4's `ranef`.  The sds are those of the weights
+            either way.
         Shared parameters are the same for all tasks and stand in `Fit.prior.shared`.
         """
         import pandas as pd
@@ -148,8 +152,8 @@ class Posterior:
         rows, _ = data.filled
         with quiet_scope(seed, self._batch.support.x.device):
             parts = [
-                read(observed_site(poutine.trace(self._program(theta)).get_trace(self.eta, rows, None)))
-                for theta in self._slices(self._theta(num_samples, seed), data)
+                read(observed_site(poutine.trace(self._program(theta)).get_trace(eta, rows, None)))
+                for eta, theta in self._slices(self._theta(num_samples, seed), data)
             ]
         return Prediction(torch.cat(parts), data.mask, self.names)
 
@@ -226,18 +230,19 @@ class Posterior:
 
         return program
 
-    def _slices(self, theta: Tensor, data: Data) -> Iterator[Tensor]:
+    def _slices(self, theta: Tensor, data: Data) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Draws with the eta that they belong to, a few at a time."""
         tasks, points = data.mask.shape
         cost = tasks * (32 * points + theta.shape[-1])
-        yield from theta.split(max(1, CHUNK // max(1, cost)))
+        yield from ((self.eta, part) for part in theta.split(max(1, CHUNK // max(1, cost))))
 
     def evaluate(self, data: Data, num_samples: int, seed: int) -> Evaluated:
         """Log densities, draws and (for classes) probabilities of the observations in `data`."""
         log_probs, samples, probs = [], [], []
         x, y = data.filled
         with quiet_scope(seed, self._batch.support.x.device):
-            for theta in self._slices(self._theta(num_samples, seed), data):
-                trace = poutine.trace(self._program(theta)).get_trace(self.eta, x, y)
+            for eta, theta in self._slices(self._theta(num_samples, seed), data):
+                trace = poutine.trace(self._program(theta)).get_trace(eta, x, y)
                 # where, not a product: the density of padding may be anything
                 log_probs.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
                 site = observed_site(trace)

@@ -9,15 +9,21 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from varmeta import summary
 from varmeta._points import check_columns
 from varmeta.bayes.model import TaskModel
 from varmeta.fast import adapt, check_compile
+from varmeta.hyper.conditional import is_linear_gaussian
+from varmeta.hyper.posterior import IntegratedPosterior
+from varmeta.hyper.result import HyperPosterior
 from varmeta.learned_prior import LearnedPrior
 from varmeta.numerics.solution import Result
 from varmeta.posterior import Posterior
 from varmeta.problem import Problem
 from varmeta.run import Run
+from varmeta.standard_errors import standard_errors
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet, no_tasks
 
@@ -69,13 +75,47 @@ class Fit:
     @property
     def loss_name(self) -> str:
         """Only a Gaussian guide's elbo is a bound on the negative log evidence."""
+        if self.hyper is not None:
+            integrated = "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
+            return f"negative ELBO, {integrated} integrated out"
         name = {
             "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
             "query": "query loss (no bound)" if self.is_point else "query loss",
             "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
         }[self.strategy.outer]
-        return name if self.model.prior.hyperprior is None else f"{name} - log hyperprior"
+        return f"{name} - log hyperprior" if self.model.has_hyperprior else name
+
+    @property
+    def hyper(self) -> HyperPosterior | None:
+        """The posterior of eta, where `fit` was given a hyperguide; `eta` is then its mean in nearly Gaussian coordinates."""
+        return self.run.hyper
+
+    def hyperparameters(self, level: float = 0.9) -> pd.DataFrame:
+        """The posterior of theta0, of the prior's sds and correlations and of the noise scale: mean, sd, median and the ends of
+        the central interval.  Raises ValueError where eta is a point (`hyperguide="delta"`)."""
+        if self.hyper is None:
+            raise ValueError("eta is a point here: fit with hyperguide='multivariate_normal' for its posterior")
+        return self.hyper.frame(self.model, self.tasks.x_names, level)
+
+    @cached_property
+    def standard_errors(self) -> dict[str, Tensor] | None:
+        """Standard errors of theta0 and the shared parameters by name, given the variances, as lme4's; under a posterior of eta
+        its standard deviations.  None where there are none: points, networks, noisy or unfinished fits."""
+        return standard_errors(self)
+
+    @property
+    def log_likelihood(self) -> float | None:
+        """log p(y) at the estimates, with the weights integrated out (and under "reml" theta0 too), where it is exact: a linear
+        model with Gaussian noise under a guide that can be the tasks' posteriors.  Else None."""
+        exact = not self.is_point and self.strategy.outer == "elbo" and is_linear_gaussian(self.model, self.tasks)
+        dense = self.strategy.guide == "multivariate_normal" or (
+            self.strategy.guide == "normal" and self.model.weights.size == 1
+        )
+        kind = "delta" if self.hyper is None else self.hyper.hyperguide
+        if not (exact and dense and kind in ("delta", "reml")) or self.model.has_hyperprior:
+            return None
+        return -self.loss
 
     @cached_property
     def is_point(self) -> bool:
@@ -96,6 +136,8 @@ class Fit:
         """The posteriors of the training tasks: those stored, or found anew where the strategy stores none (or, as `Reinit`
         within a period, was interrupted on the way to them)."""
         state = self.run.state
+        if self.run.hyper is not None:
+            return self._integrated
         if state.phi is None or self.strategy.adapts_afresh or not (self.converged or self.strategy.settled(state)):
             return self.adapt(self.tasks)
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
@@ -107,7 +149,8 @@ class Fit:
         compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is worth it.
 
         A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
-        theta0, and a mean-field guide cannot follow the correlations of a dense prior.
+        theta0, and a mean-field guide cannot follow the correlations of a dense prior.  Under a posterior of eta they are
+        averages over its draws, which the new tasks' data do not change.
 
         Raises TypeError or ValueError for tasks that do not fit the model, or whose columns have another number or other names
         than those of the training tasks.
@@ -121,6 +164,8 @@ class Fit:
         check_columns(tasks, self.tasks)
         batch = tasks.batch()
         self.model.check(tasks)
+        if self.hyper is not None:
+            return self._integrate(tasks)
         solution = adapt(self.strategy, self.problem, batch, self.eta, compile)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
         fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.is_noisy(self.problem)
@@ -135,6 +180,23 @@ class Fit:
                 stacklevel=2,
             )
         return Posterior(self.problem, solution.value, self.eta, tasks, self.tasks)
+
+    def _integrate(self, tasks: TaskSet) -> Posterior:
+        assert self.hyper is not None
+        found = IntegratedPosterior(self.problem, self.hyper, self.eta, tasks, self.tasks)
+        bad = [name for name, good in zip(found.names, found.converged.tolist(), strict=True) if not good]
+        if bad:
+            warnings.warn(
+                f"the mode of {len(bad)} of {len(tasks)} tasks was not found for every draw of eta, {bad[0]!r} first: give the "
+                "prior's sds a scale_hyperprior",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return found
+
+    @cached_property
+    def _integrated(self) -> Posterior:
+        return self._integrate(self.tasks)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ 0.23 or 1.x."""

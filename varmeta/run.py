@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from varmeta.strategy import Eta, State
 from varmeta.tasks import Batch
+
+if TYPE_CHECKING:
+    from varmeta.hyper.result import HyperPosterior
 
 Callback = Callable[[dict[str, float]], None]
 
@@ -22,6 +25,7 @@ class Run:
 
     loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
     schedule: how the step size fell, None for solvers without one.
+    hyper: the posterior of eta, None where eta is a point.
     """
 
     eta: Eta
@@ -32,6 +36,7 @@ class Run:
     converged: bool = False
     loss: float = math.nan
     schedule: str | None = None
+    hyper: HyperPosterior | None = None
 
     @property
     def step(self) -> int:

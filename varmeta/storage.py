@@ -12,6 +12,7 @@ import torch
 
 from varmeta.baselines import Pooled
 from varmeta.bayes.model import TaskModel
+from varmeta.hyper.result import HyperPosterior
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
 from varmeta.numerics import linear_solve, minimize, newton
@@ -60,6 +61,9 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "converged": run.converged,
         "loss": run.loss,
         "schedule": run.schedule,
+        "hyper": None
+        if run.hyper is None
+        else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},
         "tasks": [(task.name, task.support, task.query) for task in fit.tasks],
         "x_names": fit.tasks.x_names,
     }
@@ -127,7 +131,9 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
         raise ValueError(f"{str(path)!r} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])
     record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
+    kept = content.get("hyper")  # files of before had none
     run = Run(eta, state, *record)
+    run.hyper = None if kept is None else HyperPosterior(**kept)
     tasks = TaskSet(
         [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]],
         dtype=like.dtype,

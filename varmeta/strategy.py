@@ -109,7 +109,9 @@ class Strategy(ABC):
         if for_fit and prior.learn_precision is not None:
             batch = tasks[:1].batch()
             if problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
-                self._check_precision(prior.bounds_points(len(tasks)), prior.hyperprior is not None)
+                self._check_precision(
+                    prior.bounds_points(len(tasks)), prior.hyperprior is not None or prior.scale_hyperprior is not None
+                )
 
     def _check_solvers(self) -> None:
         """The parts that a strategy may have are objects, not names."""
@@ -188,7 +190,7 @@ class Strategy(ABC):
         return None
 
     def _total(self, problem: Problem, batch: Batch, eta: Eta, losses: Tensor) -> Tensor:
-        return losses.sum() * (batch.total / len(batch)) + problem.model.prior.penalty(eta)
+        return losses.sum() * (batch.total / len(batch)) + problem.model.penalty(eta)
 
 
 def check_kinds(model: object, tasks: object, strategy: object) -> None:

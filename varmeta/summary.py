@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from varmeta._words import counted
+from varmeta.hyper.importance import GOOD_K
+from varmeta.learned_prior import ROWS
 
 if TYPE_CHECKING:
+    from varmeta.hyper.result import HyperPosterior
     from varmeta.result import Fit
 
 
@@ -20,12 +23,41 @@ def long(fit: Fit) -> str:
     points = int(fit.tasks.batch().support.mask.sum())
     lines = [
         f"{method(fit)}, {counted(len(fit.tasks), 'task')}, {counted(points, 'support observation')}",
-        f"{fit.loss_name}: {fit.loss:.4f} nats" if fit.run.history else "not run",
+        evidence(fit),
         fit.stop if fit.stop.startswith("converged") else f"{'' if fit.converged else 'not '}converged: {fit.stop}",
-        "",
-        str(fit.prior),
     ]
-    return "\n".join(lines)
+    hyper = fit.hyper
+    if hyper is None or hyper.hyperguide == "reml":
+        return "\n".join([*lines, "", fit.prior.table(fit.standard_errors)])
+    return "\n".join([*lines, importance(hyper), "", hyperparameters(fit)])
+
+
+def evidence(fit: Fit) -> str:
+    """The objective, and what it is worth as a log likelihood."""
+    if not fit.run.history:
+        return "not run"
+    line = f"{fit.loss_name}: {fit.loss:.4f} nats"
+    if fit.hyper is not None and fit.hyper.hyperguide != "reml":
+        return f"{line}; log evidence by importance weights: {fit.hyper.log_evidence:.4f}"
+    if fit.log_likelihood is None:
+        return line
+    return f"{line}, so the {'REML ' if fit.hyper else ''}log likelihood is {fit.log_likelihood:.4f}"
+
+
+def importance(hyper: HyperPosterior) -> str:
+    near = "near the posterior" if hyper.pareto_k <= GOOD_K else "corrected by importance weights"
+    return f"posterior of eta: {hyper.hyperguide}, k-hat {hyper.pareto_k:.2f} ({near}), {hyper.ess:.0f} effective draws"
+
+
+def hyperparameters(fit: Fit, level: float = 0.9) -> str:
+    """The posterior of eta as aligned text."""
+    table = fit.hyperparameters(level)
+    shown, width = table.head(ROWS), max(len("quantity"), *map(len, table.index))
+    low, high = (f"{100 * q:g} %" for q in ((1 - level) / 2, (1 + level) / 2))
+    lines = [f"{'quantity':<{width}} " + " ".join(f"{name:>12}" for name in ("mean", "sd", low, high))]
+    for name, row in shown.iterrows():
+        lines.append(f"{name:<{width}} " + " ".join(f"{row[key]:>12.5g}" for key in ("mean", "sd", "low", "high")))
+    return "\n".join([*lines, *([f"... and {len(table) - ROWS} more"] if len(table) > ROWS else [])])
 
 
 def short(fit: Fit) -> str:

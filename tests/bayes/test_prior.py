@@ -85,8 +85,8 @@ def test_hyperprior_is_a_density_of_the_precision() -> None:
     eta = moved(prior.init(WEIGHTS, LIKE))
     expected = -sum(stats.gamma(2.0, scale=2.0).logpdf(math.exp(value)) for value in eta.values())
     # theta0 carries no hyperprior, whatever its name
-    assert float(prior.penalty(eta | LOC)) == pytest.approx(expected)
-    assert vm.GaussianPrior(4.0, "shared").penalty(eta) == 0.0
+    assert float(prior.penalty(WEIGHTS, eta | LOC)) == pytest.approx(expected)
+    assert vm.GaussianPrior(4.0, "shared").penalty(WEIGHTS, eta | LOC) == 0.0
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, {"head": -2.0}, torch.tensor(0.0)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta._words import counted
+from varmeta.bayes.hyperprior import check, describe, log_density
 
 SCALE = "log_scale"
 
@@ -27,6 +28,12 @@ class Likelihood(ABC):
         """The likelihood's entries of eta."""
         return {}
 
+    def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
+        """-log of the hyperpriors' density at the likelihood's entries of eta; 0 where there are none."""
+        return 0.0
+
+    has_hyperprior = False
+
     @abstractmethod
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         """The distribution of the observations; `y` only for what it says about the design (numbers of trials)."""
@@ -40,7 +47,12 @@ class Likelihood(ABC):
         return torch.zeros(len(y), dtype=torch.bool), "any real number"
 
     def __repr__(self) -> str:
-        inner = ", ".join(f"{key}={value}" for key, value in vars(self).items() if value is not None)
+        shown = {
+            key: describe(value) if isinstance(value, dist.TorchDistribution) else value
+            for key, value in vars(self).items()
+            if value is not None
+        }
+        inner = ", ".join(f"{key}={value}" for key, value in shown.items())
         return f"{type(self).__name__}({inner})"
 
 
@@ -57,12 +69,24 @@ def _not_count(y: Tensor) -> Tensor:
 class _LocationScale(Likelihood):
     """A location from the network and one scale, fixed or learned as `log_scale`; several channels: several responses."""
 
-    def __init__(self, scale: float = 1.0, learn_scale: bool = True) -> None:
+    def __init__(
+        self, scale: float = 1.0, learn_scale: bool = True, scale_hyperprior: dist.TorchDistribution | None = None
+    ) -> None:
         self.scale = _positive("scale", scale)
         self.learn_scale = bool(learn_scale)
+        self.scale_hyperprior = check(scale_hyperprior, "scale_hyperprior")
+        if scale_hyperprior is not None and not learn_scale:
+            raise ValueError("a scale_hyperprior needs a scale that is learned: leave out learn_scale=False")
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale else {}
+
+    @property
+    def has_hyperprior(self) -> bool:  # type: ignore[override]
+        return self.scale_hyperprior is not None
+
+    def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
+        return -log_density(self.scale_hyperprior, {SCALE: eta[SCALE].exp()}) if self.learn_scale else 0.0
 
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         scale = eta[SCALE].exp() if self.learn_scale else out.new_tensor(self.scale)
@@ -73,14 +97,23 @@ class _LocationScale(Likelihood):
 
 
 class Gaussian(_LocationScale):
-    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`."""
+    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
+
+    scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`; flat where left out.
+    """
 
 
 class StudentT(_LocationScale):
     """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed."""
 
-    def __init__(self, df: float = 4.0, scale: float = 1.0, learn_scale: bool = True) -> None:
-        super().__init__(scale, learn_scale)
+    def __init__(
+        self,
+        df: float = 4.0,
+        scale: float = 1.0,
+        learn_scale: bool = True,
+        scale_hyperprior: dist.TorchDistribution | None = None,
+    ) -> None:
+        super().__init__(scale, learn_scale, scale_hyperprior)
         self.df = _positive("df", df)
 
     def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:

@@ -132,6 +132,9 @@ class TaskModel:
                     f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected {tuple(start[name].shape)}"
                 )
             start[name] = value.expand(start[name].shape).clone()
+        stray = set(self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()) - set(start)
+        if stray:
+            raise ValueError(f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}")
         self.shared = tuple(n for n in start if any(_matches(n, pattern) for pattern in shared))
         self.start = start
         self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
@@ -152,6 +155,15 @@ class TaskModel:
     def prior_distribution(self, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """p(theta | eta), event shape `(D,)`."""
         return self.prior.distribution(self.weights, eta)
+
+    def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
+        """-log of the hyperpriors' density at eta, up to a constant; 0 where there are none."""
+        total = self.prior.penalty(self.weights, eta)
+        return total if self.likelihood is None else total + self.likelihood.penalty(eta)
+
+    @property
+    def has_hyperprior(self) -> bool:
+        return self.prior.has_hyperprior or (self.likelihood is not None and self.likelihood.has_hyperprior)
 
     # -- the Pyro program ----------------------------------------------------------------------------------------------
 

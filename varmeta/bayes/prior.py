@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from varmeta._words import kind_of
+from varmeta.bayes import hyperprior as densities
+from varmeta.bayes.hyperprior import Hyperprior, in_dtype
 from varmeta.bayes.weights import Weights
 
 LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
@@ -32,6 +33,11 @@ class GaussianPrior:
     covariance: a fixed or starting dense covariance `(D, D)`, in the order of the model's weights, instead of a precision.
     hyperprior: a distribution over each learned precision, such as `pyro.distributions.Gamma(2., 1.)`.  Its log density,
         taken with respect to the precision itself, is added to the objective once.
+    scale_hyperprior: the same over each learned standard deviation, in the weight's unit: a half-normal, a half-Cauchy.  One
+        distribution, or a dict by the names that learn_precision distinguishes; flat for names left out.
+    loc_hyperprior: a distribution over every number of theta0, or a dict by parameter name, which may name shared
+        parameters too; flat for names left out.
+    lkj: concentration of the LKJ distribution over the correlations of "full"; 1 is uniform over correlation matrices.
 
     The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower triangular, so that both
     halves of it are free parameters without units.
@@ -48,6 +54,9 @@ class GaussianPrior:
         loc: Mapping[str, Tensor | float] | None = None,
         covariance: Tensor | None = None,
         hyperprior: dist.TorchDistribution | None = None,
+        scale_hyperprior: Hyperprior = None,
+        loc_hyperprior: Hyperprior = None,
+        lkj: float = 1.0,
     ) -> None:
         if learn_precision not in LEARN_PRECISION:
             raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
@@ -82,11 +91,24 @@ class GaussianPrior:
                 raise ValueError(
                     "a hyperprior on a dense covariance is not offered: use learn_precision='per_parameter'"
                 )
+        if scale_hyperprior is not None and learn_precision is None:
+            raise ValueError(
+                "a scale_hyperprior needs a standard deviation to act on: set learn_precision, or leave it out"
+            )
+        if scale_hyperprior is not None and hyperprior is not None:
+            raise ValueError("give a hyperprior on the precision or a scale_hyperprior on the sd, not both")
+        if isinstance(scale_hyperprior, Mapping) and learn_precision == "shared":
+            raise ValueError("with learn_precision='shared' there is one sd: scale_hyperprior must be one distribution")
         self.start = precision
         self.learn_precision = learn_precision
         self.start_loc = dict(loc or {})
         self.covariance = covariance
         self.hyperprior = hyperprior
+        self.scale_hyperprior = densities.check(scale_hyperprior, "scale_hyperprior")
+        self.loc_hyperprior = densities.check(loc_hyperprior, "loc_hyperprior")
+        if not (lkj > 0 and math.isfinite(lkj)):
+            raise ValueError(f"lkj must be a positive finite number, not {lkj}")
+        self.lkj = float(lkj)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
@@ -95,7 +117,19 @@ class GaussianPrior:
         parts += [] if self.learn_precision is None else [f"learn_precision={self.learn_precision!r}"]
         parts += [f"loc of {', '.join(self.start_loc)}"] if self.start_loc else []
         parts += [] if self.hyperprior is None else [f"hyperprior={type(self.hyperprior).__name__}"]
+        parts += [
+            f"{name}={densities.describe(value)}"
+            for name, value in (("scale_hyperprior", self.scale_hyperprior), ("loc_hyperprior", self.loc_hyperprior))
+            if value is not None
+        ]
+        parts += [] if self.lkj == 1.0 else [f"lkj={self.lkj:g}"]
         return f"GaussianPrior({', '.join(parts)})"
+
+    @property
+    def has_hyperprior(self) -> bool:
+        """Whether any density of eta is added to the objective."""
+        given = (self.hyperprior, self.scale_hyperprior, self.loc_hyperprior)
+        return any(value is not None for value in given) or self.lkj != 1.0
 
     @property
     def dense(self) -> bool:
@@ -145,25 +179,51 @@ class GaussianPrior:
         tril = eta[TRIL] if TRIL in eta else self._start_dense(weights, loc)[1]
         return dist.MultivariateNormal(loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size))
 
-    def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
-        """-log of the hyperprior's density at the precisions of eta (0 where there is none)."""
-        if self.hyperprior is None:
-            return 0.0
-        learned = [value for name, value in eta.items() if name == PRECISION or name.startswith(PRECISION + ".")]
-        hyperprior = in_dtype(self.hyperprior, learned[0])
-        with pyro.validation_enabled(False):  # outside its support a density is 0, which is no error
-            return -sum(hyperprior.log_prob(value.exp()).sum() for value in learned)
+    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The learned log precisions by what `learn_precision` tells apart: "", modules or parameters; of "full" all, `(D,)`."""
+        start = len(PRECISION) + 1
+        return {key[start:]: value for key, value in eta.items() if key.partition(".")[0] == PRECISION}
+
+    def row_norms(self, eta: Mapping[str, Tensor]) -> Tensor:
+        """Of the factor U of a learned dense covariance: `(D,)`, the marginal sd of each weight over its conditional one."""
+        size = len(eta[PRECISION])
+        return unit_lower(eta[TRIL], size).norm(dim=-1) if TRIL in eta else torch.ones_like(eta[PRECISION])
+
+    def learned_sds(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The learned standard deviations, named as in `learned`; of "full" by parameter name, each weight's on its own."""
+        sds = {name: torch.exp(-0.5 * value) for name, value in self.learned(eta).items()}
+        return weights.unflatten(sds[""] * self.row_norms(eta)) if self.learn_precision == "full" else sds
+
+    def penalty(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor | float:
+        """-log of the hyperpriors' density at eta (0 where there is none), up to a constant."""
+        loc: Mapping[str, Tensor] = (
+            eta if isinstance(self.loc_hyperprior, Mapping) else {n: eta[n] for n in weights.names}
+        )
+        total = -densities.log_density(self.loc_hyperprior, loc)
+        if self.learn_precision is None:
+            return total
+        if self.hyperprior is not None:
+            precisions = {name: value.exp() for name, value in self.learned(eta).items()}
+            total = total - densities.log_density(self.hyperprior, precisions)
+        if self.scale_hyperprior is not None:
+            total = total - densities.log_density(self.scale_hyperprior, self.learned_sds(weights, eta))
+        if self.learn_precision == "full" and self.lkj != 1.0:
+            total = total - densities.log_lkj(self.row_norms(eta), self.lkj)
+        return total
 
     def bounds_points(self, num_tasks: int) -> bool:
         """Whether the hyperprior outweighs what points at theta0 gain from a growing precision: 1/2 log lambda per task.
 
         That takes a density which falls faster than lambda^(-tasks/2): a Gamma's does, a half-Cauchy's does not.
         """
-        if self.hyperprior is None:
-            return False
         far = torch.tensor([30.0, 60.0], dtype=torch.float64)
         with pyro.validation_enabled(False):
-            near, beyond = in_dtype(self.hyperprior, far).log_prob(far.exp()).unbind(-1)
+            if self.hyperprior is not None:
+                near, beyond = in_dtype(self.hyperprior, far).log_prob(far.exp()).unbind(-1)
+            elif isinstance(self.scale_hyperprior, dist.TorchDistribution):
+                near, beyond = in_dtype(self.scale_hyperprior, far).log_prob((-0.5 * far).exp()).unbind(-1)
+            else:
+                return False
         gained = 0.5 * num_tasks * float(far[1] - far[0])
         return bool(near.isneginf() | (near - beyond > gained))
 
@@ -194,6 +254,13 @@ class GaussianPrior:
             missing = [name for name in weights.names if not {name, weights.module(name)} & set(self.start)]
             if missing:
                 raise ValueError(f"precision is a dict but says nothing about {missing}: name each, or its module")
+        if isinstance(self.scale_hyperprior, Mapping):
+            known = set(weights.modules if self.learn_precision == "per_module" else weights.names)
+            unknown = set(self.scale_hyperprior) - known
+            if unknown:
+                raise ValueError(
+                    f"scale_hyperprior names {sorted(unknown)}, but the learned sds are of {sorted(known)}"
+                )
         if self.covariance is not None and len(self.covariance) != weights.size:
             raise ValueError(
                 f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has {weights.size} weights"
@@ -247,14 +314,3 @@ def unit_lower(entries: Tensor, size: int) -> Tensor:
     flat = eye.reshape(*entries.shape[:-1], size * size)
     index = (rows * size + columns).expand(entries.shape)
     return flat.scatter(-1, index, entries).reshape(*entries.shape[:-1], size, size)
-
-
-def in_dtype(distribution: Any, like: Tensor) -> Any:
-    """A copy whose parameters are floating tensors like `like`: torch would round its argument to theirs."""
-    new = copy.copy(distribution)
-    for name, value in vars(distribution).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(new, name, value.to(like))
-        elif isinstance(value, torch.distributions.Distribution):
-            setattr(new, name, in_dtype(value, like))
-    return new

@@ -1,0 +1,179 @@
+"""Posteriors of the tasks' weights given eta, for many eta at once: mode, curvature, and what quadrature makes of them.
+
+p(theta_i | y_i, eta) for K values of eta and T tasks are K T small problems.  Newton's method finds each mode; the
+Gaussian of the curvature there places the nodes of a quadrature (adaptive Gauss-Hermite), which gives the evidence
+p(y_i | eta) and the posterior's mean and covariance.  Exact for linear-Gaussian tasks, where the nodes agree.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from varmeta.bayes import likelihood
+from varmeta.bayes.divergence import location, scale
+from varmeta.bayes.model import SITE, TaskModel, observed_log_prob
+from varmeta.buckets import buckets
+from varmeta.hyper.rows import rowwise
+from varmeta.numerics.minimize import minimize
+from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import Tree
+from varmeta.tasks import Batch, Data, TaskSet
+
+# Nodes per weight of a task; beyond three weights, so many quasi-random ones.
+NODES = {1: 15, 2: 7, 3: 5}
+MANY = 128
+# Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes into.
+CELLS = 200_000
+# The least curvature at a mode, in units of the prior's precision.
+FLAT = 0.01
+
+
+@dataclass(frozen=True)
+class Conditionals:
+    """Of K values of eta (first) and T tasks (second): log p(y_i | eta), nats; mode, mean `(K, T, D)`; the lower factor of
+    the covariance at the mode and the covariance, `(K, T, D, D)`; whether Newton's method converged."""
+
+    log_evidence: Tensor
+    mode: Tensor
+    factor: Tensor
+    mean: Tensor
+    covariance: Tensor
+    converged: Tensor
+
+
+def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+    """log p(theta | eta) + log p(y_i | x_i, theta, eta), `(J, tasks)`, for theta `(J, tasks, D)`."""
+    with pyro.validation_enabled(False):
+        trace = poutine.trace(poutine.condition(model, {SITE: theta.unsqueeze(-2)})).get_trace(eta, data)
+        prior = cast("Any", trace.nodes[SITE]["fn"]).log_prob(theta.unsqueeze(-2)).squeeze(-1)
+        return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
+
+
+def is_linear_gaussian(model: TaskModel, tasks: TaskSet) -> bool:
+    """Whether every p(theta_i | y_i, eta) is known to be Gaussian."""
+    return type(model.likelihood) is likelihood.Gaussian and model.is_linear(tasks)
+
+
+@torch.no_grad()
+def conditionals(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor], gaussian: bool) -> Conditionals:
+    """Of each task of the batch under each of eta's K rows.  gaussian: see `is_linear_gaussian`; saves the quadrature."""
+    groups = buckets(batch)
+    number = len(next(iter(eta.values())))
+    found = []
+    for _, group in groups:
+        cells = group.support.mask.numel() * max(1, model.weights.size)
+        step = max(1, CELLS // max(1, cells))
+        parts = [
+            _solve(model, group.support, {name: value[k : k + step] for name, value in eta.items()}, gaussian)
+            for k in range(0, number, step)
+        ]
+        found.append([torch.cat(part) for part in zip(*parts, strict=True)])
+    back = torch.cat([rows for rows, _ in groups]).argsort()
+    return Conditionals(*(torch.cat(part, 1)[:, back] for part in zip(*found, strict=True)))
+
+
+def _solve(model: TaskModel, data: Data, eta: dict[str, Tensor], gaussian: bool) -> tuple[Tensor, ...]:
+    tasks, size = len(data), model.weights.size
+    loc, *columns = rowwise(lambda one: _prior(model, one))(eta).unbind(-1)
+    spread = torch.stack(columns, -1)  # (K, D, D)
+    number = len(loc)
+    density = rowwise(lambda theta, one: log_joint(model, theta, one, data))
+
+    def weights(u: Tensor) -> Tensor:
+        return loc[:, None] + (spread[:, None] @ u.reshape(number, tasks, size, 1)).squeeze(-1)
+
+    def losses(phi: Tree) -> Tensor:
+        return -density(weights(phi["u"]).unsqueeze(1), eta).reshape(-1)
+
+    # u in units of the prior: however narrow it is, Newton's method and its tolerance meet curvatures of about 1
+    solution = minimize(losses, {"u": loc.new_zeros(number * tasks, size)}, NewtonCG(), max_steps=100)
+    loss, hessian = _hessian(losses, solution.value["u"])
+    values, vectors = torch.linalg.eigh(hessian)
+    # a rising direction has no Gaussian of its own: a part of the prior's width is a place to look for the mass
+    values = values.abs().clamp(min=FLAT)
+    factor = torch.linalg.cholesky((vectors / values.unsqueeze(-2)) @ vectors.mT)
+    factor = spread[:, None] @ factor.reshape(number, tasks, size, size)
+    mode = weights(solution.value["u"])
+    # a step that gets no further ends at rounding, as where the prior is very narrow
+    found = (solution.result == Result.CONVERGED) | (solution.result == Result.STAGNATED)
+    converged = found.reshape(number, tasks)
+    constant = 0.5 * size * math.log(2 * math.pi) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if gaussian:
+        return constant - loss.reshape(number, tasks), mode, factor, mode, factor @ factor.mT, converged
+    z, log_weight = nodes(size)
+    theta = mode.unsqueeze(1) + (factor.unsqueeze(1) @ z.to(mode)[:, None, :, None]).squeeze(-1)  # (K, J, T, D)
+    step = max(1, CELLS // max(1, data.mask.numel() * len(z)))
+    log_p = torch.cat(
+        [
+            density(theta[k : k + step], {name: value[k : k + step] for name, value in eta.items()})
+            for k in range(0, number, step)
+        ]
+    )
+    log_p = log_p + (log_weight + 0.5 * z.square().sum(-1)).to(mode)[:, None]
+    share = log_p.softmax(1).unsqueeze(-1)
+    mean = (share * theta).sum(1)
+    offset = theta - mean.unsqueeze(1)
+    covariance = ((share * offset).unsqueeze(-1) * offset.unsqueeze(-2)).sum(1)
+    return constant + log_p.logsumexp(1), mode, factor, mean, covariance, converged
+
+
+def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> Tensor:
+    """theta0 and the lower factor of the prior's covariance, side by side, `(D, D + 1)`."""
+    prior = model.prior_distribution(eta)
+    factor = scale(prior)
+    assert factor is not None  # the prior is a Gaussian
+    return torch.cat([location(prior).unsqueeze(-1), torch.diag(factor) if factor.dim() == 1 else factor], -1)
+
+
+def _hessian(losses: Callable[[Tree], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses `(rows,)` and Hessians `(rows, D, D)` at u `(rows, D)`."""
+    with torch.enable_grad():
+        point = u.detach().requires_grad_()
+        loss = losses({"u": point})
+        (gradient,) = torch.autograd.grad(loss.sum(), point, create_graph=True)
+        columns = [
+            torch.autograd.grad(gradient[:, j].sum(), point, retain_graph=True, materialize_grads=True)[0]
+            for j in range(u.shape[-1])
+        ]
+    hessian = torch.stack(columns, -1)
+    return loss.detach(), 0.5 * (hessian + hessian.mT)
+
+
+@lru_cache(maxsize=16)
+def nodes(size: int) -> tuple[Tensor, Tensor]:
+    """Points z `(J, size)` and log weights `(J,)` with sum_j exp(w_j) g(z_j) near E g(z) for z ~ N(0, I).
+
+    Gauss-Hermite's product rule for up to three numbers, exact for polynomials of degree 2 n - 1 in each; beyond, a
+    quasi-random sequence.
+
+    >>> z, w = nodes(1)
+    >>> round(float((w.exp() * z[:, 0] ** 4).sum()), 6)
+    3.0
+    """
+    if size in NODES:
+        point, weight = np.polynomial.hermite_e.hermegauss(NODES[size])
+        z = torch.tensor(list(itertools.product(point, repeat=size)), dtype=torch.float64)
+        w = torch.tensor(
+            list(itertools.product(np.log(weight / math.sqrt(2 * math.pi)), repeat=size)), dtype=torch.float64
+        )
+        return z, w.sum(-1)
+    return normal_points(MANY, size, 0), torch.full((MANY,), -math.log(MANY), dtype=torch.float64)
+
+
+def normal_points(number: int, size: int, seed: int) -> Tensor:
+    """A scrambled Sobol sequence as standard normal points `(number, size)`, float64; a function of its arguments alone."""
+    engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
+    uniform = engine.draw(number, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    return torch.special.ndtri(uniform)
