@@ -7,6 +7,9 @@ ARVIZ1_PYTHON ?=
 ARVIZ1_VENV   ?= .venv-arviz1
 BIN            = $(VENV)/bin
 
+# Processes of `make test`, one thread each; 0: no other process than pytest's own.
+TEST_PROCESSES ?= 2
+
 export MPLBACKEND ?= Agg
 
 .PHONY: setup demo readme landscape test lint test-arviz1 clean
@@ -30,7 +33,7 @@ readme: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo --out results/demo | $(BIN)/python -m experiments.readme
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
