@@ -7,9 +7,12 @@ ARVIZ1_PYTHON ?=
 ARVIZ1_VENV   ?= .venv-arviz1
 BIN            = $(VENV)/bin
 
+# Processes of `make test`, one thread each; 0: no other process than pytest's own.
+TEST_PROCESSES ?= 2
+
 export MPLBACKEND ?= Agg
 
-.PHONY: setup demo readme landscape test lint test-arviz1 clean
+.PHONY: setup demo readme landscape test test-compiled lint test-arviz1 clean
 
 setup: $(VENV)/.installed
 
@@ -30,7 +33,11 @@ readme: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo --out results/demo | $(BIN)/python -m experiments.readme
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+# Compiled against eager for every strategy, guide and dtype: each case waits for the compiler, many minutes in all.
+test-compiled: $(VENV)/.installed
+	$(BIN)/python -m pytest -m compiled tests/test_fast.py
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

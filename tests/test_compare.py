@@ -16,16 +16,16 @@ from torch import nn
 
 import varmeta as vm
 from tests.cases import linear_model, net_model, ragged_tasks, seeded
-from varmeta.baselines import BASELINES, Pooled
+from varmeta.baselines import BASELINES, Pooled, baseline
 from varmeta.compare import _initialised
 from varmeta.report import interval
 
 PRIOR = vm.GaussianPrior(3.0)
 INNER: dict[str, Any] = {"inner_steps": 2, "minimizer": vm.GradientDescent(lr=0.01)}
 STRATEGIES = {
-    "joint": vm.Joint("normal"),
+    "joint": vm.Joint("normal", adapt_steps=200),
     "joint, delta": vm.Joint("delta"),
-    "reinit": vm.Reinit("normal", every=10),
+    "reinit": vm.Reinit("normal", every=10, adapt_steps=200),
     "implicit": vm.Implicit("delta", "elbo", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER),
     "imaml": vm.Implicit("delta", "query", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER),
     "maml": vm.Unrolled("delta", **INNER),
@@ -36,9 +36,28 @@ METRICS = ["log_density", "rmse", "coverage", "calibration_error", "crps"]
 TRAIN, TEST = ragged_tasks(4), ragged_tasks(3, seed=1)
 
 
+Starts = dict[tuple[str, int], dict[str, torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def report() -> vm.Report:
-    return vm.compare(STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=[3, 5], budget=30, num_samples=50)
+def comparison() -> tuple[vm.Report, Starts]:
+    """The report, and where each of its fits started."""
+    starts: Starts = {}
+    module = sys.modules["varmeta.compare"]  # the attribute of that name is the function
+    real = module.fit
+
+    def spy(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, **options: Any) -> vm.Fit:
+        starts[f"{strategy!r} {model.prior.start}", options["seed"]] = model.init(torch.zeros((), dtype=tasks.dtype))
+        return real(model, tasks, strategy, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "fit", spy)
+        return vm.compare(STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=[3, 5], budget=30, num_samples=50), starts
+
+
+@pytest.fixture(scope="module")
+def report(comparison: tuple[vm.Report, Starts]) -> vm.Report:
+    return comparison[0]
 
 
 def test_every_method_and_seed_is_there(report: vm.Report) -> None:
@@ -78,22 +97,13 @@ def test_the_budget_is_the_same_for_all(report: vm.Report) -> None:
         assert "spent its budget of 30" in fit.stop
 
 
-def test_every_method_starts_at_the_same_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    starts: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
-    module = sys.modules["varmeta.compare"]  # the attribute of that name is the function
-    real = module.fit
-
-    def spy(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, **options: Any) -> vm.Fit:
-        starts[f"{strategy!r} {model.prior.start}", options["seed"]] = model.init(torch.zeros((), dtype=tasks.dtype))
-        return real(model, tasks, strategy, **options)
-
-    monkeypatch.setattr(module, "fit", spy)
-    vm.compare(STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=2, budget=2, num_samples=2)
+def test_every_method_starts_at_the_same_point(comparison: tuple[vm.Report, Starts]) -> None:
+    starts = comparison[1]
     assert len(starts) == 20
-    one = {seed: next(start for (_, s), start in starts.items() if s == seed) for seed in (0, 1)}
+    one = {seed: next(start for (_, s), start in starts.items() if s == seed) for seed in (3, 5)}
     for (_, seed), start in starts.items():
         assert all(torch.equal(value, one[seed][name]) for name, value in start.items())
-    assert not torch.equal(one[0]["0.weight"], one[1]["0.weight"])
+    assert not torch.equal(one[3]["0.weight"], one[5]["0.weight"])
 
 
 def test_a_method_does_not_depend_on_the_others(report: vm.Report) -> None:
@@ -172,6 +182,13 @@ def test_no_pooling_lets_every_task_go_its_own_way() -> None:
     mean = report.fits["no pooling", 0].adapt(tasks).mean["weight"].flatten()
     torch.testing.assert_close(mean, slopes, rtol=0, atol=0.1)
     assert report.table.loc["no pooling", "rmse"] < 0.2 < report.table.loc["pooled", "rmse"]
+
+
+def test_no_pooling_steps_and_adapts_as_the_first_joint_does() -> None:
+    joint = vm.Joint("normal", minimizer=vm.Adam(lr=0.3), adapt_steps=7)
+    _, own = baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit(), joint, vm.Joint()])
+    assert own == joint
+    assert baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit()])[1] == vm.Joint("normal")
 
 
 # -- failures and warnings -----------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def predictor(posterior: vm.Posterior, draws: int) -> Tensor:
         (vm.likelihoods.Binomial(5), [0, 3, 5], lambda out: 5 * torch.sigmoid(out)),
         (vm.likelihoods.Binomial(), [[0, 3], [2, 4], [1, 1]], torch.sigmoid),  # of one trial
     ],
-    ids=repr,
+    ids=["Gaussian", "StudentT", "Bernoulli", "Poisson", "Binomial of 5", "Binomial of one trial"],
 )
 def test_expected_is_the_mean_given_the_weights(likelihood: Any, y: Any, mean: Any) -> None:
     posterior = posterior_of(likelihood, y)

@@ -20,11 +20,12 @@ ANCHORS = (-1.6, 0.1, 2.1)  # all twenty: python -m experiments.stochastic
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds(1000))
 def test_the_gradient_is_that_of_the_smoothed_objective(kind):
-    strategy, objective = kinds(2000)[kind]
+    # 10^5 draws in few blocks: a block costs its steps, whatever its draws; 3 errors are stricter under t with 19 degrees
+    strategy, objective = kinds(5000)[kind]
     model, tasks = one_function()
     for anchor in ANCHORS:
         exact = central(objective, anchor)
-        mean, error, moving = estimate(model, tasks, strategy, anchor, blocks=50)
+        mean, error, moving = estimate(model, tasks, strategy, anchor, blocks=20)
         assert abs(mean - exact) < 3.0 * error, (anchor, mean, exact, error)
         # the part through the moving minima is not all of it
         assert abs(moving - exact) > 0.1 * abs(exact)

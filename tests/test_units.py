@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -28,11 +29,20 @@ def frame(name: str) -> pd.DataFrame:
     return vm.datasets.radon(as_frame=True).rename(columns={"county": "task", "floor": "x", "log_radon": "y"})
 
 
+@functools.cache
+def plain_fit(name: str) -> vm.Fit:
+    """In the units of the data: what the fits in all other units are compared with."""
+    torch.manual_seed(0)  # the network's start, whichever test comes first
+    if name == "counts":
+        return fit(counts(), ["x"], vm.likelihoods.Poisson())
+    return fit(frame(name), ["x"], vm.likelihoods.Gaussian())
+
+
 @pytest.mark.parametrize("factor", [1e-4, 100.0, 1e6])
 @pytest.mark.parametrize("name", ["radon", "rats"])
 def test_other_units_of_the_response(name: str, factor: float) -> None:
-    data = frame(name)
-    plain, scaled = (fit(d, ["x"], vm.likelihoods.Gaussian()) for d in (data, data.assign(y=factor * data["y"])))
+    data, plain = frame(name), plain_fit(name)
+    scaled = fit(data.assign(y=factor * data["y"]), ["x"], vm.likelihoods.Gaussian())
     assert plain.converged and scaled.converged
     assert scaled.loss - len(data) * math.log(factor) == pytest.approx(plain.loss, abs=1e-6)
     torch.testing.assert_close(scaled.prior.covariance / factor**2, plain.prior.covariance, rtol=1e-4, atol=0.0)
@@ -41,9 +51,9 @@ def test_other_units_of_the_response(name: str, factor: float) -> None:
 @pytest.mark.parametrize("change", [(0.01, 0.0), (1e3, 0.0), (1.0, 50.0)])
 @pytest.mark.parametrize("name", ["radon", "rats"])
 def test_other_units_and_origins_of_the_predictor(name: str, change: tuple[float, float]) -> None:
-    data = frame(name)
+    data, plain = frame(name), plain_fit(name)
     scale, shift = change
-    plain, moved = (fit(d, ["x"], vm.likelihoods.Gaussian()) for d in (data, data.assign(x=scale * data["x"] + shift)))
+    moved = fit(data.assign(x=scale * data["x"] + shift), ["x"], vm.likelihoods.Gaussian())
     assert moved.converged and moved.loss == pytest.approx(plain.loss, abs=1e-6)
     assert scale * float(moved.prior.sd["weight"]) == pytest.approx(float(plain.prior.sd["weight"]), rel=1e-4)
 
@@ -60,8 +70,8 @@ def counts() -> pd.DataFrame:
 
 @pytest.mark.parametrize("factor", [0.05, 10.0])
 def test_counts(factor: float) -> None:
-    data = counts()
-    plain, scaled = (fit(d, ["x"], vm.likelihoods.Poisson()) for d in (data, data.assign(x=factor * data["x"])))
+    data, plain = counts(), plain_fit("counts")
+    scaled = fit(data.assign(x=factor * data["x"]), ["x"], vm.likelihoods.Poisson())
     assert plain.converged and scaled.converged
     assert scaled.loss == pytest.approx(plain.loss, abs=1e-6)
 
@@ -87,8 +97,10 @@ def test_a_fit_that_has_not_converged_warns_unless_the_user_chose_its_end() -> N
 
 
 def test_noise_that_vanishes_is_called_out() -> None:
-    """Two points per task and a line through both: the best noise is none."""
+    """Two points per task and a line through both: the best noise is none, so no fit converges."""
     model = vm.TaskModel(nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior())
     tasks = vm.datasets.lines(10, num_support=2, dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match="noise scale runs to zero|has not converged"):
-        vm.fit(model, tasks, vm.Joint("delta"))
+    with pytest.warns(RuntimeWarning, match="noise scale runs to zero"):
+        vm.fit(model, tasks, vm.Joint("delta"), num_steps=60)
+    with pytest.warns(RuntimeWarning, match="has not converged"):
+        vm.fit(model, tasks[:2], vm.Joint("delta"))

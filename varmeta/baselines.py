@@ -39,7 +39,7 @@ class Pooled(Strategy):
 
 
 def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]) -> tuple[TaskModel, Strategy]:
-    """The model and strategy of a baseline; "no pooling" steps its posteriors as the first `Joint` of the comparison does."""
+    """The model and strategy of a baseline; "no pooling" steps and adapts its posteriors as the first `Joint` does."""
     alone = copy.copy(model)
     batch = train.batch()
     eta = model.init(batch.support.x.new_zeros(()))
@@ -53,4 +53,6 @@ def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[S
     if name == "pooled":
         return alone, Pooled()
     joints = [strategy for strategy in strategies if isinstance(strategy, Joint)]
-    return alone, Joint("normal", minimizer=joints[0].minimizer) if joints else Joint("normal")
+    if not joints:
+        return alone, Joint("normal")
+    return alone, Joint("normal", minimizer=joints[0].minimizer, adapt_steps=joints[0].adapt_steps)
