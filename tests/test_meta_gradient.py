@@ -60,7 +60,7 @@ def directional_errors(
             found = minimize(lambda x: inner(x, eta), phi, strategy.minimizer, tolerance=strategy.tolerance)
             known[part, step] = found.value
         losses = problem.losses(strategy.outer, batch, 0)(known[part, step], eta)
-        return float(losses.sum() + model.prior.penalty(eta))
+        return float(losses.sum() + model.penalty(eta))
 
     result = vm.meta_gradient(model, tasks, strategy)
     assert result.value == pytest.approx(value("here", 0.0), rel=1e-10, abs=1e-10)
