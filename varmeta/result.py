@@ -69,7 +69,9 @@ class Fit:
     def loss_name(self) -> str:
         """Only a Gaussian guide's elbo is a bound on the negative log evidence."""
         name = {
-            "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO",
+            "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO"
+            if not self.problem.guide.at_mode
+            else "negative log evidence by Laplace's approximation (no bound)",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
             "query": "query loss (no bound)" if self.is_point else "query loss",
             "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
@@ -130,6 +132,9 @@ class Fit:
                 RuntimeWarning,
                 stacklevel=2,
             )
+        doubt = self.problem.guide.doubt(solution.value, self.eta, batch.support, batch.names)
+        if doubt is not None:
+            warnings.warn(doubt, RuntimeWarning, stacklevel=2)
         return Posterior(self.problem, solution.value, self.eta, tasks, self.tasks)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
