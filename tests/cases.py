@@ -13,7 +13,7 @@ import varmeta as vm
 
 # "w..." are the weights of every model below, as against their biases
 STRUCTURED = vm.guides.Structured(dense=("*w*",))
-GUIDES = ["delta", "normal", "multivariate_normal", "low_rank", vm.guides.LowRank(rank=1), STRUCTURED, "laplace"]
+GUIDES = ["delta", "normal", "multivariate_normal", vm.guides.LowRank(rank=1), STRUCTURED, "laplace"]
 OUTERS = ["elbo", "query_elbo", "query", "query_predictive"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import GUIDES, MODELS, OUTERS, large_model, net_model, ragged_tasks, seeded
+from varmeta.numerics.adjoint import ImplicitAdjoint
+from varmeta.numerics.minimize import minimize
 
 # A query loss is first order in the error of phi, and a difference quotient divides that error by STEP.
 TIGHT = {"tolerance": 1e-13, "linear_solver": vm.CG(rtol=1e-13)}
 STEP = 1e-4
 
 
-def strategies(guide: str, outer: str, lr: float = 0.02) -> dict[str, vm.Implicit | vm.Unrolled]:
+def strategies(guide: Any, outer: str, lr: float = 0.02) -> dict[str, vm.Implicit | vm.Unrolled]:
     return {
         "implicit": vm.Implicit(guide, outer, on_unconverged="ignore", **TIGHT),
         "unrolled": vm.Unrolled(guide, outer, inner_steps=4, minimizer=vm.GradientDescent(lr)),
@@ -57,16 +60,46 @@ def directions(model: vm.TaskModel, seed: int = 0) -> dict[str, dict[str, Tensor
     return out
 
 
+# with one or two weights the structured guides are those that stand above
+CASES = [(name, guide) for name in MODELS for guide in GUIDES if name == "net" or isinstance(guide, str)]
+
+
 @pytest.mark.parametrize("outer", OUTERS)
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "guide"), CASES, ids=str)
 @pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
-def test_equals_central_differences(adjoint: str, name: str, guide: str, outer: str) -> None:
+def test_equals_central_differences(adjoint: str, name: str, guide: Any, outer: str) -> None:
     tasks = ragged_tasks(3)
     model = MODELS[name](vm.GaussianPrior(3.0, "shared"))
     strategy = strategies(guide, outer)[adjoint]
     for part, direction in directions(model).items():
         assert directional_error(model, tasks, strategy, direction) <= 1e-6, part
+
+
+@pytest.mark.parametrize("outer", ["elbo", "query", "query_predictive"])
+def test_equals_central_differences_under_three_correlated_directions(outer: str) -> None:
+    """A guide of rank 3 has several minima within 1e-4 nats here, so the problem is solved anew from the one at hand."""
+    tasks, model = ragged_tasks(3), MODELS["net"](vm.GaussianPrior(3.0, "shared"))
+    strategy = strategies("low_rank", outer)["implicit"]
+    problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
+    start = model.init(torch.zeros((), dtype=torch.float64))
+    phi = strategy.adapt(problem, batch, start).value
+    assert "factor" in phi
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    inner = problem.losses("inner", batch, 0)
+    goal = inner if outer == "elbo" else problem.losses(outer, batch, 0)
+    losses, _ = ImplicitAdjoint()(inner, goal, phi, leaves)
+    grads = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True))
+
+    def value(step: float, direction: dict[str, Tensor]) -> float:
+        eta = {name: x + step * direction.get(name, torch.zeros_like(x)) for name, x in start.items()}
+        found = minimize(lambda point: inner(point, eta), phi, vm.NewtonCG(), tolerance=1e-13)
+        return float(goal(found.value, eta).sum())
+
+    for part, direction in directions(model).items():
+        numeric = 8 * (value(STEP, direction) - value(-STEP, direction))
+        numeric = (numeric - value(2 * STEP, direction) + value(-2 * STEP, direction)) / (12 * STEP)
+        analytic = sum(float((grads[name] * d).sum()) for name, d in direction.items())
+        assert abs(analytic - numeric) <= 1e-6 * max(abs(numeric), 1e-2), part
 
 
 @pytest.mark.parametrize("outer", OUTERS)
@@ -126,8 +159,8 @@ def test_equals_central_differences_through_adam() -> None:
 
 
 @pytest.mark.parametrize("learn", ["per_module", "per_parameter", "full"])
-@pytest.mark.parametrize("guide", GUIDES)
-def test_every_way_of_learning_the_precision(learn: str, guide: str) -> None:
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_every_way_of_learning_the_precision(learn: str, guide: Any) -> None:
     tasks = ragged_tasks(3)
     model = MODELS["net"](vm.GaussianPrior(3.0, learn))
     start = model.init(torch.zeros((), dtype=torch.float64))
