@@ -169,7 +169,9 @@ def _predictive(fit: vm.Fit, task: vm.TaskSet) -> float:
     flat = torch.cat([fit.eta[name].reshape(-1) for name in names])
 
     def log_evidence(flat: torch.Tensor, tasks: vm.TaskSet) -> torch.Tensor:
-        weight, bias, log_precision, log_scale = (flat[names.index(n)] for n in ("weight", "bias", "log_precision", "log_scale"))
+        weight, bias, log_precision, log_scale = (
+            flat[names.index(n)] for n in ("weight", "bias", "log_precision", "log_scale")
+        )
         total = flat.new_zeros(())
         for one in tasks:
             x, y = one.support  # type: ignore[misc]
@@ -208,6 +210,10 @@ def test_too_few_tasks_and_too_many_numbers() -> None:
     fit = known(regression(vm.GaussianPrior(1.0)), ragged_tasks(2), vm.Implicit("normal"))
     with pytest.raises(ValueError, match="leaving a task out of 2"):
         fit.leave_one_task_out()
-    large = known(net_model(vm.GaussianPrior(1.0), width=40), ragged_tasks(3), vm.Unrolled("normal", inner_steps=1, minimizer=vm.Adam(1e-4)))
+    large = known(
+        net_model(vm.GaussianPrior(1.0), width=40),
+        ragged_tasks(3),
+        vm.Unrolled("normal", inner_steps=1, minimizer=vm.Adam(1e-4)),
+    )
     with pytest.raises(ValueError, match="at most 100"):
         large.leave_one_task_out()

@@ -1,8 +1,7 @@
 """How good a task's guide is: importance-weighted evidence beside the bound, and the shape of the weights' tail.
 
-With draws theta_s of q_i and weights w_s = p(y_i, theta_s | eta) / q_i(theta_s): the mean of log w_s is the ELBO, the log of the mean
-of w_s is an estimate of log p(y_i | eta) that lies above it, and their gap estimates KL[q_i || posterior] and what is left of
-it with that many draws.
+With draws theta_s of q_i and weights w_s = p(y_i, theta_s | eta) / q_i(theta_s): the mean of log w_s is the ELBO, the log of the
+mean of w_s an estimate of log p(y_i | eta) that lies above it, and their gap an estimate of KL[q_i || posterior].
 """
 
 from __future__ import annotations

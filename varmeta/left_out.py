@@ -4,8 +4,8 @@ With a flat hyperprior on eta (as it is learned: logarithms of scales), the dens
 
     p(y_i | Y_-i) = int p(y_i | eta) p(eta | Y_-i) d eta,   p(eta | Y_-i) ~ prod_{j != i} p(y_j | eta).
 
-Draws eta_s come from a multivariate t at the maximum of sum_j log p(y_j | eta), whose curvature is taken by autograd, and are weighted
-towards p(eta | Y_-i), the weights Pareto smoothed.  Each p(y_j | eta) is importance sampled from the task's guide with draws of
+Draws eta_s come from a multivariate t at the maximum of sum_j log p(y_j | eta), whose curvature is taken by autograd, and are
+weighted towards p(eta | Y_-i), the weights Pareto smoothed.  Each p(y_j | eta) is importance sampled from the task's guide with draws of
 theta that are the same for every eta, so that it is a smooth function of eta.
 """
 
@@ -68,9 +68,10 @@ def leave_one_task_out(fit: Fit, num_samples: int, num_particles: int, seed: int
         index=pd.Index(fit.tasks.names, name="task"),
     )
     table["reading"] = [psis.reading(value, num_samples) for value in k]
-    total = {"log_evidence": in_sample.sum().item(), "left_out": float(scores.sum()), "k_hat": float(k.max())}
-    total["reading"] = psis.reading(total["k_hat"], num_samples)
-    return pd.concat([table, pd.DataFrame([total], index=pd.Index(["all"], name="task"))])
+    worst = float(k.max())
+    total = [float(in_sample.sum()), float(scores.sum()), worst, psis.reading(worst, num_samples)]
+    table.loc["all"] = total
+    return table
 
 
 class _Evidence:

@@ -195,8 +195,8 @@ class Posterior:
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """The log evidence log p(y_i | eta) of every task's support data by importance sampling, beside the bound; in nats.
 
-        One row per task, and "all", their sum.  Columns: objective, what the guide's own objective says (-F_i; under Laplace's guide
-        Laplace's evidence); elbo, the mean log weight of `num_samples` draws of the guide; evidence, the log of the mean
+        One row per task, and "all", their sum.  Columns: objective, what the guide's own objective says (-F_i; under Laplace's
+        guide Laplace's evidence); elbo, the mean log weight of `num_samples` draws of the guide; evidence, the log of the mean
         weight, which is never below elbo; se, its Monte-Carlo error.
         The weights' mean has no finite error where the guide's tails are too light: believe se for tasks that `diagnose` reads
         as "good" or "usable".

@@ -69,7 +69,9 @@ class Fit:
     def loss_name(self) -> str:
         """Only a Gaussian guide's elbo is a bound on the negative log evidence."""
         name = {
-            "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO"
+            "elbo": "penalised loss (MAP; no bound)"
+            if self.is_point
+            else "negative ELBO"
             if not self.problem.guide.at_mode
             else "negative log evidence by Laplace's approximation (no bound)",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",

@@ -149,7 +149,9 @@ def _settings(model: TaskModel) -> str:
 
 def _describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        fields = {
+            field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        }
         return {"kind": type(value).__name__} | fields
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

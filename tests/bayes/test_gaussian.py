@@ -19,7 +19,9 @@ BATCH = (3, 1)
 
 def low_rank(rank: int = 2, length: float = 1.0, dense: bool = False) -> LowRankNormal:
     spread = (0.5 * randn(*BATCH, SIZE, seed=1)).exp()
-    root = torch.eye(SIZE, dtype=F64) + 0.4 * randn(SIZE, SIZE, seed=10).tril(-1) if dense else randn(SIZE, seed=10).exp()
+    root = (
+        torch.eye(SIZE, dtype=F64) + 0.4 * randn(SIZE, SIZE, seed=10).tril(-1) if dense else randn(SIZE, seed=10).exp()
+    )
     parts = spread, length * randn(*BATCH, SIZE, rank, seed=3)
     return LowRankNormal(randn(*BATCH, SIZE, seed=2), parts, root)
 
@@ -43,7 +45,9 @@ CASES = {
 }
 PRIORS = {
     "diagonal": dist.Normal(randn(SIZE, seed=5), (0.3 * randn(SIZE, seed=6)).exp()).to_event(1),
-    "dense": dist.MultivariateNormal(randn(SIZE, seed=5), scale_tril=torch.eye(SIZE, dtype=F64) + 0.3 * randn(SIZE, SIZE).tril()),
+    "dense": dist.MultivariateNormal(
+        randn(SIZE, seed=5), scale_tril=torch.eye(SIZE, dtype=F64) + 0.3 * randn(SIZE, SIZE).tril()
+    ),
 }
 
 

@@ -85,7 +85,7 @@ class StructuredNormal(dist.TorchDistribution):
 
 
 class LowRankNormal(StructuredNormal):
-    """N(loc, S Q^-1 S') with a precision Q in the units of a scale S, diagonal plus low rank: Q = diag(1/s^2) + diag(1/s) W W' diag(1/s).
+    """N(loc, S Q^-1 S') with a precision Q in the units of a scale S, diagonal plus low rank: Q = diag(1/s) (I + W W') diag(1/s).
 
     parts: s `(..., D)` and W `(..., D, rank)`.  root: S, `(D,)` where it is diagonal, else lower triangular `(D, D)`.
     With R R' = I + W'W (a `rank` x `rank` Cholesky factor), by Woodbury's identity and the determinant lemma
@@ -188,6 +188,4 @@ class BlockNormal(StructuredNormal):
 
 def _solve(a: Tensor, b: Tensor, upper: bool) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return torch.linalg.solve_triangular(
-        a.expand(batch + a.shape[-2:]), b.expand(batch + b.shape[-2:]), upper=upper
-    )
+    return torch.linalg.solve_triangular(a.expand(batch + a.shape[-2:]), b.expand(batch + b.shape[-2:]), upper=upper)

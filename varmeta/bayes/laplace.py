@@ -5,9 +5,9 @@ m_i at theta_i*,
 
     q_i = N(theta_i*, H_i^-1),   -log p(y_i | eta) ~ m_i(theta_i*) - D/2 log 2 pi + 1/2 log det H_i,
 
-the objective "elbo" under this guide, and what lme4's glmer maximises.  It is *not* a bound on the evidence: it may lie above or
-below.  It does not have its minimum over theta at the mode, so its derivative in eta has two parts: the direct one, and one through
-theta_i*(eta), on which H_i depends too.
+the objective "elbo" under this guide, and what lme4's glmer maximises.  It is *not* a bound on the evidence: it may lie above
+or below.  It does not have its minimum over theta at the mode, so its derivative in eta has two parts: the direct one, and one
+through theta_i*(eta), on which H_i depends too.
 """
 
 from __future__ import annotations
