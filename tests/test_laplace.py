@@ -49,7 +49,7 @@ def sitecounts() -> tuple[pd.DataFrame, str, list[str], Any, Any]:
 def grouseticks() -> tuple[pd.DataFrame, str, list[str], Any, Any]:
     frame = pd.read_csv(shared_data("grouseticks") / "data.csv")
     for year in (96, 97):
-        frame[f"y{year}"] = (frame.YEAR == year).astype(float)
+        frame[f"y{year}"] = (frame["YEAR"] == year).astype(float)
     return frame, "BROOD", ["y96", "y97", "cHEIGHT"], "TICKS", vm.likelihoods.Poisson()
 
 
