@@ -54,7 +54,7 @@ def directions(model: vm.TaskModel, seed: int = 0) -> dict[str, dict[str, Tensor
         if n in model.weights.names
     }
     out = {"theta0": own}
-    for name in ("log_precision", "log_scale", "log_sd"):
+    for name in ("log_precision", "log_scale", "log_sd", "log_concentration", "log_gaps"):
         if name in start:
             out[name] = {name: torch.ones_like(start[name])}
     return out
@@ -132,6 +132,9 @@ def observed(kind: str) -> tuple[vm.TaskModel, vm.TaskSet]:
         "Bernoulli": (vm.likelihoods.Bernoulli(), lambda y: (y > 0.2).long()),
         "Categorical": (vm.likelihoods.Categorical(3), lambda y: (2 * y + 1).round().clamp(0, 2).long()),
         "Poisson": (vm.likelihoods.Poisson(), lambda y: (y.exp()).round().long()),
+        "LogNormal": (vm.likelihoods.LogNormal(0.5), lambda y: y.exp()),
+        "NegativeBinomial": (vm.likelihoods.NegativeBinomial(2.0), lambda y: y.exp().round().long()),
+        "Ordinal": (vm.likelihoods.Ordinal(4), lambda y: (2 * y + 1).round().clamp(0, 3).long()),
         "Binomial": (vm.likelihoods.Binomial(5), lambda y: (2 * y + 2).round().clamp(0, 5).long()),
     }[kind]
     outputs = 3 if kind == "Categorical" else 1
@@ -141,7 +144,10 @@ def observed(kind: str) -> tuple[vm.TaskModel, vm.TaskSet]:
     return vm.TaskModel(net, likelihood, vm.GaussianPrior(4.0, "per_module")), tasks
 
 
-@pytest.mark.parametrize("kind", ["StudentT", "Bernoulli", "Categorical", "Poisson", "Binomial"])
+@pytest.mark.parametrize(
+    "kind",
+    ["StudentT", "Bernoulli", "Categorical", "Poisson", "Binomial", "LogNormal", "NegativeBinomial", "Ordinal"],
+)
 @pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
 def test_equals_central_differences_under_every_likelihood(adjoint: str, kind: str) -> None:
     model, tasks = observed(kind)

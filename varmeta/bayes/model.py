@@ -119,8 +119,9 @@ class TaskModel:
         for pattern in shared:
             if not any(matches(name, pattern) for name in start):
                 raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
+        own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
         for name in start:
-            if name in (SCALE, TRIL) or name.partition(".")[0] == PRECISION:
+            if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
                 raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
         unknown = set(self.prior.start_loc) - set(start)
         if unknown:
@@ -197,7 +198,11 @@ class TaskModel:
                 f"the network's output for a row, {tuple(out.shape[batch:])}, does not fit {self.likelihood!r} of a y "
                 f"with rows of shape {tuple(obs.shape[2:])}"
             )
-        return pyro.sample("y", noise, obs=obs)
+        weights = None if y is None else self.likelihood.weights(y)
+        if weights is None:
+            return pyro.sample("y", noise, obs=obs)
+        with poutine.scale(scale=weights.to(out)):  # type: ignore[arg-type]
+            return pyro.sample("y", noise, obs=obs)
 
     def _forward(self, weights: dict[str, Tensor], shared: dict[str, Tensor], x: Tensor) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for weights `(..., tasks, *shape)`."""
