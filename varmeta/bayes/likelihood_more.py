@@ -28,8 +28,8 @@ class LogNormal(_LocationScale):
 class NegativeBinomial(Likelihood):
     """y a count with mean m = exp(out) and variance m + m^2 / concentration: counts that vary more than Poisson's.
 
-    concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with `learn_concentration=False`; to infinity
-        it is Poisson.
+    concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with `learn_concentration=False`; at
+        infinity the counts are Poisson's.
 
     >>> d = NegativeBinomial(2.0, learn_concentration=False).distribution(torch.tensor(3.0).log(), {})
     >>> float(d.mean), float(d.variance)
@@ -102,7 +102,9 @@ class Weighted(Likelihood):
 
     def __init__(self, likelihood: Likelihood) -> None:
         if not isinstance(likelihood, Likelihood) or isinstance(likelihood, Weighted):
-            raise TypeError(f"likelihood must be one of varmeta.likelihoods, such as Poisson(), not {kind_of(likelihood)}")
+            raise TypeError(
+                f"likelihood must be one of varmeta.likelihoods, such as Poisson(), not {kind_of(likelihood)}"
+            )
         self.likelihood = likelihood
         self.kind = likelihood.kind
 

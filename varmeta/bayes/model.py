@@ -201,7 +201,7 @@ class TaskModel:
         weights = None if y is None else self.likelihood.weights(y)
         if weights is None:
             return pyro.sample("y", noise, obs=obs)
-        with poutine.scale(scale=weights.to(out)):  # type: ignore[arg-type]
+        with poutine.scale(scale=weights.to(out)):
             return pyro.sample("y", noise, obs=obs)
 
     def _forward(self, weights: dict[str, Tensor], shared: dict[str, Tensor], x: Tensor) -> Tensor:
