@@ -180,7 +180,7 @@ class PyroGuide(Guide):
     ...             self.loc = torch.nn.Parameter(start.repeat(len(data), 1, 1))
     ...         with pyro.plate("tasks", len(data), dim=-2):
     ...             return pyro.sample("theta", dist.Delta(self.loc, event_dim=1))
-    >>> make_guide(Points)
+    >>> PyroGuide(Points)
     Points
     """
 

@@ -32,8 +32,8 @@ class NegativeBinomial(Likelihood):
         infinity the counts are Poisson's.
 
     >>> d = NegativeBinomial(2.0, learn_concentration=False).distribution(torch.tensor(3.0).log(), {})
-    >>> float(d.mean), float(d.variance)
-    (3.0, 7.5)
+    >>> d.mean, d.variance
+    (tensor(3.0000), tensor(7.5000))
     """
 
     kind = "count"
