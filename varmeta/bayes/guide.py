@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
@@ -32,6 +32,11 @@ class Guide(ABC):
     """q(theta; phi_i), one factor per task."""
 
     name = "guide"
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for guides that make the same distribution of the same phi."""
+        return type(self)
 
     # phi is a mode, and "elbo" means Laplace's evidence there instead of F_i
     at_mode = False
@@ -151,6 +156,10 @@ class BoundGuide(Guide):
         return new
 
     @property
+    def key(self) -> Hashable:
+        return self  # with its options
+
+    @property
     def model(self) -> TaskModel:
         if self._model is None:
             raise RuntimeError(f"the guide {self.name!r} must be bound to a model first: guide.bound(model)")
@@ -190,6 +199,10 @@ class PyroGuide(Guide):
         self._model: TaskModel | None = None
         # one module per number of tasks: an autoguide remembers the plate size of its first call
         self._modules: dict[int, torch.nn.Module] = {}
+
+    @property
+    def key(self) -> Hashable:
+        return self  # it holds the modules that it made
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         if self._model is None:
