@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import varmeta as vm
 
-GUIDES = ["delta", "normal", "multivariate_normal"]
+# "w..." are the weights of every model below, as against their biases
+STRUCTURED = vm.guides.Structured(dense=("*w*",))
+GUIDES = ["delta", "normal", "multivariate_normal", vm.guides.LowRank(rank=1), STRUCTURED, "laplace"]
 OUTERS = ["elbo", "query_elbo", "query", "query_predictive"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import GUIDES, MODELS, OUTERS, large_model, net_model, ragged_tasks, seeded
+from varmeta.numerics.adjoint import ImplicitAdjoint
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.tree import Tree
 
@@ -19,7 +21,7 @@ TIGHT = {"tolerance": 1e-13, "linear_solver": vm.CG(rtol=1e-13)}
 STEP = 1e-4
 
 
-def strategies(guide: str, outer: str, lr: float = 0.02) -> dict[str, vm.Implicit | vm.Unrolled]:
+def strategies(guide: Any, outer: str, lr: float = 0.02) -> dict[str, vm.Implicit | vm.Unrolled]:
     return {
         "implicit": vm.Implicit(guide, outer, on_unconverged="ignore", **TIGHT),
         "unrolled": vm.Unrolled(guide, outer, inner_steps=4, minimizer=vm.GradientDescent(lr)),
@@ -56,7 +58,7 @@ def directional_errors(
         if isinstance(strategy, vm.Unrolled):
             return strategy.value(problem, batch, eta, strategy.init(problem, batch, eta))
         if (part, step) not in known:
-            inner, phi = problem.losses("elbo", batch, 0), problem.start(batch, eta)
+            inner, phi = problem.losses("inner", batch, 0), problem.start(batch, eta)
             found = minimize(lambda x: inner(x, eta), phi, strategy.minimizer, tolerance=strategy.tolerance)
             known[part, step] = found.value
         losses = problem.losses(strategy.outer, batch, 0)(known[part, step], eta)
@@ -84,23 +86,53 @@ def directions(model: vm.TaskModel, seed: int = 0) -> dict[str, dict[str, Tensor
         if n in model.weights.names
     }
     out = {"theta0": own}
-    for name in ("log_precision", "log_scale", "log_sd"):
+    for name in ("log_precision", "log_scale", "log_sd", "log_concentration", "log_gaps"):
         if name in start:
             out[name] = {name: torch.ones_like(start[name])}
     return out
 
 
+# with one or two weights the structured guides are those that stand above
+CASES = [(name, guide) for name in MODELS for guide in GUIDES if name == "net" or isinstance(guide, str)]
+
+
 @pytest.mark.parametrize("outer", OUTERS)
-@pytest.mark.parametrize("guide", GUIDES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "guide"), CASES, ids=str)
 @pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
 def test_equals_central_differences(
-    adjoint: str, name: str, guide: str, outer: str, minima: dict[tuple[str, ...], Minima]
+    adjoint: str, name: str, guide: Any, outer: str, minima: dict[tuple[str, ...], Minima]
 ) -> None:
     model = MODELS[name](vm.GaussianPrior(3.0, "shared"))
     strategy = strategies(guide, outer)[adjoint]
-    errors = directional_errors(model, ragged_tasks(3), strategy, directions(model), minima[name, guide])
+    errors = directional_errors(model, ragged_tasks(3), strategy, directions(model), minima[name, str(guide)])
     assert max(errors.values()) <= 1e-6, errors
+
+
+@pytest.mark.parametrize("outer", ["elbo", "query", "query_predictive"])
+def test_equals_central_differences_under_three_correlated_directions(outer: str) -> None:
+    """A guide of rank 3 has several minima within 1e-4 nats here, so the problem is solved anew from the one at hand."""
+    tasks, model = ragged_tasks(3), MODELS["net"](vm.GaussianPrior(3.0, "shared"))
+    strategy = strategies("low_rank", outer)["implicit"]
+    problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
+    start = model.init(torch.zeros((), dtype=torch.float64))
+    phi = strategy.adapt(problem, batch, start).value
+    assert "factor" in phi
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    inner = problem.losses("inner", batch, 0)
+    goal = inner if outer == "elbo" else problem.losses(outer, batch, 0)
+    losses, _ = ImplicitAdjoint()(inner, goal, phi, leaves)
+    grads = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True))
+
+    def value(step: float, direction: dict[str, Tensor]) -> float:
+        eta = {name: x + step * direction.get(name, torch.zeros_like(x)) for name, x in start.items()}
+        found = minimize(lambda point: inner(point, eta), phi, vm.NewtonCG(), tolerance=1e-13)
+        return float(goal(found.value, eta).sum())
+
+    for part, direction in directions(model).items():
+        numeric = 8 * (value(STEP, direction) - value(-STEP, direction))
+        numeric = (numeric - value(2 * STEP, direction) + value(-2 * STEP, direction)) / (12 * STEP)
+        analytic = sum(float((grads[name] * d).sum()) for name, d in direction.items())
+        assert abs(analytic - numeric) <= 1e-6 * max(abs(numeric), 1e-2), part
 
 
 @pytest.mark.parametrize("outer", OUTERS)
@@ -135,6 +167,9 @@ def observed(kind: str) -> tuple[vm.TaskModel, vm.TaskSet]:
         "Bernoulli": (vm.likelihoods.Bernoulli(), lambda y: (y > 0.2).long()),
         "Categorical": (vm.likelihoods.Categorical(3), lambda y: (2 * y + 1).round().clamp(0, 2).long()),
         "Poisson": (vm.likelihoods.Poisson(), lambda y: (y.exp()).round().long()),
+        "LogNormal": (vm.likelihoods.LogNormal(0.5), lambda y: y.exp()),
+        "NegativeBinomial": (vm.likelihoods.NegativeBinomial(2.0), lambda y: y.exp().round().long()),
+        "Ordinal": (vm.likelihoods.Ordinal(4), lambda y: (2 * y + 1).round().clamp(0, 3).long()),
         "Binomial": (vm.likelihoods.Binomial(5), lambda y: (2 * y + 2).round().clamp(0, 5).long()),
     }[kind]
     outputs = 3 if kind == "Categorical" else 1
@@ -144,7 +179,10 @@ def observed(kind: str) -> tuple[vm.TaskModel, vm.TaskSet]:
     return vm.TaskModel(net, likelihood, vm.GaussianPrior(4.0, "per_module")), tasks
 
 
-@pytest.mark.parametrize("kind", ["StudentT", "Bernoulli", "Categorical", "Poisson", "Binomial"])
+@pytest.mark.parametrize(
+    "kind",
+    ["StudentT", "Bernoulli", "Categorical", "Poisson", "Binomial", "LogNormal", "NegativeBinomial", "Ordinal"],
+)
 @pytest.mark.parametrize("adjoint", ["implicit", "unrolled"])
 def test_equals_central_differences_under_every_likelihood(adjoint: str, kind: str) -> None:
     model, tasks = observed(kind)
@@ -162,8 +200,8 @@ def test_equals_central_differences_through_adam() -> None:
 
 
 @pytest.mark.parametrize("learn", ["per_module", "per_parameter", "full"])
-@pytest.mark.parametrize("guide", GUIDES)
-def test_every_way_of_learning_the_precision(learn: str, guide: str) -> None:
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_every_way_of_learning_the_precision(learn: str, guide: Any) -> None:
     tasks = ragged_tasks(3)
     model = MODELS["net"](vm.GaussianPrior(3.0, learn))
     start = model.init(torch.zeros((), dtype=torch.float64))

@@ -1,6 +1,6 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
-from varmeta import datasets, likelihoods
+from varmeta import datasets, guides, likelihoods
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
@@ -34,7 +34,7 @@ __all__ = [
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
-    "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg",
+    "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg", "guides",
     # verbs and what they return
     "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",

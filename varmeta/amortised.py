@@ -80,8 +80,9 @@ class Amortised(Strategy):
 
     def _objectives(self, problem: Problem, batch: Batch, state: State) -> tuple[Losses, Losses]:
         """F_i and G_i; one function where they are the same, which the implicit adjoint looks for."""
-        inner = problem.losses("elbo", batch, state.step)
-        return inner, inner if self.outer == "elbo" else problem.losses(self.outer, batch, state.step)
+        inner = problem.losses("inner", batch, state.step)
+        same = self.outer == "elbo" and not problem.guide.at_mode
+        return inner, inner if same else problem.losses(self.outer, batch, state.step)
 
     def _mean(self, losses: Tensor) -> Tensor:
         """Over the draws of Alg, `(tasks,)`."""

@@ -135,7 +135,7 @@ class Implicit(Amortised):
         if self.alg is not None:
             start = self.alg.one_draw(problem, batch, eta)
         steps = None if self.warm_start else self.inner_steps
-        return self._solve(problem.losses("elbo", batch, 0), start, eta, steps)
+        return self._solve(problem.losses("inner", batch, 0), start, eta, steps)
 
     def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None) -> Solution:
         return minimize(at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance)

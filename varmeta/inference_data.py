@@ -26,7 +26,7 @@ __all__ = ["load", "loo_elpd", "pareto_k", "save", "to_arviz"]
 
 # Groups whose arrays have no draws.
 NO_DRAWS = frozenset({"observed_data", "constant_data", "predictions_constant_data", "fit"})
-# ArviZ 1.x draws a tail from min(draws / 5, 3 sqrt(draws)) weights and returns NaN where those are five or fewer.
+# The tail are min(draws / 5, 3 sqrt(draws)) weights; five or fewer say nothing of its shape.
 MIN_DRAWS = 30
 
 
@@ -95,7 +95,7 @@ def pareto_k(log_weights: Any) -> np.ndarray:
     Weights that are equal to rounding, so that q is p, give -inf.
 
     Raises ValueError for another shape, for fewer draws, and for NaN or +inf, naming the rows.
-    Source: Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, JMLR 2024; computed by ArviZ.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, JMLR 2024.
 
     >>> pareto_k(np.ones((2, 100)))
     array([-inf, -inf])
@@ -110,16 +110,9 @@ def pareto_k(log_weights: Any) -> np.ndarray:
         raise ValueError(
             f"log_weights of rows {bad.tolist()} have NaN or +inf, or only -inf: look at these tasks' densities"
         )
-    out = np.full(len(weights), -np.inf)
-    smallest = np.where(np.isfinite(weights), weights, np.inf).min(1, keepdims=True)
-    largest = weights.max(1, keepdims=True)
-    # a weight of 0 lies outside the tail in any case, but ArviZ 1.x makes NaN of it
-    weights = np.where(np.isfinite(weights), weights, smallest - 100.0)
-    rounding = 1e-10 * np.maximum(1.0, np.abs(largest))
-    vary = (largest - weights.min(1, keepdims=True) > rounding)[:, 0]
-    if vary.any():
-        out[vary] = _psis(weights[vary])
-    return out
+    from varmeta.psis import smooth  # here: this file by itself needs numpy alone
+
+    return smooth(weights)[1]
 
 
 def loo_elpd(data: Any, var_name: str | None = None) -> xr.DataArray:
@@ -238,17 +231,3 @@ def _attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:
                 "of them, or put it into a dict (stored as JSON)"
             )
     return out
-
-
-def _psis(log_weights: np.ndarray) -> np.ndarray:
-    """`(task, draw)` -> k-hat `(task,)`."""
-    if not _arviz_1():
-        import arviz as az
-
-        return np.asarray(az.psislw(log_weights)[1])
-    import arviz  # noqa: F401  (registers the accessor `azstats`)
-    import xarray as xr
-
-    # ArviZ 1.x takes log likelihoods and turns their sign, where 0.x takes the log weights themselves
-    _, k = xr.DataArray(-log_weights, dims=["task", "draw"]).azstats.psislw(dim="draw")
-    return np.asarray(k)

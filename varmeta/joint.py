@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from varmeta.bayes.expectation import Point
-from varmeta.bayes.guide import Delta, PyroGuide
+from varmeta.bayes.guide import Delta, Guide, PyroGuide
+from varmeta.bayes.model import TaskModel
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at, run
@@ -19,7 +20,7 @@ from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree, detach, leaves, map_tree, put, take
 from varmeta.problem import Losses, Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
-from varmeta.tasks import Batch
+from varmeta.tasks import Batch, TaskSet
 
 # Noisy objectives are reported as the mean over this many steps' draws.
 VALUE_DRAWS = 32
@@ -37,13 +38,21 @@ class Joint(Strategy):
     Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019), Meta-MinibatchProx.
     """
 
-    guide: str | Callable[..., Any] = "normal"
+    guide: str | Guide | Callable[..., Any] = "normal"
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=1e-2), kw_only=True)
     adapt_steps: int = field(default=1000, kw_only=True)
 
     outer = "elbo"
     adapts_afresh = False
     frozen = False
+
+    def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
+        super().check(model, tasks, for_fit)
+        if self.problem(model, tasks, 0).guide.at_mode:
+            raise ValueError(
+                f"{type(self).__name__} moves phi and eta down one objective, but Laplace's evidence is defined at the mode, "
+                "which does not minimise it: use vm.Implicit('laplace')"
+            )
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         phi = detach(problem.start(batch, eta))

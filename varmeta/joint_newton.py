@@ -36,6 +36,7 @@ def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta)
     complement that a step takes is the profile's Hessian; so it is served too.
     """
     profile = isinstance(strategy, Implicit) and strategy.outer == "elbo" and strategy.inner_steps is None
+    profile = profile and not problem.guide.at_mode  # its evidence is no profile over the mode
     if not (profile or type(strategy) in (Joint, Reinit)) or strategy.is_noisy(problem):
         return False
     tasks, size = flatten(problem.start(batch, eta)).shape

@@ -20,6 +20,7 @@ class LinearPredictor(nn.Module):
 
     columns: the names of x's columns, in x's order, such as `tasks.x_names`; [] leaves the intercept alone.
     intercept: whether there is one; it is called "intercept".
+    offset: one of the columns (or several) whose coefficient is known to be 1: the logarithm of an exposure.
     x is `(points, columns)`, the output `(points,)`.  All coefficients start at 0.
 
     Raises ValueError for a name that a parameter cannot have, or that comes twice; TypeError for what is no list of names.
@@ -28,15 +29,20 @@ class LinearPredictor(nn.Module):
     ['intercept', 'age', 'dose']
     """
 
-    def __init__(self, columns: Sequence[str], intercept: bool = True) -> None:
+    def __init__(self, columns: Sequence[str], intercept: bool = True, offset: str | Sequence[str] = ()) -> None:
         super().__init__()
         if isinstance(columns, str) or not isinstance(columns, Sequence):
             raise TypeError(f"columns must list the names of x's columns, such as tasks.x_names, not {columns!r}")
         self.columns = tuple(map(str, columns))
         self.has_intercept = bool(intercept)
-        if not self.columns and not intercept:
+        self.offset = (offset,) if isinstance(offset, str) else tuple(map(str, offset))
+        unknown = [name for name in self.offset if name not in self.columns]
+        if unknown:
+            raise ValueError(f"offset names {unknown}, but the columns are {list(self.columns)}: name one of them")
+        free = [name for name in self.columns if name not in self.offset]
+        if not free and not intercept:
             raise ValueError("there are neither columns nor an intercept, so there is nothing to learn")
-        for name in (*([INTERCEPT] if intercept else []), *self.columns):
+        for name in (*([INTERCEPT] if intercept else []), *free):
             # names are paths and attributes in torch
             if not name or "." in name or hasattr(self, name):
                 why = "comes twice" if name in self._parameters else "cannot name a parameter of a module"
@@ -49,7 +55,9 @@ class LinearPredictor(nn.Module):
         out = getattr(self, INTERCEPT) if self.has_intercept else x.new_zeros(())
         if not self.columns:
             return out.expand(len(x))
-        return out + x @ torch.stack([getattr(self, name) for name in self.columns])
+        one = x.new_ones(())
+        return out + x @ torch.stack([one if name in self.offset else getattr(self, name) for name in self.columns])
 
     def extra_repr(self) -> str:
-        return ", ".join((*([INTERCEPT] if self.has_intercept else []), *self.columns))
+        names = [f"offset({name})" if name in self.offset else name for name in self.columns]
+        return ", ".join((*([INTERCEPT] if self.has_intercept else []), *names))

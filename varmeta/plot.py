@@ -3,6 +3,10 @@
 from varmeta._figure import BAND, INK, MUTED
 from varmeta._figure_comparison import plot_comparison
 from varmeta._figure_curves import plot_curves
+from varmeta._figure_shrinkage import no_pooling, plot_posteriors, plot_prior_curves, plot_shrinkage
 from varmeta._figure_weights import plot_gaps, plot_prior
 
-__all__ = ["BAND", "INK", "MUTED", "plot_comparison", "plot_curves", "plot_gaps", "plot_prior"]
+__all__ = [
+    "BAND", "INK", "MUTED", "no_pooling", "plot_comparison", "plot_curves", "plot_gaps", "plot_posteriors", "plot_prior",
+    "plot_prior_curves", "plot_shrinkage",
+]  # fmt: skip

@@ -17,6 +17,7 @@ from varmeta._points import points, scored
 from varmeta._words import counted
 from varmeta.bayes.divergence import location, move
 from varmeta.bayes.model import observed_log_prob
+from varmeta.diagnostics import diagnose, evidence
 from varmeta.labels import parameter_labels
 from varmeta.numerics import noise
 from varmeta.numerics.tree import Tree, take
@@ -195,6 +196,52 @@ class Posterior:
                 rows.append(table(evaluated.log_prob[:, mask], predicted[:, mask], evaluated.y[mask], level))
         return pd.DataFrame(rows, index=pd.Index(index, name="task"))
 
+    def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """The log evidence log p(y_i | eta) of every task's support data by importance sampling, beside the bound; in nats.
+
+        One row per task, and "all", their sum.  Columns: objective, what the guide's own objective says (-F_i; under Laplace's
+        guide Laplace's evidence); elbo, the mean log weight of `num_samples` draws of the guide; evidence, the log of the mean
+        weight, which is never below elbo; se, its Monte-Carlo error.
+        The weights' mean has no finite error where the guide's tails are too light: believe se for tasks that `diagnose` reads
+        as "good" or "usable".
+
+        Raises ValueError for a delta guide, and for fewer than 100 draws.
+        """
+        return evidence(self, num_samples, seed)
+
+    def diagnose(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """How near each task's guide is to its posterior: the columns of `evidence`, and gap, ess, k_hat, reading.
+
+        gap: evidence - elbo, in nats, an estimate of KL[q_i || posterior].  ess: how many independent draws of the posterior the
+        weighted draws are worth.  k_hat: shape of the weights' tail (Pareto smoothed importance sampling).
+        reading: "good" (k_hat up to 0.5); "usable" (up to min(1 - 1 / log10(draws), 0.7)): weights correct what is left;
+        "unreliable" (up to 1): they do not, and the evidence is off by more than its se says; "misses the posterior" (above 1);
+        "no mode": Laplace's Hessian was not positive definite.
+        For a mean-field guide over a network's weights "misses the posterior" is the rule: its predictions may still be good,
+        which `score` on held-out data tells, not this table.
+
+        Raises ValueError as `evidence`.
+        Source: Vehtari et al., JMLR 25 (2024); Yao et al., Yes, but did it work?, ICML 2018.
+        """
+        return diagnose(self, num_samples, seed)
+
+    def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor] | None = None) -> Tensor:
+        """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`: `(draws, tasks)`.
+
+        eta: by default the posterior's own.
+        """
+        eta = self.eta if eta is None else eta
+        data = self.support
+        if not data.mask.shape[1]:
+            return theta.new_zeros(theta.shape[:2])
+        parts = []
+        with pyro.validation_enabled(False):
+            for some in _chunks(theta, data):
+                trace = poutine.trace(self._program(some)).get_trace(eta, *data.filled)
+                # where, not a product: the density of padding may be anything
+                parts.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
+        return torch.cat(parts)
+
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood and the data.
 
@@ -232,9 +279,7 @@ class Posterior:
 
     def _slices(self, theta: Tensor, data: Data) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         """Draws with the eta that they belong to, a few at a time."""
-        tasks, points = data.mask.shape
-        cost = tasks * (32 * points + theta.shape[-1])
-        yield from ((self.eta, part) for part in theta.split(max(1, CHUNK // max(1, cost))))
+        yield from ((self.eta, part) for part in _chunks(theta, data))
 
     def evaluate(self, data: Data, num_samples: int, seed: int) -> Evaluated:
         """Log densities, draws and (for classes) probabilities of the observations in `data`."""
@@ -252,3 +297,10 @@ class Posterior:
         return Evaluated(
             data, site["value"], torch.cat(log_probs), torch.cat(samples), torch.cat(probs) if probs else None
         )
+
+
+def _chunks(theta: Tensor, data: Data) -> tuple[Tensor, ...]:
+    """Draws `(draws, tasks, 1, D)`, as many at a time as memory allows."""
+    tasks, points = data.mask.shape
+    cost = tasks * (32 * points + theta.shape[-1])
+    return theta.split(max(1, CHUNK // max(1, cost)))

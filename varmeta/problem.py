@@ -10,7 +10,8 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
-from varmeta.bayes.guide import Guide, make_guide
+from varmeta.bayes.guide import Guide
+from varmeta.bayes.guides import make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.numerics.pieces import Graphed
@@ -47,7 +48,7 @@ class Problem:
         seed: int,
     ) -> Problem:
         """frozen: see `make_expectation`."""
-        made = make_guide(guide)  # type: ignore[arg-type]
+        made = make_guide(guide).bound(model)  # type: ignore[arg-type]
         example = tasks.batch()
         problem = cls(model, made, Point(), int(seed))
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
@@ -65,7 +66,10 @@ class Problem:
         return self.expectation.deterministic
 
     def losses(self, name: str, batch: Batch, step: int) -> Losses:
-        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise."""
+        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise.
+
+        "inner" is what phi minimises: F_i, as "elbo", unless the guide is Laplace's.
+        """
         function = self.objective.outer(name)
         noise = self.noise(name, batch, step)
         if not self.graphed:

@@ -79,7 +79,11 @@ class Fit:
             integrated = "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
             return f"negative ELBO, {integrated} integrated out"
         name = {
-            "elbo": "penalised loss (MAP; no bound)" if self.is_point else "negative ELBO",
+            "elbo": "penalised loss (MAP; no bound)"
+            if self.is_point
+            else "negative ELBO"
+            if not self.problem.guide.at_mode
+            else "negative log evidence by Laplace's approximation (no bound)",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
             "query": "query loss (no bound)" if self.is_point else "query loss",
             "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
@@ -179,6 +183,9 @@ class Fit:
                 RuntimeWarning,
                 stacklevel=2,
             )
+        doubt = self.problem.guide.doubt(solution.value, self.eta, batch.support, batch.names)
+        if doubt is not None:
+            warnings.warn(doubt, RuntimeWarning, stacklevel=2)
         return Posterior(self.problem, solution.value, self.eta, tasks, self.tasks)
 
     def _integrate(self, tasks: TaskSet) -> Posterior:
@@ -197,6 +204,22 @@ class Fit:
     @cached_property
     def _integrated(self) -> Posterior:
         return self._integrate(self.tasks)
+
+    def leave_one_task_out(self, num_samples: int = 1000, num_particles: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """log p(y_i | the other tasks' data) of every training task, by importance weights instead of refits; in nats.
+
+        One row per task, and "all", their sum, which compares priors and models on the same tasks (larger is better).
+        Columns: log_evidence, log p(y_i | eta) at the fit, which has seen the task; left_out; k_hat and reading of the weights
+        that leave it out, as in `Posterior.diagnose`: where the reading is "unreliable" or worse, refit without that task.
+        num_samples: draws of the prior's numbers, from a t at the maximum of the evidence under a flat hyperprior (or the
+            model's); num_particles: draws of each task's guide.
+
+        Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100 numbers, and where the evidence has
+        no maximum.
+        """
+        from varmeta.left_out import leave_one_task_out
+
+        return leave_one_task_out(self, num_samples, num_particles, seed)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ 0.23 or 1.x."""

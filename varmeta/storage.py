@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from varmeta import guides
 from varmeta.baselines import Pooled
 from varmeta.bayes.model import TaskModel
 from varmeta.hyper.result import HyperPosterior
@@ -33,7 +34,7 @@ PARTS: dict[str, Any] = {
     part.__name__: part
     for part in (
         minimize.GradientDescent, minimize.Adam, newton.NewtonCG, linear_solve.CG, linear_solve.Neumann, linear_solve.Direct,
-        StochasticAlg,
+        StochasticAlg, guides.Delta, guides.MeanField, guides.Dense, guides.LowRank, guides.Structured, guides.Laplace,
     )
 }  # fmt: skip
 
@@ -154,7 +155,9 @@ def _settings(model: TaskModel) -> str:
 
 def _describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        }
         return {"kind": type(value).__name__} | fields
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

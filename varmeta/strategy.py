@@ -27,6 +27,8 @@ from typing import Any
 from torch import Tensor
 
 from varmeta._words import counted, kind_of
+from varmeta.bayes.guide import Guide
+from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import OUTER
 from varmeta.certificate import Certificate
@@ -63,11 +65,11 @@ class State:
 class Strategy(ABC):
     """How phi and eta are found; see the table above.
 
-    guide: "delta", "normal", "multivariate_normal", or a factory of a Pyro guide.
+    guide: "delta", "normal", "multivariate_normal", "low_rank", "laplace", one of `vm.guides`, or a factory of a Pyro guide.
     expectation, num_particles: how E_q is taken; "auto" is cubature where it serves, else antithetic draws (docs/choices.md).
     """
 
-    guide: str | Callable[..., Any] = "delta"
+    guide: str | Guide | Callable[..., Any] = "delta"
     expectation: str = field(default="auto", kw_only=True)
     num_particles: int = field(default=2, kw_only=True)
 
@@ -85,8 +87,10 @@ class Strategy(ABC):
     adapts_afresh = True
 
     def describe(self) -> str:
-        guide = self.guide if isinstance(self.guide, str) else getattr(self.guide, "__name__", "own guide")
-        return f"{type(self).__name__}({guide}, outer={self.outer})"
+        guide = self.guide if isinstance(self.guide, (str, Guide)) else getattr(self.guide, "__name__", "own guide")
+        at_mode = guide == Laplace.name or isinstance(guide, Laplace)
+        outer = "Laplace evidence" if at_mode and self.outer == "elbo" else self.outer
+        return f"{type(self).__name__}({guide}, outer={outer})"
 
     def problem(self, model: TaskModel, tasks: TaskSet, seed: int) -> Problem:
         return Problem.make(model, tasks, self.guide, self.expectation, self.num_particles, self.frozen, seed)

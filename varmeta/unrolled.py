@@ -96,7 +96,7 @@ class Unrolled(Amortised):
         return diverged(count) if count else None
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
-        inner = problem.losses("elbo", batch, 0)
+        inner = problem.losses("inner", batch, 0)
         if self.alg is not None:
             end = self.alg.one_draw(problem, batch, eta)
             return minimize(at(inner, eta), end, self.minimizer, steps=0)

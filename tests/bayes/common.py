@@ -10,7 +10,8 @@ from torch import Tensor
 
 import varmeta as vm
 from varmeta.bayes.expectation import Point, make_expectation
-from varmeta.bayes.guide import Delta, make_guide
+from varmeta.bayes.guide import Delta
+from varmeta.bayes.guides import make_guide
 from varmeta.problem import Problem
 from varmeta.tasks import Batch, Data
 
@@ -22,7 +23,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def problem(model: vm.TaskModel, guide: Any = "normal", expectation: Any = "auto", num_particles: int = 4) -> Problem:
-    made = make_guide(guide)
+    made = make_guide(guide).bound(model)
     rule = (
         Point()
         if isinstance(made, Delta)

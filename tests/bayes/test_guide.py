@@ -18,7 +18,8 @@ import varmeta as vm
 from tests.bayes.common import F64, moved, problem, start, with_grad
 from tests.cases import GUIDES, linear_model, net_model, ragged_tasks, seeded
 from varmeta.bayes.divergence import location, scale
-from varmeta.bayes.guide import Delta, Dense, MeanField, PyroGuide, make_guide
+from varmeta.bayes.guide import Delta, Dense, MeanField, PyroGuide
+from varmeta.bayes.guides import make_guide
 
 
 class Own(PyroModule):
@@ -70,7 +71,7 @@ PER_TASK: dict[str, Any] = {
     "own delta": Own, "own normal": OwnNormal, "own dense": OwnDense,
     "AutoNormal": at_mean(autoguide.AutoNormal), "AutoDelta": at_mean(autoguide.AutoDelta),
 }  # fmt: skip
-EVERY: dict[str, Any] = {name: name for name in GUIDES} | PER_TASK
+EVERY: dict[str, Any] = {str(guide): guide for guide in GUIDES} | PER_TASK
 LEARNED = vm.GaussianPrior(2.0, "shared")
 
 

@@ -20,6 +20,15 @@ COUNTS = torch.tensor([0, 2, 1, 3, 0, 1, 2])
 TRIALS = torch.stack([COUNTS, torch.tensor([3, 4, 2, 3, 1, 5, 2])], -1)
 
 
+WEIGHTS = torch.tensor([1, 2, 3, 1, 2, 1, 4])
+
+
+def ordered(y: Any, out: Any, cutpoints: list[float]) -> Any:
+    """Probabilities of the cumulative logit model, as differences."""
+    edges = np.array([-np.inf, *cutpoints, np.inf])
+    return special.expit(edges[y + 1] - out) - special.expit(edges[y] - out)
+
+
 def sigmoid(out: Any) -> Any:
     return special.expit(out)
 
@@ -45,6 +54,24 @@ CASES: dict[str, tuple[Any, Tensor, int, Callable[[Any, Any], Any], float]] = {
         lambda y, f: np.take_along_axis(special.log_softmax(f, -1), y[..., None], -1)[..., 0], 9,
     ),
     "poisson": (L.Poisson(), COUNTS, 1, lambda y, f: stats.poisson(np.exp(f[..., 0])).logpmf(y), 10**6),
+    "lognormal": (
+        L.LogNormal(0.7), randn(7, seed=4).exp(), 1,
+        lambda y, f: stats.lognorm(0.7, scale=np.exp(f[..., 0])).logpdf(y), 1e6,
+    ),
+    "negative_binomial": (
+        L.NegativeBinomial(1.7), COUNTS, 1,
+        lambda y, f: stats.nbinom(1.7, 1.7 / (1.7 + np.exp(f[..., 0]))).logpmf(y), 10**6,
+    ),
+    "ordinal": (L.Ordinal(4), COUNTS, 1, lambda y, f: np.log(ordered(y, f[..., 0], [0.0, 1.0, 2.0])), 99),
+    "ordinal of two": (L.Ordinal(2), COUNTS % 2, 1, lambda y, f: stats.bernoulli(sigmoid(f[..., 0])).logpmf(y), 99),
+    "weighted": (
+        L.Weighted(L.Poisson()), torch.stack([COUNTS, WEIGHTS], -1), 1,
+        lambda y, f: y[..., 1] * stats.poisson(np.exp(f[..., 0])).logpmf(y[..., 0]), 99,
+    ),
+    "weighted trials": (
+        L.Weighted(L.Binomial()), torch.cat([TRIALS, WEIGHTS[:, None]], -1), 1,
+        lambda y, f: y[..., 2] * stats.binom(y[..., 1], sigmoid(f[..., 0])).logpmf(y[..., 0]), 99,
+    ),
     "binomial": (L.Binomial(4), COUNTS, 1, lambda y, f: stats.binom(4, sigmoid(f[..., 0])).logpmf(y), 99),
     "binomial_trials": (
         L.Binomial(), TRIALS, 1,
@@ -138,6 +165,10 @@ def test_second_derivative_where_the_network_puts_out_zero(name: str) -> None:
         (L.Categorical(), [0, 1, 7], "Categorical"),  # known only once the network has run
         (L.Poisson(), [0.0, 1.0, 1.5], "a count"),
         (L.Binomial(2), [0, 1, 3], "a count 0, ..., 2"),
+        (L.LogNormal(), [1.0, 0.5, 0.0], "a positive number"),
+        (L.NegativeBinomial(), [0.0, 1.0, -1.0], "a count"),
+        (L.Ordinal(3), [0, 1, 3], "an ordered class 0, ..., 2"),
+        (L.Weighted(L.Poisson()), [[1.0, 1.0], [1.0, 0.5], [1.0, 0.0]], "a positive weight"),
         (L.Binomial(), [[0, 1], [1, 1], [2, 1]], "successes <= trials"),
     ],
 )
@@ -182,7 +213,8 @@ def test_a_network_may_leave_out_its_only_channel(points: int) -> None:
     "make",
     [
         lambda: L.Gaussian(scale=0.0), lambda: L.Gaussian(scale=float("nan")), lambda: L.StudentT(df=-1.0),
-        lambda: L.Categorical(1), lambda: L.Binomial(0),
+        lambda: L.Categorical(1), lambda: L.Binomial(0), lambda: L.NegativeBinomial(0.0), lambda: L.Ordinal(1),
+        lambda: L.Ordinal(2.5), lambda: L.LogNormal(-1.0),
     ],
 )  # fmt: skip
 def test_settings_without_meaning(make: Any) -> None:
@@ -195,3 +227,56 @@ def test_the_scale_is_learned_where_asked() -> None:
     assert "log_scale" in start(vm.TaskModel(net, L.StudentT(scale=0.5)))
     assert float(start(vm.TaskModel(net, L.Gaussian(0.5)))["log_scale"].exp()) == pytest.approx(0.5)
     assert "log_scale" not in start(vm.TaskModel(net, L.Gaussian(0.5, learn_scale=False)))
+
+
+def test_a_weight_is_the_row_repeated() -> None:
+    x, y = randn(7, 2), COUNTS
+    many = vm.TaskSet([vm.Task((x.repeat_interleave(WEIGHTS, 0), y.repeat_interleave(WEIGHTS)))])
+    few = vm.TaskSet([vm.Task((x, torch.stack([y, WEIGHTS], -1)))])
+    values = []
+    for tasks, likelihood in ((many, L.Poisson()), (few, L.Weighted(L.Poisson()))):
+        model = vm.TaskModel(seeded(lambda: nn.Linear(2, 1)), likelihood, vm.GaussianPrior(2.0))
+        values.append(vm.meta_gradient(model, tasks, vm.Implicit("laplace")))
+    assert values[0].value == pytest.approx(values[1].value, rel=1e-12)
+    for name, gradient in values[0].grads.items():
+        torch.testing.assert_close(gradient, values[1].grads[name])
+    posterior = vm.fit(model, few, vm.Implicit("laplace"), num_steps=1).posterior()
+    assert posterior.predict(x[:2], num_samples=3).samples.shape == (3, 1, 2)
+    with pytest.raises(TypeError, match="likelihood must be one of"):
+        L.Weighted("poisson")  # type: ignore[arg-type]
+
+
+def test_an_offset_is_a_column_with_a_known_coefficient() -> None:
+    predictor = vm.LinearPredictor(["age", "log_years"], offset="log_years")
+    assert [name for name, _ in predictor.named_parameters()] == ["intercept", "age"]
+    with torch.no_grad():
+        predictor.age.fill_(2.0)
+    assert predictor(torch.tensor([[1.0, 5.0], [0.0, -1.0]])).tolist() == [7.0, -1.0]
+    assert "offset(log_years)" in repr(predictor)
+    with pytest.raises(ValueError, match=r"offset names \['years'\], but the columns are"):
+        vm.LinearPredictor(["age"], offset="years")
+
+
+@pytest.mark.parametrize("name", ["concentration", "gaps"])
+def test_learned_numbers_are_recovered(name: str) -> None:
+    """Many rows from known numbers: the fit finds them within four standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for _ in range(30):
+        level = 1.0 + 0.5 * float(torch.randn((), generator=generator))
+        u = torch.rand(60, generator=generator, dtype=F64)
+        if name == "gaps":  # cutpoints 0, 1.5, 2
+            y = (u.unsqueeze(-1) < torch.sigmoid(level - torch.tensor([0.0, 1.5, 2.0], dtype=F64))).sum(-1)
+        else:
+            y = torch.from_numpy(stats.nbinom(2.0, 2.0 / (2.0 + np.exp(level))).ppf(u.numpy())).long()
+        tasks.append(vm.Task((torch.zeros(60, 0, dtype=F64), y)))
+    likelihood = L.Ordinal(4) if name == "gaps" else L.NegativeBinomial()
+    model = vm.TaskModel(vm.LinearPredictor([]).double(), likelihood, vm.GaussianPrior(learn_precision="shared"))
+    fit = vm.fit(model, vm.TaskSet(tasks), vm.Implicit("laplace"))
+    assert fit.converged
+    if name == "gaps":
+        found = likelihood.cutpoints(fit.eta, fit.eta["log_gaps"])
+        torch.testing.assert_close(found, torch.tensor([0.0, 1.5, 2.0], dtype=F64), rtol=0, atol=0.35)
+    else:
+        assert float(fit.eta["log_concentration"]) == pytest.approx(np.log(2.0), abs=0.25)
+    assert float(fit.prior.sd["intercept"]) == pytest.approx(0.5, abs=0.2)

@@ -327,8 +327,8 @@ def program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("kind", PRIORS)
 @pytest.mark.parametrize("outer", OUTERS)
-@pytest.mark.parametrize("guide", GUIDES)
-def test_second_derivatives_in_phi_and_eta(guide: str, outer: str, kind: str) -> None:
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_second_derivatives_in_phi_and_eta(guide: Any, outer: str, kind: str) -> None:
     """gradgradcheck: what Newton steps, implicit and unrolled gradients rest on."""
     start_at = {"w": randn(2), "log_sd": torch.tensor(-0.3), "shift": torch.tensor(0.2)}
     model = vm.TaskModel.from_pyro(program, start_at, PRIORS[kind](), shared=["log_sd", "shift"])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from varmeta.bayes.gaussian import StructuredNormal
+
 
 def location(q: dist.TorchDistribution) -> Tensor:
     """The mean of a point or Gaussian, `(..., D)`."""
@@ -22,24 +24,31 @@ def location(q: dist.TorchDistribution) -> Tensor:
 def has_closed_form(q: dist.TorchDistribution) -> bool:
     """Whether q is one of the families whose KL to a Gaussian prior is known here."""
     gaussian = isinstance(q, Independent) and isinstance(q.base_dist, Normal)
-    return gaussian or isinstance(q, (dist.Delta, torch.distributions.MultivariateNormal))
+    return gaussian or isinstance(q, (dist.Delta, torch.distributions.MultivariateNormal, StructuredNormal))
+
+
+def require_closed_form(q: dist.TorchDistribution) -> None:
+    """Raises TypeError for a family whose KL is not known."""
+    if not has_closed_form(q):
+        raise TypeError(
+            f"a task's guide must put a Delta, Normal or MultivariateNormal on theta, not {type(q).__name__}: "
+            "the KL to the Gaussian prior has no closed form for it"
+        )
 
 
 def scale(q: dist.TorchDistribution) -> Tensor | None:
     """sd `(..., D)` of a diagonal normal, the factor `(..., D, D)` of a dense one, None for a point.
 
-    Raises TypeError for any other distribution.
+    Of a structured one its whole matrix A, which only few weights allow.  Raises TypeError for any other distribution.
     """
+    require_closed_form(q)
     if isinstance(q, dist.Delta):
         return None
+    if isinstance(q, StructuredNormal):
+        return q.scale_matrix
     if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
         return q.base_dist.scale
-    if isinstance(q, torch.distributions.MultivariateNormal):
-        return q.scale_tril
-    raise TypeError(
-        f"a task's guide must put a Delta, Normal or MultivariateNormal on theta, not {type(q).__name__}: "
-        "the KL to the Gaussian prior has no closed form for it"
-    )
+    return q.scale_tril
 
 
 def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
@@ -48,35 +57,55 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     With p = N(mu, S S') and q = N(m, L L'):
     KL = 1/2 |S^-1 L|^2 + 1/2 |S^-1 (m - mu)|^2 - D/2 + log det S - log det L.
     """
-    q_scale, p_scale = scale(q), scale(p)
+    p_scale = scale(p)
     assert p_scale is not None  # the prior is a Gaussian
-    diagonal_p = isinstance(p, Independent)
     offset = location(q) - location(p)
     size = offset.shape[-1]
-    if diagonal_p:
-        whitened, log_det_p = offset / p_scale, p_scale.log().sum(-1)
+    if isinstance(p, Independent):
+        whitened = offset / p_scale
+        log_det_p = p_scale.log().sum(-1)
     else:
         whitened = torch.linalg.solve_triangular(
             p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
         ).squeeze(-1)
         log_det_p = p_scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    if q_scale is None:
+    if isinstance(q, dist.Delta):
         # not p.log_prob, which takes the logarithm of every weight's scale for every task
         return 0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) + log_det_p
-    diagonal_q = isinstance(q, Independent)
-    if diagonal_p:
-        ratio = q_scale / (p_scale if diagonal_q else p_scale.unsqueeze(-1))
-    else:
-        factor = torch.diag_embed(q_scale) if diagonal_q else q_scale
-        batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
-        ratio = torch.linalg.solve_triangular(p_scale.expand(batch), factor.expand(batch), upper=False)
-    diagonal_of_q = q_scale if diagonal_q else q_scale.diagonal(dim1=-2, dim2=-1)
-    squares = ratio.square().sum(-1) if diagonal_q and diagonal_p else ratio.square().sum((-2, -1))
-    return 0.5 * (squares + whitened.square().sum(-1) - size) + log_det_p - diagonal_of_q.log().sum(-1)
+    squares, log_det_q = _squares(q, p, p_scale), _log_det(q)
+    return 0.5 * (squares + whitened.square().sum(-1) - size) + log_det_p - log_det_q
+
+
+def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tensor) -> Tensor:
+    """|S^-1 L|^2."""
+    if isinstance(q, StructuredNormal):
+        diagonal = isinstance(p, Independent)
+        return (q.variance / p_scale.square()).sum(-1) if diagonal else q.squares_in(p_scale)
+    q_scale = scale(q)
+    assert q_scale is not None
+    if isinstance(p, Independent):
+        diagonal = isinstance(q, Independent)
+        ratio = q_scale / (p_scale if diagonal else p_scale.unsqueeze(-1))
+        return ratio.square().sum(-1) if diagonal else ratio.square().sum((-2, -1))
+    factor = torch.diag_embed(q_scale) if isinstance(q, Independent) else q_scale
+    batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
+    ratio = torch.linalg.solve_triangular(p_scale.expand(batch), factor.expand(batch), upper=False)
+    return ratio.square().sum((-2, -1))
+
+
+def _log_det(q: dist.TorchDistribution) -> Tensor:
+    """log det L."""
+    if isinstance(q, StructuredNormal):
+        return q.log_det
+    q_scale = scale(q)
+    assert q_scale is not None
+    return (q_scale if isinstance(q, Independent) else q_scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
 
 
 def move(q: dist.TorchDistribution, noise: Tensor) -> Tensor:
     """theta = loc + scale @ noise for standardised points `(points, ..., D)`."""
+    if isinstance(q, StructuredNormal):
+        return location(q) + q.scaled(noise)
     q_scale = scale(q)
     if q_scale is None:
         # a point has no spread, whatever the noise: every point of the rule is its location

@@ -6,9 +6,11 @@ first, so that rows can be taken, put back and reset to the prior.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Self, cast
 
 import pyro
 import pyro.distributions as dist
@@ -19,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from varmeta.bayes.divergence import has_closed_form, location, scale
+from varmeta.bayes.divergence import has_closed_form, location, require_closed_form, scale
 from varmeta.bayes.model import SITE, TASKS, TaskModel
 from varmeta.bayes.prior import unit_lower
 from varmeta.numerics.tree import Tree
@@ -35,6 +37,17 @@ class Guide(ABC):
     def key(self) -> Hashable:
         """Equal for guides that make the same distribution of the same phi."""
         return type(self)
+
+    # phi is a mode, and "elbo" means Laplace's evidence there instead of F_i
+    at_mode = False
+
+    def bound(self, model: TaskModel) -> Guide:
+        """The guide as it serves this model; the same one where it does not look at the model."""
+        return self
+
+    def doubt(self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> str | None:
+        """What should make one doubt these posteriors of the tasks called `names`, in a sentence."""
+        return None
 
     @abstractmethod
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
@@ -66,7 +79,7 @@ class Guide(ABC):
             raise ValueError(f"the guide must have one random site per task, theta; it has {sorted(sites)}")
         # AutoNormal draws an auxiliary Gaussian and hands it on as a Delta; theta is real, so that Gaussian is q
         q = random[0]["fn"] if random else sites[SITE]["fn"]
-        scale(q)  # raises for a family without a closed-form KL
+        require_closed_form(q)
         if q.batch_shape != (len(data), 1) or len(q.event_shape) != 1:
             raise ValueError(
                 f"the guide's theta has batch shape {tuple(q.batch_shape)} and event shape {tuple(q.event_shape)}: expected "
@@ -78,18 +91,20 @@ class Guide(ABC):
         return self.name
 
 
+@dataclass(frozen=True, repr=False)
 class Delta(Guide):
     """q_i = delta(theta_i): MAP.  Its objective is *not* a bound on the evidence."""
 
     name = "delta"
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
-        return {"loc": _copies(location(model.prior_distribution(eta)), data)}
+        return {"loc": copies(location(model.prior_distribution(eta)), data)}
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        return _sample(dist.Delta(phi["loc"].unsqueeze(-2), event_dim=1))
+        return sample(dist.Delta(phi["loc"].unsqueeze(-2), event_dim=1))
 
 
+@dataclass(frozen=True, repr=False)
 class MeanField(Guide):
     """q_i = N(loc_i, diag(exp(log_scale_i))^2)."""
 
@@ -97,12 +112,13 @@ class MeanField(Guide):
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         prior = model.prior_distribution(eta)
-        return {"loc": _copies(location(prior), data), "log_scale": _copies(prior.stddev.log(), data)}
+        return {"loc": copies(location(prior), data), "log_scale": copies(prior.stddev.log(), data)}
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        return _sample(dist.Normal(phi["loc"].unsqueeze(-2), phi["log_scale"].exp().unsqueeze(-2)).to_event(1))
+        return sample(dist.Normal(phi["loc"].unsqueeze(-2), phi["log_scale"].exp().unsqueeze(-2)).to_event(1))
 
 
+@dataclass(frozen=True, repr=False)
 class Dense(Guide):
     """q_i = N(loc_i, L_i L_i') with L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular: one block per task."""
 
@@ -115,17 +131,39 @@ class Dense(Guide):
         if factor.dim() == 1:
             factor = torch.diag_embed(factor)
         spread = factor.diagonal()
-        phi = {"loc": _copies(location(prior), data), "log_scale": _copies(spread.log(), data)}
+        phi = {"loc": copies(location(prior), data), "log_scale": copies(spread.log(), data)}
         if len(spread) > 1:
             rows, columns = torch.tril_indices(len(spread), len(spread), -1)
-            phi["tril"] = _copies((factor / spread.unsqueeze(-1))[rows, columns], data)
+            phi["tril"] = copies((factor / spread.unsqueeze(-1))[rows, columns], data)
         return phi
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         factor = torch.diag_embed(phi["log_scale"].exp())
         if "tril" in phi:
             factor = factor @ unit_lower(phi["tril"], phi["loc"].shape[-1])
-        return _sample(dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+        return sample(dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+
+
+@dataclass(frozen=True, repr=False)
+class BoundGuide(Guide):
+    """A guide that looks at its model: what `bound` returns is the one that can be run."""
+
+    _model: TaskModel | None = field(default=None, init=False, compare=False)
+
+    def bound(self, model: TaskModel) -> Self:
+        new = copy.copy(self)
+        object.__setattr__(new, "_model", model)  # frozen, but this one has just been made
+        return new
+
+    @property
+    def key(self) -> Hashable:
+        return self  # with its options
+
+    @property
+    def model(self) -> TaskModel:
+        if self._model is None:
+            raise RuntimeError(f"the guide {self.name!r} must be bound to a model first: guide.bound(model)")
+        return self._model
 
 
 class PyroGuide(Guide):
@@ -151,7 +189,7 @@ class PyroGuide(Guide):
     ...             self.loc = torch.nn.Parameter(start.repeat(len(data), 1, 1))
     ...         with pyro.plate("tasks", len(data), dim=-2):
     ...             return pyro.sample("theta", dist.Delta(self.loc, event_dim=1))
-    >>> make_guide(Points)
+    >>> PyroGuide(Points)
     Points
     """
 
@@ -250,35 +288,6 @@ class PyroGuide(Guide):
                 )
 
 
-GUIDES: dict[str, type[Guide]] = {guide.name: guide for guide in (Delta, MeanField, Dense)}
-
-
-def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
-    """The guide behind a name, or around a factory of Pyro guides.
-
-    Raises ValueError for an unknown name.
-    """
-    if isinstance(guide, PyroGuide):
-        return PyroGuide(guide.factory)  # each serves one model
-    if isinstance(guide, Guide):
-        return guide
-    if isinstance(guide, str):
-        if guide not in GUIDES:
-            raise ValueError(
-                f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a Pyro guide"
-            )
-        return GUIDES[guide]()
-    if isinstance(guide, torch.nn.Module):
-        kind = type(guide).__name__
-        raise TypeError(
-            f"guide must be a name or a callable that makes a Pyro guide, not a guide that is made already: give {kind} itself, "
-            f"or lambda model: {kind}(model, ...)"
-        )
-    if not callable(guide):
-        raise TypeError(f"guide must be a name or a callable that makes a Pyro guide, not {type(guide).__name__}")
-    return PyroGuide(guide)
-
-
 class _AtLocation(Messenger):
     """Let Gaussian sites take their location (plus `offset`) as value: q is read off, so no random number is drawn."""
 
@@ -300,11 +309,11 @@ def _first_moved(value: Tensor) -> Tensor:
     return torch.cat([value[:1] + 0.5, value[1:]])
 
 
-def _sample(q: dist.TorchDistribution) -> Tensor:
+def sample(q: dist.TorchDistribution) -> Tensor:
     with pyro.plate(TASKS, q.batch_shape[0], dim=-2):
         return pyro.sample(SITE, q)
 
 
-def _copies(row: Tensor, data: Data) -> Tensor:
+def copies(row: Tensor, data: Data) -> Tensor:
     # clone: an expanded view would share memory with theta0, and a step on a guide would move the prior
     return row.expand(len(data), *row.shape).clone()

@@ -42,6 +42,10 @@ class Likelihood(ABC):
         """The random part of y."""
         return y
 
+    def weights(self, y: Tensor) -> Tensor | None:
+        """How often each observation counts, as the leading axes of y; None: once."""
+        return None
+
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
         """Which observations, `(points,)` or `(points, responses)`, lie outside the support, and what the support is."""
         return torch.zeros(len(y), dtype=torch.bool), "any real number"

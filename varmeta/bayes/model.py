@@ -117,10 +117,11 @@ class TaskModel:
         self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
         for pattern in shared:
-            if not any(_matches(name, pattern) for name in start):
+            if not any(matches(name, pattern) for name in start):
                 raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
+        own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
         for name in start:
-            if name in (SCALE, TRIL) or name.partition(".")[0] == PRECISION:
+            if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
                 raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
         unknown = set(self.prior.start_loc) - set(start)
         if unknown:
@@ -135,7 +136,7 @@ class TaskModel:
         stray = set(self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()) - set(start)
         if stray:
             raise ValueError(f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}")
-        self.shared = tuple(n for n in start if any(_matches(n, pattern) for pattern in shared))
+        self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
         self.start = start
         self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
         if not self.weights.names:
@@ -184,12 +185,19 @@ class TaskModel:
         shared = {name: eta[name] for name in self.shared}
         if self._program is not None:
             return self._program(self.weights.unflatten(theta) | shared, x, y)
+        return self.observe_output(self.output(theta, eta, x), eta, y, theta.dim() - 1)
+
+    def output(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What the network puts out for theta `(..., tasks, 1, D)`: `(..., tasks, points, channels)`."""
+        shared = {name: eta[name] for name in self.shared}
+        return self._forward(self.weights.unflatten(theta.squeeze(-2)), shared, x)
+
+    def observe_output(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int) -> Any:
+        """Sample, or with y observe, the data given the network's output, `batch` axes `(..., tasks, points)` first."""
         assert self.likelihood is not None  # a network has one
-        out = self._forward(self.weights.unflatten(theta.squeeze(-2)), shared, x)
         obs = None if y is None else self.likelihood.observed(y)
         if obs is not None and self.likelihood.kind != "classification":
             obs = obs.to(out.dtype)
-        batch = theta.dim() - 1  # axes of (..., tasks, points)
         # a single channel is dropped, unless y has it too
         if self.likelihood.kind != "classification" and out.dim() == batch + 1 and out.shape[-1] == 1:
             out = out if obs is not None and obs.dim() == 3 else out.squeeze(-1)
@@ -202,7 +210,11 @@ class TaskModel:
                 f"the network's output for a row, {tuple(out.shape[batch:])}, does not fit {self.likelihood!r} of a y "
                 f"with rows of shape {tuple(obs.shape[2:])}"
             )
-        return pyro.sample("y", noise, obs=obs)
+        weights = None if y is None else self.likelihood.weights(y)
+        if weights is None:
+            return pyro.sample("y", noise, obs=obs)
+        with poutine.scale(scale=weights.to(out)):
+            return pyro.sample("y", noise, obs=obs)
 
     def _forward(self, weights: dict[str, Tensor], shared: dict[str, Tensor], x: Tensor) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for weights `(..., tasks, *shape)`."""
@@ -316,9 +328,20 @@ class TaskModel:
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     # the name itself too: a column may be called "dose [mg]"
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def negative_log_likelihood(
+    model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data
+) -> tuple[dist.TorchDistribution, Tensor]:
+    """The prior of theta, and -log p(data_i | theta) for theta `(points, tasks, 1, D)`, `(points, tasks)`."""
+    trace = poutine.trace(poutine.condition(model, {SITE: theta})).get_trace(eta, data)
+    prior = cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])
+    if not data.mask.shape[1]:
+        return prior, theta.new_zeros(theta.shape[:2])
+    return prior, -observed_log_prob(trace).sum(-1)
 
 
 def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:

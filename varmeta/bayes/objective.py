@@ -6,23 +6,22 @@
     -log E_q p(query_i | theta)           "query_predictive": Chen et al. (2019)
 
 f_i and g_i are summed over a task's observations, never averaged.  With a delta guide the first two are penalised losses
-(MAP); they are *not* bounds on the evidence.
+(MAP); they are *not* bounds on the evidence.  With Laplace's guide "elbo" is -log of Laplace's evidence, no bound either.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import pyro
 import pyro.distributions as dist
-from pyro import poutine
 from torch import Tensor
 
 from varmeta.bayes.divergence import kl, move
 from varmeta.bayes.guide import Guide
-from varmeta.bayes.model import SITE, TaskModel, observed_log_prob
+from varmeta.bayes.laplace import Laplace
+from varmeta.bayes.model import TaskModel, negative_log_likelihood
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Batch, Data
 
@@ -44,8 +43,16 @@ class Objective:
         self.guide = guide
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
+        if isinstance(self.guide, Laplace):
+            return self.guide.evidence(phi, eta, batch.support)
         divergence, nll = self.terms(phi, eta, batch.support, noise)
         return divergence + nll.mean(0)
+
+    def inner(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
+        """What phi minimises: F_i; under Laplace's guide the penalised loss, whose minimum is the mode."""
+        if isinstance(self.guide, Laplace):
+            return self.guide.penalised(phi, eta, batch.support)
+        return self(phi, eta, batch, noise)
 
     def query_elbo(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         divergence, nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)
@@ -59,6 +66,8 @@ class Objective:
         return math.log(len(nll)) - (-nll).logsumexp(0)
 
     def outer(self, name: str) -> ObjectiveFunction:
+        if name == "inner":
+            return self.inner
         if name not in OUTER:
             raise ValueError(f"unknown outer objective {name!r}: choose one of {OUTER}")
         return self if name == "elbo" else getattr(self, name)
@@ -76,8 +85,5 @@ class Objective:
             if isinstance(q, dist.Delta):
                 noise = noise[:1]  # all points of a rule are the same one
             theta = move(q, noise.unsqueeze(-2))
-            trace = poutine.trace(poutine.condition(self.model, {SITE: theta})).get_trace(eta, data)
-            divergence = kl(q, cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])).squeeze(-1)
-            if not data.mask.shape[1]:
-                return divergence, noise.new_zeros(len(noise), len(data))
-            return divergence, -observed_log_prob(trace).sum(-1)
+            prior, nll = negative_log_likelihood(self.model, theta, eta, data)
+            return kl(q, prior).squeeze(-1), nll

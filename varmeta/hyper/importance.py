@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from varmeta.hyper.conditional import normal_points
-from varmeta.numerics.psis import psis
+from varmeta.psis import smooth
 
 # Degrees of freedom of the t proposals, and what their covariances are multiplied by, round by round: heavy and wide enough
 # for the exponential tails that a log sd has.
@@ -109,7 +109,7 @@ def importance(
     points = proposals[0].draw(number, seed)
     target = _finite(log_density(points))
     log_q = proposals[0].log_prob(points)
-    log_weights, own_k = psis(target - log_q)
+    log_weights, own_k = _smooth(target - log_q)
     final_k, raw = own_k, target - log_q
     for round_, width in enumerate(WIDTHS):
         # a t joins in unless the Gaussian is all but right, and another where the tail is heavy still
@@ -131,12 +131,22 @@ def importance(
         points, target = torch.cat([points, new]), torch.cat([target, _finite(log_density(new))])
         mixture = torch.stack([proposal.log_prob(points) for proposal in proposals])
         raw = target - (mixture.logsumexp(0) - math.log(len(proposals)))
-        log_weights, final_k = psis(raw)
+        log_weights, final_k = _smooth(raw)
     largest = raw.max()
     ratio = (raw - largest).exp()
     evidence = float(largest + ratio.mean().log())
     error = float(ratio.std() / ratio.mean()) / math.sqrt(len(ratio))
     return Weighted(points, log_weights, own_k, final_k, _ess(log_weights), evidence, error)
+
+
+def _smooth(log_weights: Tensor) -> tuple[Tensor, float]:
+    """Pareto smoothed, normalised, and k-hat; of `(N,)`."""
+    if not bool(log_weights.isfinite().any()):
+        raise ValueError(
+            "no draw of eta has a finite density: look at the hyperpriors, which may exclude where the fit is"
+        )
+    smoothed, k = smooth(log_weights.detach().cpu().numpy()[None])
+    return torch.from_numpy(smoothed[0]).to(log_weights), float(k[0])
 
 
 def _finite(log_density: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
@@ -16,6 +17,9 @@ from varmeta.numerics import noise
 from varmeta.posterior import DRAWS, Posterior
 from varmeta.problem import Problem
 from varmeta.tasks import Data, TaskSet
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Candidates for each draw of theta; the likelihood decides among them.
 CANDIDATES = 16
@@ -68,6 +72,15 @@ class IntegratedPosterior(Posterior):
     @property
     def is_point(self) -> bool:
         return False
+
+    def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """Refused: there is no guide of one eta whose evidence could be told."""
+        raise ValueError(
+            "this posterior integrates over eta: fit.hyper tells how good that is; evidence and diagnose look at the guides of "
+            "a fit with hyperguide='delta'"
+        )
+
+    diagnose = evidence
 
     def eta_draws(self, num_samples: int) -> dict[str, Tensor]:
         """The eta behind each of as many draws, `(num_samples, ...)`."""

@@ -1,0 +1,136 @@
+"""Likelihoods with learned numbers of their own, and weights per observation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from varmeta._words import kind_of
+from varmeta.bayes.likelihood import Likelihood, _LocationScale, _not_count, _positive
+
+CONCENTRATION, GAPS = "log_concentration", "log_gaps"
+
+
+class LogNormal(_LocationScale):
+    """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is that of log y."""
+
+    def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        return dist.LogNormal(loc, scale)
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        return y <= 0, "a positive number"
+
+
+class NegativeBinomial(Likelihood):
+    """y a count with mean m = exp(out) and variance m + m^2 / concentration: counts that vary more than Poisson's.
+
+    concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with `learn_concentration=False`; at
+        infinity the counts are Poisson's.
+
+    >>> d = NegativeBinomial(2.0, learn_concentration=False).distribution(torch.tensor(3.0).log(), {})
+    >>> d.mean, d.variance
+    (tensor(3.0000), tensor(7.5000))
+    """
+
+    kind = "count"
+
+    def __init__(self, concentration: float = 1.0, learn_concentration: bool = True) -> None:
+        self.concentration = _positive("concentration", concentration)
+        self.learn_concentration = bool(learn_concentration)
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {CONCENTRATION: like.new_tensor(math.log(self.concentration))} if self.learn_concentration else {}
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        r = eta[CONCENTRATION].exp() if self.learn_concentration else out.new_tensor(self.concentration)
+        # a gamma mixture of Poissons; torch's NegativeBinomial writes into its log density, which a graph cannot hold
+        return dist.GammaPoisson(r.expand(out.shape), r * (-out).exp())
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        return _not_count(y), "a count 0, 1, 2, ..."
+
+
+class Ordinal(Likelihood):
+    """y an ordered class 0, ..., C-1: log odds of y > k are out - c_k, with C - 1 learned cutpoints c_0 = 0 < c_1 < ...
+
+    The first cutpoint is 0, since the network's intercept would move with it.  The others are learned by the logarithms of
+    their distances (`log_gaps`), which start at 1.  The cumulative logit (proportional odds) model.
+
+    >>> Ordinal(3).distribution(torch.tensor(0.0), {"log_gaps": torch.zeros(1)}).probs
+    tensor([0.5000, 0.2311, 0.2689])
+    """
+
+    kind = "ordinal"
+
+    def __init__(self, num_classes: int) -> None:
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+            raise ValueError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
+        self.num_classes = num_classes
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return {GAPS: like.new_zeros(self.num_classes - 2)} if self.num_classes > 2 else {}
+
+    def cutpoints(self, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """c_0, ..., c_{C-2}, ascending from 0."""
+        first = like.new_zeros(1)
+        return torch.cat([first, eta[GAPS].exp().cumsum(0)]) if self.num_classes > 2 else first
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        at = self.cutpoints(eta, out) - out.unsqueeze(-1)  # y <= k has log odds at_k
+        below, above = torch.nn.functional.logsigmoid(at), torch.nn.functional.logsigmoid(-at)
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of numbers near 1
+        between = below[..., 1:] + above[..., :-1] + torch.log(-torch.expm1(at[..., :-1] - at[..., 1:]))
+        return dist.Categorical(logits=torch.cat([below[..., :1], between, above[..., -1:]], -1))
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        return _not_count(y) | (y >= self.num_classes), f"an ordered class 0, ..., {self.num_classes - 1}"
+
+
+class Weighted(Likelihood):
+    """Another likelihood, whose observations count `weight` times each: y has one column more, the weight, last.
+
+    So `from_frame(..., y=["count", "weight"])`.  Weights are positive; a weight of 2 is the row twice.  A prediction needs none.
+
+    >>> from varmeta.bayes.likelihood import Poisson
+    >>> Weighted(Poisson()).observed(torch.tensor([[3.0, 0.5]]))
+    tensor([3.])
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        if not isinstance(likelihood, Likelihood) or isinstance(likelihood, Weighted):
+            raise TypeError(
+                f"likelihood must be one of varmeta.likelihoods, such as Poisson(), not {kind_of(likelihood)}"
+            )
+        self.likelihood = likelihood
+        self.kind = likelihood.kind
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        return self.likelihood.init(like)
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return self.likelihood.distribution(out, eta, None if y is None else _without_weight(y))
+
+    def observed(self, y: Tensor) -> Tensor:
+        return self.likelihood.observed(_without_weight(y))
+
+    def weights(self, y: Tensor) -> Tensor:
+        return y[..., -1]
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        if y.dim() != 2 or y.shape[-1] < 2:
+            return torch.ones(len(y), dtype=torch.bool), "a column more than the response: its weight, last"
+        bad, support = self.likelihood.invalid(_without_weight(y))
+        bad = bad.any(-1) if bad.dim() > 1 else bad
+        return bad | (y[:, -1] <= 0), f"{support}, then a positive weight"
+
+    def __repr__(self) -> str:
+        return f"Weighted({self.likelihood!r})"
+
+
+def _without_weight(y: Tensor) -> Tensor:
+    rest = y[..., :-1]
+    return rest.squeeze(-1) if rest.shape[-1] == 1 else rest
