@@ -9,7 +9,7 @@ BIN            = $(VENV)/bin
 
 export MPLBACKEND ?= Agg
 
-.PHONY: setup demo readme landscape test lint test-arviz1 clean
+.PHONY: setup demo readme landscape bench test lint test-arviz1 clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +24,10 @@ demo: $(VENV)/.installed
 
 landscape: $(VENV)/.installed
 	$(BIN)/python -m experiments.landscape --out results/landscape
+
+# Beside the peers that are installed: pip install -e '.[bench]' first.  Hours in full size.
+bench: $(VENV)/.installed
+	$(BIN)/python -m experiments.benchmarks --out results/benchmarks
 
 # Put the demonstration's output into the README.
 readme: $(VENV)/.installed
