@@ -56,8 +56,9 @@ def test_both_sides_are_timed() -> None:
 
 @pytest.mark.parametrize("module", ["by_jax", "by_torchopt", "by_higher", "by_imaml", "by_numpyro"])
 def test_a_peer_that_is_missing_is_said(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for library in (*LIBRARIES.values(), "numpyro"):
-        monkeypatch.setitem(sys.modules, library, None)
+    libraries = {*LIBRARIES.values(), "numpyro"}
+    for name in {*libraries, *(name for name in sys.modules if name.partition(".")[0] in libraries)}:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"experiments.benchmarks.{module}", raising=False)
     with pytest.raises(Unavailable, match="not installed"):
         importlib.import_module(f"experiments.benchmarks.{module}")
