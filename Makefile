@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 
 export MPLBACKEND ?= Agg
 
-.PHONY: setup demo readme landscape test test-compiled lint test-arviz1 clean
+.PHONY: setup demo readme landscape bench test test-compiled lint test-arviz1 clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ demo: $(VENV)/.installed
 
 landscape: $(VENV)/.installed
 	$(BIN)/python -m experiments.landscape --out results/landscape
+
+# Beside the peers that are installed: pip install -e '.[bench]' first.  Hours in full size.
+bench: $(VENV)/.installed
+	$(BIN)/python -m experiments.benchmarks --out results/benchmarks
 
 # Put the demonstration's output into the README.
 readme: $(VENV)/.installed
