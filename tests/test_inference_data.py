@@ -1,11 +1,13 @@
 """The export under whichever ArviZ is installed.  `make test-arviz1` runs this file under 1.x, where there is no torch:
-importing `varmeta` would need it, so there the exporter is loaded by its path."""
+`varmeta/__init__.py` would need it, so there the package is entered beside it."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,10 @@ import pytest
 
 FILE = Path(__file__).parents[1] / "varmeta" / "inference_data.py"
 if importlib.util.find_spec("torch") is None:
-    spec = importlib.util.spec_from_file_location("inference_data", FILE)
-    inference_data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(inference_data)
-else:
-    from varmeta import inference_data
+    bare = types.ModuleType("varmeta")
+    bare.__path__ = [str(FILE.parent)]
+    sys.modules["varmeta"] = bare
+inference_data = importlib.import_module("varmeta.inference_data")
 
 ARVIZ_1 = not importlib.metadata.version("arviz").startswith("0.")
 to_arviz, save, load = inference_data.to_arviz, inference_data.save, inference_data.load

@@ -110,7 +110,7 @@ def pareto_k(log_weights: Any) -> np.ndarray:
         raise ValueError(
             f"log_weights of rows {bad.tolist()} have NaN or +inf, or only -inf: look at these tasks' densities"
         )
-    from varmeta.psis import smooth  # here: this file by itself needs numpy alone
+    from varmeta.psis import smooth  # here: numpy alone, as this file
 
     return smooth(weights)[1]
 
