@@ -64,6 +64,7 @@ class Batch:
     query: None where no task of the set has query data.
     ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it stands.
     rows: int64 `(tasks,)`, positions in the whole set, which has `total` tasks.
+    whole: whether these are all of them, in order.
     """
 
     support: Data
@@ -72,6 +73,15 @@ class Batch:
     names: tuple[str, ...]
     rows: Tensor
     total: int
+    whole: bool = False
+
+    def of(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch's rows of what is stored for all tasks; all of it, and no copy, where the batch is everybody."""
+        return stored if self.whole else {name: x[self.rows] for name, x in stored.items()}
+
+    def into(self, stored: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`stored` with the batch's rows replaced by `new`, as a new tree."""
+        return {name: new[name] if self.whole else x.index_copy(0, self.rows, new[name]) for name, x in stored.items()}
 
     def __len__(self) -> int:
         return len(self.names)

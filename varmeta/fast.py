@@ -21,7 +21,7 @@ from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.capture import Captured, CaptureError, compile_seconds, eager_seconds
 from varmeta.numerics.pieces import Graphed
 from varmeta.numerics.solution import Solution
-from varmeta.numerics.tree import detach, put, take
+from varmeta.numerics.tree import detach
 from varmeta.problem import Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
@@ -154,14 +154,13 @@ class _Graph:
 
     def __call__(self, seed: int, batch: Batch, eta: Eta, state: State) -> Outcome:
         out = self.captured(_inputs(seed, batch, eta, state))
-        rows = _rows(batch)
         new = replace(state, step=state.step + 1)
         if out["phi"]:
             assert state.phi is not None
-            new = replace(new, phi=_back(state.phi, rows, out["phi"]))
+            new = replace(new, phi=batch.into(state.phi, out["phi"]))
         if out["inner"]:
             assert state.inner is not None
-            new = replace(new, inner=_back(state.inner, rows, out["inner"]))
+            new = replace(new, inner=batch.into(state.inner, out["inner"]))
         return Outcome(out["value"], out["gradient"], new, {**self.static, **out["stats"]})
 
     def traced(self, seed: int, batch: Batch, eta: Eta, state: State) -> Any:
@@ -183,30 +182,17 @@ class _Graph:
 
 
 def _inputs(seed: int, batch: Batch, eta: Eta, state: State) -> dict[str, Any]:
-    rows, like = _rows(batch), batch.support.mask
+    like = batch.support.mask
     return {
         "eta": {name: value.detach() for name, value in eta.items()},
         "learned": {name: like.new_zeros(0) for name, value in eta.items() if value.requires_grad},
-        "phi": {} if state.phi is None else _some(state.phi, rows),
-        "inner": {} if state.inner is None else _some(state.inner, rows),
+        "phi": {} if state.phi is None else batch.of(state.phi),
+        "inner": {} if state.inner is None else batch.of(state.inner),
         "lr_scale": torch.tensor(state.lr_scale, dtype=batch.support.x.dtype, device=like.device),
         "seed": torch.tensor(_signed(seed), device=like.device),
         "step": torch.tensor(state.step, device=like.device),
         "batch": tensors_of(batch),
     }
-
-
-def _rows(batch: Batch) -> Tensor | None:
-    """The rows of the stored state that belong to the batch; None for all of them, which need no copy."""
-    return None if len(batch) == batch.total else batch.rows
-
-
-def _some(tree: dict[str, Tensor], rows: Tensor | None) -> dict[str, Tensor]:
-    return tree if rows is None else take(tree, rows)
-
-
-def _back(tree: dict[str, Tensor], rows: Tensor | None, new: dict[str, Tensor]) -> dict[str, Tensor]:
-    return new if rows is None else put(tree, rows, new)
 
 
 def _signed(value: int) -> int:

@@ -17,7 +17,7 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, 
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
-from varmeta.numerics.tree import Tree, add, detach, dot, put, take
+from varmeta.numerics.tree import Tree, add, detach, dot
 from varmeta.problem import Losses, Problem
 from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import Eta, State, Stats
@@ -84,10 +84,10 @@ class Implicit(Amortised):
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
         if self.alg is not None:
             return self._noisy_loss(self.alg, problem, batch, eta, state)
-        start = take(state.phi, batch.rows) if state.phi is not None else detach(problem.start(batch, eta))
+        start = batch.of(state.phi) if state.phi is not None else detach(problem.start(batch, eta))
         losses, ends, stats = self._at_minimum(problem, batch, eta, state, start)
         if state.phi is not None:
-            state = replace(state, phi=put(state.phi, batch.rows, ends))
+            state = replace(state, phi=batch.into(state.phi, ends))
         return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
     def _noisy_loss(

@@ -17,7 +17,7 @@ from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at, run
 from varmeta.numerics.solution import Result, Solution
-from varmeta.numerics.tree import Tree, detach, leaves, map_tree, put, take
+from varmeta.numerics.tree import Tree, detach, leaves, map_tree
 from varmeta.problem import Losses, Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch, TaskSet
@@ -60,7 +60,7 @@ class Joint(Strategy):
 
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
         assert state.phi is not None and state.inner is not None
-        phi = leaves(take(state.phi, batch.rows))
+        phi = leaves(batch.of(state.phi))
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
         names = [name for name in eta if eta[name].requires_grad]
         total = self._total(problem, batch, eta, losses)
@@ -69,9 +69,9 @@ class Joint(Strategy):
             total, [*phi.values(), *(eta[name] for name in names)], allow_unused=True, materialize_grads=True
         )
         phi_gradient = dict(zip(phi, (g / scale for g in gradients), strict=False))
-        new, inner = self.minimizer.update(detach(phi), phi_gradient, take(state.inner, batch.rows), state.lr_scale)
+        new, inner = self.minimizer.update(detach(phi), phi_gradient, batch.of(state.inner), state.lr_scale)
         state = replace(
-            state, phi=put(state.phi, batch.rows, new), inner=put(state.inner, batch.rows, inner), step=state.step + 1
+            state, phi=batch.into(state.phi, new), inner=batch.into(state.inner, inner), step=state.step + 1
         )
         scalar = total.detach()
         for name, gradient in zip(names, gradients[len(phi) :], strict=True):
@@ -83,7 +83,7 @@ class Joint(Strategy):
         assert state.phi is not None
         draws = 1 if problem.deterministic else VALUE_DRAWS
         with torch.no_grad():
-            phi = take(state.phi, batch.rows)
+            phi = batch.of(state.phi)
             losses = [problem.losses("elbo", batch, state.step + k)(phi, eta) for k in range(draws)]
             return float(self._total(problem, batch, eta, torch.stack(losses).mean(0)))
 

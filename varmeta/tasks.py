@@ -241,7 +241,7 @@ class TaskSet:
         """
         if rows is None:
             everyone = torch.arange(len(self), device=self.device)
-            return Batch(self._support, self._query, self._ids, self.names, everyone, len(self))
+            return Batch(self._support, self._query, self._ids, self.names, everyone, len(self), whole=True)
         positions = self._positions(rows)
         if not positions:
             raise ValueError("rows is empty: a batch needs at least one task")

@@ -23,7 +23,7 @@ def batch_of(tensors: dict[str, Any], total: int) -> Batch:
     support = _data(*tensors["support"])
     everyone = torch.arange(len(support), device=support.mask.device)
     query = _data(*tensors["query"]) if tensors["query"] else None
-    return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total)
+    return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total, whole=True)
 
 
 def _data(x: Tensor, y: Tensor, mask: Tensor) -> Data:

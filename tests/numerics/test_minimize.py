@@ -210,7 +210,8 @@ def test_a_task_that_breaks_keeps_its_last_finite_point(options):
     assert torch.allclose(solution.value["w"][1], double(0.7))
     assert solution.value["w"][2] == 0
     assert solution.stats["steps"][1:].tolist() == [3, 0]
-    assert solution.stats["gradient_norm"][1] == 1
+    # after a fixed number of steps nobody has asked for the gradient
+    assert solution.stats["gradient_norm"][1].isnan() if options else solution.stats["gradient_norm"][1] == 1
     assert "finite" in solution.worst.sentence
 
 

@@ -63,7 +63,7 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     size = offset.shape[-1]
     if isinstance(p, Independent):
         whitened = offset / p_scale
-        log_det_p = p_scale.log().sum(-1)
+        log_det_p = _once(p_scale).log().sum(-1)
     else:
         whitened = torch.linalg.solve_triangular(
             p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
@@ -74,6 +74,14 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
         return 0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) + log_det_p
     squares, log_det_q = _squares(q, p, p_scale), _log_det(q)
     return 0.5 * (squares + whitened.square().sum(-1) - size) + log_det_p - log_det_q
+
+
+def _once(x: Tensor) -> Tensor:
+    """x without the copies that expanding made along its leading axes: no logarithm is taken for every task."""
+    for axis in range(x.dim() - 1):
+        if x.stride(axis) == 0:
+            x = x.narrow(axis, 0, min(1, x.shape[axis]))
+    return x
 
 
 def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
+from varmeta.numerics.rewrite import rewrite
+
 log = logging.getLogger("varmeta")
 
 Function = Callable[..., Any]
@@ -91,6 +93,7 @@ def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSp
         raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
     # autograd's bookkeeping leaves operations whose results nobody reads; some of them the compiler cannot handle
     graph.graph.eliminate_dead_code()
+    rewrite(graph)
     return Traced(graph, _lift(graph), out[0])
 
 
@@ -162,7 +165,12 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function
 
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a graph is specialised to: shapes, strides, dtypes and devices."""
-    return tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in leaves)
+    return tuple((tuple(x.shape), _strides(x), x.dtype, x.device) for x in leaves)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    # along an axis of length one there is no step, whatever torch says its length is
+    return tuple(step if size > 1 else 1 for size, step in zip(x.shape, x.stride(), strict=True))
 
 
 # Measured on two cores (docs/speed.md).  They are constants, and no clock is read, so that whether a fit is compiled, and with

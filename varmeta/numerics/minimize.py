@@ -135,7 +135,7 @@ class FirstOrderMinimizer(Minimizer):
         for count in range(1, limit + 1):
             if steps is None and count % _HOST_READS_EVERY == 1 and not bool(walk["active"].any()):
                 break
-            walk = go(fn, _Advance(self, middle if count < limit else final), walk)
+            walk = go(fn, _Advance(self, steps is None, middle if count < limit else final), walk)
 
         failed, end, first = walk["failed"], walk["loss"], walk["first"]
         result = torch.where(walk["converged"], int(Result.CONVERGED), int(Result.STEP_LIMIT))
@@ -198,6 +198,7 @@ class _Advance:
     """The piece that is one step of every task that still moves."""
 
     rule: FirstOrderMinimizer
+    to_tolerance: bool
     evaluate: _Evaluation
 
     def __call__(self, fn: Losses, walk: dict[str, Any]) -> dict[str, Any]:
@@ -205,7 +206,11 @@ class _Advance:
         moved, moved_state = self.rule.update(point, walk["gradient"], state)
         trial = tree.where(active, moved, point)
         losses, trial, gradient, norm = self.evaluate(fn, trial)
-        finite = torch.isfinite(losses) & (torch.isfinite(norm) | (self.evaluate is _Evaluation.LOSS))
+        finite = torch.isfinite(losses)
+        if self.to_tolerance:
+            finite = finite & torch.isfinite(norm)
+        else:  # nobody asks for the norm, and where the gradient is not finite the next loss will not be
+            norm = torch.full_like(losses, math.nan)
         broken, arrived = active & ~finite, active & finite
         converged = arrived & (norm <= walk["threshold"])
         return {

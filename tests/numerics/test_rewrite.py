@@ -1,0 +1,121 @@
+"""Rewritten graphs compute the same, without concatenations and copies on the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from varmeta.numerics.rewrite import rewrite
+
+SIZES = (40, 40, 240, 6)
+SIZE, TASKS, POINTS = sum(SIZES), 3, 5
+
+
+def draws(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def losses(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
+    """A network 1-40-6 whose weights are the parts of rows, with a quadratic prior on the whole row, `(tasks,)`."""
+    w, b, v, c = rows.split(SIZES, -1)
+    h = torch.tanh(x @ w.reshape(-1, 40, 1).mT + b.unsqueeze(1))
+    out = h @ v.reshape(-1, 6, 40).mT + c.unsqueeze(1)
+    return out.sin().sum((1, 2)) + ((rows - centre) / 2.0).square().sum(-1)
+
+
+def descent(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
+    """Three steps of gradient descent, masked as a minimiser's are."""
+    active = torch.ones(len(rows), 1, dtype=torch.bool)
+    for _ in range(3):
+        point = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            value = losses(point, x, centre)
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+        rows = torch.where(active, rows - 0.1 * gradient, rows)
+        active = active & torch.isfinite(value)[:, None]
+    return rows
+
+
+def curvature(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
+    """A product with the Hessian."""
+    point = rows.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(losses(point, x, centre).sum(), point, create_graph=True)
+    return torch.autograd.grad(gradient, point, centre.expand_as(point))[0]
+
+
+def arithmetic(rows: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, ...]:
+    """Everything that a row in parts may meet, and what makes it whole again."""
+    row = torch.cat([2 * part for part in rows.split(SIZES, -1)], -1)
+    wide = row.unsqueeze(0).expand(2, TASKS, SIZE) + centre
+    return (
+        wide.sum((0, -1)), wide.sum(0), wide.mean(-1), row[:, 40:80], row[:, 30:90], row[1:], row.flip(-1), row.mT @ row,
+        torch.zeros_like(row), (row.exp() + 1).log().reshape(TASKS, 1, SIZE).squeeze(1), row.pow(2).sum(-1, keepdim=True),
+        row.reshape(-1, 2), row * rows.sum(-1, keepdim=True), row.cumsum(-1), torch.stack([row, rows]).sum(0),
+    )  # fmt: skip
+
+
+def traced(function: Callable[..., Any], *args: Tensor) -> torch.fx.GraphModule:
+    graph = make_fx(function)(*args)
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+@pytest.mark.parametrize("function", [descent, curvature, arithmetic])
+def test_the_numbers_stay(function: Callable[..., Any]) -> None:
+    args = draws(TASKS, SIZE), draws(TASKS, POINTS, 1, seed=1), draws(SIZE, seed=2)
+    graph = traced(function, *args)
+    rewrite(graph)
+    for seed in (0, 5):
+        args = draws(TASKS, SIZE, seed=seed), *args[1:]
+        expected, found = function(*args), graph(*args)
+        for one, other in zip(*([x] if isinstance(x, Tensor) else list(x) for x in (expected, found)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_steps_neither_join_their_parts_nor_copy_a_transpose() -> None:
+    args = draws(TASKS, SIZE), draws(TASKS, POINTS, 1, seed=1), draws(SIZE, seed=2)
+    graph = traced(descent, *args)
+    before = Counter(str(node.target) for node in graph.graph.nodes)
+    rewrite(graph)
+    after = Counter(str(node.target) for node in graph.graph.nodes)
+    assert before["aten.cat.default"] == 3 and after["aten.cat.default"] == 1  # the output
+    assert before["aten.split_with_sizes.default"] == 3 and after["aten.split_with_sizes.default"] == 0
+    written = [
+        node
+        for node in graph.graph.nodes
+        if str(node.target) == "aten.transpose.int"
+        and any(str(user.target) in ("aten.clone.default", "aten.reshape.default") for user in node.users)
+        and node.meta["val"].shape[-2:] == (6, 40)
+    ]
+    assert not written
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (30,) * 20], ids=["short", "many"])
+def test_short_rows_and_rows_of_many_parts_stay_whole(sizes: tuple[int, ...]) -> None:
+    def function(row: Tensor) -> Tensor:
+        return torch.cat([part.exp() for part in row.split(sizes, -1)], -1).log() + 1.0
+
+    row = draws(TASKS, sum(sizes))
+    graph = traced(function, row)
+    count = len(graph.graph.nodes)
+    rewrite(graph)
+    assert len(graph.graph.nodes) == count
+    torch.testing.assert_close(graph(row), row + 1.0)
+
+
+def test_a_graph_that_writes_into_its_tensors_is_left_alone() -> None:
+    def function(row: Tensor) -> Tensor:
+        new = torch.cat([part + 1 for part in row.split(SIZES, -1)], -1)
+        return new.mul_(2.0)
+
+    graph = traced(function, draws(TASKS, SIZE))
+    code = graph.code
+    rewrite(graph)
+    assert graph.code == code
