@@ -51,6 +51,12 @@ class Data:
         """The tasks at the positions `rows`, int64 `(n,)`; still as wide as before."""
         return Data(self.x[rows], self.y[rows], self.mask[rows])
 
+    def part(self, begin: int, end: int) -> Data:
+        """The tasks from `begin` up to `end`, as views."""
+        data = Data(self.x[begin:end], self.y[begin:end], self.mask[begin:end])
+        data.__dict__["filled"] = tuple(values[begin:end] for values in self.filled)
+        return data
+
     def take_points(self, index: Tensor) -> Data:
         """Of every task the rows `index`, int64 `(tasks, n)`."""
         task = torch.arange(len(self), device=index.device).unsqueeze(-1)
@@ -63,8 +69,10 @@ class Batch:
 
     query: None where no task of the set has query data.
     ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it stands.
-    rows: int64 `(tasks,)`, positions in the whole set, which has `total` tasks.
-    whole: whether these are all of them, in order.
+    rows: int64 `(tasks,)`, positions in the whole set.
+    total: how many tasks these stand for: as many as the set has, less for a part of a batch.
+    whole: whether trees that are stored have a row for each of these and no others, in order.
+    share: how much of what does not belong to any task, the hyperprior, is counted with these.
     """
 
     support: Data
@@ -72,8 +80,16 @@ class Batch:
     ids: Tensor
     names: tuple[str, ...]
     rows: Tensor
-    total: int
+    total: float
     whole: bool = False
+    share: float = 1.0
+
+    def part(self, begin: int, end: int) -> Batch:
+        """The tasks from `begin` up to `end`, a batch by itself: values of parts add up to that of the batch."""
+        share = (end - begin) / len(self)
+        query = None if self.query is None else self.query.part(begin, end)
+        support, names, rows = self.support.part(begin, end), self.names[begin:end], self.rows[begin:end]
+        return Batch(support, query, self.ids[begin:end], names, rows, self.total * share, True, self.share * share)
 
     def of(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch's rows of what is stored for all tasks; all of it, and no copy, where the batch is everybody."""

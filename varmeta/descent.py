@@ -11,7 +11,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from varmeta.fast import Outcome, Step
+from varmeta.chunks import Outcome
+from varmeta.fast import Step
 from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
@@ -48,7 +49,7 @@ class Descent:
 
     num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
     batch_size: tasks per step (None: all).  decay: the schedule's multiplier at a fraction of the way.
-    compile: whether the step is captured and compiled, see `Step`.
+    compile, task_chunk_size: how the step is taken, see `Step`.
     """
 
     optimizer: OptimizerFactory
@@ -57,6 +58,7 @@ class Descent:
     batch_size: int | None
     decay: Callable[[float], float]
     compile: str | bool = "auto"
+    task_chunk_size: int | None = None
 
 
 def descend(
@@ -82,7 +84,7 @@ def descend(
             f"LBFGS's line search trusts value and gradient alike, but those of {strategy.describe()} do not belong together: "
             "use Adam or SGD"
         )
-    take_step = Step(strategy, plan.compile, _num_steps(plan))
+    take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
     whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
     start, begin = run.step, perf_counter() - run.seconds
     spent = run.evaluations
@@ -152,7 +154,7 @@ def descend(
         run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
     run.eta = {name: value.detach().clone() for name, value in eta.items()}
     run.optimizer_state = None if broken else optimizer.state_dict()  # its averages are not finite either
-    run.loss = strategy.value(problem, whole or tasks.batch(), run.eta, run.state)
+    run.loss = take_step.value(problem, whole or tasks.batch(), run.eta, run.state)
     if not quasi_newton and run.stop.startswith(("stopped", "spent")):
         _judge(run, len(tasks), strategy.every if isinstance(strategy, Reinit) else 1)
 

@@ -12,18 +12,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
+from varmeta import chunks
+from varmeta.chunks import Outcome
 from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.capture import Captured, CaptureError, compile_seconds, eager_seconds
 from varmeta.numerics.pieces import Graphed
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import detach
 from varmeta.problem import Problem
-from varmeta.strategy import Eta, State, Stats, Strategy
+from varmeta.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch
 from varmeta.tensors import batch_of, tensors_of
 
@@ -45,50 +46,75 @@ def check_compile(value: object) -> None:
         raise ValueError(f"compile must be 'auto', True or False, not {value!r}")
 
 
-class Outcome(NamedTuple):
-    """What one step gives: the outer objective, its gradient in eta by name, and what `Strategy.loss` returns beside it."""
-
-    value: Tensor
-    gradient: dict[str, Tensor]
-    state: State
-    stats: Stats
-
-
 class Step:
     """A strategy's loss with its gradient: `step(problem, batch, eta, state) -> Outcome`.
 
     compile: capture and compile it: True, False, or "auto", where `num_steps` are enough work.
     num_steps: for "auto", the length of the whole run, not of what is left: a run that is resumed decides alike.
+    task_chunk_size: how many tasks are worked on at a time; None: as many as memory, or for a compiled step the cache, holds.
 
     Where a graph cannot be made it stays eager and says so once, in the log.
     """
 
-    def __init__(self, strategy: Strategy, compile: str | bool, num_steps: float) -> None:
+    def __init__(
+        self, strategy: Strategy, compile: str | bool, num_steps: float, task_chunk_size: int | None = None
+    ) -> None:
         self.strategy = strategy
         self.num_steps = num_steps
         self.compiled: bool | None = None if compile == "auto" else bool(compile)  # None: not yet decided
-        self._graph: _Graph | None = None
+        self.size = task_chunk_size  # None: not yet decided
 
     def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
+        if self.compiled is None or self.size is None:
+            self._decide(problem, batch, eta, state)
+        assert self.size is not None
+        if self.size >= len(batch):
+            return self._one(problem, batch, eta, state)
+        return chunks.step(self._one, problem, batch, eta, state, self.size)
+
+    def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
+        """The outer objective at eta and the state, for the record (nats)."""
+        size = len(batch) if self.size is None else self.size
+        return chunks.value(self.strategy, problem, batch, eta, state, size)
+
+    def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
         try:
-            if self.compiled is None:
-                self.compiled = self._worth_it(problem, batch, eta, state)
             if self.compiled and self.strategy.not_captured(problem) is None:
                 return self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
             if self.compiled and self._in_pieces(problem):
                 return eager(self.strategy, replace(problem, graphed=True), batch, eta, state)
         except CaptureError as error:
-            fall_back(str(error))
-            self.compiled = False
+            self._fall_back(error)
         return eager(self.strategy, problem, batch, eta, state)
 
-    def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> bool:
+    def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
+        graph = self.compiled is not False and self.strategy.not_captured(problem) is None
+        size = self.size
+        if size is None:
+            size = chunks.in_cache(problem, batch) if graph else chunks.in_memory(self.strategy, problem, batch, eta)
+        if self.compiled is None:
+            part = next(iter(chunks.split(batch, size)))
+            own = next(iter(chunks.states(state, batch, [part])))
+            try:
+                self.compiled = self._worth_it(problem, part, eta, own, len(batch) / len(part))
+            except CaptureError as error:
+                self._fall_back(error)
+        if self.size is None:
+            whole_graph = graph and self.compiled
+            self.size = size if whole_graph else chunks.in_memory(self.strategy, problem, batch, eta)
+
+    def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float) -> bool:
+        """times: how many such batches make a step."""
         if self.num_steps < FEWEST_STEPS:
             return False
         if self.strategy.not_captured(problem) is None:
             graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
-            return eager_seconds(graph) * self.num_steps > WORTH * compile_seconds(graph)
-        return self._in_pieces(problem) and pieces_are_worth_it(problem, batch, eta, self.num_steps)
+            return eager_seconds(graph) * times * self.num_steps > WORTH * compile_seconds(graph)
+        return self._in_pieces(problem) and pieces_are_worth_it(problem, batch, eta, times * self.num_steps)
+
+    def _fall_back(self, error: CaptureError) -> None:
+        fall_back(str(error))
+        self.compiled = False
 
     def _in_pieces(self, problem: Problem) -> bool:
         reason = self.strategy.not_in_pieces(problem)
@@ -98,25 +124,36 @@ class Step:
 
     def _prepared(self, problem: Problem, batch: Batch, state: State) -> _Graph:
         """The step's graphs, kept with the model: another seed, fit or start of the same model captures nothing anew."""
-        if self._graph is None:
-            key = (self.strategy, problem.expectation, problem.model.prior, batch.total, state.certify)
-            graphs = problem.model.graphs
-            if key not in graphs:
-                graphs[key] = _Graph(self.strategy, problem, batch.total, state.certify)
-            self._graph = cast("_Graph", graphs[key])
-        return self._graph
+        key = (self.strategy, problem.expectation, problem.model.prior, batch.total, batch.share, state.certify)
+        graphs = problem.model.graphs
+        if key not in graphs:
+            graphs[key] = _Graph(self.strategy, problem, batch.total, batch.share, state.certify)
+        return cast("_Graph", graphs[key])
 
 
-def adapt(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, compile: str | bool) -> Solution:
+def adapt(
+    strategy: Strategy,
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    compile: str | bool,
+    task_chunk_size: int | None = None,
+) -> Solution:
     """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
+    size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
+
+    def solve(graphed: bool) -> Solution:
+        return chunks.solution(lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size)
+
     try:
         if compile == "auto":
             many = batch.support.x.numel() * problem.model.weights.size >= MANY
-            compile = many and pieces_are_worth_it(problem, batch, eta, 1.0)
-        return strategy.adapt(replace(problem, graphed=bool(compile)), batch, eta)
+            part = next(iter(chunks.split(batch, size)))
+            compile = many and pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
+        return solve(bool(compile))
     except CaptureError as error:
         fall_back(str(error))
-        return strategy.adapt(problem, batch, eta)
+        return solve(False)
 
 
 def fall_back(reason: str) -> None:
@@ -145,7 +182,8 @@ class _Graph:
 
     strategy: Strategy
     problem: Problem
-    total: int
+    total: float
+    share: float
     certify: bool
 
     def __post_init__(self) -> None:
@@ -168,7 +206,7 @@ class _Graph:
 
     def _traced(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         problem = replace(self.problem, seed=inputs["seed"], graphed=False)
-        batch = batch_of(inputs["batch"], self.total)  # rows are taken and put back outside
+        batch = batch_of(inputs["batch"], self.total, self.share)  # rows are taken and put back outside
         learned = inputs["learned"]
         with torch.enable_grad():
             eta = {n: v.detach().requires_grad_() if n in learned else v.detach() for n, v in inputs["eta"].items()}

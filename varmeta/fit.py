@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from varmeta import chunks
 from varmeta._numbers import positive_number, whole_number
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
@@ -45,6 +46,7 @@ def fit(
     schedule: str = "cosine",
     budget: float | None = None,
     compile: str | bool = "auto",
+    task_chunk_size: int | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
     resume: Fit | None = None,
@@ -67,6 +69,8 @@ def fit(
     compile: capture each step as one graph and compile it: "auto" where the work ahead is worth ten times what compiling
         costs, True at once, False never.  Joint Newton steps are never compiled.  What cannot be captured runs eagerly,
         which the log says once.
+    task_chunk_size: how many tasks of a step are worked on at a time, which bounds memory and changes nothing but
+        rounding.  None: all that fit into about a gigabyte; compiled, what stays in cache.  Joint Newton steps take all.
     progress: a progress bar; None shows one on a terminal only.
     callback: called with a dict of numbers after every step.
     resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts from its first step.
@@ -98,6 +102,7 @@ def fit(
             f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
         )
     problem = strategy.problem(model, tasks, seed)
+    chunks.check(task_chunk_size, problem)
     whole = tasks.batch()
     # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
     free = optimizer is None and batch_size is None and budget is None
@@ -134,7 +139,8 @@ def fit(
         factory = optimizer or (lbfgs if quasi else adam)
         decay = DECAYS["constant" if quasi else schedule]
         run.schedule = None if quasi else schedule
-        descend(problem, strategy, tasks, run, Descent(factory, steps, budget, batch_size, decay, compile), reports)
+        plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
+        descend(problem, strategy, tasks, run, plan, reports)
     if bar is not None:
         bar.close()
     result = Fit(model, tasks, strategy, seed, run)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from varmeta import chunks
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
 from varmeta.fast import Step, check_compile
@@ -46,11 +47,13 @@ def meta_gradient(
     eta: Mapping[str, Tensor] | None = None,
     *,
     compile: str | bool = "auto",
+    task_chunk_size: int | None = None,
 ) -> MetaGradient:
     """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where the model starts).
 
     compile: True captures and compiles it, for those who ask for many; "auto" and False do not, since one gradient is not
         worth it.  The graphs are kept with the model.
+    task_chunk_size: as in `fit`.
 
     Raises ValueError for tasks or an eta that do not fit the model, TypeError for arguments of the wrong kind, RuntimeError
     for an uncertified implicit gradient under `on_unconverged="raise"`.
@@ -66,6 +69,7 @@ def meta_gradient(
     model.check(tasks)
     problem = strategy.problem(model, tasks, seed)
     strategy.check(model, tasks, for_fit=False)
+    chunks.check(task_chunk_size, problem)
     batch = tasks.batch()
     start = model.init(batch.support.x.new_zeros(()))
     if eta is not None:
@@ -80,7 +84,7 @@ def meta_gradient(
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     state = replace(strategy.init(problem, batch, leaves), certify=True)
-    scalar, found, _, stats = Step(strategy, compile, 1)(problem, batch, leaves, state)
+    scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(problem, batch, leaves, state)
     warning = strategy.warning(batch, stats)
     if warning is not None:
         warnings.warn(warning, RuntimeWarning, stacklevel=2)

@@ -49,7 +49,7 @@ class Problem:
     ) -> Problem:
         """frozen: see `make_expectation`."""
         made = make_guide(guide).bound(model)  # type: ignore[arg-type]
-        example = tasks.batch()
+        example = tasks[:1].batch()
         problem = cls(model, made, Point(), int(seed))
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
             return problem

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from varmeta import summary
+from varmeta import chunks, summary
 from varmeta._points import check_columns
 from varmeta.bayes.model import TaskModel
 from varmeta.fast import adapt, check_compile
@@ -147,10 +147,11 @@ class Fit:
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
         return Posterior(self.problem, state.phi, self.eta, self.tasks, self.tasks)
 
-    def adapt(self, tasks: TaskSet, *, compile: str | bool = "auto") -> Posterior:
+    def adapt(self, tasks: TaskSet, *, compile: str | bool = "auto", task_chunk_size: int | None = None) -> Posterior:
         """The posteriors of new tasks: the same inner problem as in training, on their support data.
 
         compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is worth it.
+        task_chunk_size: how many tasks are worked on at a time; None: as many as fit into about a gigabyte.
 
         A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
         theta0, and a mean-field guide cannot follow the correlations of a dense prior.  Under a posterior of eta they are
@@ -161,6 +162,7 @@ class Fit:
         Warns where the inner problem of a task was not solved.
         """
         check_compile(compile)
+        chunks.check(task_chunk_size, self.problem)
         if not isinstance(tasks, TaskSet):
             raise TypeError(f"adapt takes a TaskSet, not {no_tasks(tasks)}")
         example = self.tasks.batch().support
@@ -170,7 +172,7 @@ class Fit:
         self.model.check(tasks)
         if self.hyper is not None:
             return self._integrate(tasks)
-        solution = adapt(self.strategy, self.problem, batch, self.eta, compile)
+        solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
         fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.is_noisy(self.problem)
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):

@@ -86,6 +86,11 @@ class Strategy(ABC):
     # the posterior of a training task is found anew from the prior, not stored
     adapts_afresh = True
 
+    @property
+    def gradients_held(self) -> int:
+        """In how many gradients' worth of memory `loss` and `adapt` find room, for chunks of tasks."""
+        return 4
+
     def describe(self) -> str:
         guide = self.guide if isinstance(self.guide, (str, Guide)) else getattr(self.guide, "__name__", "own guide")
         at_mode = guide == Laplace.name or isinstance(guide, Laplace)
@@ -194,7 +199,8 @@ class Strategy(ABC):
         return None
 
     def _total(self, problem: Problem, batch: Batch, eta: Eta, losses: Tensor) -> Tensor:
-        return losses.sum() * (batch.total / len(batch)) + problem.model.penalty(eta)
+        penalty = problem.model.penalty(eta)
+        return losses.sum() * (batch.total / len(batch)) + (penalty if batch.share == 1.0 else batch.share * penalty)
 
 
 def check_kinds(model: object, tasks: object, strategy: object) -> None:

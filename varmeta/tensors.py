@@ -18,12 +18,12 @@ def tensors_of(batch: Batch) -> dict[str, Any]:
     }
 
 
-def batch_of(tensors: dict[str, Any], total: int) -> Batch:
+def batch_of(tensors: dict[str, Any], total: float, share: float = 1.0) -> Batch:
     """The batch as a set of its own, its tasks without names."""
     support = _data(*tensors["support"])
     everyone = torch.arange(len(support), device=support.mask.device)
     query = _data(*tensors["query"]) if tensors["query"] else None
-    return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total, whole=True)
+    return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total, True, share)
 
 
 def _data(x: Tensor, y: Tensor, mask: Tensor) -> Data:

@@ -79,6 +79,10 @@ class Unrolled(Amortised):
         return total, replace(state, step=state.step + 1), stats
 
     @property
+    def gradients_held(self) -> int:
+        return 4 * (1 + self.inner_steps)  # every step's graph is kept for the way back
+
+    @property
     def _evaluations(self) -> float:
         return 3.0 * self.inner_steps + 1.5  # a gradient forward, a Hessian product (two gradients) backward
 

@@ -182,8 +182,13 @@ _FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 8.0, 1e-2
 
 def eager_seconds(graph: fx.GraphModule) -> float:
     """What one eager evaluation of a traced function takes, from the number and size of its operations."""
-    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-    return len(nodes) * _SECONDS_PER_OPERATION + sum(map(_bytes, nodes)) * _SECONDS_PER_BYTE
+    number = sum(node.op == "call_function" for node in graph.graph.nodes)
+    return number * _SECONDS_PER_OPERATION + graph_bytes(graph) * _SECONDS_PER_BYTE
+
+
+def graph_bytes(graph: fx.GraphModule) -> int:
+    """What all of a graph's operations write."""
+    return sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function")
 
 
 def compile_seconds(graph: fx.GraphModule) -> float:
