@@ -115,7 +115,7 @@ def test_many_tasks_are_taken_in_chunks_by_themselves(monkeypatch: pytest.Monkey
     assert chunks.in_memory(deep, problem, batch, eta) < sizes[0]
 
 
-@pytest.mark.parametrize(("tasks", "sizes"), [(60, [20] * 3), (59, [19, 20, 20]), (25, [25])])
+@pytest.mark.parametrize(("tasks", "sizes"), [(60, [20] * 3), (59, [19, 20, 20]), (40, [40])])
 def test_chunks_of_a_compiled_step(tasks: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, all_tasks = net_model(PRIOR), ragged_tasks(tasks)
     problem, batch = vm.Joint().problem(model, all_tasks, 0), all_tasks.batch()

@@ -129,6 +129,7 @@ IN_PIECES: dict[str, Any] = {
     "newton, predictive": lambda guide: vm.Implicit(guide, "query_predictive", linear_solver=vm.CG()),
     "truncated newton": lambda guide: vm.Implicit(guide, "query_elbo", minimizer=vm.NewtonCG(dense_size=0)),
     "warm": lambda guide: vm.Implicit(guide, "query", warm_start=True),
+    "warm, cg": lambda guide: vm.Implicit(guide, "query", linear_solver=vm.CG(), warm_start=True),
     "long": lambda guide: vm.Implicit(guide, "query", 60, vm.GradientDescent(0.05), on_unconverged="ignore"),
     "long fomaml": lambda guide: vm.FirstOrder(guide, inner_steps=60, minimizer=GD),
     "long reptile": lambda guide: vm.Reptile(guide, inner_steps=60, minimizer=GD),

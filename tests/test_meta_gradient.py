@@ -234,3 +234,20 @@ def test_keys_are_the_names_users_see() -> None:
     assert set(grads) == {
         "0.weight", "0.bias", "2.weight", "2.bias", "log_precision.0", "log_precision.2", "log_scale",
     }  # fmt: skip
+
+
+def test_a_warm_linear_system_takes_fewer_products_to_the_same_gradient() -> None:
+    model, tasks = large_model(vm.GaussianPrior(3.0)), ragged_tasks(3)
+    batch = tasks.batch()
+    eta = {n: v.requires_grad_() for n, v in model.init(batch.support.x.new_zeros(())).items()}
+    found = []
+    for warm in (False, True):
+        strategy = vm.Implicit("delta", "query", on_unconverged="ignore", warm_start=warm)
+        problem = strategy.problem(model, tasks, 0)
+        state = strategy.init(problem, batch, eta)
+        for _ in range(2):  # as if eta had hardly moved
+            total, state, stats = strategy.loss(problem, batch, eta, state)
+        gradient = torch.autograd.grad(total, list(eta.values()), allow_unused=True, materialize_grads=True)
+        found.append((float(stats["linear"]["products"].max()), torch.cat([g.reshape(-1) for g in gradient])))
+    assert found[1][0] <= 0.5 * found[0][0]
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-7)

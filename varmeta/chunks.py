@@ -30,7 +30,7 @@ from varmeta.tasks import Batch
 # the machine, so that the last digits of a fit are the same everywhere.
 MEMORY = 2**30
 # Bytes of phi in a chunk of a compiled step, some dozen copies of which are at work at once (docs/speed.md).
-CACHE = 2**18
+CACHE = 3 * 2**17
 # Fewer numbers in all fit into MEMORY whatever is done with them, so nobody counts.
 FEW = 10**6
 
@@ -77,7 +77,7 @@ def in_cache(problem: Problem, batch: Batch) -> int:
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
         return len(batch)  # elsewhere large kernels are what is fast
     wanted = CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
-    if len(batch) < 2 * wanted or wanted == 0:
+    if len(batch) <= 2 * wanted or wanted == 0:
         return len(batch) if wanted else 1
     alike = [size for size in range(wanted // 2 + 1, 2 * wanted) if len(batch) % size == 0]
     return min(alike, key=lambda size: abs(math.log(size / wanted)), default=wanted)

@@ -17,7 +17,7 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, 
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
-from varmeta.numerics.tree import Tree, add, detach, dot
+from varmeta.numerics.tree import Tree, add, detach, dot, map_tree
 from varmeta.problem import Losses, Problem
 from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import Eta, State, Stats
@@ -39,8 +39,8 @@ class Implicit(Amortised):
         minimum: look at the certificate.
     on_unconverged: "warn" (once per fit), "raise" or "ignore" a gradient whose certificate is out of tolerance.
     linear_solver: for (d2F/dphi2) u = d_phi G; None: dense up to 32 numbers a task, else `CG`.
-    warm_start: start the inner solve from the task's last phi instead of the prior.  The phi of a task then follows its
-        minimum however few inner steps are taken, so adaptation goes to tolerance.
+    warm_start: start the inner solve from the task's last phi instead of the prior, and CG from its last u.  The phi of a
+        task then follows its minimum however few inner steps are taken, so adaptation goes to tolerance.
     tolerance: of the inner gradient, relative to 1 + its norm at the start; None: 1e-8 in float64, 1e-4 in float32.
     Reference: Rajeswaran et al. (2019).
     """
@@ -68,7 +68,14 @@ class Implicit(Amortised):
         return self.inner_steps is None
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
-        return State(detach(problem.start(batch, eta)) if self.warm_start else None)
+        if not self.warm_start:
+            return State()
+        phi = detach(problem.start(batch, eta))
+        return State(phi, map_tree(torch.zeros_like, phi) if self._is_solved_by_cg(problem, phi) else None)
+
+    def _is_solved_by_cg(self, problem: Problem, phi: Tree) -> bool:
+        envelope = self.outer == "elbo" and not problem.guide.at_mode
+        return not envelope and isinstance(ImplicitAdjoint(self.linear_solver).solver(phi), CG)
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         super().check(model, tasks, for_fit)
@@ -88,6 +95,8 @@ class Implicit(Amortised):
         losses, ends, stats = self._at_minimum(problem, batch, eta, state, start)
         if state.phi is not None:
             state = replace(state, phi=batch.into(state.phi, ends))
+        if state.inner is not None:
+            state = replace(state, inner=batch.into(state.inner, stats["linear"].pop("solution")))
         return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
     def _noisy_loss(
@@ -116,7 +125,8 @@ class Implicit(Amortised):
         solution = self._solve(inner, start, detach(eta), self.inner_steps)
         # the certificate costs a second solve, which nobody looks at where it is ignored
         certify = state.certify or self.on_unconverged != "ignore"
-        losses, linear = ImplicitAdjoint(self.linear_solver, certify)(inner, outer, solution.value, eta)
+        guess = None if state.inner is None else batch.of(state.inner)
+        losses, linear = ImplicitAdjoint(self.linear_solver, certify)(inner, outer, solution.value, eta, guess)
         # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
         evaluations = evaluations + (1.0 if inner is outer else 4.0)

@@ -212,6 +212,21 @@ def test_cg_with_a_preconditioner_agrees_with_scipy_step_by_step():
         torch.testing.assert_close(solution.value["w"][i], torch.from_numpy(x), rtol=1e-8, atol=1e-12)
 
 
+def test_cg_starts_at_a_guess_where_that_is_better_than_zero():
+    a, b = spd(4, 9, seed=3), normal(4, 9, seed=4)
+    x = torch.linalg.solve(a, b)
+    guess = x + 1e-6 * normal(4, 9, seed=5)
+    guess[1], guess[2] = 1e30, float("nan")  # of no use
+    cold, warm = CG().solve(product(a), {"w": b}), CG().solve(product(a), {"w": b}, {"w": guess})
+    torch.testing.assert_close(warm.value["w"], x, rtol=1e-8, atol=1e-9)
+    assert warm.result.tolist() == [Result.CONVERGED] * 4
+    for task, fewer in enumerate((True, False, False, True)):
+        mine, its = int(warm.stats["steps"][task]), int(cold.stats["steps"][task])
+        assert mine < its if fewer else mine == its
+    exact = CG().solve(product(a), {"w": b}, {"w": x})
+    assert exact.stats["steps"].tolist() == [0] * 4
+
+
 def test_cg_needs_one_step_per_distinct_eigenvalue():
     a = diagonal([2.0, 2, 2, 2], [1, 1, 3, 3], [1, 2, 3, 4])
     solution = CG().solve(product(a), {"w": torch.ones(3, 4, dtype=torch.float64)})

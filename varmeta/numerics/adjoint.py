@@ -67,8 +67,8 @@ class ImplicitAdjoint:
     certify: bool = True
 
     def __call__(
-        self, inner: Objective, outer: Objective, phi: Tree, eta: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, inner: Objective, outer: Objective, phi: Tree, eta: dict[str, Tensor], guess: Tree | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The outer losses, whose gradient with respect to eta goes through the minimum.
 
         `torch.autograd.grad(losses.sum(), eta)` costs less than `losses.sum().backward()`: the latter also carries
@@ -78,19 +78,21 @@ class ImplicitAdjoint:
             inner, outer: see `Objective`; `inner` twice differentiable at `phi`.
             phi: the inner minimum, tensors `(tasks, ...)`; its graph is not used.
             eta: tensors of any shape, some of which ask for a gradient.  Either objective may ignore any of them.
+            guess: of u, where `CG` starts: the u of a problem nearby.
 
         Returns:
             losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
             "decrement", 1/2 g' H^-1 g with g = d_phi inner, what the inner loss can still fall by (NaN where it was not asked
             for); "residual" and "linear_result" of the linear solve (0 and CONVERGED where the envelope theorem made it
             unnecessary); "linear_error", a bound on the relative error of u in the norm of H, |r| / sqrt(curvature u'v), with
-            the smallest curvature that the solves met ("curvature", NaN where none was made); "products" with H.
+            the smallest curvature that the solves met ("curvature", NaN where none was made); "products" with H; and, given
+            a guess, the tree u, "solution".
 
         Raises:
             ValueError: an objective does not return one loss per task.
         """
         if isinstance(inner, Graphed) and isinstance(outer, Graphed):
-            return self._by_graphs(inner, outer, tree.detach(phi), eta)
+            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess)
         point = tree.leaves(phi)
         with torch.enable_grad():
             envelope = inner is outer
@@ -102,7 +104,7 @@ class ImplicitAdjoint:
             if self.certify or not envelope:
                 # one graph of the gradient serves all the products and the last derivative with respect to eta
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
-                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g)
+                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess)
                 stats |= solved
                 if u is not None:
                     slope = tree.dot(u, gradient)
@@ -111,8 +113,8 @@ class ImplicitAdjoint:
         return losses, stats
 
     def _by_graphs(
-        self, inner: Graphed, outer: Graphed, point: Tree, eta: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, inner: Graphed, outer: Graphed, point: Tree, eta: dict[str, Tensor], guess: Tree | None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The same, each derivative by its compiled graph."""
         known = tree.detach(eta)
         flat = tree.flatten(point)
@@ -125,7 +127,7 @@ class ImplicitAdjoint:
             def matvec(x: Tree) -> Tree:
                 return tree.unflatten(run(product, call, tree.flatten(x)), point)
 
-            u, solved = self._certified(matvec, None if envelope else v, g)
+            u, solved = self._certified(matvec, None if envelope else v, g, guess)
             stats = _nothing_solved(tree.norm(g)) | solved
         else:
             stats = _nothing_solved(tree.norm(v))
@@ -140,14 +142,16 @@ class ImplicitAdjoint:
 
         return _Pulled.apply(losses, pull, *(eta[name] for name in learned)), stats
 
-    def _certified(self, product: Matvec, v: Tree | None, g: Tree) -> tuple[Tree | None, dict[str, Tensor]]:
+    def _certified(
+        self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None
+    ) -> tuple[Tree | None, dict[str, Any]]:
         """u with H u = v (None without v), and the stats that the solves give."""
-        solutions = self._solve(self._solver(g), product, v, g)
+        solutions = self._solve(self.solver(g), product, v, g, guess)
         curvature, products = solutions[0].stats["curvature"], solutions[0].stats["products"]
         for solution in solutions[1:]:
             curvature = torch.fmin(curvature, solution.stats["curvature"])
             products = products + solution.stats["products"]
-        stats = {"curvature": curvature, "products": products}
+        stats: dict[str, Any] = {"curvature": curvature, "products": products}
         if self.certify:
             stats["decrement"] = 0.5 * tree.dot(solutions[-1].value, g)
         if v is None:
@@ -158,18 +162,28 @@ class ImplicitAdjoint:
         stats |= {
             "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, bound, size)
         }  # fmt: skip
+        if guess is not None:
+            stats["solution"] = u
         return u, stats
 
-    def _solver(self, point: Tree) -> LinearSolver:
+    def solver(self, point: Tree) -> LinearSolver:
+        """What solves systems of the size of `point`."""
         if self.linear_solver is not None:
             return self.linear_solver
         return Direct() if sum(x[0].numel() for x in point.values()) <= MAX_DIRECT_SIZE else CG()
 
-    def _solve(self, solver: LinearSolver, product: Matvec, v: Tree | None, g: Tree) -> list[Solution]:
+    def _solve(
+        self, solver: LinearSolver, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None
+    ) -> list[Solution]:
         """The solutions for v and, to certify, for g."""
         if isinstance(solver, Direct):
             return solver.solve_all(product, [b for b in (v, g if self.certify else None) if b is not None])
-        solutions = [] if v is None else [solver.solve(product, v)]
+        if v is None:
+            solutions = []
+        elif isinstance(solver, CG):
+            solutions = [solver.solve(product, v, guess)]
+        else:
+            solutions = [solver.solve(product, v)]
         if self.certify:
             # its order of magnitude is enough, at no more than what the other solve may cost
             known = solver if isinstance(solver, CG) else CG(max_steps=getattr(solver, "num_terms", None))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -153,7 +154,8 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function
 
         try:
             # the graph is made of plain operations already: nothing for torch.compile's front end, and its guards, to add
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the compiler's own, of its own parts
                 compiled = _inductor.compile(graph, list(examples))
                 compiled(*examples)
         except Exception as error:

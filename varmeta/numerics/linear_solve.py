@@ -68,6 +68,8 @@ class CG(LinearSolver):
         preconditioner: product with an approximation of A^-1, symmetric positive definite; if it is not, the task
             ends as NEGATIVE_CURVATURE.
 
+    `solve` may be given a guess of x, where each task starts if that leaves less than starting at 0 does.
+
     Raises:
         ValueError: a choice is out of range.
 
@@ -87,23 +89,25 @@ class CG(LinearSolver):
         if self.max_steps is not None:
             _check_count("max_steps", self.max_steps)
 
-    def solve(self, matvec: Matvec, b: Tree) -> Solution:
+    def solve(self, matvec: Matvec, b: Tree, guess: Tree | None = None) -> Solution:
         system = _System.of(matvec, b)
         tolerance = system.tolerance(self.rtol)
+        start, left = system.start(guess)
         precondition = None if self.preconditioner is None else _on_rows(self.preconditioner, b, "preconditioner")
         limit = min(10 * system.b.shape[-1] + 10, 1000) if self.max_steps is None else self.max_steps
         limits = torch.full_like(tolerance, limit, dtype=torch.int64)
         # a little below the tolerance, or rounding alone would send tasks to the refinement
         target = 0.9 * tolerance
 
-        x, result, curvature, steps = conjugate_gradient(system.product, system.b, target, limits, limit, precondition)
+        x, result, curvature, steps = conjugate_gradient(system.product, left, target, limits, limit, precondition)
+        x = start + x
         r = system.b - system.product(x)
         error = _norm(r)
         while not tracing() and bool((short := (result == Result.CONVERGED) & (error > tolerance)).any()):
             # iterative refinement, A dx = b - A x; it ends because every round halves the error or is the last
-            start = torch.where(short[:, None], r, 0)
+            left = torch.where(short[:, None], r, 0)
             dx, outcome, met, more = conjugate_gradient(
-                system.product, start, target, limits - steps, limit, precondition
+                system.product, left, target, limits - steps, limit, precondition
             )
             refined = system.b - system.product(x + dx)
             refined_error = _norm(refined)
@@ -346,6 +350,17 @@ class _System(NamedTuple):
             return on_rows(v)
 
         return cls(product, torch.where(finite[:, None], flat / scale, 0), scale, finite, b, calls)
+
+    def start(self, guess: Tree | None) -> tuple[Tensor, Tensor]:
+        """x to start from and b - A x there: the guess, or 0 for a task where that leaves less."""
+        zero = torch.zeros_like(self.b)
+        if guess is None:
+            return zero, self.b
+        x = tree.flatten({name: guess[name].detach() for name in self.like}) / self.scale
+        x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, 0)
+        r = self.b - self.product(x)
+        better = (_norm(r) < _norm(self.b))[:, None]
+        return torch.where(better, x, zero), torch.where(better, r, self.b)
 
     def tolerance(self, rtol: float | Tensor | None) -> Tensor:
         """The largest |b - A x| that is accepted, `(tasks,)`."""
