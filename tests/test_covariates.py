@@ -443,3 +443,52 @@ def test_bad_covariates(moved: vm.Fit) -> None:
     )
     with pytest.raises(ValueError, match="a landscape is drawn over one theta0"):
         vm.Landscape(scalar, moved.tasks)
+
+
+# -- what stands on a fit ------------------------------------------------------------------------------------------------
+
+
+def test_compared_with_baselines_that_know_the_features_too() -> None:
+    tasks = radon(["floor"], ["log_uppm"])[:20]
+    counties = tasks[[len(task.support[1]) > 1 for task in tasks]].split(0.5)  # type: ignore[index]
+    model = regression(["floor"], "shared", ["floor"], URANIUM)
+    report = vm.compare({"joint": vm.Joint("normal")}, model, counties, counties, 1, budget=20, compile=False)
+    assert not report.runs["failed"].any() and set(report.runs["method"]) == {"joint", "pooled", "no pooling"}
+    assert report.fits["pooled", 0].eta["intercept:log_uppm"] != 0.0
+
+
+def test_figures_draw_the_prior_at_the_features_mean(moved: vm.Fit, column: vm.Fit) -> None:
+    import matplotlib.pyplot as plt
+
+    from varmeta.plot import no_pooling, plot_posteriors, plot_prior, plot_prior_curves, plot_shrinkage
+
+    uranium = moved.tasks.batch().support.features["log_uppm"]
+    middle = float(moved.eta["intercept"] + moved.eta["intercept:log_uppm"] * uranium.mean())
+    ax = plot_shrinkage(moved)
+    assert ax.lines[0].get_ydata()[0] == pytest.approx(middle)
+    # a task on its own is where it is with the feature as a column
+    own, other = no_pooling(moved)[:, 0], no_pooling(column)[:, 0] + column.eta["log_uppm"] * uranium
+    assert torch.allclose(own, other, atol=0.02)  # the two baselines' weak priors differ
+    prior = next(line for line in plot_posteriors(moved, "intercept").lines if line.get_label() == "learned prior")
+    assert prior.get_xdata()[np.argmax(prior.get_ydata())] == pytest.approx(middle, abs=0.01)
+    dots = plot_prior(moved)[0, 0].collections[-1].get_offsets()
+    assert float(dots[0, 0]) == pytest.approx(middle)
+    mean = plot_prior_curves(moved, [0.0, 1.0]).lines[-1]
+    assert mean.get_ydata()[0] == pytest.approx(middle, abs=0.02)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("guide", ["low_rank", vm.guides.Structured(dense=("*weight",)), "laplace", "delta"], ids=str)
+def test_every_guides_posterior_is_moved(guide: Any) -> None:
+    tasks = with_features(ragged_tasks(3), "a")
+    strategy = vm.Implicit(guide, "elbo", on_unconverged="ignore")
+    prior = vm.GaussianPrior(3.0, covariates={"2.bias": ["a"]}, loc={"2.bias:a": 0.5})
+    fixed = net_model(prior)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.0)  # noqa: E731
+    posterior = vm.fit(fixed, tasks, strategy, 1, sgd, compile=False).posterior()
+    by = 0.5 * tasks.batch().support.features["a"]
+    inside = posterior.problem.guide.distribution(posterior.phi, posterior.eta, posterior.support)
+    moved_mean = posterior.distribution.mean - inside.mean
+    assert torch.allclose(moved_mean[:, 0, -1], by, atol=1e-12) and not moved_mean[..., :-1].any()
+    error = (posterior.sample(2000)["2.bias"].mean(0) - posterior.mean["2.bias"]).abs()
+    assert bool((error <= 4.5 * posterior.sd["2.bias"] / 2000**0.5 + 1e-12).all())
