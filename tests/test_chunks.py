@@ -129,3 +129,13 @@ def test_chunks_of_a_compiled_step(tasks: int, sizes: list[int], monkeypatch: py
 def test_a_chunk_size_is_a_whole_number(size: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="task_chunk_size"):
         vm.fit(net_model(PRIOR), ragged_tasks(3), task_chunk_size=size)
+
+
+def test_features_go_with_their_tasks() -> None:
+    tasks = vm.TaskSet([vm.Task(t.support, t.query, t.name, {"z": k / 7}) for k, t in enumerate(ragged_tasks(7))])
+    model = net_model(vm.GaussianPrior(3.0, covariates=["z"]))
+    strategy = vm.Implicit("delta", "query")
+    whole = vm.meta_gradient(model, tasks, strategy)
+    parts = vm.meta_gradient(model, tasks, strategy, task_chunk_size=2)
+    for name, gradient in whole.grads.items():
+        torch.testing.assert_close(gradient, parts.grads[name], rtol=1e-6, atol=1e-9)

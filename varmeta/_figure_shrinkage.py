@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._figure import BAND, INK, MUTED, axes_for, percent, tidy
+from varmeta._figure import BAND, INK, MUTED, axes_for, centre_of, percent, tidy
 from varmeta._numbers import whole_number
 from varmeta.baselines import baseline
 from varmeta.bayes.expectation import Point
@@ -39,13 +39,14 @@ def no_pooling(fit: Fit) -> Tensor:
     problem = Problem(alone, Delta(), Point(), fit.seed)
     inner = problem.losses("inner", batch, 0)
     found = minimize(lambda phi: inner(phi, eta), detach(problem.start(batch, eta)), NewtonCG())
-    return found.value["loc"]
+    return fit.model.moved(found.value["loc"].unsqueeze(-2), fit.eta, batch.support).squeeze(-2)
 
 
 def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = None) -> Any:
     """Arrows from every task's own estimate to its posterior mean, for two weights by label; returns the axes.
 
-    The cross is theta0, the ellipse the prior's two sds.  Tasks without data have no arrow.
+    The cross is theta0, the ellipse the prior's two sds.  Tasks without data have no arrow.  Where features move the prior, it
+    is drawn for a task whose features are at their mean.
     weights: by default the first two of `fit.prior.labels`; for a model with one weight the tasks stand side by side.
 
     Raises ValueError for a weight that there is not.
@@ -53,7 +54,7 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
     at = [_position(fit, label) for label in (weights or fit.prior.labels[:2])]
     own, mean = no_pooling(fit).cpu().numpy(), fit.model.weights.flatten(fit.posterior().mean).cpu().numpy()
     some = fit.tasks.batch().support.mask.any(-1).cpu().numpy()
-    loc = fit.model.weights.flatten(fit.prior.loc).cpu().numpy()
+    loc = centre_of(fit).cpu().numpy()
     covariance = fit.prior.covariance.cpu().numpy()
     ax = axes_for(ax, figsize=(6.0, 4.5))
     if len(at) == 1:
@@ -88,13 +89,14 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
 def plot_posteriors(fit: Fit, weight: str, ax: Any = None) -> Any:
     """Densities of one weight, by label: of the learned prior, and of every training task's posterior; returns the axes.
 
+    Where features move the prior, it is drawn for a task whose features are at their mean.
     Raises ValueError for a weight that there is not, and for a delta guide, whose posteriors have no density.
     """
     posterior, index = fit.posterior(), _position(fit, weight)
     if posterior.is_point:
         raise ValueError("a delta guide's posteriors are points without a density: see plot_prior(fit)")
     mean, sd = (fit.model.weights.flatten(part).cpu()[:, index] for part in (posterior.mean, posterior.sd))
-    centre = float(fit.model.weights.flatten(fit.prior.loc)[index])
+    centre = float(centre_of(fit)[index])
     spread = float(fit.prior.covariance[index, index].sqrt())
     low = min(centre - 3.5 * spread, float((mean - 3.5 * sd).min()))
     high = max(centre + 3.5 * spread, float((mean + 3.5 * sd).max()))
@@ -116,6 +118,7 @@ def plot_prior_curves(fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: 
     """What the prior learned, as functions: curves of tasks drawn from it over a one-dimensional grid x; returns the axes.
 
     The curve is the mean of an observation (a probability, a rate); the band holds `level` of 1,000 such curves at each x.
+    Where features move the prior, the new tasks' are at their mean.
 
     Raises ValueError for an x of several columns, as `plot_curves` does.
     """
@@ -126,7 +129,9 @@ def plot_prior_curves(fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: 
             f"a curve is drawn over one predictor, but a row of x has shape {shape}: see adapt and expected"
         )
     grid = torch.as_tensor(x).reshape(-1, *shape)
-    drawn = fit.adapt(TaskSet([Task(name="new task")])).expected(grid, num_samples=max(1000, num_draws), seed=seed)
+    features = {name: float(value.mean()) for name, value in fit.tasks.batch().support.features.items()}
+    new = TaskSet([Task(name="new task", features=features)])
+    drawn = fit.adapt(new).expected(grid, num_samples=max(1000, num_draws), seed=seed)
     if drawn.samples.dim() > 3:
         raise ValueError(
             f"a curve is of one number, but an observation's mean has shape {tuple(drawn.samples.shape[3:])}"

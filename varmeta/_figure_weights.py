@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from varmeta._figure import BAND, INK, MUTED, axes_for, tidy
+from varmeta._figure import BAND, INK, MUTED, axes_for, centre_of, tidy
 
 if TYPE_CHECKING:
     from varmeta.result import Fit
@@ -19,14 +19,14 @@ MAX_AXES = 6
 def plot_prior(fit: Fit, limit: int = 30) -> Any:
     """theta0, the prior's 50 % and 90 % intervals, and the tasks' posterior means, for every weight (at most `limit`).
 
-    A few weights get an axis each, since their units differ; more share one.  The dots' heights mean nothing.  Returns the
-    axes, `(weights or 1, 1)`.
+    A few weights get an axis each, since their units differ; more share one.  The dots' heights mean nothing.  Where features
+    move the prior, it is drawn for a task whose features are at their mean.  Returns the axes, `(weights or 1, 1)`.
     """
     import matplotlib.pyplot as plt
 
     prior, weights = fit.prior, fit.model.weights
     labels = prior.labels[:limit]
-    loc = weights.flatten(prior.loc).cpu().numpy()
+    loc = centre_of(fit).cpu().numpy()
     sd = weights.flatten(prior.sd).cpu().numpy()
     means = weights.flatten(fit.posterior().mean).cpu().numpy()
     few = len(labels) <= MAX_AXES

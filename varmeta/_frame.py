@@ -51,6 +51,31 @@ def parts_of_frame(
     return out
 
 
+def features_of_frame(frame: pd.DataFrame, task: str, names: Sequence[str]) -> list[dict[str, float]]:
+    """The columns `names`, of one value per task, as numbers by name for every group, in order of first appearance.
+
+    Raises ValueError for a column that differs within a task, naming two rows; else as `parts_of_frame`.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"features must list column names, not the string {names!r}: write [{names!r}]")
+    codes, values = _column(frame, task).factorize()
+    found: list[dict[str, float]] = [{} for _ in values]
+    _, first = np.unique(codes, return_index=True)
+    rows_of = _RowNames(frame, [str(value) for value in values.tolist()], codes)
+    for name in names:
+        column = _numbers(frame, name, rows_of)
+        expected = column[first][codes]
+        if (column != expected).any():
+            at = int(np.flatnonzero(column != expected)[0])
+            raise ValueError(
+                f"the feature {name!r} is {column[at]} in {rows_of(at)}, but {expected[at]} in {rows_of(first[codes[at]])}: a "
+                "feature has one value per task; what differs between rows belongs to x"
+            )
+        for known, number in zip(found, column[first].tolist(), strict=True):
+            known[name] = float(number)
+    return found
+
+
 class _RowNames:
     """Says "row 17 (task 'CASS')" for a position in the table."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -19,11 +19,13 @@ class Data:
     x: `(tasks, points, *features)`, floating.
     y: `(tasks, points, *event)`, floating or int64.
     mask: `(tasks, points)`, True where a row is data.  Where it is False, x and y are 0 and mean nothing.
+    features: what is known of each task as a whole, by name, `(tasks,)`, in the dtype of x.
     """
 
     x: Tensor
     y: Tensor
     mask: Tensor
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """The number of tasks."""
@@ -45,22 +47,29 @@ class Data:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Data:
         """On another device; `dtype` is given to floating tensors only, so class labels stay int64."""
-        return Data(cast(self.x, dtype, device), cast(self.y, dtype, device), self.mask.to(device=device))
+        features = {name: cast(value, dtype, device) for name, value in self.features.items()}
+        return Data(cast(self.x, dtype, device), cast(self.y, dtype, device), self.mask.to(device=device), features)
 
     def take(self, rows: Tensor) -> Data:
         """The tasks at the positions `rows`, int64 `(n,)`; still as wide as before."""
-        return Data(self.x[rows], self.y[rows], self.mask[rows])
+        features = {name: value[rows] for name, value in self.features.items()}
+        return Data(self.x[rows], self.y[rows], self.mask[rows], features)
+
+    def first_points(self, number: int) -> Data:
+        """Of every task the first `number` rows, padding included."""
+        return replace(self, x=self.x[:, :number], y=self.y[:, :number], mask=self.mask[:, :number])
 
     def part(self, begin: int, end: int) -> Data:
         """The tasks from `begin` up to `end`, as views."""
-        data = Data(self.x[begin:end], self.y[begin:end], self.mask[begin:end])
+        features = {name: value[begin:end] for name, value in self.features.items()}
+        data = Data(self.x[begin:end], self.y[begin:end], self.mask[begin:end], features)
         data.__dict__["filled"] = tuple(values[begin:end] for values in self.filled)
         return data
 
     def take_points(self, index: Tensor) -> Data:
         """Of every task the rows `index`, int64 `(tasks, n)`."""
         task = torch.arange(len(self), device=index.device).unsqueeze(-1)
-        return Data(self.x[task, index], self.y[task, index], self.mask[task, index])
+        return replace(self, x=self.x[task, index], y=self.y[task, index], mask=self.mask[task, index])
 
 
 @dataclass(frozen=True, eq=False)

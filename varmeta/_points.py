@@ -113,7 +113,9 @@ def scored(query: Any, own: Batch, model: TaskModel, trained: TaskSet) -> Data:
     # all from the one or all from the other: a task without query data must not be scored on what it learned from
     asked = any(task.query is not None for task in tasks)
     parts = [task.query if asked else task.support for task in tasks]
-    named = TaskSet([Task(support=part, name=name) for part, name in zip(parts, own.names, strict=True)])
+    # the model asks for the features that its prior needs; they are the posterior's own
+    features = [{name: float(value[i]) for name, value in own.support.features.items()} for i in range(len(own))]
+    named = TaskSet([Task(p, None, name, known) for p, name, known in zip(parts, own.names, features, strict=True)])
     named = named.to(dtype=own.support.x.dtype, device=own.support.x.device)
     for task in named:
         if task.support is not None:

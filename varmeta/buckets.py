@@ -15,7 +15,7 @@ from torch import Tensor
 from varmeta.bayes.guide import PyroGuide
 from varmeta.numerics.tree import Tree, take
 from varmeta.problem import Losses, Problem
-from varmeta.tasks import Batch, Data
+from varmeta.tasks import Batch
 
 # Cells of padding that one more run of the program is worth.
 _WORTH = 4_000
@@ -44,8 +44,7 @@ def buckets(batch: Batch) -> list[tuple[Tensor, Batch]]:
     for group in groups:
         rows = order[torch.tensor(group, device=order.device)]
         wide = int(sizes[rows].max())
-        data = batch.support.take(rows)
-        data = Data(data.x[:, :wide], data.y[:, :wide], data.mask[:, :wide])
+        data = batch.support.take(rows).first_points(wide)
         names = tuple(batch.names[i] for i in rows.tolist())
         found.append((rows, Batch(data, None, batch.ids[rows], names, batch.rows[rows], batch.total)))
     return found

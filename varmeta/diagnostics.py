@@ -38,8 +38,7 @@ def log_weights(posterior: Posterior, num_samples: int, seed: int) -> Tensor:
         )
     draws = posterior.draws(num_samples, seed).unsqueeze(-2)
     with torch.no_grad():
-        prior = posterior.model.prior_distribution(posterior.eta)
-        log_joint = prior.log_prob(draws).squeeze(-1) + posterior.log_likelihood(draws)
+        log_joint = posterior.prior.log_prob(draws).squeeze(-1) + posterior.log_likelihood(draws)
         return log_joint - posterior.distribution.log_prob(draws).squeeze(-1)
 
 

@@ -12,6 +12,7 @@ from varmeta import inference_data
 from varmeta.bayes.divergence import location
 from varmeta.hyper.posterior import IntegratedPosterior
 from varmeta.hyper.result import natural
+from varmeta.labels import coefficients
 
 if TYPE_CHECKING:
     from varmeta.posterior import Posterior
@@ -53,16 +54,18 @@ def _assemble(
     prior = model.prior_distribution(posterior.eta)
     hyper = _hyper_draws(posterior, num_samples)
     with torch.no_grad():
-        centre = hyper["theta0"].unsqueeze(1) if hyper else location(prior)
         about = {"theta0": location(prior), "prior_sd": prior.stddev}
+        named = coefficients(model, posterior.eta, posterior.trained.x_names)
+        about |= {"coefficients": torch.stack(list(named.values()))} if named else {}
         groups: dict[str, dict[str, Any]] = {
-            "posterior": {"distance": (draws - centre).norm(dim=-1)} | hyper,
+            "posterior": {"distance": (draws - posterior.centres(num_samples)).norm(dim=-1)} | hyper,
             "constant_data": {} if hyper else about,
         }
         if draws.numel() <= MAX_WEIGHT_NUMBERS:
             groups["posterior"]["theta"] = draws
     dims = {
         "theta": ["task", "weight"], "distance": ["task"], "theta0": ["weight"], "prior_sd": ["weight"],
+        "coefficients": ["coefficient"],
         "posterior_predictive/y": ["obs"], "observed_data/y": ["obs"], "log_likelihood/y": ["obs"],
     }  # fmt: skip
     dims |= {f"fit/{name}": ["step"] for name in more.get("fit", {})}
@@ -84,7 +87,8 @@ def _assemble(
         if not delta and not hyper:  # with eta integrated out the draws are not those of a guide
             q = posterior.distribution
             log_q = q.log_prob(draws.unsqueeze(-2)).squeeze(-1)
-            log_joint = prior.log_prob(draws) + evaluated.log_prob.sum(-1)
+            log_prior = posterior.prior.log_prob(draws.unsqueeze(-2)).squeeze(-1)
+            log_joint = log_prior + evaluated.log_prob.sum(-1)
             groups["sample_stats"] = {"log_joint": log_joint, "log_q": log_q}
             dims |= {"log_joint": ["task"], "log_q": ["task"]}
         obs_task = {
@@ -98,6 +102,7 @@ def _assemble(
         "posterior_kind": "delta" if delta else "integrated" if hyper else "gaussian",
     }
     labels = {"task": list(posterior.names), "weight": list(posterior.labels), **(coords or {})}
+    labels |= {"coefficient": list(named)} if named and not hyper else {}
     arrays = {group: {name: _array(value) for name, value in values.items()} for group, values in groups.items()}
     return inference_data.to_arviz(arrays, dims, labels, obs_task, facts | attrs)
 

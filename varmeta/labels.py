@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.weights import Weights
@@ -13,9 +15,10 @@ TRANSPARENT = (nn.Identity, nn.Flatten, nn.Dropout)
 
 
 def parameter_labels(model: TaskModel, x_names: tuple[str, ...] | None = None) -> dict[str, tuple[str, ...]]:
-    """Labels of every entry of each parameter, flattened, by parameter name; shared parameters too.
+    """Labels of every entry of each parameter, flattened, by parameter name; shared parameters and coefficients too.
 
-    A linear layer that reads x itself is labelled by x's columns; everything else as in `Weights.labels`.
+    A linear layer that reads x itself is labelled by x's columns; everything else as in `Weights.labels`.  A coefficient of
+    the prior's covariates is called as the weight that it moves, and the feature: `intercept:log_uppm`.
 
     >>> from varmeta import likelihoods
     >>> model = TaskModel(nn.Linear(2, 1), likelihoods.Gaussian())
@@ -24,7 +27,31 @@ def parameter_labels(model: TaskModel, x_names: tuple[str, ...] | None = None) -
     >>> parameter_labels(model)
     {'weight': ('weight[0,0]', 'weight[0,1]'), 'bias': ('bias',)}
     """
-    plain = {name: Weights({name: value.shape}).labels for name, value in model.start.items()}
+    own = _parameters(model, x_names)
+    moved = {
+        key: tuple(f"{label}:{feature}" for label in own[name]) for key, (name, feature) in model.coefficients.items()
+    }
+    return own | moved
+
+
+def coefficients(
+    model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Every coefficient of the prior's covariates as a number, `()`, by its label."""
+    named = parameter_labels(model, x_names)
+    return {
+        label: number
+        for key in model.coefficients
+        for label, number in zip(named[key], eta[key].reshape(-1).unbind(), strict=True)
+    }
+
+
+def _parameters(model: TaskModel, x_names: tuple[str, ...] | None) -> dict[str, tuple[str, ...]]:
+    plain = {
+        name: Weights({name: value.shape}).labels
+        for name, value in model.start.items()
+        if name not in model.coefficients
+    }
     layer = _reader_of_x(model.net)
     if layer is None or x_names is None or layer[1].in_features != len(x_names):
         return plain

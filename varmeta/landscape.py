@@ -77,6 +77,10 @@ class Landscape:
                 f"a landscape is drawn over one scalar weight, but the model has {model.weights.size} weights per task, "
                 f"{list(model.weights.labels[:5])}: share all but one of them (shared=[...])"
             )
+        if model.coefficients:
+            raise ValueError(
+                "a landscape is drawn over one theta0 for all tasks, but the prior's covariates give each its own: leave them out"
+            )
         if not 0 < spacing < math.inf:
             raise ValueError(f"spacing must be a positive number, not {spacing}")
         tasks = tasks.to(torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class LearnedPrior:
         a dense covariance not the diagonal of its inverse.
     covariance: `(D, D)` in the order of `labels`, one readable name per weight.
     shared: parameters that are the same for all tasks, by name; shared_labels: the readable names of their entries.
+    coefficients: by how much a task's features move loc, for each weight and feature of the prior's covariates, by name
+        (`intercept:log_uppm`), in the parameter's shape; units: the weight's per unit of the feature.  loc is then that of a
+        task whose features are 0.  coefficient_labels: the readable names of their entries.
     scale: the noise scale, where it is learned.
     is_learned: whether the covariance was learned, or given by the user.
     """
@@ -38,6 +41,8 @@ class LearnedPrior:
     shared_labels: dict[str, tuple[str, ...]]
     scale: Tensor | None
     is_learned: bool
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    coefficient_labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> LearnedPrior:
@@ -56,6 +61,8 @@ class LearnedPrior:
                 shared_labels={name: named[name] for name in model.shared},
                 scale=eta[SCALE].exp() if SCALE in eta else None,
                 is_learned=model.prior.learn_precision is not None,
+                coefficients={name: eta[name] for name in model.coefficients},
+                coefficient_labels={name: named[name] for name in model.coefficients},
             )
 
     @property
@@ -71,29 +78,29 @@ class LearnedPrior:
 
     @property
     def _shared_rows(self) -> list[tuple[str, float]]:
-        return [
-            (label, number)
-            for name, value in self.shared.items()
-            for label, number in zip(self.shared_labels[name], value.reshape(-1).tolist(), strict=True)
-        ]
+        return _entries(self.shared, self.shared_labels)
+
+    @property
+    def _coefficient_rows(self) -> list[tuple[str, float]]:
+        return _entries(self.coefficients, self.coefficient_labels)
 
     def __str__(self) -> str:
         return self.table()
 
     def table(self, errors: Mapping[str, Tensor] | None = None) -> str:
         """The prior as text; errors: standard errors by parameter name, a column beside theta0."""
-        rows, shared = self._rows, self._shared_rows
+        rows, shared, moved = self._rows, self._shared_rows, self._coefficient_rows
         beside = {}
         if errors is not None:
             own = [float(e) for name in self.loc for e in errors[name].reshape(-1)]
-            common = [float(e) for name in self.shared for e in errors[name].reshape(-1)]
-            beside = dict(zip([label for label, *_ in (*rows, *shared)], own + common, strict=True))
+            common = [float(e) for name in (*self.shared, *self.coefficients) for e in errors[name].reshape(-1)]
+            beside = dict(zip([label for label, *_ in (*rows, *shared, *moved)], own + common, strict=True))
 
         def error(label: str) -> str:
             return f" {beside[label]:>12.5g}" if beside else ""
 
         shown, shown_shared = rows[:ROWS], shared[:ROWS]
-        labels = [label for label, _, _ in shown] + [label for label, _ in shown_shared]
+        labels = [label for label, _, _ in shown] + [label for label, _ in (*shown_shared, *moved[:ROWS])]
         width = max(map(len, ["noise scale", *labels]))
         gap = f" {'':>12}" if beside else ""
         lines = [f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} {'prior sd':>12}"]
@@ -105,6 +112,8 @@ class LearnedPrior:
         lines += [f"... and {len(rows) - ROWS} weights more"] if len(rows) > ROWS else []
         lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'shared':>12}" for label, number in shown_shared]
         lines += [f"... and {len(shared) - ROWS} shared numbers more"] if len(shared) > ROWS else []
+        lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'covariate':>12}" for label, number in moved[:ROWS]]
+        lines += [f"... and {len(moved) - ROWS} coefficients more"] if len(moved) > ROWS else []
         if self.scale is not None:
             lines.append(f"{'noise scale':<{width}} {'':>12}{gap} {float(self.scale):>12.5g}")
         off = self.covariance - torch.diag(self.covariance.diagonal())
@@ -117,7 +126,17 @@ class LearnedPrior:
     def __repr__(self) -> str:
         parts = [f"{label} {mean:.4g} (sd {spread:.3g})" for label, mean, spread in self._rows[:FEW]]
         parts += [f"{label} {number:.4g} (shared)" for label, number in self._shared_rows[:FEW]]
-        left = max(0, len(self._rows) - FEW) + max(0, len(self._shared_rows) - FEW)
+        parts += [f"{label} {number:.4g} (covariate)" for label, number in self._coefficient_rows[:FEW]]
+        every = (self._rows, self._shared_rows, self._coefficient_rows)
+        left = sum(max(0, len(some) - FEW) for some in every)
         parts += [f"{left} more"] if left else []
         parts += [] if self.scale is None else [f"noise scale {float(self.scale):.4g}"]
         return f"LearnedPrior({', '.join(parts)})"
+
+
+def _entries(named: Mapping[str, Tensor], labels: Mapping[str, tuple[str, ...]]) -> list[tuple[str, float]]:
+    return [
+        (label, number)
+        for name, value in named.items()
+        for label, number in zip(labels[name], value.reshape(-1).tolist(), strict=True)
+    ]

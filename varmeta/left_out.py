@@ -90,9 +90,12 @@ class _Evidence:
         self.posterior = posterior
         self.names = list(posterior.eta)
         self.start = torch.cat([posterior.eta[name].reshape(-1) for name in self.names])
-        self.theta = posterior.draws(num_particles, seed).unsqueeze(-2)
+        theta = posterior.draws(num_particles, seed).unsqueeze(-2)
         with torch.no_grad():
-            self.log_q = posterior.distribution.log_prob(self.theta).squeeze(-1)
+            self.log_q = posterior.distribution.log_prob(theta).squeeze(-1)
+        # what stays is the weights less what the features add, which moves with eta
+        by = posterior.offset(posterior.eta)
+        self.centred = theta if by is None else theta - by
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         eta = self.posterior.eta
@@ -101,9 +104,10 @@ class _Evidence:
 
     def __call__(self, flat: Tensor) -> Tensor:
         eta = self.named(flat)
-        log_prior = self.posterior.model.prior_distribution(eta).log_prob(self.theta).squeeze(-1)
-        joint = log_prior + self.posterior.log_likelihood(self.theta, eta)
-        return (joint - self.log_q).logsumexp(0) - math.log(len(self.theta))
+        by = self.posterior.offset(eta)
+        log_prior = self.posterior.model.prior_distribution(eta).log_prob(self.centred).squeeze(-1)
+        joint = log_prior + self.posterior.log_likelihood(self.centred if by is None else self.centred + by, eta)
+        return (joint - self.log_q).logsumexp(0) - math.log(len(self.centred))
 
 
 def _student(number: int, size: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from varmeta import metrics
 from varmeta._numbers import whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
-from varmeta.bayes.divergence import location, move
+from varmeta.bayes.divergence import location, move, moved_by
 from varmeta.bayes.model import observed_log_prob
 from varmeta.diagnostics import diagnose, evidence
 from varmeta.labels import parameter_labels
@@ -80,7 +80,22 @@ class Posterior:
     def distribution(self) -> dist.TorchDistribution:
         """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of `labels`."""
         with torch.no_grad():
-            return self.problem.guide.distribution(self.phi, self.eta, self._batch.support)
+            q = self.problem.guide.distribution(self.phi, self.eta, self._batch.support)
+            return moved_by(q, self.offset(self.eta))
+
+    def offset(self, eta: Mapping[str, Tensor]) -> Tensor | None:
+        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`; None where they add nothing."""
+        by = self.model.offset(eta, self._batch.support)
+        return None if by is None else by.unsqueeze(-2)
+
+    @property
+    def prior(self) -> dist.TorchDistribution:
+        """p(theta_i | eta): event shape `(D,)`; batch shape `(tasks, 1)` where the tasks' features move it, else `()`."""
+        return moved_by(self.model.prior_distribution(self.eta), self.offset(self.eta))
+
+    def centres(self, num_samples: int) -> Tensor:
+        """The prior's location for each of as many draws, `(num_samples or 1, tasks or 1, D)`."""
+        return location(self.prior).reshape(1, -1, self.model.weights.size)
 
     @property
     def is_point(self) -> bool:
@@ -110,8 +125,8 @@ class Posterior:
     def frame(self, deviations: bool = False) -> pd.DataFrame:
         """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as lme4's `coef`.
 
-        deviations: means as deviations from theta0 (or from its mean), as lme4's `ranef`.  The sds are those of the weights
-            either way.
+        deviations: means as deviations from theta0 (or from its mean) and what features add to it, as lme4's `ranef`.  The sds
+            are those of the weights either way.
         Shared parameters are the same for all tasks and stand in `Fit.prior.shared`.
         """
         import pandas as pd
@@ -119,7 +134,8 @@ class Posterior:
         weights = self.model.weights
         mean = weights.flatten(self.mean)
         if deviations:
-            mean = mean - location(self.model.prior_distribution(self.eta))
+            centre = location(self.prior)
+            mean = mean - (centre if centre.dim() == 1 else centre.squeeze(-2))
         parts = {
             kind: pd.DataFrame(values.tolist(), index=pd.Index(self.names, name="task"), columns=list(self.labels))
             for kind, values in {"mean": mean, "sd": weights.flatten(self.sd)}.items()
@@ -259,7 +275,7 @@ class Posterior:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _theta(self, num_samples: int, seed: int) -> Tensor:
-        """Draws `(draws, tasks, 1, D)`."""
+        """Draws of the weights `(draws, tasks, 1, D)`."""
         num_samples = whole_number("num_samples", num_samples)
         q, zero = self.distribution, self._batch.support.x.new_zeros(())
         size = self.model.weights.size

@@ -3,10 +3,14 @@
 With x' = (x - m) / s and y' = (y - l) / k, the coefficients of y on x are an affine function of those of y' on x':
 
     slope_j = k / s_j slope'_j,    intercept = l + k (intercept' - sum_j m_j / s_j slope'_j),    noise scale = k scale'.
+
+Coefficients of the prior's covariates go through the same linear map, less its shift, and are divided by their feature's sd;
+so a feature that moves a slope of the scaled data moves the intercept of the raw data too.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,9 +29,10 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     """See `Scaling.raw_prior`."""
     model, prior = fit.model, fit.prior
     slopes, intercept = _positions(model.net)
-    mean = torch.cat([fit.eta[name].reshape(-1) for name in model.start])  # varying and shared
+    start = {name: value for name, value in model.start.items() if name not in model.coefficients}
+    mean = torch.cat([fit.eta[name].reshape(-1) for name in start])  # varying and shared
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)
-    kind = torch.cat([torch.full((value.numel(),), name in model.shared) for name, value in model.start.items()])
+    kind = torch.cat([torch.full((value.numel(),), name in model.shared) for name, value in start.items()])
     shared, varying = kind.nonzero().flatten(), (~kind).nonzero().flatten()
     if bool(matrix[shared][:, varying].any()):
         raise ValueError(
@@ -38,16 +43,47 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     rows = matrix[varying][:, varying]
     covariance = rows @ prior.covariance @ rows.T
     sd = covariance.diagonal().sqrt()
-    named = dict(zip(model.start, mean.split([value.numel() for value in model.start.values()]), strict=True))
+    moved = _moved(scaling, fit, rows)
+    # theta0 is the location where the raw features are 0
+    mean[varying] = mean[varying] - sum(scaling.features[feature][0] * by for feature, by in moved.items())
+    named = dict(zip(start, mean.split([value.numel() for value in start.values()]), strict=True))
+    coefficients, labels = _named(fit, moved)
     return replace(
         prior,
         loc=model.weights.unflatten(mean[varying]),
         precision=model.weights.unflatten(sd**-2),
         sd=model.weights.unflatten(sd),
         covariance=covariance,
-        shared={name: named[name].reshape(model.start[name].shape) for name in model.shared},
+        shared={name: named[name].reshape(start[name].shape) for name in model.shared},
+        coefficients=coefficients,
+        coefficient_labels=labels,
         scale=None if prior.scale is None else prior.scale * scaling.y_scale.to(prior.scale).reshape(()),
     )
+
+
+def _moved(scaling: Scaling, fit: Fit, rows: Tensor) -> dict[str, Tensor]:
+    """By how much one raw unit of each feature moves the raw weights, `(D,)` by the feature's name."""
+    model, moved = fit.model, dict[str, Tensor]()
+    for key, (name, feature) in model.coefficients.items():
+        zeros = {other: rows.new_zeros(shape) for other, shape in model.weights.shapes.items()}
+        by = rows @ model.weights.flatten(zeros | {name: fit.eta[key]}) / scaling.features[feature][1]
+        moved[feature] = moved[feature] + by if feature in moved else by
+    return moved
+
+
+def _named(fit: Fit, moved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """The coefficients by name, those that are not 0 by the model's own making, and their labels."""
+    weights, labels = fit.model.weights, iter(fit.prior.labels)
+    own = {name: tuple(itertools.islice(labels, size)) for name, size in zip(weights.names, weights.sizes, strict=True)}
+    found = {
+        f"{name}:{feature}": value
+        for feature, by in moved.items()
+        for name, value in weights.unflatten(by).items()
+        if f"{name}:{feature}" in fit.model.coefficients or bool(value.any())
+    }
+    return found, {
+        key: tuple(f"{label}:{key.rpartition(':')[2]}" for label in own[key.rpartition(":")[0]]) for key in found
+    }
 
 
 def _positions(net: nn.Module | None) -> tuple[list[int], int | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta._arrays import Part
-from varmeta.tasks import Task, TaskSet
+from varmeta.tasks import TaskSet
 
 if TYPE_CHECKING:
     from varmeta.learned_prior import LearnedPrior
@@ -23,6 +24,7 @@ class Scaling:
 
     x_loc, x_scale: `(*features,)`, in x's units.
     y_loc, y_scale: `(*event,)`, in y's units; int64 0 and 1 if made from integer y, which is then left alone.
+    features: mean and sd over the tasks of each feature, by name.
     A log density of scaled y is brought to y's units by subtracting `y_scale.log()`, summed over the event.
     """
 
@@ -30,6 +32,7 @@ class Scaling:
     x_scale: Tensor
     y_loc: Tensor
     y_scale: Tensor
+    features: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tasks: TaskSet) -> Scaling:
@@ -39,7 +42,12 @@ class Scaling:
             raise ValueError("no task has support data, so there is nothing to take a mean of: standardize with others")
         x, y = (torch.cat([support[i] for support in supports]) for i in (0, 1))
         y_moments = _moments(y) if y.is_floating_point() else (torch.zeros_like(y[0]), torch.ones_like(y[0]))
-        return cls(*_moments(x), *y_moments)
+        known = {name: value.double() for name, value in tasks.batch().support.features.items()}
+        features = {
+            name: (float(loc), float(scale))
+            for name, (loc, scale) in zip(known, map(_moments, known.values()), strict=True)
+        }
+        return cls(*_moments(x), *y_moments, features)
 
     def apply(self, tasks: TaskSet) -> TaskSet:
         """The tasks, support and query, scaled by these numbers.  Raises ValueError where the shapes differ."""
@@ -57,7 +65,22 @@ class Scaling:
             y = (y.to(x) - self.y_loc.to(x)) / self.y_scale.to(x) if self._scales_y else y
             return (x - self.x_loc.to(x)) / self.x_scale.to(x), y
 
-        scaled_tasks = [Task(scaled(t.support, t.name), scaled(t.query, t.name), t.name) for t in tasks]
+        if set(tasks.feature_names) != set(self.features):
+            raise ValueError(
+                f"these tasks have the features {sorted(tasks.feature_names)}, but this scaling was made from tasks with "
+                f"{sorted(self.features)}: give the same"
+            )
+
+        def standard(features: Mapping[str, float] | None) -> dict[str, float]:
+            return {
+                name: (value - self.features[name][0]) / self.features[name][1]
+                for name, value in (features or {}).items()
+            }
+
+        scaled_tasks = [
+            replace(t, support=scaled(t.support, t.name), query=scaled(t.query, t.name), features=standard(t.features))
+            for t in tasks
+        ]
         return TaskSet(scaled_tasks, dtype=tasks.dtype, x_names=tasks.x_names)
 
     def y_inverse(self, values: Tensor) -> Tensor:
@@ -88,7 +111,8 @@ class Scaling:
             return f"loc {texts[0]}, scale {texts[1]}"
 
         y = numbers(self.y_loc, self.y_scale) if self._scales_y else "left alone"
-        return f"Scaling(x: {numbers(self.x_loc, self.x_scale)}; y: {y})"
+        known = "".join(f"; {name}: loc {loc:.4g}, scale {scale:.4g}" for name, (loc, scale) in self.features.items())
+        return f"Scaling(x: {numbers(self.x_loc, self.x_scale)}; y: {y}{known})"
 
     @property
     def _scales_y(self) -> bool:

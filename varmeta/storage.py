@@ -66,6 +66,7 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         if run.hyper is None
         else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},
         "tasks": [(task.name, task.support, task.query) for task in fit.tasks],
+        "features": [dict(task.features or {}) for task in fit.tasks],
         "x_names": fit.tasks.x_names,
     }
     if not Path(path).absolute().parent.is_dir():
@@ -135,8 +136,12 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     kept = content.get("hyper")  # files of before had none
     run = Run(eta, state, *record)
     run.hyper = None if kept is None else HyperPosterior(**kept)
+    features = content.get("features") or [{}] * len(content["tasks"])  # files of before had none
     tasks = TaskSet(
-        [Task(support=support, query=query, name=name) for name, support, query in content["tasks"]],
+        [
+            Task(support, query, name, own)
+            for (name, support, query), own in zip(content["tasks"], features, strict=True)
+        ],
         dtype=like.dtype,
         x_names=content.get("x_names"),  # files of before had none
     )

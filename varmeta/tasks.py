@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from varmeta._arrays import Part, as_part
 from varmeta._common import check_names, fit_to, like_of
-from varmeta._frame import Columns, parts_of_frame
+from varmeta._features import as_features, stacked
+from varmeta._frame import Columns, features_of_frame, parts_of_frame
 from varmeta._padding import Batch, Data, cast, pad
 from varmeta._words import counted, kind_of
 
@@ -34,11 +35,14 @@ class Task:
     support: (x, y), arrays, tensors or lists with one row per point, to adapt with; None or empty: no data yet.
     query: (x, y) of the same shapes, to be judged on.
     name: unique in a set; unnamed tasks are called "task 0", "task 1", ... by their position.
+    features: what is known of the task as a whole, numbers by name, the same names in every task of a set: what
+        `GaussianPrior(covariates=...)` moves the prior by.
     """
 
     support: tuple[Any, Any] | None = None
     query: tuple[Any, Any] | None = None
     name: str | None = None
+    features: Mapping[str, float] | None = None
 
     def __repr__(self) -> str:
         sizes = [
@@ -68,7 +72,7 @@ class TaskSet:
 
     Raises ValueError, naming the task and row: no tasks, a name used twice, x and y of different lengths, NaN or
     infinity, shapes that differ between tasks or between support and query, different dtypes or devices, x_names of
-    another number.  TypeError: what is not made of real numbers.
+    another number, features that some tasks lack.  TypeError: what is not made of real numbers.
 
     >>> tasks = TaskSet([Task(support=([0.0, 1.0], [0.5, 1.5])), Task(support=([2.0], [2.5]), name="late")])
     >>> tasks
@@ -94,7 +98,8 @@ class TaskSet:
         supports = [as_part(t.support, f"task {name!r}: support") for t, name in zip(given, names, strict=True)]
         queries = [as_part(t.query, f"task {name!r}: query") for t, name in zip(given, names, strict=True)]
         like = like_of(names, supports, queries, dtype)
-        checked = [Task(*ts) for ts in zip(fit_to(supports, like), fit_to(queries, like), names, strict=True)]
+        features = as_features([task.features for task in given], names)
+        checked = [Task(*ts) for ts in zip(fit_to(supports, like), fit_to(queries, like), names, features, strict=True)]
         some = any(part is not None for part in (*supports, *queries))
         self._set(checked, like, check_names(x_names, like[0] if some else None))
 
@@ -117,7 +122,16 @@ class TaskSet:
         return new
 
     @classmethod
-    def from_frame(cls, frame: pd.DataFrame, task: str, x: Columns, y: Columns, query: str | None = None) -> TaskSet:
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        task: str,
+        x: Columns,
+        y: Columns,
+        query: str | None = None,
+        *,
+        features: Sequence[str] = (),
+    ) -> TaskSet:
         """One task per group of a long table, which has one row per observation.
 
         Tasks stand in order of first appearance and are named `str(value)`; rows keep the table's order.
@@ -126,9 +140,10 @@ class TaskSet:
         x: the predictors: "a" gives x of shape `(points,)`, ["a", "b"] `(points, 2)`, [] `(points, 0)`.
         y: the response, a column or several.
         query: a column of booleans or 0 and 1 that marks the query rows; None: all rows are support.
+        features: columns that say something of the whole task (a county's uranium), each with one value per task.
 
-        Raises ValueError for missing columns, values or task labels (with the row's label in the table); TypeError for
-        columns that are not numbers.
+        Raises ValueError for missing columns, values or task labels (with the row's label in the table), and for a feature
+        that differs within a task; TypeError for columns that are not numbers.
 
         >>> import pandas
         >>> frame = pandas.DataFrame({"school": ["b", "b", "a"], "hours": [1, 2, 3], "score": [0.5, 1.0, 2.0]})
@@ -137,11 +152,13 @@ class TaskSet:
         (('b', 'a'), (2, 2, 1))
         """
         parts = parts_of_frame(frame, task, x, y, query)
+        known = features_of_frame(frame, task, features)
         # one table, so its columns are brought to their common precision instead of refused
         kinds = {a.dtype for a in parts[0][1] if a.dtype.kind == "f"}
         common = torch.from_numpy(np.zeros(0, np.result_type(*kinds))).dtype if kinds else None
         x_names = [x] if isinstance(x, str) else x
-        return cls([Task(support, asked, name) for name, support, asked in parts], dtype=common, x_names=x_names)
+        tasks = [Task(support, asked, name, own) for (name, support, asked), own in zip(parts, known, strict=True)]
+        return cls(tasks, dtype=common, x_names=x_names)
 
     # -- the tasks -----------------------------------------------------------------------------------------------------
 
@@ -197,6 +214,11 @@ class TaskSet:
         return tuple(self._like[0].shape[1:])
 
     @property
+    def feature_names(self) -> tuple[str, ...]:
+        """What is known of every task as a whole, by name."""
+        return tuple(self._tasks[0].features or ())
+
+    @property
     def device(self) -> torch.device:
         return self._like[0].device
 
@@ -215,18 +237,25 @@ class TaskSet:
         count = counted(len(self), "task")
         parts = [_describe(what, [getattr(t, what) for t in self]) for what in ("support", "query")]
         kind = str(self.dtype).removeprefix("torch.") + ("" if self._like[1].is_floating_point() else ", y int64")
-        return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}, {kind})"
+        known = f", features {', '.join(self.feature_names)}" if self.feature_names else ""
+        return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}{known}, {kind})"
 
     # -- what a model sees ---------------------------------------------------------------------------------------------
 
     @cached_property
     def _support(self) -> Data:
-        return pad([task.support for task in self], self._like)
+        return replace(pad([task.support for task in self], self._like), features=self._features)
 
     @cached_property
     def _query(self) -> Data | None:
         queries = [task.query for task in self]
-        return None if all(query is None for query in queries) else pad(queries, self._like)
+        if all(query is None for query in queries):
+            return None
+        return replace(pad(queries, self._like), features=self._features)
+
+    @cached_property
+    def _features(self) -> dict[str, Tensor]:
+        return stacked([task.features or {} for task in self], self._like[0])
 
     @cached_property
     def _ids(self) -> Tensor:
@@ -263,6 +292,8 @@ class TaskSet:
                     parts[0] is not None and not all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*parts, strict=True))
                 ):
                     return f"the {what} of {mine.name!r} has other numbers"
+            if mine.features != its.features:
+                return f"the features of {mine.name!r} are {its.features} instead of {mine.features}"
         return None
 
     # -- new sets from old ---------------------------------------------------------------------------------------------
@@ -299,10 +330,10 @@ class TaskSet:
             parts = [part for part in (task.support, task.query) if part is not None]
             return (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])) if parts else None
 
-        return self._derived([Task(joined(task), None, task.name) for task in self])
+        return self._derived([replace(task, support=joined(task), query=None) for task in self])
 
     def standardized(self) -> tuple[TaskSet, Scaling]:
-        """Every x column, and y if it is floating, with mean 0 and sd 1 over all tasks' support rows pooled.
+        """Every x column, and y if it is floating, with mean 0 and sd 1 over all tasks' support rows pooled; features over tasks.
 
         The sd divides by the number of rows; a constant column is centred only.  Query rows are scaled with the
         support's numbers; further tasks with `Scaling.apply`.  Raises ValueError where no task has support data.
@@ -337,7 +368,7 @@ def _split(task: Task, num_support: int | float, seed: tuple[int, int]) -> Task:
     kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     kept[torch.from_numpy(chosen)] = True
     x_rest, y_rest = (torch.cat([*([task.query[i]] if task.query else []), task.support[i][~kept]]) for i in (0, 1))
-    return Task((x[kept], y[kept]) if keep else None, (x_rest, y_rest) if len(y_rest) else None, task.name)
+    return replace(task, support=(x[kept], y[kept]) if keep else None, query=(x_rest, y_rest) if len(y_rest) else None)
 
 
 def _describe(what: str, parts: list[Part | None]) -> str:

@@ -13,6 +13,7 @@ from varmeta.tasks import Batch, Data
 def tensors_of(batch: Batch) -> dict[str, Any]:
     return {
         "ids": batch.ids,
+        "features": batch.support.features,
         "support": (*batch.support.filled, batch.support.mask),
         "query": () if batch.query is None else (*batch.query.filled, batch.query.mask),
     }
@@ -20,13 +21,15 @@ def tensors_of(batch: Batch) -> dict[str, Any]:
 
 def batch_of(tensors: dict[str, Any], total: float, share: float = 1.0) -> Batch:
     """The batch as a set of its own, its tasks without names."""
-    support = _data(*tensors["support"])
+    features = tensors["features"]
+    support = _data(tensors["support"], features)
     everyone = torch.arange(len(support), device=support.mask.device)
-    query = _data(*tensors["query"]) if tensors["query"] else None
+    query = _data(tensors["query"], features) if tensors["query"] else None
     return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total, True, share)
 
 
-def _data(x: Tensor, y: Tensor, mask: Tensor) -> Data:
-    data = Data(x, y, mask)
+def _data(parts: tuple[Tensor, Tensor, Tensor], features: dict[str, Tensor]) -> Data:
+    x, y, mask = parts
+    data = Data(x, y, mask, features)
     data.__dict__["filled"] = (x, y)  # filled before it came in: where to is for the numbers to say
     return data

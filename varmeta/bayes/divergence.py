@@ -21,6 +21,20 @@ def location(q: dist.TorchDistribution) -> Tensor:
     return q.v if isinstance(q, dist.Delta) else q.mean
 
 
+def moved_by(q: dist.TorchDistribution, offset: Tensor | None) -> dist.TorchDistribution:
+    """A point or Gaussian whose location `(..., D)` is moved by `offset`, with which it broadcasts; itself for None."""
+    if offset is None:
+        return q
+    loc = location(q) + offset
+    if isinstance(q, dist.Delta):
+        return dist.Delta(loc, event_dim=1)
+    if isinstance(q, StructuredNormal):
+        return q.moved(loc)
+    if isinstance(q, Independent):
+        return dist.Normal(loc, q.base_dist.scale).to_event(1)
+    return dist.MultivariateNormal(loc, scale_tril=q.scale_tril)
+
+
 def has_closed_form(q: dist.TorchDistribution) -> bool:
     """Whether q is one of the families whose KL to a Gaussian prior is known here."""
     gaussian = isinstance(q, Independent) and isinstance(q.base_dist, Normal)

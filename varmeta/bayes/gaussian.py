@@ -79,6 +79,10 @@ class StructuredNormal(dist.TorchDistribution):
         parts = tuple(part.expand(batch + part.shape[own:]) for part in self._parts)
         return self._like(self.loc.expand(batch + self.event_shape), parts)
 
+    def moved(self, loc: Tensor) -> StructuredNormal:
+        """The same around another location."""
+        return self._like(loc, self._parts)
+
     @abstractmethod
     def _like(self, loc: Tensor, parts: tuple[Tensor, ...]) -> StructuredNormal:
         """Another of the same shape."""

@@ -170,8 +170,9 @@ class PyroGuide(Guide):
     """A user's own Pyro guide, made by `factory(model)`: an `AutoNormal`, `AutoDelta`, or a `PyroModule` of one's own.
 
     It is called as `guide(eta, data)` and samples the site `theta`, event shape `(D,)`, under
-    `pyro.plate("tasks", len(data), dim=-2)`.  It makes its parameters in its first call, every one with the task axis
-    first, and is made anew for other numbers of tasks.  One auxiliary Gaussian site is allowed (what `AutoNormal` does).
+    `pyro.plate("tasks", len(data), dim=-2)`; with covariates that is the weights less what the features add to them.  It makes
+    its parameters in its first call, every one with the task axis first, and is made anew for other numbers of tasks.  One
+    auxiliary Gaussian site is allowed (what `AutoNormal` does).
 
     phi starts where the guide itself starts (for autoguides: `init_loc_fn`), as a constant: no derivative with respect to
     eta passes through the start.

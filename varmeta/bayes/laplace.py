@@ -152,7 +152,7 @@ class Laplace(BoundGuide):
         if not data.mask.shape[1]:
             return theta.new_zeros(*theta.shape, theta.shape[-1])
         x, y = data.filled
-        out = self.model.output(theta.unsqueeze(-2), eta, x)
+        out = self.model.output(self.model.moved(theta.unsqueeze(-2), eta, data), eta, x)
         flat = out.reshape(*data.mask.shape, -1)  # (tasks, points, channels)
         jacobian = _derivatives(flat.flatten(1), theta).reshape(*flat.shape, theta.shape[-1])
         given = out if out.requires_grad else out.detach().requires_grad_()

@@ -1,7 +1,7 @@
 """The generative model of a set of tasks, as one Pyro program: theta_i ~ prior, y_in ~ p(y | x_in, theta_i).
 
     with plate("tasks"):
-        theta ~ N(theta0, Lambda^-1)
+        theta ~ N(theta0, Lambda^-1), and Gamma z_i is added where the prior has covariates
         with plate("data"), mask(padding):
             y ~ likelihood(net(x; theta))
 
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varmeta._words import kind_of
 from varmeta.bayes.check import check_columns, check_net, check_support, layer_entered, warn_unless_twice_differentiable
+from varmeta.bayes.covariates import check_features, coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.program import RefusePlates, starts, without_shapes
@@ -123,6 +124,11 @@ class TaskModel:
         for name in start:
             if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
                 raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
+        self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
+        varying = [name for name in start if name not in self.shared]
+        # how the tasks' features move the weights: by their names in eta, where they stand beside theta0
+        self.coefficients = coefficients_of(self.prior.covariates, varying, self.shared)
+        start |= {key: torch.zeros_like(start[name]) for key, (name, _) in self.coefficients.items()}
         unknown = set(self.prior.start_loc) - set(start)
         if unknown:
             raise ValueError(f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}")
@@ -136,9 +142,8 @@ class TaskModel:
         stray = set(self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()) - set(start)
         if stray:
             raise ValueError(f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}")
-        self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
         self.start = start
-        self.weights = Weights({name: value.shape for name, value in start.items() if name not in self.shared})
+        self.weights = Weights({name: start[name].shape for name in varying})
         if not self.weights.names:
             raise ValueError("every parameter is shared, so nothing is left to differ between tasks: share fewer")
         self.prior.init(self.weights, torch.zeros(()))  # its names are checked here, before any work
@@ -154,8 +159,17 @@ class TaskModel:
         return {name: value.detach().clone() for name, value in eta.items()}
 
     def prior_distribution(self, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """p(theta | eta), event shape `(D,)`."""
+        """N(theta0, Lambda^-1), event shape `(D,)`: p(theta | eta) of a task whose features move nothing."""
         return self.prior.distribution(self.weights, eta)
+
+    def offset(self, eta: Mapping[str, Tensor], data: Data) -> Tensor | None:
+        """Gamma z_i, by how much the tasks' features move their weights, `(tasks, D)`; None where the prior has no covariates."""
+        return offset(self.coefficients, self.weights, eta, data.features)
+
+    def moved(self, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+        """theta `(..., tasks, 1, D)` as it is sampled, around theta0, with what the tasks' features add: the tasks' weights."""
+        by = self.offset(eta, data)
+        return theta if by is None else theta + by.unsqueeze(-2)
 
     def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
         """-log of the hyperpriors' density at eta, up to a constant; 0 where there are none."""
@@ -169,7 +183,10 @@ class TaskModel:
     # -- the Pyro program ----------------------------------------------------------------------------------------------
 
     def __call__(self, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        """The generative program for padded data; samples `theta` `(tasks, 1, D)` and observes y."""
+        """The generative program for padded data; samples `theta` `(tasks, 1, D)` and observes y.
+
+        With covariates the site is a task's weights less what its features add to them, see `covariates.py`.
+        """
         with pyro.plate(TASKS, len(data), dim=-2):
             theta = pyro.sample(SITE, self.prior_distribution(eta))
             if data.mask.shape[1]:  # tasks without any data: the prior alone
@@ -177,7 +194,7 @@ class TaskModel:
                     pyro.plate(DATA, data.mask.shape[1], dim=-1),
                     poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
                 ):
-                    self.observe(theta, eta, *data.filled)
+                    self.observe(self.moved(theta, eta, data), eta, *data.filled)
         return theta
 
     def observe(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
@@ -262,6 +279,7 @@ class TaskModel:
         or network does not fit the data.
         """
         check_columns(self.net, tasks)
+        check_features(self.coefficients, tasks.feature_names)
         if self.likelihood is not None:
             for task in tasks:
                 for part in (task.support, task.query):
@@ -312,7 +330,7 @@ class TaskModel:
             observed_log_prob(trace, (2, *data.mask.shape))
             if self.net is not None:
                 some = data.take(data.num_points.argmax().reshape(1))
-                few = Data(some.x[:, :2], some.y[:, :2], some.mask[:, :2])
+                few = some.first_points(2)
 
                 def loss(theta: Tensor, few: Data = few) -> Tensor:
                     one = {SITE: theta.reshape(1, 1, -1)}

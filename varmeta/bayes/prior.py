@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varmeta._words import kind_of
 from varmeta.bayes import hyperprior as densities
+from varmeta.bayes.covariates import Covariates, check_covariates
 from varmeta.bayes.hyperprior import Hyperprior, in_dtype
 from varmeta.bayes.weights import Weights
 
@@ -38,6 +39,10 @@ class GaussianPrior:
     loc_hyperprior: a distribution over every number of theta0, or a dict by parameter name, which may name shared
         parameters too; flat for names left out.
     lkj: concentration of the LKJ distribution over the correlations of "full"; 1 is uniform over correlation matrices.
+    covariates: features of the tasks that move the prior, theta_i ~ N(theta0 + Gamma z_i, Lambda^-1): a dict of their names by
+        parameter name, `{"intercept": ["log_uppm"]}`, or a list for all weights.  Each coefficient is learned, starts at 0
+        and is called `intercept:log_uppm`, a name that loc and a dict as loc_hyperprior know too; theta0 is the location of
+        a task whose features are 0.
 
     The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower triangular, so that both
     halves of it are free parameters without units.
@@ -57,6 +62,7 @@ class GaussianPrior:
         scale_hyperprior: Hyperprior = None,
         loc_hyperprior: Hyperprior = None,
         lkj: float = 1.0,
+        covariates: Covariates = None,
     ) -> None:
         if learn_precision not in LEARN_PRECISION:
             raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
@@ -109,6 +115,7 @@ class GaussianPrior:
         if not (lkj > 0 and math.isfinite(lkj)):
             raise ValueError(f"lkj must be a positive finite number, not {lkj}")
         self.lkj = float(lkj)
+        self.covariates = check_covariates(covariates)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
@@ -123,6 +130,7 @@ class GaussianPrior:
             if value is not None
         ]
         parts += [] if self.lkj == 1.0 else [f"lkj={self.lkj:g}"]
+        parts += [f"covariates={self.covariates!r}"] if self.covariates else []
         return f"GaussianPrior({', '.join(parts)})"
 
     @property

@@ -39,17 +39,20 @@ class IntegratedPosterior(Posterior):
         super().__init__(problem, {}, eta, tasks, trained)
         self.hyper = hyper
         # a row that was resampled several times is worked out once
-        rows, self._row_of = hyper.rows.unique(return_inverse=True)
+        self._rows, self._row_of = hyper.rows.unique(return_inverse=True)
         self._gaussian = is_linear_gaussian(problem.model, trained)
         self._parts = conditionals(
-            problem.model, self._batch, {name: value[rows] for name, value in hyper.points.items()}, self._gaussian
+            problem.model,
+            self._batch,
+            {name: value[self._rows] for name, value in hyper.points.items()},
+            self._gaussian,
         )
 
     def take(self, names: Sequence[str]) -> Posterior:
         at = self.positions(names)
         new = IntegratedPosterior.__new__(IntegratedPosterior)
         Posterior.__init__(new, self.problem, {}, self.eta, self.tasks[at], self.trained)
-        new.hyper, new._row_of, new._gaussian = self.hyper, self._row_of, self._gaussian
+        new.hyper, new._rows, new._row_of, new._gaussian = self.hyper, self._rows, self._row_of, self._gaussian
         parts = self._parts
         new._parts = Conditionals(*(getattr(parts, name)[:, at] for name in parts.__dataclass_fields__))
         return new
@@ -63,8 +66,11 @@ class IntegratedPosterior(Posterior):
     def distribution(self) -> dist.TorchDistribution:
         share = torch.bincount(self._row_of, minlength=len(self._parts.mean)).to(self._parts.mean)
         share = (share / share.sum())[:, None, None]
-        mean = (share * self._parts.mean).sum(0)
-        offset = self._parts.mean - mean
+        means = self._parts.mean
+        if self.model.coefficients:
+            means = means + self._moved_by({name: value[self._rows] for name, value in self.hyper.points.items()})
+        mean = (share * means).sum(0)
+        offset = means - mean
         spread = self._parts.covariance + offset.unsqueeze(-1) * offset.unsqueeze(-2)
         covariance = (share[..., None] * spread).sum(0)
         return dist.MultivariateNormal(mean.unsqueeze(-2), covariance.unsqueeze(-3), validate_args=False)
@@ -87,6 +93,11 @@ class IntegratedPosterior(Posterior):
         at = self._at(num_samples)
         return {name: value[at.to(value.device)] for name, value in self.hyper.draws.items()}
 
+    def centres(self, num_samples: int) -> Tensor:
+        eta = self.eta_draws(num_samples)
+        theta0 = self.model.weights.flatten(eta).unsqueeze(1)
+        return theta0 + self._moved_by(eta) if self.model.coefficients else theta0
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _at(self, num_samples: int) -> Tensor:
@@ -104,7 +115,20 @@ class IntegratedPosterior(Posterior):
         theta = mode + (factor @ z.unsqueeze(-1)).squeeze(-1)
         if several > 1:
             theta = self._chosen(theta, z, self.eta_draws(num_samples), seed)
-        return theta.reshape(num_samples, tasks, 1, size)
+        theta = theta.reshape(num_samples, tasks, size)
+        if self.model.coefficients:
+            theta = theta + self._moved_by(self.eta_draws(num_samples))
+        return theta.unsqueeze(-2)
+
+    def _moved_by(self, eta: dict[str, Tensor]) -> Tensor:
+        """What the tasks' features add to their weights under each of K eta, `(K, tasks, D)`."""
+
+        def one(eta: dict[str, Tensor]) -> Tensor:
+            by = self.offset(eta)
+            assert by is not None  # asked only where there are covariates
+            return by.squeeze(-2)
+
+        return torch.func.vmap(one)(eta)
 
     @torch.no_grad()
     def _chosen(self, theta: Tensor, z: Tensor, eta: dict[str, Tensor], seed: int) -> Tensor:

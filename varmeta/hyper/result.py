@@ -86,7 +86,7 @@ class HyperPosterior:
 
 def natural(model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """What eta with a leading axis S says, `(S,)` each, by readable name: theta0 as its weight is called, shared parameters,
-    `sd(...)`, `cor(..., ...)`, `noise scale`."""
+    coefficients of covariates, `sd(...)`, `cor(..., ...)`, `noise scale`."""
     labels = parameter_labels(model, x_names)
     names = [label for name in model.weights.names for label in labels[name]]
 
@@ -98,7 +98,7 @@ def natural(model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...
     with torch.no_grad():
         loc, covariance = torch.func.vmap(moments)(dict(eta))
     found = dict(zip(names, loc.unbind(-1), strict=True))
-    for name in model.shared:
+    for name in (*model.shared, *model.coefficients):
         found |= dict(zip(labels[name], eta[name].reshape(len(eta[name]), -1).unbind(-1), strict=True))
     if model.prior.learn_precision is not None:
         sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
