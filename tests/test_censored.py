@@ -1,4 +1,4 @@
-"""Values below a limit of detection, by a Pyro program whose y has two columns: the value (or the limit), and whether it is below."""
+"""Values below a limit of detection: a Pyro program whose y has two columns, the value (or the limit) and whether it is below."""
 
 from __future__ import annotations
 
