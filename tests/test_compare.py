@@ -64,7 +64,9 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
     methods = [*STRATEGIES, *BASELINES]
     assert list(report.table.index) == methods
     assert set(report.fits) == {(method, seed) for method in methods for seed in (3, 5)}
-    assert list(report.runs.columns) == ["method", "seed", "evaluations", "seconds", "failed", "stop", "warnings"]
+    assert list(report.runs.columns) == [
+        "method", "seed", "hyperguide", "evaluations", "seconds", "failed", "stop", "warnings",
+    ]  # fmt: skip
     assert len(report.runs) == 20 and not report.runs["failed"].any()
     # one row per method, seed and test task: every cell is there, so methods are compared on the same ones
     counts = report.scores.groupby(["method", "seed", "task"]).size()
@@ -343,3 +345,62 @@ def test_bad_input_is_refused(name: str) -> None:
     arguments = {"strategies": {"joint": vm.Joint()}, "model": linear_model(PRIOR), "train": TRAIN, "test": TEST}
     with pytest.raises(error, match=message):
         vm.compare(**{**arguments, "seeds": 1, "num_samples": 2, **change})
+
+
+# -- a posterior of eta ------------------------------------------------------------------------------------------------------
+
+DENSE = vm.Joint("multivariate_normal")
+LINES, UNSEEN = vm.datasets.lines(6, 4, 2, noise=0.3), vm.datasets.lines(30, 3, 4, seed=1, noise=0.3)
+
+
+def learned() -> vm.TaskModel:
+    return linear_model(vm.GaussianPrior(learn_precision="per_parameter"))
+
+
+def test_a_posterior_of_eta_for_some_strategies() -> None:
+    """The run is what `fit` makes of it, its scores those of its `adapt`, and the report says who had one."""
+    both = {"point": DENSE, "posterior": DENSE}
+    report = vm.compare(
+        both, learned(), LINES, UNSEEN, 1, hyperguide={"posterior": "multivariate_normal"}, budget=40, num_samples=100,
+        compile=False,
+    )  # fmt: skip
+    assert report.runs["hyperguide"].tolist() == ["delta", "multivariate_normal", "delta", "delta"]
+    assert not report.runs["failed"].any()
+    fit = report.fits["posterior", 0]
+    assert fit.hyper is not None and report.fits["point", 0].hyper is None
+    alone = vm.fit(fit.model, LINES.merged(), DENSE, hyperguide="multivariate_normal", compile=False)
+    assert alone.hyper is not None and alone.hyper.log_evidence == pytest.approx(fit.hyper.log_evidence, rel=1e-6)
+    score = fit.adapt(UNSEEN, compile=False).score(num_samples=100, seed=0)
+    assert report.table.loc["posterior", "log_density"] == pytest.approx(score["log_density"].iloc[:-1].mean())
+    assert "outside the budget\n  posterior (multivariate_normal)" in str(report)
+    assert "posterior of eta" not in str(
+        vm.compare({"point": DENSE}, learned(), LINES, UNSEEN, 1, budget=5, compile=False)
+    )
+
+
+def test_a_posterior_of_eta_for_all_strategies() -> None:
+    report = vm.compare(
+        {"a": DENSE, "b": vm.Joint("normal")}, learned(), LINES, UNSEEN, [4], hyperguide="reml", baselines=False,
+        num_samples=50, compile=False,
+    )  # fmt: skip
+    assert report.runs["hyperguide"].tolist() == ["reml", "reml"]
+    assert all(fit.hyper is not None and fit.hyper.hyperguide == "reml" for fit in report.fits.values())
+
+
+@pytest.mark.parametrize(
+    ("hyperguide", "error", "message"),
+    [
+        ({"who": "reml"}, ValueError, r"hyperguide names \['who'\], but the strategies are \['imaml', 'joint'\]"),
+        (
+            "reml",
+            ValueError,
+            r"strategy 'imaml': hyperguide='reml' goes with vm.Joint.* give a dict for some strategies only",
+        ),
+        ({"joint": "full"}, ValueError, "strategy 'joint': hyperguide must be one of .* not 'full'$"),
+        ({"joint": True}, TypeError, "strategy 'joint': hyperguide must be one of .* not True$"),
+    ],
+)
+def test_a_posterior_of_eta_that_there_is_not_is_refused(hyperguide: Any, error: type[Exception], message: str) -> None:
+    strategies = {"joint": DENSE, "imaml": STRATEGIES["imaml"]}
+    with pytest.raises(error, match=message):
+        vm.compare(strategies, learned(), LINES, UNSEEN, 1, hyperguide=hyperguide)

@@ -18,6 +18,7 @@ from varmeta.bayes.model import TaskModel
 from varmeta.descent import OptimizerFactory
 from varmeta.fast import check_compile
 from varmeta.fit import fit
+from varmeta.hyper.fit import check_hyperguide
 from varmeta.report import Report
 from varmeta.result import Fit
 from varmeta.strategy import Strategy, check_kinds
@@ -32,6 +33,7 @@ def compare(
     seeds: int | list[int] = 5,
     *,
     models: Mapping[str, TaskModel] | None = None,
+    hyperguide: str | Mapping[str, str] | None = None,
     budget: float = 2000,
     optimizer: OptimizerFactory | None = None,
     batch_size: int | None = None,
@@ -51,6 +53,9 @@ def compare(
     model: the same start for all; for a network, each seed starts theta0 and shared parameters from a new initialisation of
         its layers, the same for every strategy, except where the prior's `loc` says where to start.
     models: another model for some of the strategies, by name: one that learns the precision, say.
+    hyperguide: as in `fit`, for all strategies or by name for some: "multivariate_normal", "normal" or "reml" find the posterior
+        of eta, which then flows into what is scored.  Such a fit has a solver of its own and runs to its end, outside budget,
+        optimizer and batch_size, as the report says.  The baselines keep eta a point.
     seeds: how many, or which.
     budget: gradient evaluations per training task for every strategy and the pooled baseline (a Hessian product counts as
         two); adaptation at test time is not counted.
@@ -66,8 +71,18 @@ def compare(
     A strategy that fails is kept in the report with its reason; it does not stop the others.  What the fits warn about
     stands in the report's `runs`.
 
-    Raises ValueError where the test tasks have no query data, or a strategy does not fit the tasks; TypeError for arguments
-    of the wrong kind; RuntimeError where every run failed.
+    Raises ValueError where the test tasks have no query data, a strategy does not fit the tasks, or has no posterior of eta
+    to find; TypeError for arguments of the wrong kind; RuntimeError where every run failed.
+
+    >>> import varmeta as vm
+    >>> train, test = vm.datasets.lines(12, 5, noise=0.1), vm.datasets.lines(4, 3, 3, seed=1, noise=0.1)
+    >>> prior = vm.GaussianPrior(learn_precision="per_parameter")
+    >>> model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), prior)
+    >>> both = {"eta a point": vm.Joint("multivariate_normal"), "posterior of eta": vm.Joint("multivariate_normal")}
+    >>> chosen = {"posterior of eta": "multivariate_normal"}
+    >>> report = compare(both, model, train, test, 1, hyperguide=chosen, budget=50, baselines=False, compile=False)
+    >>> report.runs["hyperguide"].tolist()
+    ['delta', 'multivariate_normal']
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -75,6 +90,7 @@ def compare(
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
     _check(strategies, chosen, train, test, seed_list, level)
+    hyperguides = _hyperguides(hyperguide, strategies, chosen, train)
     positive_number("budget", budget)
     check_compile(compile)
     whole_number("num_samples", num_samples)
@@ -87,12 +103,16 @@ def compare(
     scores, runs, fits = [], [], {}
     jobs = [(seed, name) for seed in seed_list for name in methods]
     for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
-        started = _initialised(chosen[name], seed)
+        started, integrated = _initialised(chosen[name], seed), hyperguides.get(name, "delta")
         begin = perf_counter()
         failed, reason, seconds, said = 0, "", float("nan"), list[str]()
         try:
             with _collected(said):
-                result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size, compile)
+                if integrated == "delta":
+                    result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size, compile)
+                else:
+                    every = train.merged()  # a posterior of eta goes with outer="elbo" alone
+                    result = fit(started, every, strategies[name], seed=seed, hyperguide=integrated, progress=False)
                 fits[name, seed] = result
                 seconds, reason = perf_counter() - begin, result.stop
                 score = result.adapt(test, compile=compile).score(num_samples=num_samples, seed=seed, level=level)
@@ -103,8 +123,8 @@ def compare(
         spent = fits[name, seed].run.evaluations if (name, seed) in fits else float("nan")
         runs.append(
             {
-                "method": name, "seed": seed, "evaluations": spent, "seconds": seconds, "failed": failed,
-                "stop": reason, "warnings": "; ".join(said),
+                "method": name, "seed": seed, "hyperguide": integrated, "evaluations": spent, "seconds": seconds,
+                "failed": failed, "stop": reason, "warnings": "; ".join(said),
             }
         )  # fmt: skip
         if callback is not None:
@@ -136,6 +156,26 @@ def _check(
         models[name].check(train)
         models[name].check(test)
         strategy.check(models[name], train)
+
+
+def _hyperguides(
+    given: object, strategies: Mapping[str, Strategy], models: Mapping[str, TaskModel], train: TaskSet
+) -> dict[str, str]:
+    """What is found of eta by strategy, for those named.  Raises ValueError, naming the strategy that cannot."""
+    if isinstance(given, Mapping):
+        stray = set(given) - set(strategies)
+        if stray:
+            raise ValueError(f"hyperguide names {sorted(stray)}, but the strategies are {sorted(strategies)}")
+        named = dict(given)
+    else:
+        named = {} if given is None else dict.fromkeys(strategies, given)
+    for name, value in named.items():
+        try:
+            check_hyperguide(value, models[name], train.merged(), strategies[name])
+        except (TypeError, ValueError) as error:
+            some = "" if isinstance(given, Mapping) else "; give a dict for some strategies only"
+            raise type(error)(f"strategy {name!r}: {error}{some}") from error
+    return named
 
 
 def _initialised(model: TaskModel, seed: int) -> TaskModel:

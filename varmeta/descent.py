@@ -23,6 +23,8 @@ from varmeta.tasks import TaskSet
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 # A run has settled when its mean objective fell by no more than this over its last third (nats per task).
 SETTLED = 0.01
+# A line search that is stuck although its direction promises more than this (nats) is no convergence.
+JUMP = 1e-3
 
 
 def adam(params: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -146,9 +148,16 @@ def descend(
                 and not strategy.is_noisy(problem)
                 and _settled(run.history, 2 if quasi_newton else 50)
             ):
-                run.converged = True
+                left = _promised(optimizer) if quasi_newton else 0.0
                 kind = "quasi-Newton steps" if quasi_newton else "steps"
-                run.stop = f"converged after {step + 1} {kind}: the objective no longer changes"
+                run.converged = left <= max(JUMP, 100 * torch.finfo(value.dtype).eps * abs(loss))
+                run.stop = (
+                    f"converged after {step + 1} {kind}: the objective no longer changes"
+                    if run.converged
+                    else f"after {step + 1} {kind} none lowers the objective, although its gradient promises {left:.1e} nats: it "
+                    "jumps, as where a task's loss has several minima and eta decides which is found.  Take a Gaussian guide "
+                    "with vm.Joint, make the tasks' weights fewer, or start elsewhere"
+                )
                 break
     except KeyboardInterrupt:
         run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
@@ -180,6 +189,12 @@ def _settled(history: list[dict[str, float]], window: int, tolerance: float = 1e
     """Whether the last `window` losses are equal up to rounding."""
     losses = [row["loss"] for row in history[-window:]]
     return len(losses) == window and max(losses) - min(losses) <= tolerance * max(1.0, abs(losses[-1]))
+
+
+def _promised(optimizer: torch.optim.Optimizer) -> float:
+    """By how much the last direction of L-BFGS would have lowered the objective, were it the quadratic that it took it for."""
+    state = next(iter(optimizer.state.values()))
+    return -0.5 * float(state["prev_flat_grad"] @ state["d"])
 
 
 def _judge(run: Run, num_tasks: int, every: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from varmeta.joint_newton import UNDETERMINED
-from varmeta.pooled_start import is_regression, pooled_fit
+from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 
 if TYPE_CHECKING:
     from varmeta.hyper.result import HyperPosterior
@@ -77,7 +77,7 @@ def _information(fit: Fit, precision: Tensor) -> Tensor:
     batch = fit.tasks.batch()
     if is_regression(fit.model, fit.tasks, fit.eta):
         found = pooled_fit(fit.model, batch, fit.model.init(precision))
-        if found is not None:
+        if found is not None and bool((found[1].diagonal() > NO_INFORMATION).all()):
             return (found[1].diagonal() * batch.support.num_points.max()).clamp_min(tiny)
     # of a network nothing is known beforehand but where it started
     return fit.model.prior.log_precision(fit.model.weights, fit.model.init(precision), precision).exp() * 1e6 / RUNAWAY

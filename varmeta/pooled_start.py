@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ from varmeta.tasks import Batch, TaskSet
 
 # Meta-parameters beyond which a model is no regression any more.
 MAX_ETA_SIZE = 300
+# Information below this is none: a mean that has saturated, or a weight that enters nowhere.
+NO_INFORMATION = 1e-100
 
 
 def is_regression(model: TaskModel, tasks: TaskSet, eta: Eta) -> bool:
@@ -34,12 +38,29 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
 
     Data in raw units (weights of hundreds of grams, a predictor around 2,000) put the optimum far from where a model
     starts; this brings the quadratic and quasi-Newton methods near enough, in any units.
+
+    Warns where the data say nothing about a weight there; returns eta as it came where they did at its start, so that a
+    nonlinear program's fit ran off.
     """
-    found = pooled_fit(problem.model, batch, eta)
+    model = problem.model
+    found = pooled_fit(model, batch, eta)
     if found is None:
         return eta
-    eta, information = found
-    return eta | problem.model.prior.start_at(problem.model.weights, eta, information)
+    best, information = found
+    lost = information.diagonal().abs() < NO_INFORMATION
+    if bool(lost.any()):
+        at = zip(model.weights.names, lost.split(model.weights.sizes), strict=True)
+        names = ", ".join(name for name, gone in at if bool(gone.any()))
+        warnings.warn(
+            f"where the fit to all tasks at once ends, the data say nothing about {names}, and "
+            "the fit may not either: start nearer, by tensors in params or GaussianPrior(loc=...), or leave it out",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        if bool((lost & (_information(model, batch, eta).diagonal().abs() >= NO_INFORMATION)).any()):
+            return eta
+        information = information + torch.diag_embed(lost.to(information))  # a precision of 1
+    return best | model.prior.start_at(model.weights, best, information)
 
 
 def pooled_fit(model: TaskModel, batch: Batch, eta: Eta) -> tuple[Eta, Tensor] | None:
@@ -47,15 +68,11 @@ def pooled_fit(model: TaskModel, batch: Batch, eta: Eta) -> tuple[Eta, Tensor] |
 
     None where the fit is not finite.
     """
-    objective = Objective(model, Delta())
     moving = [name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL)]
-    noise = batch.support.x.new_zeros(1, 1, model.weights.size)
 
     def fn(row: Tree) -> Tensor:
         # one "task" whose parameters are all of eta's
-        now = eta | {name: row[name].squeeze(0) for name in moving}
-        phi = objective.guide.init(model, now, batch.support)
-        return objective.terms(phi, now, batch.support, noise)[1].sum().reshape(1)
+        return _total(model, batch, eta | {name: row[name].squeeze(0) for name in moving}).reshape(1)
 
     start = {name: eta[name].detach().unsqueeze(0) for name in moving}
     solution = minimize(fn, start, NewtonCG(), max_steps=100)
@@ -63,11 +80,19 @@ def pooled_fit(model: TaskModel, batch: Batch, eta: Eta) -> tuple[Eta, Tensor] |
         return None
     best = eta | {name: value.squeeze(0) for name, value in solution.value.items()}
 
-    def total(theta: Tensor) -> Tensor:
-        now = best | model.weights.unflatten(theta)
-        return fn({name: now[name].unsqueeze(0) for name in moving}).squeeze()
-
-    information = torch.autograd.functional.hessian(
-        total, model.weights.flatten(best)
-    ) / batch.support.mask.sum().clamp(min=1)
+    information = _information(model, batch, best)
     return (best, information) if bool(torch.isfinite(information).all()) else None
+
+
+def _total(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
+    """The loss of all tasks with every weight at theta0, a scalar."""
+    objective = Objective(model, Delta())
+    phi = objective.guide.init(model, eta, batch.support)
+    return objective.terms(phi, eta, batch.support, batch.support.x.new_zeros(1, 1, model.weights.size))[1].sum()
+
+
+def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
+    """The mean Hessian of one observation's loss in theta0, `(D, D)`."""
+    weights, count = model.weights, batch.support.mask.sum().clamp(min=1)
+    hessian = torch.autograd.functional.hessian
+    return hessian(lambda theta: _total(model, batch, eta | weights.unflatten(theta)), weights.flatten(eta)) / count

@@ -232,7 +232,8 @@ class Posterior:
         weighted draws are worth.  k_hat: shape of the weights' tail (Pareto smoothed importance sampling).
         reading: "good" (k_hat up to 0.5); "usable" (up to min(1 - 1 / log10(draws), 0.7)): weights correct what is left;
         "unreliable" (up to 1): they do not, and the evidence is off by more than its se says; "misses the posterior" (above 1);
-        "no mode": Laplace's Hessian was not positive definite.
+        "no mode": Laplace's Hessian was not positive definite.  Where ess is at least 95 % of the draws the reading is "usable"
+        at worst: k_hat is about the shape of a tail, however little there is in it.
         For a mean-field guide over a network's weights "misses the posterior" is the rule: its predictions may still be good,
         which `score` on held-out data tells, not this table.
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Report:
     """scores: one row per method, seed and test task.  fits: by (method, seed).
 
-    runs: one row per method and seed: what it cost, whether it failed, why it stopped, and what it warned about.
+    runs: one row per method and seed: what was found of eta (hyperguide), what it cost, whether it failed, why it stopped, and
+        what it warned about.
     """
 
     scores: pd.DataFrame
@@ -104,7 +105,10 @@ class Report:
             f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
             for method, row in said.iterrows()
         ]
-        return "\n".join([text.to_string(), *(["warnings (in full: report.runs)"] if notes else []), *notes])
+        own = self.runs[self.runs["hyperguide"] != "delta"].groupby("method", sort=False)["hyperguide"].first()
+        solved = [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
+        solved = ["with a posterior of eta, found by a solver of its own outside the budget", *solved] if solved else []
+        return "\n".join([text.to_string(), *solved, *(["warnings (in full: report.runs)"] if notes else []), *notes])
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:

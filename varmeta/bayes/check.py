@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -115,6 +115,46 @@ def check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tu
                 f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
                 f"{type(site['fn']).__name__}: expected {_support_of(site['fn'])}"
             )
+
+
+def check_start(
+    program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], skip: str, params: Iterable[str]
+) -> None:
+    """Raise a ValueError that names the task and row where a parameter of an observation's distribution is not one.
+
+    A nonlinear program left to start at zeros often divides by zero there.
+    """
+    try:
+        sites = program.get_trace(eta, data).nodes
+    except (RuntimeError, ValueError, IndexError, NotImplementedError):
+        return
+    shape = (2, *data.mask.shape)
+    start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if eta[name].numel() == 1)
+    for name, site in sites.items():
+        fn = site["fn"] if site["type"] == "sample" and site["is_observed"] and name != skip else None
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        for what, constraint in getattr(fn, "arg_constraints", {}).items():
+            value = getattr(fn, what, None)
+            if not isinstance(value, Tensor):
+                continue
+            bad = ~constraint.check(value)
+            try:  # one number for all rows, or several for each
+                bad = bad.expand(shape) if bad.dim() <= 3 else bad.flatten(3).any(-1).expand(shape)
+            except RuntimeError:
+                continue
+            for task, row in (bad[0] & data.mask).nonzero()[:1].tolist():
+                raise ValueError(
+                    f"task {names[task]!r}, row {row}: {what} of {type(fn).__name__} is {_entry(value, task, row)} where the fit "
+                    f"would start ({start or 'at zeros, or at the tensors in params'}): start elsewhere, by tensors in params, "
+                    "such as {'name': torch.tensor(1.0)}, or by GaussianPrior(loc={'name': 1.0})"
+                )
+
+
+def _entry(value: Tensor, task: int, row: int) -> str:
+    if value.dim() >= 3:
+        value = value[0, min(task, value.shape[1] - 1), min(row, value.shape[2] - 1)]
+    return ", ".join(f"{number:g}" for number in value.reshape(-1)[:3].tolist())
 
 
 def _support_of(fn: Any) -> str:

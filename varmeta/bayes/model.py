@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varmeta._words import kind_of
-from varmeta.bayes.check import check_columns, check_net, check_support, layer_entered, warn_unless_twice_differentiable
+from varmeta.bayes.check import (
+    check_columns,
+    check_net,
+    check_start,
+    check_support,
+    layer_entered,
+    warn_unless_twice_differentiable,
+)
 from varmeta.bayes.covariates import check_features, coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
@@ -318,6 +325,8 @@ class TaskModel:
                 except (RuntimeError, ValueError, IndexError) as error:
                     with pyro.validation_enabled(False):
                         check_support(program, eta, data, batch.names, SITE)
+                        if self.net is None:
+                            check_start(program, eta, data, batch.names, SITE, self.start)
                     raise ValueError(
                         f"the model does not run on these tasks (x {tuple(data.x.shape)}, y {tuple(data.y.shape)}, "
                         f"tasks and points first){place()}: {without_shapes(error)}"
