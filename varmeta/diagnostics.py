@@ -64,7 +64,7 @@ def diagnose(posterior: Posterior, num_samples: int, seed: int) -> pd.DataFrame:
     table["gap"] = table["evidence"] - table["elbo"]
     table["ess"] = (1.0 / share.square().sum(0)).tolist()
     table["k_hat"] = k
-    table["reading"] = [psis.reading(value, num_samples) for value in k]
+    table["reading"] = [psis.reading(value, num_samples, ess) for value, ess in zip(k, table["ess"], strict=True)]
     raised = _raised(posterior)
     if raised is not None:
         table["reading"] = np.where(raised, "no mode", table["reading"])
