@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from experiments.mixed_models import SHARED, reference, table
+from experiments.mixed_models.sets import SHARED, reference, table
 from varmeta.plot import BAND, INK, plot_curves
 
 Params = dict[str, Tensor]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -172,6 +173,41 @@ def test_the_reference_posterior_of_radon() -> None:
     draws = posterior.draws(4000)
     assert torch.allclose(mixed.mean[:, 0], draws.mean(0), atol=0.01)
     assert torch.allclose(mixed.stddev[:, 0], draws.std(0), rtol=0.08)
+
+
+@pytest.mark.parametrize("hyperguide", ["normal", "multivariate_normal"])
+def test_the_posterior_of_eta_of_counts_is_that_with_a_shared_column(hyperguide: str) -> None:
+    """The same random numbers in the same coordinates, so that all but rounding agrees; a task's own weight holds its feature."""
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"site": np.repeat(np.arange(12), 3), "z": np.repeat(rng.normal(size=12), 3)})
+    frame["count"] = rng.poisson(np.exp(1.0 + 0.8 * frame.z + 0.4 * np.repeat(rng.normal(size=12), 3)))
+    half = dist.HalfNormal(1.0)
+    fits = [
+        vm.fit(
+            vm.TaskModel(
+                vm.LinearPredictor(x).double(),
+                vm.likelihoods.Poisson(),
+                vm.GaussianPrior(learn_precision="shared", scale_hyperprior=half, covariates=covariates),
+                shared=x,
+            ),
+            vm.TaskSet.from_frame(frame, task="site", x=x, y="count", features=features).to(dtype=torch.float64),
+            hyperguide=hyperguide,
+            progress=False,
+        )
+        for x, features, covariates in (([], ["z"], {"intercept": ["z"]}), (["z"], [], None))
+    ]
+    here, there = (fit.hyperparameters() for fit in fits)
+    assert list(here.index) == ["intercept", "intercept:z", "sd(intercept)"]
+    assert np.allclose(here, there, atol=1e-5)
+    own, other = (fit.posterior() for fit in fits)
+    z = fits[0].tasks.batch().support.features["z"]
+    number = len(fits[0].hyper)  # type: ignore[arg-type]  # all draws, so that resampling is no difference
+    by = own.eta_draws(number)["intercept:z"][:, None] * z  # type: ignore[attr-defined]
+    assert torch.allclose(own.mean["intercept"], other.mean["intercept"] + by.mean(0), atol=1e-5)
+    assert torch.allclose(own.draws(number)[..., 0], other.draws(number)[..., 0] + by, atol=1e-4)
+    rates = own.expected(torch.zeros(1, 0)).mean
+    columns = other.expected([value.reshape(1, 1) for value in z]).mean
+    assert torch.allclose(rates, columns, rtol=1e-4)
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from varmeta.psis import smooth
+from varmeta.psis import reading, smooth
 
 
 def log_weights(k: float, number: int) -> np.ndarray:
@@ -38,3 +38,19 @@ def test_equal_weights_and_tails_of_too_few() -> None:
     few, k = smooth(some)
     assert k[0] == math.inf and few[0, 2] == -math.inf
     np.testing.assert_allclose(few, some - np.log(np.exp(some).sum()))
+
+
+def test_weights_that_are_alike_are_good_whatever_the_shape_of_their_tail() -> None:
+    """Weights of a guide that is almost right have a local maximum, which makes a light tail look heavy until draws abound."""
+    rng = np.random.default_rng(0)
+
+    def weights(draws: int) -> np.ndarray:
+        z = rng.normal(size=draws)
+        return (0.07 * z - 0.023 * z**3)[None]
+
+    few, many = weights(4000), weights(400_000)
+    assert smooth(few)[1][0] > 1.0 and smooth(many)[1][0] < 0.5
+    share = np.exp(few - np.logaddexp.reduce(few, 1, keepdims=True))
+    ess = float(1 / (share**2).sum())
+    assert ess > 0.97 * 4000 and reading(smooth(few)[1][0], 4000, ess) == "good"
+    assert reading(1.2, 4000, 0.5 * 4000) == "misses the posterior"

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # The tail of fewer draws than this says nothing.
 MIN_DRAWS = 100
-# Weights that are worth this share of their number hardly differ, and k-hat looks at the shape of their tail, not at its size.
-EVEN = 0.95
 
 
 def log_weights(posterior: Posterior, num_samples: int, seed: int) -> Tensor:
@@ -66,11 +64,7 @@ def diagnose(posterior: Posterior, num_samples: int, seed: int) -> pd.DataFrame:
     table["gap"] = table["evidence"] - table["elbo"]
     table["ess"] = (1.0 / share.square().sum(0)).tolist()
     table["k_hat"] = k
-    readings = zip(k, table["ess"], strict=True)
-    table["reading"] = [
-        "usable" if value > psis.limit(num_samples) and ess >= EVEN * num_samples else psis.reading(value, num_samples)
-        for value, ess in readings
-    ]
+    table["reading"] = [psis.reading(value, num_samples, ess) for value, ess in zip(k, table["ess"], strict=True)]
     raised = _raised(posterior)
     if raised is not None:
         table["reading"] = np.where(raised, "no mode", table["reading"])

@@ -230,10 +230,10 @@ class Posterior:
 
         gap: evidence - elbo, in nats, an estimate of KL[q_i || posterior].  ess: how many independent draws of the posterior the
         weighted draws are worth.  k_hat: shape of the weights' tail (Pareto smoothed importance sampling).
-        reading: "good" (k_hat up to 0.5); "usable" (up to min(1 - 1 / log10(draws), 0.7)): weights correct what is left;
-        "unreliable" (up to 1): they do not, and the evidence is off by more than its se says; "misses the posterior" (above 1);
-        "no mode": Laplace's Hessian was not positive definite.  Where ess is at least 95 % of the draws the reading is "usable"
-        at worst: k_hat is about the shape of a tail, however little there is in it.
+        reading: "good" (k_hat up to 0.5, or 95 % of the draws effective: the tail of weights that are alike has no shape);
+        "usable" (up to min(1 - 1 / log10(draws), 0.7)): weights correct what is left; "unreliable" (up to 1): they do not, and
+        the evidence is off by more than its se says; "misses the posterior" (above 1); "no mode": Laplace's Hessian was not
+        positive definite.
         For a mean-field guide over a network's weights "misses the posterior" is the rule: its predictions may still be good,
         which `score` on held-out data tells, not this table.
 

@@ -18,7 +18,7 @@ import varmeta as vm
 from tests.bayes.common import F64, moved, problem, randn, start, with_grad
 from tests.cases import GUIDES, OUTERS, linear_model, net_model, ragged_tasks, seeded
 from varmeta.bayes.divergence import kl, move
-from varmeta.bayes.expectation import Cubature, MonteCarlo, Point, make_expectation
+from varmeta.bayes.expectation import Cubature, MonteCarlo, Point, Quantiles, make_expectation
 from varmeta.bayes.prior import unit_lower
 from varmeta.numerics.noise import task_id
 
@@ -115,6 +115,43 @@ def test_a_minibatch_in_any_order_has_the_losses_of_the_whole(expectation: str) 
     assert torch.equal(noisy, made.losses("elbo", batch, 5)(phi, eta)) == (expectation == "cubature")
 
 
+@pytest.mark.parametrize(
+    ("function", "expected", "error"),
+    [
+        (lambda z: z**2, 1.0, 1e-12),
+        (lambda z: z**3, 0.0, 1e-12),
+        (lambda z: z**4, 3.0, 0.15),
+        (torch.exp, math.exp(0.5), 0.011),
+        (nn.functional.softplus, 0.8060592, 3e-4),  # of a logistic likelihood
+    ],
+    ids=["square", "cube", "fourth power", "exp", "softplus"],
+)
+def test_quantiles_integrate_smooth_functions(function: Any, expected: float, error: float) -> None:
+    z = Quantiles().points(1, torch.zeros((), dtype=F64), torch.zeros(1), 0, 0)
+    assert z.shape == (64, 1, 1)
+    # exact up to degree three; beyond, the tails outside 2.5 sds are missing
+    assert float(function(z).mean()) == pytest.approx(expected, abs=error)
+
+
+def test_two_points_are_no_bound_for_binary_data_and_many_are() -> None:
+    """Four equal answers with intercepts of sd 5: the optimal two-point "bound" exceeds the log likelihood."""
+    y = torch.ones(4, dtype=F64)
+    tasks = vm.TaskSet([vm.Task((torch.zeros(4, 0, dtype=F64), y))])
+    model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(1 / 25))
+    z, w = np.polynomial.hermite_e.hermegauss(80)
+    exact = float(np.log((w / np.sqrt(2 * np.pi)) @ (1 / (1 + np.exp(-5 * z))) ** 4))
+    found = {rule: _best(model, tasks, rule) for rule in ("cubature", "quantiles")}
+    assert found["quantiles"] < exact < found["cubature"]
+    assert found["quantiles"] == pytest.approx(exact, abs=0.1)
+
+
+def _best(model: vm.TaskModel, tasks: vm.TaskSet, rule: str) -> float:
+    strategy = vm.Joint("normal", expectation=rule)
+    made, eta = strategy.problem(model, tasks, 0), model.init(torch.zeros((), dtype=F64))
+    phi = strategy.adapt(made, tasks.batch(), eta).value
+    return -float(made.losses("elbo", tasks.batch(), 0)(phi, eta))
+
+
 def test_which_rule_is_taken() -> None:
     assert make_expectation("auto", 24, 2, linear=True, frozen=False) == Cubature()
     assert make_expectation("auto", 25, 2, linear=True, frozen=False) == MonteCarlo(2)
@@ -123,6 +160,9 @@ def test_which_rule_is_taken() -> None:
     assert make_expectation("auto", 60, 2, linear=False, frozen=True) == Cubature(rotations=8)
     assert make_expectation("auto", 100, 2, linear=False, frozen=True) == MonteCarlo(2)
     assert make_expectation("monte_carlo", 3, 8, linear=True, frozen=True) == MonteCarlo(8)
+    assert make_expectation("quantiles", 1, 2, linear=True, frozen=False) == Quantiles(64)
+    with pytest.raises(ValueError, match="one weight per task, and this has 3"):
+        make_expectation("quantiles", 3, 2, linear=True, frozen=False)
     assert make_expectation(Point(), 3, 2, linear=True, frozen=True) == Point()
     for particles in (0, 1, 3):
         with pytest.raises(ValueError, match="even number"):

@@ -1,142 +1,24 @@
-"""Does varmeta give the answers of lme4, and of long runs of MCMC, on real nested data?  One table, ours beside theirs.
+"""The posterior of eta and of every task (`hyperguide="multivariate_normal"`), beside reference posteriors.
 
-(a) Maximum likelihood and REML with standard errors, beside lme4: dyestuff, sleepstudy, rats, radon.
-(b) The posterior of eta and of every task (`hyperguide="multivariate_normal"`), beside reference posteriors: eight schools, five
-    models of radon, rats, surgical, seeds, sitecounts, peregrine, pilots.
-(c) radon_all: 386 counties, the exact maximum and the time to it.
-
-The data with their references lie beside a checkout (VARMETA_SHARED names their place), not in it.
-
-    python -m experiments.mixed_models --out results/mixed_models --size full
+Eight schools, five models of radon, rats, surgical, seeds with effects as they are and centred, sitecounts, peregrine, pilots.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 import varmeta as vm
+from experiments.mixed_models.sets import INTERCEPT, radon, rats, reference, regression, table
 from varmeta.hyper.posterior import IntegratedPosterior
 from varmeta.hyper.result import natural
-
-SHARED = Path(os.environ.get("VARMETA_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
-INTERCEPT = "intercept"
-
-
-def table(name: str) -> pd.DataFrame:
-    return pd.read_csv(SHARED / name / "data.csv")
-
-
-def reference(name: str, file: str) -> dict[str, Any]:
-    return json.loads((SHARED / name / file).read_text())
-
-
-def regression(
-    columns: Sequence[str], likelihood: Any, prior: vm.GaussianPrior, shared: Sequence[str] = ()
-) -> vm.TaskModel:
-    return vm.TaskModel(vm.LinearPredictor(columns), likelihood, prior, shared=shared)
-
-
-def radon(x: list[str]) -> vm.TaskSet:
-    return vm.TaskSet.from_frame(table("radon_mn"), task="county", x=x, y="log_radon")
-
-
-def rats() -> vm.TaskSet:
-    frame = table("rats").assign(day=lambda d: d.day - 22.0)
-    return vm.TaskSet.from_frame(frame, task="rat", x=["day"], y="weight")
-
-
-def sleepstudy() -> vm.TaskSet:
-    return vm.TaskSet.from_frame(table("sleepstudy"), task="Subject", x=["Days"], y="Reaction")
-
-
-def dyestuff() -> vm.TaskSet:
-    return vm.TaskSet.from_frame(table("dyestuff"), task="Batch", x=[], y="Yield")
-
-
-# -- (a) lme4 ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Classical:
-    """A fit of lme4: `fit` in the set's reference.json; columns in lme4's order, those in `shared` without a random effect."""
-
-    data: str
-    fit: str
-    tasks: Callable[[], vm.TaskSet]
-    columns: tuple[str, ...]
-    learn: str
-    shared: tuple[str, ...] = ()
-
-    def rows(self) -> list[dict[str, Any]]:
-        theirs = reference(self.data, "reference.json")["fits"][self.fit]
-        prior = vm.GaussianPrior(learn_precision=self.learn)
-        model = regression(self.columns, vm.likelihoods.Gaussian(), prior, self.shared)
-        restricted = "REML" in self.fit
-        begin = perf_counter()
-        fit = vm.fit(
-            model,
-            self.tasks(),
-            vm.Joint("multivariate_normal"),
-            hyperguide="reml" if restricted else "delta",
-            progress=False,
-        )
-        seconds = perf_counter() - begin
-        assert fit.log_likelihood is not None and fit.standard_errors is not None and fit.prior.scale is not None
-        ours = {"log likelihood": fit.log_likelihood, "noise scale": float(fit.prior.scale)}
-        expected = {"log likelihood": theirs["logLik"], "noise scale": theirs["sigma"]}
-        found = fit.prior.loc | fit.prior.shared
-        errors = fit.standard_errors
-        for k, name in enumerate((INTERCEPT, *self.columns)):
-            ours |= {name: float(found[name]), f"se({name})": float(errors[name])}
-            expected |= {name: theirs["fixed"]["estimate"][k], f"se({name})": theirs["fixed"]["std_error"][k]}
-        random = [row for row in theirs["random"] if row["group"] != "Residual"]
-        varying = [name for name in (INTERCEPT, *self.columns) if name not in self.shared]
-        for name, row in zip(varying, [row for row in random if row["var2"] is None], strict=True):
-            ours[f"sd({name})"], expected[f"sd({name})"] = float(fit.prior.sd[name]), row["sd_or_corr"]
-        for row in (row for row in random if row["var2"] is not None):
-            ours["cor"], expected["cor"] = float(fit.prior.correlation[0, 1]), row["sd_or_corr"]
-        return [
-            {
-                "part": "lme4", "data": self.data, "model": self.fit, "quantity": name, "varmeta": ours[name],
-                "reference": expected[name], "error": abs(ours[name] - expected[name]) / abs(expected[name]),
-                "seconds": seconds,
-            }
-            for name in ours
-        ]  # fmt: skip
-
-
-CLASSICAL = (
-    Classical("dyestuff", "ML", dyestuff, (), "shared"),
-    Classical("dyestuff", "REML", dyestuff, (), "shared"),
-    Classical("sleepstudy", "ML", sleepstudy, ("Days",), "full"),
-    Classical("sleepstudy", "REML", sleepstudy, ("Days",), "full"),
-    Classical("sleepstudy", "uncorrelated_REML", sleepstudy, ("Days",), "per_parameter"),
-    Classical("rats", "ML", rats, ("day",), "full"),
-    Classical("rats", "REML_indep", rats, ("day",), "per_parameter"),
-    Classical("radon_mn", "intercept_ML", lambda: radon(["floor"]), ("floor",), "shared", ("floor",)),
-    Classical("radon_mn", "intercept_REML", lambda: radon(["floor"]), ("floor",), "shared", ("floor",)),
-    Classical(
-        "radon_mn", "uranium_REML", lambda: radon(["floor", "log_uppm"]), ("floor", "log_uppm"), "shared", ("floor", "log_uppm"),
-    ),
-    Classical("radon_mn", "intercept_slope_ML", lambda: radon(["floor"]), ("floor",), "full"),
-    Classical("radon_mn", "intercept_slope_REML", lambda: radon(["floor"]), ("floor",), "full"),
-)  # fmt: skip
-
-# -- (b) reference posteriors --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,6 +33,8 @@ class Bayesian:
     effects: Mapping[str, str] = field(default_factory=dict)
     # the same less theta0, which needs draws of both together
     deviations: Mapping[str, str] = field(default_factory=dict)
+    # a weight's mean over the tasks, and what it is called less that: (mean, effect)
+    centred: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     # what is to be compared and is no coefficient: from natural draws, by their name
     derived: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda draws: {}
 
@@ -174,10 +58,18 @@ class Bayesian:
                 number = int(name) if name.isdigit() else position + 1
                 row = frame.loc[name]
                 moments[f"{their}[{number}]"] = (float(row["mean"][our]), float(row["sd"][our]))
-        for our, their in self.deviations.items():
-            posterior = fit.posterior()
-            assert isinstance(posterior, IntegratedPosterior)
-            away = posterior.sample(4000, seed)[our] - posterior.eta_draws(4000)[our][:, None]
+        posterior = fit.posterior()
+        assert isinstance(posterior, IntegratedPosterior)
+        effects = {
+            their: posterior.sample(4000, seed)[our] - posterior.eta_draws(4000)[our][:, None]
+            for our, their in self.deviations.items()
+        }
+        for our, (average, their) in self.centred.items():
+            own = posterior.sample(4000, seed)[our]
+            middle = own.mean(1)
+            moments[average] = (float(middle.mean()), float(middle.std()))
+            effects[their] = own - middle[:, None]
+        for their, away in effects.items():
             for number in range(len(posterior.names)):
                 moments[f"{their}[{number + 1}]"] = (float(away[:, number].mean()), float(away[:, number].std()))
         seconds = perf_counter() - begin
@@ -231,6 +123,20 @@ def _binomial(columns: Sequence[str]) -> vm.TaskModel:
         loc_hyperprior=dict.fromkeys([INTERCEPT, *columns], dist.Normal(0.0, 1000.0)),
     )  # fmt: skip
     return regression(columns, vm.likelihoods.Binomial(), prior, columns)
+
+
+def _seeds_centred() -> vm.TaskModel:
+    """Effects b = c - mean(c) with alpha0 ~ N(0, 1) beside them couple the plates beyond eta; but c's mean is independent of b.
+
+    So ours, alpha_i = theta0 + c_i with theta0 ~ N(0, 1), is theirs with the mean of the alpha_i as alpha0: its prior variance is
+    1 + sigma^2 / 21 instead of 1, less than 1 % more where sigma has its mass.
+    """
+    names = [INTERCEPT, "x1", "x2", "x12"]
+    prior = vm.GaussianPrior(
+        learn_precision="shared", scale_hyperprior=dist.HalfCauchy(1.0),
+        loc_hyperprior=dict.fromkeys(names, dist.Normal(0.0, 1.0)),
+    )  # fmt: skip
+    return regression(names[1:], vm.likelihoods.Binomial(), prior, names[1:])
 
 
 def _poisson(columns: Sequence[str], loc: dict[str, Any]) -> vm.TaskModel:
@@ -325,6 +231,10 @@ BAYESIAN = (
         deviations={INTERCEPT: "b"},
     ),
     Bayesian(
+        "seeds", "seeds_sigma_cauchy_centred", _seeds, _seeds_centred,
+        {"x1": "alpha1", "x2": "alpha2", "x12": "alpha12", "sd(intercept)": "sigma"}, centred={INTERCEPT: ("alpha0", "b")},
+    ),
+    Bayesian(
         "sitecounts", "glmm_site", lambda: vm.TaskSet.from_frame(table("sitecounts"), task="site", x=[], y="count"),
         lambda: _poisson([], {INTERCEPT: dist.Normal(0.0, 10.0)}), {INTERCEPT: "mu_alpha", "sd(intercept)": "sd_alpha"},
         {INTERCEPT: "alpha"},
@@ -336,82 +246,10 @@ BAYESIAN = (
             {INTERCEPT: _flat(20.0)} | dict.fromkeys(["year", "year2", "year3"], _flat(10.0)),
         ),
         {INTERCEPT: "alpha", "year": "beta1", "year2": "beta2", "year3": "beta3", "sd(intercept)": "sigma"},
+        deviations={INTERCEPT: "eps"},
     ),
     Bayesian(
         "pilots", "pilots", _pilots_tasks, _pilots_model, {"sd(b)": "sigma_b", "mu_a": "mu_a"}, {"b": "b"},
         derived=_pilots_effects,
     ),
 )  # fmt: skip
-
-# -- (c) many tasks ------------------------------------------------------------------------------------------------------
-
-
-def radon_all() -> list[dict[str, Any]]:
-    """The fit of lme4's `floor + (floor | county)` to 386 counties of 1 to 765 rows."""
-    theirs = reference("radon_all", "reference.json")["fits"]["intercept_slope_ML"]
-    frame = table("radon_all")
-    tasks = vm.TaskSet.from_frame(frame[frame.floor < 2], task="county", x=["floor"], y="log_radon")
-    model = regression(["floor"], vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
-    begin = perf_counter()
-    fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"), progress=False)
-    seconds = perf_counter() - begin
-    assert fit.prior.scale is not None
-    sds = [row["sd_or_corr"] for row in theirs["random"]]
-    ours = {
-        "log likelihood": -fit.loss, INTERCEPT: float(fit.prior.loc[INTERCEPT]), "floor": float(fit.prior.loc["floor"]),
-        "sd(intercept)": float(fit.prior.sd[INTERCEPT]), "sd(floor)": float(fit.prior.sd["floor"]),
-        "cor": float(fit.prior.correlation[0, 1]), "noise scale": float(fit.prior.scale),
-    }  # fmt: skip
-    expected = [theirs["logLik"], *theirs["fixed"]["estimate"], *sds]
-    return [
-        {
-            "part": "many tasks", "data": "radon_all", "model": "intercept_slope_ML", "quantity": name, "varmeta": value,
-            "reference": other, "error": abs(value - other) / abs(other), "seconds": seconds,
-        }
-        for (name, value), other in zip(ours.items(), expected, strict=True)
-    ]  # fmt: skip
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per fit: the worst of its quantities."""
-    parts = []
-    for (part, data, model), group in rows.groupby(["part", "data", "model"], sort=False):
-        parts.append(
-            {
-                "part": part, "data": data, "model": model, "quantities": len(group), "worst_error": group.error.max(),
-                "sd_ratio_low": group.sd_ratio.min(), "sd_ratio_high": group.sd_ratio.max(), "k_hat": group.k_hat.max(),
-                "ess": group.ess.min(), "seconds": group.seconds.max(),
-            }
-        )  # fmt: skip
-    return pd.DataFrame(parts)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/mixed_models"))
-    parser.add_argument("--size", choices=("smoke", "full"), default="full")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if not SHARED.is_dir():
-        sys.exit(f"no reference data at {SHARED}: name their folder by VARMETA_SHARED")
-    options.out.mkdir(parents=True, exist_ok=True)
-    small = options.size == "smoke"
-    rows: list[dict[str, Any]] = []
-    jobs: list[Callable[[], list[dict[str, Any]]]] = [case.rows for case in (CLASSICAL[:2] if small else CLASSICAL)]
-    jobs += [lambda case=case: case.rows(options.seed) for case in (BAYESIAN[:1] if small else BAYESIAN)]  # type: ignore[misc]
-    jobs += [] if small else [radon_all]
-    for job in jobs:
-        rows += job()
-        pd.DataFrame(rows).reindex(columns=COLUMNS).to_csv(options.out / "quantities.csv", index=False)
-        print(
-            summary(pd.DataFrame(rows).reindex(columns=COLUMNS)).iloc[[-1]].to_string(header=len(rows) < 10), flush=True
-        )
-    table = summary(pd.DataFrame(rows).reindex(columns=COLUMNS))
-    table.to_csv(options.out / "summary.csv", index=False)
-    print("\nerror: relative beside lme4, in reference sds beside posteriors\n" + table.round(5).to_string(index=False))
-
-
-COLUMNS = ["part", "data", "model", "quantity", "varmeta", "reference", "error", "sd_ratio", "k_hat", "ess", "seconds"]
-
-if __name__ == "__main__":
-    main()
