@@ -270,6 +270,7 @@ def figures(fits: dict[str, vm.Fit], out: Path) -> None:
         chosen = [posterior.names[i] for i in [*order[:6], *order[-6:]]]
         plot_curves(posterior, torch.linspace(0, 30, 60, dtype=torch.float64), chosen, labels=("day", "weight, g"))
         plt.savefig(out / "chickweight.png", dpi=130, bbox_inches="tight")
+    plt.close("all")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

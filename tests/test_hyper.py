@@ -138,6 +138,7 @@ def test_reml_is_the_analysis_of_variance() -> None:
     assert float(fit.prior.loc["intercept"]) == pytest.approx(y.mean(), abs=1e-9)
     assert float(fit.hyper.factor[0, 0]) == pytest.approx(math.sqrt(between / y.size), rel=1e-6)
     assert fit.hyper.pareto_k == -math.inf  # the Gaussian is the posterior
+    assert fit.hyper.log_evidence == pytest.approx(-fit.loss, abs=1e-8)  # with no Jacobian of the sds in it
 
 
 def test_maximum_likelihood_has_standard_errors() -> None:
@@ -256,6 +257,14 @@ def test_what_has_no_posterior_of_eta_is_refused() -> None:
     lines = vm.datasets.lines(4, num_support=3)
     with pytest.raises(ValueError, match="needs an expectation without noise"):
         vm.fit(net_model(), lines, hyperguide="multivariate_normal")
+    counts = vm.TaskSet([vm.Task((torch.zeros(3, 0), torch.tensor([1.0, 4.0, i]))) for i in range(4)])
+    negative = vm.TaskModel(
+        vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior(learn_precision="shared")
+    )
+    with pytest.raises(
+        ValueError, match="no posterior of NegativeBinomial's concentration .* learn_concentration=False"
+    ):
+        vm.fit(negative, counts, hyperguide="normal")
     with pytest.raises(ValueError, match="eta is a point"):
         vm.fit(fixed, tasks, progress=False).hyperparameters()
 

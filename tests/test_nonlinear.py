@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from experiments.nonlinear import CASES, absorption, beside_nlme, fitted, log_logistic, quadrature
+from experiments.nonlinear import CASES, absorption, beside_nlme, fitted, log_logistic, main, quadrature
 from tests.cases import scalar_program
 from tests.conftest import shared_data
 
@@ -201,3 +203,15 @@ def test_theophylline_beside_nlme() -> None:
     assert rows["log likelihood"]["dense"] > rows["log likelihood"]["nlme"]
     # what nlme reports is a linearised model's likelihood, not that of its estimates
     assert rows["reported"]["nlme"] > rows["log likelihood"]["nlme"] + 0.5
+
+
+def test_the_experiment_in_smoke_size(tmp_path: Path) -> None:
+    shared_data("theoph")
+    main(["--out", str(tmp_path), "--size", "smoke"])
+    found = pd.read_csv(tmp_path / "fits.csv")
+    assert len(found) == 2 and found["converged"].all()
+    # two routes to the log likelihood
+    assert (abs(found["quadrature"] - found["importance"]) <= 4 * found["se"]).all()
+    assert {"theoph.png", "chickweight.png", "quantities.csv", "starts.csv"} <= {
+        path.name for path in tmp_path.iterdir()
+    }

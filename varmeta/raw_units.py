@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from varmeta.bayes.likelihood import TASK_SCALE
 from varmeta.learned_prior import LearnedPrior
 from varmeta.linear_predictor import INTERCEPT, LinearPredictor
 
@@ -32,6 +33,8 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     start = {name: value for name, value in model.start.items() if name not in model.coefficients}
     mean = torch.cat([fit.eta[name].reshape(-1) for name in start])  # varying and shared
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)
+    if TASK_SCALE in start:  # a number of its own, and the last
+        matrix[-1, -1], shift[-1] = 1.0, scaling.y_scale.to(shift).log().reshape(())
     kind = torch.cat([torch.full((value.numel(),), name in model.shared) for name, value in start.items()])
     shared, varying = kind.nonzero().flatten(), (~kind).nonzero().flatten()
     if bool(matrix[shared][:, varying].any()):

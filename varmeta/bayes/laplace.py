@@ -68,11 +68,13 @@ class Laplace(BoundGuide):
 
     def bound(self, model: TaskModel) -> Laplace:
         size = model.weights.size
-        if model.net is None and self.hessian == "gauss_newton":
-            raise ValueError("a Pyro program has no output of which to take a Jacobian: use hessian='exact'")
-        if model.net is None and self.hessian == "auto" and size > MAX_EXACT_SIZE:
+        # through the output alone a noise scale of the task's own has no derivative
+        what = "a Pyro program" if model.net is None else "noise of each task's own" if model.task_weights else None
+        if what and self.hessian == "gauss_newton":
+            raise ValueError(f"{what} has no output of which to take a Jacobian: use hessian='exact'")
+        if what and self.hessian == "auto" and size > MAX_EXACT_SIZE:
             raise ValueError(
-                f"the exact Hessian of {size} weights per task costs {size} second derivatives, and a Pyro program has no "
+                f"the exact Hessian of {size} weights per task costs {size} second derivatives, and {what} has no "
                 "Gauss-Newton matrix: use hessian='exact' all the same, or guide='low_rank'"
             )
         return super().bound(model)

@@ -13,7 +13,8 @@ from torch import Tensor
 from varmeta._words import counted
 from varmeta.bayes.hyperprior import check, describe, log_density
 
-SCALE = "log_scale"
+# theta0 of a noise scale that each task has of its own must not be read as the scale of all
+SCALE, TASK_SCALE = "log_scale", "log_noise"
 
 
 class Likelihood(ABC):
@@ -26,6 +27,10 @@ class Likelihood(ABC):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         """The likelihood's entries of eta."""
+        return {}
+
+    def task_weights(self) -> dict[str, Tensor]:
+        """Where the likelihood's own weights, which differ between tasks, start: by name, in their shape."""
         return {}
 
     def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
@@ -54,7 +59,7 @@ class Likelihood(ABC):
         shown = {
             key: describe(value) if isinstance(value, dist.TorchDistribution) else value
             for key, value in vars(self).items()
-            if value is not None
+            if value is not None and (key, value) != ("per_task", False)
         }
         inner = ", ".join(f"{key}={value}" for key, value in shown.items())
         return f"{type(self).__name__}({inner})"
@@ -71,28 +76,48 @@ def _not_count(y: Tensor) -> Tensor:
 
 
 class _LocationScale(Likelihood):
-    """A location from the network and one scale, fixed or learned as `log_scale`; several channels: several responses."""
+    """A location from the network and one scale, fixed, learned as `log_scale`, or each task's own; several channels: several
+    responses."""
 
     def __init__(
-        self, scale: float = 1.0, learn_scale: bool = True, scale_hyperprior: dist.TorchDistribution | None = None
+        self,
+        scale: float = 1.0,
+        learn_scale: bool = True,
+        scale_hyperprior: dist.TorchDistribution | None = None,
+        *,
+        per_task: bool = False,
     ) -> None:
         self.scale = _positive("scale", scale)
         self.learn_scale = bool(learn_scale)
+        self.per_task = bool(per_task)
+        if per_task and not (learn_scale and scale_hyperprior is None):
+            raise ValueError(
+                f"under per_task=True the scale of each task comes from the prior, as the weight {TASK_SCALE!r}: leave out "
+                "learn_scale and scale_hyperprior, and say what is known by the GaussianPrior"
+            )
         self.scale_hyperprior = check(scale_hyperprior, "scale_hyperprior")
         if scale_hyperprior is not None and not learn_scale:
             raise ValueError("a scale_hyperprior needs a scale that is learned: leave out learn_scale=False")
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale else {}
+        return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale and not self.per_task else {}
+
+    def task_weights(self) -> dict[str, Tensor]:
+        return {TASK_SCALE: torch.tensor(math.log(self.scale), dtype=torch.float64)} if self.per_task else {}
 
     @property
     def has_hyperprior(self) -> bool:  # type: ignore[override]
         return self.scale_hyperprior is not None
 
     def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
-        return -log_density(self.scale_hyperprior, {SCALE: eta[SCALE].exp()}) if self.learn_scale else 0.0
+        if not self.learn_scale or self.per_task:
+            return 0.0
+        return -log_density(self.scale_hyperprior, {SCALE: eta[SCALE].exp()})
 
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        if self.per_task:
+            scale = eta[TASK_SCALE].exp()  # (..., tasks, 1), or () where it is shared
+            return self._noise(out, scale.unsqueeze(-1) if 0 < scale.dim() < out.dim() else scale)
         scale = eta[SCALE].exp() if self.learn_scale else out.new_tensor(self.scale)
         return self._noise(out, scale)
 
@@ -104,11 +129,15 @@ class Gaussian(_LocationScale):
     """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
 
     scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`; flat where left out.
+    per_task: each task has a scale of its own, whose logarithm is a weight `log_noise` of the task, drawn from the prior as its
+        other weights are; `scale` is where its theta0 starts.
+
+    Raises ValueError for a scale that is not positive, and for per_task with learn_scale=False or a scale_hyperprior.
     """
 
 
 class StudentT(_LocationScale):
-    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed."""
+    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed; per_task as of `Gaussian`."""
 
     def __init__(
         self,
@@ -116,8 +145,10 @@ class StudentT(_LocationScale):
         scale: float = 1.0,
         learn_scale: bool = True,
         scale_hyperprior: dist.TorchDistribution | None = None,
+        *,
+        per_task: bool = False,
     ) -> None:
-        super().__init__(scale, learn_scale, scale_hyperprior)
+        super().__init__(scale, learn_scale, scale_hyperprior, per_task=per_task)
         self.df = _positive("df", df)
 
     def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:

@@ -111,6 +111,9 @@ class Weighted(Likelihood):
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return self.likelihood.init(like)
 
+    def task_weights(self) -> dict[str, Tensor]:
+        return self.likelihood.task_weights()
+
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         return self.likelihood.distribution(out, eta, None if y is None else _without_weight(y))
 

@@ -81,7 +81,12 @@ class TaskModel:
         self.net: nn.Module | None = copy.deepcopy(net).eval().requires_grad_(False)
         self.likelihood: Likelihood | None = likelihood
         self._program: Program | None = None
-        self._setup({name: value.detach().clone() for name, value in net.named_parameters()}, prior, shared)
+        start = {name: value.detach().clone() for name, value in net.named_parameters()}
+        for name, value in likelihood.task_weights().items():
+            if name in start:
+                raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
+            start[name] = value.to(next(iter(start.values())))
+        self._setup(start, prior, shared)
 
     @classmethod
     def from_pyro(
@@ -206,15 +211,28 @@ class TaskModel:
 
     def observe(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
         """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points, ...)`."""
-        shared = {name: eta[name] for name in self.shared}
         if self._program is not None:
-            return self._program(self.weights.unflatten(theta) | shared, x, y)
-        return self.observe_output(self.output(theta, eta, x), eta, y, theta.dim() - 1)
+            return self._program(self.weights.unflatten(theta) | {name: eta[name] for name in self.shared}, x, y)
+        out = self.output(theta, eta, x)
+        return self.observe_output(out, self._with_task_weights(theta, eta), y, theta.dim() - 1)
+
+    @property
+    def task_weights(self) -> tuple[str, ...]:
+        """The likelihood's own weights among those that differ between tasks, such as a noise scale of each task."""
+        own = () if self.likelihood is None else self.likelihood.task_weights()
+        return tuple(name for name in own if name not in self.shared)
+
+    def _with_task_weights(self, theta: Tensor, eta: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """eta with the likelihood's own weights at theta, `(..., tasks, 1, *shape)`, in the place of theta0."""
+        names = self.task_weights
+        if not names:
+            return eta
+        own = self.weights.unflatten(theta)
+        return {**eta, **{name: own[name] for name in names}}
 
     def output(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """What the network puts out for theta `(..., tasks, 1, D)`: `(..., tasks, points, channels)`."""
-        shared = {name: eta[name] for name in self.shared}
-        return self._forward(self.weights.unflatten(theta.squeeze(-2)), shared, x)
+        return self._network(theta.squeeze(-2), eta, x)
 
     def observe_output(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int) -> Any:
         """Sample, or with y observe, the data given the network's output, `batch` axes `(..., tasks, points)` first."""
@@ -240,9 +258,12 @@ class TaskModel:
         with poutine.scale(scale=weights.to(out)):
             return pyro.sample("y", noise, obs=obs)
 
-    def _forward(self, weights: dict[str, Tensor], shared: dict[str, Tensor], x: Tensor) -> Tensor:
-        """The network's output `(..., tasks, points, channels)` for weights `(..., tasks, *shape)`."""
-        assert self.net is not None
+    def _network(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """The network's output `(..., tasks, points, channels)` for theta `(..., tasks, D)`."""
+        assert self.net is not None and self.likelihood is not None
+        aside = self.likelihood.task_weights()
+        weights = {name: value for name, value in self.weights.unflatten(theta).items() if name not in aside}
+        shared = {name: eta[name] for name in self.shared if name not in aside}
         net = self.net
         # statistics that came with the network, in the precision of the data
         buffers = {name: b.to(x if b.is_floating_point() else x.device) for name, b in net.named_buffers()}
@@ -253,12 +274,12 @@ class TaskModel:
             return torch.func.functional_call(net, own | shared | buffers, (inputs,))
 
         call = torch.func.vmap(one_task)
-        first = next(iter(weights.values()))
-        lead = first.dim() - len(next(iter(self.weights.shapes.values()))) - 1
-        for _ in range(lead):  # points of an expectation: the same x for each
+        lead = theta.shape[:-2]
+        for _ in lead if weights else ():  # points of an expectation: the same x for each
             call = torch.func.vmap(call, in_dims=(0, None))
         with _differentiable_attention():
-            return call(weights, x)
+            out = call(weights, x)
+        return out if weights else out.expand(*lead, *out.shape)  # only the likelihood's own weights vary
 
     def is_linear(self, tasks: TaskSet) -> bool:
         """Whether the network's output is linear in the weights that vary (by a second difference); of a program, True."""
@@ -267,13 +288,12 @@ class TaskModel:
             return self.net is None
         data = data.take(data.num_points.argmax().reshape(1))
         eta = self.init(data.x.new_zeros(()))
-        shared = {name: eta[name] for name in self.shared}
         theta = self.weights.flatten(eta)
         generator = torch.Generator().manual_seed(0)
         step = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
         points = torch.stack([theta + step, theta, theta - step]).unsqueeze(1)
         with torch.no_grad():
-            plus, middle, minus = self._forward(self.weights.unflatten(points), shared, data.filled[0])
+            plus, middle, minus = self._network(points, eta, data.filled[0])
         size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
         return bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size)
 

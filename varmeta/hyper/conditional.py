@@ -63,7 +63,7 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
 
 def is_linear_gaussian(model: TaskModel, tasks: TaskSet) -> bool:
     """Whether every p(theta_i | y_i, eta) is known to be Gaussian."""
-    return type(model.likelihood) is likelihood.Gaussian and model.is_linear(tasks)
+    return type(model.likelihood) is likelihood.Gaussian and not model.task_weights and model.is_linear(tasks)
 
 
 @torch.no_grad()

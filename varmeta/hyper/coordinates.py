@@ -99,6 +99,6 @@ class Coordinates:
         """eta at rows of coordinates `(K, size)`: tensors with a leading axis K."""
         return torch.func.vmap(lambda vector: self.eta(self.named(vector)))(vectors)
 
-    def log_density_of(self, vectors: Tensor) -> Tensor:
+    def log_density_of(self, vectors: Tensor, jacobian: bool = True) -> Tensor:
         """`log_density` of rows `(K, size)`, `(K,)`."""
-        return torch.func.vmap(lambda vector: self.log_density(self.named(vector)))(vectors)
+        return torch.func.vmap(lambda vector: self.log_density(self.named(vector), jacobian))(vectors)

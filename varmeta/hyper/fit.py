@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varmeta._words import counted
 from varmeta.bayes.guide import PyroGuide
+from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.bayes.model import TaskModel
 from varmeta.buckets import buckets
 from varmeta.hyper.conditional import conditionals, is_linear_gaussian, nodes
@@ -60,6 +61,11 @@ def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strat
         raise ValueError(
             f"hyperguide={hyperguide!r} needs an expectation without noise: this model's {counted(model.weights.size, 'weight')} "
             "per task are too many, or not linear; try Joint(..., expectation='cubature')"
+        )
+    if hyperguide != "reml" and CONCENTRATION in eta:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has no posterior of NegativeBinomial's concentration under its flat density: as it "
+            "grows, the counts become Poisson's and the likelihood stays as it is.  Fix it, learn_concentration=False"
         )
     coordinates = Coordinates(model, eta)
     free = int(_free(coordinates, hyperguide).sum())
@@ -123,7 +129,8 @@ def integrate(
 
     def log_density(points: Tensor) -> Tensor:
         evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)
-        return evidence + coordinates.log_density_of(points)
+        # under "reml" the sds are a point, and a Jacobian there would count as evidence
+        return evidence + coordinates.log_density_of(points, hyperguide != "reml")
 
     several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
     cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
