@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=("smoke", "full"), default="full")
     parser.add_argument("--only", default="a,b,c,d,e,f,g", help="letters, with commas between them")
     parser.add_argument("--peers", help="only these, with commas between them")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for which a pair is timed")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that one row may take")
     chosen = parser.parse_args(arguments)
     letters = chosen.only.split(",")
@@ -57,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     cases = [CASES[letter] for letter in letters if letter in CASES]
     if cases:
-        collect(pairs(run, cases, full, chosen.peers), report.PAIR_COLUMNS, chosen.out, "pairs", report.plot_pairs)
+        rows = pairs(run, cases, full, chosen.peers, chosen.seconds)
+        collect(rows, report.PAIR_COLUMNS, chosen.out, "pairs", report.plot_pairs)
     if "d" in letters:
         collect(accurate(run, full), report.ACCURACY_COLUMNS, chosen.out, "accuracy")
     if "e" in letters:
@@ -75,14 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
         collect(first_calls(run, full), report.OVERHEAD_COLUMNS, chosen.out, "overhead", report.plot_overhead)
 
 
-def pairs(run: Run, cases: list[str], full: bool, only: str | None) -> Iterable[dict[str, Any]]:
+def pairs(run: Run, cases: list[str], full: bool, only: str | None, seconds: float) -> Iterable[dict[str, Any]]:
     for case in cases:
         peers = PEERS[case] if only is None else [peer for peer in only.split(",") if peer in PEERS[case]]
         for peer in peers:
             exact = run("pairs", {"case": case, "peer": peer, **EXACT})
             for tasks in TASKS[case] if full else (5,):
                 # on 5 tasks nothing is worth timing long
-                row = run("pairs", {"case": case, "peer": peer, "tasks": tasks, "seconds": 20.0 if full else 0.5})
+                row = run("pairs", {"case": case, "peer": peer, "tasks": tasks, "seconds": seconds if full else 0.5})
                 yield row | {"gradient_gap_float64": exact.get("gradient_gap")}
 
 
