@@ -5,7 +5,7 @@ that is pure in its tensors does the same arithmetic at every call with the same
 all) into a graph of plain tensor operations, and the graph is compiled.  Nothing here knows what is computed.
 
 Compiled graphs are kept for the whole process by what they compute, not by who asked: two fits of the same model and shapes
-compile once.
+compile once.  torch keeps them on disk too (TORCHINDUCTOR_CACHE_DIR), so that the next process only traces.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -154,15 +155,26 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function
 
         try:
             # the graph is made of plain operations already: nothing for torch.compile's front end, and its guards, to add
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), _kept_on_disk(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the compiler's own, of its own parts
                 compiled = _inductor.compile(graph, list(examples))
+            with torch.no_grad():
                 compiled(*examples)
         except Exception as error:
             raise CaptureError(f"it cannot be compiled: {_first_line(error)}") from error
         _COMPILED.seconds += time.perf_counter() - begin
         _COMPILED.graphs[key] = compiled
     return _COMPILED.graphs[key]
+
+
+def _kept_on_disk() -> AbstractContextManager[object]:
+    """Within it, what is compiled is found again by other processes; the compiler refuses to where it knows of no shapes."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    fixed = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    return tracing(TracingContext(fixed))
 
 
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
