@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import varmeta as vm
-from tests.cases import adam, known, linear_model, net_model, ragged_tasks, seeded
+from tests.cases import adam, known, linear_model, net_model, ragged_tasks, scalar_model, seeded
 from varmeta.descent import _rows
 from varmeta.doubts import doubts
 from varmeta.strategy import Strategy
@@ -441,6 +441,13 @@ def test_the_objective_has_its_name(strategy: Strategy, name: str) -> None:
     assert known(linear_model(PRIOR), ragged_tasks(2), strategy).loss_name == name
     hyper = vm.GaussianPrior(3.0, "shared", hyperprior=dist.Gamma(2.0, 1.0))
     assert known(linear_model(hyper), ragged_tasks(2), strategy).loss_name == f"{name} - log hyperprior"
+
+
+def test_a_cubature_that_is_not_exact_is_named() -> None:
+    fit = known(scalar_model(PRIOR), ragged_tasks(2), vm.Joint("normal", expectation="cubature"))
+    assert fit.loss_name == "negative ELBO by cubature"
+    drawn = known(scalar_model(PRIOR), ragged_tasks(2), vm.Joint("normal", expectation="quantiles"))
+    assert drawn.loss_name == "negative ELBO"
 
 
 def test_a_precision_that_runs_away_is_called_out() -> None:

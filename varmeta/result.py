@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varmeta import chunks, summary
 from varmeta._points import check_columns
+from varmeta.bayes.expectation import Cubature
 from varmeta.bayes.model import TaskModel
 from varmeta.fast import adapt, check_compile
 from varmeta.hyper.conditional import is_linear_gaussian
@@ -74,14 +75,15 @@ class Fit:
 
     @property
     def loss_name(self) -> str:
-        """Only a Gaussian guide's elbo is a bound on the negative log evidence."""
+        """Only a Gaussian guide's elbo is a bound on the negative log evidence, and by cubature only where that is exact: where
+        log p(y | theta) is quadratic in theta."""
         if self.hyper is not None:
             integrated = "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
             return f"negative ELBO, {integrated} integrated out"
         name = {
             "elbo": "penalised loss (MAP; no bound)"
             if self.is_point
-            else "negative ELBO"
+            else "negative ELBO" + " by cubature" * self._is_cubature_rough
             if not self.problem.guide.at_mode
             else "negative log evidence by Laplace's approximation (no bound)",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
@@ -89,6 +91,11 @@ class Fit:
             "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
         }[self.strategy.outer]
         return f"{name} - log hyperprior" if self.model.has_hyperprior else name
+
+    @cached_property
+    def _is_cubature_rough(self) -> bool:
+        """Whether E_q log p(y | theta) is taken at points that serve quadratics, and is not known to be one."""
+        return isinstance(self.problem.expectation, Cubature) and not is_linear_gaussian(self.model, self.tasks)
 
     @property
     def hyper(self) -> HyperPosterior | None:
