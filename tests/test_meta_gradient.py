@@ -248,6 +248,6 @@ def test_a_warm_linear_system_takes_fewer_products_to_the_same_gradient() -> Non
         for _ in range(2):  # as if eta had hardly moved
             total, state, stats = strategy.loss(problem, batch, eta, state)
         gradient = torch.autograd.grad(total, list(eta.values()), allow_unused=True, materialize_grads=True)
-        found.append((float(stats["linear"]["products"].max()), torch.cat([g.reshape(-1) for g in gradient])))
-    assert found[1][0] <= 0.5 * found[0][0]
+        found.append((float(stats["evaluations"]), torch.cat([g.reshape(-1) for g in gradient])))
+    assert found[1][0] <= 0.3 * found[0][0]
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-7)

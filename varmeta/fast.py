@@ -80,7 +80,9 @@ class Step:
     def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
         try:
             if self.compiled and self.strategy.not_captured(problem) is None:
-                return self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
+                found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
+                # a graph's inner loop does not stop a task that leads nowhere finite; the eager one does
+                return found if bool(torch.isfinite(found.value)) else eager(self.strategy, problem, batch, eta, state)
             if self.compiled and self._in_pieces(problem):
                 return eager(self.strategy, replace(problem, graphed=True), batch, eta, state)
         except CaptureError as error:

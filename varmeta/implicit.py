@@ -96,7 +96,7 @@ class Implicit(Amortised):
         if state.phi is not None:
             state = replace(state, phi=batch.into(state.phi, ends))
         if state.inner is not None:
-            state = replace(state, inner=batch.into(state.inner, stats["linear"].pop("solution")))
+            state = replace(state, inner=batch.into(state.inner, stats.pop("solution")))
         return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
     def _noisy_loss(
@@ -131,9 +131,12 @@ class Implicit(Amortised):
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
         evaluations = evaluations + (1.0 if inner is outer else 4.0)
         stats = {
-            "losses": losses.detach(), "evaluations": evaluations, "diverged": count_diverged(solution),
-            "inner": solution._replace(value={}), "linear": linear,
+            "losses": losses.detach(), "evaluations": evaluations, "diverged": count_diverged(solution)
         }  # fmt: skip
+        if guess is not None:
+            stats["solution"] = linear.pop("solution")
+        if certify:  # else nobody asks what the gradient rests on, and a graph need not work it out
+            stats |= {"inner": solution._replace(value={}), "linear": linear}
         return losses, solution.value, stats
 
     def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:

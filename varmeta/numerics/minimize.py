@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
+from varmeta.numerics.capture import tracing
 from varmeta.numerics.pieces import apply, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
@@ -124,6 +125,36 @@ class FirstOrderMinimizer(Minimizer):
     def solve(
         self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
     ) -> Solution:
+        if steps is not None:
+            solution = self._exactly(fn, phi, steps, create_graph)
+            # in a graph that is being traced no number can be read: whoever calls it looks at what comes out
+            if tracing() or solution.worst < Result.NON_FINITE:
+                return solution
+        return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph)
+
+    def _exactly(self, fn: Losses, phi: Tree, steps: int, create_graph: bool) -> Solution:
+        """`steps` steps with nothing to look at on the way: what is not finite stays so."""
+        middle = _Evaluation.GRAPH if create_graph else _Evaluation.FULL
+        go = apply if create_graph else run
+        point = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
+        first, end, norm = None, None, None
+        state = self.init(tree.detach(point))
+        for count in range(steps):
+            losses, norm_here, point, state = go(fn, _Move(self, middle, count == 0), point, state)
+            first, norm = (losses, norm_here) if first is None else (first, norm)
+        end = go(fn, _loss_at, point)
+        first, unknown = end if first is None else first, torch.full_like(end, math.nan)
+        stats = {
+            "gradient_norm": unknown, "start_gradient_norm": unknown if norm is None else norm,
+            "steps": torch.full_like(end, steps, dtype=torch.int64), "evaluations": torch.full_like(end, steps + 0.5),
+        }  # fmt: skip
+        result = torch.full_like(end, int(Result.STEP_LIMIT), dtype=torch.int64)
+        return Solution(point, _judged(result, first, end, ~torch.isfinite(end)), stats)
+
+    def _carefully(
+        self, fn: Losses, phi: Tree, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+    ) -> Solution:
+        """To tolerance, or for `steps` steps, a task that leads nowhere finite stopping where it was last."""
         # the end's own gradient would be a step's work, and after a fixed number of steps nobody moves on from there
         limit, final = (max_steps, _Evaluation.FULL) if steps is None else (steps, _Evaluation.LOSS)
         middle = _Evaluation.GRAPH if create_graph else _Evaluation.FULL
@@ -137,16 +168,42 @@ class FirstOrderMinimizer(Minimizer):
                 break
             walk = go(fn, _Advance(self, steps is None, middle if count < limit else final), walk)
 
-        failed, end, first = walk["failed"], walk["loss"], walk["first"]
         result = torch.where(walk["converged"], int(Result.CONVERGED), int(Result.STEP_LIMIT))
-        result = torch.where(failed, int(Result.NON_FINITE), result)
-        slack = 100 * torch.finfo(end.dtype).eps * first.abs().clamp(min=1)
-        result = torch.where(~failed & (end > first + slack), int(Result.DIVERGED), result)
+        result = _judged(result, walk["first"], walk["loss"], walk["failed"])
         stats = {
             "gradient_norm": walk["norm"], "start_gradient_norm": walk["start_norm"], "steps": walk["taken"],
             "evaluations": walk["evaluations"],
         }  # fmt: skip
         return Solution(walk["point"], result, stats)
+
+
+def _judged(result: Tensor, first: Tensor, end: Tensor, failed: Tensor) -> Tensor:
+    """`result`, but NON_FINITE for those that failed and DIVERGED for those that ended above their first loss."""
+    slack = 100 * torch.finfo(end.dtype).eps * first.abs().clamp(min=1)
+    result = torch.where(failed, int(Result.NON_FINITE), result)
+    return torch.where(~failed & (end > first + slack), int(Result.DIVERGED), result)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """The piece that is one step of every task, whatever comes of it."""
+
+    rule: FirstOrderMinimizer
+    evaluate: _Evaluation
+    first: bool
+
+    def __call__(self, fn: Losses, point: Tree, state: Tree) -> tuple[Tensor, Tensor, Tree, Tree]:
+        """The losses before the step, their gradient's norm (before the first step only), the point and the state after."""
+        losses, point, gradient = value_and_gradient(fn, point, self.evaluate is _Evaluation.GRAPH)
+        norm = tree.norm(tree.detach(gradient)) if self.first else losses
+        if self.evaluate is not _Evaluation.GRAPH:
+            point = tree.detach(point)
+        return losses, norm, *self.rule.update(point, gradient, state)
+
+
+def _loss_at(fn: Losses, phi: Tree) -> Tensor:
+    with torch.no_grad():
+        return _checked_losses(fn, phi)
 
 
 class _Evaluation(Enum):
