@@ -119,3 +119,37 @@ def test_a_graph_that_writes_into_its_tensors_is_left_alone() -> None:
     code = graph.code
     rewrite(graph)
     assert graph.code == code
+
+
+def neutral(rows: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, ...]:
+    zeros, ones = torch.zeros_like(rows), torch.ones_like(rows)
+    return (
+        (rows + zeros) * 2, (zeros + rows) - 1, (rows - zeros) * centre, (rows * ones).exp(), (rows / ones).sin(),
+        zeros - rows, ones / rows, centre * ones, centre + zeros.unsqueeze(0), zeros * ones + rows,
+    )  # fmt: skip
+
+
+def test_plus_zero_and_times_one_are_nothing() -> None:
+    inputs = draws(TASKS, SIZE), draws(TASKS, POINTS, 1, seed=1), draws(SIZE, seed=2)
+    graph = make_fx(neutral)(*inputs)
+    rewrite(graph)
+    for found, expected in zip(graph(*inputs), neutral(*inputs), strict=True):
+        assert found.shape == expected.shape
+        assert torch.equal(found, expected)
+    left = Counter(node.target for node in graph.graph.nodes)
+    aten = torch.ops.aten
+    assert left[aten.add.Tensor] == 0 and left[aten.zeros_like.default] == left[aten.ones_like.default] == 0
+    assert left[aten.mul.Tensor] == 2 and left[aten.div.Tensor] == 1  # those by what is no constant
+
+
+def test_a_loss_that_only_its_gradient_needed_is_not_taken() -> None:
+    def slope(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
+        point = rows.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(((point - centre) ** 3).sum(), point)[0]
+
+    inputs = draws(TASKS, SIZE), draws(TASKS, POINTS, 1, seed=1), draws(SIZE, seed=2)
+    graph = make_fx(slope)(*inputs)
+    rewrite(graph)
+    torch.testing.assert_close(graph(*inputs), slope(*inputs))
+    assert not any(node.target is torch.ops.aten.sum.default for node in graph.graph.nodes)

@@ -76,8 +76,10 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     offset = location(q) - location(p)
     size = offset.shape[-1]
     if isinstance(p, Independent):
-        whitened = offset / p_scale
-        log_det_p = _once(p_scale).log().sum(-1)
+        # of the prior's own numbers, not of every task's: one division instead of one for each weight of each task
+        sd = _once(p_scale)
+        whitened = offset * sd.reciprocal()
+        log_det_p = sd.log().sum(-1)
     else:
         whitened = torch.linalg.solve_triangular(
             p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
@@ -91,7 +93,7 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
 
 
 def _once(x: Tensor) -> Tensor:
-    """x without the copies that expanding made along its leading axes: no logarithm is taken for every task."""
+    """x without the copies that expanding made along its leading axes: what is taken of it is not taken for every task."""
     for axis in range(x.dim() - 1):
         if x.stride(axis) == 0:
             x = x.narrow(axis, 0, min(1, x.shape[axis]))
@@ -107,7 +109,8 @@ def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tens
     assert q_scale is not None
     if isinstance(p, Independent):
         diagonal = isinstance(q, Independent)
-        ratio = q_scale / (p_scale if diagonal else p_scale.unsqueeze(-1))
+        unit = _once(p_scale).reciprocal()
+        ratio = q_scale * (unit if diagonal else unit.unsqueeze(-1))
         return ratio.square().sum(-1) if diagonal else ratio.square().sum((-2, -1))
     factor = torch.diag_embed(q_scale) if isinstance(q, Independent) else q_scale
     batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
@@ -131,7 +134,7 @@ def move(q: dist.TorchDistribution, noise: Tensor) -> Tensor:
     q_scale = scale(q)
     if q_scale is None:
         # a point has no spread, whatever the noise: every point of the rule is its location
-        return location(q) + torch.zeros_like(noise)
+        return location(q).expand(torch.broadcast_shapes(location(q).shape, noise.shape))
     if isinstance(q, Independent):
         return location(q) + q_scale * noise
     return location(q) + (q_scale @ noise.unsqueeze(-1)).squeeze(-1)

@@ -40,11 +40,50 @@ def rewrite(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # strides change below, and a view insists on them
+    _constants(graph.graph)
     _transposed_products(graph.graph)
     _in_parts(graph.graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
+
+
+_LIKE = {aten.zeros_like.default: 0.0, aten.ones_like.default: 1.0}
+_NEUTRAL = {aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0, aten.mul.Tensor: 1.0, aten.div.Tensor: 1.0}
+_SAME_NUMBERS = {
+    aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,
+    aten.transpose.int, aten.clone.default, aten.detach.default, aten.alias.default,
+}  # fmt: skip
+
+
+def _constants(graph: fx.Graph) -> None:
+    """Zeros and ones shaped like something do not read it, so what nobody else reads dies; plus 0 and times 1 are nothing."""
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.target in _LIKE and value.is_floating_point():
+            with graph.inserting_before(node):
+                made = {"dtype": value.dtype, "device": value.device}
+                full = graph.call_function(aten.full.default, (list(value.shape), _LIKE[node.target]), made)
+            full.meta["val"] = value.contiguous()
+            node.replace_all_uses_with(full)
+        elif node.target in _NEUTRAL and not node.kwargs and all(isinstance(x, fx.Node) for x in node.args):
+            first, other = node.args
+            neutral = _NEUTRAL[node.target]
+            if node.target in (aten.add.Tensor, aten.mul.Tensor) and _filled_with(first) == neutral:
+                first, other = other, first
+            if _filled_with(other) == neutral and first.meta["val"].dtype == value.dtype:
+                with graph.inserting_before(node):
+                    same = graph.call_function(aten.expand.default, (first, list(value.shape)))
+                same.meta["val"] = first.meta["val"].expand(value.shape)
+                node.replace_all_uses_with(same if _shape(first) != tuple(value.shape) else first)
+    graph.eliminate_dead_code()
+
+
+def _filled_with(node: Node) -> float | None:
+    """The number that a tensor holds everywhere, where that is plain to see."""
+    while node.op == "call_function" and node.target in _SAME_NUMBERS:
+        node = node.args[0]
+    return float(node.args[1]) if node.target is aten.full.default else None
 
 
 def _shape(node: Any) -> tuple[int, ...]:
