@@ -184,7 +184,9 @@ def test_through_fit_adapt_and_disk(guide: Any, tmp_path: Any) -> None:
     assert loaded.strategy == fit.strategy
     new = ragged_tasks(3, seed=4)
     same = torch.testing.assert_close
-    same(loaded.adapt(new).draws(5), fit.adapt(new).draws(5), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # under such a prior a task may end at a saddle
+        same(loaded.adapt(new).draws(5), fit.adapt(new).draws(5), rtol=0, atol=0)
     same(loaded.posterior().draws(5), fit.posterior().draws(5), rtol=0, atol=0)
     assert str(guide).partition("(")[0] in str(fit)
     assert fit.posterior().score(num_samples=20)["log_density"].notna().all()

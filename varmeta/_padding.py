@@ -130,6 +130,8 @@ class Batch:
 
 
 def _fill(values: Tensor, mask: Tensor) -> Tensor:
+    if not mask.shape[1]:
+        return values
     first = values[torch.arange(len(mask), device=mask.device), mask.long().argmax(1)]
     some = mask.any(1)
     lender = first[some.long().argmax()] if len(first) else first

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
-from varmeta.bayes.guide import Guide
+from varmeta.bayes.guide import Guide, PyroGuide
 from varmeta.bayes.guides import make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
@@ -49,7 +49,8 @@ class Problem:
     ) -> Problem:
         """frozen: see `make_expectation`."""
         made = make_guide(guide).bound(model)  # type: ignore[arg-type]
-        example = tasks[:1].batch()
+        # a user's guide shows only with several tasks whether it keeps them apart
+        example = tasks.batch() if isinstance(made, PyroGuide) else tasks[:1].batch()
         problem = cls(model, made, Point(), int(seed))
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
             return problem
