@@ -50,8 +50,8 @@ class Data:
         features = {name: cast(value, dtype, device) for name, value in self.features.items()}
         return Data(cast(self.x, dtype, device), cast(self.y, dtype, device), self.mask.to(device=device), features)
 
-    def take(self, rows: Tensor) -> Data:
-        """The tasks at the positions `rows`, int64 `(n,)`; still as wide as before."""
+    def take(self, rows: Tensor | slice) -> Data:
+        """The tasks at the positions `rows`, int64 `(n,)`, or views of those in a slice; still as wide as before."""
         features = {name: value[rows] for name, value in self.features.items()}
         return Data(self.x[rows], self.y[rows], self.mask[rows], features)
 
@@ -60,10 +60,10 @@ class Data:
         return replace(self, x=self.x[:, :number], y=self.y[:, :number], mask=self.mask[:, :number])
 
     def part(self, begin: int, end: int) -> Data:
-        """The tasks from `begin` up to `end`, as views."""
-        features = {name: value[begin:end] for name, value in self.features.items()}
-        data = Data(self.x[begin:end], self.y[begin:end], self.mask[begin:end], features)
-        data.__dict__["filled"] = tuple(values[begin:end] for values in self.filled)
+        """The tasks from `begin` up to `end`, as views, their padding filled as it is here."""
+        rows = slice(begin, end)
+        data = self.take(rows)
+        data.__dict__["filled"] = tuple(values[rows] for values in self.filled)
         return data
 
     def take_points(self, index: Tensor) -> Data:

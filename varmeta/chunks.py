@@ -17,11 +17,9 @@ from torch import Tensor
 
 from varmeta._numbers import whole_number
 from varmeta.bayes.guide import PyroGuide
-from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.capture import CaptureError, graph_bytes
-from varmeta.numerics.pieces import Graphed
 from varmeta.numerics.solution import Solution
-from varmeta.numerics.tree import Tree, detach
+from varmeta.numerics.tree import Tree, take
 from varmeta.problem import Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
@@ -60,12 +58,8 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
     numbers = problem.model.weights.size + batch.support.x[0].numel()
     if numbers * len(batch) < FEW or isinstance(problem.guide, PyroGuide):
         return len(batch)
-    one = batch.part(0, 1)
-    known = detach(eta)
     try:
-        inner = replace(problem, graphed=True).losses("inner", one, 0)
-        assert isinstance(inner, Graphed)
-        gradient = graph_bytes(inner.traced(losses_and_gradient, detach(problem.start(one, known)), known))
+        gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
     except CaptureError:
         gradient = 64 * numbers * batch.support.x.element_size()
     return max(1, min(len(batch), MEMORY // (strategy.gradients_held * gradient)))
@@ -97,7 +91,9 @@ def states(state: State, batch: Batch, parts: Sequence[Batch]) -> Iterator[State
     begin = 0
     for part in parts:
         rows = slice(begin, begin + len(part))
-        yield replace(state, phi=_cut(phi, rows), inner=_cut(inner, rows))
+        yield replace(
+            state, phi=None if phi is None else take(phi, rows), inner=None if inner is None else take(inner, rows)
+        )
         begin += len(part)
 
 
@@ -139,10 +135,6 @@ def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solut
     parts = list(split(batch, size))
     found = [one(part) for part in parts]
     return Solution(*_join([tuple(x) for x in found], [len(part) for part in parts]))
-
-
-def _cut(stored: Tree | None, rows: slice) -> Tree | None:
-    return None if stored is None else {name: x[rows] for name, x in stored.items()}
 
 
 def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | None:

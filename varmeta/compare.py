@@ -169,9 +169,10 @@ def _hyperguides(
         named = dict(given)
     else:
         named = {} if given is None else dict.fromkeys(strategies, given)
+    every = train.merged()
     for name, value in named.items():
         try:
-            check_hyperguide(value, models[name], train.merged(), strategies[name])
+            check_hyperguide(value, models[name], every, strategies[name])
         except (TypeError, ValueError) as error:
             some = "" if isinstance(given, Mapping) else "; give a dict for some strategies only"
             raise type(error)(f"strategy {name!r}: {error}{some}") from error

@@ -18,11 +18,8 @@ import torch
 
 from varmeta import chunks
 from varmeta.chunks import Outcome
-from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.capture import Captured, CaptureError, compile_seconds, eager_seconds
-from varmeta.numerics.pieces import Graphed
 from varmeta.numerics.solution import Solution
-from varmeta.numerics.tree import detach
 from varmeta.problem import Problem
 from varmeta.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch
@@ -61,7 +58,9 @@ class Step:
     ) -> None:
         self.strategy = strategy
         self.num_steps = num_steps
-        self.compiled: bool | None = None if compile == "auto" else bool(compile)  # None: not yet decided
+        auto = compile == "auto"
+        # None: not yet decided
+        self.compiled: bool | None = None if auto and num_steps >= FEWEST_STEPS else bool(compile) and not auto
         self.size = task_chunk_size  # None: not yet decided
 
     def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
@@ -90,10 +89,12 @@ class Step:
         return eager(self.strategy, problem, batch, eta, state)
 
     def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
-        graph = self.compiled is not False and self.strategy.not_captured(problem) is None
+        as_graph = self.compiled is not False and self.strategy.not_captured(problem) is None
         size = self.size
-        if size is None:
-            size = chunks.in_cache(problem, batch) if graph else chunks.in_memory(self.strategy, problem, batch, eta)
+        if size is None and as_graph:
+            size = chunks.in_cache(problem, batch)
+        elif size is None:
+            size = self.size = chunks.in_memory(self.strategy, problem, batch, eta)
         if self.compiled is None:
             part = next(iter(chunks.split(batch, size)))
             own = next(iter(chunks.states(state, batch, [part])))
@@ -102,13 +103,10 @@ class Step:
             except CaptureError as error:
                 self._fall_back(error)
         if self.size is None:
-            whole_graph = graph and self.compiled
-            self.size = size if whole_graph else chunks.in_memory(self.strategy, problem, batch, eta)
+            self.size = size if self.compiled else chunks.in_memory(self.strategy, problem, batch, eta)
 
     def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float) -> bool:
         """times: how many such batches make a step."""
-        if self.num_steps < FEWEST_STEPS:
-            return False
         if self.strategy.not_captured(problem) is None:
             graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
             return eager_seconds(graph) * times * self.num_steps > WORTH * compile_seconds(graph)
@@ -149,9 +147,10 @@ def adapt(
 
     try:
         if compile == "auto":
-            many = batch.support.x.numel() * problem.model.weights.size >= MANY
-            part = next(iter(chunks.split(batch, size)))
-            compile = many and pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
+            compile = False
+            if batch.support.x.numel() * problem.model.weights.size >= MANY:
+                part = next(iter(chunks.split(batch, size)))
+                compile = pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
         return solve(bool(compile))
     except CaptureError as error:
         fall_back(str(error))
@@ -164,10 +163,7 @@ def fall_back(reason: str) -> None:
 
 def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: float) -> bool:
     """Whether that many inner solves, of a typical length, are enough work to compile a minimiser's and a solver's pieces."""
-    known = {name: value.detach() for name, value in eta.items()}
-    inner = replace(problem, graphed=True).losses("elbo", batch, 0)
-    assert isinstance(inner, Graphed)
-    graph = inner.traced(losses_and_gradient, detach(problem.start(batch, known)), known)
+    graph = problem.gradient_graph("elbo", batch, eta)
     return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
 
 

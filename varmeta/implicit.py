@@ -17,7 +17,7 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, 
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
-from varmeta.numerics.tree import Tree, add, detach, dot, map_tree
+from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
 from varmeta.problem import Losses, Problem
 from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import Eta, State, Stats
@@ -71,7 +71,7 @@ class Implicit(Amortised):
         if not self.warm_start:
             return State()
         phi = detach(problem.start(batch, eta))
-        return State(phi, map_tree(torch.zeros_like, phi) if self._is_solved_by_cg(problem, phi) else None)
+        return State(phi, zeros_like(phi) if self._is_solved_by_cg(problem, phi) else None)
 
     def _is_solved_by_cg(self, problem: Problem, phi: Tree) -> bool:
         envelope = self.outer == "elbo" and not problem.guide.at_mode

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.bayes.model import SITE
+from varmeta.bayes.program import SITE
 from varmeta.tasks import Data
 
 

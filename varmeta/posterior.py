@@ -16,7 +16,7 @@ from varmeta._numbers import whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
 from varmeta.bayes.divergence import location, move, moved_by
-from varmeta.bayes.model import observed_log_prob
+from varmeta.bayes.program import observed_log_prob
 from varmeta.diagnostics import diagnose, evidence
 from varmeta.labels import parameter_labels
 from varmeta.numerics import noise

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
-from torch import Tensor
+from torch import Tensor, fx
 
 from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
 from varmeta.bayes.guide import Guide, PyroGuide
 from varmeta.bayes.guides import make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
+from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.pieces import Graphed
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, detach
 from varmeta.tasks import Batch, Data, TaskSet
 from varmeta.tensors import batch_of, tensors_of
 
@@ -82,6 +83,16 @@ class Problem:
             (tensors_of(batch), noise),
             graphs,
         )
+
+    def gradient_graph(self, name: str, batch: Batch, eta: Mapping[str, Tensor]) -> fx.GraphModule:
+        """The traced graph of those losses and their gradient in phi, to judge by what they cost; kept with the model.
+
+        Raises CaptureError where they cannot be traced.
+        """
+        known = detach(dict(eta))
+        losses = replace(self, graphed=True).losses(name, batch, 0)
+        assert isinstance(losses, Graphed)
+        return losses.traced(losses_and_gradient, detach(self.start(batch, known)), known)
 
     def noise(self, name: str, batch: Batch, step: int) -> Tensor:
         """The standardised points at which that objective takes its expectation, `(points, tasks or 1, D)`."""

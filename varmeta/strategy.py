@@ -200,8 +200,7 @@ class Strategy(ABC):
         return None
 
     def _total(self, problem: Problem, batch: Batch, eta: Eta, losses: Tensor) -> Tensor:
-        penalty = problem.model.penalty(eta)
-        return losses.sum() * (batch.total / len(batch)) + (penalty if batch.share == 1.0 else batch.share * penalty)
+        return losses.sum() * (batch.total / len(batch)) + batch.share * problem.model.penalty(eta)
 
 
 def check_kinds(model: object, tasks: object, strategy: object) -> None:

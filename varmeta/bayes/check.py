@@ -126,7 +126,7 @@ def check_start(
     """
     try:
         sites = program.get_trace(eta, data).nodes
-    except (RuntimeError, ValueError, IndexError, NotImplementedError):
+    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
         return
     shape = (2, *data.mask.shape)
     start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if eta[name].numel() == 1)
@@ -141,7 +141,7 @@ def check_start(
             bad = ~constraint.check(value)
             try:  # one number for all rows, or several for each
                 bad = bad.expand(shape) if bad.dim() <= 3 else bad.flatten(3).any(-1).expand(shape)
-            except RuntimeError:
+            except RuntimeError:  # an event of several numbers, which belongs to no row
                 continue
             for task, row in (bad[0] & data.mask).nonzero()[:1].tolist():
                 raise ValueError(

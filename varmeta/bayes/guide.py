@@ -22,8 +22,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from varmeta.bayes.divergence import has_closed_form, location, require_closed_form, scale
-from varmeta.bayes.model import SITE, TASKS, TaskModel
+from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import unit_lower
+from varmeta.bayes.program import SITE, TASKS
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Data
 

@@ -27,7 +27,8 @@ from torch.distributions import Independent
 from varmeta._words import counted
 from varmeta.bayes.divergence import location, scale
 from varmeta.bayes.guide import BoundGuide, copies, sample
-from varmeta.bayes.model import DATA, TASKS, TaskModel, negative_log_likelihood, observed_log_prob
+from varmeta.bayes.model import TaskModel, negative_log_likelihood
+from varmeta.bayes.program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Data
 

@@ -35,11 +35,9 @@ from varmeta.bayes.check import (
 from varmeta.bayes.covariates import check_features, coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
-from varmeta.bayes.program import RefusePlates, starts, without_shapes
+from varmeta.bayes.program import DATA, SITE, TASKS, RefusePlates, observed_log_prob, starts, without_shapes
 from varmeta.bayes.weights import Weights
 from varmeta.tasks import Data, TaskSet
-
-TASKS, DATA, SITE = "tasks", "data", "theta"
 
 Program = Callable[[dict[str, Tensor], Tensor, Tensor | None], Any]
 
@@ -389,40 +387,6 @@ def negative_log_likelihood(
     if not data.mask.shape[1]:
         return prior, theta.new_zeros(theta.shape[:2])
     return prior, -observed_log_prob(trace).sum(-1)
-
-
-def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:
-    """log p(y | x, theta) of every observation, `(..., tasks, points)`, zero in the padding.
-
-    Raises ValueError where the program observes nothing, keeps a latent site of its own, or broadcasts to another shape.
-    """
-    trace.compute_log_prob(lambda name, site: site["is_observed"] and name != SITE)
-    total: Tensor | float = 0.0
-    found = False
-    for name, site in trace.nodes.items():
-        if (
-            site["type"] != "sample"
-            or poutine.util.site_is_subsample(site)
-            or (site["infer"] or {}).get("_deterministic")
-        ):
-            continue
-        if site["is_observed"] and name != SITE:
-            found = True
-            total = total + site["log_prob"]
-        elif name != SITE:
-            raise ValueError(
-                f"the program samples {name!r} without observing it: if that is the data, write pyro.sample({name!r}, ..., "
-                "obs=y); if it is a weight, name it in params, so that it gets a prior"
-            )
-    if not found:
-        raise ValueError("the program observes nothing: pyro.sample('y', ..., obs=y) must be reached when y is given")
-    assert isinstance(total, Tensor)
-    if shape is not None and total.shape != shape:
-        raise ValueError(
-            f"the program's log density has shape {tuple(total.shape)}, but (theta points, tasks, data points) = {shape} "
-            "was expected: params broadcast as (..., tasks, 1, *shape) against x (tasks, points, ...)"
-        )
-    return total
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""What a user's Pyro program may be: its params, its plates, and what is left of Pyro's complaints about it."""
+"""What a user's Pyro program may be: its params, its plates, what its observations come to, and what is left of Pyro's
+complaints about it."""
 
 from __future__ import annotations
 
@@ -7,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+# plates and the site of a task's weights
+TASKS, DATA, SITE = "tasks", "data", "theta"
 
 
 def starts(params: Any) -> dict[str, Tensor]:
@@ -53,3 +58,33 @@ class RefusePlates(Messenger):
 def without_shapes(error: BaseException) -> str:
     """A message without the table of shapes that Pyro appends, in which every number is varmeta's own."""
     return str(error).partition("\nTrace Shapes:")[0].rstrip()
+
+
+def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:
+    """log p(y | x, theta) of every observation, `(..., tasks, points)`, zero in the padding.
+
+    Raises ValueError where the program observes nothing, keeps a latent site of its own, or broadcasts to another shape.
+    """
+    trace.compute_log_prob(lambda name, site: site["is_observed"] and name != SITE)
+    total: Tensor | float = 0.0
+    found = False
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site) or (site["infer"] or {}).get("_deterministic"):
+            continue
+        if site["is_observed"] and name != SITE:
+            found = True
+            total = total + site["log_prob"]
+        elif name != SITE:
+            raise ValueError(
+                f"the program samples {name!r} without observing it: if that is the data, write pyro.sample({name!r}, ..., "
+                "obs=y); if it is a weight, name it in params, so that it gets a prior"
+            )
+    if not found:
+        raise ValueError("the program observes nothing: pyro.sample('y', ..., obs=y) must be reached when y is given")
+    assert isinstance(total, Tensor)
+    if shape is not None and total.shape != shape:
+        raise ValueError(
+            f"the program's log density has shape {tuple(total.shape)}, but (theta points, tasks, data points) = {shape} "
+            "was expected: params broadcast as (..., tasks, 1, *shape) against x (tasks, points, ...)"
+        )
+    return total

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from varmeta.bayes import likelihood
 from varmeta.bayes.divergence import location, scale
-from varmeta.bayes.model import SITE, TaskModel, observed_log_prob
+from varmeta.bayes.model import TaskModel
+from varmeta.bayes.program import SITE, observed_log_prob
 from varmeta.buckets import buckets
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics.minimize import minimize

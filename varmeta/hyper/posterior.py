@@ -66,9 +66,7 @@ class IntegratedPosterior(Posterior):
     def distribution(self) -> dist.TorchDistribution:
         share = torch.bincount(self._row_of, minlength=len(self._parts.mean)).to(self._parts.mean)
         share = (share / share.sum())[:, None, None]
-        means = self._parts.mean
-        if self.model.coefficients:
-            means = means + self._moved_by({name: value[self._rows] for name, value in self.hyper.points.items()})
+        means = self._moved(self._parts.mean, {name: value[self._rows] for name, value in self.hyper.points.items()})
         mean = (share * means).sum(0)
         offset = means - mean
         spread = self._parts.covariance + offset.unsqueeze(-1) * offset.unsqueeze(-2)
@@ -95,8 +93,7 @@ class IntegratedPosterior(Posterior):
 
     def centres(self, num_samples: int) -> Tensor:
         eta = self.eta_draws(num_samples)
-        theta0 = self.model.weights.flatten(eta).unsqueeze(1)
-        return theta0 + self._moved_by(eta) if self.model.coefficients else theta0
+        return self._moved(self.model.weights.flatten(eta).unsqueeze(1), eta)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -115,20 +112,17 @@ class IntegratedPosterior(Posterior):
         theta = mode + (factor @ z.unsqueeze(-1)).squeeze(-1)
         if several > 1:
             theta = self._chosen(theta, z, self.eta_draws(num_samples), seed)
-        theta = theta.reshape(num_samples, tasks, size)
-        if self.model.coefficients:
-            theta = theta + self._moved_by(self.eta_draws(num_samples))
-        return theta.unsqueeze(-2)
+        return self._moved(theta.reshape(num_samples, tasks, size), self.eta_draws(num_samples)).unsqueeze(-2)
 
-    def _moved_by(self, eta: dict[str, Tensor]) -> Tensor:
-        """What the tasks' features add to their weights under each of K eta, `(K, tasks, D)`."""
+    def _moved(self, theta: Tensor, eta: dict[str, Tensor]) -> Tensor:
+        """theta `(K, tasks or 1, D)` with what the tasks' features add to it under each of K eta."""
+        if not self.model.coefficients:
+            return theta
 
-        def one(eta: dict[str, Tensor]) -> Tensor:
-            by = self.offset(eta)
-            assert by is not None  # asked only where there are covariates
-            return by.squeeze(-2)
+        def one(theta: Tensor, eta: dict[str, Tensor]) -> Tensor:
+            return self.model.moved(theta.unsqueeze(-2), eta, self._batch.support).squeeze(-2)
 
-        return torch.func.vmap(one)(eta)
+        return torch.func.vmap(one)(theta, eta)
 
     @torch.no_grad()
     def _chosen(self, theta: Tensor, z: Tensor, eta: dict[str, Tensor], seed: int) -> Tensor:

@@ -134,18 +134,18 @@ class FirstOrderMinimizer(Minimizer):
 
     def _exactly(self, fn: Losses, phi: Tree, steps: int, create_graph: bool) -> Solution:
         """`steps` steps with nothing to look at on the way: what is not finite stays so."""
-        middle = _Evaluation.GRAPH if create_graph else _Evaluation.FULL
         go = apply if create_graph else run
         point = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
-        first, end, norm = None, None, None
         state = self.init(tree.detach(point))
+        met: list[tuple[Tensor, Tensor]] = []  # losses and norms, of which the first are looked at
         for count in range(steps):
-            losses, norm_here, point, state = go(fn, _Move(self, middle, count == 0), point, state)
-            first, norm = (losses, norm_here) if first is None else (first, norm)
+            losses, norm, point, state = go(fn, _Move(self, create_graph, count == 0), point, state)
+            met = met or [(losses, norm)]
         end = go(fn, _loss_at, point)
-        first, unknown = end if first is None else first, torch.full_like(end, math.nan)
+        unknown = torch.full_like(end, math.nan)
+        first, norm = met[0] if met else (end, unknown)
         stats = {
-            "gradient_norm": unknown, "start_gradient_norm": unknown if norm is None else norm,
+            "gradient_norm": unknown, "start_gradient_norm": norm,
             "steps": torch.full_like(end, steps, dtype=torch.int64), "evaluations": torch.full_like(end, steps + 0.5),
         }  # fmt: skip
         result = torch.full_like(end, int(Result.STEP_LIMIT), dtype=torch.int64)
@@ -189,16 +189,14 @@ class _Move:
     """The piece that is one step of every task, whatever comes of it."""
 
     rule: FirstOrderMinimizer
-    evaluate: _Evaluation
+    create_graph: bool
     first: bool
 
     def __call__(self, fn: Losses, point: Tree, state: Tree) -> tuple[Tensor, Tensor, Tree, Tree]:
         """The losses before the step, their gradient's norm (before the first step only), the point and the state after."""
-        losses, point, gradient = value_and_gradient(fn, point, self.evaluate is _Evaluation.GRAPH)
+        losses, at, gradient = value_and_gradient(fn, point, self.create_graph)
         norm = tree.norm(tree.detach(gradient)) if self.first else losses
-        if self.evaluate is not _Evaluation.GRAPH:
-            point = tree.detach(point)
-        return losses, norm, *self.rule.update(point, gradient, state)
+        return losses, norm, *self.rule.update(at if self.create_graph else tree.detach(at), gradient, state)
 
 
 def _loss_at(fn: Losses, phi: Tree) -> Tensor:
@@ -223,8 +221,7 @@ class _Evaluation(Enum):
             losses, point, gradient = value_and_gradient(fn, phi, self is _Evaluation.GRAPH)
             kept = point if self is _Evaluation.GRAPH else phi
             return losses, kept, gradient, tree.norm(tree.detach(gradient))
-        with torch.no_grad():
-            losses = _checked_losses(fn, phi)
+        losses = _loss_at(fn, phi)
         return losses, phi, {}, torch.full_like(losses, math.nan)
 
 

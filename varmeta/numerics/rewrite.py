@@ -71,11 +71,14 @@ def _constants(graph: fx.Graph) -> None:
             neutral = _NEUTRAL[node.target]
             if node.target in (aten.add.Tensor, aten.mul.Tensor) and _filled_with(first) == neutral:
                 first, other = other, first
-            if _filled_with(other) == neutral and first.meta["val"].dtype == value.dtype:
+            if _filled_with(other) != neutral or first.meta["val"].dtype != value.dtype:
+                continue
+            same = first
+            if _shape(first) != tuple(value.shape):
                 with graph.inserting_before(node):
                     same = graph.call_function(aten.expand.default, (first, list(value.shape)))
                 same.meta["val"] = first.meta["val"].expand(value.shape)
-                node.replace_all_uses_with(same if _shape(first) != tuple(value.shape) else first)
+            node.replace_all_uses_with(same)
     graph.eliminate_dead_code()
 
 

@@ -53,7 +53,7 @@ def where(mask: Tensor, a: Tree, b: Tree) -> Tree:
     return map_tree(lambda x, y: torch.where(rows(mask, x), x, y), a, b)
 
 
-def take(a: Tree, index: Tensor) -> Tree:
+def take(a: Tree, index: Tensor | slice) -> Tree:
     return map_tree(lambda x: x[index], a)
 
 
