@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
-from tests.cases import GUIDES, MODELS, OUTERS, large_model, net_model, ragged_tasks, seeded
+from tests.cases import GUIDES, MODELS, OUTERS, large_model, linear_model, net_model, ragged_tasks, seeded
 from varmeta.numerics.adjoint import ImplicitAdjoint
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.tree import Tree
+from varmeta.problem import Problem
 
 # A query loss is first order in the error of phi, and a difference quotient divides that error by STEP.
 TIGHT = {"tolerance": 1e-13, "linear_solver": vm.CG(rtol=1e-13)}
@@ -251,3 +252,43 @@ def test_a_warm_linear_system_takes_fewer_products_to_the_same_gradient() -> Non
         found.append((float(stats["evaluations"]), torch.cat([g.reshape(-1) for g in gradient])))
     assert found[1][0] <= 0.3 * found[0][0]
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("guide", ["delta", "normal"])
+def test_a_prior_with_several_precisions_costs_no_more_than_its_units(
+    guide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inner solve and linear system of 1,761 weights are taken in the prior's sds: fewer products, the same gradient."""
+    model, tasks = large_model(vm.GaussianPrior({"0": 1.0, "2": 30.0, "4": 1000.0})), ragged_tasks(3)
+    batch = tasks.batch()
+    eta = {n: v.requires_grad_() for n, v in model.init(batch.support.x.new_zeros(())).items()}
+    strategy = vm.Implicit(guide, "query", on_unconverged="ignore")
+    problem = strategy.problem(model, tasks, 0)
+    found = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(Problem, "units", lambda *args: None)
+        total, _, stats = strategy.loss(problem, batch, eta, strategy.init(problem, batch, eta))
+        gradient = torch.autograd.grad(total, list(eta.values()), allow_unused=True, materialize_grads=True)
+        found.append((float(stats["evaluations"]), torch.cat([g.reshape(-1) for g in gradient])))
+    assert found[0][0] <= 0.6 * found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
+def test_units_are_the_priors_sds_of_locations() -> None:
+    tasks = ragged_tasks(3)
+    batch = tasks.batch()
+    for guide in ("delta", "normal"):
+        for prior in (vm.GaussianPrior(4.0), vm.GaussianPrior({"weight": 4.0, "bias": 9.0})):
+            model = linear_model(prior)
+            problem = vm.Implicit(guide).problem(model, tasks, 0)
+            eta = model.init(batch.support.x.new_zeros(()))
+            phi = problem.start(batch, eta)
+            units = problem.units(phi, eta)
+            if guide == "delta" and prior.uniform:
+                assert units is None
+                continue
+            assert units is not None and units.keys() == phi.keys()
+            sd = [0.5, 0.5] if prior.uniform else [0.5, 1 / 3]
+            torch.testing.assert_close(units["loc"], torch.tensor([sd] * 3, dtype=torch.float64))
+            assert all((value == 1).all() for name, value in units.items() if name != "loc")

@@ -122,11 +122,14 @@ class Implicit(Amortised):
     ) -> tuple[Tensor, Tree, Stats]:
         """G at the minimum of F below `start`, differentiated implicitly; the minimum; and what the gradient rests on."""
         inner, outer = self._objectives(problem, batch, state)
-        solution = self._solve(inner, start, detach(eta), self.inner_steps)
+        units = problem.units(start, detach(eta))
+        solution = self._solve(inner, start, detach(eta), self.inner_steps, units)
         # the certificate costs a second solve, which nobody looks at where it is ignored
         certify = state.certify or self.on_unconverged != "ignore"
         guess = None if state.inner is None else batch.of(state.inner)
-        losses, linear = ImplicitAdjoint(self.linear_solver, certify)(inner, outer, solution.value, eta, guess)
+        losses, linear = ImplicitAdjoint(self.linear_solver, certify)(
+            inner, outer, solution.value, eta, guess, units
+        )  # fmt: skip
         # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
         evaluations = evaluations + (1.0 if inner is outer else 4.0)
@@ -148,10 +151,10 @@ class Implicit(Amortised):
         if self.alg is not None:
             start = self.alg.one_draw(problem, batch, eta)
         steps = None if self.warm_start else self.inner_steps
-        return self._solve(problem.losses("inner", batch, 0), start, eta, steps)
+        return self._solve(problem.losses("inner", batch, 0), start, eta, steps, problem.units(start, eta))
 
-    def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None) -> Solution:
-        return minimize(at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance)
+    def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None, units: Tree | None) -> Solution:
+        return minimize(at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance, units=units)
 
     def not_captured(self, problem: Problem) -> str | None:
         if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):

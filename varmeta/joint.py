@@ -91,7 +91,7 @@ class Joint(Strategy):
         start = detach(problem.start(batch, eta))
         if problem.deterministic:
             inner = problem.losses("elbo", batch, 0)
-            return minimize(at(inner, eta), start, NewtonCG())
+            return minimize(at(inner, eta), start, NewtonCG(), units=problem.units(start, eta))
         return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
 
 
@@ -142,7 +142,9 @@ def _adapt_with_fresh_noise(
     origin = {name: torch.zeros_like(x) for name, x in phi.items()}
     if ours:
         points = replace(problem, guide=Delta(), expectation=Point())
-        found = minimize(at(points.losses("elbo", batch, 0), eta), {"loc": phi["loc"]}, NewtonCG(), max_steps=100)
+        point = {"loc": phi["loc"]}
+        penalised = at(points.losses("elbo", batch, 0), eta)
+        found = minimize(penalised, point, NewtonCG(), max_steps=100, units=points.units(point, eta))
         mode = torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])
         unit["loc"] = problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
         origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}

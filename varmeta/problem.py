@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, fx
 
 from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
@@ -118,6 +119,18 @@ class Problem:
         """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is then no bound."""
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
+
+    def units(self, phi: Tree, eta: Mapping[str, Tensor]) -> Tree | None:
+        """The size of a usual change of each entry of phi: the prior's sd of a location, 1 of the rest.
+
+        None where they would all be one number, or nothing is known of a user's own guide.
+        """
+        one = self.model.prior.uniform and phi.keys() == {"loc"}
+        if one or isinstance(self.guide, PyroGuide):
+            return None
+        with pyro.validation_enabled(False):
+            sd = self.model.prior_distribution(eta).stddev.detach()
+        return {name: sd.expand_as(x) if name == "loc" else torch.ones_like(x) for name, x in phi.items()}
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
         """phi at the prior, differentiable in eta."""

@@ -371,6 +371,35 @@ def test_float32():
         torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-4)
 
 
+def test_units_precondition_cg_alone():
+    """40 weights, 6 points and precisions from 1 to 1e4: in the prior's units H is 1 but for 6 directions."""
+    x, y, query = normal(4, 6, 40, seed=0), normal(4, 6, seed=1), normal(4, 40, seed=2)
+    precision = torch.logspace(0, 4, 40, dtype=torch.float64)
+    eta = {"theta0": normal(40, seed=4).requires_grad_()}
+
+    def inner(phi, eta):
+        return ridge_loss(phi["w"], x, y) + 0.5 * (precision * (phi["w"] - eta["theta0"]).square()).sum(-1)
+
+    def outer(phi, eta):
+        return (query * phi["w"]).sum(-1)
+
+    a = x.mT @ x + torch.diag(precision)
+    right = torch.einsum("tnd,tn->td", x, y) + precision * eta["theta0"].detach()
+    phi = {"w": torch.linalg.solve(a, right)}
+    expected = precision * torch.linalg.solve(a, query)
+    units = {"w": precision.rsqrt().expand(4, -1)}
+    given = CG(preconditioner=lambda v: v)
+    products = {}
+    for name, solver, known in (
+        ("plain", CG(), None), ("units", CG(), units), ("own", given, units), ("direct", Direct(), units)
+    ):  # fmt: skip
+        losses, stats = ImplicitAdjoint(solver, certify=False)(inner, outer, phi, eta, units=known)
+        products[name] = int(stats["products"].max())
+        torch.testing.assert_close(gradients(losses, eta)["theta0"], expected.sum(0), rtol=1e-7, atol=1e-9)
+    assert products["units"] <= 8 + 1 < 20 <= products["plain"]
+    assert products["own"] == products["plain"]  # a preconditioner of the caller's is kept
+
+
 def test_a_loss_that_forgets_the_task_axis_is_refused():
     eta = ridge_eta()
     phi = {"w": ridge_minimum(eta)}

@@ -153,6 +153,53 @@ def test_units_do_not_matter():
     assert scaled.stats["steps"] <= 2 * plain.stats["steps"]
 
 
+def test_directions_in_given_units_take_fewer_products():
+    """A regression with 10 points and 100 weights whose prior has precisions from 1 to 1e4."""
+    x, y = draw(4, 10, 100), draw(4, 10, seed=1)
+    precision = torch.logspace(0, 4, 100, dtype=torch.float64)
+
+    def fn(phi):
+        residual = y - (x @ phi["a"][..., None])[..., 0] - phi["b"][:, None]
+        return 0.5 * residual.square().sum(-1) + 0.5 * (precision * phi["a"].square()).sum(-1) + phi["b"].square()
+
+    start = {"b": y.new_zeros(4), "a": y.new_zeros(4, 100)}
+    units = {"a": precision.rsqrt().expand(4, -1), "b": y.new_ones(4)}  # found by name, whatever the order
+    plain, scaled = (minimize(fn, start, CG, units=given) for given in (None, units))
+    assert plain.worst == scaled.worst == Result.CONVERGED
+    for name, value in plain.value.items():
+        assert torch.allclose(value, scaled.value[name], rtol=1e-6, atol=1e-9), name
+    # in these units H is 1 but for 10 directions
+    assert scaled.stats["evaluations"].max() <= 0.4 * plain.stats["evaluations"].min()
+    # of H, in phi's own units
+    assert (scaled.stats["curvature"] >= 1.0 - 1e-9).all()
+
+
+def test_units_do_not_undo_the_damping_or_the_look_at_signs():
+    stiff = double(1.0, 1e6, 1.0, 1e6)
+    root = stiff.sqrt()
+
+    def fn(phi):
+        return (phi["x"].square() * stiff).sum(-1) - 2 * (root * phi["x"]).sum(-1)
+
+    def saddle(phi):
+        return (phi["x"].square() * double(1.0, -1e-6, 1.0, 1e6)).sum(-1) + phi["x"].pow(4).sum(-1)
+
+    phi = {"x": torch.zeros(1, 4, dtype=torch.float64)}
+    units = {"x": stiff.rsqrt().expand(1, -1)}
+    solution = minimize(fn, phi, NewtonCG(dense_size=0, damping=2.0), steps=1, units=units)
+    assert torch.allclose(solution.value["x"], (2 * root / (2 * stiff + 2)).expand(1, -1), rtol=1e-6)
+
+    start = {"x": double(1.0, 0.0, 1.0, 1.0)[None]}
+    end = minimize(saddle, start, CG, units={"x": double(1.0, 1e3, 1.0, 1e-3)[None]})
+    assert end.worst in (Result.CONVERGED, Result.NEGATIVE_CURVATURE)
+    assert torch.allclose(end.value["x"], torch.zeros(1, 4, dtype=torch.float64), atol=1e-3)
+
+
+def test_units_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="names and shapes of phi"):
+        minimize(lambda phi: phi["x"] ** 2, {"x": double(1.0)}, CG, units={"x": double(1.0, 2.0)})
+
+
 def gaussian_elbo(x, y, prior_precision):
     """-ELBO of y ~ N(x theta, 1), theta ~ N(0, 1 / precision), q dense: phi = (loc, log_scale, tril), by cubature."""
     size = x.shape[-1]

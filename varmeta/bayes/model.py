@@ -24,18 +24,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varmeta._words import kind_of
-from varmeta.bayes.check import (
-    check_columns,
-    check_net,
-    check_start,
-    check_support,
-    layer_entered,
-    warn_unless_twice_differentiable,
-)
-from varmeta.bayes.covariates import check_features, coefficients_of, offset
+from varmeta.bayes.check_model import check_model
+from varmeta.bayes.check_net import check_net
+from varmeta.bayes.covariates import coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
-from varmeta.bayes.program import DATA, SITE, TASKS, RefusePlates, observed_log_prob, starts, without_shapes
+from varmeta.bayes.program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.bayes.weights import Weights
 from varmeta.tasks import Data, TaskSet
 
@@ -295,76 +289,9 @@ class TaskModel:
         size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
         return bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size)
 
-    # -- checks --------------------------------------------------------------------------------------------------------
-
     def check(self, tasks: TaskSet) -> None:
-        """Run the program once with every check of Pyro and PyTorch on; say what does not fit.
-
-        Raises ValueError for observations outside the likelihood's support (naming task and row), and where the program
-        or network does not fit the data.
-        """
-        check_columns(self.net, tasks)
-        check_features(self.coefficients, tasks.feature_names)
-        if self.likelihood is not None:
-            for task in tasks:
-                for part in (task.support, task.query):
-                    if part is None or not len(part[1]):
-                        continue
-                    bad, support = self.likelihood.invalid(part[1])
-                    if bool(bad.any()):
-                        row = int(bad.nonzero()[0, 0])
-                        raise ValueError(
-                            f"task {task.name!r}, row {row}: y = {part[1][row].tolist()} is outside the support of "
-                            f"{type(self.likelihood).__name__}: expected {support}"
-                        )
-        batch = tasks.batch()
-        eta = self.init(torch.zeros((), dtype=tasks.dtype, device=batch.support.mask.device))
-        for data in (batch.support, batch.query):
-            if data is None or not data.mask.shape[1]:
-                continue
-            loc = self.weights.flatten(eta).expand(2, len(data), 1, self.weights.size)
-            program = poutine.trace(poutine.condition(self, {SITE: loc}))
-            with (
-                pyro.settings.context(module_local_params=True),
-                pyro.get_param_store().scope(),
-                torch.no_grad(),
-                pyro.validation_enabled(True),
-                layer_entered(self.net) as place,
-            ):
-                try:
-                    with RefusePlates({TASKS, DATA}):
-                        trace = program.get_trace(eta, data)
-                    trace.compute_log_prob()
-                except KeyError as error:
-                    raise ValueError(
-                        f"the program raises KeyError: {error}; its params are {list(self.start)}: use one of these names, "
-                        "or name it in params"
-                    ) from error
-                except (RuntimeError, ValueError, IndexError) as error:
-                    with pyro.validation_enabled(False):
-                        check_support(program, eta, data, batch.names, SITE)
-                        if self.net is None:
-                            check_start(program, eta, data, batch.names, SITE, self.start)
-                    raise ValueError(
-                        f"the model does not run on these tasks (x {tuple(data.x.shape)}, y {tuple(data.y.shape)}, "
-                        f"tasks and points first){place()}: {without_shapes(error)}"
-                    ) from error
-            params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
-            if params:
-                raise ValueError(
-                    f"the program calls pyro.param for {params}: name them in params, with shared={params}"
-                )
-            observed_log_prob(trace, (2, *data.mask.shape))
-            if self.net is not None:
-                some = data.take(data.num_points.argmax().reshape(1))
-                few = some.first_points(2)
-
-                def loss(theta: Tensor, few: Data = few) -> Tensor:
-                    one = {SITE: theta.reshape(1, 1, -1)}
-                    with pyro.validation_enabled(False):
-                        return observed_log_prob(poutine.trace(poutine.condition(self, one)).get_trace(eta, few)).sum()
-
-                warn_unless_twice_differentiable(self.net, loss, self.weights.flatten(eta), few.x[0])
+        """Run the program once with every check of Pyro and PyTorch on; raises ValueError that says what does not fit."""
+        check_model(self, tasks)
 
     def __repr__(self) -> str:
         program = self._program

@@ -143,6 +143,12 @@ class GaussianPrior:
     def dense(self) -> bool:
         return self.learn_precision == "full" or self.covariance is not None
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all weights have the same precision, whatever it is."""
+        one = self.learn_precision in (None, "shared") and not isinstance(self.start, Mapping)
+        return one and self.covariance is None
+
     # -- eta ---------------------------------------------------------------------------------------------------------
 
     def init(self, weights: Weights, like: Tensor) -> dict[str, Tensor]:

@@ -67,7 +67,13 @@ class ImplicitAdjoint:
     certify: bool = True
 
     def __call__(
-        self, inner: Objective, outer: Objective, phi: Tree, eta: dict[str, Tensor], guess: Tree | None = None
+        self,
+        inner: Objective,
+        outer: Objective,
+        phi: Tree,
+        eta: dict[str, Tensor],
+        guess: Tree | None = None,
+        units: Tree | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The outer losses, whose gradient with respect to eta goes through the minimum.
 
@@ -79,6 +85,8 @@ class ImplicitAdjoint:
             phi: the inner minimum, tensors `(tasks, ...)`; its graph is not used.
             eta: tensors of any shape, some of which ask for a gradient.  Either objective may ignore any of them.
             guess: of u, where `CG` starts: the u of a problem nearby.
+            units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a preconditioner of its own
+                takes their squares for one.
 
         Returns:
             losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
@@ -92,7 +100,7 @@ class ImplicitAdjoint:
             ValueError: an objective does not return one loss per task.
         """
         if isinstance(inner, Graphed) and isinstance(outer, Graphed):
-            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess)
+            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess, units)
         point = tree.leaves(phi)
         with torch.enable_grad():
             envelope = inner is outer
@@ -104,7 +112,7 @@ class ImplicitAdjoint:
             if self.certify or not envelope:
                 # one graph of the gradient serves all the products and the last derivative with respect to eta
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
-                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess)
+                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess, units)
                 stats |= solved
                 if u is not None:
                     slope = tree.dot(u, gradient)
@@ -113,7 +121,13 @@ class ImplicitAdjoint:
         return losses, stats
 
     def _by_graphs(
-        self, inner: Graphed, outer: Graphed, point: Tree, eta: dict[str, Tensor], guess: Tree | None
+        self,
+        inner: Graphed,
+        outer: Graphed,
+        point: Tree,
+        eta: dict[str, Tensor],
+        guess: Tree | None,
+        units: Tree | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The same, each derivative by its compiled graph."""
         known = tree.detach(eta)
@@ -127,7 +141,7 @@ class ImplicitAdjoint:
             def matvec(x: Tree) -> Tree:
                 return tree.unflatten(run(product, call, tree.flatten(x)), point)
 
-            u, solved = self._certified(matvec, None if envelope else v, g, guess)
+            u, solved = self._certified(matvec, None if envelope else v, g, guess, units)
             stats = _nothing_solved(tree.norm(g)) | solved
         else:
             stats = _nothing_solved(tree.norm(v))
@@ -143,10 +157,10 @@ class ImplicitAdjoint:
         return _Pulled.apply(losses, pull, *(eta[name] for name in learned)), stats
 
     def _certified(
-        self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None
+        self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None, units: Tree | None
     ) -> tuple[Tree | None, dict[str, Any]]:
         """u with H u = v (None without v), and the stats that the solves give."""
-        solutions = self._solve(self.solver(g), product, v, g, guess)
+        solutions = self._solve(in_units(self.solver(g), units), product, v, g, guess)
         curvature, products = solutions[0].stats["curvature"], solutions[0].stats["products"]
         for solution in solutions[1:]:
             curvature = torch.fmin(curvature, solution.stats["curvature"])
@@ -190,6 +204,14 @@ class ImplicitAdjoint:
             rough = replace(known, rtol=0.1)
             solutions.append(rough.solve(product, g))
         return solutions
+
+
+def in_units(solver: LinearSolver, units: Tree | None) -> LinearSolver:
+    """The solver; a `CG` without a preconditioner takes the diagonal of the units' squares for one."""
+    if units is None or not isinstance(solver, CG) or solver.preconditioner is not None:
+        return solver
+    squares = tree.map_tree(lambda x: x.detach().square(), units)
+    return replace(solver, preconditioner=lambda v: tree.map_tree(torch.mul, squares, v))
 
 
 def losses_and_gradient(fn: Objective, phi: Tree, eta: dict[str, Tensor]) -> tuple[Tensor, Tree]:

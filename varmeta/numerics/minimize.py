@@ -42,7 +42,15 @@ class Minimizer(ABC):
 
     @abstractmethod
     def solve(
-        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+        self,
+        fn: Losses,
+        phi: Tree,
+        *,
+        steps: int | None,
+        tolerance: float,
+        max_steps: int,
+        create_graph: bool,
+        units: Tree | None = None,
     ) -> Solution:
         """What `minimize` calls once it has checked the arguments."""
 
@@ -56,6 +64,7 @@ def minimize(
     tolerance: float | None = None,
     max_steps: int = 1000,
     create_graph: bool = False,
+    units: Tree | None = None,
 ) -> Solution:
     """Minimise fn over phi, each task by itself.
 
@@ -73,6 +82,8 @@ def minimize(
         max_steps: the limit where `steps` is None.
         create_graph: keep the graph of all steps, so that the value can be differentiated with respect to the start and
             to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
+        units: the size of a usual change of each entry of phi, positive, shaped as phi.  `NewtonCG` takes its conjugate
+            directions in them where it does not form the Hessian; nothing else looks at them.
 
     Returns:
         `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN after a fixed number of
@@ -105,7 +116,12 @@ def minimize(
         tolerance = 1e-8 if torch.float64 in dtypes else 1e-4
     if not (tolerance >= 0 and math.isfinite(tolerance)):
         raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
-    return minimizer.solve(fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph)
+    if units is not None and {name: x.shape for name, x in units.items()} != {name: x.shape for name, x in phi.items()}:
+        came, expected = ({name: tuple(x.shape) for name, x in t.items()} for t in (units, phi))
+        raise ValueError(f"units must have the names and shapes of phi, {expected}, not {came}")
+    return minimizer.solve(
+        fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph, units=units
+    )
 
 
 class FirstOrderMinimizer(Minimizer):
@@ -123,7 +139,15 @@ class FirstOrderMinimizer(Minimizer):
         return self.update(point if create_graph else tree.detach(point), gradient, state)
 
     def solve(
-        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+        self,
+        fn: Losses,
+        phi: Tree,
+        *,
+        steps: int | None,
+        tolerance: float,
+        max_steps: int,
+        create_graph: bool,
+        units: Tree | None = None,
     ) -> Solution:
         if steps is not None:
             solution = self._exactly(fn, phi, steps, create_graph)

@@ -96,7 +96,15 @@ class NewtonCG(Minimizer):
         return self.solve(fn, phi, steps=1, tolerance=0.0, max_steps=1, create_graph=create_graph).value, state
 
     def solve(
-        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+        self,
+        fn: Losses,
+        phi: Tree,
+        *,
+        steps: int | None,
+        tolerance: float,
+        max_steps: int,
+        create_graph: bool,
+        units: Tree | None = None,
     ) -> Solution:
         if create_graph:
             raise ValueError(
@@ -104,6 +112,7 @@ class NewtonCG(Minimizer):
                 "NewtonCG's minimum with ImplicitAdjoint"
             )
         x = tree.flatten(tree.detach(phi))
+        scales = None if units is None else tree.flatten({name: units[name].detach() for name in phi})
         point = _point(fn, x, phi)
         loss, norm = point.loss, point.norm
         start = norm
@@ -121,7 +130,7 @@ class NewtonCG(Minimizer):
         for _ in range(max_steps if steps is None else steps):
             if not bool(active.any()):
                 break
-            direction, met, convex, work, sound = self._direction(point, active, forcing)
+            direction, met, convex, work, sound = self._direction(point, active, forcing, scales)
             curvature = torch.where(active, met, curvature)
             moving = active & sound
             direction = torch.where(moving[:, None], direction, 0)
@@ -179,12 +188,14 @@ class NewtonCG(Minimizer):
         }
         return Solution(tree.unflatten(x, phi), result, stats)
 
-    def _direction(self, point: _Point | _GraphedPoint, active: Tensor, forcing: Tensor) -> _Direction:
+    def _direction(
+        self, point: _Point | _GraphedPoint, active: Tensor, forcing: Tensor, scales: Tensor | None
+    ) -> _Direction:
         size = point.x.shape[-1]
         if size <= self.dense_size:
             return _dense_direction(point, active, self.damping)
         limit = min(2 * size, 500) if self.max_cg_steps is None else self.max_cg_steps
-        return _truncated_direction(point, active, self.damping, forcing, limit)
+        return _truncated_direction(point, active, self.damping, forcing, limit, scales)
 
 
 class _Point:
@@ -316,9 +327,14 @@ def _dense_direction(point: _Point | _GraphedPoint, active: Tensor, damping: flo
 
 
 def _truncated_direction(
-    point: _Point | _GraphedPoint, active: Tensor, damping: float, forcing: Tensor, limit: int
+    point: _Point | _GraphedPoint,
+    active: Tensor,
+    damping: float,
+    forcing: Tensor,
+    limit: int,
+    scales: Tensor | None,
 ) -> _Direction:
-    """CG on (H + damping) d = -g until |residual| <= forcing |g|.
+    """CG on (H + damping) d = -g until |residual| <= forcing |g|; with scales S, on S (H + damping) S c = -S g, d = S c.
 
     A direction p without positive curvature is the last: d goes on along it by the step for |curvature|, at most to 100
     times phi's own size.  To stop before it would be steepest descent again and again beside a ridge.
@@ -326,20 +342,26 @@ def _truncated_direction(
     # in units of |g|: squares of very large or small gradients would leave the range of the dtype
     unit = torch.where(active, point.norm, 1)[:, None]
     r = torch.where(active[:, None], -point.gradient / unit, 0)
+    if scales is not None:
+        r = scales * r
     rr = _dot(r, r)
     zero = torch.zeros_like(rr)
     walk = {
         "d": torch.zeros_like(r), "r": r, "p": r, "rr": rr, "target": forcing.square() * rr,
-        "farthest": _farthest(point.x) / unit[:, 0], "curvature": torch.full_like(rr, math.inf), "largest": zero,
-        "products": zero, "running": active, "sound": torch.ones_like(active),
+        "farthest": _farthest(point.x) / unit[:, 0], "curvature": torch.full_like(rr, math.inf),
+        "lowest": torch.full_like(rr, math.inf), "largest": zero, "products": zero, "running": active,
+        "sound": torch.ones_like(active),
     }  # fmt: skip
+    if scales is not None:
+        walk["scales"] = scales
     product, piece = point.linearized(), _ConjugateStep(damping)
     for step in range(limit):
         if step % _HOST_READS_EVERY == 0 and not bool(walk["running"].any()):
             break
         walk = run(product, piece, walk)
-    convex = walk["curvature"] >= -(torch.finfo(r.dtype).eps ** 0.5) * walk["largest"]
-    return _Direction(unit * walk["d"], walk["curvature"], convex, 2 * walk["products"], walk["sound"])
+    convex = walk["lowest"] >= -(torch.finfo(r.dtype).eps ** 0.5) * walk["largest"]
+    d = walk["d"] if scales is None else scales * walk["d"]
+    return _Direction(unit * d, walk["curvature"], convex, 2 * walk["products"], walk["sound"])
 
 
 @dataclass(frozen=True)
@@ -350,27 +372,34 @@ class _ConjugateStep:
 
     def __call__(self, product: Callable[[Tensor], Tensor], walk: dict[str, Tensor]) -> dict[str, Tensor]:
         d, r, p, rr, running = (walk[name] for name in ("d", "r", "p", "rr", "running"))
-        hp = product(p)
-        pp, php = _dot(p, p), _dot(p, hp)
+        scales = walk.get("scales")
+        step = p if scales is None else scales * p  # in phi's own units
+        hp = product(step)
+        pp, php = _dot(step, step), _dot(step, hp)
         products = walk["products"] + running
         curvature = torch.where(running, torch.minimum(walk["curvature"], php / pp), walk["curvature"])
         sound = walk["sound"] & ~(running & ~torch.isfinite(php))
+        # what the sign is worth is judged where the units do not matter
+        scaled = pp if scales is None else _dot(p, p)
+        lowest = torch.where(running, torch.minimum(walk["lowest"], php / scaled), walk["lowest"])
         php = php + self.damping * pp
         # below rounding of the largest curvature the sign says nothing
-        largest = torch.maximum(walk["largest"], php.abs() / pp)
-        positive = php > torch.finfo(r.dtype).eps * largest * pp
+        largest = torch.maximum(walk["largest"], php.abs() / scaled)
+        positive = php > torch.finfo(r.dtype).eps * largest * scaled
         alpha, limit_of_alpha = rr / php.abs(), walk["farthest"] / pp.sqrt()
         positive = positive & (alpha < limit_of_alpha)
         alpha = torch.minimum(alpha, limit_of_alpha)
         running = running & sound
+        hp = hp + self.damping * step
+        hp = hp if scales is None else scales * hp
         d = torch.where(running[:, None], d + alpha[:, None] * p, d)
-        r = torch.where(running[:, None], r - alpha[:, None] * (hp + self.damping * p), r)
+        r = torch.where(running[:, None], r - alpha[:, None] * hp, r)
         new_rr = _dot(r, r)
         running = running & positive & (new_rr > walk["target"])
         p = torch.where(running[:, None], r + (new_rr / rr)[:, None] * p, p)
         return walk | {
-            "d": d, "r": r, "p": p, "rr": torch.where(running, new_rr, rr), "curvature": curvature, "largest": largest,
-            "products": products, "running": running, "sound": sound,
+            "d": d, "r": r, "p": p, "rr": torch.where(running, new_rr, rr), "curvature": curvature, "lowest": lowest,
+            "largest": largest, "products": products, "running": running, "sound": sound,
         }  # fmt: skip
 
 

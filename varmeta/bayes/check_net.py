@@ -1,19 +1,18 @@
-"""What is looked at once, before any work: does the network or program fit, and which layer or observation does not."""
+"""What is looked at in a network once, before any work, and which layer does not fit."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from varmeta._words import counted
-from varmeta.tasks import Data, TaskSet
+from varmeta.tasks import TaskSet
 
 
 def warn_unless_twice_differentiable(
@@ -51,7 +50,7 @@ def warn_unless_twice_differentiable(
         f"{who} cannot be differentiated twice ({why}), which Newton steps, Implicit and Unrolled need: replace it, or use "
         "FirstOrder or Reptile with GradientDescent",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -95,73 +94,6 @@ def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
 def _check_width(who: str, what: str, module: nn.Linear, args: tuple[Any, ...]) -> None:
     if len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[-1:] != (module.in_features,):
         raise ValueError(f"{who} takes {counted(module.in_features, 'column')}, {what} has {args[0].shape[-1]}")
-
-
-def check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], skip: str) -> None:
-    """Raise a ValueError that names the task and row of an observation outside its distribution's support."""
-    try:
-        trace = program.get_trace(eta, data)
-        sites = [site for name, site in trace.nodes.items() if site["type"] == "sample" and name != skip]
-        found = [
-            (site, ~site["fn"].support.check(site["value"]).expand(2, *data.mask.shape)[0])
-            for site in sites
-            if site["is_observed"]
-        ]
-    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
-        return
-    for site, bad in found:
-        for task, row in (bad & data.mask).nonzero()[:1].tolist():
-            raise ValueError(
-                f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
-                f"{type(site['fn']).__name__}: expected {_support_of(site['fn'])}"
-            )
-
-
-def check_start(
-    program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], skip: str, params: Iterable[str]
-) -> None:
-    """Raise a ValueError that names the task and row where a parameter of an observation's distribution is not one.
-
-    A nonlinear program left to start at zeros often divides by zero there.
-    """
-    try:
-        sites = program.get_trace(eta, data).nodes
-    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
-        return
-    shape = (2, *data.mask.shape)
-    start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if eta[name].numel() == 1)
-    for name, site in sites.items():
-        fn = site["fn"] if site["type"] == "sample" and site["is_observed"] and name != skip else None
-        while isinstance(fn, torch.distributions.Independent):
-            fn = fn.base_dist
-        for what, constraint in getattr(fn, "arg_constraints", {}).items():
-            value = getattr(fn, what, None)
-            if not isinstance(value, Tensor):
-                continue
-            bad = ~constraint.check(value)
-            try:  # one number for all rows, or several for each
-                bad = bad.expand(shape) if bad.dim() <= 3 else bad.flatten(3).any(-1).expand(shape)
-            except RuntimeError:  # an event of several numbers, which belongs to no row
-                continue
-            for task, row in (bad[0] & data.mask).nonzero()[:1].tolist():
-                raise ValueError(
-                    f"task {names[task]!r}, row {row}: {what} of {type(fn).__name__} is {_entry(value, task, row)} where the fit "
-                    f"would start ({start or 'at zeros, or at the tensors in params'}): start elsewhere, by tensors in params, "
-                    "such as {'name': torch.tensor(1.0)}, or by GaussianPrior(loc={'name': 1.0})"
-                )
-
-
-def _entry(value: Tensor, task: int, row: int) -> str:
-    if value.dim() >= 3:
-        value = value[0, min(task, value.shape[1] - 1), min(row, value.shape[2] - 1)]
-    return ", ".join(f"{number:g}" for number in value.reshape(-1)[:3].tolist())
-
-
-def _support_of(fn: Any) -> str:
-    if not isinstance(fn, dist.Categorical):
-        return str(fn.support)
-    classes = fn.probs.shape[-1]
-    return f"a class 0, ..., {classes - 1}, since the network puts out {counted(classes, 'number')}: one for each class is needed"
 
 
 def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
