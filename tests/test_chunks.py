@@ -118,11 +118,13 @@ def test_many_tasks_are_taken_in_chunks_by_themselves(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("tasks", "sizes"), [(60, [20] * 3), (59, [19, 20, 20]), (40, [40])])
 def test_chunks_of_a_compiled_step(tasks: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, all_tasks = net_model(PRIOR), ragged_tasks(tasks)
-    problem, batch = vm.Joint().problem(model, all_tasks, 0), all_tasks.batch()
+    strategy, batch = vm.Unrolled(), all_tasks.batch()
+    problem, eta = strategy.problem(model, all_tasks, 0), model.init(batch.support.x.new_zeros(()))
     monkeypatch.setattr(chunks, "CACHE", 20 * 8 * model.weights.size)
-    size = chunks.in_cache(problem, batch)
+    size = chunks.in_cache(strategy, problem, batch, eta)
     assert [len(part) for part in chunks.split(batch, size)] == sizes
     assert [name for part in chunks.split(batch, size) for name in part.names] == list(all_tasks.names)
+    assert chunks.in_cache(vm.Joint(), problem, batch, eta) == tasks  # one gradient: nothing to keep
 
 
 @pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (2.5, ValueError), ("all", TypeError)])

@@ -113,7 +113,7 @@ def _polynomial_curves(seed: int, loc: Sequence[float], scale: float | Sequence[
         raise ValueError(f"prior means must be finite, sds finite and not negative; got {loc!r} and {scale!r}")
 
     def curves(ids: Tensor) -> Curves:
-        coefficients = means + sds * normal(seed, 0, ids, 1, len(means))[0]  # (tasks, degree + 1)
+        coefficients = means + sds * _normals(seed, 0, ids, len(means))  # (tasks, degree + 1)
         powers = torch.arange(len(means), dtype=torch.float64)
         return lambda x: (coefficients.unsqueeze(1) * x.unsqueeze(-1) ** powers).sum(-1)
 
@@ -146,7 +146,7 @@ def _tasks(
 
     def points(number: int, stream: int) -> list[tuple[Tensor, Tensor]]:
         x = _between(uniform(seed, stream, ids, 1, number)[0], x_range)
-        y = curve(x) + noise * normal(seed, stream, ids, 1, number)[0]
+        y = curve(x) + noise * _normals(seed, stream, ids, number)
         return list(zip(x.unsqueeze(-1).to(dtype), y.to(dtype), strict=True))
 
     supports, queries = points(num_support, 1), points(num_query, 2)
@@ -154,6 +154,12 @@ def _tasks(
         [Task(*parts) for parts in zip(supports, queries if num_query else [None] * num_tasks, names, strict=True)],
         dtype=dtype,
     )
+
+
+def _normals(seed: int, stream: int, ids: Tensor, number: int) -> Tensor:
+    """Draws `(tasks, number)`, of which fewer are the first of more: the two of every pair side by side."""
+    pairs = (number + 1) // 2
+    return normal(seed, stream, ids, 1, 2 * pairs)[0].reshape(len(ids), 2, pairs).mT.flatten(1)[:, :number]
 
 
 def _between(unit: Tensor, ends: tuple[float, float]) -> Tensor:

@@ -65,11 +65,12 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
     return max(1, min(len(batch), MEMORY // (strategy.gradients_held * gradient)))
 
 
-def in_cache(problem: Problem, batch: Batch) -> int:
+def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
     """How many tasks at a time of a compiled step: about `CACHE`, and if possible all chunks alike, or two are compiled."""
     like = batch.support.x
-    if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
-        return len(batch)  # elsewhere large kernels are what is fast
+    # elsewhere large kernels are what is fast; and a step that takes one gradient reads nothing often enough
+    if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide) or not strategy.adapts_afresh:
+        return in_memory(strategy, problem, batch, eta)
     wanted = CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
     if len(batch) <= 2 * wanted or wanted == 0:
         return len(batch) if wanted else 1

@@ -10,6 +10,7 @@ Else in pieces (`numerics/pieces.py`): a loop that goes to a tolerance, or on fo
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -81,7 +82,7 @@ class Step:
             if self.compiled and self.strategy.not_captured(problem) is None:
                 found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
                 # a graph's inner loop does not stop a task that leads nowhere finite; the eager one does
-                return found if bool(torch.isfinite(found.value)) else eager(self.strategy, problem, batch, eta, state)
+                return found if math.isfinite(found.value) else eager(self.strategy, problem, batch, eta, state)
             if self.compiled and self._in_pieces(problem):
                 return eager(self.strategy, replace(problem, graphed=True), batch, eta, state)
         except CaptureError as error:
@@ -92,7 +93,7 @@ class Step:
         as_graph = self.compiled is not False and self.strategy.not_captured(problem) is None
         size = self.size
         if size is None and as_graph:
-            size = chunks.in_cache(problem, batch)
+            size = chunks.in_cache(self.strategy, problem, batch, eta)
         elif size is None:
             size = self.size = chunks.in_memory(self.strategy, problem, batch, eta)
         if self.compiled is None:
@@ -221,7 +222,7 @@ def _inputs(seed: int, batch: Batch, eta: Eta, state: State) -> dict[str, Any]:
     like = batch.support.mask
     return {
         "eta": {name: value.detach() for name, value in eta.items()},
-        "learned": {name: like.new_zeros(0) for name, value in eta.items() if value.requires_grad},
+        "learned": {name: () for name, value in eta.items() if value.requires_grad},  # names alone
         "phi": {} if state.phi is None else batch.of(state.phi),
         "inner": {} if state.inner is None else batch.of(state.inner),
         "lr_scale": torch.tensor(state.lr_scale, dtype=batch.support.x.dtype, device=like.device),

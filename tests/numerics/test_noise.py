@@ -36,7 +36,7 @@ def test_neighbours_are_uncorrelated():
         (draws[1:], draws[:-1]),
         (draws[:, 1:], draws[:, :-1]),
         (draws[..., 1:], draws[..., :-1]),
-        (draws[..., ::2], draws[..., 1::2]),
+        (draws[..., :3], draws[..., 3:]),  # the two halves of a pair
         *((draws, other) for other in others),
         (draws, uniform(0, 0, torch.arange(40), 4000, 6) - 0.5),
     ]
@@ -60,10 +60,17 @@ def test_a_number_depends_on_its_address_alone(kind, dtype):
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))[:13]
     assert torch.equal(kind(11, 4, IDS[order], 9, 7, dtype), whole[:, order])
     assert torch.equal(kind(11, 4, IDS, 4, 7, dtype), whole[:4])
-    for size in range(8):
-        assert torch.equal(kind(11, 4, IDS, 9, size, dtype), whole[..., :size])
     assert not torch.equal(kind(12, 4, IDS, 9, 7, dtype), whole)
     assert not torch.equal(kind(11, 5, IDS, 9, 7, dtype), whole)
+
+
+def test_every_number_of_coordinates():
+    for size in range(8):
+        assert torch.equal(uniform(11, 4, IDS, 9, size), uniform(11, 4, IDS, 9, 7)[..., :size])
+        draws = normal(11, 4, IDS, 9, size)
+        assert draws.shape == (9, 50, size)
+        # as many as there are, and no pair twice
+        assert draws.unique().numel() == draws.numel()
 
 
 def test_float32_is_the_rounded_float64():

@@ -153,3 +153,51 @@ def test_a_loss_that_only_its_gradient_needed_is_not_taken() -> None:
     rewrite(graph)
     torch.testing.assert_close(graph(*inputs), slope(*inputs))
     assert not any(node.target is torch.ops.aten.sum.default for node in graph.graph.nodes)
+
+
+def spread(log_scale: Tensor, log_precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A KL with one precision for all weights of all tasks, looked at once, and its derivatives."""
+    log_scale, log_precision = (x.detach().requires_grad_() for x in (log_scale, log_precision))
+    with torch.enable_grad():
+        scale = log_scale.exp().unsqueeze(1)
+        sd = (-0.5 * log_precision).exp().expand(SIZE).expand(len(log_scale), 1, SIZE)
+        once = sd[:1].narrow(-1, 0, 1)
+        ratio = scale * once.reciprocal()
+        value = (0.5 * ratio.square() - scale.log()).sum(-1) + once.log().sum(-1) * SIZE
+        total = value.sum() + once.square().sum()
+        return value.detach(), *torch.autograd.grad(total, (log_scale, log_precision))
+
+
+def test_one_number_for_all_is_never_spread_out() -> None:
+    inputs = draws(TASKS, SIZE), torch.tensor(0.3, dtype=torch.float64)
+    graph = traced(spread, *inputs)
+    aten = torch.ops.aten
+    assert sum(node.target is aten.slice_backward.default for node in graph.graph.nodes) >= 2
+    rewrite(graph)
+    targets = {node.target for node in graph.graph.nodes}
+    assert not targets & {aten.slice_backward.default, aten.log.default}
+    for found, expected in zip(graph(*inputs), spread(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def padded(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Zeros but for the first entry, in all that may be done to them."""
+    back = torch.ops.aten.slice_backward
+    first = back(x, [TASKS, 1, SIZE], 0, 0, 1, 1)  # (1, 1, SIZE) at the first task
+    corner = back(back(y, [1, 1, SIZE], 2, 0, 1, 1), [TASKS, 1, SIZE], 0, 0, 1, 1)
+    last = back(x, [TASKS, 1, SIZE], 0, 2, 3, 1)  # not the first
+    return (
+        first.sum(0), first.sum([0, 1], True), first.sum([0, 2]), first.sum(2), first.sum(), first * 2.0, (first + first).sum(0),
+        (first + corner).sum(0), corner.sum([0, 1], True).reshape(SIZE), corner.sum([0, 1], True).reshape(1, SIZE).sum(1),
+        corner.sum([0, 1]), corner.sum(0).sum(-1), (corner + corner).sum([0, 2], True), last.sum(0), (last + first).sum(0),
+        (first + 1.0).sum(0), torch.add(first, first, alpha=2.0).sum(0), corner.reshape(TASKS, SIZE).sum(0),
+    )  # fmt: skip
+
+
+def test_sums_over_what_is_zero_but_for_the_first() -> None:
+    inputs = draws(1, 1, SIZE), draws(1, 1, 1, seed=1)
+    graph = traced(padded, *inputs)
+    rewrite(graph)
+    for found, expected in zip(graph(*inputs), padded(*inputs), strict=True):
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -79,7 +79,7 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
         # of the prior's own numbers, not of every task's: one division instead of one for each weight of each task
         sd = _once(p_scale)
         whitened = offset * sd.reciprocal()
-        log_det_p = sd.log().sum(-1)
+        log_det_p = sd.log().sum(-1) * (size / sd.shape[-1])
     else:
         whitened = torch.linalg.solve_triangular(
             p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
@@ -93,10 +93,10 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
 
 
 def _once(x: Tensor) -> Tensor:
-    """x without the copies that expanding made along its leading axes: what is taken of it is not taken for every task."""
-    for axis in range(x.dim() - 1):
-        if x.stride(axis) == 0:
-            x = x.narrow(axis, 0, min(1, x.shape[axis]))
+    """x without the copies that expanding made: what is taken of it is not taken for every task, or weight."""
+    for axis in range(x.dim()):
+        if x.stride(axis) == 0 and x.shape[axis] > 1:
+            x = x.narrow(axis, 0, 1)
     return x
 
 

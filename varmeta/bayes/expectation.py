@@ -125,7 +125,9 @@ class MonteCarlo:
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
         half = noise.normal(seed, step, ids, self.num_particles // 2, size, like.dtype)
-        return torch.cat([half, -half])
+        # not concatenated: in a compiled step that would be written to memory and read again
+        signs = torch.from_numpy(np.array([1.0, -1.0])).to(half).reshape(2, 1, 1, 1)
+        return (signs * half).flatten(0, 1)
 
 
 def make_expectation(name: str | Expectation, size: int, num_particles: int, linear: bool, frozen: bool) -> Expectation:

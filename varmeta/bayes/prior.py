@@ -187,7 +187,10 @@ class GaussianPrior:
     def distribution(self, weights: Weights, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one where the covariance is dense."""
         loc = weights.flatten(eta)
-        sd = torch.exp(-0.5 * self.log_precision(weights, eta, loc))
+        if self.learn_precision == "shared":
+            sd = torch.exp(-0.5 * eta[PRECISION]).expand(weights.size)  # one number, which `divergence.kl` looks for
+        else:
+            sd = torch.exp(-0.5 * self.log_precision(weights, eta, loc))
         if not self.dense:
             return dist.Normal(loc, sd).to_event(1)
         tril = eta[TRIL] if TRIL in eta else self._start_dense(weights, loc)[1]

@@ -193,7 +193,7 @@ def _kept_on_disk() -> AbstractContextManager[object]:
 
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a graph is specialised to: shapes, strides, dtypes and devices."""
-    return tuple((tuple(x.shape), _strides(x), x.dtype, x.device) for x in leaves)
+    return tuple([(x.shape, None if x.is_contiguous() else _strides(x), x.dtype, x.device) for x in leaves])
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ comes transposed.  Both cost more than the arithmetic of a small network (docs/s
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -41,6 +42,8 @@ def rewrite(graph: fx.GraphModule) -> None:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # strides change below, and a view insists on them
     _constants(graph.graph)
+    _logarithms(graph.graph)
+    _narrowed(graph.graph)
     _transposed_products(graph.graph)
     _in_parts(graph.graph)
     graph.graph.eliminate_dead_code()
@@ -87,6 +90,74 @@ def _filled_with(node: Node) -> float | None:
     while node.op == "call_function" and node.target in _SAME_NUMBERS:
         node = node.args[0]
     return float(node.args[1]) if node.target is aten.full.default else None
+
+
+def _logarithms(graph: fx.Graph) -> None:
+    """The logarithm of an exponential, such as of a scale that is kept as its logarithm, is there already."""
+    for node in list(graph.nodes):
+        if node.target is not aten.log.default:
+            continue
+        views, below = [], node.args[0]
+        while below.target in _SAME_NUMBERS and below.op == "call_function":
+            views.append(below)
+            below = below.args[0]
+        if below.target is not aten.exp.default:
+            continue
+        new = below.args[0]
+        for view in reversed(views):
+            with graph.inserting_before(node):
+                copy = graph.call_function(view.target, (new, *view.args[1:]), dict(view.kwargs))
+            copy.meta.update(view.meta)
+            new = copy
+        node.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
+
+
+def _narrowed(graph: fx.Graph) -> None:
+    """What is zero but for the first entry of some axes is added up there without being written out.
+
+    That is the derivative of something that was looked at once for all tasks and weights: zeros but for the first, until a sum
+    over them ends it.
+    """
+    first: dict[Node, tuple[Node, set[int]]] = {}  # those entries, and the axes along which zeros follow
+
+    def call(node: Node, target: Any, *args: Any) -> Node:
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        value, rest = args[0].meta["val"], args[1:]
+        new.meta["val"] = value if target is aten.add.Tensor else target(value, *rest)
+        return new
+
+    for node in list(graph.nodes):
+        if node.target is aten.slice_backward.default and node.args[3:] == (0, 1, 1):
+            source, shape, axis = node.args[:3]
+            inner, axes = first.get(source, (source, set()))
+            first[node] = inner, axes | {axis % len(shape)}
+            continue
+        known = [first[x] for x in node.all_input_nodes if x in first]
+        if not known:
+            continue
+        (inner, axes), shape = known[0], _shape(node)
+        if node.target is aten.add.Tensor and not node.kwargs and len(known) == 2:
+            other, its = known[1]
+            if axes == its and _shape(node.args[0]) == _shape(node.args[1]):
+                first[node] = call(node, aten.add.Tensor, inner, other), axes
+        elif node.target is aten.reshape.default and len(axes) == 1:
+            # a row of its own, whatever axes of length one stand around it
+            size = _shape(node.args[0])[min(axes)]
+            if math.prod(_shape(node.args[0])) == size == math.prod(shape) and size in shape:
+                ones = [1] * len(shape)
+                first[node] = call(node, aten.reshape.default, inner, ones), {shape.index(size)}
+        elif node.target is aten.sum.default:
+            node.replace_all_uses_with(call(node, aten.sum.default, inner))
+        elif node.target is aten.sum.dim_IntList and node.args[1]:
+            summed = {axis % len(_shape(node.args[0])) for axis in node.args[1]}
+            new = call(node, node.target, inner, *node.args[1:])
+            if axes <= summed:
+                node.replace_all_uses_with(new)
+            elif len(node.args) > 2 and node.args[2]:  # the axes keep their places
+                first[node] = new, axes - summed
+    graph.eliminate_dead_code()
 
 
 def _shape(node: Any) -> tuple[int, ...]:
