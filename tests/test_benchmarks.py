@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from experiments.benchmarks import __main__ as command
 from experiments.benchmarks import accuracy, pairs, report
@@ -33,6 +34,21 @@ def test_the_same_values_as_a_library(case: str, peer: str) -> None:
     pytest.importorskip(LIBRARIES[peer])
     found = pairs.compare(case, peer, **EXACT)
     assert found["gradient_gap"] < 1e-10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("case", ["imaml", "maml", "joint"])
+def test_the_same_values_on_a_gpu(case: str) -> None:
+    asked = {"case": case, "peer": "torch eager", **EXACT, "device": "cuda"}
+    assert command.in_process("pairs", asked, 300)["gradient_gap"] < 1e-10
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device, letters, says in (("xpu", "a", "no device 'xpu'"), ("meta", "f", "only a, b, c and e")):
+        with pytest.raises(SystemExit):
+            command.main(["--out", str(tmp_path), "--device", device, "--only", letters])
+        assert says in capsys.readouterr().err
 
 
 def test_elbo_of_pyro_is_ours_on_average() -> None:

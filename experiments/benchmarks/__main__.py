@@ -7,8 +7,8 @@ b  second-order MAML, 5 steps                                 e  growth of time 
 c  joint mean-field step, analytic KL, Adam                   f  fraction of the machine's limit
                                                               g  what compiling costs, and "auto" beside eager
 
-Every row is a process of its own.  Peers come with the extra `bench`; who is not installed gets a row that says so.  Written
-after every row, so an interrupted run keeps what it has.
+With --device cuda a, b, c and e run there, peers in torch too.  Every row is a process of its own.  Peers come with the
+extra `bench`; who is not installed gets a row that says so.  Written after every row, so an interrupted run keeps what it has.
 """
 
 from __future__ import annotations
@@ -43,18 +43,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=("smoke", "full"), default="full")
     parser.add_argument("--only", default="a,b,c,d,e,f,g", help="letters, with commas between them")
     parser.add_argument("--peers", help="only these, with commas between them")
+    parser.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda")
     parser.add_argument("--seconds", type=float, default=20.0, help="for which a pair is timed")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that one row may take")
     chosen = parser.parse_args(arguments)
     letters = chosen.only.split(",")
     if not set(letters) <= set("abcdefg"):
         parser.error(f"--only takes letters from a to g, not {chosen.only!r}")
+    if chosen.device != "cpu":
+        _check_device(parser, chosen.device, letters)
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "machine.json").write_text(json.dumps(machine(), indent=1))
     full = chosen.size == "full"
 
     def run(module: str, asked: dict[str, Any]) -> Any:
-        return in_process(module, asked, chosen.limit)
+        where = {} if chosen.device == "cpu" else {"device": chosen.device}
+        return in_process(module, asked | where, chosen.limit)
 
     cases = [CASES[letter] for letter in letters if letter in CASES]
     if cases:
@@ -75,6 +79,17 @@ def main(arguments: list[str] | None = None) -> None:
         collect(limited(run, full), report.LIMIT_COLUMNS, chosen.out, "limit")
     if "g" in letters:
         collect(first_calls(run, full), report.OVERHEAD_COLUMNS, chosen.out, "overhead", report.plot_overhead)
+
+
+def _check_device(parser: argparse.ArgumentParser, device: str, letters: list[str]) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        parser.error(f"torch has no device {device!r} here: {str(error).partition(chr(10))[0]}")
+    if not set(letters) <= set("abce"):
+        parser.error("on another device than the cpu only a, b, c and e are measured: give --only a,b,c,e")
 
 
 def pairs(run: Run, cases: list[str], full: bool, only: str | None, seconds: float) -> Iterable[dict[str, Any]]:
@@ -158,6 +173,7 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
 
 

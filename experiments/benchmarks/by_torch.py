@@ -109,7 +109,7 @@ def _over_tasks(work: Work, of_task: Callable[..., tuple[Tree, Tensor]]) -> list
 
 
 def _values(found: tuple[Tree, Tensor]) -> tuple[float, np.ndarray]:
-    return float(found[1]), flat({name: g.numpy() for name, g in found[0].items()})
+    return float(found[1]), flat({name: g.cpu().numpy() for name, g in found[0].items()})
 
 
 # -- joint ---------------------------------------------------------------------------------------------------------------
@@ -207,4 +207,4 @@ def _torch_compile(run: _Joint) -> Step:
 
 
 def _joint_values(found: Any) -> tuple[float, np.ndarray]:
-    return found[0], np.concatenate([g.numpy().astype(np.float64).reshape(-1) for g in found[1]])
+    return found[0], np.concatenate([g.cpu().numpy().astype(np.float64).reshape(-1) for g in found[1]])

@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.growth '{"tasks": 100, "width": 40, "inner_steps": 16, "compiled": true}'
 
 prints one line of JSON.  A fresh process for each point: peak memory is the largest the process ever had, less what it had
-once everything was imported.  Compiling needs memory of its own, the same at every size.
+once everything was imported; on a GPU ("device": "cuda") the most that torch had allocated there.  Compiling needs memory of its
+own, the same at every size.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ def main() -> None:
     print(json.dumps(asked | measure(**asked)))
 
 
-def measure(tasks: int, width: int, inner_steps: int, compiled: bool) -> dict[str, Any]:
+def measure(tasks: int, width: int, inner_steps: int, compiled: bool, device: str = "cpu") -> dict[str, Any]:
     """Seconds of the first call and of a later one, and peak memory in MB."""
     import torch
 
     from experiments.benchmarks import ours
+    from experiments.benchmarks.pairs import on
     from experiments.benchmarks.work import make_work
+
+    on(device)
 
     # autograd and the linear algebra load what they need at their first use
     torch.ones(8, 8, requires_grad=True).square().matmul(torch.ones(8, 8)).sum().backward()
@@ -59,6 +63,10 @@ def measure(tasks: int, width: int, inner_steps: int, compiled: bool) -> dict[st
 
 
 def _peak() -> float:
+    import torch
+
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -70,7 +70,7 @@ def joint_noise(work: Work, step: int = 0) -> np.ndarray:
     """The standardised draws `(2, tasks, SIZE)` that the joint step of that number uses."""
     model = model_of(work, vm.likelihoods.Gaussian(), vm.GaussianPrior(PRECISION, learn_precision="shared"))
     problem, batch, _ = _start(model, tasks_of(work), vm.Joint("normal"))
-    return problem.noise("elbo", batch, step).numpy()
+    return problem.noise("elbo", batch, step).cpu().numpy()
 
 
 def model_of(work: Work, likelihood: Any, prior: vm.GaussianPrior) -> vm.TaskModel:
@@ -83,7 +83,8 @@ def model_of(work: Work, likelihood: Any, prior: vm.GaussianPrior) -> vm.TaskMod
 
 def tasks_of(work: Work) -> vm.TaskSet:
     parts = zip(work.x_support, work.y_support, work.x_query, work.y_query, strict=True)
-    return vm.TaskSet([vm.Task(support=(x[:, None], y), query=(u[:, None], v)) for x, y, u, v in parts])
+    tasks = vm.TaskSet([vm.Task(support=(x[:, None], y), query=(u[:, None], v)) for x, y, u, v in parts])
+    return tasks.to(device=torch.get_default_device())
 
 
 def _start(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Strategy) -> tuple[Problem, Batch, dict[str, Tensor]]:
@@ -106,7 +107,7 @@ def _meta_gradient(work: Work, strategy: Strategy, compiled: bool) -> Step:
 
 
 def _values(found: tuple[float, Tensor]) -> tuple[float, np.ndarray]:
-    return found[0], found[1].numpy().astype(np.float64)
+    return found[0], found[1].cpu().numpy().astype(np.float64)
 
 
 def _flat(gradient: dict[str, Tensor], work: Work) -> Tensor:

@@ -44,8 +44,13 @@ def compare(
     seconds: float = 20.0,
     timed: bool = True,
     compiled: bool = True,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """One pair: the gaps between the values, then medians and quartiles of both in milliseconds and their ratio."""
+    """One pair: the gaps between the values, then medians and quartiles of both in milliseconds and their ratio.
+
+    device: of ours and of the peers that run on torch; JAX takes the one that it was installed for.
+    """
+    on(device)
     try:
         theirs = _peer(case, peer, tasks, dtype)
     except Unavailable as reason:
@@ -70,6 +75,14 @@ def compare(
     # block by block, so that what slows both cancels
     ratios = [b / a for a, b in zip(_medians(mine), _medians(other), strict=True)]
     return found | {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+
+
+def on(device: str) -> None:
+    """Let all tensors of this process be made on that device."""
+    import torch
+
+    if device != "cpu":
+        torch.set_default_device(device)
 
 
 def alternate(
