@@ -241,3 +241,20 @@ def test_guides_with_other_options_are_told_apart() -> None:
     assert len({guide.bound(model).key for guide in options}) == len(options)
     again = vm.guides.Laplace("exact").bound(net_model(vm.GaussianPrior(2.0)))
     assert again.key == options[2].key
+
+
+@pytest.mark.parametrize("guide", ["multivariate_normal", vm.guides.Structured(("*",)), vm.guides.LowRank(4)])
+def test_memory_of_correlated_guides_grows_with_the_square_of_the_weights(guide: Any) -> None:
+    """Of a gradient by cubature, all operations counted: per task and squared weight it does not grow."""
+
+    def bytes_of(size: int, count: int) -> float:
+        tasks = ragged_tasks(count, features=size)
+        model = vm.TaskModel(nn.Linear(size, 1, bias=False).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
+        built = vm.Joint(guide, expectation="cubature").problem(model, tasks, 0)
+        batch = tasks.batch()
+        graph = built.gradient_graph("elbo", batch, model.init(batch.support.x.new_zeros(())))
+        return capture.graph_bytes(graph) / (count * size**2)
+
+    small, large = bytes_of(16, 4), bytes_of(64, 4)
+    assert large <= 1.2 * small
+    assert bytes_of(64, 8) <= 1.05 * large

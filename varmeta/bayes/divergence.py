@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from varmeta.bayes.gaussian import StructuredNormal
+from varmeta.bayes.gaussian import StructuredNormal, times
 
 
 def location(q: dist.TorchDistribution) -> Tensor:
@@ -137,4 +137,4 @@ def move(q: dist.TorchDistribution, noise: Tensor) -> Tensor:
         return location(q).expand(torch.broadcast_shapes(location(q).shape, noise.shape))
     if isinstance(q, Independent):
         return location(q) + q_scale * noise
-    return location(q) + (q_scale @ noise.unsqueeze(-1)).squeeze(-1)
+    return location(q) + times(q_scale, noise)

@@ -112,9 +112,10 @@ class LowRankNormal(StructuredNormal):
 
     def scaled(self, noise: Tensor) -> Tensor:
         eye = torch.eye(self._r.shape[-1], dtype=noise.dtype, device=noise.device)
-        inner = _solve(eye + self._r, self.factor.mT @ noise.unsqueeze(-1), upper=False)
-        z = self.spread * (noise - (self.factor @ _solve(self._r.mT, inner, upper=True)).squeeze(-1))
-        return self.root * z if self.root.dim() == 1 else (self.root @ z.unsqueeze(-1)).squeeze(-1)
+        inner = _solve(eye + self._r, times(self.factor.mT, noise).unsqueeze(-1), upper=False)
+        inner = _solve(self._r.mT, inner, upper=True).squeeze(-1)
+        z = self.spread * (noise - times(self.factor, inner))
+        return self.root * z if self.root.dim() == 1 else z @ self.root.mT
 
     def whitened(self, offset: Tensor) -> Tensor:
         dense = self.root.dim() == 2
@@ -165,7 +166,7 @@ class BlockNormal(StructuredNormal):
         return torch.cat([block, rest], -1)[..., self._back]
 
     def scaled(self, noise: Tensor) -> Tensor:
-        own = (self.triangle @ noise[..., self.block].unsqueeze(-1)).squeeze(-1)
+        own = times(self.triangle, noise[..., self.block])
         rest = noise[..., self._rest]
         return self.spread * self._put(own, rest.expand(*own.shape[:-1], rest.shape[-1]))
 
@@ -188,6 +189,16 @@ class BlockNormal(StructuredNormal):
 
     def _like(self, loc: Tensor, parts: tuple[Tensor, ...]) -> BlockNormal:
         return BlockNormal(loc, parts, self.block)
+
+
+def times(matrix: Tensor, v: Tensor) -> Tensor:
+    """matrix `(..., d, e)` times v `(points, ..., e)` or `(..., e)`, whose axes between broadcast.
+
+    Not `matrix @ v`, which writes every task's matrix once for each point: d^3 numbers a task under cubature.
+    """
+    if v.dim() == matrix.dim():
+        return torch.einsum("...de,p...e->p...d", matrix, v)
+    return (matrix @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def _solve(a: Tensor, b: Tensor, upper: bool) -> Tensor:
