@@ -125,6 +125,12 @@ def test_chunks_of_a_compiled_step(tasks: int, sizes: list[int], monkeypatch: py
     assert [len(part) for part in chunks.split(batch, size)] == sizes
     assert [name for part in chunks.split(batch, size) for name in part.names] == list(all_tasks.names)
     assert chunks.in_cache(vm.Joint(), problem, batch, eta) == tasks  # one gradient: nothing to keep
+    monkeypatch.setattr(chunks, "FEW", 0)
+    monkeypatch.setattr(
+        chunks, "in_memory", lambda *args: 20
+    )  # and more than memory holds: chunks alike, or two are compiled
+    size = chunks.in_cache(vm.Joint(), problem, batch, eta)
+    assert [len(part) for part in chunks.split(batch, size)] == sizes
 
 
 @pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (2.5, ValueError), ("all", TypeError)])

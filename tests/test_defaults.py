@@ -68,3 +68,36 @@ def test_converges_and_says_why(name: str, strategy: str) -> None:
     if isinstance(how, vm.Implicit) and how.outer == "elbo":
         # the amortised objective is the joint one with phi at its minimum: one optimum
         assert fit.loss == pytest.approx(joint.loss, abs=1e-5)
+
+
+def test_a_dense_prior_takes_a_dense_guide() -> None:
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
+    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("multivariate_normal")
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("normal")
+
+
+def test_a_singular_fit_says_so() -> None:
+    """Eight tasks whose slope is three tenths of their intercept: also where the steps end on the way to a correlation of 1."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for effect in torch.randn(8, generator=generator, dtype=torch.float64):
+        x = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
+        noise = 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
+        tasks.append(vm.Task((x[:, None], effect * (1.0 + 0.3 * x) + noise)))
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
+    with (
+        pytest.warns(RuntimeWarning, match="singular: the prior's correlation of weight and bias is 1.0000"),
+        pytest.warns(RuntimeWarning, match="has not converged"),
+    ):
+        fit = vm.fit(model, vm.TaskSet(tasks))
+    assert fit.prior.sd["bias"] > 0.3
+
+
+def test_tasks_too_small_to_split_are_named_and_can_be_left_out() -> None:
+    tasks = vm.TaskSet([vm.Task(([[0.0]], [1.0]), name="small"), *vm.datasets.lines(3)]).split(0.5)
+    with pytest.raises(ValueError, match=r"1 task of 4 has none, 'small' first: .*tasks.with_query\(\)"):
+        vm.meta_gradient(vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian()), tasks, vm.Unrolled())
+    assert tasks.with_query().names == tasks.names[1:]
+    with pytest.raises(ValueError, match="none of these tasks has query data"):
+        tasks[:1].with_query()

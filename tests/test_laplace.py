@@ -275,3 +275,30 @@ def test_the_evidence_is_not_minimal_at_the_mode() -> None:
         for name in ("inner", "elbo")
     ]
     assert slopes[0] < 1e-8 < 1e-2 < slopes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 4])
+def test_the_fit_does_not_depend_on_where_a_predictor_is_counted_from(seed: int) -> None:
+    """Binary outcomes under (1 + dose | clinic): from the pooled fit L-BFGS went to a dose sd of 0 here, 0.2 and 0.3 nats off."""
+    rng = np.random.default_rng(seed)
+    tasks, centred = [], []
+    for clinic in range(25):
+        number = rng.integers(3, 41) if clinic else 1
+        staff, intercept, slope = rng.normal(10, 3), rng.normal(0, 0.8), rng.normal(0, 0.01)
+        age, dose = rng.normal(55, 12, number), rng.uniform(10, 90, number)
+        logit = -1.0 + 0.1 * (staff - 10) + intercept + 0.02 * (age - 55) + (0.02 + slope) * (dose - 46)
+        y = (rng.random(number) < expit(logit)).astype(float)
+        for found, origin in ((tasks, 0.0), (centred, 46.0)):
+            x = np.stack([age, dose - origin], -1)
+            found.append(vm.Task((x, y), name=f"{clinic}", features={"staff": staff}))
+    fits = []
+    for found in (tasks, centred):
+        prior = vm.GaussianPrior(learn_precision="full", covariates={"intercept": ["staff"]})
+        model = vm.TaskModel(vm.LinearPredictor(["age", "dose"]), vm.likelihoods.Bernoulli(), prior, shared=["age"])
+        fits.append(vm.fit(model, vm.TaskSet(found, dtype=torch.float64), vm.Implicit("laplace")))
+    assert fits[0].converged and fits[1].converged
+    assert fits[0].loss == pytest.approx(fits[1].loss, abs=1e-4)
+    for fit in fits:
+        assert float(fit.prior.sd["dose"]) > 0.003
+    torch.testing.assert_close(fits[0].prior.sd["dose"], fits[1].prior.sd["dose"], rtol=1e-3, atol=0)

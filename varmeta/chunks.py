@@ -68,10 +68,14 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
     """How many tasks at a time of a compiled step: about `CACHE`, and if possible all chunks alike, or two are compiled."""
     like = batch.support.x
-    # elsewhere large kernels are what is fast; and a step that takes one gradient reads nothing often enough
-    if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide) or not strategy.adapts_afresh:
-        return in_memory(strategy, problem, batch, eta)
-    wanted = CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
+    if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
+        return len(batch)  # elsewhere large kernels are what is fast
+    if strategy.adapts_afresh:
+        wanted = CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
+    else:  # a step that takes one gradient reads nothing often enough for a cache to matter
+        wanted = in_memory(strategy, problem, batch, eta)
+        if wanted == len(batch):
+            return wanted
     if len(batch) <= 2 * wanted or wanted == 0:
         return len(batch) if wanted else 1
     alike = [size for size in range(wanted // 2 + 1, 2 * wanted) if len(batch) % size == 0]

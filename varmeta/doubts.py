@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 RUNAWAY = 500.0
 # One that is this many times weaker than what that task knows shares nothing.
 LOST = 1e7
+# A learned correlation matrix with an eigenvalue below this is singular (of two weights: a correlation of 0.9999).
+SINGULAR = 1e-4
 
 
 def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     """Sentences to warn with.  own_end: the user chose where the run ends, so that it may do so before convergence."""
     if not fit.converged and not own_end:
-        return [f"the fit has not converged: {fit.stop}"]
+        why = (
+            None if fit.hyper is not None else _singular(fit)
+        )  # a covariance that loses rank is a narrow, curved valley
+        return [f"the fit has not converged: {fit.stop}", *([why] if why else [])]
     if fit.hyper is not None:
         return [] if fit.hyper.is_reliable else [_few_draws(fit.hyper)]
-    found = [sentence for sentence in (_runaways(fit), _vanishing_noise(fit)) if sentence]
+    found = [sentence for sentence in (_runaways(fit) or _singular(fit), _vanishing_noise(fit)) if sentence]
     if not found and UNDETERMINED in fit.stop:
         end = fit.stop[fit.stop.index(UNDETERMINED) :]
         found.append(
@@ -65,6 +70,23 @@ def _runaways(fit: Fit) -> str | None:
             "(learn_precision=None), give a hyperprior, or learn it under a Gaussian guide"
         )
     return None
+
+
+def _singular(fit: Fit) -> str | None:
+    """A learned covariance that has lost a direction: some weights are the same combination of others in every task."""
+    if fit.model.prior.learn_precision != "full" or fit.model.weights.size < 2:
+        return None
+    correlation = fit.prior.correlation.double()
+    if float(torch.linalg.eigvalsh(correlation)[0]) > SINGULAR:
+        return None
+    off = correlation.abs().fill_diagonal_(0.0)
+    row, column = divmod(int(off.argmax()), len(off))
+    one, other = fit.prior.labels[row], fit.prior.labels[column]
+    return (
+        f"the fit is singular: the prior's correlation of {one} and {other} is {float(correlation[row, column]):.4f}, so that "
+        "it has fewer directions than weights.  That may be the best-fitting value where tasks are few; if not: centre the "
+        "predictors, let fewer weights vary (shared=), or give GaussianPrior(lkj=2)"
+    )
 
 
 def _information(fit: Fit, precision: Tensor) -> Tensor:

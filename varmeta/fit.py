@@ -21,7 +21,7 @@ from varmeta.joint_newton import newton, newton_applies
 from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
-from varmeta.strategy import Strategy, check_kinds
+from varmeta.strategy import Eta, Strategy, check_kinds
 from varmeta.tasks import TaskSet
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def fit(
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
-    model, tasks, strategy: what is fitted to what, and how; by default `Joint("normal")`, or that of `resume`.
+    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Joint("normal")`; with a dense
+        prior, `learn_precision="full"`, or a hyperguide `Joint("multivariate_normal")`.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
@@ -87,9 +88,9 @@ def fit(
     """
     if strategy is None:
         integrated = hyperguide not in (None, "delta")
-        strategy = (
-            resume.strategy if isinstance(resume, Fit) else Joint("multivariate_normal" if integrated else "normal")
-        )
+        # a prior with correlations is for few weights, where a guide with correlations costs little
+        dense = integrated or (isinstance(model, TaskModel) and model.prior.dense)
+        strategy = resume.strategy if isinstance(resume, Fit) else Joint("multivariate_normal" if dense else "normal")
     if hyperguide is None:
         hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume, seed)
@@ -112,7 +113,9 @@ def fit(
     if resume is not None:
         run = resume.run_to_resume(model, tasks, strategy, seed)
     else:
-        eta = pooled_start(problem, whole, eta) if free and is_regression(model, tasks, eta) else eta
+        if free and is_regression(model, tasks, eta):
+            eta = pooled_start(problem, whole, eta)
+            eta = _dense_start(model, tasks, eta, seed) if quasi and problem.guide.at_mode else eta
         run = Run(eta, strategy.init(problem, whole, eta))
     few = 200 if use_newton or quasi or hyperguide != "delta" else 2000
     steps = num_steps if num_steps is not None else None if budget is not None else few
@@ -149,6 +152,23 @@ def fit(
     for sentence in doubts(result, own_end=reached or run.stop.startswith("interrupted")):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _dense_start(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Eta:
+    """eta where the bound of a dense guide is best; as it came where that is not found.
+
+    On Laplace's evidence L-BFGS can overshoot to the edge of the covariances (an sd of 0), where all is flat; joint Newton
+    steps on the bound come back from there, and its optimum is near.
+    """
+    dense = Joint("multivariate_normal")
+    problem, whole = dense.problem(model, tasks, seed), tasks.batch()
+    if not newton_applies(dense, problem, whole, eta):
+        return eta
+    run = Run(eta, dense.init(problem, whole, eta))
+    newton(problem, dense, whole, run, 100, None)
+    if run.stop.startswith("interrupted"):
+        raise KeyboardInterrupt
+    return run.eta if math.isfinite(run.loss) else eta
 
 
 def _check_arguments(

@@ -122,7 +122,7 @@ class Implicit(Amortised):
     ) -> tuple[Tensor, Tree, Stats]:
         """G at the minimum of F below `start`, differentiated implicitly; the minimum; and what the gradient rests on."""
         inner, outer = self._objectives(problem, batch, state)
-        units = problem.units(start, detach(eta))
+        units = problem.units(batch, start, detach(eta))
         solution = self._solve(inner, start, detach(eta), self.inner_steps, units)
         # the certificate costs a second solve, which nobody looks at where it is ignored
         certify = state.certify or self.on_unconverged != "ignore"
@@ -151,7 +151,7 @@ class Implicit(Amortised):
         if self.alg is not None:
             start = self.alg.one_draw(problem, batch, eta)
         steps = None if self.warm_start else self.inner_steps
-        return self._solve(problem.losses("inner", batch, 0), start, eta, steps, problem.units(start, eta))
+        return self._solve(problem.losses("inner", batch, 0), start, eta, steps, problem.units(batch, start, eta))
 
     def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None, units: Tree | None) -> Solution:
         return minimize(at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance, units=units)

@@ -91,7 +91,7 @@ class Joint(Strategy):
         start = detach(problem.start(batch, eta))
         if problem.deterministic:
             inner = problem.losses("elbo", batch, 0)
-            return minimize(at(inner, eta), start, NewtonCG(), units=problem.units(start, eta))
+            return minimize(at(inner, eta), start, NewtonCG(), units=problem.units(batch, start, eta))
         return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
 
 
@@ -144,7 +144,7 @@ def _adapt_with_fresh_noise(
         points = replace(problem, guide=Delta(), expectation=Point())
         point = {"loc": phi["loc"]}
         penalised = at(points.losses("elbo", batch, 0), eta)
-        found = minimize(penalised, point, NewtonCG(), max_steps=100, units=points.units(point, eta))
+        found = minimize(penalised, point, NewtonCG(), max_steps=100, units=points.units(batch, point, eta))
         mode = torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])
         unit["loc"] = problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
         origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}

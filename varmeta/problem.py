@@ -120,16 +120,21 @@ class Problem:
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
-    def units(self, phi: Tree, eta: Mapping[str, Tensor]) -> Tree | None:
+    def units(self, batch: Batch, phi: Tree, eta: Mapping[str, Tensor]) -> Tree | None:
         """The size of a usual change of each entry of phi: the prior's sd of a location, 1 of the rest.
 
-        None where they would all be one number, or nothing is known of a user's own guide.
+        In them F's Hessian is 1 but for as many directions as a task has rows.  None where these are more than half the
+        weights, so that the data, not the prior, say how large changes are; where all would be one number; and of a user's own
+        guide, of which nothing is known.
         """
         one = self.model.prior.uniform and phi.keys() == {"loc"}
-        if one or isinstance(self.guide, PyroGuide):
+        many = 2 * batch.support.mask.shape[1] > self.model.weights.size
+        if one or many or isinstance(self.guide, PyroGuide):
             return None
         with pyro.validation_enabled(False):
             sd = self.model.prior_distribution(eta).stddev.detach()
+        # a wider range would leave rounding to say what happens along the smallest
+        sd = sd.clamp(min=sd.max() * torch.finfo(sd.dtype).eps ** 0.25)
         return {name: sd.expand_as(x) if name == "loc" else torch.ones_like(x) for name, x in phi.items()}
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:

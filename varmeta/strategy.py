@@ -112,8 +112,12 @@ class Strategy(ABC):
             if missing:
                 raise ValueError(
                     f"outer={self.outer!r} needs query data, but {counted(len(missing), 'task')} of {len(tasks)} "
-                    f"{'has' if len(missing) == 1 else 'have'} none, {missing[0]!r} first: give "
-                    "query=(x, y), or split the support with tasks.split(...)"
+                    f"{'has' if len(missing) == 1 else 'have'} none, {missing[0]!r} first: "
+                    + (
+                        "a task of one row has none to split off; leave such tasks out, tasks.with_query()"
+                        if len(missing) < len(tasks)
+                        else "give query=(x, y), or split the support with tasks.split(...)"
+                    )
                 )
         prior = model.prior
         if for_fit and prior.learn_precision is not None:

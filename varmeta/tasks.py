@@ -319,6 +319,17 @@ class TaskSet:
         ids = self._ids.tolist()
         return self._derived([_split(t, num_support, (seed, i)) for t, i in zip(self, ids, strict=True)])
 
+    def with_query(self) -> TaskSet:
+        """The tasks that have query data: `split` gives a task of one row none.  Raises ValueError where no task has any.
+
+        >>> TaskSet([Task(([0.0], [1.0])), Task(([0.0, 1.0], [1.0, 2.0]))]).split(0.5).with_query().names
+        ('1',)
+        """
+        rows = [row for row, task in enumerate(self) if task.query is not None and len(task.query[1])]
+        if not rows:
+            raise ValueError("none of these tasks has query data: give Task(query=(x, y)), or split the support")
+        return self[rows]
+
     def merged(self) -> TaskSet:
         """Each task's query data joined to its support: the inverse of `split`, up to the order of rows.
 

@@ -6,7 +6,7 @@ import scipy.optimize
 import torch
 
 from varmeta.numerics import tree
-from varmeta.numerics.minimize import minimize, value_and_gradient
+from varmeta.numerics.minimize import GradientDescent, minimize, value_and_gradient
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 
@@ -198,6 +198,29 @@ def test_units_do_not_undo_the_damping_or_the_look_at_signs():
 def test_units_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="names and shapes of phi"):
         minimize(lambda phi: phi["x"] ** 2, {"x": double(1.0)}, CG, units={"x": double(1.0, 2.0)})
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="units must be positive and finite"):
+            minimize(lambda phi: phi["x"] ** 2, {"x": double(1.0)}, CG, units={"x": double(wrong)})
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_only_the_ratios_of_units_matter(size):
+    units = {"x": (size * torch.logspace(0, 2, 20)).expand(3, -1)}
+    curvature = torch.logspace(0, -4, 20)
+    start = {"x": draw(3, 20).float()}
+    solution = minimize(lambda phi: (curvature * phi["x"].square()).sum(-1), start, CG, units=units)
+    assert solution.worst == Result.CONVERGED
+    assert solution.value["x"].abs().max() < 1e-3
+
+
+def test_a_minimiser_that_knows_no_units_is_not_given_any():
+    class Jump(GradientDescent):
+        def solve(self, fn, phi, *, steps, tolerance, max_steps, create_graph):
+            return super().solve(fn, phi, steps=1, tolerance=tolerance, max_steps=1, create_graph=create_graph)
+
+    phi = {"x": double(1.0)}
+    solution = minimize(lambda phi: phi["x"] ** 2, phi, Jump(0.5), units={"x": double(3.0)})
+    assert solution.value["x"].item() == 0.0
 
 
 def gaussian_elbo(x, y, prior_precision):

@@ -180,6 +180,14 @@ def test_one_number_for_all_is_never_spread_out() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_logarithm_of_an_exponential_keeps_its_dtype() -> None:
+    inputs = (torch.arange(3),)
+    graph = traced(lambda n: n.exp().log(), *inputs)
+    rewrite(graph)
+    assert graph(*inputs).dtype == torch.float32
+    torch.testing.assert_close(graph(*inputs), torch.arange(3).float())
+
+
 def padded(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Zeros but for the first entry, in all that may be done to them."""
     back = torch.ops.aten.slice_backward
@@ -190,6 +198,7 @@ def padded(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         first.sum(0), first.sum([0, 1], True), first.sum([0, 2]), first.sum(2), first.sum(), first * 2.0, (first + first).sum(0),
         (first + corner).sum(0), corner.sum([0, 1], True).reshape(SIZE), corner.sum([0, 1], True).reshape(1, SIZE).sum(1),
         corner.sum([0, 1]), corner.sum(0).sum(-1), (corner + corner).sum([0, 2], True), last.sum(0), (last + first).sum(0),
+        first.sum(0, dtype=torch.float32), first.float().sum(0, dtype=torch.float64),
         (first + 1.0).sum(0), torch.add(first, first, alpha=2.0).sum(0), corner.reshape(TASKS, SIZE).sum(0),
     )  # fmt: skip
 

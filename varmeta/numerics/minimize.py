@@ -32,6 +32,8 @@ _HOST_READS_EVERY = 8  # steps between two looks at "has everybody converged?", 
 class Minimizer(ABC):
     """A way to minimise.  Subclasses hold choices, never state."""
 
+    takes_units = False
+
     @abstractmethod
     def init(self, phi: Tree) -> Tree:
         """The state before the first step; every tensor has the task axis first, so rows can be taken and put back."""
@@ -50,9 +52,8 @@ class Minimizer(ABC):
         tolerance: float,
         max_steps: int,
         create_graph: bool,
-        units: Tree | None = None,
     ) -> Solution:
-        """What `minimize` calls once it has checked the arguments."""
+        """What `minimize` calls once it has checked the arguments; with `units` too where `takes_units`."""
 
 
 def minimize(
@@ -82,8 +83,8 @@ def minimize(
         max_steps: the limit where `steps` is None.
         create_graph: keep the graph of all steps, so that the value can be differentiated with respect to the start and
             to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
-        units: the size of a usual change of each entry of phi, positive, shaped as phi.  `NewtonCG` takes its conjugate
-            directions in them where it does not form the Hessian; nothing else looks at them.
+        units: the size of a usual change of each entry of phi, shaped as phi; only their ratios within a task matter.
+            `NewtonCG` takes its conjugate directions in them where it does not form the Hessian; nothing else looks at them.
 
     Returns:
         `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN after a fixed number of
@@ -119,8 +120,9 @@ def minimize(
     if units is not None and {name: x.shape for name, x in units.items()} != {name: x.shape for name, x in phi.items()}:
         came, expected = ({name: tuple(x.shape) for name, x in t.items()} for t in (units, phi))
         raise ValueError(f"units must have the names and shapes of phi, {expected}, not {came}")
+    more: dict[str, Any] = {"units": units} if minimizer.takes_units else {}
     return minimizer.solve(
-        fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph, units=units
+        fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph, **more
     )
 
 
@@ -147,7 +149,6 @@ class FirstOrderMinimizer(Minimizer):
         tolerance: float,
         max_steps: int,
         create_graph: bool,
-        units: Tree | None = None,
     ) -> Solution:
         if steps is not None:
             solution = self._exactly(fn, phi, steps, create_graph)

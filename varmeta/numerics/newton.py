@@ -36,7 +36,8 @@ class NewtonCG(Minimizer):
     Up to `dense_size` parameters a task the Hessian H is formed, rescaled to a unit diagonal so that the units of
     the parameters do not matter, and its eigenvalues are taken by absolute value.  Beyond, H d = -g is solved by conjugate
     gradients to the accuracy max(sqrt(eps), min(0.1, (|g| / |g before|)^2)) |g|, or up to the first direction of
-    negative curvature.  Steps are halved or so until the loss falls (Armijo), and doubled where it still falls steeply.
+    negative curvature; in the units that `minimize` was given, if any.  Steps are halved or so until the loss falls (Armijo),
+    and doubled where it still falls steeply.
     Where the loss is level but for rounding, a full step must lower |g| by a tenth instead: so the gradient goes on down
     to its own rounding, and no task wanders there.
 
@@ -79,6 +80,8 @@ class NewtonCG(Minimizer):
     max_backtracks: int = 30
     dense_size: int = 64
 
+    takes_units = True
+
     def __post_init__(self) -> None:
         if self.max_cg_steps is not None and self.max_cg_steps < 1:
             raise ValueError(f"max_cg_steps must be at least 1, not {self.max_cg_steps}")
@@ -112,7 +115,7 @@ class NewtonCG(Minimizer):
                 "NewtonCG's minimum with ImplicitAdjoint"
             )
         x = tree.flatten(tree.detach(phi))
-        scales = None if units is None else tree.flatten({name: units[name].detach() for name in phi})
+        scales = None if units is None else _scales(units, phi)
         point = _point(fn, x, phi)
         loss, norm = point.loss, point.norm
         start = norm
@@ -411,6 +414,15 @@ def _norm(a: Tensor) -> Tensor:
     largest = a.abs().amax(-1)
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1)
     return unit * (a / unit[:, None]).square().sum(-1).sqrt()
+
+
+def _scales(units: Tree, phi: Tree) -> Tensor:
+    """The units on rows, the largest of each task 1, and none so small that rounding would hide what is done along it."""
+    rows = tree.flatten({name: units[name].detach() for name in phi})
+    if not bool((torch.isfinite(rows) & (rows > 0)).all()):
+        raise ValueError("units must be positive and finite: they are the sizes of usual changes of phi's entries")
+    rows = rows / rows.amax(-1, keepdim=True)
+    return rows.clamp(min=torch.finfo(rows.dtype).eps ** 0.25)
 
 
 def _farthest(x: Tensor) -> Tensor:

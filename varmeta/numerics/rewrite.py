@@ -101,7 +101,7 @@ def _logarithms(graph: fx.Graph) -> None:
         while below.target in _SAME_NUMBERS and below.op == "call_function":
             views.append(below)
             below = below.args[0]
-        if below.target is not aten.exp.default:
+        if below.target is not aten.exp.default or below.args[0].meta["val"].dtype != node.meta["val"].dtype:
             continue
         new = below.args[0]
         for view in reversed(views):
@@ -135,10 +135,10 @@ def _narrowed(graph: fx.Graph) -> None:
             first[node] = inner, axes | {axis % len(shape)}
             continue
         known = [first[x] for x in node.all_input_nodes if x in first]
-        if not known:
+        if not known or node.kwargs:
             continue
         (inner, axes), shape = known[0], _shape(node)
-        if node.target is aten.add.Tensor and not node.kwargs and len(known) == 2:
+        if node.target is aten.add.Tensor and len(known) == 2:
             other, its = known[1]
             if axes == its and _shape(node.args[0]) == _shape(node.args[1]):
                 first[node] = call(node, aten.add.Tensor, inner, other), axes
