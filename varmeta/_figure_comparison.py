@@ -60,7 +60,11 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
         else:
             continue
         shift = (9 if side == "left" else -9, 0)
-        ax.annotate(text, (at, row), shift, textcoords="offset points", ha=side, va="center", fontsize=8, color=INK)
+        # its own interval may reach into the axis, under the text
+        ax.annotate(
+            text, (at, row), shift, textcoords="offset points", ha=side, va="center", fontsize=8, color=INK, zorder=5,
+            bbox={"fc": "white", "ec": "none", "pad": 1.0},
+        )  # fmt: skip
     ax.set_yticks(rows, [fill(str(name), LABEL_WIDTH) for name in table.index])
     ax.set_ylim(-0.6, len(table) - 0.4)
     name = f"coverage of the {percent(level)} interval" if metric == "coverage" else AXIS_NAMES.get(metric, metric)
