@@ -39,9 +39,9 @@ readme: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-# Compiled against eager for every strategy, guide and dtype: each case waits for the compiler, many minutes in all.
+# Compiled against eager for every strategy, guide and dtype: each case waits for the compiler, most of an hour on two cores.
 test-compiled: $(VENV)/.installed
-	$(BIN)/python -m pytest -m compiled tests/test_fast.py
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m compiled tests/test_fast.py
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

@@ -244,6 +244,18 @@ def test_a_fit_is_the_same_by_either_way() -> None:
             torch.testing.assert_close(value, other.eta[name], rtol=1e-10, atol=1e-12)
 
 
+def test_what_compiling_took_is_said_and_not_paid_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(graph: Any, examples: Any) -> Any:
+        capture._COMPILED.seconds += 1.5
+        return graph
+
+    monkeypatch.setattr(capture, "compile_graph", slow)
+    model, tasks = scalar_model(vm.GaussianPrior(2.0)), ragged_tasks(5)
+    first, second = (vm.fit(model, tasks, vm.Joint("normal"), 3, adam, compile=True) for _ in range(2))
+    assert (first.seconds_compiling, second.seconds_compiling) == (1.5, 0.0)
+    assert "; compiling took 1.5 s" in str(first) and "compiling" not in str(second)
+
+
 def test_auto_compiles_long_runs_alone_and_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: compiled.append(1) or graph)

@@ -18,6 +18,7 @@ from varmeta.fast import check_compile
 from varmeta.hyper.fit import check_hyperguide, integrate
 from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
+from varmeta.numerics.capture import seconds_compiling
 from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
@@ -130,6 +131,7 @@ def fit(
             RuntimeWarning,
             stacklevel=2,
         )
+    compiled = seconds_compiling()
     bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
     run.hyper = None
@@ -146,6 +148,7 @@ def fit(
         descend(problem, strategy, tasks, run, plan, reports)
     if bar is not None:
         bar.close()
+    run.seconds_compiling = seconds_compiling() - compiled
     result = Fit(model, tasks, strategy, seed, run)
     # where the user says when to stop, that it came before convergence is no surprise
     reached = (num_steps is not None and run.step >= num_steps) or (budget is not None and run.evaluations >= budget)

@@ -69,6 +69,11 @@ class Fit:
         )
 
     @property
+    def seconds_compiling(self) -> float:
+        """What compiling took of this fit; another of the same shapes pays nothing in this process, and little in the next."""
+        return self.run.seconds_compiling
+
+    @property
     def loss(self) -> float:
         """The outer objective over all training tasks, in nats, at what was learned; `loss_name` says what it is."""
         return self.run.loss

@@ -26,6 +26,7 @@ class Run:
     loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, None where eta is a point.
+    seconds_compiling: of this run, which an equal one in this process does not pay again; not kept in files.
     """
 
     eta: Eta
@@ -37,6 +38,7 @@ class Run:
     loss: float = math.nan
     schedule: str | None = None
     hyper: HyperPosterior | None = None
+    seconds_compiling: float = 0.0
 
     @property
     def step(self) -> int:

@@ -26,6 +26,8 @@ def long(fit: Fit) -> str:
         evidence(fit),
         fit.stop if fit.stop.startswith("converged") else f"{'' if fit.converged else 'not '}converged: {fit.stop}",
     ]
+    if fit.seconds_compiling > 0.1:
+        lines[-1] += f"; compiling took {fit.seconds_compiling:.1f} s"
     hyper = fit.hyper
     if hyper is None or hyper.hyperguide == "reml":
         return "\n".join([*lines, "", fit.prior.table(fit.standard_errors)])
