@@ -22,7 +22,7 @@ from varmeta.psis import smooth
 # Degrees of freedom of the t proposals, and what their covariances are multiplied by, round by round: heavy and wide enough
 # for the exponential tails that a log sd has.
 DEGREES = 4.0
-WIDTHS = (1.0, 2.0, 1.0, 2.0, 1.0, 2.0)
+WIDTHS = (1.0, 2.0) * 6
 # The Gaussian's draws are enough where this share of them is effective and the tail is light; with two ts, where as many as
 # ENOUGH are effective and the tail is no worse than BAD_K.
 GOOD_SHARE, GOOD_K, BAD_K, ENOUGH = 0.9, 0.5, 0.7, 400.0
