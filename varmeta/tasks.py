@@ -323,7 +323,7 @@ class TaskSet:
         """The tasks that have query data: `split` gives a task of one row none.  Raises ValueError where no task has any.
 
         >>> TaskSet([Task(([0.0], [1.0])), Task(([0.0, 1.0], [1.0, 2.0]))]).split(0.5).with_query().names
-        ('1',)
+        ('task 1',)
         """
         rows = [row for row, task in enumerate(self) if task.query is not None and len(task.query[1])]
         if not rows:
