@@ -31,8 +31,9 @@ COMPILE = ("auto", True, False)
 # "auto" compiles where eager steps would take this many times what compiling takes: a graph that halves a step, which is less
 # than any brings, then wins even if both are misjudged by a factor of two.
 WORTH = 4.0
-# Fewer steps are not even traced: that takes as long as some ten steps.
-FEWEST_STEPS = 200
+# Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
+# (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
+FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
 # Fewer numbers times weights are adapted to in no time, so the question is not even asked.
 MANY = 10**7
 # Gradients that an inner solve typically takes, and pieces, each larger than a gradient, that have to be compiled for it.
@@ -90,6 +91,8 @@ class Step:
         return eager(self.strategy, problem, batch, eta, state)
 
     def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
+        if problem.model.weights.size * len(batch) < LARGE and self.num_steps < FEWEST_SMALL_STEPS:
+            self.compiled = bool(self.compiled)
         as_graph = self.compiled is not False and self.strategy.not_captured(problem) is None
         size = self.size
         if size is None and as_graph:
