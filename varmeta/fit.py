@@ -23,7 +23,7 @@ from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
 from varmeta.strategy import Eta, Strategy, check_kinds
-from varmeta.tasks import TaskSet
+from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -116,7 +116,7 @@ def fit(
     else:
         if free and is_regression(model, tasks, eta):
             eta = pooled_start(problem, whole, eta)
-            eta = _dense_start(model, tasks, eta, seed) if quasi and problem.guide.at_mode else eta
+            eta = _dense_start(model, tasks, whole, eta, seed) if quasi and problem.guide.at_mode else eta
         run = Run(eta, strategy.init(problem, whole, eta))
     few = 200 if use_newton or quasi or hyperguide != "delta" else 2000
     steps = num_steps if num_steps is not None else None if budget is not None else few
@@ -157,14 +157,14 @@ def fit(
     return result
 
 
-def _dense_start(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Eta:
+def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed: int) -> Eta:
     """eta where the bound of a dense guide is best; as it came where that is not found.
 
     On Laplace's evidence L-BFGS can overshoot to the edge of the covariances (an sd of 0), where all is flat; joint Newton
     steps on the bound come back from there, and its optimum is near.
     """
     dense = Joint("multivariate_normal")
-    problem, whole = dense.problem(model, tasks, seed), tasks.batch()
+    problem = dense.problem(model, tasks, seed)
     if not newton_applies(dense, problem, whole, eta):
         return eta
     run = Run(eta, dense.init(problem, whole, eta))

@@ -18,7 +18,7 @@ from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import Batch
 
 # Joint Newton assembles (m x m) blocks and a (p x p) corner; beyond this size first-order steps are cheaper.  A dense guide of
-# 14 weights and their prior are 147 numbers (200 tasks: converged in two minutes, where 2,000 steps of Adam were not).
+# 14 weights and their prior are 147 numbers (200 tasks: converged in a minute, where 2,000 steps of Adam were not).
 MAX_NEWTON_SIZE = 160
 MAX_NEWTON_ENTRIES = 20_000_000
 UNDETERMINED = "the data can hardly tell"

@@ -160,7 +160,7 @@ class ImplicitAdjoint:
         self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None, units: Tree | None
     ) -> tuple[Tree | None, dict[str, Any]]:
         """u with H u = v (None without v), and the stats that the solves give."""
-        solutions = self._solve(in_units(self.solver(g), units), product, v, g, guess)
+        solutions = self._solve(_in_units(self.solver(g), units), product, v, g, guess)
         curvature, products = solutions[0].stats["curvature"], solutions[0].stats["products"]
         for solution in solutions[1:]:
             curvature = torch.fmin(curvature, solution.stats["curvature"])
@@ -206,7 +206,7 @@ class ImplicitAdjoint:
         return solutions
 
 
-def in_units(solver: LinearSolver, units: Tree | None) -> LinearSolver:
+def _in_units(solver: LinearSolver, units: Tree | None) -> LinearSolver:
     """The solver; a `CG` without a preconditioner takes the diagonal of the units' squares for one."""
     if units is None or not isinstance(solver, CG) or solver.preconditioner is not None:
         return solver

@@ -44,14 +44,7 @@ class Minimizer(ABC):
 
     @abstractmethod
     def solve(
-        self,
-        fn: Losses,
-        phi: Tree,
-        *,
-        steps: int | None,
-        tolerance: float,
-        max_steps: int,
-        create_graph: bool,
+        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
     ) -> Solution:
         """What `minimize` calls once it has checked the arguments; with `units` too where `takes_units`."""
 
@@ -141,14 +134,7 @@ class FirstOrderMinimizer(Minimizer):
         return self.update(point if create_graph else tree.detach(point), gradient, state)
 
     def solve(
-        self,
-        fn: Losses,
-        phi: Tree,
-        *,
-        steps: int | None,
-        tolerance: float,
-        max_steps: int,
-        create_graph: bool,
+        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
     ) -> Solution:
         if steps is not None:
             solution = self._exactly(fn, phi, steps, create_graph)
