@@ -106,12 +106,12 @@ def test_many_tasks_are_taken_in_chunks_by_themselves(monkeypatch: pytest.Monkey
     monkeypatch.setattr(chunks, "FEW", 0)
     assert chunks.in_memory(strategy, problem, batch, eta) == 30
     sizes = []
-    for budget in (400_000, 200_000, 100):
+    for budget in (120_000, 60_000, 100):
         monkeypatch.setattr(chunks, "MEMORY", budget)
         sizes.append(chunks.in_memory(strategy, problem, batch, eta))
     assert 30 > sizes[0] >= 2 * sizes[1] > sizes[2] == 1
     deep = vm.Unrolled("delta", inner_steps=20)
-    monkeypatch.setattr(chunks, "MEMORY", 400_000)
+    monkeypatch.setattr(chunks, "MEMORY", 120_000)
     assert chunks.in_memory(deep, problem, batch, eta) < sizes[0]
 
 

@@ -28,7 +28,7 @@ from varmeta.tasks import Batch
 # the machine, so that the last digits of a fit are the same everywhere.
 MEMORY = 2**30
 # Bytes of phi in a chunk of a compiled step, some dozen copies of which are at work at once (docs/speed.md).
-CACHE = 3 * 2**17
+CACHE = 2**21
 # Fewer numbers in all fit into MEMORY whatever is done with them, so nobody counts.
 FEW = 10**6
 

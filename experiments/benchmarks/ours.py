@@ -99,11 +99,11 @@ def _meta_gradient(work: Work, strategy: Strategy, compiled: bool) -> Step:
     fast = OuterStep(strategy, compiled, 1)
     state = strategy.init(problem, batch, eta)
 
-    def run() -> tuple[float, Tensor]:
+    def run() -> tuple[float, dict[str, Tensor]]:
         total, gradient, _, _ = fast(problem, batch, eta, state)
-        return float(total), _flat(gradient, work)
+        return float(total), gradient
 
-    return Step(run, _values)
+    return Step(run, lambda found: _values((found[0], _flat(found[1], work))))
 
 
 def _values(found: tuple[float, Tensor]) -> tuple[float, np.ndarray]:

@@ -97,6 +97,44 @@ def test_steps_neither_join_their_parts_nor_copy_a_transpose() -> None:
     assert not written
 
 
+def deep(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
+    """Like `curvature`, of a network with a layer in the middle, whose weights and inputs both have derivatives."""
+
+    def value(rows: Tensor) -> Tensor:
+        w, v, u = rows[..., :40], rows[..., 40:280].reshape(-1, 6, 40), rows[..., 280:286].reshape(-1, 1, 6)
+        h = torch.tanh(torch.tanh(x * w.unsqueeze(1)) @ v.mT)
+        return ((h @ u.mT).square().sum((1, 2)) + (rows - centre).square().sum(-1)).sum()
+
+    point = rows.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(value(point), point, create_graph=True)
+    (whole,) = torch.cat([torch.autograd.grad(gradient, point, centre.expand_as(point))[0]], -1).split([SIZE], -1)
+    return whole
+
+
+def test_no_product_is_of_two_transposes_and_none_is_copied_transposed() -> None:
+    args = draws(TASKS, SIZE), draws(TASKS, POINTS, 1, seed=1), draws(SIZE, seed=2)
+    graph = traced(deep, *args)
+
+    def counts() -> dict[str, int]:
+        found = Counter[str]()
+        for node in graph.graph.nodes:
+            name = str(node.target)
+            if name == "aten.bmm.default":
+                inputs = [x.meta["val"] for x in node.args]
+                found["slow"] += all(x.stride(-2) == 1 and min(x.shape[1:]) > 1 for x in inputs)
+            if name == "aten.transpose.int" and node.meta["val"].shape[-2:] == (6, 40):
+                found["copied"] += any(user.meta["val"].shape[-1] == 240 for user in node.users)
+            if name in ("aten.cat.default", "aten.split_with_sizes.default"):
+                found["idle"] += len(node.args["split" in name]) == 1
+        return +found
+
+    assert counts() == {"slow": 1, "copied": 1, "idle": 2}
+    rewrite(graph)
+    assert not counts()
+    torch.testing.assert_close(graph(*args), deep(*args), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("sizes", [(2, 3), (30,) * 20], ids=["short", "many"])
 def test_short_rows_and_rows_of_many_parts_stay_whole(sizes: tuple[int, ...]) -> None:
     def function(row: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -253,6 +254,10 @@ class TaskModel:
     def _network(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for theta `(..., tasks, D)`."""
         assert self.net is not None and self.likelihood is not None
+        lead = theta.shape[:-2]
+        if lead and math.prod(lead) == 1:  # a single point: nothing to batch over but the tasks
+            out = self._network(theta.reshape(theta.shape[-2:]), eta, x)
+            return out.reshape(*lead, *out.shape)
         aside = self.likelihood.task_weights()
         weights = {name: value for name, value in self.weights.unflatten(theta).items() if name not in aside}
         shared = {name: eta[name] for name in self.shared if name not in aside}
@@ -266,7 +271,6 @@ class TaskModel:
             return torch.func.functional_call(net, own | shared | buffers, (inputs,))
 
         call = torch.func.vmap(one_task)
-        lead = theta.shape[:-2]
         for _ in lead if weights else ():  # points of an expectation: the same x for each
             call = torch.func.vmap(call, in_dims=(0, None))
         with _differentiable_attention():

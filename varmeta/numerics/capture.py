@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
@@ -211,12 +213,17 @@ _FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 8.0, 1e-2
 def eager_seconds(graph: fx.GraphModule) -> float:
     """What one eager evaluation of a traced function takes, from the number and size of its operations."""
     number = sum(node.op == "call_function" for node in graph.graph.nodes)
-    return number * _SECONDS_PER_OPERATION + graph_bytes(graph) * _SECONDS_PER_BYTE
+    written = sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function")
+    return number * _SECONDS_PER_OPERATION + written * _SECONDS_PER_BYTE
 
 
 def graph_bytes(graph: fx.GraphModule) -> int:
-    """What all of a graph's operations write."""
-    return sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function")
+    """What all of a graph's operations write; views of what another wrote hold nothing."""
+    return sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node.target))
+
+
+def _is_view(target: Any) -> bool:
+    return target is operator.getitem or (isinstance(target, OpOverload) and target.is_view)
 
 
 def compile_seconds(graph: fx.GraphModule) -> float:
