@@ -57,11 +57,11 @@ def test_elbo_of_pyro_is_ours_on_average() -> None:
     assert found["loss_gap"] < 0.01
 
 
-def test_a_gap_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_work_is_seen_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.benchmarks import by_torch
 
     monkeypatch.setattr(by_torch, "LR", 0.011)
-    assert pairs.compare("imaml", "torch eager", **EXACT)["gradient_gap"] > 1e-4
+    assert pairs.compare("imaml", "torch eager", **EXACT)["note"].startswith("does other work: gradient_gap")
 
 
 def test_both_sides_are_timed() -> None:

@@ -84,32 +84,50 @@ def maml_of_task(theta0: Tree, x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> tu
     return grad_and_value(lambda theta0: outer(descend(theta0, x, y, MAML_STEPS), u, v))(theta0)
 
 
+def summed(theta0: Tree, *data: Tensor) -> Tensor:
+    """MAML's objective over all tasks, the derivative of which is one backward pass."""
+
+    def of_task(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        return outer(descend(theta0, x, y, MAML_STEPS), u, v)
+
+    return vmap(of_task)(*data).sum()
+
+
 def imaml(work: Work) -> list[Step]:
-    return _over_tasks(work, imaml_of_task)
+    return _ways(work, _over_tasks(imaml_of_task))
 
 
 def maml(work: Work) -> list[Step]:
-    return _over_tasks(work, maml_of_task)
+    return [
+        *_ways(work, _over_tasks(maml_of_task)),
+        *_ways(work, grad_and_value(summed), ", gradient of the sum"),
+    ]
 
 
-def _over_tasks(work: Work, of_task: Callable[..., tuple[Tree, Tensor]]) -> list[Step]:
-    theta0 = {name: torch.as_tensor(value) for name, value in work.theta0.items()}
-    data = [torch.as_tensor(a) for a in (work.x_support, work.y_support, work.x_query, work.y_query)]
-
+def _over_tasks(of_task: Callable[..., tuple[Tree, Tensor]]) -> Callable[..., tuple[Tree, Tensor]]:
     def whole(theta0: Tree, *data: Tensor) -> tuple[Tree, Tensor]:
         gradients, losses = vmap(of_task, in_dims=(None, 0, 0, 0, 0))(theta0, *data)
         return {name: g.sum(0) for name, g in gradients.items()}, losses.sum()
 
-    captured = Captured(whole)
+    return whole
+
+
+def _ways(work: Work, whole: Callable[..., tuple[Tree, Tensor]], how: str = "") -> list[Step]:
+    theta0 = {name: torch.as_tensor(value) for name, value in work.theta0.items()}
+    data = [torch.as_tensor(a) for a in (work.x_support, work.y_support, work.x_query, work.y_query)]
 
     def step(function: Callable[..., Any], way: str) -> Step:
-        return Step(lambda: function(theta0, *data), _values, way=way)
+        def run() -> tuple[float, Tree]:
+            gradient, loss = function(theta0, *data)
+            return float(loss), gradient
 
-    return [step(captured, "compiled"), step(whole, "eager")]
+        return Step(run, _values, way=way + how)
+
+    return [step(Captured(whole), "compiled"), step(whole, "eager")]
 
 
-def _values(found: tuple[Tree, Tensor]) -> tuple[float, np.ndarray]:
-    return float(found[1]), flat({name: g.cpu().numpy() for name, g in found[0].items()})
+def _values(found: tuple[float, Tree]) -> tuple[float, np.ndarray]:
+    return found[0], flat({name: g.cpu().numpy() for name, g in found[1].items()})
 
 
 # -- joint ---------------------------------------------------------------------------------------------------------------

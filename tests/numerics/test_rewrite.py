@@ -135,6 +135,80 @@ def test_no_product_is_of_two_transposes_and_none_is_copied_transposed() -> None
     torch.testing.assert_close(graph(*args), deep(*args), rtol=1e-12, atol=1e-12)
 
 
+def in_parts(*parts: Tensor) -> Tensor:
+    """A concatenation that is cut apart again, so that rows are kept in parts."""
+    return torch.cat(parts, -1).split([part.shape[-1] for part in parts], -1)[0]
+
+
+ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "parts of two dtypes": (in_parts, (draws(3, 100).float(), draws(3, 156))),
+    "parts that overflow": (
+        lambda a, b: (torch.cat([a, b], -1) * 2, in_parts(b, b)),
+        (torch.full((3, 100), 100, dtype=torch.int8), draws(3, 156)),
+    ),
+    "half sums": (
+        lambda a: torch.cat([x * 1.0 for x in a.split((100, 100, 100), -1)], -1).sum(-1),
+        (torch.tensor([660.0, 0.0, -660.0]).repeat_interleave(100).half().repeat(3, 1),),
+    ),
+    "memory as it lies": (lambda a, b: (a.mT @ b.mT).as_strided((2, 3), (1, 2)), (draws(2, 4, 5), draws(2, 6, 4))),
+    "numbers read as others": (lambda a, b: (a.mT @ b.mT).view(torch.int64), (draws(2, 4, 5), draws(2, 6, 4))),
+    "complex": (lambda a: a * torch.full((3, 1), 1j), (draws(3, 4),)),
+    "nothing": (lambda a, b: torch.bmm(a.mT, b.mT), (draws(0, 4, 5), draws(0, 6, 4))),
+    "doubled": (lambda a, b: ((a @ b.mT) + (a @ b.mT)).mT.reshape(2, -1), (draws(2, 4, 5), draws(2, 6, 5))),
+    "integers": (lambda a, b: torch.bmm(a.mT, b.mT), (torch.arange(40).reshape(2, 4, 5), torch.arange(48).reshape(2, 6, 4))),
+    "several readers": (
+        lambda a, b: (lambda c: (c.mT.reshape(2, -1), c.mT, c))(torch.bmm(a, b.mT)),
+        (draws(2, 4, 5), draws(2, 6, 5)),
+    ),
+    "a scaled sum": (lambda a, b: torch.add(a.mT @ b, b.mT @ a, alpha=3).mT.reshape(2, -1), (draws(2, 4, 5), draws(2, 4, 5))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_graphs_keep_their_numbers_and_dtypes(name: str) -> None:
+    function, args = ODD[name]
+    graph = traced(function, *args)
+    rewrite(graph)
+    expected, found = function(*args), graph(*args)
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (expected, found)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_sums_are_not_multiplied() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        product = torch.bmm(a, b.mT)
+        for _ in range(4):
+            product = product + product
+        return product.mT.reshape(2, -1)
+
+    graph = traced(function, draws(2, 4, 5), draws(2, 6, 5))
+    rewrite(graph)
+    assert sum(str(node.target) == "aten.bmm.default" for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: (a + torch.zeros_like(a), b),
+        lambda a, b: torch.cat([a]),
+        lambda a, b: (lambda x: torch.autograd.grad((x * b).sum(), x))(a.detach().requires_grad_()),
+        lambda a, b: [(a * b) * torch.ones_like(a), (a * b) + torch.zeros_like(a)],
+    ],
+    ids=["plus nothing", "one part", "gradient", "one number twice"],
+)
+def test_outputs_have_memory_of_their_own(function: Callable[..., Any]) -> None:
+    def outputs(of: Callable[..., Any]) -> list[int]:
+        with torch.enable_grad():
+            found = of(*args)
+        return [x.data_ptr() for x in (*args, *([found] if isinstance(found, Tensor) else found))]
+
+    args = draws(3, 4), draws(3, 4, seed=1)
+    graph = traced(function, *args)
+    shared = len(outputs(function)) - len(set(outputs(function)))
+    rewrite(graph)
+    assert len(outputs(graph)) - len(set(outputs(graph))) == shared
+
+
 @pytest.mark.parametrize("sizes", [(2, 3), (30,) * 20], ids=["short", "many"])
 def test_short_rows_and_rows_of_many_parts_stay_whole(sizes: tuple[int, ...]) -> None:
     def function(row: Tensor) -> Tensor:

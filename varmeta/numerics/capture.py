@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import operator
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
 from varmeta.numerics.rewrite import rewrite
+from varmeta.numerics.rewrite_nodes import is_view
 
 log = logging.getLogger("varmeta")
 
@@ -107,11 +106,11 @@ def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSp
 
     try:
         graph = make_fx(flat, tracing_mode="real")(*[leaf.detach() for leaf in leaves])
+        # autograd's bookkeeping leaves operations whose results nobody reads; some of them the compiler cannot handle
+        graph.graph.eliminate_dead_code()
+        rewrite(graph)
     except Exception as error:
         raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
-    # autograd's bookkeeping leaves operations whose results nobody reads; some of them the compiler cannot handle
-    graph.graph.eliminate_dead_code()
-    rewrite(graph)
     return Traced(graph, _lift(graph), out[0])
 
 
@@ -219,11 +218,7 @@ def eager_seconds(graph: fx.GraphModule) -> float:
 
 def graph_bytes(graph: fx.GraphModule) -> int:
     """What all of a graph's operations write; views of what another wrote hold nothing."""
-    return sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function" and not _is_view(node.target))
-
-
-def _is_view(target: Any) -> bool:
-    return target is operator.getitem or (isinstance(target, OpOverload) and target.is_view)
+    return sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function" and not is_view(node.target))
 
 
 def compile_seconds(graph: fx.GraphModule) -> float:

@@ -8,21 +8,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import fx
 
-from varmeta.numerics.rewrite_nodes import Node, aten, shape_of
+from varmeta.numerics.rewrite_nodes import Node, aten, is_view, shape_of
 from varmeta.numerics.rewrite_parts import in_parts
 from varmeta.numerics.rewrite_products import column_products, transposed_products
 
+# They read the memory of another tensor as it lies, which is not kept.
+_READS_STRIDES = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
+
 
 def rewrite(graph: fx.GraphModule) -> None:
-    """In place; the outputs are the same but for rounding.  A graph that writes into its tensors is left alone."""
+    """In place; the outputs are the same but for rounding, and for logarithms of exponentials that underflow, which stay finite.
+
+    A graph that writes into its tensors, or reads memory as it lies, is left alone.
+    """
     calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     if any(getattr(target, "_schema", None) is not None and target._schema.is_mutable for target in calls):
+        return
+    if not _READS_STRIDES.isdisjoint(calls):
         return
     for node in graph.graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # strides change below, and a view insists on them
+    before = _aliases(graph.graph)
     _constants(graph.graph)
     _logarithms(graph.graph)
     _narrowed(graph.graph)
@@ -31,8 +41,45 @@ def rewrite(graph: fx.GraphModule) -> None:
     transposed_products(graph.graph)
     in_parts(graph.graph)
     graph.graph.eliminate_dead_code()
+    _own_outputs(graph.graph, before)
     graph.graph.lint()
     graph.recompile()
+
+
+def _outputs(graph: fx.Graph) -> list[Node]:
+    found: list[Node] = []
+    fx.map_arg(graph.output_node().args, found.append)
+    return found
+
+
+def _aliases(graph: fx.Graph) -> list[bool]:
+    """For each output whether its numbers share memory: with an input, an output before it, or one another."""
+    seen: set[Node] = set()
+    found = []
+    for node in _outputs(graph):
+        widened = False
+        while node.op == "call_function" and is_view(node.target):
+            widened |= node.target is aten.expand.default
+            node = node.args[0]
+        found.append(widened or node.op != "call_function" or node in seen)
+        seen.add(node)
+    return found
+
+
+def _own_outputs(graph: fx.Graph, before: list[bool]) -> None:
+    """Copy outputs that share memory now and did not: whoever gets a gradient may write into it."""
+    last = graph.output_node()
+    copied = iter([shares and not was for was, shares in zip(before, _aliases(graph), strict=True)])
+
+    def own(node: Node) -> Node:
+        if not next(copied):
+            return node
+        with graph.inserting_before(last):
+            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+        copy.meta["val"] = node.meta["val"]
+        return copy
+
+    last.args = fx.map_arg(last.args, own)
 
 
 _LIKE = {aten.zeros_like.default: 0.0, aten.ones_like.default: 1.0}
@@ -73,7 +120,8 @@ def _filled_with(node: Node) -> float | None:
     """The number that a tensor holds everywhere, where that is plain to see."""
     while node.op == "call_function" and node.target in _SAME_NUMBERS:
         node = node.args[0]
-    return float(node.args[1]) if node.target is aten.full.default else None
+    real = node.target is aten.full.default and not isinstance(node.args[1], complex)
+    return float(node.args[1]) if real else None
 
 
 def _logarithms(graph: fx.Graph) -> None:
@@ -129,7 +177,7 @@ def _narrowed(graph: fx.Graph) -> None:
         elif node.target is aten.reshape.default and len(axes) == 1:
             # a row of its own, whatever axes of length one stand around it
             size = shape_of(node.args[0])[min(axes)]
-            if math.prod(shape_of(node.args[0])) == size == math.prod(shape) and size in shape:
+            if 0 < math.prod(shape_of(node.args[0])) == size == math.prod(shape) and size in shape:
                 ones = [1] * len(shape)
                 first[node] = call(node, aten.reshape.default, inner, ones), {shape.index(size)}
         elif node.target is aten.sum.default:

@@ -114,9 +114,10 @@ def _replace(parts: _Parts, node: Node, made: list[Node]) -> None:
 
 
 def _cat(parts: _Parts, node: Node) -> None:
-    inputs = node.args[0]
+    inputs, whole = node.args[0], node.meta["val"]
     axis = node.args[1] if len(node.args) > 1 else 0
-    if _is_last(node, axis) and tuple(shape_of(x)[-1] for x in inputs) == parts.sizes:
+    alike = all(x.meta["val"].dtype == whole.dtype and len(shape_of(x)) == whole.dim() for x in inputs)
+    if alike and _is_last(node, axis) and tuple(shape_of(x)[-1] for x in inputs) == parts.sizes:
         parts.known[node] = list(inputs)
 
 
@@ -167,8 +168,8 @@ def _shaped(parts: _Parts, node: Node) -> None:
 
 def _sum(parts: _Parts, node: Node) -> None:
     source = node.args[0]
-    if source not in parts.known:
-        return
+    if source not in parts.known or source.meta["val"].dtype.itemsize < 4:
+        return  # of half precision a part's sum may overflow where the whole one does not
     shape = shape_of(source)
     axes = [axis % len(shape) for axis in node.args[1]] if shape and node.args[1] else []
     if shape and len(shape) - 1 in axes:

@@ -46,7 +46,7 @@ def transposed_products(graph: fx.Graph) -> None:
         rank = len(shape_of(node))
         if {axis % rank for axis in node.args[1:]} != {rank - 2, rank - 1} or not _is_copied(node):
             continue
-        if _has_product(node.args[0]):
+        if _flips(node.args[0]):
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_flipped(graph, node.args[0]))
     graph.eliminate_dead_code()
@@ -65,15 +65,15 @@ def _is_copied(node: Node) -> bool:
     return len(node.users) > 0 and all(map(writes, node.users))
 
 
-def _has_product(node: Node) -> bool:
-    """Whether `node`, which nobody else reads, is made of products' matrices by what `_flipped` knows."""
+def _flips(node: Node) -> bool:
+    """Whether `_flipped` can make the transpose of `node`, which nobody else reads, without a copy."""
     if node.op != "call_function" or len(node.users) != 1:
         return False
     if node.target is aten.add.Tensor:
         same = not node.kwargs and all(isinstance(x, fx.Node) and shape_of(x) == shape_of(node) for x in node.args)
-        return same and all(map(_has_product, node.args))
+        return same and node.args[0] is not node.args[1] and all(map(_flips, node.args))
     if node.target in (aten.reshape.default, aten.detach.default):
-        return shape_of(node.args[0])[-2:] == shape_of(node)[-2:] and _has_product(node.args[0])
+        return shape_of(node.args[0])[-2:] == shape_of(node)[-2:] and _flips(node.args[0])
     if _is_flip(node):
         return True
     # flipped, of two that lie row by row, it would be a product of two that lie column by column
@@ -85,7 +85,7 @@ def _is_flip(node: Node) -> bool:
 
 
 def _flipped(graph: fx.Graph, node: Node) -> Node:
-    """The transpose of the last two axes of what `_has_product`."""
+    """The last two axes of what `_flips` the other way round."""
     if _is_flip(node):
         return node.args[0]
     value = node.meta["val"].mT
