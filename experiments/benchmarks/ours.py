@@ -50,7 +50,7 @@ def joint(work: Work, compiled: bool = True) -> Step:
     loc = torch.cat([torch.as_tensor(value).reshape(work.tasks, -1) for value in work.loc.values()], -1)
     state = begin = replace(state, phi={"loc": loc, "log_scale": torch.full_like(loc, LOG_SD)})
 
-    def run() -> tuple[float, Tensor]:
+    def run() -> tuple[float, dict[str, Tensor]]:
         nonlocal state
 
         def closure() -> float:
@@ -61,9 +61,9 @@ def joint(work: Work, compiled: bool = True) -> Step:
             return float(total)
 
         loss = optimizer.step(closure)
-        return loss, _flat({name: leaf.grad for name, leaf in eta.items() if leaf.grad is not None}, work)
+        return loss, {name: leaf.grad for name, leaf in eta.items() if leaf.grad is not None}
 
-    return Step(run, _values, _draws(strategy, problem, batch, eta, begin))
+    return Step(run, _values(work), _draws(strategy, problem, batch, eta, begin))
 
 
 def joint_noise(work: Work, step: int = 0) -> np.ndarray:
@@ -103,15 +103,15 @@ def _meta_gradient(work: Work, strategy: Strategy, compiled: bool) -> Step:
         total, gradient, _, _ = fast(problem, batch, eta, state)
         return float(total), gradient
 
-    return Step(run, lambda found: _values((found[0], _flat(found[1], work))))
+    return Step(run, _values(work))
 
 
-def _values(found: tuple[float, Tensor]) -> tuple[float, np.ndarray]:
-    return found[0], found[1].cpu().numpy().astype(np.float64)
+def _values(work: Work) -> Callable[[tuple[float, dict[str, Tensor]]], tuple[float, np.ndarray]]:
+    def values(found: tuple[float, dict[str, Tensor]]) -> tuple[float, np.ndarray]:
+        gradient = torch.cat([found[1][name].reshape(-1) for name in work.theta0])
+        return found[0], gradient.cpu().numpy().astype(np.float64)
 
-
-def _flat(gradient: dict[str, Tensor], work: Work) -> Tensor:
-    return torch.cat([gradient[name].reshape(-1) for name in work.theta0])
+    return values
 
 
 def _draws(
