@@ -28,16 +28,16 @@ from varmeta.tensors import batch_of, tensors_of
 
 log = logging.getLogger("varmeta")
 COMPILE = ("auto", True, False)
-# "auto" compiles where eager steps would take this many times what compiling takes: a graph that halves a step, which is less
-# than any brings, then wins even if both are misjudged by a factor of two.
-WORTH = 4.0
+# "auto" compiles where eager steps would take this many times what compiling takes.  A graph divides a step by four or more, so
+# it breaks even at 1.3 times; the rest is for an estimate that is half too high, as that of a joint step is (docs/speed.md).
+WORTH = 2.0
 # Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
 # (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
 FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
 # Fewer numbers times weights are adapted to in no time, so the question is not even asked.
 MANY = 10**7
-# Gradients that an inner solve typically takes, and pieces, each larger than a gradient, that have to be compiled for it.
-SOLVE, PIECES = 30, 6
+# Gradients that an inner solve typically takes, and what its six pieces, each larger than a gradient, take to compile: gradients'.
+SOLVE, PIECES = 30, 12
 
 
 def check_compile(value: object) -> None:

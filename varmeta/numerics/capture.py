@@ -204,16 +204,15 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 # Measured on two cores (docs/speed.md).  They are constants, and no clock is read, so that whether a fit is compiled, and with
 # that the last digit of its numbers, is the same in every run.
-_SECONDS_PER_OPERATION = 8e-6  # eagerly, with what autograd and Python add
-_SECONDS_PER_BYTE = 4e-10
-_FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 8.0, 1e-2
+_SECONDS_PER_OPERATION = 1.5e-5  # eagerly, with what autograd and Python add
+_SECONDS_PER_BYTE = 1e-10
+_FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 20.0, 1e-2  # where the compiler finds nothing on disk
 
 
 def eager_seconds(graph: fx.GraphModule) -> float:
     """What one eager evaluation of a traced function takes, from the number and size of its operations."""
     number = sum(node.op == "call_function" for node in graph.graph.nodes)
-    written = sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function")
-    return number * _SECONDS_PER_OPERATION + written * _SECONDS_PER_BYTE
+    return number * _SECONDS_PER_OPERATION + graph_bytes(graph) * _SECONDS_PER_BYTE
 
 
 def graph_bytes(graph: fx.GraphModule) -> int:
