@@ -36,7 +36,7 @@ WORTH = 2.0
 FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
 # Fewer numbers times weights are adapted to in no time, so the question is not even asked.
 MANY = 10**7
-# Gradients that an inner solve typically takes, and what its six pieces, each larger than a gradient, take to compile: gradients'.
+# Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of them larger, compile.
 SOLVE, PIECES = 30, 12
 
 
