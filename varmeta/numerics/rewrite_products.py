@@ -22,15 +22,23 @@ def column_products(graph: fx.Graph) -> None:
         if node.target is not aten.bmm.default or not all(map(_by_columns, node.args)):
             continue
         with graph.inserting_before(node):
-            flipped = [graph.call_function(aten.transpose.int, (x, 1, 2)) for x in reversed(node.args)]
-            new = graph.call_function(aten.bmm.default, tuple(flipped))
+            new = _reversed(graph, node)
             back = graph.call_function(aten.transpose.int, (new, 1, 2))
-        for copy, x in zip(flipped, reversed(node.args), strict=True):
-            copy.meta["val"] = x.meta["val"].transpose(1, 2)
-        new.meta["val"] = node.meta["val"].mT.contiguous()
         back.meta["val"] = new.meta["val"].mT
         node.replace_all_uses_with(back)
     graph.eliminate_dead_code()
+
+
+def _reversed(graph: fx.Graph, product: Node) -> Node:
+    """The transpose of a batched product A @ B, as B.T @ A.T."""
+    flipped = []
+    for x in reversed(product.args):
+        flip = graph.call_function(aten.transpose.int, (x, 1, 2))
+        flip.meta["val"] = x.meta["val"].mT
+        flipped.append(flip)
+    new = graph.call_function(aten.bmm.default, tuple(flipped))
+    new.meta["val"] = product.meta["val"].mT.contiguous()
+    return new
 
 
 def _by_columns(node: Node) -> bool:
@@ -88,13 +96,11 @@ def _flipped(graph: fx.Graph, node: Node) -> Node:
     """The last two axes of what `_flips` the other way round."""
     if _is_flip(node):
         return node.args[0]
+    if node.target is aten.bmm.default:
+        return _reversed(graph, node)
     value = node.meta["val"].mT
     args: tuple[Any, ...]
-    if node.target is aten.bmm.default:
-        args = tuple(graph.call_function(aten.transpose.int, (x, 1, 2)) for x in reversed(node.args))
-        for flip, x in zip(args, reversed(node.args), strict=True):
-            flip.meta["val"] = x.meta["val"].mT
-    elif node.target is aten.add.Tensor:
+    if node.target is aten.add.Tensor:
         args = tuple(_flipped(graph, x) for x in node.args)
     elif node.target is aten.reshape.default:
         args = (_flipped(graph, node.args[0]), list(value.shape))
