@@ -1,17 +1,16 @@
 import csv
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import scipy.optimize
 import torch
 
+from tests.conftest import shared_data
 from varmeta.numerics.arrowhead import minimize_jointly
 from varmeta.numerics.solution import Result
 
 torch.set_num_threads(1)
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SCHOOLS = ([28.0, 8, -3, 7, -1, 1, 18, 12], [15.0, 10, 16, 11, 9, 11, 10, 18])
 
 
@@ -107,10 +106,8 @@ def maximum_likelihood(x, y, mask, full):
 
 
 def padded(name, task, features, target):
-    if not DATA.is_dir():
-        pytest.skip("the shared data folder is not here")
     groups = {}
-    with open(DATA / name / "data.csv") as file:
+    with open(shared_data(name) / "data.csv") as file:
         for row in csv.DictReader(file):
             groups.setdefault(row[task], []).append((features(row), float(row[target])))
     shape = len(groups), max(map(len, groups.values()))
