@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from tests.cases import GUIDES, OUTERS, linear_model, net_model, ragged_tasks, scalar_model
+from tests.cases import GUIDES, OUTERS, large_model, linear_model, net_model, ragged_tasks, scalar_model
 from varmeta.fast import Outcome, Step, eager
 from varmeta.numerics import capture
 
@@ -127,6 +127,31 @@ def test_a_captured_step_is_the_eager_step(strategy: str, guide: str) -> None:
         torch.float64,
         count=2,
     )
+
+
+# With this many weights a task's row stays in parts in the graph (numerics/rewrite_parts.py); shorter rows are left whole.
+MANY = [
+    ("joint", "normal"),
+    ("maml", "delta"),
+    ("implicit query, cg", "delta"),
+    ("implicit query, cg", "normal"),
+]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("strategy", "guide"), MANY)
+def test_a_captured_step_of_many_weights_is_the_eager_step(strategy: str, guide: str) -> None:
+    model = large_model(vm.GaussianPrior(3.0, learn_precision="shared"))
+    both(STRATEGIES[strategy](guide), model, torch.float64, count=2)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("strategy", "guide"), MANY)
+def test_a_compiled_step_of_many_weights_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
+    model = large_model(vm.GaussianPrior(3.0, learn_precision="shared"))
+    in_dtype = vm.TaskModel(model.net.to(dtype), vm.likelihoods.Gaussian(scale=0.7), model.prior)
+    both(COMPILED[strategy](guide), in_dtype, dtype)
 
 
 def goes_together(strategy: str, guide: Any) -> bool:
