@@ -63,11 +63,12 @@ def net_model(prior: vm.GaussianPrior, width: int = 3) -> vm.TaskModel:
     return vm.TaskModel(seeded(make), vm.likelihoods.Gaussian(scale=0.7), prior)
 
 
-def large_model(prior: vm.GaussianPrior) -> vm.TaskModel:
-    """1,761 weights."""
+def large_model(prior: vm.GaussianPrior, width: int = 40) -> vm.TaskModel:
+    """1,761 weights, or width^2 + 4 width + 1."""
 
     def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+        layers = nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+        return nn.Sequential(*layers)
 
     return vm.TaskModel(seeded(make), vm.likelihoods.Gaussian(scale=0.7), prior)
 
