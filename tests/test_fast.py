@@ -223,9 +223,11 @@ def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("strategy", IN_PIECES)
 def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
-    both(
-        IN_PIECES[strategy](guide), model_of(dtype), dtype, tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype]
-    )
+    # Rows of a factor that are nearly 0 leave a Hessian nearly singular, the less so the stronger the prior; descent of a
+    # fixed length comes closest to an optimum, where it is not, under a weak one.
+    strong = isinstance(guide, vm.guides.LowRank) and not strategy.startswith("long")
+    model = model_of(dtype, 10.0 if strong else 3.0)
+    both(IN_PIECES[strategy](guide), model, dtype, tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype])
 
 
 @pytest.mark.usefixtures("uncompiled")
