@@ -90,8 +90,10 @@ def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float) -> No
                 close(tree[name], same[name], name)
         assert one.stats.keys() == other.stats.keys()
         close(one.stats["losses"], other.stats["losses"], "losses")
-        # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done
-        assert float(one.stats["evaluations"]) <= float(other.stats["evaluations"]) * (1 + 1e-12)
+        # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done; how soon a loop to a
+        # tolerance does is up to rounding
+        slack = 0.1 if tolerance > 1e-9 and one.value.dtype == torch.float32 else 1e-12
+        assert float(one.stats["evaluations"]) <= float(other.stats["evaluations"]) * (1 + slack)
 
 
 def both(
@@ -223,11 +225,13 @@ def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("strategy", IN_PIECES)
 def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
-    # Rows of a factor that are nearly 0 leave a Hessian nearly singular, the less so the stronger the prior; descent of a
-    # fixed length comes closest to an optimum, where it is not, under a weak one.
-    strong = isinstance(guide, vm.guides.LowRank) and not strategy.startswith("long")
-    model = model_of(dtype, 10.0 if strong else 3.0)
-    both(IN_PIECES[strategy](guide), model, dtype, tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype])
+    chosen, model = IN_PIECES[strategy](guide), model_of(dtype)
+    # A factor that is nearly 0 leaves directions of hardly any curvature: less so under a strong prior, and what is left along
+    # them at the usual tolerance shows in the gradient.
+    if isinstance(guide, vm.guides.LowRank) and isinstance(chosen, vm.Implicit) and chosen.inner_steps is None:
+        chosen = replace(chosen, tolerance=1e-11 if dtype == torch.float64 else None)
+        model = model_of(dtype, 10.0)
+    both(chosen, model, dtype, tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype])
 
 
 @pytest.mark.usefixtures("uncompiled")
