@@ -170,8 +170,8 @@ def precision(strategy: str, guide: Any) -> float:
     """Of the prior, so strong that after the inner steps the Hessian is positive definite and magnifies no rounding."""
     if guide == "laplace":
         return 100.0
-    # CG stops before it has solved; what is solved in full must be well conditioned
-    return 10.0 if strategy == "implicit, direct" else 3.0
+    # CG stops before it has solved; what is solved in full must be well conditioned, as a factor's Hessian is under no prior
+    return 10.0 if strategy == "implicit, direct" and not isinstance(guide, vm.guides.LowRank) else 3.0
 
 
 @pytest.mark.compiled
