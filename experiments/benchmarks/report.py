@@ -58,6 +58,7 @@ def plot_pairs(frame: pd.DataFrame, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(frame["case"]))
+    frame = frame.sort_values("tasks", kind="stable")
     figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
     for ax, case in zip(axes[0], cases, strict=True):
         for peer, rows in frame[(frame["case"] == case) & frame["ratio"].notna()].groupby("peer", sort=False):
