@@ -73,7 +73,7 @@ def steps(
     return outcomes
 
 
-def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float, slack: float) -> None:
+def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float, slack: float = 0.0) -> None:
     def close(a: Tensor, b: Tensor, what: str) -> None:
         scale = max(1.0, float(a.detach().abs().max()))
         assert float((a - b).detach().abs().max()) <= tolerance * scale, what
