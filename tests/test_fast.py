@@ -48,9 +48,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def model_of(dtype: torch.dtype, precision: float = 3.0) -> vm.TaskModel:
-    model = net_model(vm.GaussianPrior(precision, learn_precision="shared"))
-    net = model.net.to(dtype)
-    return vm.TaskModel(net, vm.likelihoods.Gaussian(scale=0.7), model.prior)
+    return in_dtype(net_model(vm.GaussianPrior(precision, learn_precision="shared")), dtype)
+
+
+def in_dtype(model: vm.TaskModel, dtype: torch.dtype) -> vm.TaskModel:
+    return vm.TaskModel(model.net.to(dtype), model.likelihood, model.prior)
 
 
 def steps(
@@ -153,9 +155,7 @@ def test_a_captured_step_of_many_weights_is_the_eager_step(strategy: str, guide:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("strategy", "guide"), MANY)
 def test_a_compiled_step_of_many_weights_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
-    model = many_weights()
-    in_dtype = vm.TaskModel(model.net.to(dtype), vm.likelihoods.Gaussian(scale=0.7), model.prior)
-    both(COMPILED[strategy](guide), in_dtype, dtype)
+    both(COMPILED[strategy](guide), in_dtype(many_weights(), dtype), dtype)
 
 
 def goes_together(strategy: str, guide: Any) -> bool:
