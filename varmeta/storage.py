@@ -24,7 +24,7 @@ from varmeta.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
-FORMAT = "varmeta fit 2"
+FORMAT = "varmeta fit 3"
 KEYS = (
     "strategy", "weights", "likelihood", "covariance", "seed", "eta", "phi", "inner", "counters", "history", "optimizer",
     "stop", "converged", "loss", "schedule", "tasks",

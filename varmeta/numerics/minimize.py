@@ -321,7 +321,7 @@ class Adam(FirstOrderMinimizer):
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
     phi <- phi - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
 
-    The state is the tree {"count": t `(tasks,)`, "mean.<name>": m, "square.<name>": v}.
+    The state is the tree {"first", "second": b1^t and b2^t, `(tasks,)`; "mean.<name>": m, "square.<name>": v}.
     It can be differentiated where a gradient is 0: a term far below eps^2 keeps the root's derivative finite.
 
     Raises ValueError for an lr or eps that is not positive, or betas outside [0, 1).
@@ -345,21 +345,22 @@ class Adam(FirstOrderMinimizer):
     def init(self, phi: Tree) -> Tree:
         like = next(iter(phi.values()))
         moments = {f"{kind}.{name}": torch.zeros_like(x) for kind in ("mean", "square") for name, x in phi.items()}
-        # floating, or the powers of the betas would be taken in torch's default dtype
-        return {"count": torch.zeros(len(like), dtype=like.dtype, device=like.device), **moments}
+        return {"first": like.new_ones(len(like)), "second": like.new_ones(len(like)), **moments}
 
     def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
         first, second = self.betas
-        count = state["count"] + 1
-        new_phi, new_state = {}, {"count": count}
+        # the powers are state: taken of a count, a fused kernel takes them again for every weight
+        powers = {"first": first * state["first"], "second": second * state["second"]}
+        unbiased = (1 - powers["second"]).reciprocal()
+        rate = self.lr * lr_scale / (1 - powers["first"])
+        new_phi, new_state = {}, powers
         for name, x in phi.items():
             g = gradient[name]
             mean = first * state[f"mean.{name}"] + (1 - first) * g
             square = second * state[f"square.{name}"] + (1 - second) * g * g
             tiny = max((1e-8 * self.eps) ** 2, torch.finfo(x.dtype).tiny)
-            root = (square / tree.rows(1 - second**count, x) + tiny).sqrt()
-            rate = tree.rows(self.lr * lr_scale / (1 - first**count), x)
-            new_phi[name] = x - rate * mean / (root + self.eps)
+            root = (square * tree.rows(unbiased, x) + tiny).sqrt()
+            new_phi[name] = x - tree.rows(rate, x) * mean / (root + self.eps)
             new_state |= {f"mean.{name}": mean, f"square.{name}": square}
         return new_phi, new_state
 
