@@ -62,6 +62,8 @@ def test_other_work_is_seen_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(by_torch, "LR", 0.011)
     assert pairs.compare("imaml", "torch eager", **EXACT)["note"].startswith("does other work: gradient_gap")
+    monkeypatch.setattr(by_torch, "HALF_LOG_2PI", 1.0)  # a constant, which no gradient shows
+    assert pairs.compare("maml", "torch eager", **EXACT)["note"].startswith("does other work: loss_gap")
 
 
 def test_both_sides_are_timed() -> None:

@@ -65,7 +65,7 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
     assert list(report.table.index) == methods
     assert set(report.fits) == {(method, seed) for method in methods for seed in (3, 5)}
     assert list(report.runs.columns) == [
-        "method", "seed", "hyperguide", "evaluations", "seconds", "failed", "stop", "warnings",
+        "method", "seed", "hyperguide", "evaluations", "seconds", "failed", "converged", "stop", "warnings",
     ]  # fmt: skip
     assert len(report.runs) == 20 and not report.runs["failed"].any()
     # one row per method, seed and test task: every cell is there, so methods are compared on the same ones
@@ -307,7 +307,37 @@ def test_print_shows_intervals(report: vm.Report) -> None:
     text = str(report)
     row = report.table.loc["maml"]
     assert f"{row['rmse']:.2f} [{row['rmse_low']:.2f}, {row['rmse_high']:.2f}]" in text
-    assert len(text.splitlines()) == 12  # two lines of head
+    assert len(text.splitlines()) == 13  # two lines of head, and one of what has not settled
+    assert "not settled" in text.splitlines()[-1] and "maml (2 runs)" in text.splitlines()[-1]
+
+
+@dataclass(frozen=True)
+class Stopped(vm.Joint):
+    """Ctrl-C in the run with one of the seeds."""
+
+    seed: int = 1
+
+    def loss(self, problem: Any, batch: Any, eta: Any, state: Any) -> Any:
+        if problem.seed == self.seed and state.step == 1:
+            raise KeyboardInterrupt
+        return super().loss(problem, batch, eta, state)
+
+
+def test_ctrl_c_keeps_the_seeds_that_are_complete() -> None:
+    few: dict[str, Any] = {"seeds": 3, "budget": 3, "num_samples": 5}
+    with pytest.warns(RuntimeWarning, match="interrupted in run 6 of 12: the report holds the first 4"):
+        report = vm.compare({"joint": vm.Joint(), "stopped": Stopped()}, linear_model(PRIOR), TRAIN, TEST, **few)
+    assert len(report.runs) == len(report.fits) == 4 and set(report.scores["seed"]) == {0}
+    assert np.isfinite(report.table["rmse_low"]).all()
+
+
+def test_ctrl_c_in_the_first_seed_keeps_the_methods_that_have_run() -> None:
+    few: dict[str, Any] = {"seeds": 3, "budget": 3, "num_samples": 5}
+    with pytest.warns(RuntimeWarning, match="interrupted in run 2 of 12: the report holds the first 1"):
+        report = vm.compare({"joint": vm.Joint(), "stopped": Stopped(seed=0)}, linear_model(PRIOR), TRAIN, TEST, **few)
+    assert list(report.table.index) == ["joint"]
+    with pytest.raises(KeyboardInterrupt):
+        vm.compare({"stopped": Stopped(seed=0)}, linear_model(PRIOR), TRAIN, TEST, **few)
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
+from varmeta.descent import _judge
+from varmeta.run import Run
+from varmeta.strategy import State
 
 
 def known_sd(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -92,6 +95,40 @@ def test_a_singular_fit_says_so() -> None:
     ):
         fit = vm.fit(model, vm.TaskSet(tasks))
     assert fit.prior.sd["bias"] > 0.3
+
+
+def test_one_task_alone_is_said_to_tell_nothing_of_how_tasks_differ() -> None:
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    with pytest.warns(RuntimeWarning, match="there is one task, '1', .* Check the column"):
+        vm.fit(model, vm.datasets.radon()[:1], num_steps=5)
+
+
+def test_weights_under_one_precision_do_not_run_away_one_by_one() -> None:
+    """No task knows anything of the second weight, which is no reason to doubt the precision that all of them share."""
+    tasks = [vm.Task((torch.cat([x, 0 * x], -1), y)) for x, y in (task.support for task in vm.datasets.lines(8))]
+    model = vm.TaskModel(nn.Linear(2, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        vm.fit(model, vm.TaskSet(tasks), vm.Joint("normal"), num_steps=30)
+
+
+def test_counts_that_vary_no_more_than_poissons_say_so() -> None:
+    counts = vm.TaskSet([vm.Task((torch.zeros(6, 0), torch.tensor([3, 4, 3, 2, 4, 3]) + k)) for k in range(4)])
+    negative = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior())
+    with pytest.warns(RuntimeWarning, match=r"concentration runs to infinity \(.*\): .* use likelihoods.Poisson"):
+        fit = vm.fit(negative, counts, num_steps=60)
+    assert f"concentration  {'':>12}" in str(fit)
+
+
+@pytest.mark.parametrize(
+    ("noise", "converged", "verdict"), [(0.1, True, "has settled"), (30.0, False, "hides: raise num_steps, num_part")]
+)
+def test_a_run_whose_noise_hides_how_it_moves_has_not_settled(noise: float, converged: bool, verdict: str) -> None:
+    draws = noise * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    run = Run({}, State(None, None, 0, 1.0), [{"loss": 100.0 + x} for x in draws.tolist()])
+    _judge(run, 10, 1)
+    assert run.converged is converged and verdict in run.stop
+    assert ("rose by" in run.stop) == (draws[-20:].mean() > draws[-80:-60].mean())
 
 
 def test_tasks_too_small_to_split_are_named_and_can_be_left_out() -> None:

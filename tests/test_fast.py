@@ -14,6 +14,7 @@ from torch import Tensor
 
 import varmeta as vm
 from tests.cases import GUIDES, OUTERS, large_model, linear_model, net_model, ragged_tasks, scalar_model
+from varmeta import fast
 from varmeta.fast import Outcome, Step, eager
 from varmeta.numerics import capture
 
@@ -75,7 +76,11 @@ def steps(
     return outcomes
 
 
-def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float, slack: float = 0.0) -> None:
+def assert_same(
+    mine: list[Outcome], its: list[Outcome], tolerance: float, slack: float | None = None, with_phi: bool = True
+) -> None:
+    """slack: by how much the numbers of evaluations may differ, relative; None: the second may need fewer, not more."""
+
     def close(a: Tensor, b: Tensor, what: str) -> None:
         scale = max(1.0, float(a.detach().abs().max()))
         assert float((a - b).detach().abs().max()) <= tolerance * scale, what
@@ -88,31 +93,45 @@ def assert_same(mine: list[Outcome], its: list[Outcome], tolerance: float, slack
         assert one.state.step == other.state.step
         for tree, same in ((one.state.phi, other.state.phi), (one.state.inner, other.state.inner)):
             assert (tree is None) == (same is None)
-            for name in tree or {}:
+            for name in (tree or {}) if with_phi else {}:
                 close(tree[name], same[name], name)
         assert one.stats.keys() == other.stats.keys()
         close(one.stats["losses"], other.stats["losses"], "losses")
-        # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done
-        assert float(one.stats["evaluations"]) <= float(other.stats["evaluations"]) * (1 + slack + 1e-12)
+        if "inner" in one.stats:
+            assert torch.equal(one.stats["inner"].result, other.stats["inner"].result)
+        if "linear" in one.stats:
+            assert torch.equal(one.stats["linear"]["linear_result"], other.stats["linear"]["linear_result"])
+            close(one.stats["linear"]["gradient_norm"], other.stats["linear"]["gradient_norm"], "gradient_norm")
+        first, second = float(one.stats["evaluations"]), float(other.stats["evaluations"])
+        if slack is None:
+            # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done
+            assert first <= second * (1 + 1e-12)
+        else:
+            assert abs(first - second) <= slack * first
 
 
 def both(
-    strategy: Any, model: vm.TaskModel, dtype: torch.dtype, tolerance: float | None = None, **choices: Any
-) -> None:
+    strategy: Any, model: vm.TaskModel, dtype: torch.dtype, tolerance: float | None = None, slack: float | None = None,
+    with_phi: bool = True, **choices: Any,
+) -> None:  # fmt: skip
     tasks = ragged_tasks(5).to(dtype=dtype)
     step = Step(strategy, True, 1)
     found = steps(step, model, tasks, strategy, **choices)
     assert step.compiled  # and did not fall back
     expected = steps(lambda *args: eager(strategy, *args), model, tasks, strategy, **choices)
     assert found[0].value.dtype == expected[0].value.dtype == dtype
-    # when a loop to a tolerance ends is up to rounding
-    assert_same(expected, found, tolerance or TOLERANCE[dtype], slack=0.0 if tolerance is None else 0.1)
+    assert_same(expected, found, tolerance or TOLERANCE[dtype], slack, with_phi)
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The captured graphs run operation by operation: nobody waits for a compiler."""
+    """The captured graphs run operation by operation: nobody waits for a compiler.  What cannot be captured fails the test."""
+
+    def refuse(reason: str) -> None:
+        raise AssertionError(f"fell back: {reason}")
+
     monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: graph)
+    monkeypatch.setattr(fast, "fall_back", refuse)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -139,23 +158,25 @@ MANY = [
 ]
 
 
-def many_weights() -> vm.TaskModel:
-    # A precision for each weight: the derivative in a shared one is a sum over all of them, which is 0 where guide and prior
-    # agree, so that nothing but the order of summation would be compared.
-    return large_model(vm.GaussianPrior(3.0, learn_precision="per_parameter"), width=15)
+def many_weights(learned: str) -> vm.TaskModel:
+    return large_model(vm.GaussianPrior(3.0, learn_precision=learned), width=15)
 
 
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("learned", ["shared", "per_parameter"])
 @pytest.mark.parametrize(("strategy", "guide"), MANY)
-def test_a_captured_step_of_many_weights_is_the_eager_step(strategy: str, guide: str) -> None:
-    both(STRATEGIES[strategy](guide), many_weights(), torch.float64, count=2)
+def test_a_captured_step_of_many_weights_is_the_eager_step(strategy: str, guide: str, learned: str) -> None:
+    both(STRATEGIES[strategy](guide), many_weights(learned), torch.float64, count=2)
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("strategy", "guide"), MANY)
 def test_a_compiled_step_of_many_weights_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
-    both(COMPILED[strategy](guide), in_dtype(many_weights(), dtype), dtype)
+    # The derivative in a shared precision is a sum over all weights, which is 0 where guide and prior agree: in float32 nothing
+    # but the order of summation would be compared.
+    model = many_weights("shared" if dtype == torch.float64 else "per_parameter")
+    both(COMPILED[strategy](guide), in_dtype(model, dtype), dtype)
 
 
 def goes_together(strategy: str, guide: Any) -> bool:
@@ -184,11 +205,18 @@ def precision(strategy: str, guide: Any) -> float:
 def test_a_compiled_step_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
     if strategy == "implicit, direct" and isinstance(guide, vm.guides.LowRank) and dtype == torch.float32:
         pytest.skip("float32 itself is up to 0.3 away from float64: after one step this Hessian is nearly singular")
-    both(COMPILED[strategy](guide), model_of(dtype, precision(strategy, guide)), dtype)
+    # After one step that Hessian magnifies rounding: eta moved by 4e-16 moves the eager gradient by up to 7e-12.
+    nearly_singular = strategy == "implicit, direct" and isinstance(guide, vm.guides.LowRank)
+    both(
+        COMPILED[strategy](guide),
+        model_of(dtype, precision(strategy, guide)),
+        dtype,
+        1e-10 if nearly_singular else None,
+    )
 
 
 def test_one_compiled_step_is_the_eager_step() -> None:
-    """The only test of the usual run that waits for the compiler."""
+    """The only step of the usual run that waits for the compiler."""
     both(vm.Joint("delta"), model_of(torch.float64), torch.float64)
 
 
@@ -216,7 +244,7 @@ def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
     chosen = IN_PIECES[strategy](guide)
     model = linear_model(vm.GaussianPrior(3.0, learn_precision="shared"))
     assert chosen.not_captured(chosen.problem(model, ragged_tasks(5), 0)) is not None  # not as one graph
-    both(chosen, model, torch.float64, count=2)
+    both(chosen, model, torch.float64, slack=0.0, count=2)
 
 
 @pytest.mark.compiled
@@ -227,12 +255,22 @@ def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, 
     chosen, model = IN_PIECES[strategy](guide), model_of(dtype)
     # A factor that is nearly 0 leaves directions of hardly any curvature: less so under a strong prior, and what is left along
     # them at the usual tolerance shows in the gradient.
-    if isinstance(guide, vm.guides.LowRank) and isinstance(chosen, vm.Implicit) and chosen.inner_steps is None:
-        if chosen.warm_start and dtype == torch.float32:
-            pytest.skip("float32 itself leaves phi undetermined: its factor is 3e-3 away from float64, and a log by 16")
+    nearly_flat = (
+        isinstance(guide, vm.guides.LowRank) and isinstance(chosen, vm.Implicit) and chosen.inner_steps is None
+    )
+    if nearly_flat:
         chosen = replace(chosen, tolerance=1e-11 if dtype == torch.float64 else None)
         model = model_of(dtype, 10.0)
-    both(chosen, model, dtype, tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype])
+    both(
+        chosen,
+        model,
+        dtype,
+        tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype],
+        # when a loop to a tolerance ends is up to rounding
+        slack=0.1 if nearly_flat or dtype == torch.float32 else 0.02,
+        # float32 leaves the factor undetermined: 3e-3 away from float64, and a log by 16
+        with_phi=not (nearly_flat and chosen.warm_start and dtype == torch.float32),
+    )
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -1,5 +1,8 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
+from importlib import import_module
+from typing import Any
+
 from varmeta import datasets, guides, likelihoods
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
@@ -26,6 +29,13 @@ from varmeta.tasks import Task, TaskSet
 from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot":  # matplotlib takes a second, which not every process needs
+        return import_module("varmeta.plot")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     # data

@@ -20,7 +20,7 @@ JITTER = 0.03
 
 
 def plot_curves(
-    posterior: Posterior, x: Any, tasks: list[str], axes: Any = None, *, num_samples: int = 1000, seed: int = 0,
+    posterior: Posterior, x: Any, tasks: str | list[str], axes: Any = None, *, num_samples: int = 1000, seed: int = 0,
     scaling: Scaling | None = None, labels: tuple[str | None, str | None] = (None, None),
 ) -> Any:  # fmt: skip
     """The mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name, with their data; returns the axes.
@@ -32,6 +32,7 @@ def plot_curves(
 
     Raises ValueError for a task that the posterior does not have, an x of several columns, and observations of several numbers.
     """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     unknown = [name for name in tasks if name not in posterior.names]
     if unknown or not tasks:
         raise ValueError(f"tasks must name some of {list(posterior.names[:5])}, ...; not {unknown or tasks}")

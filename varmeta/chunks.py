@@ -70,12 +70,11 @@ def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> in
     like = batch.support.x
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
         return len(batch)  # elsewhere large kernels are what is fast
+    wanted = in_memory(strategy, problem, batch, eta)
     if strategy.adapts_afresh:
-        wanted = CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
-    else:  # a step that takes one gradient reads nothing often enough for a cache to matter
-        wanted = in_memory(strategy, problem, batch, eta)
-        if wanted == len(batch):
-            return wanted
+        wanted = min(wanted, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel())))
+    elif wanted == len(batch):  # a step that takes one gradient reads nothing often enough for a cache to matter
+        return wanted
     if len(batch) <= 2 * wanted or wanted == 0:
         return len(batch) if wanted else 1
     alike = [size for size in range(wanted // 2 + 1, 2 * wanted) if len(batch) % size == 0]

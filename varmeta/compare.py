@@ -69,7 +69,8 @@ def compare(
     callback: called after each run with its row of the report's `runs`, a dict.
 
     A strategy that fails is kept in the report with its reason; it does not stop the others.  What the fits warn about
-    stands in the report's `runs`.
+    stands in the report's `runs`.  Ctrl-C ends the comparison and returns, with a warning, what is complete: the seeds with
+    which every method has run, or before the first of them the methods that have.
 
     Raises ValueError where the test tasks have no query data, a strategy does not fit the tasks, or has no posterior of eta
     to find; TypeError for arguments of the wrong kind; RuntimeError where every run failed.
@@ -100,7 +101,7 @@ def compare(
     if stray:
         raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")
     methods = [*strategies, *(BASELINES if baselines else ())]
-    scores, runs, fits = [], [], {}
+    scores, runs, fits, interrupted = [], [], {}, False
     jobs = [(seed, name) for seed in seed_list for name in methods]
     for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
         started, integrated = _initialised(chosen[name], seed), hyperguides.get(name, "delta")
@@ -113,6 +114,8 @@ def compare(
                 else:
                     every = train.merged()  # a posterior of eta goes with outer="elbo" alone
                     result = fit(started, every, strategies[name], seed=seed, hyperguide=integrated, progress=False)
+                if result.stop.startswith("interrupted"):
+                    raise KeyboardInterrupt  # half a run is no result
                 fits[name, seed] = result
                 seconds, reason = perf_counter() - begin, result.stop
                 score = result.adapt(test, compile=compile).score(num_samples=num_samples, seed=seed, level=level)
@@ -120,15 +123,32 @@ def compare(
             scores.append(rows.assign(method=name, seed=seed))
         except (ArithmeticError, RuntimeError, ValueError) as error:
             failed, reason = 1, f"{type(error).__name__}: {error}"
-        spent = fits[name, seed].run.evaluations if (name, seed) in fits else float("nan")
+        except KeyboardInterrupt:
+            fits.pop((name, seed), None)
+            interrupted = True
+            break
+        known = fits.get((name, seed))
+        spent, settled = (float("nan"), False) if known is None else (known.run.evaluations, known.converged)
         runs.append(
             {
                 "method": name, "seed": seed, "hyperguide": integrated, "evaluations": spent, "seconds": seconds,
-                "failed": failed, "stop": reason, "warnings": "; ".join(said),
+                "failed": failed, "converged": settled, "stop": reason, "warnings": "; ".join(said),
             }
         )  # fmt: skip
         if callback is not None:
             callback(runs[-1])
+    if interrupted:
+        if not scores:
+            raise KeyboardInterrupt
+        done = len(runs) // len(methods) * len(methods) or len(runs)  # whole seeds, if there is one
+        kept = {(run["method"], run["seed"]) for run in runs[:done]}
+        warnings.warn(
+            f"interrupted in run {len(runs) + 1} of {len(jobs)}: the report holds the first {done}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        runs, fits = runs[:done], {key: value for key, value in fits.items() if key in kept}
+        scores = [rows for rows in scores if (rows["method"].iloc[0], rows["seed"].iloc[0]) in kept]
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
     return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)

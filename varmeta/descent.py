@@ -21,8 +21,10 @@ from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-# A run has settled when its mean objective fell by no more than this over its last third (nats per task).
+# A run has settled when its mean objective fell by no more than this over its last third (nats per task), or than its noise,
+# which must itself be known better than RESOLVED.
 SETTLED = 0.01
+RESOLVED = 0.05
 # A line search that is stuck although its direction promises more than this (nats) is no convergence.
 JUMP = 1e-3
 
@@ -211,6 +213,13 @@ def _judge(run: Run, num_tasks: int, every: int) -> None:
     change = float(earlier.mean() - late.mean())
     # what minibatches and draws make of it by chance
     noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
-    run.converged = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
-    verdict = "which has settled" if run.converged else "so it is still moving: raise num_steps or the learning rate"
-    run.stop += f"; over its last third the mean objective fell by {change:.1e} nats, {verdict}"
+    still = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
+    run.converged = still and noise <= RESOLVED * num_tasks
+    if run.converged:
+        verdict = "which has settled"
+    elif still:
+        verdict = f"which its noise of {noise:.1e} hides: raise num_steps, num_particles or batch_size"
+    else:
+        verdict = "so it is still moving: raise num_steps or the learning rate"
+    moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"
+    run.stop += f"; over its last third the mean objective {moved} nats, {verdict}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 RUNAWAY = 500.0
 # One that is this many times weaker than what that task knows shares nothing.
 LOST = 1e7
-# A learned correlation matrix with an eigenvalue below this is singular (of two weights: a correlation of 0.9999).
-SINGULAR = 1e-4
+# A learned correlation matrix with an eigenvalue below this is singular (of two weights: a correlation that prints as 1.000).
+SINGULAR = 5e-4
+# Counts whose variance exceeds their mean by less than this share are Poisson's.
+OVERDISPERSED = 1e-3
 
 
 def doubts(fit: Fit, own_end: bool = False) -> list[str]:
@@ -28,10 +31,11 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
         why = (
             None if fit.hyper is not None else _singular(fit)
         )  # a covariance that loses rank is a narrow, curved valley
-        return [f"the fit has not converged: {fit.stop}", *([why] if why else [])]
+        return [f"the fit has not converged: {fit.stop}", *(x for x in (why, _no_overdispersion(fit)) if x)]
     if fit.hyper is not None:
         return [] if fit.hyper.is_reliable else [_few_draws(fit.hyper)]
-    found = [sentence for sentence in (_runaways(fit) or _singular(fit), _vanishing_noise(fit)) if sentence]
+    spread = _one_task(fit) or _runaways(fit) or _singular(fit)
+    found = [sentence for sentence in (spread, _vanishing_noise(fit), _no_overdispersion(fit)) if sentence]
     if not found and UNDETERMINED in fit.stop:
         end = fit.stop[fit.stop.index(UNDETERMINED) :]
         found.append(
@@ -48,6 +52,16 @@ def _few_draws(hyper: HyperPosterior) -> str:
     )
 
 
+def _one_task(fit: Fit) -> str | None:
+    prior = fit.model.prior
+    if len(fit.tasks) > 1 or prior.learn_precision is None or prior.has_hyperprior:
+        return None
+    return (
+        f"there is one task, {fit.tasks[0].name!r}, from which nothing can be learned of how tasks differ: the prior's precision "
+        "is arbitrary.  Check the column that says which task a row belongs to, or fix it with learn_precision=None"
+    )
+
+
 def _runaways(fit: Fit) -> str | None:
     """Learned precisions that run away: weights that no longer vary between tasks, or share nothing."""
     prior = fit.model.prior
@@ -55,6 +69,10 @@ def _runaways(fit: Fit) -> str | None:
         return None
     labels, precision = fit.prior.labels, fit.prior.covariance.diagonal().reciprocal()
     information = _information(fit, precision)
+    if prior.learn_precision in ("shared", "per_module"):
+        # weights under one number run away together or not at all: what is known best of any of them decides
+        for value in precision.unique():
+            information[precision == value] = information[precision == value].max()
     away = precision > RUNAWAY * information
     if bool(away.any()):
         dense = fit.strategy.guide == "multivariate_normal"
@@ -120,4 +138,18 @@ def _vanishing_noise(fit: Fit) -> str | None:
     return (
         f"the noise scale runs to zero ({float(scale):.1e}): the weights fit every row exactly, as where a task has no more "
         "rows than weights, or y does not vary.  Fix it with learn_scale=False, or give more rows"
+    )
+
+
+def _no_overdispersion(fit: Fit) -> str | None:
+    """A negative binomial whose concentration runs to infinity."""
+    if CONCENTRATION not in fit.eta or fit.model.likelihood is None:
+        return None
+    concentration, data = float(fit.eta[CONCENTRATION].exp()), fit.tasks.batch().support
+    counts = fit.model.likelihood.observed(data.y)[data.mask]
+    if not counts.numel() or float(counts.double().mean()) > OVERDISPERSED * concentration:
+        return None
+    return (
+        f"the concentration runs to infinity ({concentration:.1e}): the counts vary no more than Poisson's, so use "
+        "likelihoods.Poisson()"
     )

@@ -29,12 +29,12 @@ from varmeta.tensors import batch_of, tensors_of
 log = logging.getLogger("varmeta")
 COMPILE = ("auto", True, False)
 # "auto" compiles where eager steps would take this many times what compiling takes.  A graph divides a step by four or more, so
-# it breaks even at 1.3 times; the rest is for an estimate that is half too high, as that of a joint step is (docs/speed.md).
+# it breaks even at 1.3 times; the rest is for an estimate that is half too high, as that of a joint step is.
 WORTH = 2.0
 # Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
 # (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
 FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
-# Fewer numbers times weights are adapted to in no time, so the question is not even asked.
+# With fewer numbers in x times weights, adapting takes no time, so the question is not even asked.
 MANY = 10**7
 # Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of them larger, compile.
 SOLVE, PIECES = 30, 12
@@ -63,7 +63,8 @@ class Step:
         auto = compile == "auto"
         # None: not yet decided
         self.compiled: bool | None = None if auto and num_steps >= FEWEST_STEPS else bool(compile) and not auto
-        self.size = task_chunk_size  # None: not yet decided
+        self.given_size = self.size = task_chunk_size  # None: not yet decided
+        self._said = False
 
     def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
         if self.compiled is None or self.size is None:
@@ -82,8 +83,11 @@ class Step:
         try:
             if self.compiled and self.strategy.not_captured(problem) is None:
                 found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
+                if math.isfinite(found.value):
+                    return found
                 # a graph's inner loop does not stop a task that leads nowhere finite; the eager one does
-                return found if math.isfinite(found.value) else eager(self.strategy, problem, batch, eta, state)
+                self._say_that_it_is_not_finite()
+                return eager(self.strategy, problem, batch, eta, state)
             if self.compiled and self._in_pieces(problem):
                 return eager(self.strategy, replace(problem, graphed=True), batch, eta, state)
         except CaptureError as error:
@@ -119,6 +123,12 @@ class Step:
     def _fall_back(self, error: CaptureError) -> None:
         fall_back(str(error))
         self.compiled = False
+        self.size = self.given_size  # what suits a graph does not suit eager steps
+
+    def _say_that_it_is_not_finite(self) -> None:
+        if not self._said:
+            log.warning("the compiled step is not finite: such steps are taken again without compilation")
+        self._said = True
 
     def _in_pieces(self, problem: Problem) -> bool:
         reason = self.strategy.not_in_pieces(problem)

@@ -28,7 +28,8 @@ class LearnedPrior:
     coefficients: by how much a task's features move loc, for each weight and feature of the prior's covariates, by name
         (`intercept:log_uppm`), in the parameter's shape; units: the weight's per unit of the feature.  loc is then that of a
         task whose features are 0.  coefficient_labels: the readable names of their entries.
-    scale: the noise scale, where it is learned.
+    scale: the noise scale, where it is learned; observation: it and whatever else the likelihood learned (a concentration,
+        cutpoints), by a readable name.
     is_learned: whether the covariance was learned, or given by the user.
     """
 
@@ -41,6 +42,7 @@ class LearnedPrior:
     shared_labels: dict[str, tuple[str, ...]]
     scale: Tensor | None
     is_learned: bool
+    observation: dict[str, Tensor] = field(default_factory=dict)
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     coefficient_labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -61,6 +63,7 @@ class LearnedPrior:
                 shared_labels={name: named[name] for name in model.shared},
                 scale=eta[SCALE].exp() if SCALE in eta else None,
                 is_learned=model.prior.learn_precision is not None,
+                observation={} if model.likelihood is None else model.likelihood.learned(eta),
                 coefficients={name: eta[name] for name in model.coefficients},
                 coefficient_labels={name: named[name] for name in model.coefficients},
             )
@@ -101,7 +104,7 @@ class LearnedPrior:
 
         shown, shown_shared = rows[:ROWS], shared[:ROWS]
         labels = [label for label, _, _ in shown] + [label for label, _ in (*shown_shared, *moved[:ROWS])]
-        width = max(map(len, ["noise scale", *labels]))
+        width = max(map(len, ["noise scale", *self.observation, *labels]))
         gap = f" {'':>12}" if beside else ""
         lines = [f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} {'prior sd':>12}"]
         # a number that was given must not be read as a finding
@@ -114,8 +117,7 @@ class LearnedPrior:
         lines += [f"... and {len(shared) - ROWS} shared numbers more"] if len(shared) > ROWS else []
         lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'covariate':>12}" for label, number in moved[:ROWS]]
         lines += [f"... and {len(moved) - ROWS} coefficients more"] if len(moved) > ROWS else []
-        if self.scale is not None:
-            lines.append(f"{'noise scale':<{width}} {'':>12}{gap} {float(self.scale):>12.5g}")
+        lines += [f"{name:<{width}} {'':>12}{gap} {float(x):>12.5g}" for name, x in self.observation.items()]
         off = self.covariance - torch.diag(self.covariance.diagonal())
         if len(rows) <= MAX_CORRELATIONS and bool(off.any()):
             lines.append("correlations of the prior")
@@ -130,7 +132,7 @@ class LearnedPrior:
         every = (self._rows, self._shared_rows, self._coefficient_rows)
         left = sum(max(0, len(some) - FEW) for some in every)
         parts += [f"{left} more"] if left else []
-        parts += [] if self.scale is None else [f"noise scale {float(self.scale):.4g}"]
+        parts += [f"{name} {float(value):.4g}" for name, value in self.observation.items()]
         return f"LearnedPrior({', '.join(parts)})"
 
 

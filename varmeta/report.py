@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Report:
     """scores: one row per method, seed and test task.  fits: by (method, seed).
 
-    runs: one row per method and seed: what was found of eta (hyperguide), what it cost, whether it failed, why it stopped, and
-        what it warned about.
+    runs: one row per method and seed: what was found of eta (hyperguide), what it cost, whether it failed, whether it had
+        converged, why it stopped, and what it warned about.
     """
 
     scores: pd.DataFrame
@@ -100,6 +100,9 @@ class Report:
         text = text[
             [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
         ]
+        moving = self.runs[(self.runs["failed"] == 0) & ~self.runs["converged"]].groupby("method", sort=False).size()
+        unsettled = ", ".join(f"{method} ({counted(number, 'run')})" for method, number in moving.items())
+        short = [f"not settled, so that a larger budget, or standardised tasks, may change the order: {unsettled}"]
         said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
         notes = [
             f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
@@ -108,7 +111,8 @@ class Report:
         own = self.runs[self.runs["hyperguide"] != "delta"].groupby("method", sort=False)["hyperguide"].first()
         solved = [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
         solved = ["with a posterior of eta, found by a solver of its own outside the budget", *solved] if solved else []
-        return "\n".join([text.to_string(), *solved, *(["warnings (in full: report.runs)"] if notes else []), *notes])
+        notes = ["warnings (in full: report.runs)", *notes] if notes else []
+        return "\n".join([text.to_string(), *solved, *(short if unsettled else []), *notes])
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -110,11 +110,14 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     like = next(iter(eta.values()))
     expected = {name: list(value.shape) for name, value in model.init(like).items()}
     learned = {name: list(value.shape) for name, value in eta.items()}
-    if learned != expected:
-        raise ValueError(f"{str(path)!r} learned {learned}, but this model has {expected}")
     if content["likelihood"] != _settings(model):
         raise ValueError(
             f"{str(path)!r} is a fit with the likelihood {content['likelihood']}, but this model has {_settings(model)}"
+        )
+    if learned != expected:
+        raise ValueError(
+            f"{str(path)!r} learned {learned}, but this model has {expected}: give it the fit's learn_precision, shared and "
+            "covariates"
         )
     prior = model.prior_distribution(eta)
     covariance = prior.covariance_matrix if model.prior.dense else torch.diag(prior.variance)

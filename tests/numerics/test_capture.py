@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +17,17 @@ def test_what_is_compiled_is_found_again_by_the_next_process(monkeypatch: pytest
     def function(x: Tensor) -> Tensor:
         return (x * 1.25).sin().sum()
 
+    with_options = capture._compiled_by
+    tried = []
+
+    def compiled_by(options: dict[str, object], graph: torch.fx.GraphModule, examples: list[Tensor]) -> object:
+        tried.append(options)
+        return with_options(options, graph, examples)
+
+    monkeypatch.setattr(capture, "_compiled_by", compiled_by)
     x = torch.linspace(0, 1, 7)
     assert torch.allclose(capture.Captured(function)(x), function(x))
+    assert tried == [capture._wrappers([x])[0]]  # nothing fell back
     monkeypatch.setattr(capture, "_COMPILED", capture._Compiled())  # as another process starts
     before = counters["inductor"]["fxgraph_cache_hit"]
     assert torch.allclose(capture.Captured(function)(x), function(x))
@@ -28,7 +39,7 @@ def test_python_calls_the_kernels_where_no_other_wrapper_can(monkeypatch: pytest
 
     def compiled_by(options: dict[str, object], graph: torch.fx.GraphModule, examples: list[Tensor]) -> object:
         tried.append(options)
-        if options:
+        if options["cpp_wrapper"]:
             raise RuntimeError("no such wrapper")
         return graph
 
@@ -36,12 +47,23 @@ def test_python_calls_the_kernels_where_no_other_wrapper_can(monkeypatch: pytest
     monkeypatch.setattr(capture, "_compiled_by", compiled_by)
     x = torch.linspace(0, 1, 7)
     assert torch.equal(capture.Captured(torch.cos)(x), x.cos())
-    assert len(tried) == 2 and tried[0] and not tried[1]
+    assert [options["cpp_wrapper"] for options in tried] == [True, False]
 
 
-def test_the_compiler_knows_the_options_of_every_wrapper() -> None:
-    from torch._inductor import config
+def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said() -> None:
+    def solve(a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(a), b, upper=False).sin()
 
-    for options in capture._wrappers([torch.ones(1)]):
-        with config.patch(options):
-            pass
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    lowering = logging.getLogger("torch._inductor.ir")
+    lowering.addHandler(listener)
+    generator = torch.Generator().manual_seed(0)
+    root, b = (torch.randn(5, 3, size, generator=generator, dtype=torch.float64) for size in (3, 2))
+    a = root @ root.mT + torch.eye(3, dtype=torch.float64)
+    try:
+        torch.testing.assert_close(capture.Captured(solve)(a, b), solve(a, b), rtol=1e-14, atol=1e-14)
+    finally:
+        lowering.removeHandler(listener)
+    assert not said

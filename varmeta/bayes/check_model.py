@@ -90,7 +90,7 @@ def _check_observations(likelihood: Likelihood, tasks: TaskSet) -> None:
                 row = int(bad.nonzero()[0, 0])
                 raise ValueError(
                     f"task {task.name!r}, row {row}: y = {part[1][row].tolist()} is outside the support of "
-                    f"{type(likelihood).__name__}: expected {support}"
+                    f"{type(likelihood).__name__}: expected {support} (rows are counted within the task, from 0)"
                 )
 
 
@@ -110,7 +110,7 @@ def _check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: t
         for task, row in (bad & data.mask).nonzero()[:1].tolist():
             raise ValueError(
                 f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
-                f"{type(site['fn']).__name__}: expected {_support_of(site['fn'])}"
+                f"{type(site['fn']).__name__}: expected {_support_of(site['fn'])} (rows are counted within the task, from 0)"
             )
 
 

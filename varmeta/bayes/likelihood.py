@@ -29,6 +29,10 @@ class Likelihood(ABC):
         """The likelihood's entries of eta."""
         return {}
 
+    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What it learned, on a scale and under names for people to read; further axes of eta in front stay."""
+        return {}
+
     def task_weights(self) -> dict[str, Tensor]:
         """Where the likelihood's own weights, which differ between tasks, start: by name, in their shape."""
         return {}
@@ -101,6 +105,9 @@ class _LocationScale(Likelihood):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale and not self.per_task else {}
+
+    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"noise scale": eta[SCALE].exp()} if self.learn_scale and not self.per_task else {}
 
     def task_weights(self) -> dict[str, Tensor]:
         return {TASK_SCALE: torch.tensor(math.log(self.scale), dtype=torch.float64)} if self.per_task else {}

@@ -45,6 +45,9 @@ class NegativeBinomial(Likelihood):
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return {CONCENTRATION: like.new_tensor(math.log(self.concentration))} if self.learn_concentration else {}
 
+    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"concentration": eta[CONCENTRATION].exp()} if self.learn_concentration else {}
+
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         r = eta[CONCENTRATION].exp() if self.learn_concentration else out.new_tensor(self.concentration)
         # a gamma mixture of Poissons; torch's NegativeBinomial writes into its log density, which a graph cannot hold
@@ -73,6 +76,11 @@ class Ordinal(Likelihood):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return {GAPS: like.new_zeros(self.num_classes - 2)} if self.num_classes > 2 else {}
+
+    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.num_classes == 2:
+            return {}
+        return {f"cutpoint {k + 1}": c for k, c in enumerate(eta[GAPS].exp().cumsum(-1).unbind(-1))}
 
     def cutpoints(self, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """c_0, ..., c_{C-2}, ascending from 0."""
@@ -110,6 +118,9 @@ class Weighted(Likelihood):
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return self.likelihood.init(like)
+
+    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.likelihood.learned(eta)
 
     def task_weights(self) -> dict[str, Tensor]:
         return self.likelihood.task_weights()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from varmeta.bayes.likelihood import SCALE
 from varmeta.bayes.model import TaskModel
 from varmeta.labels import parameter_labels
 
@@ -107,6 +106,4 @@ def natural(model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...
             for i in range(len(names)):
                 for j in range(i):
                     found[f"cor({names[j]}, {names[i]})"] = covariance[:, i, j] / (sd[:, i] * sd[:, j])
-    if SCALE in eta:
-        found["noise scale"] = eta[SCALE].exp()
-    return found
+    return found | (model.likelihood.learned(eta) if model.likelihood is not None else {})

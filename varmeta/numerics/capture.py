@@ -14,8 +14,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -189,8 +189,7 @@ def _compiled_by(options: dict[str, Any], graph: fx.GraphModule, examples: Seque
     from torch import _inductor  # seconds, which a process without a compiled graph need not spend
 
     # the graph is made of plain operations already: nothing for torch.compile's front end, and its guards, to add
-    with torch.no_grad(), _kept_on_disk(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own, of its own parts
+    with torch.no_grad(), _kept_on_disk(), _without_remarks():
         compiled = _inductor.compile(graph, list(examples), options=options)
         compiled(*examples)
     return compiled
@@ -199,14 +198,32 @@ def _compiled_by(options: dict[str, Any], graph: fx.GraphModule, examples: Seque
 def _wrappers(examples: Sequence[Tensor]) -> list[dict[str, Any]]:
     """Options for what calls the kernels one after another, the best first; the last, Python's, is always there.
 
-    One in C++ takes up to 10 % less of a step, and no longer to compile where the kernels are a file of their own
-    (docs/speed.md).  It has not been tried on a GPU.
+    One in C++ takes up to 10 % less of a step of many kernels, and compiles as fast where the kernels are a file of their
+    own (docs/speed.md).  It has not been tried on a GPU.
     """
     from torch._inductor import config
 
+    python = {"cpp_wrapper": False}
     if any(x.device.type != "cpu" for x in examples) or not hasattr(config, "cpp_wrapper_build_separate"):
-        return [{}]
-    return [{"cpp_wrapper": True, "cpp_wrapper_build_separate": True}, {}]
+        return [python]
+    return [{"cpp_wrapper": True, "cpp_wrapper_build_separate": True}, python]
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Within it the compiler keeps its warnings about its own parts to itself, of which nobody can do anything.
+
+    It logs one for every operation that C++ calls by a longer way, such as a triangular solve.
+    """
+    lowering = logging.getLogger("torch._inductor.ir")
+    level = lowering.level
+    lowering.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        lowering.setLevel(level)
 
 
 def _kept_on_disk() -> AbstractContextManager[object]:
