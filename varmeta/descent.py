@@ -213,13 +213,14 @@ def _judge(run: Run, num_tasks: int, every: int) -> None:
     change = float(earlier.mean() - late.mean())
     # what minibatches and draws make of it by chance
     noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
+    longer = "the budget" if run.stop.startswith("spent") else "num_steps"
     still = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
     run.converged = still and noise <= RESOLVED * num_tasks
     if run.converged:
         verdict = "which has settled"
     elif still:
-        verdict = f"which its noise of {noise:.1e} hides: raise num_steps, num_particles or batch_size"
+        verdict = f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
     else:
-        verdict = "so it is still moving: raise num_steps or the learning rate"
+        verdict = f"so it is still moving: raise {longer} or the learning rate"
     moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"
     run.stop += f"; over its last third the mean objective {moved} nats, {verdict}"
