@@ -117,6 +117,7 @@ def test_counts_that_vary_no_more_than_poissons_say_so() -> None:
     negative = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior())
     with pytest.warns(RuntimeWarning, match=r"concentration runs to infinity \(.*\): .* use likelihoods.Poisson"):
         fit = vm.fit(negative, counts, num_steps=60)
+    assert fit.converged
     assert f"concentration  {'':>12}" in str(fit)
 
 

@@ -280,3 +280,23 @@ def test_learned_numbers_are_recovered(name: str) -> None:
     else:
         assert float(fit.eta["log_concentration"]) == pytest.approx(np.log(2.0), abs=0.25)
     assert float(fit.prior.sd["intercept"]) == pytest.approx(0.5, abs=0.2)
+
+
+@pytest.mark.parametrize("c", [1e-3, 0.5, 29.99, 30.01, 1e4, 1e9])
+def test_the_negative_binomial_and_its_derivatives_in_any_concentration(c: float) -> None:
+    """Against Gamma(c + y) / (Gamma(c) c^y) = prod_{k < y} (1 + k / c), whose derivatives lose no digits."""
+    y, log_mean = torch.arange(40, dtype=F64), torch.tensor(1.3, dtype=F64)
+
+    def product(log_c: Tensor) -> Tensor:
+        k = torch.arange(40, dtype=F64)
+        rising = torch.where(k < y[:, None], (k / log_c.exp()).log1p(), 0.0).sum(-1)
+        return rising - (y + 1).lgamma() + y * log_mean - (log_c.exp() + y) * (log_mean.exp() / log_c.exp()).log1p()
+
+    def ours(log_c: Tensor) -> Tensor:
+        return L.NegativeBinomial().distribution(log_mean.expand(40), {"log_concentration": log_c}).log_prob(y)
+
+    at = torch.tensor(np.log(c), dtype=F64)
+    for mine, its in ((ours, product), (torch.func.jacfwd(ours), torch.func.jacfwd(product))):
+        torch.testing.assert_close(mine(at), its(at), rtol=1e-9, atol=1e-12)
+    second = (torch.func.jacfwd(torch.func.jacfwd(f))(at) for f in (ours, product))
+    torch.testing.assert_close(*second, rtol=1e-8, atol=1e-11)
