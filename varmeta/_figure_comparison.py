@@ -50,6 +50,8 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
     edges = _edges(_loss(table, metric, level).to_numpy(float), table, metric)
     if edges is not None:
         ax.set_xlim(*sorted(edges))
+    if metric in AXIS_NAMES and metric != "log_density":
+        ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))  # what an interval says of less is not there
     for row in rows:
         if not np.isfinite(mean[row]):
             text, at, side = "no score: every run failed", ax.get_xlim()[0], "left"
