@@ -325,7 +325,7 @@ class Stopped(vm.Joint):
 
 def test_ctrl_c_keeps_the_seeds_that_are_complete() -> None:
     few: dict[str, Any] = {"seeds": 3, "budget": 3, "num_samples": 5}
-    with pytest.warns(RuntimeWarning, match="interrupted in run 6 of 12: the report holds the first 4"):
+    with pytest.warns(RuntimeWarning, match="interrupted after 5 of 12 runs: the report holds the first 4"):
         report = vm.compare({"joint": vm.Joint(), "stopped": Stopped()}, linear_model(PRIOR), TRAIN, TEST, **few)
     assert len(report.runs) == len(report.fits) == 4 and set(report.scores["seed"]) == {0}
     assert np.isfinite(report.table["rmse_low"]).all()
@@ -333,9 +333,17 @@ def test_ctrl_c_keeps_the_seeds_that_are_complete() -> None:
 
 def test_ctrl_c_in_the_first_seed_keeps_the_methods_that_have_run() -> None:
     few: dict[str, Any] = {"seeds": 3, "budget": 3, "num_samples": 5}
-    with pytest.warns(RuntimeWarning, match="interrupted in run 2 of 12: the report holds the first 1"):
+    with pytest.warns(RuntimeWarning, match="interrupted after 1 of 12 runs: the report holds the first 1"):
         report = vm.compare({"joint": vm.Joint(), "stopped": Stopped(seed=0)}, linear_model(PRIOR), TRAIN, TEST, **few)
     assert list(report.table.index) == ["joint"]
+
+    def late(row: dict[str, Any]) -> None:
+        if row["seed"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.warns(RuntimeWarning, match="interrupted after 4 of 9 runs: the report holds the first 3"):
+        report = vm.compare({"joint": vm.Joint()}, linear_model(PRIOR), TRAIN, TEST, **few, callback=late)
+    assert set(report.fits) == {(method, 0) for method in ("joint", *BASELINES)}
     with pytest.raises(KeyboardInterrupt):
         vm.compare({"stopped": Stopped(seed=0)}, linear_model(PRIOR), TRAIN, TEST, **few)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pyro
@@ -101,6 +102,10 @@ def test_one_task_alone_is_said_to_tell_nothing_of_how_tasks_differ() -> None:
     model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
     with pytest.warns(RuntimeWarning, match="there is one task, '1', .* Check the column"):
         vm.fit(model, vm.datasets.radon()[:1], num_steps=5)
+    with pytest.warns(RuntimeWarning) as said:  # also where nothing has settled
+        vm.fit(model, vm.datasets.radon()[:1], optimizer=torch.optim.Adam)
+    assert ["has not converged" in str(one.message) for one in said] == [True, False]
+    assert "there is one task" in str(said[1].message)
 
 
 def test_weights_under_one_precision_do_not_run_away_one_by_one() -> None:
@@ -110,6 +115,11 @@ def test_weights_under_one_precision_do_not_run_away_one_by_one() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         vm.fit(model, vm.TaskSet(tasks), vm.Joint("normal"), num_steps=30)
+    (x, y) = vm.datasets.lines(1, num_support=20)[0].support
+    alike = vm.TaskSet([vm.Task((x, y + 0.01 * k), name=str(k)) for k in range(8)])
+    line = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    with pytest.warns(RuntimeWarning, match=r"precision of weight, bias runs away"):
+        vm.fit(line, alike, vm.Joint("normal"), num_steps=20)
 
 
 def test_counts_that_vary_no_more_than_poissons_say_so() -> None:
@@ -121,15 +131,31 @@ def test_counts_that_vary_no_more_than_poissons_say_so() -> None:
     assert f"concentration  {'':>12}" in str(fit)
 
 
-@pytest.mark.parametrize(
-    ("noise", "converged", "verdict"), [(0.1, True, "has settled"), (30.0, False, "hides: raise num_steps, num_part")]
-)
-def test_a_run_whose_noise_hides_how_it_moves_has_not_settled(noise: float, converged: bool, verdict: str) -> None:
+@pytest.mark.parametrize("counts", [[0, 9, 1, 14, 0, 3], [0, 0, 0, 0, 0, 0]])
+def test_other_counts_do_not(counts: list[int]) -> None:
+    tasks = vm.TaskSet([vm.Task((torch.zeros(6, 0), torch.tensor(counts))) for _ in range(4)])
+    model = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the concentration", category=RuntimeWarning)
+        vm.fit(model, tasks, num_steps=4)
+
+
+JUDGED: dict[str, tuple[float, float, bool, str]] = {
+    # noise of each loss, slope per step, verdict
+    "quiet": (0.1, 0.0, True, "which has settled"),
+    "noisy": (30.0, 0.0, False, "hides: raise num_steps, num_particles or batch_size"),
+    "falling": (0.1, -1.0, False, "fell by .* so it is still moving: raise num_steps or the learning rate"),
+    "rising": (0.1, 1.0, False, "rose by .* so it does not descend: lower the learning rate"),
+}
+
+
+@pytest.mark.parametrize(("noise", "slope", "converged", "verdict"), JUDGED.values(), ids=JUDGED)
+def test_whether_a_run_has_settled(noise: float, slope: float, converged: bool, verdict: str) -> None:
     draws = noise * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    run = Run({}, State(None, None, 0, 1.0), [{"loss": 100.0 + x} for x in draws.tolist()])
+    losses = 100.0 + draws + slope * torch.arange(200)
+    run = Run({}, State(None, None, 0, 1.0), [{"loss": x} for x in losses.tolist()])
     _judge(run, 10, 1)
-    assert run.converged is converged and verdict in run.stop
-    assert ("rose by" in run.stop) == (draws[-20:].mean() > draws[-80:-60].mean())
+    assert run.converged is converged and re.search(verdict, run.stop)
 
 
 def test_tasks_too_small_to_split_are_named_and_can_be_left_out() -> None:

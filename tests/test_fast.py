@@ -14,7 +14,7 @@ from torch import Tensor
 
 import varmeta as vm
 from tests.cases import GUIDES, OUTERS, large_model, linear_model, net_model, ragged_tasks, scalar_model
-from varmeta import fast
+from varmeta import chunks, fast
 from varmeta.fast import Outcome, Step, eager
 from varmeta.numerics import capture
 
@@ -80,7 +80,7 @@ def assert_same(
     mine: list[Outcome], its: list[Outcome], tolerance: float, slack: float | None = None, with_phi: bool = True,
     terms: float = 1.0,
 ) -> None:  # fmt: skip
-    """slack: by how much the numbers of evaluations may differ, relative; None: the second may need fewer, not more.
+    """slack: by how much the numbers of evaluations may differ, relative; None: the second may need more, not fewer.
 
     terms: of how many numbers of order one the derivative in a shared precision is the sum, however small that sum is.
     """
@@ -379,6 +379,29 @@ def test_a_program_that_cannot_be_captured_runs_eagerly_and_says_so(caplog: pyte
     (record,) = caplog.records
     assert "without compilation" in record.message and "cannot be traced" in record.message
     assert fits[0].loss == fits[1].loss
+
+
+def test_what_cannot_be_captured_is_not_taken_in_a_graphs_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CACHE", 32)
+    start = {"w": torch.tensor(0.4, dtype=torch.float64)}
+    model = vm.TaskModel.from_pyro(branching, start, vm.GaussianPrior(1.0))
+    strategy = vm.Unrolled(inner_steps=2, minimizer=GD)
+    step, tasks = Step(strategy, True, 1), ragged_tasks(12)
+    steps(step, model, tasks, strategy, count=2)
+    assert step.compiled is False and step.size == 12
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_compiled_step_that_is_not_finite_is_taken_eagerly_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    strategy = vm.Unrolled(inner_steps=4, minimizer=vm.GradientDescent(1e200))
+    step, tasks, model = Step(strategy, True, 1), ragged_tasks(3), linear_model(vm.GaussianPrior(1.0))
+    with caplog.at_level(logging.WARNING, "varmeta"):
+        found = steps(step, model, tasks, strategy, count=2)
+    expected = steps(lambda *args: eager(strategy, *args), model, tasks, strategy, count=2)
+    assert step.compiled and torch.equal(found[0].value, expected[0].value)
+    assert [record.message for record in caplog.records] == [
+        "the compiled step is not finite: such steps are taken again without compilation"
+    ]
 
 
 def test_an_unknown_choice_is_refused() -> None:

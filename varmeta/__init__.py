@@ -1,9 +1,6 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
-from importlib import import_module
-from typing import Any
-
-from varmeta import datasets, guides, likelihoods
+from varmeta import datasets, guides, likelihoods, plot
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
@@ -30,13 +27,6 @@ from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
 __version__ = "0.1.0"
 
-
-def __getattr__(name: str) -> Any:
-    if name == "plot":  # matplotlib takes a second, which not every process needs
-        return import_module("varmeta.plot")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 __all__ = [
     # data
     "Task", "TaskSet", "datasets",
@@ -51,4 +41,6 @@ __all__ = [
     "reachability", "Reachability",
     # one scalar weight, seen whole
     "Landscape",
+    # figures
+    "plot",
 ]  # fmt: skip

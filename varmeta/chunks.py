@@ -70,14 +70,17 @@ def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> in
     like = batch.support.x
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
         return len(batch)  # elsewhere large kernels are what is fast
-    wanted = in_memory(strategy, problem, batch, eta)
+    wanted = held = in_memory(strategy, problem, batch, eta)
     if strategy.adapts_afresh:
-        wanted = min(wanted, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel())))
+        wanted = min(held, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel())))
     elif wanted == len(batch):  # a step that takes one gradient reads nothing often enough for a cache to matter
         return wanted
-    if len(batch) <= 2 * wanted or wanted == 0:
-        return len(batch) if wanted else 1
-    alike = [size for size in range(wanted // 2 + 1, 2 * wanted) if len(batch) % size == 0]
+    if wanted == 0:
+        return 1
+    largest = min(2 * wanted, held)
+    if len(batch) <= largest:
+        return len(batch)
+    alike = [size for size in range(wanted // 2 + 1, largest + 1) if len(batch) % size == 0]
     return min(alike, key=lambda size: abs(math.log(size / wanted)), default=wanted)
 
 

@@ -103,52 +103,53 @@ def compare(
     methods = [*strategies, *(BASELINES if baselines else ())]
     scores, runs, fits, interrupted = [], [], {}, False
     jobs = [(seed, name) for seed in seed_list for name in methods]
-    for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
-        started, integrated = _initialised(chosen[name], seed), hyperguides.get(name, "delta")
-        begin = perf_counter()
-        failed, reason, seconds, said = 0, "", float("nan"), list[str]()
-        try:
-            with _collected(said):
-                if integrated == "delta":
-                    result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size, compile)
-                else:
-                    every = train.merged()  # a posterior of eta goes with outer="elbo" alone
-                    result = fit(started, every, strategies[name], seed=seed, hyperguide=integrated, progress=False)
-                if result.stop.startswith("interrupted"):
-                    raise KeyboardInterrupt  # half a run is no result
-                fits[name, seed] = result
-                seconds, reason = perf_counter() - begin, result.stop
-                score = result.adapt(test, compile=compile).score(num_samples=num_samples, seed=seed, level=level)
-            rows = score.iloc[:-1].reset_index()  # without "all"
-            scores.append(rows.assign(method=name, seed=seed))
-        except (ArithmeticError, RuntimeError, ValueError) as error:
-            failed, reason = 1, f"{type(error).__name__}: {error}"
-        except KeyboardInterrupt:
-            fits.pop((name, seed), None)
-            interrupted = True
-            break
-        known = fits.get((name, seed))
-        spent, settled = (float("nan"), False) if known is None else (known.run.evaluations, known.converged)
-        runs.append(
-            {
-                "method": name, "seed": seed, "hyperguide": integrated, "evaluations": spent, "seconds": seconds,
-                "failed": failed, "converged": settled, "stop": reason, "warnings": "; ".join(said),
-            }
-        )  # fmt: skip
-        if callback is not None:
-            callback(runs[-1])
+    try:
+        for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
+            started, integrated = _initialised(chosen[name], seed), hyperguides.get(name, "delta")
+            begin = perf_counter()
+            failed, reason, seconds, said = 0, "", float("nan"), list[str]()
+            try:
+                with _collected(said):
+                    if integrated == "delta":
+                        result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size, compile)
+                    else:
+                        every = train.merged()  # a posterior of eta goes with outer="elbo" alone
+                        result = fit(started, every, strategies[name], seed=seed, hyperguide=integrated, progress=False)
+                    if result.stop.startswith("interrupted"):
+                        raise KeyboardInterrupt  # half a run is no result
+                    fits[name, seed] = result
+                    seconds, reason = perf_counter() - begin, result.stop
+                    score = result.adapt(test, compile=compile).score(num_samples=num_samples, seed=seed, level=level)
+                rows = score.iloc[:-1].reset_index()  # without "all"
+                scores.append(rows.assign(method=name, seed=seed))
+            except (ArithmeticError, RuntimeError, ValueError) as error:
+                failed, reason = 1, f"{type(error).__name__}: {error}"
+            known = fits.get((name, seed))
+            spent, settled = (float("nan"), False) if known is None else (known.run.evaluations, known.converged)
+            runs.append(
+                {
+                    "method": name, "seed": seed, "hyperguide": integrated, "evaluations": spent, "seconds": seconds,
+                    "failed": failed, "converged": settled, "stop": reason, "warnings": "; ".join(said),
+                }
+            )  # fmt: skip
+            if callback is not None:
+                callback(runs[-1])
+    except KeyboardInterrupt:
+        interrupted = True
     if interrupted:
-        if not scores:
+        if not any(not run["failed"] for run in runs):
             raise KeyboardInterrupt
-        done = len(runs) // len(methods) * len(methods) or len(runs)  # whole seeds, if there is one
+        done = len(runs) // len(methods) * len(methods)  # whole seeds, if anything came of one
+        if not any(not run["failed"] for run in runs[:done]):
+            done = len(runs)
         kept = {(run["method"], run["seed"]) for run in runs[:done]}
+        scores = [rows for rows in scores if (rows["method"].iloc[0], rows["seed"].iloc[0]) in kept]
         warnings.warn(
-            f"interrupted in run {len(runs) + 1} of {len(jobs)}: the report holds the first {done}",
+            f"interrupted after {len(runs)} of {len(jobs)} runs: the report holds the first {done}",
             RuntimeWarning,
             stacklevel=2,
         )
         runs, fits = runs[:done], {key: value for key, value in fits.items() if key in kept}
-        scores = [rows for rows in scores if (rows["method"].iloc[0], rows["seed"].iloc[0]) in kept]
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
     return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)

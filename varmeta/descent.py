@@ -21,8 +21,8 @@ from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-# A run has settled when its mean objective fell by no more than this over its last third (nats per task), or than its noise,
-# which must itself be known better than RESOLVED.
+# A run has settled when its mean objective changed by no more than this over its last third (nats per task), or than chance makes
+# of it; how far that is must be below RESOLVED, or nothing is known.
 SETTLED = 0.01
 RESOLVED = 0.05
 # A line search that is stuck although its direction promises more than this (nats) is no convergence.
@@ -207,7 +207,7 @@ def _judge(run: Run, num_tasks: int, every: int) -> None:
     """
     losses = torch.tensor([row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64)
     tenth = max(1, len(losses) // 10)
-    if len(losses) < (20 if every == 1 else 4):
+    if len(losses) < (30 if every == 1 else 4):
         return
     late, earlier = losses[-tenth:], losses[-4 * tenth : -3 * tenth]
     change = float(earlier.mean() - late.mean())
@@ -220,7 +220,9 @@ def _judge(run: Run, num_tasks: int, every: int) -> None:
         verdict = "which has settled"
     elif still:
         verdict = f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
-    else:
+    elif change > 0:
         verdict = f"so it is still moving: raise {longer} or the learning rate"
+    else:
+        verdict = "so it does not descend: lower the learning rate"
     moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"
     run.stop += f"; over its last third the mean objective {moved} nats, {verdict}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ LOST = 1e7
 SINGULAR = 5e-4
 # Counts whose variance exceeds their mean by less than this share are Poisson's.
 OVERDISPERSED = 1e-3
+# So many weights are named in a sentence.
+FEW = 6
 
 
 def doubts(fit: Fit, own_end: bool = False) -> list[str]:
@@ -31,7 +34,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
         why = (
             None if fit.hyper is not None else _singular(fit)
         )  # a covariance that loses rank is a narrow, curved valley
-        return [f"the fit has not converged: {fit.stop}", *(x for x in (why, _no_overdispersion(fit)) if x)]
+        more = (why, _one_task(fit), _no_overdispersion(fit))
+        return [f"the fit has not converged: {fit.stop}", *(sentence for sentence in more if sentence)]
     if fit.hyper is not None:
         return [] if fit.hyper.is_reliable else [_few_draws(fit.hyper)]
     spread = _one_task(fit) or _runaways(fit) or _singular(fit)
@@ -58,7 +62,7 @@ def _one_task(fit: Fit) -> str | None:
         return None
     return (
         f"there is one task, {fit.tasks[0].name!r}, from which nothing can be learned of how tasks differ: the prior's precision "
-        "is arbitrary.  Check the column that says which task a row belongs to, or fix it with learn_precision=None"
+        "is arbitrary.  Check the column that says which task a row belongs to, or give a precision, with learn_precision=None"
     )
 
 
@@ -71,8 +75,12 @@ def _runaways(fit: Fit) -> str | None:
     information = _information(fit, precision)
     if prior.learn_precision in ("shared", "per_module"):
         # weights under one number run away together or not at all: what is known best of any of them decides
-        for value in precision.unique():
-            information[precision == value] = information[precision == value].max()
+        weights = fit.model.weights
+        owners = ["" if prior.learn_precision == "shared" else weights.module(name) for name in weights.names]
+        owner = np.repeat(owners, weights.sizes)
+        for one in set(owners):
+            rows = torch.from_numpy(owner == one).to(information.device)
+            information[rows] = information[rows].max()
     away = precision > RUNAWAY * information
     if bool(away.any()):
         dense = fit.strategy.guide == "multivariate_normal"
@@ -124,7 +132,8 @@ def _information(fit: Fit, precision: Tensor) -> Tensor:
 
 
 def _names(labels: tuple[str, ...], chosen: Tensor) -> str:
-    return ", ".join(label for label, yes in zip(labels, chosen.tolist(), strict=True) if yes)
+    named = [label for label, yes in zip(labels, chosen.tolist(), strict=True) if yes]
+    return ", ".join(named[:FEW]) + (f" and {len(named) - FEW} weights more" if len(named) > FEW else "")
 
 
 def _vanishing_noise(fit: Fit) -> str | None:
@@ -146,8 +155,9 @@ def _no_overdispersion(fit: Fit) -> str | None:
     if CONCENTRATION not in fit.eta or fit.model.likelihood is None:
         return None
     concentration, data = float(fit.eta[CONCENTRATION].exp()), fit.tasks.batch().support
-    counts = fit.model.likelihood.observed(data.y)[data.mask]
-    if not counts.numel() or float(counts.double().mean()) > OVERDISPERSED * concentration:
+    counts = fit.model.likelihood.observed(data.y)[data.mask].double()
+    # the mean of a count, weighted by how much it has to say of the variance
+    if not bool(counts.any()) or float(counts.square().sum() / counts.sum()) > OVERDISPERSED * concentration:
         return None
     return (
         f"the concentration runs to infinity ({concentration:.1e}): the counts vary no more than Poisson's, so use "

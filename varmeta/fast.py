@@ -76,7 +76,7 @@ class Step:
 
     def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
         """The outer objective at eta and the state, for the record (nats)."""
-        size = len(batch) if self.size is None else self.size
+        size = chunks.in_memory(self.strategy, problem, batch, eta) if self.size is None else self.size
         return chunks.value(self.strategy, problem, batch, eta, state, size)
 
     def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:

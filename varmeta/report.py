@@ -100,9 +100,9 @@ class Report:
         text = text[
             [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
         ]
-        moving = self.runs[(self.runs["failed"] == 0) & ~self.runs["converged"]].groupby("method", sort=False).size()
-        unsettled = ", ".join(f"{method} ({counted(number, 'run')})" for method, number in moving.items())
-        short = [f"not settled, so that a larger budget, or standardised tasks, may change the order: {unsettled}"]
+        unsettled = self.runs[(self.runs["failed"] == 0) & ~self.runs["converged"]].groupby("method", sort=False).size()
+        named = ", ".join(f"{method} ({counted(number, 'run')})" for method, number in unsettled.items())
+        doubt = f"not settled, so that a larger budget, or standardised tasks, may change the order: {named}"
         said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
         notes = [
             f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
@@ -112,7 +112,7 @@ class Report:
         solved = [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
         solved = ["with a posterior of eta, found by a solver of its own outside the budget", *solved] if solved else []
         notes = ["warnings (in full: report.runs)", *notes] if notes else []
-        return "\n".join([text.to_string(), *solved, *(short if unsettled else []), *notes])
+        return "\n".join([text.to_string(), *solved, *([doubt] if named else []), *notes])
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 
 from varmeta import guides
 from varmeta.baselines import Pooled
+from varmeta.bayes.likelihood import Likelihood
 from varmeta.bayes.model import TaskModel
 from varmeta.hyper.result import HyperPosterior
 from varmeta.implicit import Implicit
@@ -27,7 +28,7 @@ from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 FORMAT = "varmeta fit 3"
 KEYS = (
     "strategy", "weights", "likelihood", "covariance", "seed", "eta", "phi", "inner", "counters", "history", "optimizer",
-    "stop", "converged", "loss", "schedule", "tasks",
+    "stop", "converged", "loss", "schedule", "tasks", "hyper", "features", "x_names",
 )  # fmt: skip
 STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile, Pooled)  # a report's fits can be saved too
 PARTS: dict[str, Any] = {
@@ -136,17 +137,17 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
         raise ValueError(f"{str(path)!r} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])
     record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
-    kept = content.get("hyper")  # files of before had none
+    kept = content["hyper"]
     run = Run(eta, state, *record)
     run.hyper = None if kept is None else HyperPosterior(**kept)
-    features = content.get("features") or [{}] * len(content["tasks"])  # files of before had none
+    features = content["features"]
     tasks = TaskSet(
         [
             Task(support, query, name, own)
             for (name, support, query), own in zip(content["tasks"], features, strict=True)
         ],
         dtype=like.dtype,
-        x_names=content.get("x_names"),  # files of before had none
+        x_names=content["x_names"],
     )
     return Fit(model, tasks, strategy, content["seed"], run)
 
@@ -155,10 +156,16 @@ def _settings(model: TaskModel) -> str:
     """The likelihood and its plain settings; a program is code, so of it only that it is one."""
     if model.likelihood is None:
         return "program"
+    return _plainly(model.likelihood)
+
+
+def _plainly(likelihood: Likelihood) -> str:
     plain = {
-        name: value for name, value in vars(model.likelihood).items() if isinstance(value, (bool, int, float, str))
+        name: _plainly(value) if isinstance(value, Likelihood) else value
+        for name, value in vars(likelihood).items()
+        if isinstance(value, (bool, int, float, str, Likelihood))
     }
-    return f"{type(model.likelihood).__name__} {json.dumps(plain, sort_keys=True)}"
+    return f"{type(likelihood).__name__} {json.dumps(plain, sort_keys=True)}"
 
 
 def _describe(value: Any) -> Any:

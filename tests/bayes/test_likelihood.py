@@ -257,6 +257,15 @@ def test_an_offset_is_a_column_with_a_known_coefficient() -> None:
         vm.LinearPredictor(["age"], offset="years")
 
 
+def test_what_a_likelihood_learned_in_readable_numbers() -> None:
+    gaps = torch.tensor([[1.0, 0.5], [2.0, 2.0]], dtype=F64).log()
+    found = L.Weighted(L.Ordinal(4)).learned({"log_gaps": gaps})
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "cutpoint 1": pytest.approx([1.0, 2.0]), "cutpoint 2": pytest.approx([1.5, 4.0]),
+    }  # fmt: skip
+    assert L.Ordinal(2).learned({}) == L.Gaussian(1.0, False).learned({}) == L.Poisson().learned({}) == {}
+
+
 @pytest.mark.parametrize("name", ["concentration", "gaps"])
 def test_learned_numbers_are_recovered(name: str) -> None:
     """Many rows from known numbers: the fit finds them within four standard errors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +12,27 @@ from torch import Tensor
 from varmeta.numerics import capture
 
 
-def test_what_is_compiled_is_found_again_by_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of each attempt to compile."""
+    real, found = capture._compiled_by, []
+
+    def compiled_by(options: dict[str, Any], graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+        found.append(options)
+        return real(options, graph, examples)
+
+    monkeypatch.setattr(capture, "_compiled_by", compiled_by)
+    return found
+
+
+def test_what_is_compiled_is_found_again_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch, tried: list[dict[str, Any]]
+) -> None:
     from torch._dynamo.utils import counters
 
     def function(x: Tensor) -> Tensor:
         return (x * 1.25).sin().sum()
 
-    with_options = capture._compiled_by
-    tried = []
-
-    def compiled_by(options: dict[str, object], graph: torch.fx.GraphModule, examples: list[Tensor]) -> object:
-        tried.append(options)
-        return with_options(options, graph, examples)
-
-    monkeypatch.setattr(capture, "_compiled_by", compiled_by)
     x = torch.linspace(0, 1, 7)
     assert torch.allclose(capture.Captured(function)(x), function(x))
     assert tried == [capture._wrappers([x])[0]]  # nothing fell back
@@ -50,7 +58,7 @@ def test_python_calls_the_kernels_where_no_other_wrapper_can(monkeypatch: pytest
     assert [options["cpp_wrapper"] for options in tried] == [True, False]
 
 
-def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said() -> None:
+def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said(tried: list[dict[str, Any]]) -> None:
     def solve(a: Tensor, b: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(torch.linalg.cholesky(a), b, upper=False).sin()
 
@@ -66,4 +74,4 @@ def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said
         torch.testing.assert_close(capture.Captured(solve)(a, b), solve(a, b), rtol=1e-14, atol=1e-14)
     finally:
         lowering.removeHandler(listener)
-    assert not said
+    assert not said and [options["cpp_wrapper"] for options in tried] == [True]

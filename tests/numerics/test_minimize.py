@@ -60,6 +60,18 @@ def test_the_rule_is_torchs(rule, optimizer):
         assert torch.equal(by_update[0][name], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adam_moves_in_every_dtype(dtype):
+    """Its second beta is 1 in half precision."""
+    phi = {"w": torch.ones(2, 3, dtype=dtype)}
+    rule, gradient = Adam(lr=0.125, eps=1e-3), {"w": torch.full((2, 3), 2.0, dtype=dtype)}
+    state = rule.init(phi)
+    for _ in range(2):
+        phi, state = rule.update(phi, gradient, state)
+    assert phi["w"].dtype == dtype
+    assert torch.allclose(phi["w"].double(), torch.full((2, 3), 0.75, dtype=torch.float64), atol=0.02)
+
+
 def test_adam_where_the_gradient_is_tiny():
     """The term that keeps the root differentiable must not be seen beside eps, even where the gradient is far below."""
     phi = {"w": double(1.0, 1.0, 1.0)}

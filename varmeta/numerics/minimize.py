@@ -345,7 +345,9 @@ class Adam(FirstOrderMinimizer):
     def init(self, phi: Tree) -> Tree:
         like = next(iter(phi.values()))
         moments = {f"{kind}.{name}": torch.zeros_like(x) for kind in ("mean", "square") for name, x in phi.items()}
-        return {"first": like.new_ones(len(like)), "second": like.new_ones(len(like)), **moments}
+        # in half precision b2 is 1, and nothing would ever move
+        ones = torch.ones(len(like), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        return {"first": ones, "second": ones, **moments}
 
     def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
         first, second = self.betas
@@ -359,8 +361,8 @@ class Adam(FirstOrderMinimizer):
             mean = first * state[f"mean.{name}"] + (1 - first) * g
             square = second * state[f"square.{name}"] + (1 - second) * g * g
             tiny = max((1e-8 * self.eps) ** 2, torch.finfo(x.dtype).tiny)
-            root = (square * tree.rows(unbiased, x) + tiny).sqrt()
-            new_phi[name] = x - tree.rows(rate, x) * mean / (root + self.eps)
+            root = (square * tree.rows(unbiased, x).to(x.dtype) + tiny).sqrt()
+            new_phi[name] = x - tree.rows(rate, x).to(x.dtype) * mean / (root + self.eps)
             new_state |= {f"mean.{name}": mean, f"square.{name}": square}
         return new_phi, new_state
 

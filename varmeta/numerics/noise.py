@@ -28,8 +28,8 @@ def normal(
     seed, step: any integers of 64 bits, or int64 tensors `()`: then a traced graph serves every seed and step.
     ids: the tasks' names as int64 numbers, `(tasks,)`; see `task_id`.
     num, size: how many draws, of how many coordinates; more draws begin with the numbers of fewer.
-    dtype: the uniforms and the radius are made in float64, so a lower dtype sees float64's noise, but for a few roundings
-        in float32: 3e-6 at most.
+    dtype: the uniforms and the radius are made in float64, so float32 sees float64's noise but for a few roundings, 3e-6 at
+        most; lower dtypes see float32's, rounded.
 
     Raises TypeError for ids, a dtype, or integers of the wrong kind, ValueError for a wrong shape or a negative number.
 
