@@ -224,7 +224,10 @@ def other_program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Ten
             lambda: vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(scale=0.7, learn_scale=False), PRIOR),
             "with the likelihood Gaussian",
         ),
-        (lambda: vm.TaskModel.from_pyro(other_program, {"weight": (1, 1), "bias": (1,)}, PRIOR), "this model has program"),
+        (
+            lambda: vm.TaskModel.from_pyro(other_program, {"weight": (1, 1), "bias": (1,)}, PRIOR),
+            "this model has program",
+        ),
     ],
     ids=["weights", "learned precision", "fixed precision", "likelihood", "learned scale", "program"],
 )
