@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 RUNAWAY = 500.0
 # One that is this many times weaker than what that task knows shares nothing.
 LOST = 1e7
-# A learned correlation matrix with an eigenvalue below this is singular (of two weights: a correlation that prints as 1.000).
-SINGULAR = 5e-4
+# A learned correlation matrix with an eigenvalue below this is singular (of two weights: a correlation of 0.9999).
+SINGULAR = 1e-4
 # Counts whose variance exceeds their mean by less than this share are Poisson's.
 OVERDISPERSED = 1e-3
 # So many weights are named in a sentence.

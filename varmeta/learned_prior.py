@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from varmeta.bayes.likelihood import SCALE
+from varmeta.bayes.likelihood import NOISE_SCALE
 from varmeta.bayes.model import TaskModel
 from varmeta.labels import parameter_labels
 
@@ -28,8 +28,7 @@ class LearnedPrior:
     coefficients: by how much a task's features move loc, for each weight and feature of the prior's covariates, by name
         (`intercept:log_uppm`), in the parameter's shape; units: the weight's per unit of the feature.  loc is then that of a
         task whose features are 0.  coefficient_labels: the readable names of their entries.
-    scale: the noise scale, where it is learned; observation: it and whatever else the likelihood learned (a concentration,
-        cutpoints), by a readable name.
+    observation: what the likelihood learned (a noise scale, a concentration, cutpoints), by a readable name.
     is_learned: whether the covariance was learned, or given by the user.
     """
 
@@ -40,7 +39,6 @@ class LearnedPrior:
     labels: tuple[str, ...]
     shared: dict[str, Tensor]
     shared_labels: dict[str, tuple[str, ...]]
-    scale: Tensor | None
     is_learned: bool
     observation: dict[str, Tensor] = field(default_factory=dict)
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -61,12 +59,16 @@ class LearnedPrior:
                 labels=tuple(label for name in weights.names for label in named[name]),
                 shared={name: eta[name] for name in model.shared},
                 shared_labels={name: named[name] for name in model.shared},
-                scale=eta[SCALE].exp() if SCALE in eta else None,
                 is_learned=model.prior.learn_precision is not None,
                 observation={} if model.likelihood is None else model.likelihood.learned(eta),
                 coefficients={name: eta[name] for name in model.coefficients},
                 coefficient_labels={name: named[name] for name in model.coefficients},
             )
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The noise scale, where it is learned."""
+        return self.observation.get(NOISE_SCALE)
 
     @property
     def correlation(self) -> Tensor:
@@ -104,7 +106,7 @@ class LearnedPrior:
 
         shown, shown_shared = rows[:ROWS], shared[:ROWS]
         labels = [label for label, _, _ in shown] + [label for label, _ in (*shown_shared, *moved[:ROWS])]
-        width = max(map(len, ["noise scale", *self.observation, *labels]))
+        width = max(map(len, [NOISE_SCALE, *self.observation, *labels]))
         gap = f" {'':>12}" if beside else ""
         lines = [f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} {'prior sd':>12}"]
         # a number that was given must not be read as a finding

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from varmeta.bayes.likelihood import TASK_SCALE
+from varmeta.bayes.likelihood import NOISE_SCALE, TASK_SCALE
 from varmeta.learned_prior import LearnedPrior
 from varmeta.linear_predictor import INTERCEPT, LinearPredictor
 
@@ -60,7 +60,9 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
         shared={name: named[name].reshape(start[name].shape) for name in model.shared},
         coefficients=coefficients,
         coefficient_labels=labels,
-        scale=None if prior.scale is None else prior.scale * scaling.y_scale.to(prior.scale).reshape(()),
+        observation={}
+        if prior.scale is None
+        else {NOISE_SCALE: prior.scale * scaling.y_scale.to(prior.scale).reshape(())},
     )
 
 

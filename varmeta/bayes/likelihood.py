@@ -15,6 +15,7 @@ from varmeta.bayes.hyperprior import check, describe, log_density
 
 # theta0 of a noise scale that each task has of its own must not be read as the scale of all
 SCALE, TASK_SCALE = "log_scale", "log_noise"
+NOISE_SCALE = "noise scale"  # for people
 
 
 class Likelihood(ABC):
@@ -107,7 +108,7 @@ class _LocationScale(Likelihood):
         return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale and not self.per_task else {}
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"noise scale": eta[SCALE].exp()} if self.learn_scale and not self.per_task else {}
+        return {NOISE_SCALE: eta[SCALE].exp()} if self.learn_scale and not self.per_task else {}
 
     def task_weights(self) -> dict[str, Tensor]:
         return {TASK_SCALE: torch.tensor(math.log(self.scale), dtype=torch.float64)} if self.per_task else {}
