@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,11 +304,18 @@ def test_the_callback_sees_every_run() -> None:
 
 
 def test_print_shows_intervals(report: vm.Report) -> None:
+    report = replace(report, runs=report.runs.assign(converged=False))
     text = str(report)
     row = report.table.loc["maml"]
     assert f"{row['rmse']:.2f} [{row['rmse_low']:.2f}, {row['rmse_high']:.2f}]" in text
     assert len(text.splitlines()) == 13  # two lines of head, and one of what has not settled
-    assert "not settled" in text.splitlines()[-1] and "maml (2 runs)" in text.splitlines()[-1]
+    assert text.splitlines()[-1].startswith("not settled") and text.endswith(": every method")
+    report.runs.loc[report.runs["method"].isin(["maml", "pooled"]), "converged"] = True
+    assert str(report).endswith(": every method but maml, pooled")
+    report.runs["converged"] = report.runs["method"] != "maml"
+    assert str(report).endswith("(report.runs): maml")
+    report.runs["converged"] = True
+    assert "not settled" not in str(report)
 
 
 @dataclass(frozen=True)

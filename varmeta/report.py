@@ -100,9 +100,14 @@ class Report:
         text = text[
             [c for c in text if c not in ("evaluations", "seconds", "failed")] + ["evaluations", "seconds", "failed"]
         ]
-        unsettled = self.runs[(self.runs["failed"] == 0) & ~self.runs["converged"]].groupby("method", sort=False).size()
-        named = ", ".join(f"{method} ({counted(number, 'run')})" for method, number in unsettled.items())
-        doubt = f"not settled, so that a larger budget, or standardised tasks, may change the order: {named}"
+        unsettled = self.runs[(self.runs["failed"] == 0) & ~self.runs["converged"]]["method"].unique()
+        rest = [method for method in text.index if method not in unsettled]
+        named = ", ".join(unsettled)
+        if len(unsettled) > len(rest):
+            named = "every method" + (f" but {', '.join(rest)}" if rest else "")
+        doubt = (
+            f"not settled, so that a larger budget, or standardised tasks, may change the order (report.runs): {named}"
+        )
         said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
         notes = [
             f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
@@ -112,7 +117,7 @@ class Report:
         solved = [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
         solved = ["with a posterior of eta, found by a solver of its own outside the budget", *solved] if solved else []
         notes = ["warnings (in full: report.runs)", *notes] if notes else []
-        return "\n".join([text.to_string(), *solved, *([doubt] if named else []), *notes])
+        return "\n".join([text.to_string(), *solved, *([doubt] if len(unsettled) else []), *notes])
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
