@@ -66,6 +66,11 @@ def plot_pairs(frame: pd.DataFrame, out: Path) -> None:
             ax.errorbar(rows["tasks"], rows["ratio"], yerr=around, marker="o", capsize=3, label=peer)
         ax.axhline(1.0, color="grey", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="tasks", title=case)
+        known = frame[(frame["case"] == case) & frame["ratio"].notna()]
+        if len(known):  # a block in which the machine stood still must not fill the picture
+            ax.set_ylim(min(1.0, known["ratio"].min()) / 2, max(1.0, known["ratio"].max()) * 2)
+            ax.set_xticks(sorted(set(known["tasks"])), [f"{tasks:,}" for tasks in sorted(set(known["tasks"]))])
+            ax.minorticks_off()
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("time of the peer / time of varmeta")
