@@ -270,8 +270,9 @@ def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, 
         model,
         dtype,
         tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype],
-        # when a loop to a tolerance ends is up to rounding
-        slack=0.1 if nearly_flat or dtype == torch.float32 else 0.02,
+        # When a loop to a tolerance ends is up to rounding: where the factor is nearly 0, theta0 moved in its last bit moves the
+        # eager loop's own count by up to 15 % in float32, by 7 in float64.
+        slack=0.2 if nearly_flat else 0.1 if dtype == torch.float32 else 0.02,
         # float32 leaves the factor undetermined: 3e-3 away from float64, and a log by 16
         with_phi=not (nearly_flat and chosen.warm_start and dtype == torch.float32),
     )
