@@ -29,8 +29,8 @@ from varmeta.tensors import batch_of, tensors_of
 log = logging.getLogger("varmeta")
 COMPILE = ("auto", True, False)
 # "auto" compiles where eager steps would take this many times what compiling takes.  A graph divides a step by four or more, so
-# it breaks even at 1.3 times; the rest is for an estimate that is half too high, as that of a joint step is.
-WORTH = 2.0
+# it breaks even at 1.3 times; the rest is for an estimate that is too high by 2.4 for a joint step.
+WORTH = 4.0
 # Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
 # (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
 FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6

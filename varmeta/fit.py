@@ -68,7 +68,7 @@ def fit(
         best point, lme4's REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
     schedule: "cosine" (the learning rate falls to zero over num_steps or the budget) or "constant".  L-BFGS ignores it.
     budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
-    compile: capture each step as one graph and compile it: "auto" where eager steps would take twice what compiling takes,
+    compile: capture each step as one graph and compile it: "auto" where eager steps would take four times what compiling does,
         True at once (10 to 90 seconds), False never.  Joint Newton steps are never compiled.  What cannot be captured runs
         eagerly, which the log says once.
     task_chunk_size: how many tasks of a step are worked on at a time, which bounds memory and changes nothing but
