@@ -101,7 +101,7 @@ def compare(
     if stray:
         raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")
     methods = [*strategies, *(BASELINES if baselines else ())]
-    scores, runs, fits, interrupted = [], [], {}, False
+    scores, runs, fits = [], [], {}
     jobs = [(seed, name) for seed in seed_list for name in methods]
     try:
         for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
@@ -135,10 +135,8 @@ def compare(
             if callback is not None:
                 callback(runs[-1])
     except KeyboardInterrupt:
-        interrupted = True
-    if interrupted:
         if not any(not run["failed"] for run in runs):
-            raise KeyboardInterrupt
+            raise
         done = len(runs) // len(methods) * len(methods)  # whole seeds, if anything came of one
         if not any(not run["failed"] for run in runs[:done]):
             done = len(runs)

@@ -61,15 +61,16 @@ def plot_pairs(frame: pd.DataFrame, out: Path) -> None:
     frame = frame.sort_values("tasks", kind="stable")
     figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
     for ax, case in zip(axes[0], cases, strict=True):
-        for peer, rows in frame[(frame["case"] == case) & frame["ratio"].notna()].groupby("peer", sort=False):
+        known = frame[(frame["case"] == case) & frame["ratio"].notna()]
+        for peer, rows in known.groupby("peer", sort=False):
             around = [rows["ratio"] - rows["ratio_low"], rows["ratio_high"] - rows["ratio"]]
             ax.errorbar(rows["tasks"], rows["ratio"], yerr=around, marker="o", capsize=3, label=peer)
         ax.axhline(1.0, color="grey", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="tasks", title=case)
-        known = frame[(frame["case"] == case) & frame["ratio"].notna()]
         if len(known):  # a block in which the machine stood still must not fill the picture
             ax.set_ylim(min(1.0, known["ratio"].min()) / 2, max(1.0, known["ratio"].max()) * 2)
-            ax.set_xticks(sorted(set(known["tasks"])), [f"{tasks:,}" for tasks in sorted(set(known["tasks"]))])
+            ticks = known["tasks"].unique()
+            ax.set_xticks(ticks, [f"{tasks:,}" for tasks in ticks])
             ax.minorticks_off()
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)

@@ -106,14 +106,12 @@ class Ordinal(Likelihood):
         return {GAPS: like.new_zeros(self.num_classes - 2)} if self.num_classes > 2 else {}
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.num_classes == 2:
-            return {}
-        return {f"cutpoint {k + 1}": c for k, c in enumerate(eta[GAPS].exp().cumsum(-1).unbind(-1))}
+        return {f"cutpoint {k + 1}": c for k, c in enumerate(_free(eta).unbind(-1))} if self.num_classes > 2 else {}
 
     def cutpoints(self, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """c_0, ..., c_{C-2}, ascending from 0."""
         first = like.new_zeros(1)
-        return torch.cat([first, eta[GAPS].exp().cumsum(0)]) if self.num_classes > 2 else first
+        return torch.cat([first, _free(eta)]) if self.num_classes > 2 else first
 
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         at = self.cutpoints(eta, out) - out.unsqueeze(-1)  # y <= k has log odds at_k
@@ -124,6 +122,11 @@ class Ordinal(Likelihood):
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
         return _not_count(y) | (y >= self.num_classes), f"an ordered class 0, ..., {self.num_classes - 1}"
+
+
+def _free(eta: Mapping[str, Tensor]) -> Tensor:
+    """The cutpoints after the first, from the logarithms of their distances."""
+    return eta[GAPS].exp().cumsum(-1)
 
 
 class Weighted(Likelihood):
