@@ -112,7 +112,7 @@ def test_the_file_holds_no_code(tmp_path: Path) -> None:
     fit = known(linear_model(PRIOR), ragged_tasks(2), vm.Joint())
     fit.save(tmp_path / "fit.pt")
     content = torch.load(tmp_path / "fit.pt", weights_only=True)  # refuses whatever is not a tensor or a plain value
-    assert content["format"] == "varmeta fit 3"
+    assert content["format"] == "varmeta fit 4"
 
 
 def test_the_baselines_of_a_comparison_can_be_saved(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def write_weights(path: Path) -> None:
 
 
 def write_code(path: Path) -> None:
-    torch.save({"format": "varmeta fit 3", "eta": nn.Linear(1, 1)}, path)
+    torch.save({"format": "varmeta fit 4", "eta": nn.Linear(1, 1)}, path)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def _parameters(model: TaskModel, x_names: tuple[str, ...] | None) -> dict[str, 
     named = plain | {f"{prefix}weight": tuple(f"{column}{output}" for output in outputs for column in x_names)}
     if linear.bias is not None:
         named[f"{prefix}bias"] = tuple(f"{INTERCEPT}{output}" for output in outputs)
+    named = {name: labels for name, labels in named.items() if name in plain}  # the others are constants
     everything = [label for labels in named.values() for label in labels]
     # a column may be called "intercept" itself; labels that mean two things are worse than none
     return named if len(set(everything)) == len(everything) else plain

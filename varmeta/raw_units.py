@@ -30,6 +30,11 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     """See `Scaling.raw_prior`."""
     model, prior = fit.model, fit.prior
     slopes, intercept = _positions(model.net)
+    if model.constants:
+        raise ValueError(
+            f"raw_prior needs a model whose coefficients are all learned, but {model.constants[0]!r} is a constant "
+            "(requires_grad=False), which does not move with the units: standardise the predictions back, scaling.y_inverse"
+        )
     start = {name: value for name, value in model.start.items() if name not in model.coefficients}
     mean = torch.cat([fit.eta[name].reshape(-1) for name in start])  # varying and shared
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)

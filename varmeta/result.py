@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varmeta import chunks, summary
 from varmeta._points import check_columns
+from varmeta.bayes import constants
 from varmeta.bayes.expectation import Cubature
 from varmeta.bayes.model import TaskModel
 from varmeta.fast import adapt, check_compile
@@ -258,6 +259,10 @@ class Fit:
         start = model.init(tasks.batch().support.x.new_zeros(()))
         if {name: value.shape for name, value in start.items()} != {n: v.shape for n, v in self.eta.items()}:
             raise ValueError(f"resume is a fit of another model: it has {sorted(self.eta)}, this model {sorted(start)}")
+        fixed = constants.fingerprint(self.model.net, self.model.constants)
+        other = constants.difference(fixed, model.net, model.constants)
+        if other is not None:
+            raise ValueError(f"resume is a fit of a network with {other}: give fit the same network")
         other = self.tasks.first_difference(tasks)
         if other is not None:
             raise ValueError(f"resume is a fit of other tasks ({other}): give the same data in the same order")

@@ -12,6 +12,7 @@ import torch
 
 from varmeta import guides
 from varmeta.baselines import Pooled
+from varmeta.bayes import constants
 from varmeta.bayes.likelihood import Likelihood
 from varmeta.bayes.model import TaskModel
 from varmeta.hyper.result import HyperPosterior
@@ -25,10 +26,10 @@ from varmeta.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
-FORMAT = "varmeta fit 3"
+FORMAT = "varmeta fit 4"
 KEYS = (
     "strategy", "weights", "likelihood", "covariance", "seed", "eta", "phi", "inner", "counters", "history", "optimizer",
-    "stop", "converged", "loss", "schedule", "tasks", "hyper", "features", "x_names",
+    "stop", "converged", "loss", "schedule", "tasks", "hyper", "features", "x_names", "constants",
 )  # fmt: skip
 STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile, Pooled)  # a report's fits can be saved too
 PARTS: dict[str, Any] = {
@@ -50,6 +51,7 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "format": FORMAT,
         "strategy": json.dumps(_describe(fit.strategy)),
         "weights": json.dumps({name: list(shape) for name, shape in fit.model.weights.shapes.items()}),
+        "constants": json.dumps(constants.fingerprint(fit.model.net, fit.model.constants)),
         "likelihood": _settings(fit.model),
         "covariance": fit.prior.covariance,
         "seed": int(fit.seed),
@@ -107,6 +109,9 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
         raise ValueError(
             f"{str(path)!r} is a fit of a model with weights {content['weights']}, but this model has {shapes}"
         )
+    other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
+    if other is not None:
+        raise ValueError(f"{str(path)!r} is a fit of a network with {other}: give it the network that was fitted")
     eta = content["eta"]
     like = next(iter(eta.values()))
     expected = {name: list(value.shape) for name, value in model.init(like).items()}

@@ -125,5 +125,11 @@ def check_net(net: nn.Module, batch_norm: str) -> None:
             )
         if module.running_mean is None:
             raise ValueError(f"layer {name!r} keeps no running statistics, so they cannot be frozen: use GroupNorm")
-    if not any(True for _ in net.parameters()):
+    parameters = list(net.parameters())
+    if not parameters:
         raise ValueError("the network has no parameters, so there is nothing to learn")
+    if not any(value.requires_grad for value in parameters):
+        raise ValueError(
+            "every parameter of the network has requires_grad=False, which makes it a constant, so there is nothing to "
+            "learn: net.requires_grad_(True), or True for a layer"
+        )

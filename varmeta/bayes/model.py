@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from varmeta._words import kind_of
 from varmeta.bayes.check_model import check_model
 from varmeta.bayes.check_net import check_net
+from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
@@ -42,13 +43,17 @@ class TaskModel:
 
     net: any `nn.Module` without batch norm; its parameters are the weights, its present values the start of theta0.
         It is copied, and run in evaluation mode: dropout is off.  Its input is one task's x `(points, features)`.
+        Parameters with `requires_grad=False`, and the row `padding_idx` of an `nn.Embedding`, are constants: the
+        same in every task, and never learned.  A row's output may depend on the task's other rows only where no task
+        is padded, that is where all have the same number of rows.
     likelihood: one of `varmeta.likelihoods`.
     prior: `GaussianPrior`; by default one fixed precision of 1.
     shared: patterns (`"body.*"`) of parameters that are the same for every task: fixed effects, or a feature extractor
-        that is not adapted.  They live in eta beside theta0.
+        that is not adapted.  They live in eta beside theta0.  What is a constant stays one.
     batch_norm: "refuse", or "frozen" to use the running statistics that the network came with.
 
-    Raises ValueError for batch norm, for a pattern that matches nothing, and for a name that varmeta uses itself.
+    Raises ValueError for batch norm, for a pattern that matches nothing or nothing but constants, for a network without a
+    parameter to learn or with a layer that cannot be run for many tasks, and for a name that varmeta uses itself.
 
     >>> from varmeta import likelihoods
     >>> model = TaskModel(nn.Linear(1, 1), likelihoods.Gaussian(), GaussianPrior(precision=0.1))
@@ -74,7 +79,9 @@ class TaskModel:
         self.net: nn.Module | None = copy.deepcopy(net).eval().requires_grad_(False)
         self.likelihood: Likelihood | None = likelihood
         self._program: Program | None = None
-        start = {name: value.detach().clone() for name, value in net.named_parameters()}
+        self.constants = frozen(net)
+        hold_padding_rows(self.net)
+        start = {n: p.detach().clone() for n, p in net.named_parameters() if n not in self.constants}
         for name, value in likelihood.task_weights().items():
             if name in start:
                 raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
@@ -108,6 +115,7 @@ class TaskModel:
             raise TypeError(f"program must be callable as program(params, x, y), not {type(program).__name__}")
         model = cls.__new__(cls)
         model.net, model.likelihood, model._program = None, None, program
+        model.constants = ()
         model._setup(starts(params), prior, shared)
         return model
 
@@ -123,8 +131,15 @@ class TaskModel:
         self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
         for pattern in shared:
-            if not any(matches(name, pattern) for name in start):
-                raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
+            if any(matches(name, pattern) for name in start):
+                continue
+            fixed = [name for name in self.constants if matches(name, pattern)]
+            if fixed:
+                raise ValueError(
+                    f"shared pattern {pattern!r} matches only parameters with requires_grad=False ({fixed[0]!r} first), which "
+                    "are constants: leave the pattern out, or have them learned by requires_grad_(True)"
+                )
+            raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
         own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
         for name in start:
             if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
@@ -262,13 +277,12 @@ class TaskModel:
         weights = {name: value for name, value in self.weights.unflatten(theta).items() if name not in aside}
         shared = {name: eta[name] for name in self.shared if name not in aside}
         net = self.net
-        # statistics that came with the network, in the precision of the data
-        buffers = {name: b.to(x if b.is_floating_point() else x.device) for name, b in net.named_buffers()}
+        fixed = constants(net, self.constants, x)
         if x.dim() == 2:
             x = x.unsqueeze(-1)
 
         def one_task(own: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return torch.func.functional_call(net, own | shared | buffers, (inputs,))
+            return torch.func.functional_call(net, own | shared | fixed, (inputs,))
 
         call = torch.func.vmap(one_task)
         for _ in lead if weights else ():  # points of an expectation: the same x for each
