@@ -29,7 +29,7 @@ NO_INFORMATION = 1e-100
 def is_regression(model: TaskModel, tasks: TaskSet, eta: Eta) -> bool:
     """Few weights, few meta-parameters, and an output linear in the weights (or a program): not a network."""
     small = model.weights.size <= MAX_CUBATURE_SIZE and sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE
-    return small and model.is_linear(tasks)
+    return small and model.looks_linear(tasks)
 
 
 def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:

@@ -56,7 +56,7 @@ class Problem:
         problem = cls(model, made, Point(), int(seed))
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
             return problem
-        linear = model.is_linear(tasks)
+        linear = model.looks_linear(tasks)
         rule = make_expectation(expectation, model.weights.size, num_particles, linear, frozen)  # type: ignore[arg-type]
         return cls(model, made, rule, int(seed))
 

@@ -28,6 +28,7 @@ from varmeta.run import Run
 from varmeta.standard_errors import standard_errors
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet, no_tasks
+from varmeta.tightness import can_be_exact, is_tight
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +102,7 @@ class Fit:
     @cached_property
     def _is_cubature_rough(self) -> bool:
         """Whether E_q log p(y | theta) is taken at points that serve quadratics, and is not known to be one."""
-        return isinstance(self.problem.expectation, Cubature) and not is_linear_gaussian(self.model, self.tasks)
+        return isinstance(self.problem.expectation, Cubature) and not is_linear_gaussian(self.model)
 
     @property
     def hyper(self) -> HyperPosterior | None:
@@ -123,16 +124,20 @@ class Fit:
 
     @property
     def log_likelihood(self) -> float | None:
-        """log p(y) at the estimates, with the weights integrated out (and under "reml" theta0 too), where it is exact: a linear
-        model with Gaussian noise under a guide that can be the tasks' posteriors.  Else None."""
-        exact = not self.is_point and self.strategy.outer == "elbo" and is_linear_gaussian(self.model, self.tasks)
-        dense = self.strategy.guide == "multivariate_normal" or (
-            self.strategy.guide == "normal" and self.model.weights.size == 1
-        )
+        """log p(y) at the estimates, with the weights integrated out (and under "reml" theta0 too), where it is exact: a model
+        that is linear by construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit that has
+        converged to them.  Else None."""
         kind = "delta" if self.hyper is None else self.hyper.hyperguide
-        if not (exact and dense and kind in ("delta", "reml")) or self.model.has_hyperprior:
+        if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
             return None
-        return -self.loss
+        return -self.loss if self._is_tight else None
+
+    @cached_property
+    def _is_tight(self) -> bool:
+        # under "reml" the objective has theta0 integrated out too, and is no function of the point eta
+        if self.hyper is not None:
+            return is_linear_gaussian(self.model) and can_be_exact(self)
+        return is_tight(self)
 
     @cached_property
     def is_point(self) -> bool:

@@ -30,6 +30,7 @@ from varmeta.bayes.check_net import check_net
 from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
+from varmeta.bayes.linear import linear_parameters
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.bayes.weights import Weights
@@ -291,21 +292,37 @@ class TaskModel:
             out = call(weights, x)
         return out if weights else out.expand(*lead, *out.shape)  # only the likelihood's own weights vary
 
-    def is_linear(self, tasks: TaskSet) -> bool:
-        """Whether the network's output is linear in the weights that vary (by a second difference); of a program, True."""
+    @property
+    def is_linear(self) -> bool:
+        """Whether the network's output is known to be linear in the weights that vary, by how it is built.
+
+        Of a Pyro program, and of a network with a `forward` of its own, nothing is known: False.
+        """
+        return self.net is not None and linear_parameters(self.net).issuperset(self.weights.names)
+
+    def looks_linear(self, tasks: TaskSet) -> bool:
+        """Whether the output looks linear in the weights that vary, by second differences; of a program, True.
+
+        Good for choosing where a fit starts and at which points it looks.  It proves nothing, and no number may be called
+        exact because of it: see `is_linear`.
+        """
         data = tasks.batch().support
-        if self.net is None or not data.mask.shape[1]:
-            return self.net is None
+        if self.net is None or self.is_linear or not data.mask.shape[1]:
+            return self.net is None or self.is_linear
         data = data.take(data.num_points.argmax().reshape(1))
         eta = self.init(data.x.new_zeros(()))
         theta = self.weights.flatten(eta)
         generator = torch.Generator().manual_seed(0)
         step = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
-        points = torch.stack([theta + step, theta, theta - step]).unsqueeze(1)
-        with torch.no_grad():
-            plus, middle, minus = self._network(points, eta, data.filled[0])
-        size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
-        return bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size)
+        # a kink may lie far from the start, so steps of several lengths
+        for length in (1.0, 32.0, 1024.0):
+            points = torch.stack([theta + length * step, theta, theta - length * step]).unsqueeze(1)
+            with torch.no_grad():
+                plus, middle, minus = self._network(points, eta, data.filled[0])
+            size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
+            if not bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size):
+                return False
+        return True
 
     def check(self, tasks: TaskSet) -> None:
         """Run the program once with every check of Pyro and PyTorch on; raises ValueError that says what does not fit."""

@@ -30,7 +30,7 @@ from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
-from varmeta.tasks import Batch, Data, TaskSet
+from varmeta.tasks import Batch, Data
 
 # Nodes per weight of a task; beyond three weights, so many quasi-random ones.
 NODES = {1: 15, 2: 7, 3: 5}
@@ -62,9 +62,9 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
         return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
 
 
-def is_linear_gaussian(model: TaskModel, tasks: TaskSet) -> bool:
-    """Whether every p(theta_i | y_i, eta) is known to be Gaussian."""
-    return type(model.likelihood) is likelihood.Gaussian and not model.task_weights and model.is_linear(tasks)
+def is_linear_gaussian(model: TaskModel) -> bool:
+    """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is built."""
+    return type(model.likelihood) is likelihood.Gaussian and not model.task_weights and model.is_linear
 
 
 @torch.no_grad()

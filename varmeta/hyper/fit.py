@@ -125,7 +125,7 @@ def integrate(
         raise ValueError(
             non_finite(batch, losses, "at the start") if not losses.isfinite().all() else WHY_IT_ENDED[Result.DIVERGED]
         )
-    gaussian = is_linear_gaussian(problem.model, tasks)
+    gaussian = is_linear_gaussian(problem.model)
 
     def log_density(points: Tensor) -> Tensor:
         evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)

@@ -40,7 +40,7 @@ class IntegratedPosterior(Posterior):
         self.hyper = hyper
         # a row that was resampled several times is worked out once
         self._rows, self._row_of = hyper.rows.unique(return_inverse=True)
-        self._gaussian = is_linear_gaussian(problem.model, trained)
+        self._gaussian = is_linear_gaussian(problem.model)
         self._parts = conditionals(
             problem.model,
             self._batch,

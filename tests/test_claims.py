@@ -1,0 +1,141 @@
+"""What a fit claims to be exact is exact: linear by construction, converged and tight; elsewhere nothing is claimed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import varmeta as vm
+from tests.cases import seeded
+from varmeta.bayes.linear import linear_parameters
+from varmeta.hyper.conditional import is_linear_gaussian
+
+F64 = torch.float64
+
+
+def lines(num_tasks: int = 12, rows: int = 5, seed: int = 0) -> vm.TaskSet:
+    """Lines around 1 + 2 x, with x in [-1, 1] and noise of sd 0.3."""
+    rng = np.random.default_rng(seed)
+    tasks = []
+    for _ in range(num_tasks):
+        x = rng.uniform(-1, 1, (rows, 1))
+        slope, intercept = 2 + 0.5 * rng.normal(), 1 + 0.7 * rng.normal()
+        tasks.append(vm.Task(support=(x, intercept + slope * x[:, 0] + 0.3 * rng.normal(size=rows))))
+    return vm.TaskSet(tasks)
+
+
+class Doubled(vm.LinearPredictor):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).exp()
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(1, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x))).abs()
+
+
+def hooked() -> nn.Module:
+    net = nn.Linear(1, 1)
+    net.register_forward_hook(lambda module, args, out: out.abs() + 20)
+    return net
+
+
+def tied() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def deep(*after: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), *after)
+
+
+LAST = {"2.1.weight", "2.1.bias"}
+NETS = {
+    "Linear": (lambda: nn.Linear(2, 1), {"weight", "bias"}),
+    "LinearPredictor": (lambda: vm.LinearPredictor(["a"]), {"intercept", "a"}),
+    "last layer": (deep, LAST),
+    "and a flattening": (lambda: deep(nn.Flatten()), LAST),
+    "and a ReLU": (lambda: deep(nn.ReLU()), set()),
+    "subclass": (lambda: Doubled(["a"]), set()),
+    "own forward": (Custom, set()),
+    "hook": (hooked, set()),
+    "hook within": (lambda: nn.Sequential(nn.Tanh(), hooked()), set()),
+    "tied": (tied, set()),
+    "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)), set()),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_linear_parameters_are_known_from_how_the_network_is_built(name: str) -> None:
+    make, expected = NETS[name]
+    assert linear_parameters(make()) == expected
+
+
+def test_two_linear_layers_are_linear_in_the_last_alone() -> None:
+    net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+    noise = vm.likelihoods.Gaussian()
+    assert not vm.TaskModel(net, noise).is_linear
+    assert vm.TaskModel(net, noise, shared=["0.*"]).is_linear
+    assert not vm.TaskModel(net, noise, shared=["1.*"]).is_linear
+    assert not is_linear_gaussian(vm.TaskModel(net, vm.likelihoods.StudentT(), shared=["0.*"]))
+
+
+def test_a_relu_far_from_its_kink_is_not_called_linear() -> None:
+    """The evidence of the same estimates is more than a nat away from the objective that used to be called it."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
+    with torch.no_grad():
+        net[0].weight.fill_(0.1)
+        net[0].bias.fill_(20.0)
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, learn_precision="per_parameter"))
+    tasks = lines()
+    assert not model.is_linear and not model.looks_linear(tasks) and not is_linear_gaussian(model)
+    fit = vm.fit(model, tasks, vm.Implicit("multivariate_normal", "elbo"), num_steps=3, progress=False)
+    assert fit.log_likelihood is None and "log likelihood" not in str(fit)
+
+
+def test_an_unfinished_fit_has_no_log_likelihood() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    prior = vm.GaussianPrior(1.0, learn_precision="full")
+    model = vm.TaskModel(seeded(make), vm.likelihoods.Gaussian(), prior, shared=["0.*"])
+    assert model.is_linear
+    fit = vm.fit(model, lines(), vm.Joint("multivariate_normal"), num_steps=50, compile=False, progress=False)
+    assert fit.log_likelihood is None and "log likelihood" not in str(fit)
+
+
+def test_a_settled_fit_that_is_not_tight_has_no_log_likelihood() -> None:
+    """Where eta is at rest but the tasks' posteriors have not been reached, the objective is not the evidence."""
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0))
+    fit = vm.fit(model, lines(), vm.Joint("multivariate_normal"), progress=False)
+    assert fit.converged and fit.log_likelihood == -fit.loss
+    slow = vm.fit(
+        model, lines(), vm.Joint("multivariate_normal", minimizer=vm.Adam(lr=1e-6)), num_steps=60, compile=False,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.0), progress=False,
+    )  # fmt: skip
+    slow.run.converged = True
+    assert slow.log_likelihood is None and "log likelihood" not in str(slow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_log_likelihood_is_that_of_the_marginal_normal(dtype: torch.dtype) -> None:
+    tasks = lines().to(dtype=dtype)
+    model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, "full"))
+    fit = vm.fit(model, tasks, vm.Joint(vm.guides.Dense()), progress=False)
+    assert fit.converged and fit.log_likelihood is not None and fit.prior.scale is not None
+    mean = torch.cat([value.reshape(1) for value in fit.prior.loc.values()]).double().numpy()
+    total = 0.0
+    for task in tasks:
+        x, y = task.support
+        design = np.concatenate([np.ones((len(x), 1)), x.double().numpy()], 1)
+        covariance = design @ fit.prior.covariance.double().numpy() @ design.T
+        covariance += float(fit.prior.scale) ** 2 * np.eye(len(x))
+        total += stats.multivariate_normal(design @ mean, covariance).logpdf(y.double().numpy())
+    assert fit.log_likelihood == pytest.approx(total, abs=1e-6 if dtype == F64 else 1e-2)
