@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta.numerics.batching import cannot_be_batched
+
 
 def rowwise(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """fn over the leading axis of all its arguments, tensors or dicts of tensors: by `vmap`, or one by one where a program
-    uses an operation that vmap refuses.
+    uses an operation that vmap refuses.  Other errors are raised as they are.
 
     >>> rowwise(lambda x, named: x + named["y"])(torch.ones(2), {"y": torch.tensor([1.0, 2.0])})
     tensor([2., 3.])
@@ -24,7 +26,9 @@ def rowwise(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not refused:
             try:
                 return batched(*arguments)
-            except RuntimeError:
+            except RuntimeError as error:
+                if not cannot_be_batched(error):
+                    raise
                 refused = True
         first = arguments[0]
         number = len(next(iter(first.values()))) if isinstance(first, dict) else len(first)

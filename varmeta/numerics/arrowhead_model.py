@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
+from varmeta.numerics.batching import cannot_be_batched
 from varmeta.numerics.tree import Tree
 
 Penalty = Callable[[dict[str, Tensor]], Tensor | float]
@@ -136,7 +137,9 @@ class SharedProblem:
                         columns: tuple[Tensor | None, ...] = torch.autograd.grad(
                             vector, leaves, chunk, is_grads_batched=True, **options
                         )
-                except RuntimeError:  # one that cannot be batched at all
+                except RuntimeError as error:
+                    if not cannot_be_batched(error):
+                        raise
                     self.batched = False
             if not self.batched:
                 rows = [torch.autograd.grad(vector, leaves, row, **options) for row in chunk]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
+from varmeta.numerics.batching import cannot_be_batched
 from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.pieces import Graphed, linearize, run
 from varmeta.numerics.solution import Result, Solution
@@ -244,8 +245,10 @@ class _Point:
                 # torch loops over operations without a batching rule by itself, and says so each time
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 rows = [self.product(chunk) for chunk in basis.split(_CHUNK)]
-        except RuntimeError:
-            # an operation that cannot be batched at all, such as a user's autograd.Function
+        except RuntimeError as error:
+            if not cannot_be_batched(error):
+                raise
+            # such as a user's autograd.Function
             rows = [torch.stack([self.product(v) for v in basis])]
         h = torch.cat(rows).movedim(0, 1)
         return 0.5 * (h + h.mT)
