@@ -24,17 +24,23 @@ MAX_LINEAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
 class Certificate:
     """Per task, `(tasks,)` each.
 
-    decrement: 1/2 g' H^-1 g with the inner gradient g and Hessian H: how many nats the inner loss can still fall by (NaN where
-        the strategy was told to ignore it).
+    decrement: 1/2 g' H^-1 g with the inner gradient g and Hessian H, an estimate of how many nats the inner loss can still fall
+        by (NaN where the strategy was told to ignore it): it takes the loss for quadratic, and beyond 32 numbers a task it comes
+        from conjugate gradients, which may miss directions of little curvature.
+    decrement_bound: |g|^2 / 2 over the prior's smallest precision: the inner loss lies at most so many nats above its minimum, a
+        theorem where f_i is convex by construction (weights that enter linearly, a log-concave likelihood, a point as guide).
+        NaN elsewhere.
     inner_gradient: |g|, in nats per unit of phi.
-    linear_error: bound on the relative error of u in A u = b, in the norm of A; residual: |b - A u| / |b|.  Both are 0 where
-        the envelope theorem leaves no system.
+    linear_error: the relative error of u in A u = b, in the norm of A: a bound where f_i is convex by construction, elsewhere an
+        estimate from the smallest curvature met; residual: |b - A u| / |b|.  Both are 0 where the envelope theorem leaves no
+        system.
     curvature: the smallest curvature d'Ad / d'd that the solvers met; negative means that phi is no minimum.
     failed: which tasks are out of tolerance; ok: none is.
     """
 
     names: tuple[str, ...]
     decrement: Tensor
+    decrement_bound: Tensor
     inner_gradient: Tensor
     linear_error: Tensor
     residual: Tensor
@@ -50,6 +56,7 @@ class Certificate:
         return cls(
             names,
             linear["decrement"],
+            linear["decrement_bound"],
             linear["gradient_norm"],
             linear["linear_error"],
             linear["residual"],
@@ -64,9 +71,14 @@ class Certificate:
         return MAX_DECREMENT.get(dtype, 1e-4), MAX_LINEAR_ERROR.get(dtype, 0.1)
 
     @property
+    def left(self) -> Tensor:
+        """What is judged of the inner minimum: the bound where it is in tolerance, else the estimate."""
+        return torch.where(self.decrement_bound <= self._limits[0], self.decrement_bound, self.decrement)
+
+    @property
     def failed(self) -> Tensor:
         decrement, linear = self._limits
-        good = (self.decrement <= decrement) & (self.linear_error <= linear)
+        good = (self.left <= decrement) & (self.linear_error <= linear)
         # exactly 0 is a direction on which nothing depends, such as an unused entry of a guide
         saddle = (self.curvature < 0) | (self.inner_result == Result.NEGATIVE_CURVATURE)
         return ~good | saddle | (self.linear_result == Result.NEGATIVE_CURVATURE)
@@ -78,19 +90,21 @@ class Certificate:
     def __str__(self) -> str:
         failed, limits = self.failed, self._limits
         count = int(failed.sum())
-        excess = (self.decrement / limits[0] + self.linear_error / limits[1]).nan_to_num(nan=torch.inf)
+        excess = (self.left / limits[0] + self.linear_error / limits[1]).nan_to_num(nan=torch.inf)
         worst = int(torch.where(failed | (count == 0), excess, -1.0).argmax())
+        left, known = float(self.left[worst]), not bool(self.decrement_bound[worst].isnan())
+        how = "at most" if left == float(self.decrement_bound[worst]) else "an estimated"
         numbers = (
-            f"the inner loss {float(self.decrement[worst]):.2g} nats above its minimum (tolerance {limits[0]:.0e}), linear "
-            f"error {float(self.linear_error[worst]):.2g} (tolerance {limits[1]:.0e}), smallest curvature "
-            f"{float(self.curvature[worst]):.2g}"
+            f"the inner loss {how} {left:.2g} nats above its minimum (tolerance {limits[0]:.0e}), linear error "
+            f"{'at most' if known else 'about'} {float(self.linear_error[worst]):.2g} (tolerance {limits[1]:.0e}), smallest "
+            f"curvature met {float(self.curvature[worst]):.2g}"
         )
         if not count:
             return f"certified for all {len(self.names)} tasks; the largest: {numbers}"
         advice = "take more inner steps (inner_steps=None runs to tolerance)"
         if bool((self.curvature[failed] < 0).any()) or bool((self.inner_result == Result.NEGATIVE_CURVATURE).any()):
             advice = Result.NEGATIVE_CURVATURE.sentence
-        elif bool((self.decrement <= limits[0])[failed].all()):
+        elif bool((self.left <= limits[0])[failed].all()):
             advice = "raise the linear solver's max_steps, or use Direct()"
         return (
             f"the implicit gradient is not certified for {count} of {len(self.names)} tasks; the worst, "

@@ -46,7 +46,7 @@ class ImplicitAdjoint:
     Args:
         linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct` where a task has at most
             32 numbers (in any units), else `CG`.
-        certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement" says how far off in
+        certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement" says about how far off in
             the unit of the loss phi is.
 
     Example:
@@ -74,6 +74,7 @@ class ImplicitAdjoint:
         eta: dict[str, Tensor],
         guess: Tree | None = None,
         units: Tree | None = None,
+        floor: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The outer losses, whose gradient with respect to eta goes through the minimum.
 
@@ -87,20 +88,25 @@ class ImplicitAdjoint:
             guess: of u, where `CG` starts: the u of a problem nearby.
             units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a preconditioner of its own
                 takes their squares for one.
+            floor: a positive number, or one per task, that no curvature of `inner` in phi is below, *anywhere*; None where
+                none is known.
 
         Returns:
             losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
-            "decrement", 1/2 g' H^-1 g with g = d_phi inner, what the inner loss can still fall by (NaN where it was not asked
-            for); "residual" and "linear_result" of the linear solve (0 and CONVERGED where the envelope theorem made it
-            unnecessary); "linear_error", a bound on the relative error of u in the norm of H, |r| / sqrt(curvature u'v), with
-            the smallest curvature that the solves met ("curvature", NaN where none was made); "products" with H; and, given
-            a guess, the tree u, "solution".
+            "decrement", an estimate of 1/2 g' H^-1 g with g = d_phi inner, what the inner loss can still fall by as far as it is
+            quadratic (NaN where it was not asked for; by CG, which finds nine tenths of it as a rule and can miss directions
+            too weak to show in its first steps); "decrement_bound", |g|^2 / (2 floor), which the inner loss lies above its
+            minimum by at most (NaN without a floor); "residual" and "linear_result" of the linear solve (0 and CONVERGED where
+            the envelope theorem made it unnecessary); "linear_error", the relative error of u in the norm of H: with a floor
+            the bound |r| / sqrt(floor (u'v - |u| |r|)), else the estimate |r| / sqrt(curvature u'v), with the smallest curvature
+            that the solves met ("curvature", NaN where none was made); "products" with H; and, given a guess, the tree u,
+            "solution".
 
         Raises:
             ValueError: an objective does not return one loss per task.
         """
         if isinstance(inner, Graphed) and isinstance(outer, Graphed):
-            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess, units)
+            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess, units, floor)
         point = tree.leaves(phi)
         with torch.enable_grad():
             envelope = inner is outer
@@ -108,11 +114,11 @@ class ImplicitAdjoint:
             known = losses if envelope else _losses(inner, point, eta, "inner")
             gradient = _gradient(known, point, create_graph=self.certify or not envelope, retain_graph=True)
             g = tree.detach(gradient)
-            stats = _nothing_solved(tree.norm(g))
+            stats = _nothing_solved(tree.norm(g), floor)
             if self.certify or not envelope:
                 # one graph of the gradient serves all the products and the last derivative with respect to eta
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
-                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess, units)
+                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess, units, floor)
                 stats |= solved
                 if u is not None:
                     slope = tree.dot(u, gradient)
@@ -128,6 +134,7 @@ class ImplicitAdjoint:
         eta: dict[str, Tensor],
         guess: Tree | None,
         units: Tree | None,
+        floor: Tensor | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The same, each derivative by its compiled graph."""
         known = tree.detach(eta)
@@ -141,10 +148,10 @@ class ImplicitAdjoint:
             def matvec(x: Tree) -> Tree:
                 return tree.unflatten(run(product, call, tree.flatten(x)), point)
 
-            u, solved = self._certified(matvec, None if envelope else v, g, guess, units)
-            stats = _nothing_solved(tree.norm(g)) | solved
+            u, solved = self._certified(matvec, None if envelope else v, g, guess, units, floor)
+            stats = _nothing_solved(tree.norm(g), floor) | solved
         else:
-            stats = _nothing_solved(tree.norm(v))
+            stats = _nothing_solved(tree.norm(v), floor)
         learned = tuple(name for name, value in eta.items() if value.requires_grad)
 
         def pull(weights: Tensor) -> list[Tensor]:
@@ -157,7 +164,7 @@ class ImplicitAdjoint:
         return _Pulled.apply(losses, pull, *(eta[name] for name in learned)), stats
 
     def _certified(
-        self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None, units: Tree | None
+        self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None, units: Tree | None, floor: Tensor | None
     ) -> tuple[Tree | None, dict[str, Any]]:
         """u with H u = v (None without v), and the stats that the solves give."""
         solutions = self._solve(_in_units(self.solver(g), units), product, v, g, guess)
@@ -172,9 +179,13 @@ class ImplicitAdjoint:
             return None, stats
         u, residual = solutions[0].value, solutions[0].stats["residual"]
         energy, size = tree.dot(u, v), residual * tree.norm(v)
-        bound = size / (curvature * energy).clamp(min=torch.finfo(size.dtype).tiny).sqrt()
+        least = curvature
+        if floor is not None:
+            # of any u, solution or not: the energy of H^-1 v is u'v + u'r plus the squared error, so at least that
+            least, energy = floor, energy - tree.norm(u) * size
+        error = size / (least * energy).clamp(min=torch.finfo(size.dtype).tiny).sqrt()
         stats |= {
-            "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, bound, size)
+            "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, error, size)
         }  # fmt: skip
         if guess is not None:
             stats["solution"] = u
@@ -199,9 +210,10 @@ class ImplicitAdjoint:
         else:
             solutions = [solver.solve(product, v)]
         if self.certify:
-            # its order of magnitude is enough, at no more than what the other solve may cost
+            # its order of magnitude is enough, at no more than what the other solve may cost; judged by the energy, since
+            # weak directions, where most of it may lie, hardly show in the residual
             known = solver if isinstance(solver, CG) else CG(max_steps=getattr(solver, "num_terms", None))
-            rough = replace(known, rtol=0.1)
+            rough = replace(known, rtol=None, energy_rtol=0.1)
             solutions.append(rough.solve(product, g))
         return solutions
 
@@ -308,14 +320,17 @@ def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
     return _losses(outer, tree.detach(phi), eta, "outer")
 
 
-def _nothing_solved(norm: Tensor) -> dict[str, Tensor]:
+def _nothing_solved(norm: Tensor, floor: Tensor | None) -> dict[str, Tensor]:
+    unknown = torch.full_like(norm, math.nan)
     nothing = torch.zeros_like(norm, dtype=torch.int64)
     return {
         "gradient_norm": norm,
-        "decrement": torch.full_like(norm, math.nan),
+        "decrement": unknown,
+        # strong convexity; no solve is needed for it
+        "decrement_bound": unknown if floor is None else 0.5 * norm.square() / floor,
         "residual": torch.zeros_like(norm),
         "linear_error": torch.zeros_like(norm),
-        "curvature": torch.full_like(norm, math.nan),
+        "curvature": unknown,
         "linear_result": nothing + int(Result.CONVERGED),
         "products": nothing,
     }
