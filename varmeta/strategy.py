@@ -124,7 +124,8 @@ class Strategy(ABC):
             batch = tasks[:1].batch()
             if problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
                 self._check_precision(
-                    prior.bounds_points(len(tasks)), prior.hyperprior is not None or prior.scale_hyperprior is not None
+                    prior.bounds_points(model.weights, len(tasks)),
+                    prior.hyperprior is not None or prior.scale_hyperprior is not None,
                 )
 
     def _check_solvers(self) -> None:
@@ -141,8 +142,9 @@ class Strategy(ABC):
         if self.outer in ("elbo", "query_elbo") and has_hyperprior and not bounded:
             raise ValueError(
                 "the hyperprior does not bound the precision under a delta guide: its density falls too slowly, so that all "
-                "weights still gain from meeting theta0.  Take one with an exponential tail, such as a Gamma, or a Gaussian "
-                "guide"
+                "weights under one precision, of all tasks, still gain from meeting theta0.  Take one with an exponential "
+                "tail, such as a Gamma, for every learned precision (with learn_precision='full' also an lkj above 1 + tasks "
+                "/ 2), or a Gaussian guide"
             )
         if self.outer in ("elbo", "query_elbo") and not bounded:
             raise ValueError(

@@ -31,6 +31,31 @@ def log_density(hyperprior: Hyperprior, named: Mapping[str, Tensor]) -> Tensor |
     return total
 
 
+# Where a tail is looked at, as logarithms of a precision: a maximum beyond the first (an sd of 3e-7) would be none of use,
+# and the squares of the last still have their place among floating numbers.
+TAIL = (30.0, 60.0, 150.0, 300.0)
+
+
+def outweighs(hyperprior: Any, power: float, gain: float) -> bool:
+    """Whether h(lambda^power) lambda^gain falls all along both tails, towards lambda = infinity and lambda = 0.
+
+    hyperprior: the density h of a precision lambda (power 1) or of a standard deviation lambda^(-1/2) (power -1/2).
+
+    >>> outweighs(dist.Gamma(2.0, 1.0), 1.0, 100.0), outweighs(dist.HalfCauchy(1.0), 1.0, 3.0)
+    (True, False)
+    """
+    for side in (1.0, -1.0):
+        log_lambda = side * torch.tensor(TAIL, dtype=torch.float64)
+        with pyro.validation_enabled(False):
+            density = in_dtype(hyperprior, log_lambda).log_prob((power * log_lambda).exp())
+        total = density + gain * log_lambda
+        # -inf: outside the support, or beyond what a tail has left; NaN compares as False
+        falls = (total[1:] < total[:-1]) | density[1:].isneginf()
+        if not bool(falls.all()):
+            return False
+    return True
+
+
 def log_lkj(row_norms: Tensor, concentration: float) -> Tensor:
     """log of det(R)^(concentration - 1), up to a constant, R the correlations of diag(1 / row_norms) U with U unit lower."""
     return -2.0 * (concentration - 1.0) * row_norms.log().sum()

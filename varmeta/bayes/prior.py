@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from varmeta._words import kind_of
 from varmeta.bayes import hyperprior as densities
 from varmeta.bayes.covariates import Covariates, check_covariates
-from varmeta.bayes.hyperprior import Hyperprior, in_dtype
+from varmeta.bayes.hyperprior import Hyperprior
 from varmeta.bayes.weights import Weights
 
 LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
@@ -228,21 +227,37 @@ class GaussianPrior:
             total = total - densities.log_lkj(self.row_norms(eta), self.lkj)
         return total
 
-    def bounds_points(self, num_tasks: int) -> bool:
-        """Whether the hyperprior outweighs what points at theta0 gain from a growing precision: 1/2 log lambda per task.
+    def bounds_points(self, weights: Weights, num_tasks: int) -> bool:
+        """Whether the hyperpriors outweigh what points gain from their prior, so that a MAP objective has a minimum.
 
-        That takes a density which falls faster than lambda^(-tasks/2): a Gamma's does, a half-Cauchy's does not.
+        With all of the n weights under a precision lambda at theta0 (n: those that it governs, times tasks), the loss is
+        -n/2 log lambda - log h(lambda) - log p(y | theta0).  It is bounded where h(lambda) lambda^(n/2) falls to 0, a sd's
+        density s(sd) where s(sd) sd^-n does; at lambda = 0 likewise, which matters where n is 1.  Of "full" the
+        loss is a sum of one such term for every marginal sd and one of the correlations R, num_tasks/2 log det R - log p(R),
+        so that LKJ's det(R)^(lkj - 1) has to fall faster than det(R)^(num_tasks/2).
         """
-        far = torch.tensor([30.0, 60.0], dtype=torch.float64)
-        with pyro.validation_enabled(False):
-            if self.hyperprior is not None:
-                near, beyond = in_dtype(self.hyperprior, far).log_prob(far.exp()).unbind(-1)
-            elif isinstance(self.scale_hyperprior, dist.TorchDistribution):
-                near, beyond = in_dtype(self.scale_hyperprior, far).log_prob((-0.5 * far).exp()).unbind(-1)
-            else:
+        if self.learn_precision is None:
+            return True
+        if self.learn_precision == "full" and weights.size > 1 and not self.lkj - 1.0 > 0.5 * num_tasks:
+            return False
+        counts = self._governed(weights)
+        given, power = (self.hyperprior, 1.0) if self.hyperprior is not None else (self.scale_hyperprior, -0.5)
+        for name, count in counts.items():
+            one = given.get(name) if isinstance(given, Mapping) else given
+            if one is None or not densities.outweighs(one, power, 0.5 * num_tasks * count):
                 return False
-        gained = 0.5 * num_tasks * float(far[1] - far[0])
-        return bool(near.isneginf() | (near - beyond > gained))
+        return True
+
+    def _governed(self, weights: Weights) -> dict[str, int]:
+        """How many weights of a task one learned precision governs, by the names that a dict of hyperpriors has."""
+        if self.learn_precision == "shared":
+            return {"": weights.size}
+        if self.learn_precision != "per_module":  # a precision for every single weight
+            return dict.fromkeys(weights.names, 1)
+        counts = dict.fromkeys(weights.modules, 0)
+        for name, size in zip(weights.names, weights.sizes, strict=True):
+            counts[weights.module(name)] += size
+        return counts
 
     def start_at(self, weights: Weights, eta: Mapping[str, Tensor], information: Tensor) -> dict[str, Tensor]:
         """Entries of eta for a learned precision whose start was left open: what one observation knows about the weights.
