@@ -70,7 +70,10 @@ def to_arviz(
 
 def save(data: Any, path: str | PathLike[str]) -> None:
     """Write what `to_arviz` returned as a netCDF file, which either version of ArviZ reads."""
-    data.to_netcdf(fspath(path), engine="h5netcdf")
+    from varmeta._write import replacing  # here: this file alone runs without the package
+
+    with replacing(path) as beside:
+        data.to_netcdf(fspath(beside), engine="h5netcdf")
 
 
 def load(path: str | PathLike[str]) -> Any:

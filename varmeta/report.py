@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from varmeta._words import counted
+from varmeta._write import write
 from varmeta.result import Fit
 
 if TYPE_CHECKING:
@@ -80,12 +81,13 @@ class Report:
         return plot_comparison(self.table, metric, ax, self.level)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder."""
+        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder, which is made; each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.scores.to_csv(folder / "scores.csv", index=False)
-        self.runs.to_csv(folder / "runs.csv", index=False)
-        self.table.to_csv(folder / "table.csv")
+        for name, table, index in (
+            ("scores", self.scores, False), ("runs", self.runs, False), ("table", self.table, True)
+        ):  # fmt: skip
+            write(folder / f"{name}.csv", [table.to_csv(index=index).encode()])
 
     def __str__(self) -> str:
         table = self.table

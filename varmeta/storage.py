@@ -1,58 +1,57 @@
-"""Fits on disk: tensors and plain values only, read back with `weights_only=True`, so that no code is ever unpickled."""
+"""Fits on disk: tensors and plain values under a checksum, written whole or not at all; no code is ever read."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from os import PathLike
+import warnings
+from collections.abc import Iterator
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
-from varmeta import guides
-from varmeta.baselines import Pooled
+import varmeta
+from varmeta import _old_format, _schema
+from varmeta._container import MAGIC, DamagedError, packed, unpacked
+from varmeta._write import write
 from varmeta.bayes import constants
-from varmeta.bayes.likelihood import Likelihood
+from varmeta.bayes.guide import Guide
 from varmeta.bayes.model import TaskModel
+from varmeta.configuration import configuration, difference, numbers_of, same_numbers
 from varmeta.hyper.result import HyperPosterior
-from varmeta.implicit import Implicit
-from varmeta.joint import Joint, Reinit
-from varmeta.numerics import linear_solve, minimize, newton
+from varmeta.numerics.linear_solve import LinearSolver
+from varmeta.numerics.minimize import Minimizer
 from varmeta.result import Fit
 from varmeta.run import Run
 from varmeta.stochastic import StochasticAlg
-from varmeta.strategy import State, Strategy
+from varmeta.strategy import Eta, State, Strategy
 from varmeta.tasks import Task, TaskSet
-from varmeta.unrolled import FirstOrder, Reptile, Unrolled
 
-FORMAT = "varmeta fit 4"
-KEYS = (
-    "strategy", "weights", "likelihood", "covariance", "seed", "eta", "phi", "inner", "counters", "history", "optimizer",
-    "stop", "converged", "loss", "schedule", "tasks", "hyper", "features", "x_names", "constants",
-)  # fmt: skip
-STRATEGIES = (Joint, Reinit, Implicit, Unrolled, FirstOrder, Reptile, Pooled)  # a report's fits can be saved too
-PARTS: dict[str, Any] = {
-    part.__name__: part
-    for part in (
-        minimize.GradientDescent, minimize.Adam, newton.NewtonCG, linear_solve.CG, linear_solve.Neumann, linear_solve.Direct,
-        StochasticAlg, guides.Delta, guides.MeanField, guides.Dense, guides.LowRank, guides.Structured, guides.Laplace,
-    )
-}  # fmt: skip
+# What a strategy may be made of: every class of ours below one of these is known by its name.
+PARTS: tuple[Any, ...] = (Strategy, Minimizer, LinearSolver, Guide, StochasticAlg)
 
 
 def save(fit: Fit, path: str | PathLike[str]) -> None:
-    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data and the strategy's settings.
+    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the model's.
 
-    Raises ValueError where there is no such folder.
+    The file is written beside the old one and takes its place at the end, so that a save which fails, is interrupted or is
+    killed leaves the old one.
+
+    Raises ValueError where there is no such folder; OSError (PermissionError, a full disk) with the path where the system
+    refuses; TypeError where the run holds what is neither a tensor nor a plain value (an optimizer of the user's own might).
     """
     run = fit.run
     content = {
-        "format": FORMAT,
+        "version": varmeta.__version__,
         "strategy": json.dumps(_describe(fit.strategy)),
         "weights": json.dumps({name: list(shape) for name, shape in fit.model.weights.shapes.items()}),
         "constants": json.dumps(constants.fingerprint(fit.model.net, fit.model.constants)),
-        "likelihood": _settings(fit.model),
+        "model": json.dumps(configuration(fit.model)),
+        "numbers": _numbers(fit.model, fit.tasks, run.eta),
         "covariance": fit.prior.covariance,
         "seed": int(fit.seed),
         "eta": run.eta,
@@ -72,11 +71,11 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "features": [dict(task.features or {}) for task in fit.tasks],
         "x_names": fit.tasks.x_names,
     }
-    if not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"the folder of {str(path)!r} does not exist: make it first, Path(...).mkdir(parents=True)")
-    if Path(path).is_dir():
-        raise ValueError(f"{str(path)!r} is a folder: give the name of a file")
-    torch.save(content, path)
+    try:
+        parts = packed(content)
+    except TypeError as error:
+        raise TypeError(f"{fspath(path)!r} was not written: of the fit, {error}") from error
+    write(path, parts)
 
 
 def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None = None) -> Fit:
@@ -84,45 +83,77 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
 
     strategy: only where the fit used a guide or solver of the user's own, which is code and so is not stored.
 
-    Raises ValueError for a file that is not a fit, for a fit of another model (other weights, another likelihood, another
-    fixed precision) and for another kind of strategy.
+    The model must be made as the fitted one was: argument by argument, but for where its weights start, and by what it makes of
+    a few rows of the data.
+
+    Raises FileNotFoundError and OSError where there is nothing to read; ValueError for a file that is not a fit or was changed
+    after it was written, for a fit of another model, naming the argument, and for another kind of strategy.  Warns of a file of
+    an older format, which knows less.
     """
     if not isinstance(model, TaskModel):
         raise TypeError(f"model must be the TaskModel that was fitted, not {type(model).__name__}")
-    if not Path(path).is_file():
-        raise ValueError(f"{str(path)!r} is not a file")
+    shown = repr(fspath(path))
+    data = _read(path, shown)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises its own, pickle's, zipfile's and more for foreign files
-        # torch's words would advise to let the file run code
-        raise ValueError(
-            f"{str(path)!r} is not a varmeta fit (Fit.save writes one): it has another format, is damaged, or holds code, which "
-            "is never run"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is not a varmeta fit of this version: expected the format {FORMAT!r}")
-    missing = [key for key in KEYS if key not in content]
-    if missing:
-        raise ValueError(f"{str(path)!r} is damaged: it lacks {missing}")
+        if data.startswith(MAGIC):
+            content, checks = unpacked(data), _schema.PRESENT
+        else:
+            content, checks = _old_format.unpacked(data), _schema.BEFORE
+    except DamagedError as error:
+        raise ValueError(f"{shown} is not a varmeta fit (Fit.save writes one): {error}") from error
+    fault = _schema.fault(content, checks)
+    if fault is not None:
+        raise ValueError(f"{shown} is damaged: {fault}")
+    try:
+        return _fit(content, shown, model, strategy)
+    except Refused:
+        raise
+    # what somebody wrote on purpose may break anything that is made of it
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(f"{shown} is damaged: no fit can be made of it ({type(error).__name__}: {error})") from error
+
+
+class Refused(ValueError):
+    """A sound file, but not of this model or strategy."""
+
+
+def _read(path: str | PathLike[str], shown: str) -> bytes:
+    if not Path(path).exists():
+        raise FileNotFoundError(2, "there is no such file: Fit.save writes one", fspath(path))
+    if not Path(path).is_file():
+        raise ValueError(f"{shown} is not a file")
+    return Path(path).read_bytes()  # the system's own errors name the path
+
+
+def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strategy | None) -> Fit:
     shapes = {name: list(shape) for name, shape in model.weights.shapes.items()}
     if json.loads(content["weights"]) != shapes:
-        raise ValueError(
-            f"{str(path)!r} is a fit of a model with weights {content['weights']}, but this model has {shapes}"
-        )
-    other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
-    if other is not None:
-        raise ValueError(f"{str(path)!r} is a fit of a network with {other}: give it the network that was fitted")
+        raise Refused(f"{shown} is a fit of a model with weights {content['weights']}, but this model has {shapes}")
     eta = content["eta"]
     like = next(iter(eta.values()))
+    if "model" in content:
+        found = difference(json.loads(content["model"]), configuration(model), model)
+        if found is not None:
+            raise Refused(f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted")
+        other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
+        if other is not None:
+            raise Refused(f"{shown} is a fit of a network with {other}: give it the network that was fitted")
+    else:
+        _old_format.check_likelihood(content["likelihood"], model, shown)
     expected = {name: list(value.shape) for name, value in model.init(like).items()}
     learned = {name: list(value.shape) for name, value in eta.items()}
-    if content["likelihood"] != _settings(model):
-        raise ValueError(
-            f"{str(path)!r} is a fit with the likelihood {content['likelihood']}, but this model has {_settings(model)}"
-        )
     if learned != expected:
-        raise ValueError(
-            f"{str(path)!r} learned {learned}, but this model has {expected}: give it the fit's learn_precision, shared and "
+        raise Refused(
+            f"{shown} learned {learned}, but this model has {expected}: give it the fit's learn_precision, shared and "
             "covariates"
         )
     prior = model.prior_distribution(eta)
@@ -131,46 +162,53 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     if not torch.allclose(
         covariance / torch.outer(scale, scale), content["covariance"] / torch.outer(scale, scale), atol=1e-4
     ):
-        raise ValueError(
-            f"{str(path)!r} is a fit under another prior: its covariance was {content['covariance'].tolist()}, but that of "
+        raise Refused(
+            f"{shown} is a fit under another prior: its covariance was {content['covariance'].tolist()}, but that of "
             f"this model would be {covariance.tolist()}"
+        )
+    tasks = TaskSet(
+        [
+            Task(support, query, name, own)
+            for (name, support, query), own in zip(content["tasks"], content["features"], strict=True)
+        ],
+        dtype=like.dtype,
+        x_names=content["x_names"],
+    )
+    known = content.get("numbers")
+    if known is not None and not same_numbers(known, numbers_of(model, tasks, eta), like.dtype):
+        raise Refused(
+            f"{shown} is a fit of another model: of the same numbers and rows this one makes other densities.  Its code (the "
+            "network's forward, the program, a distribution) has changed since, or varmeta has"
         )
     described = json.loads(content["strategy"])
     if strategy is None:
         strategy = _rebuild(described)
+        if not isinstance(strategy, Strategy):
+            raise ValueError(f"{type(strategy).__name__} is no strategy")
+        strategy.check(model, tasks, for_fit=False)
     elif type(strategy).__name__ != described["kind"]:
-        raise ValueError(f"{str(path)!r} is a fit by {described['kind']}, not by {strategy!r}")
+        raise Refused(f"{shown} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])
     record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
     kept = content["hyper"]
     run = Run(eta, state, *record)
     run.hyper = None if kept is None else HyperPosterior(**kept)
-    features = content["features"]
-    tasks = TaskSet(
-        [
-            Task(support, query, name, own)
-            for (name, support, query), own in zip(content["tasks"], features, strict=True)
-        ],
-        dtype=like.dtype,
-        x_names=content["x_names"],
-    )
-    return Fit(model, tasks, strategy, content["seed"], run)
+    fit = Fit(model, tasks, strategy, content["seed"], run)
+    if state.phi is not None:
+        started = fit.problem.start(tasks.batch(), eta)
+        if {n: v.shape for n, v in started.items()} != {n: v.shape for n, v in state.phi.items()}:
+            raise ValueError("its 'phi' are not those of its guide and tasks")
+    if "model" not in content:
+        warnings.warn(_old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
+    return fit
 
 
-def _settings(model: TaskModel) -> str:
-    """The likelihood and its plain settings; a program is code, so of it only that it is one."""
-    if model.likelihood is None:
-        return "program"
-    return _plainly(model.likelihood)
-
-
-def _plainly(likelihood: Likelihood) -> str:
-    plain = {
-        name: _plainly(value) if isinstance(value, Likelihood) else value
-        for name, value in vars(likelihood).items()
-        if isinstance(value, (bool, int, float, str, Likelihood))
-    }
-    return f"{type(likelihood).__name__} {json.dumps(plain, sort_keys=True)}"
+def _numbers(model: TaskModel, tasks: TaskSet, eta: Eta) -> Tensor | None:
+    """None where nothing can be computed: a fit that broke off is still worth keeping."""
+    try:
+        return numbers_of(model, tasks, eta)
+    except (RuntimeError, ValueError):
+        return None
 
 
 def _describe(value: Any) -> Any:
@@ -183,6 +221,8 @@ def _describe(value: Any) -> Any:
         return value
     if isinstance(value, (tuple, list)):
         return [_describe(item) for item in value]
+    if isinstance(value, Tensor):
+        return {"kind": "tensor", "dtype": str(value.dtype), "values": value.detach().cpu().tolist()}
     return {"kind": "code", "name": getattr(value, "__name__", type(value).__name__)}
 
 
@@ -193,10 +233,47 @@ def _rebuild(value: Any) -> Any:
         return value
     kind = value.pop("kind")
     if kind == "code":
-        raise ValueError(
+        raise Refused(
             f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, model, strategy=...)"
         )
-    known: dict[str, Any] = {kind.__name__: kind for kind in STRATEGIES} | PARTS
+    if kind == "tensor":
+        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"].removeprefix("torch.")))
+    known: dict[str, Any] = {made.__name__: made for part in PARTS for made in _below(part)}
     if kind not in known:
-        raise ValueError(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
-    return known[kind](**{name: _rebuild(item) for name, item in value.items()})
+        raise Refused(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
+    given = {name: _rebuild(item) for name, item in value.items()}
+    _check_parts(known[kind], given)
+    return known[kind](**given)
+
+
+def _check_parts(made: Any, given: dict[str, Any]) -> None:
+    """Raise TypeError where an option has another type than its class declares: constructors do not look at all of it."""
+    hints = get_type_hints(made)
+    for name, value in given.items():
+        if name in hints and not _is_a(value, hints[name]):
+            raise TypeError(f"{made.__name__}({name}=...) is a {type(value).__name__}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, one) for one in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    kind = origin or hint
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, Tensor):  # a number may be one
+        return kind in (int, float, Tensor)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _below(part: type) -> Iterator[type]:
+    """The class and all below it that are part of this package."""
+    if part.__module__.partition(".")[0] == "varmeta":
+        yield part
+    below: list[type] = part.__subclasses__()
+    for made in below:
+        yield from _below(made)

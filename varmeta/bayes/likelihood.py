@@ -12,13 +12,14 @@ from torch import Tensor
 
 from varmeta._words import counted
 from varmeta.bayes.hyperprior import check, describe, log_density
+from varmeta.configuration import Remembers
 
 # theta0 of a noise scale that each task has of its own must not be read as the scale of all
 SCALE, TASK_SCALE = "log_scale", "log_noise"
 NOISE_SCALE = "noise scale"  # for people
 
 
-class Likelihood(ABC):
+class Likelihood(Remembers, ABC):
     """p(y | out).  `out` is the network's output, `(..., points, channels)`; a single channel may be left out.
 
     A likelihood's own learned numbers live in eta; `init` gives their start.

@@ -34,12 +34,13 @@ from varmeta.bayes.linear import linear_parameters
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.bayes.weights import Weights
+from varmeta.configuration import Remembers, remembered
 from varmeta.tasks import Data, TaskSet
 
 Program = Callable[[dict[str, Tensor], Tensor, Tensor | None], Any]
 
 
-class TaskModel:
+class TaskModel(Remembers):
     """A network (or any Pyro program) whose weights vary from task to task around a learned prior.
 
     net: any `nn.Module` without batch norm; its parameters are the weights, its present values the start of theta0.
@@ -90,6 +91,7 @@ class TaskModel:
         self._setup(start, prior, shared)
 
     @classmethod
+    @remembered
     def from_pyro(
         cls,
         program: Program,

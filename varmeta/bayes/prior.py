@@ -15,13 +15,14 @@ from varmeta.bayes import hyperprior as densities
 from varmeta.bayes.covariates import Covariates, check_covariates
 from varmeta.bayes.hyperprior import Hyperprior
 from varmeta.bayes.weights import Weights
+from varmeta.configuration import Remembers
 
 LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
 PRECISION = "log_precision"
 TRIL = "prior_tril"
 
 
-class GaussianPrior:
+class GaussianPrior(Remembers):
     """N(theta0, Lambda^-1) over the weights of a task; lambda is a *precision*, the inverse of a variance.
 
     precision: where learning starts, or the fixed value: one number, a dict by parameter or module name whose values
