@@ -212,8 +212,8 @@ def _initialised(model: TaskModel, seed: int) -> TaskModel:
             if callable(reset) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 reset()
     # a start that the user gave to the prior stays
-    given = model.prior.start_loc
-    new = {name: value.detach().clone() for name, value in net.named_parameters() if name not in given}
+    held = {*model.prior.start_loc, *model.weights.fixed}
+    new = {name: value.detach().clone() for name, value in net.named_parameters() if name not in held}
     fresh.start = model.start | new
     return fresh
 

@@ -108,11 +108,12 @@ def fit(
     whole = tasks.batch()
     # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
     free = optimizer is None and batch_size is None and budget is None
-    eta = model.init(whole.support.x.new_zeros(())) if resume is None else resume.eta
+    resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
+    eta = model.init(whole.support.x.new_zeros(())) if resumed is None else resumed.eta
     use_newton = free and newton_applies(strategy, problem, whole, eta)
     quasi = free and lbfgs_applies(strategy, problem, eta)
-    if resume is not None:
-        run = resume.run_to_resume(model, tasks, strategy, seed)
+    if resumed is not None:
+        run = resumed
     else:
         if free and is_regression(model, tasks, eta):
             eta = pooled_start(problem, whole, eta)

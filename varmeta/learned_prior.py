@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ class LearnedPrior:
         (`intercept:log_uppm`), in the parameter's shape; units: the weight's per unit of the feature.  loc is then that of a
         task whose features are 0.  coefficient_labels: the readable names of their entries.
     observation: what the likelihood learned (a noise scale, a concentration, cutpoints), by a readable name.
-    is_learned: whether the covariance was learned, or given by the user.
+    is_learned: whether the covariance was learned, or given by the user; held: the parameters whose theta0 was given.
     """
 
     loc: dict[str, Tensor]
@@ -43,6 +44,7 @@ class LearnedPrior:
     observation: dict[str, Tensor] = field(default_factory=dict)
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     coefficient_labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    held: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> LearnedPrior:
@@ -63,6 +65,7 @@ class LearnedPrior:
                 observation={} if model.likelihood is None else model.likelihood.learned(eta),
                 coefficients={name: eta[name] for name in model.coefficients},
                 coefficient_labels={name: named[name] for name in model.coefficients},
+                held=tuple(weights.fixed),
             )
 
     @property
@@ -97,12 +100,14 @@ class LearnedPrior:
         rows, shared, moved = self._rows, self._shared_rows, self._coefficient_rows
         beside = {}
         if errors is not None:
-            own = [float(e) for name in self.loc for e in errors[name].reshape(-1)]
+            known = {name: torch.full_like(value, torch.nan) for name, value in self.loc.items()} | dict(errors)
+            own = [float(e) for name in self.loc for e in known[name].reshape(-1)]
             common = [float(e) for name in (*self.shared, *self.coefficients) for e in errors[name].reshape(-1)]
             beside = dict(zip([label for label, *_ in (*rows, *shared, *moved)], own + common, strict=True))
 
         def error(label: str) -> str:
-            return f" {beside[label]:>12.5g}" if beside else ""
+            number = beside.get(label, math.nan)
+            return "" if not beside else f" {'':>12}" if math.isnan(number) else f" {number:>12.5g}"
 
         shown, shown_shared = rows[:ROWS], shared[:ROWS]
         labels = [label for label, _, _ in shown] + [label for label, _ in (*shown_shared, *moved[:ROWS])]
@@ -111,8 +116,10 @@ class LearnedPrior:
         lines = [f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} {'prior sd':>12}"]
         # a number that was given must not be read as a finding
         fixed = "" if self.is_learned else " (fixed)"
+        given = [name in self.held for name, value in self.loc.items() for _ in range(value.numel())]
         lines += [
-            f"{label:<{width}} {mean:>12.5g}{error(label)} {spread:>12.5g}{fixed}" for label, mean, spread in shown
+            f"{label:<{width}} {mean:>12.5g}{error(label)} {spread:>12.5g}{fixed}{' (theta0 fixed)' if held else ''}"
+            for (label, mean, spread), held in zip(shown, given, strict=False)
         ]
         lines += [f"... and {len(rows) - ROWS} weights more"] if len(rows) > ROWS else []
         lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'shared':>12}" for label, number in shown_shared]

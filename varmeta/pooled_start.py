@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def is_regression(model: TaskModel, tasks: TaskSet, eta: Eta) -> bool:
 
 def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
     """eta with theta0, shared parameters and noise scales at their best fit to all tasks at once, as if tasks did not differ,
-    and a learned precision at what one observation knows, unless the user said where it starts.
+    and a learned precision at what one observation knows, each unless the user said where it starts.
 
     Data in raw units (weights of hundreds of grams, a predictor around 2,000) put the optimum far from where a model
     starts; this brings the quadratic and quasi-Newton methods near enough, in any units.
@@ -43,7 +44,7 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
     nonlinear program's fit ran off.
     """
     model = problem.model
-    found = pooled_fit(model, batch, eta)
+    found = pooled_fit(model, batch, eta, model.prior.start_loc)
     if found is None:
         return eta
     best, information = found
@@ -63,12 +64,17 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
     return best | model.prior.start_at(model.weights, best, information)
 
 
-def pooled_fit(model: TaskModel, batch: Batch, eta: Eta) -> tuple[Eta, Tensor] | None:
+def pooled_fit(
+    model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()
+) -> tuple[Eta, Tensor] | None:
     """eta fitted to all tasks at once, and what one observation knows there: the mean Hessian of its loss, `(D, D)`.
 
-    None where the fit is not finite.
+    hold: names that stay where they are.  None where the fit is not finite.
     """
-    moving = [name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL)]
+    moving = [name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL) and name not in hold]
+    if not moving:
+        information = _information(model, batch, eta)
+        return (eta, information) if bool(torch.isfinite(information).all()) else None
 
     def fn(row: Tree) -> Tensor:
         # one "task" whose parameters are all of eta's

@@ -36,7 +36,8 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
             "(requires_grad=False), which does not move with the units: standardise the predictions back, scaling.y_inverse"
         )
     start = {name: value for name, value in model.start.items() if name not in model.coefficients}
-    mean = torch.cat([fit.eta[name].reshape(-1) for name in start])  # varying and shared
+    theta = prior.loc | {name: fit.eta[name] for name in model.shared}
+    mean = torch.cat([theta[name].reshape(-1) for name in start])  # varying and shared
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)
     if TASK_SCALE in start:  # a number of its own, and the last
         matrix[-1, -1], shift[-1] = 1.0, scaling.y_scale.to(shift).log().reshape(())

@@ -9,6 +9,7 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from varmeta import chunks, summary
@@ -268,6 +269,9 @@ class Fit:
         other = constants.difference(fixed, model.net, model.constants)
         if other is not None:
             raise ValueError(f"resume is a fit of a network with {other}: give fit the same network")
+        held = self.model.weights.fixed
+        if any(not torch.equal(value.to(held[name]), held[name]) for name, value in model.weights.fixed.items()):
+            raise ValueError("resume is a fit with theta0 held at another place: give the prior the same loc")
         other = self.tasks.first_difference(tasks)
         if other is not None:
             raise ValueError(f"resume is a fit of other tasks ({other}): give the same data in the same order")

@@ -25,7 +25,7 @@ def standard_errors(fit: Fit) -> dict[str, Tensor] | None:
     None where they are not known: for points, noisy objectives, networks, an outer objective on other data, or at a place
     that is no minimum.
     """
-    names = [*fit.model.weights.names, *fit.model.shared, *fit.model.coefficients]
+    names = [name for name in fit.model.start if name in fit.eta]  # theta0 that is held fixed has none
     if fit.hyper is not None:
         # of the Gaussian, exact under "reml" for a linear model; the weighted draws are those of `hyperparameters`
         sds = fit.hyper.factor.square().sum(1).sqrt().split([value.numel() for value in fit.eta.values()])

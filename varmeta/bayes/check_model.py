@@ -126,7 +126,7 @@ def _check_start(
     except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
         return
     shape = (2, *data.mask.shape)
-    start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if eta[name].numel() == 1)
+    start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if name in eta and eta[name].numel() == 1)
     for name, site in sites.items():
         fn = site["fn"] if site["type"] == "sample" and site["is_observed"] and name != SITE else None
         while isinstance(fn, torch.distributions.Independent):

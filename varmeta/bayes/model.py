@@ -166,16 +166,41 @@ class TaskModel(Remembers):
         if stray:
             raise ValueError(f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}")
         self.start = start
-        self.weights = Weights({name: start[name].shape for name in varying})
-        if not self.weights.names:
+        if not varying:
             raise ValueError("every parameter is shared, so nothing is left to differ between tasks: share fewer")
+        fixed = {name: start[name] for name in self._held(varying)}
+        self.weights = Weights({name: start[name].shape for name in varying}, fixed)
+        if not self.init(torch.zeros(())):
+            raise ValueError("learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given")
         self.prior.init(self.weights, torch.zeros(()))  # its names are checked here, before any work
+
+    def _held(self, varying: list[str]) -> list[str]:
+        """The weights whose theta0 is not learned.  Raises ValueError for a name that there is not."""
+        learned = self.prior.learn_loc
+        if isinstance(learned, bool):
+            held = [] if learned else varying
+        else:
+            for pattern in learned:
+                if not any(matches(name, pattern) for name in varying):
+                    raise ValueError(
+                        f"learn_loc names {pattern!r}, but the weights that vary between tasks are {varying} (what is shared is "
+                        "always learned)"
+                    )
+            held = [name for name in varying if not any(matches(name, pattern) for pattern in learned)]
+        named = self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else {}
+        both = [name for name in held if name in named]
+        if both:
+            raise ValueError(f"loc_hyperprior is about theta0 of {both}, which learn_loc holds fixed: leave one out")
+        return held
 
     # -- eta -----------------------------------------------------------------------------------------------------------
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """Where eta starts, on the dtype and device of `like`: theta0 and shared parameters by name, then the rest."""
-        eta = {name: value.to(like) for name, value in self.start.items()}
+        """Where eta starts, on the dtype and device of `like`: theta0 and shared parameters by name, then the rest.
+
+        What is not learned has no entry: theta0 that `learn_loc` holds, and precisions and noise scales that are given.
+        """
+        eta = {name: value.to(like) for name, value in self.start.items() if name not in self.weights.fixed}
         eta |= self.prior.init(self.weights, like)
         if self.likelihood is not None:
             eta |= self.likelihood.init(like)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -30,7 +30,10 @@ class GaussianPrior(Remembers):
         `fit` starts small models where one observation would know as much as the prior, else at 1.
     learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for every single weight), or
         "full" (a dense covariance over a few weights, as lme4's `(1 + x | g)`).
-    loc: theta0 by parameter name, where it should not start at the network's own weights (or at zero).
+    loc: theta0 by parameter name, where it should not start at the network's own weights (or at zero).  `fit` starts there as
+        it is told; parameters that are not named start at the best fit to all tasks at once, where a model is small.
+    learn_loc: False holds theta0 where it is (`loc`, the network's own weights, or zero), a random effect without a fixed
+        effect; a list of patterns holds it for all weights but those, `["intercept"]`.  Shared parameters are learned.
     covariance: a fixed or starting dense covariance `(D, D)`, in the order of the model's weights, instead of a precision.
     hyperprior: a distribution over each learned precision, such as `pyro.distributions.Gamma(2., 1.)`.  Its log density,
         taken with respect to the precision itself, is added to the objective once.
@@ -63,6 +66,7 @@ class GaussianPrior(Remembers):
         loc_hyperprior: Hyperprior = None,
         lkj: float = 1.0,
         covariates: Covariates = None,
+        learn_loc: bool | Sequence[str] = True,
     ) -> None:
         if learn_precision not in LEARN_PRECISION:
             raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
@@ -116,6 +120,11 @@ class GaussianPrior(Remembers):
             raise ValueError(f"lkj must be a positive finite number, not {lkj}")
         self.lkj = float(lkj)
         self.covariates = check_covariates(covariates)
+        if not isinstance(learn_loc, (bool, list, tuple)) or (
+            not isinstance(learn_loc, bool) and not all(isinstance(name, str) for name in learn_loc)
+        ):
+            raise TypeError(f"learn_loc must be True, False or a list of parameter names, not {learn_loc!r}")
+        self.learn_loc = learn_loc if isinstance(learn_loc, bool) else tuple(learn_loc)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
@@ -131,6 +140,7 @@ class GaussianPrior(Remembers):
         ]
         parts += [] if self.lkj == 1.0 else [f"lkj={self.lkj:g}"]
         parts += [f"covariates={self.covariates!r}"] if self.covariates else []
+        parts += [] if self.learn_loc is True else [f"learn_loc={self.learn_loc!r}"]
         return f"GaussianPrior({', '.join(parts)})"
 
     @property
@@ -214,7 +224,7 @@ class GaussianPrior(Remembers):
     def penalty(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor | float:
         """-log of the hyperpriors' density at eta (0 where there is none), up to a constant."""
         loc: Mapping[str, Tensor] = (
-            eta if isinstance(self.loc_hyperprior, Mapping) else {n: eta[n] for n in weights.names}
+            eta if isinstance(self.loc_hyperprior, Mapping) else {n: eta[n] for n in weights.names if n in eta}
         )
         total = -densities.log_density(self.loc_hyperprior, loc)
         if self.learn_precision is None:

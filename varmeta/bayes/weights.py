@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class Weights:
     """The weights that differ between tasks, in a fixed order.
 
     shapes: shape of each weight tensor by parameter name, without task axis.
+    fixed: theta0 of the weights for which it is not learned, by parameter name; eta has no entry for them.
 
     >>> weights = Weights({"slope": torch.Size([]), "w": torch.Size([2])})
     >>> weights.size, weights.labels
@@ -25,6 +27,7 @@ class Weights:
     """
 
     shapes: Mapping[str, torch.Size]
+    fixed: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,13 +63,25 @@ class Weights:
         return tuple(dict.fromkeys(self.module(name) for name in self.names))
 
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` with common leading axes, to theta `(..., D)`."""
-        parts = []
+        """Named tensors `(..., *shape)` with common leading axes, to theta `(..., D)`.
+
+        Of eta: theta0.  Where `fixed` stands in for names that are left out, it takes the leading axes of the others.
+        """
+        parts: list[Tensor | str] = []
+        lead: torch.Size = torch.Size()
         for name, shape in self.shapes.items():
+            if name not in named and name in self.fixed:
+                parts.append(name)
+                continue
             tensor = named[name]
             lead = tensor.shape[: tensor.dim() - len(shape)]
             parts.append(tensor.reshape((*lead, math.prod(shape))))
-        return torch.cat(parts, -1)
+        if not any(isinstance(part, str) for part in parts):
+            return torch.cat(cast("list[Tensor]", parts), -1)
+        like = next(iter(named.values()))
+        return torch.cat(
+            [self.fixed[x].to(like).reshape(-1).expand(*lead, -1) if isinstance(x, str) else x for x in parts], -1
+        )
 
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """theta `(..., D)` to tensors `(..., *shape)`."""

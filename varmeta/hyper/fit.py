@@ -69,6 +69,11 @@ def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strat
         )
     coordinates = Coordinates(model, eta)
     free = int(_free(coordinates, hyperguide).sum())
+    if not free:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has nothing to integrate over: no theta0 is learned (learn_loc), nor anything shared.  "
+            "Leave it out: the estimates are those of maximum likelihood"
+        )
     if free > MAX_SIZE:
         raise ValueError(
             f"eta has {free} numbers to integrate over, more than the {MAX_SIZE} that hyperguide={hyperguide!r} serves"

@@ -93,7 +93,9 @@ class IntegratedPosterior(Posterior):
 
     def centres(self, num_samples: int) -> Tensor:
         eta = self.eta_draws(num_samples)
-        return self._moved(self.model.weights.flatten(eta).unsqueeze(1), eta)
+        theta0 = self.model.weights.flatten(eta)
+        theta0 = theta0.expand(num_samples, -1)  # one row where learn_loc holds all of it
+        return self._moved(theta0.unsqueeze(1), eta)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
