@@ -80,7 +80,9 @@ def test_every_strategy_leaves_it_where_it_is(name: str, optimizer: Any) -> None
     assert float(found.prior.loc["x"]) == 0.25
     assert "x" not in found.eta
     assert float(found.prior.loc["intercept"]) != 0.0
-    nothing = vm.TaskSet([vm.Task((torch.zeros(0, 1), torch.zeros(0)), name="new")], dtype=torch.float64, x_names=("x",))
+    nothing = vm.TaskSet(
+        [vm.Task((torch.zeros(0, 1), torch.zeros(0)), name="new")], dtype=torch.float64, x_names=("x",)
+    )
     assert float(found.adapt(nothing).mean["x"]) == 0.25
 
 
@@ -113,7 +115,7 @@ def test_it_is_said_in_the_table_and_kept_in_files(tmp_path: Path) -> None:
     again = vm.load(tmp_path / "fit", model())
     assert float(again.prior.loc["x"]) == 0.0
     for other in (model(True), model(loc={"x": 1.0})):
-        with pytest.raises(ValueError, match="is a fit of a model with weights"):
+        with pytest.raises(ValueError, match="learn_loc|loc|eta|weights"):
             vm.load(tmp_path / "fit", other)
         with pytest.raises(ValueError, match="resume is a fit"):
             vm.fit(other, tasks(), vm.Joint("multivariate_normal"), num_steps=500, resume=found)
@@ -133,7 +135,9 @@ def test_it_is_said_in_the_table_and_kept_in_files(tmp_path: Path) -> None:
         (lambda: vm.GaussianPrior(learn_loc=0), TypeError, "list of parameter names"),
         (
             lambda: vm.TaskModel(
-                vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(1.0, learn_loc=False)
+                vm.LinearPredictor(["x"]),
+                vm.likelihoods.Gaussian(1.0, learn_scale=False),
+                vm.GaussianPrior(1.0, learn_loc=False),
             ),
             ValueError,
             "nothing to learn",

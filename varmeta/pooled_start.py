@@ -64,9 +64,7 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
     return best | model.prior.start_at(model.weights, best, information)
 
 
-def pooled_fit(
-    model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()
-) -> tuple[Eta, Tensor] | None:
+def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()) -> tuple[Eta, Tensor] | None:
     """eta fitted to all tasks at once, and what one observation knows there: the mean Hessian of its loss, `(D, D)`.
 
     hold: names that stay where they are.  None where the fit is not finite.

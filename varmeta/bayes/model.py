@@ -171,7 +171,9 @@ class TaskModel(Remembers):
         fixed = {name: start[name] for name in self._held(varying)}
         self.weights = Weights({name: start[name].shape for name in varying}, fixed)
         if not self.init(torch.zeros(())):
-            raise ValueError("learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given")
+            raise ValueError(
+                "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given"
+            )
         self.prior.init(self.weights, torch.zeros(()))  # its names are checked here, before any work
 
     def _held(self, varying: list[str]) -> list[str]:
