@@ -168,8 +168,8 @@ class TaskModel(Remembers):
         self.start = start
         if not varying:
             raise ValueError("every parameter is shared, so nothing is left to differ between tasks: share fewer")
-        fixed = {name: start[name] for name in self._held(varying)}
-        self.weights = Weights({name: start[name].shape for name in varying}, fixed)
+        held = {name: start[name] for name in self._held(varying)}
+        self.weights = Weights({name: start[name].shape for name in varying}, held)
         if not self.init(torch.zeros(())):
             raise ValueError(
                 "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given"
