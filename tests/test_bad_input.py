@@ -229,7 +229,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "columns of the net": (
         lambda: fit(model=vm.TaskModel(nn.Linear(2, 1), gaussian(), PRIOR)),
         ValueError,
-        "the model does not run on these tasks .*: the network takes 2 columns, x has 1$",
+        "the model does not run on task 'sine 2' .*: the network takes 2 columns, x has 1$",
     ),
     "columns of the first layer": (
         lambda: fit(model=vm.TaskModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), gaussian(), PRIOR)),

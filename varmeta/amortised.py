@@ -8,6 +8,7 @@ from torch import Tensor
 
 from varmeta._numbers import whole_number
 from varmeta._words import counted
+from varmeta.bayes.check_rows import rows_meet
 from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint
@@ -47,6 +48,12 @@ class Amortised(Strategy):
             raise ValueError(
                 f"a StochasticAlg ends at points, so it goes with guide='delta', not {self.guide!r}: a Gaussian guide is "
                 "a distribution over weights already"
+            )
+        where = rows_meet(model, tasks.batch().support, reorder=True) if self.alg.batch_size is not None else None
+        if where is not None:
+            raise ValueError(
+                f"{where}: a row's result depends on the task's other rows or on their order, so that a minibatch of them is "
+                "another problem: leave out the StochasticAlg's batch_size"
             )
 
     def is_noisy(self, problem: Problem) -> bool:

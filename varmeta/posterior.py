@@ -15,6 +15,7 @@ from varmeta import metrics
 from varmeta._numbers import whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
+from varmeta.bayes.check_rows import check_padding
 from varmeta.bayes.divergence import location, move, moved_by
 from varmeta.bayes.program import observed_log_prob
 from varmeta.diagnostics import diagnose, evidence
@@ -148,8 +149,9 @@ class Posterior:
         x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the training tasks' columns),
             or a list with one array per task (of any lengths).
 
-        Raises ValueError where a list does not have one array per task, for NaN and infinity, and for rows of another
-        shape than those of the training tasks; TypeError for what is no array.
+        Raises ValueError where a list does not have one array per task, for NaN and infinity, for rows of another
+        shape than those of the training tasks, and for arrays of different lengths where the model's rows depend on each
+        other; TypeError for what is no array.
         """
         return self.observed(x, lambda site: site["value"], num_samples, seed)
 
@@ -166,6 +168,7 @@ class Posterior:
     def observed(self, x: Any, read: Callable[[Any], Tensor], num_samples: int = 1000, seed: int = 0) -> Prediction:
         """What `read` takes from the site (a dict of Pyro's, with "fn" and "value") of the observations at x, draws first."""
         data = points(x, self.names, self.trained, self._batch.support.x)
+        check_padding(self.model, data, with_y=False)
         rows, _ = data.filled
         with quiet_scope(seed, self._batch.support.x.device):
             parts = [

@@ -177,7 +177,7 @@ def test_the_layer_without_a_second_derivative_is_named() -> None:
 
     net = nn.Sequential(nn.Linear(4, 2), nn.Sequential(Fused()), nn.Linear(2, 1)).double()
     with pytest.warns(RuntimeWarning, match="layer '1.0' .Fused. cannot be differentiated twice"):
-        vm.TaskModel(net, GAUSSIAN).check(tasks_of(4))
+        vm.TaskModel(net, GAUSSIAN).check(tasks_of(4, sizes=(3, 3)))
 
 
 # -- programs ------------------------------------------------------------------------------------------------------------

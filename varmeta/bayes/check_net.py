@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.weight_norm import WeightNorm
 
 from varmeta._words import counted
+from varmeta.bayes.weights import Weights
 from varmeta.tasks import TaskSet
 
 
@@ -27,6 +31,7 @@ def warn_unless_twice_differentiable(
         theta = theta.detach().requires_grad_()
         if _second_derivative(loss, theta) is None:
             return
+        net = copy.deepcopy(net).to(x)  # in the precision of the data, which it need not have itself
         inputs: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
         hooks = [
             module.register_forward_pre_hook(lambda module, args, name=name: inputs.append((name, module, args)))
@@ -52,6 +57,23 @@ def warn_unless_twice_differentiable(
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+def check_batching(weights: Weights, loss: Callable[[Tensor], Tensor], theta: Tensor) -> None:
+    """Raise ValueError, naming the parameter, where the second of two equal tasks gets another gradient than the first.
+
+    So it is with PyTorch's rule for an embedding's padding row, where it is not that of an `nn.Embedding`, which is held.
+    loss: of theta `(2, D)`, the two tasks' weights.
+    """
+    with torch.enable_grad():
+        theta = theta.detach().expand(2, -1).clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(theta), theta, allow_unused=True, materialize_grads=True)
+    for name, (one, other) in weights.unflatten(gradient).items():
+        if not torch.allclose(one, other, rtol=0.0, atol=1e-3 * float(one.abs().max()), equal_nan=True):
+            raise ValueError(
+                f"{name!r} has another gradient in the second of two equal tasks than in the first: PyTorch's rule for many "
+                "tasks at once is wrong for an operation on it, such as F.embedding(padding_idx=...): use nn.Embedding"
+            )
 
 
 def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> str | None:
@@ -106,16 +128,66 @@ def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
         )
 
 
+def check_output(out: object, x: Tensor) -> Tensor:
+    """What a network puts out for one task's x.  Raises ValueError for anything but a tensor with a row for each of x's."""
+    if not isinstance(out, Tensor):
+        raise ValueError(
+            f"the network puts out a {type(out).__name__}, expected one tensor with a row for each row of x: return that alone"
+        )
+    if out.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"the network puts out a tensor of shape {tuple(out.shape)} for x of shape {tuple(x.shape)}: expected a row for "
+            "each row of x"
+        )
+    return out
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why this layer cannot be run for many tasks with weights of their own, and what to use instead, if so."""
+    if isinstance(module, (nn.RNNBase, nn.LSTMCell)):
+        return (
+            "is recurrent (KIND), which PyTorch cannot run for many tasks with weights of their own (no batching rule): "
+            + (
+                "use nn.GRUCell"
+                if isinstance(module, nn.LSTMCell)
+                else "use convolutions, attention, or nn.GRUCell in a loop"
+            )
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is TorchScript, which takes no weights from outside: give the nn.Module that it was made of"
+    if type(module).__name__ == "OptimizedModule":
+        return "comes from torch.compile: give the module itself, net._orig_mod; fit(compile=True) compiles whole steps"
+    if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
+        return (
+            "has torch.nn.utils.weight_norm, whose weight is no parameter and cannot be copied: use "
+            "torch.nn.utils.parametrizations.weight_norm"
+        )
+    if any(is_lazy(value) for value in module.parameters(recurse=False)):
+        return "is a KIND that has seen no data yet: run the network on a few rows first, net(x)"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        for option, why in _EMBEDDING.items():
+            if getattr(module, option):
+                return f"(KIND) has {option}, {why}: leave it out"
+    return None
+
+
+# What an embedding does to its gradient or its weights by the side.
+_EMBEDDING = {
+    "sparse": "whose gradients cannot be taken for many tasks at once",
+    "max_norm": "which writes into the weights while it runs",
+    "scale_grad_by_freq": "whose gradient is not that of the likelihood",
+}
+
+
 def check_net(net: nn.Module, batch_norm: str) -> None:
+    """Raise ValueError, naming the layer, for what cannot be run or would not be right for many tasks."""
     if batch_norm not in ("refuse", "frozen"):
         raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
     for name, module in net.named_modules():
-        if isinstance(module, nn.RNNBase):
+        why = _refusal(module)
+        if why is not None:
             who = f"layer {name!r}" if name else "the network"
-            raise ValueError(
-                f"{who} is recurrent ({type(module).__name__}), which PyTorch cannot run for many tasks with weights of their "
-                "own (no batching rule): use convolutions or attention"
-            )
+            raise ValueError(f"{who} {why.replace('KIND', type(module).__name__)}")
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
         if batch_norm == "refuse":

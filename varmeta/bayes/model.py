@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varmeta._words import kind_of
 from varmeta.bayes.check_model import check_model
-from varmeta.bayes.check_net import check_net
+from varmeta.bayes.check_net import check_net, check_output
 from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
@@ -298,28 +298,36 @@ class TaskModel(Remembers):
 
     def _network(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for theta `(..., tasks, D)`."""
-        assert self.net is not None and self.likelihood is not None
+        assert self.likelihood is not None
         lead = theta.shape[:-2]
         if lead and math.prod(lead) == 1:  # a single point: nothing to batch over but the tasks
             out = self._network(theta.reshape(theta.shape[-2:]), eta, x)
             return out.reshape(*lead, *out.shape)
         aside = self.likelihood.task_weights()
         weights = {name: value for name, value in self.weights.unflatten(theta).items() if name not in aside}
-        shared = {name: eta[name] for name in self.shared if name not in aside}
-        net = self.net
-        fixed = constants(net, self.constants, x)
-        if x.dim() == 2:
-            x = x.unsqueeze(-1)
-
-        def one_task(own: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return torch.func.functional_call(net, own | shared | fixed, (inputs,))
-
-        call = torch.func.vmap(one_task)
+        call = torch.func.vmap(self.one_task(eta, x))
         for _ in lead if weights else ():  # points of an expectation: the same x for each
             call = torch.func.vmap(call, in_dims=(0, None))
-        with _differentiable_attention():
-            out = call(weights, x)
+        out = call(weights, x)
         return out if weights else out.expand(*lead, *out.shape)  # only the likelihood's own weights vary
+
+    def one_task(self, eta: Mapping[str, Tensor], like: Tensor) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        """The network as `fn(weights by name, x (points, ...)) -> (points, channels)`, in the precision of `like`.
+
+        Raises ValueError, when it is run, where what the network puts out is not a tensor with a row for each of x's.
+        """
+        assert self.net is not None and self.likelihood is not None
+        net, aside = self.net, self.likelihood.task_weights()
+        shared = {name: eta[name] for name in self.shared if name not in aside}
+        fixed = constants(net, self.constants, like)
+
+        def run(own: dict[str, Tensor], x: Tensor) -> Tensor:
+            x = x.unsqueeze(-1) if x.dim() == 1 else x
+            own = {name: value for name, value in own.items() if name not in aside}
+            with _differentiable_attention():
+                return check_output(torch.func.functional_call(net, own | shared | fixed, (x,)), x)
+
+        return run
 
     @property
     def is_linear(self) -> bool:
@@ -354,7 +362,7 @@ class TaskModel(Remembers):
         return True
 
     def check(self, tasks: TaskSet) -> None:
-        """Run the program once with every check of Pyro and PyTorch on; raises ValueError that says what does not fit."""
+        """Try the model on the data with every check of Pyro and PyTorch on; raises ValueError that says what does not fit."""
         check_model(self, tasks)
 
     def __repr__(self) -> str:
