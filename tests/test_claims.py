@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import seeded
-from varmeta.bayes.linear import linear_parameters
+from tests.test_exact_fits import reference, regression, sleepstudy
+from varmeta.bayes.guides import default_guide
+from varmeta.bayes.linear import is_linear_in
 from varmeta.hyper.conditional import is_linear_gaussian
 
 F64 = torch.float64
@@ -56,34 +60,44 @@ def deep(*after: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), *after)
 
 
-LAST = {"2.1.weight", "2.1.bias"}
-NETS = {
-    "Linear": (lambda: nn.Linear(2, 1), {"weight", "bias"}),
-    "LinearPredictor": (lambda: vm.LinearPredictor(["a"]), {"intercept", "a"}),
-    "last layer": (deep, LAST),
-    "and a flattening": (lambda: deep(nn.Flatten()), LAST),
-    "and a ReLU": (lambda: deep(nn.ReLU()), set()),
-    "subclass": (lambda: Doubled(["a"]), set()),
-    "own forward": (Custom, set()),
-    "hook": (hooked, set()),
-    "hook within": (lambda: nn.Sequential(nn.Tanh(), hooked()), set()),
-    "tied": (tied, set()),
-    "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)), set()),
+LAST = ("2.1.weight", "2.1.bias")
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], bool]] = {
+    "Linear": (lambda: nn.Linear(2, 1), ("weight", "bias"), True),
+    "LinearPredictor": (lambda: vm.LinearPredictor(["a"]), ("intercept", "a"), True),
+    "last layer": (deep, LAST, True),
+    "last bias": (deep, LAST[1:], True),
+    "last but one": (deep, ("2.0.weight", "2.0.bias"), True),
+    "last two": (deep, ("2.0.bias", *LAST), False),
+    "first layer": (deep, ("0.weight",), False),
+    "and a flattening": (lambda: deep(nn.Flatten()), LAST, True),
+    "and a ReLU": (lambda: deep(nn.ReLU()), LAST, False),
+    "subclass": (lambda: Doubled(["a"]), ("intercept", "a"), False),
+    "own forward": (Custom, ("head.weight", "head.bias"), False),
+    "hook": (hooked, ("weight", "bias"), False),
+    "hook within": (lambda: nn.Sequential(nn.Tanh(), hooked()), ("1.weight", "1.bias"), False),
+    "tied": (tied, ("0.weight", "0.bias"), False),
+    "tied without a bend": (lambda: nn.Sequential(*2 * [nn.Linear(3, 3)]), ("0.weight", "0.bias"), False),
+    "parametrised": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)),
+        ("bias", "parametrizations.weight.original0", "parametrizations.weight.original1"),
+        False,
+    ),
+    "not a parameter": (lambda: nn.Linear(2, 1), ("weight", "log_noise"), False),
 }
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_linear_parameters_are_known_from_how_the_network_is_built(name: str) -> None:
-    make, expected = NETS[name]
-    assert linear_parameters(make()) == expected
+def test_linear_is_known_from_how_the_network_is_built(name: str) -> None:
+    make, varying, expected = NETS[name]
+    assert is_linear_in(make(), varying) is expected
 
 
-def test_two_linear_layers_are_linear_in_the_last_alone() -> None:
-    net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+def test_what_is_linear_depends_on_what_is_shared() -> None:
+    net = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1))
     noise = vm.likelihoods.Gaussian()
     assert not vm.TaskModel(net, noise).is_linear
     assert vm.TaskModel(net, noise, shared=["0.*"]).is_linear
-    assert not vm.TaskModel(net, noise, shared=["1.*"]).is_linear
+    assert not vm.TaskModel(net, noise, shared=["2.*"]).is_linear
     assert not is_linear_gaussian(vm.TaskModel(net, vm.likelihoods.StudentT(), shared=["0.*"]))
 
 
@@ -139,3 +153,27 @@ def test_the_log_likelihood_is_that_of_the_marginal_normal(dtype: torch.dtype) -
         covariance += float(fit.prior.scale) ** 2 * np.eye(len(x))
         total += stats.multivariate_normal(design @ mean, covariance).logpdf(y.double().numpy())
     assert fit.log_likelihood == pytest.approx(total, abs=1e-6 if dtype == F64 else 1e-2)
+
+
+def test_a_regression_gets_the_guide_that_is_exact_for_it() -> None:
+    """sleepstudy, `(Days || Subject)`: lme4 has sds of 24.17 and 5.80 and a log likelihood of -876.0."""
+    expected = reference("sleepstudy", "uncorrelated_ML")
+    model = regression(1, "per_parameter")
+    fit = vm.fit(model, sleepstudy(), progress=False)
+    assert fit.strategy == vm.Joint("multivariate_normal")
+    sds = {row["var1"]: row["sd_or_corr"] for row in expected["random"] if row["group"] != "Residual"}
+    assert float(fit.prior.sd["bias"]) == pytest.approx(sds["(Intercept)"], rel=1e-4)
+    assert float(fit.prior.sd["weight"]) == pytest.approx(sds["Days"], rel=1e-4)
+    assert fit.log_likelihood == pytest.approx(expected["logLik"], abs=1e-4)
+    # asked for, the mean-field guide says what it costs
+    field = vm.fit(model, sleepstudy(), vm.Joint("normal"), progress=False)
+    assert field.log_likelihood is None and float(field.prior.sd["bias"]) < 21
+    assert "the guide costs" in str(field) and "'multivariate_normal'" in str(field)
+
+
+@pytest.mark.parametrize(("size", "guide"), [(1, "multivariate_normal"), (20, "multivariate_normal"), (21, "normal")])
+def test_the_default_guide_goes_by_the_number_of_weights(size: int, guide: str) -> None:
+    net = nn.Linear(size, 1, bias=False)
+    assert default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian())) == guide
+    dense = vm.GaussianPrior(learn_precision="full")
+    assert default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian(), dense)) == "multivariate_normal"

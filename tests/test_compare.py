@@ -187,10 +187,10 @@ def test_no_pooling_lets_every_task_go_its_own_way() -> None:
 
 
 def test_no_pooling_steps_and_adapts_as_the_first_joint_does() -> None:
-    joint = vm.Joint("normal", minimizer=vm.Adam(lr=0.3), adapt_steps=7)
+    joint = vm.Joint("multivariate_normal", minimizer=vm.Adam(lr=0.3), adapt_steps=7)
     _, own = baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit(), joint, vm.Joint()])
     assert own == joint
-    assert baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit()])[1] == vm.Joint("normal")
+    assert baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit()])[1] == vm.Joint("multivariate_normal")
 
 
 # -- failures and warnings -----------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_a_dense_prior_takes_a_dense_guide() -> None:
     model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
     assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("multivariate_normal")
     model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
-    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("normal")
+    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("multivariate_normal")
 
 
 def test_a_singular_fit_says_so() -> None:

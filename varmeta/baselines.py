@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varmeta.bayes.guides import default_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.joint import Joint
@@ -53,6 +54,7 @@ def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[S
     if name == "pooled":
         return alone, Pooled()
     joints = [strategy for strategy in strategies if isinstance(strategy, Joint)]
+    guide = default_guide(model)
     if not joints:
-        return alone, Joint("normal")
-    return alone, Joint("normal", minimizer=joints[0].minimizer, adapt_steps=joints[0].adapt_steps)
+        return alone, Joint(guide)
+    return alone, Joint(guide, minimizer=joints[0].minimizer, adapt_steps=joints[0].adapt_steps)

@@ -61,9 +61,9 @@ def compare(
         two); adaptation at test time is not counted.
     optimizer, batch_size: as in `fit`, and the same for every strategy; Adam at 1e-2 by default.
     compile: as in `fit`, judged for each run by itself.
-    baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a mean-field posterior of each task on its
-        own, under a prior that weighs a hundredth of one observation, so that tasks share next to nothing but the noise scale;
-        for a network, a hundredth of the model's own precision).
+    baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a posterior of each task on its own, with the
+        guide that `fit` takes by default, under a prior that weighs a hundredth of one observation, so that tasks share next to
+        nothing but the noise scale; for a network, a hundredth of the model's own precision).
 
     progress: a progress bar; None shows one on a terminal only.
     callback: called after each run with its row of the report's `runs`, a dict.

@@ -11,6 +11,7 @@ import torch
 
 from varmeta import chunks
 from varmeta._numbers import positive_number, whole_number
+from varmeta.bayes.guides import default_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
@@ -54,8 +55,8 @@ def fit(
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
-    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Joint("normal")`; with a dense
-        prior, `learn_precision="full"`, or a hyperguide `Joint("multivariate_normal")`.
+    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Joint("multivariate_normal")`
+        for up to 20 weights per task, a dense prior (`learn_precision="full"`) or a hyperguide, else `Joint("normal")`.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
@@ -88,10 +89,7 @@ def fit(
     True
     """
     if strategy is None:
-        integrated = hyperguide not in (None, "delta")
-        # a prior with correlations is for few weights, where a guide with correlations costs little
-        dense = integrated or (isinstance(model, TaskModel) and model.prior.dense)
-        strategy = resume.strategy if isinstance(resume, Fit) else Joint("multivariate_normal" if dense else "normal")
+        strategy = resume.strategy if isinstance(resume, Fit) else _default_strategy(model, hyperguide)
     if hyperguide is None:
         hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume, seed)
@@ -156,6 +154,12 @@ def fit(
     for sentence in doubts(result, own_end=reached or run.stop.startswith("interrupted")):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _default_strategy(model: object, hyperguide: str | None) -> Strategy:
+    if not isinstance(model, TaskModel):  # about to be refused
+        return Joint()
+    return Joint("multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model))
 
 
 def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed: int) -> Eta:

@@ -29,7 +29,7 @@ from varmeta.run import Run
 from varmeta.standard_errors import standard_errors
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet, no_tasks
-from varmeta.tightness import can_be_exact, is_tight
+from varmeta.tightness import can_be_exact, cost, is_tight
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,6 +132,11 @@ class Fit:
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
             return None
         return -self.loss if self._is_tight else None
+
+    @cached_property
+    def guide_cost(self) -> str | None:
+        """What is lost by a guide that cannot be the tasks' posteriors, in words; None where it is little or not known."""
+        return cost(self)
 
     @cached_property
     def _is_tight(self) -> bool:

@@ -42,7 +42,7 @@ def evidence(fit: Fit) -> str:
     if fit.hyper is not None and fit.hyper.hyperguide != "reml":
         return f"{line}; log evidence by importance weights: {fit.hyper.log_evidence:.4f}"
     if fit.log_likelihood is None:
-        return line
+        return "\n".join(filter(None, (line, fit.guide_cost)))
     return f"{line}, so the {'REML ' if fit.hyper else ''}log likelihood is {fit.log_likelihood:.4f}"
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Nats by which the objective of all tasks may miss the evidence and still be called it; printed are four decimals.
 TIGHT = 1e-4
+# Nats that a guide may cost before `print` mentions it.
+NOTED = 0.1
 
 
 def exact_evidence(fit: Fit) -> float | None:
@@ -28,6 +30,19 @@ def exact_evidence(fit: Fit) -> float | None:
 def excess(fit: Fit, evidence: float) -> float:
     """Nats by which the objective, without hyperpriors, lies above -log evidence: KL[q, posterior] where it is a bound."""
     return fit.loss - float(fit.model.penalty(fit.eta)) + evidence
+
+
+def cost(fit: Fit) -> str | None:
+    """What the guide costs, in words; None where it is little, or not known."""
+    if not fit.converged or fit.is_point or fit.hyper is not None or fit.strategy.outer != "elbo":
+        return None
+    evidence = None if can_be_exact(fit) else exact_evidence(fit)
+    if evidence is None or excess(fit, evidence) < NOTED:
+        return None
+    return (
+        f"the guide costs {excess(fit, evidence):.4g} nats: the log likelihood of these estimates is {evidence:.4f}, and its "
+        "maximum lies elsewhere; guide='multivariate_normal' finds it"
+    )
 
 
 def can_be_exact(fit: Fit) -> bool:

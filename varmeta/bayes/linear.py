@@ -1,39 +1,59 @@
-"""The parameters in which a network's output is linear, known from how it is built and never by trying it out."""
+"""Whether a network's output is linear in some of its parameters, known from how it is built and never by trying it out."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from torch import nn
 
 from varmeta.linear_predictor import LinearPredictor
 
-# Modules without parameters whose output is linear in their input, so that they may follow a linear layer.
+# Linear in their parameters, and in their input; exact types, since a subclass may have another forward.
+_LINEAR = (nn.Linear, LinearPredictor)
+# Without parameters, and linear in their input.
 _LINEAR_MAPS = (nn.Identity, nn.Flatten, nn.Unflatten)
 
 
-def linear_parameters(net: nn.Module) -> frozenset[str]:
-    """Names of parameters in which the output is linear (affine) together, whatever the others are; may be empty.
+def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
+    """Whether the output is known to be linear (affine) in the parameters called `names` together, the others fixed.
 
-    Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` that ends in one of them: its last layer.  A subclass,
-    a hook, a parametrisation or a `forward` of one's own may do anything, so nothing is known of them.
+    Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` in which `names` belong to one such layer that no other
+    than linear layers follow: its last layer, as a rule.  A subclass, a hook, a parametrisation or a `forward` of one's own
+    may do anything, so nothing is known of them.
 
-    >>> sorted(linear_parameters(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))))
-    ['2.bias', '2.weight']
-    >>> linear_parameters(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))
-    frozenset()
+    >>> net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    >>> is_linear_in(net, ["2.weight", "2.bias"]), is_linear_in(net, ["0.weight"])
+    (True, False)
     """
+    every = list(net.named_parameters(remove_duplicate=False))
+    # a parameter that serves in two layers enters twice, whatever it is called
+    once = [sum(other is value for _, other in every) == 1 for name, value in every if name in names]
+    return len(once) == len(names) and all(once) and _is_linear_in(net, names)
+
+
+def _is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     if not _is_plain(net):
-        return frozenset()
-    # exact types: a subclass may have another forward
-    if type(net) in (nn.Linear, LinearPredictor):
-        return frozenset(name for name, _ in net.named_parameters())
-    if type(net) is nn.Sequential:
-        for name, module in reversed(list(net.named_children())):
-            if type(module) in _LINEAR_MAPS and _is_plain(module):
-                continue
-            inside = {f"{name}.{inner}" for inner in linear_parameters(module)}
-            # a parameter that is used in an earlier layer too is listed there, under the earlier layer's name
-            return frozenset(inside & {known for known, _ in net.named_parameters()})
-    return frozenset()
+        return False
+    if type(net) in _LINEAR:
+        return True
+    if type(net) is not nn.Sequential:
+        return False
+    owners = {name.partition(".")[0] for name in names}
+    children = list(net.named_children())
+    at = [index for index, (child, _) in enumerate(children) if child in owners]
+    if len(at) != 1:
+        return False
+    own = [name.partition(".")[2] for name in names]
+    return _is_linear_in(children[at[0]][1], own) and all(_is_linear_map(child) for _, child in children[at[0] + 1 :])
+
+
+def _is_linear_map(module: nn.Module) -> bool:
+    """Whether the output is known to be linear (affine) in the input."""
+    if not _is_plain(module):
+        return False
+    if type(module) is nn.Sequential:
+        return all(_is_linear_map(child) for child in module.children())
+    return type(module) in (*_LINEAR, *_LINEAR_MAPS)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from varmeta.bayes.check_net import check_net, check_output
 from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
-from varmeta.bayes.linear import linear_parameters
+from varmeta.bayes.linear import is_linear_in
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.bayes.weights import Weights
@@ -335,7 +335,7 @@ class TaskModel(Remembers):
 
         Of a Pyro program, and of a network with a `forward` of its own, nothing is known: False.
         """
-        return self.net is not None and linear_parameters(self.net).issuperset(self.weights.names)
+        return self.net is not None and is_linear_in(self.net, self.weights.names)
 
     def looks_linear(self, tasks: TaskSet) -> bool:
         """Whether the output looks linear in the weights that vary, by second differences; of a program, True.
