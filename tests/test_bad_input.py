@@ -193,6 +193,12 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "learn_precision must be one of",
     ),
     "unknown schedule": (lambda: fit(schedule="linear"), ValueError, "schedule must be one of"),
+    "a schedule that is no function": (lambda: fit(schedule=0.5), TypeError, "or a function of the fraction of the way"),
+    "a schedule that turns negative": (
+        lambda: fit(schedule=lambda fraction: 0.9 - fraction),
+        ValueError,
+        r"schedule\(1\) must be a finite number of at least 0",
+    ),
     "unknown on_unconverged": (lambda: vm.Implicit(on_unconverged="log"), ValueError, "on_unconverged must be"),
     "unknown eta": (
         lambda: vm.meta_gradient(linear_model(PRIOR), ragged_tasks(2), vm.Implicit(), eta={"w": 1.0}),

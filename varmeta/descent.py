@@ -17,6 +17,7 @@ from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
 from varmeta.run import Callback, Run, non_finite
+from varmeta.schedule import GIVEN, Decay, Rates
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
 
@@ -52,7 +53,7 @@ class Descent:
     """How far and in which steps to descend.
 
     num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
-    batch_size: tasks per step (None: all).  decay: the schedule's multiplier at a fraction of the way.
+    batch_size: tasks per step (None: all).  decay: the schedule's factor at a fraction of the way.
     compile, task_chunk_size: how the step is taken, see `Step`.
     """
 
@@ -60,7 +61,7 @@ class Descent:
     num_steps: int | None
     budget: float | None
     batch_size: int | None
-    decay: Callable[[float], float]
+    decay: Decay
     compile: str | bool = "auto"
     task_chunk_size: int | None = None
 
@@ -72,12 +73,15 @@ def descend(
     eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
     leaves = list(eta.values())
     optimizer = plan.optimizer(leaves)
-    base = [group["lr"] for group in optimizer.param_groups]
+    rates = Rates(optimizer)
     if run.optimizer_state is not None:
+        given = [dict(group) for group in optimizer.param_groups]
         known, own = (set(state["param_groups"][0]) for state in (run.optimizer_state, optimizer.state_dict()))
-        if known != own:
+        # a file of version 0.1.0 knows no given rate: it goes on at the new optimizer's
+        if known | {GIVEN} != own:
             raise ValueError("resume was stepped by another kind of optimizer: give fit(optimizer=...) the same again")
         optimizer.load_state_dict(run.optimizer_state)
+        rates.go_on_from(given)
     quasi_newton = isinstance(optimizer, torch.optim.LBFGS)
     if quasi_newton and isinstance(strategy, Joint):
         raise ValueError(
@@ -103,8 +107,6 @@ def descend(
                 run.stop = f"spent its budget of {plan.budget:g} gradient evaluations per task after {step} steps"
                 break
             scale = plan.decay(fraction)
-            for group, lr in zip(optimizer.param_groups, base, strict=True):
-                group["lr"] = lr * scale
             batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
             before = strategy.before(problem, batch, eta, replace(run.state, lr_scale=scale))
             calls: list[Outcome] = []
@@ -117,7 +119,7 @@ def descend(
                 return float(calls[-1].value)  # noqa: B023
 
             here = {name: value.detach().clone() for name, value in eta.items()}
-            optimizer.step(closure)
+            rates.step(closure, scale)
             value, gradient, state, stats = calls[0]
             loss, gradient_norm, size = torch.stack([value, _norm(gradient), _norm(eta)]).tolist()  # one read a step
             if math.isfinite(loss):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +22,12 @@ from varmeta.numerics.capture import seconds_compiling
 from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
+from varmeta.schedule import Decay, decay_of, label
 from varmeta.strategy import Eta, Strategy, check_kinds
 from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-DECAYS: dict[str, Callable[[float], float]] = {
-    "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction))),
-    "constant": lambda fraction: 1.0,
-}
 
 
 def fit(
@@ -45,7 +40,7 @@ def fit(
     seed: int = 0,
     *,
     hyperguide: str | None = None,
-    schedule: str = "cosine",
+    schedule: str | Decay = "cosine",
     budget: float | None = None,
     compile: str | bool = "auto",
     task_chunk_size: int | None = None,
@@ -67,7 +62,9 @@ def fit(
         posterior, by a Gaussian and importance weights (`Fit.hyper`, `Fit.hyperparameters()`), which then flows into
         `posterior`, `adapt` and `predict`; "reml", theta0 and the shared parameters integrated out, the variances at their
         best point, lme4's REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
-    schedule: "cosine" (the learning rate falls to zero over num_steps or the budget) or "constant".  L-BFGS ignores it.
+    schedule: a factor on the optimizer's learning rate: "cosine" (falls to zero over num_steps or the budget), "constant" (1), or
+        a function of the fraction of the way, from 0 at the first step towards 1.  A scheduler of torch.optim's, made in the
+        factory and stepped in `callback`, keeps its effect: both factors multiply.  The default L-BFGS ignores it.
     budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
     compile: capture each step as one graph and compile it: "auto" where eager steps would take four times what compiling does,
         True at once (10 to 90 seconds), False never.  Joint Newton steps are never compiled.  What cannot be captured runs
@@ -92,7 +89,8 @@ def fit(
         strategy = resume.strategy if isinstance(resume, Fit) else _default_strategy(model, hyperguide)
     if hyperguide is None:
         hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
-    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, schedule, budget, resume, seed)
+    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
+    decay = decay_of(schedule)
     check_compile(compile)
     model.check(tasks)
     strategy.check(model, tasks)
@@ -123,9 +121,11 @@ def fit(
         raise ValueError(
             f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more"
         )
-    if resume is not None and run.schedule == schedule != "constant" and run.stop.startswith("stopped"):
+    ended = resume is not None and run.stop.startswith("stopped") and run.schedule == label(schedule)
+    if ended and steps is not None and decay(run.step / steps) > decay(1.0):
+        low = "to zero" if decay(1.0) == 0 else f"to {decay(1.0):.2g} of its full size"
         warnings.warn(
-            f"the step size of the run that is resumed had fallen to zero by its last step, {run.step}, and now starts "
+            f"the step size of the run that is resumed had fallen {low} by its last step, {run.step}, and now starts "
             "high again: schedule='constant', or an interrupted longer run, goes on as if it had never stopped",
             RuntimeWarning,
             stacklevel=2,
@@ -141,8 +141,8 @@ def fit(
         newton(problem, strategy, whole, run, steps or few, reports)
     else:
         factory = optimizer or (lbfgs if quasi else adam)
-        decay = DECAYS["constant" if quasi else schedule]
-        run.schedule = None if quasi else schedule
+        decay = decay_of("constant") if quasi else decay
+        run.schedule = None if quasi else label(schedule)
         plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
         descend(problem, strategy, tasks, run, plan, reports)
     if bar is not None:
@@ -181,13 +181,11 @@ def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed:
 
 def _check_arguments(
     model: object, tasks: object, strategy: object, num_steps: int | None, optimizer: object,
-    batch_size: int | None, schedule: str, budget: float | None, resume: object, seed: int,
+    batch_size: int | None, budget: float | None, resume: object, seed: int,
 ) -> None:  # fmt: skip
     check_kinds(model, tasks, strategy)
     if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
         raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)")
-    if schedule not in DECAYS:
-        raise ValueError(f"schedule must be one of {sorted(DECAYS)}, not {schedule!r}")
     if resume is not None and not isinstance(resume, Fit):
         raise TypeError(f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file")
     whole_number("seed", seed, 0)
