@@ -52,7 +52,10 @@ LIKELIHOODS: dict[str, dict[str, Change]] = {
         "learn_concentration": ({}, True, False),
     },
     "Ordinal": {"num_classes": ({}, 3, 4)},
-    "Weighted": {"likelihood": ({}, vm.likelihoods.Gaussian(0.3), vm.likelihoods.Gaussian(0.4))},
+    "Weighted": {
+        "likelihood": ({}, vm.likelihoods.Gaussian(0.3), vm.likelihoods.Gaussian(0.4)),
+        "precision": ({"likelihood": vm.likelihoods.Gaussian()}, False, True),
+    },
 }
 
 

@@ -141,7 +141,8 @@ def _vanishing_noise(fit: Fit) -> str | None:
     scale, data = fit.prior.scale, fit.tasks.batch().support
     if scale is None or not data.y.is_floating_point() or not bool(data.mask.any()):
         return None
-    size = data.y[data.mask].abs().max()
+    y = data.y if fit.model.likelihood is None else fit.model.likelihood.observed(data.y)
+    size = y[data.mask].abs().max()
     if float(scale) > 1e-8 * float(size):
         return None
     return (

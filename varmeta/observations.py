@@ -20,11 +20,15 @@ from varmeta.tasks import Data
 @dataclass(frozen=True)
 class Evaluated:
     """Observations under draws: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, samples `(draws, tasks, points,
-    ...)`; for classes their probabilities, classes last."""
+    ...)`; for classes their probabilities, classes last.
+
+    weighted: log_prob times how often each observation counts, which is what it adds to the log joint density.
+    """
 
     data: Data
     y: Tensor
     log_prob: Tensor
+    weighted: Tensor
     samples: Tensor
     probs: Tensor | None
 

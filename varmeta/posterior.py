@@ -179,7 +179,10 @@ class Posterior:
 
     def log_prob(self, query: Any = None, num_samples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
         """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in the padding; and the
-        mask `(tasks, points)`."""
+        mask `(tasks, points)`.
+
+        Densities, so that the weights of `Weighted`, or of `poutine.scale`, are not in them.
+        """
         data = scored(query, self._batch, self.model, self.trained)
         evaluated = self.evaluate(data, num_samples, seed)
         return evaluated.log_prob, evaluated.data.mask
@@ -190,7 +193,8 @@ class Posterior:
         query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data (or, where none of
             them has any, support data) are scored; or a list of (x, y), None for a task without; None takes the tasks'
             own query data.
-        Columns: n; log_density (nats per observation, of the predictive distribution); for numbers rmse, coverage of the
+        Columns: n; log_density (nats per observation, of the predictive distribution, whatever weight the observation has in
+        the fit); for numbers rmse, coverage of the
             central `level` interval, calibration_error and crps; for classes error_rate and calibration_error.
         A task without data to score gets no row.
 
@@ -246,7 +250,8 @@ class Posterior:
         return diagnose(self, num_samples, seed)
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor] | None = None) -> Tensor:
-        """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`: `(draws, tasks)`.
+        """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`: `(draws, tasks)`;
+        each observation as often as it counts in the objective.
 
         eta: by default the posterior's own.
         """
@@ -266,7 +271,8 @@ class Posterior:
         """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood and the data.
 
         Observations are flat with a `task_id` coordinate.  A delta guide gets no log likelihood: its LOO would be the
-        in-sample density.
+        in-sample density.  The log likelihood is of one observation each: of one that counts w times (`Weighted`) ArviZ's LOO
+        leaves one copy out.
         """
         from varmeta.export import posterior_groups
 
@@ -303,19 +309,25 @@ class Posterior:
 
     def evaluate(self, data: Data, num_samples: int, seed: int) -> Evaluated:
         """Log densities, draws and (for classes) probabilities of the observations in `data`."""
-        log_probs, samples, probs = [], [], []
+        log_probs, weighted, samples, probs = [], [], [], []
         x, y = data.filled
         with quiet_scope(seed, self._batch.support.x.device):
             for eta, theta in self._slices(self._theta(num_samples, seed), data):
                 trace = poutine.trace(self._program(theta)).get_trace(eta, x, y)
                 # where, not a product: the density of padding may be anything
-                log_probs.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
+                log_probs.append(torch.where(data.mask, observed_log_prob(trace, weighted=False), 0.0))
+                weighted.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
                 site = observed_site(trace)
                 samples.append(site["fn"].sample())
                 if isinstance(site["fn"], (dist.Bernoulli, dist.Categorical)):
                     probs.append(class_probabilities(site["fn"]))
         return Evaluated(
-            data, site["value"], torch.cat(log_probs), torch.cat(samples), torch.cat(probs) if probs else None
+            data,
+            site["value"],
+            torch.cat(log_probs),
+            torch.cat(weighted),
+            torch.cat(samples),
+            torch.cat(probs) if probs else None,
         )
 
 

@@ -81,7 +81,7 @@ def _not_count(y: Tensor) -> Tensor:
     return (y < 0) | (y != y.floor())
 
 
-class _LocationScale(Likelihood):
+class LocationScale(Likelihood):
     """A location from the network and one scale, fixed, learned as `log_scale`, or each task's own; several channels: several
     responses."""
 
@@ -124,17 +124,21 @@ class _LocationScale(Likelihood):
         return -log_density(self.scale_hyperprior, {SCALE: eta[SCALE].exp()})
 
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return self.noise(out, self.scale_of(out, eta))
+
+    def scale_of(self, out: Tensor, eta: Mapping[str, Tensor]) -> Tensor:
+        """The scale of every observation, in a shape that broadcasts against `out`."""
         if self.per_task:
             scale = eta[TASK_SCALE].exp()  # (..., tasks, 1), or () where it is shared
-            return self._noise(out, scale.unsqueeze(-1) if 0 < scale.dim() < out.dim() else scale)
-        scale = eta[SCALE].exp() if self.learn_scale else out.new_tensor(self.scale)
-        return self._noise(out, scale)
+            return scale.unsqueeze(-1) if 0 < scale.dim() < out.dim() else scale
+        return eta[SCALE].exp() if self.learn_scale else out.new_tensor(self.scale)
 
-    def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+        """The distribution of observations around `loc` with that scale."""
         return dist.Normal(loc, scale)
 
 
-class Gaussian(_LocationScale):
+class Gaussian(LocationScale):
     """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
 
     scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`; flat where left out.
@@ -145,7 +149,7 @@ class Gaussian(_LocationScale):
     """
 
 
-class StudentT(_LocationScale):
+class StudentT(LocationScale):
     """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed; per_task as of `Gaussian`."""
 
     def __init__(
@@ -160,7 +164,7 @@ class StudentT(_LocationScale):
         super().__init__(scale, learn_scale, scale_hyperprior, per_task=per_task)
         self.df = _positive("df", df)
 
-    def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         return dist.StudentT(loc.new_tensor(self.df), loc, scale)
 
 

@@ -1,4 +1,4 @@
-"""Likelihoods with learned numbers of their own, and weights per observation."""
+"""Likelihoods with learned numbers of their own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from varmeta._words import kind_of
-from varmeta.bayes.likelihood import Likelihood, _LocationScale, _not_count, _positive
+from varmeta.bayes.likelihood import Likelihood, LocationScale, _not_count, _positive
 
 CONCENTRATION, GAPS = "log_concentration", "log_gaps"
 
 
-class LogNormal(_LocationScale):
+class LogNormal(LocationScale):
     """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is that of log y."""
 
-    def _noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
+    def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         return dist.LogNormal(loc, scale)
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
@@ -127,55 +126,3 @@ class Ordinal(Likelihood):
 def _free(eta: Mapping[str, Tensor]) -> Tensor:
     """The cutpoints after the first, from the logarithms of their distances."""
     return eta[GAPS].exp().cumsum(-1)
-
-
-class Weighted(Likelihood):
-    """Another likelihood, whose observations count `weight` times each: y has one column more, the weight, last.
-
-    So `from_frame(..., y=["count", "weight"])`.  Weights are positive; a weight of 2 is the row twice.  A prediction needs none.
-
-    >>> from varmeta.bayes.likelihood import Poisson
-    >>> Weighted(Poisson()).observed(torch.tensor([[3.0, 0.5]]))
-    tensor([3.])
-    """
-
-    def __init__(self, likelihood: Likelihood) -> None:
-        if not isinstance(likelihood, Likelihood) or isinstance(likelihood, Weighted):
-            raise TypeError(
-                f"likelihood must be one of varmeta.likelihoods, such as Poisson(), not {kind_of(likelihood)}"
-            )
-        self.likelihood = likelihood
-        self.kind = likelihood.kind
-
-    def init(self, like: Tensor) -> dict[str, Tensor]:
-        return self.likelihood.init(like)
-
-    def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.likelihood.learned(eta)
-
-    def task_weights(self) -> dict[str, Tensor]:
-        return self.likelihood.task_weights()
-
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        return self.likelihood.distribution(out, eta, None if y is None else _without_weight(y))
-
-    def observed(self, y: Tensor) -> Tensor:
-        return self.likelihood.observed(_without_weight(y))
-
-    def weights(self, y: Tensor) -> Tensor:
-        return y[..., -1]
-
-    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        if y.dim() != 2 or y.shape[-1] < 2:
-            return torch.ones(len(y), dtype=torch.bool), "a column more than the response: its weight, last"
-        bad, support = self.likelihood.invalid(_without_weight(y))
-        bad = bad.any(-1) if bad.dim() > 1 else bad
-        return bad | (y[:, -1] <= 0), f"{support}, then a positive weight"
-
-    def __repr__(self) -> str:
-        return f"Weighted({self.likelihood!r})"
-
-
-def _without_weight(y: Tensor) -> Tensor:
-    rest = y[..., :-1]
-    return rest.squeeze(-1) if rest.shape[-1] == 1 else rest

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -60,8 +61,10 @@ def without_shapes(error: BaseException) -> str:
     return str(error).partition("\nTrace Shapes:")[0].rstrip()
 
 
-def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None) -> Tensor:
+def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None, weighted: bool = True) -> Tensor:
     """log p(y | x, theta) of every observation, `(..., tasks, points)`, zero in the padding.
+
+    weighted: times how often the observation counts (`poutine.scale`), as in the objective; a density has no such weight.
 
     Raises ValueError where the program observes nothing, keeps a latent site of its own, or broadcasts to another shape.
     """
@@ -73,7 +76,9 @@ def observed_log_prob(trace: poutine.Trace, shape: tuple[int, ...] | None = None
             continue
         if site["is_observed"] and name != SITE:
             found = True
-            total = total + site["log_prob"]
+            total = total + (
+                site["log_prob"] if weighted else scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+            )
         elif name != SITE:
             raise ValueError(
                 f"the program samples {name!r} without observing it: if that is the data, write pyro.sample({name!r}, ..., "

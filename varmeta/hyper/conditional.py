@@ -20,8 +20,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.bayes import likelihood
 from varmeta.bayes.divergence import location, scale
+from varmeta.bayes.likelihood_weighted import is_gaussian
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.program import SITE, observed_log_prob
 from varmeta.buckets import buckets
@@ -64,7 +64,7 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
 
 def is_linear_gaussian(model: TaskModel) -> bool:
     """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is built."""
-    return type(model.likelihood) is likelihood.Gaussian and not model.task_weights and model.is_linear
+    return is_gaussian(model.likelihood) and not model.task_weights and model.is_linear
 
 
 @torch.no_grad()
