@@ -178,6 +178,10 @@ def test_repr():
         ([1, 2], [1, 2], F64, torch.int64),  # no floating data anywhere
         ([1, 2], np.ones(2, np.float32), torch.float32, torch.float32),
         (torch.tensor([True, False]), torch.ones(2), torch.float32, torch.float32),
+        # bytes are images, whose 256 values any precision holds
+        (np.array([[0], [255]], np.uint8), np.array([1, 2], np.uint8), torch.float32, torch.int64),
+        ([torch.ones(2, dtype=torch.uint8)] * 2, [1, 2], torch.float32, torch.int64),
+        (np.array([0, 255], np.uint8), np.ones(2), F64, F64),
         (pd.Series([1, 2]), pd.Series([0.5, 1.5]), F64, F64),
         (np.arange(4.0)[::-2], np.ones(2, ">f8"), F64, F64),  # strides and bytes that torch does not read
     ],
@@ -191,6 +195,16 @@ def test_values_survive_conversion():
     support = TaskSet([Task(support=(np.arange(4.0)[::-2], np.array([0.1, 2.0], ">f8")))])[0].support
     assert support[0].tolist() == [3.0, 1.0]
     assert support[1].tolist() == [0.1, 2.0]
+
+
+def test_bytes_beside_whole_numbers_are_numbers():
+    bytes_ = Task(support=(np.array([0, 255], np.uint8), [0, 1]))
+    tasks = TaskSet([bytes_, Task(support=(np.array([2**30 + 1]), [1]))])
+    assert tasks.dtype == F64
+    assert tasks[1].support[0].tolist() == [2**30 + 1]
+    query = Task(query=(np.array([7], np.uint8), [1]))
+    assert TaskSet([bytes_, query]).batch().support.x.tolist() == [[0, 255], [0, 0]]
+    assert TaskSet([bytes_], dtype=F64).dtype == F64
 
 
 def test_one_task_with_floating_y_makes_all_y_floating():

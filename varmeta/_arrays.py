@@ -15,7 +15,8 @@ Part = tuple[Tensor, Tensor]
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """A dense copy without graph: floating numbers keep their precision, whole numbers and booleans become int64.
+    """A dense copy without graph: floating numbers keep their precision, and uint8 (images) stays; other whole numbers and
+    booleans become int64.
 
     Python numbers have no precision of their own and take torch's default dtype.  `what` opens every complaint, e.g.
     "task 'a': support x".  Raises TypeError for what is not made of real numbers, ValueError for a ragged nested list.
@@ -26,7 +27,7 @@ def as_tensor(value: Any, what: str) -> Tensor:
         raise TypeError(f"{what} is complex: give the real and imaginary parts as two columns")
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    return tensor if tensor.is_floating_point() else tensor.to(torch.int64)
+    return tensor if tensor.is_floating_point() or tensor.dtype == torch.uint8 else tensor.to(torch.int64)
 
 
 def _from_outside(value: Any, what: str) -> Tensor:
@@ -49,7 +50,8 @@ def _from_outside(value: Any, what: str) -> Tensor:
     # type(), not isinstance(): np.float64 is a subclass of float, and its precision was chosen
     if array.dtype.kind == "f" and type(leaf) in (float, int, bool, list, tuple):
         return torch.tensor(array.tolist(), dtype=torch.get_default_dtype()).reshape(array.shape)
-    kind: Any = np.int64 if array.dtype.kind in "iub" else array.dtype.newbyteorder("=")
+    whole: Any = array.dtype if array.dtype == np.uint8 else np.int64
+    kind: Any = whole if array.dtype.kind in "iub" else array.dtype.newbyteorder("=")
     # torch can read neither negative strides nor foreign byte orders
     return torch.from_numpy(np.array(array, dtype=kind, order="C"))
 
@@ -73,6 +75,7 @@ def as_part(pair: Any, what: str) -> Part | None:
             "there are no data: write Task(support=(x, y), query=(x, y))"
         )
     x, y = as_tensor(pair[0], f"{what} x"), as_tensor(pair[1], f"{what} y")
+    y = y.to(torch.int64) if y.dtype == torch.uint8 else y
     for name, tensor in (("x", x), ("y", y)):
         if tensor.dim() == 0:
             raise ValueError(f"{what} {name} is a single number, expected one row per point: give [{tensor.item()}]")

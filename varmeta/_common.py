@@ -46,7 +46,9 @@ def like_of(
     if dtype is None and len(seen) > 1:
         listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {where}" for kind, where in seen.items())
         raise ValueError(f"floating dtypes differ: {listed}: cast the data, or choose one with TaskSet(..., dtype=...)")
-    kind = dtype or next(iter(seen), torch.float64)
+    # bytes are images, and exact in any precision
+    images = all(part[0].dtype == torch.uint8 for _, part in known)
+    kind = dtype or next(iter(seen), torch.get_default_dtype() if images else torch.float64)
     floating_y = any(part[1].is_floating_point() for _, part in known)
     return (
         x0.new_zeros(0, *x0.shape[1:], dtype=kind),

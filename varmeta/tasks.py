@@ -61,10 +61,10 @@ def _size(part: Any) -> str:
 class TaskSet:
     """Tasks of different sizes with one kind of data.
 
-    x becomes floating: whole numbers and booleans are converted to the dtype of the floating data in the set, or to
-    float64 where there are none.  y keeps its kind: all-integer y stays int64 (classes, counts), but if any task's y is
-    floating all are.  Floating data keep their precision (numpy float64 stays float64); Python lists take torch's
-    default.  All data are copied.
+    x becomes floating: whole numbers and booleans are converted to the dtype of the floating data in the set, or where
+    there are none to float64; if all x is uint8, as images are, to torch's default dtype.  y keeps its kind: all-integer
+    y stays int64 (classes, counts), but if any task's y is floating all are.  Floating data keep their precision (numpy
+    float64 stays float64); Python lists take torch's default.  All data are copied.
 
     tasks: `Task`s, in a fixed order.
     dtype: cast floating data to it; by default all must share one dtype.
