@@ -101,13 +101,18 @@ def check_steps(steps: int | None) -> None:
         whole_number("inner_steps", steps)
 
 
-def count_diverged(solution: Solution) -> Tensor:
-    """Tasks whose inner loop ended above where it started, or not at a finite number."""
-    return (solution.result >= Result.DIVERGED).sum()
+def has_diverged(solution: Solution) -> Tensor:
+    """Whether a task's inner loop ended above where it started, or not at a finite number."""
+    return solution.result >= Result.DIVERGED
 
 
-def diverged(count: int) -> str:
+def diverged(batch: Batch, which: Tensor) -> str | None:
+    """A sentence that names a task; which: `(tasks,)`, or one for each draw and task."""
+    bad = [name for name, yes in zip(batch.names, which.reshape(-1, len(batch)).any(0).tolist(), strict=True) if yes]
+    if not bad:
+        return None
+    first = f"{bad[0]!r}" + (" first" if len(bad) > 1 else "")
     return (
-        f"the inner steps diverge for {counted(int(count), 'task')}, whose loss they raise: lower the minimizer's learning rate, "
-        "or use Adam, whose steps do not grow with the curvature"
+        f"the inner steps diverge for {counted(len(bad), 'task')}, {first}, whose loss they raise: lower the minimizer's "
+        "learning rate, or use Adam, whose steps do not grow with the curvature"
     )

@@ -150,25 +150,19 @@ def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | 
     return batch.into(stored, {name: torch.cat([tree[name] for tree in rows if tree is not None]) for name in stored})
 
 
-# Stats without a task axis: these are counts, the others means over tasks.
-_COUNTS = {"diverged"}
-
-
-def _join(found: Sequence[Any], sizes: Sequence[int], name: str = "") -> Any:
-    """Of every chunk the same tree of stats: those with a task axis as one, the others summed or averaged."""
+def _join(found: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Of every chunk the same tree of stats: those with a task axis as one, the others, means over tasks, averaged."""
     first = found[0]
     if isinstance(first, dict):
-        return {key: _join([x[key] for x in found], sizes, key) for key in first}
+        return {key: _join([x[key] for x in found], sizes) for key in first}
     if isinstance(first, Solution):
         return Solution(*_join([tuple(x) for x in found], sizes))
     if isinstance(first, tuple):
-        return tuple(_join(list(x), sizes, name) for x in zip(*found, strict=True))
+        return tuple(_join(list(x), sizes) for x in zip(*found, strict=True))
     if isinstance(first, Tensor) and first.dim():
         # draws of an algorithm stand one whole batch after another
         draws = len(first) // sizes[0]
         cut = [x.reshape(draws, size, *x.shape[1:]) for x, size in zip(found, sizes, strict=True)]
         return torch.cat(cut, 1).flatten(0, 1)
-    if name in _COUNTS:
-        return sum(found)
     total = sum(sizes)
     return sum(x * (size / total) for x, size in zip(found, sizes, strict=True))

@@ -11,15 +11,16 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from varmeta.blame import drowning, largest, what_failed
 from varmeta.chunks import Outcome
 from varmeta.fast import Step
 from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
-from varmeta.run import Callback, Run, non_finite
+from varmeta.run import ADVICE, Callback, Run
 from varmeta.schedule import GIVEN, Decay, Rates
-from varmeta.strategy import Eta, Strategy
-from varmeta.tasks import TaskSet
+from varmeta.strategy import Eta, State, Strategy
+from varmeta.tasks import Batch, TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 # A run has settled when its mean objective changed by no more than this over its last third (nats per task), or than chance makes
@@ -46,6 +47,10 @@ def lbfgs_applies(strategy: Strategy, problem: Problem, eta: Eta) -> bool:
     return (
         strategy.gradient_is_of_value and not isinstance(strategy, Joint) and not strategy.is_noisy(problem) and small
     )
+
+
+class _NowhereError(Exception):
+    """eta is not finite."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ def descend(
     # the last point at which the loss was finite; what a run that breaks off returns
     safe, broken = (run.eta, run.state), False
     warned = False
+    met: tuple[Batch, Tensor] | None = None  # the losses of the last step
     run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
     try:
         for step in range(start, plan.num_steps if plan.num_steps is not None else 10**9):
@@ -113,19 +119,29 @@ def descend(
 
             def closure() -> float:
                 # B023: the closure is called within this step only
+                if calls and not math.isfinite(float(_norm(eta))):  # noqa: B023
+                    raise _NowhereError  # where a line search may lead, and nothing can be computed
                 calls.append(take_step(problem, batch, eta, before))  # noqa: B023
                 for name, gradient in calls[-1].gradient.items():  # noqa: B023
                     eta[name].grad = gradient
                 return float(calls[-1].value)  # noqa: B023
 
             here = {name: value.detach().clone() for name, value in eta.items()}
-            rates.step(closure, scale)
+            lost = False
+            try:
+                rates.step(closure, scale)
+            except (_NowhereError, IndexError):  # an IndexError of torch's line search, of values that it cannot order
+                if not quasi_newton:
+                    raise
+                lost = True
             value, gradient, state, stats = calls[0]
             loss, gradient_norm, size = torch.stack([value, _norm(gradient), _norm(eta)]).tolist()  # one read a step
             if math.isfinite(loss):
                 safe = here, run.state
-            if not math.isfinite(loss + gradient_norm + size):
-                message = non_finite(batch, stats["losses"], f"at step {step}")
+            if lost or not all(map(math.isfinite, (loss, gradient_norm, size))):
+                message = _what_failed(
+                    strategy, problem, batch, here, before, [] if met is None else [met], calls, f"at step {step}"
+                )
                 if step == start:
                     raise ValueError(message)
                 run.stop = f"{message}; this is the fit of the last step at which it was"
@@ -142,6 +158,7 @@ def descend(
             share = len(batch) / len(tasks)
             spent += share * sum(float(call.stats["evaluations"]) for call in calls)
             run.state = state
+            met = batch, stats["losses"]
             run.record(
                 callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,
                 seconds=perf_counter() - begin,
@@ -168,8 +185,28 @@ def descend(
     run.eta = {name: value.detach().clone() for name, value in eta.items()}
     run.optimizer_state = None if broken else optimizer.state_dict()  # its averages are not finite either
     run.loss = take_step.value(problem, whole or tasks.batch(), run.eta, run.state)
+    run.outlier = None if met is None or broken else drowning(*met)
     if not quasi_newton and run.stop.startswith(("stopped", "spent")):
         _judge(run, len(tasks), strategy.every if isinstance(strategy, Reinit) else 1)
+
+
+def _what_failed(
+    strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, met: list[tuple[Batch, Tensor]],
+    calls: list[Outcome], when: str,
+) -> str:  # fmt: skip
+    """In words: at eta, or where a line search from there tried a point (whose losses are known, and no more).
+
+    met: the last step that went well.  Where all tasks fail at once it is eta that fails, and that step tells who moved it.
+    """
+    first, *tried = (call.stats["losses"] for call in calls)
+    finite = torch.isfinite(first)
+    if met and len(first) > 1 and not bool(finite.any()):
+        return f"eta is not finite {when}, after a step from {largest(*met[0])}: {ADVICE}"
+    if bool(finite.all()):
+        bad = next((losses for losses in tried if not bool(torch.isfinite(losses).all())), None)
+        if bad is not None and (len(first) == 1 or bool(torch.isfinite(bad).any())):
+            return what_failed(strategy, problem, batch, eta, state, bad, f"where the line search looked {when}")
+    return what_failed(strategy, problem, batch, eta, state, first, when)
 
 
 def _num_steps(plan: Descent) -> float:

@@ -12,6 +12,7 @@ from varmeta import chunks
 from varmeta._numbers import positive_number, whole_number
 from varmeta.bayes.guides import default_guide
 from varmeta.bayes.model import TaskModel
+from varmeta.blame import drowning_at_start
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
 from varmeta.fast import check_compile
@@ -151,7 +152,11 @@ def fit(
     result = Fit(model, tasks, strategy, seed, run)
     # where the user says when to stop, that it came before convergence is no surprise
     reached = (num_steps is not None and run.step >= num_steps) or (budget is not None and run.evaluations >= budget)
-    for sentence in doubts(result, own_end=reached or run.stop.startswith("interrupted")):
+    interrupted = run.stop.startswith("interrupted")
+    # where no step was taken nothing was learned that one could doubt
+    found = doubts(result, own_end=reached or interrupted) if run.step else []
+    run.outlier = run.outlier or drowning_at_start(strategy, problem, whole, run.loss)
+    for sentence in [*([run.outlier] if run.outlier else []), *found]:
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
 

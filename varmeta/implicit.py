@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, count_diverged, diverged
+from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, diverged, has_diverged
 from varmeta.bayes.convex import least_curvature
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
@@ -136,7 +136,7 @@ class Implicit(Amortised):
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
         evaluations = evaluations + (1.0 if inner is outer else 4.0)
         stats = {
-            "losses": losses.detach(), "evaluations": evaluations, "diverged": count_diverged(solution)
+            "losses": losses.detach(), "evaluations": evaluations, "diverged": has_diverged(solution)
         }  # fmt: skip
         if guess is not None:
             stats["solution"] = linear.pop("solution")
@@ -186,8 +186,9 @@ class Implicit(Amortised):
         return Certificate.of(names, stats["inner"], stats["linear"])
 
     def warning(self, batch: Batch, stats: Stats) -> str | None:
-        if int(stats["diverged"]):
-            return diverged(int(stats["diverged"]))
+        raised = diverged(batch, stats["diverged"])
+        if raised is not None:
+            return raised
         if self.on_unconverged == "ignore":
             return None
         certificate = self.certificate(batch, stats)

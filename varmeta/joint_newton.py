@@ -7,6 +7,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from varmeta.bayes.expectation import Cubature
+from varmeta.blame import drowning, largest
 from varmeta.buckets import elbo_losses
 from varmeta.implicit import Implicit
 from varmeta.joint import Joint, Reinit
@@ -67,6 +68,7 @@ def newton(
         while True:
             solution = _period(problem, batch, run, min(period, max_steps - run.step), begin, callback)
             loss = float(solution.stats["loss"][-1])
+            run.outlier = drowning(batch, solution.stats["losses"])
             run.converged = solution.result == Result.CONVERGED
             if run.converged and isinstance(strategy, Reinit) and abs(loss - last) > 1e-8 * max(1.0, abs(loss)):
                 run.converged = False  # from the prior once more: is it reached again?
@@ -80,6 +82,8 @@ def newton(
                 raise ValueError(non_finite(batch, solution.stats["losses"], "at the start"))
             if solution.result not in (Result.CONVERGED, Result.STEP_LIMIT) or run.step >= max_steps:
                 run.stop = f"after {run.step} Newton steps: {WHY_IT_ENDED.get(solution.result, 'it was to be no more')}"
+                if solution.result == Result.DIVERGED:
+                    run.stop += f"; it ended {largest(batch, solution.stats['losses'])}"
                 return
             last = loss
             if isinstance(strategy, Reinit):

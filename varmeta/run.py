@@ -26,6 +26,7 @@ class Run:
     loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, None where eta is a point.
+    outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in files.
     seconds_compiling: of this run, which an equal one in this process does not pay again; not kept in files.
     """
 
@@ -39,6 +40,7 @@ class Run:
     schedule: str | None = None
     hyper: HyperPosterior | None = None
     seconds_compiling: float = 0.0
+    outlier: str | None = None
 
     @property
     def step(self) -> int:
@@ -58,7 +60,10 @@ class Run:
             callback(row)
 
 
+ADVICE = "standardise the data, lower the learning rate, or raise the prior precision"
+
+
 def non_finite(batch: Batch, losses: Tensor, when: str) -> str:
     bad = [name for name, ok in zip(batch.names, torch.isfinite(losses).tolist(), strict=True) if not ok]
     who = f"the loss of task {bad[0]!r}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "") if bad else "eta"
-    return f"{who} is not finite {when}: standardise the data, lower the learning rate, or raise the prior precision"
+    return f"{who} is not finite {when}: {ADVICE}"

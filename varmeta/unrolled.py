@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, count_diverged, diverged
+from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, diverged, has_diverged
 from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import detached, unrolled
@@ -57,7 +57,7 @@ class Unrolled(Amortised):
         inner, outer = self._objectives(problem, batch, state)
         losses, solution = self._through(inner, outer, problem.start(batch, eta), eta)
         stats = {
-            "losses": losses.detach(), "evaluations": self._evaluations, "diverged": count_diverged(solution)
+            "losses": losses.detach(), "evaluations": self._evaluations, "diverged": has_diverged(solution)
         }  # fmt: skip
         return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
@@ -96,8 +96,7 @@ class Unrolled(Amortised):
         return super().not_captured(problem)
 
     def warning(self, batch: Batch, stats: Stats) -> str | None:
-        count = int(stats.get("diverged", 0))
-        return diverged(count) if count else None
+        return diverged(batch, stats["diverged"]) if "diverged" in stats else None
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         inner = problem.losses("inner", batch, 0)

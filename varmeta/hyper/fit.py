@@ -12,6 +12,7 @@ from varmeta._words import counted
 from varmeta.bayes.guide import PyroGuide
 from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.bayes.model import TaskModel
+from varmeta.blame import largest
 from varmeta.buckets import buckets
 from varmeta.hyper.conditional import conditionals, is_linear_gaussian, nodes
 from varmeta.hyper.coordinates import Coordinates
@@ -128,7 +129,9 @@ def integrate(
     if found.result in (Result.NON_FINITE, Result.DIVERGED):
         losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
         raise ValueError(
-            non_finite(batch, losses, "at the start") if not losses.isfinite().all() else WHY_IT_ENDED[Result.DIVERGED]
+            non_finite(batch, losses, "at the start")
+            if not losses.isfinite().all()
+            else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
         )
     gaussian = is_linear_gaussian(problem.model)
 
@@ -140,7 +143,14 @@ def integrate(
     several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
     cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
     number = max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
-    weighted = importance(log_density, found.mean, found.factor, number, seed)
+    try:
+        weighted = importance(log_density, found.mean, found.factor, number, seed)
+    except torch.linalg.LinAlgError as error:
+        losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+        raise ValueError(
+            f"the evidence cannot be computed around the posterior of eta; it started {largest(batch, losses)}: look at "
+            "its data, or standardise them"
+        ) from error
     run.hyper = HyperPosterior(
         hyperguide=hyperguide,
         points=coordinates.eta_of(weighted.points),
