@@ -20,6 +20,7 @@ from varmeta.prediction import Prediction
 from varmeta.reachability import Reachability, reachability
 from varmeta.report import Report
 from varmeta.result import Fit
+from varmeta.sigterm import sigterm_ends_fit
 from varmeta.stochastic import StochasticAlg
 from varmeta.storage import load
 from varmeta.tasks import Task, TaskSet
@@ -36,7 +37,7 @@ __all__ = [
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
     "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg", "guides",
     # verbs and what they return
-    "fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
+    "fit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "reachability", "Reachability",
     # one scalar weight, seen whole

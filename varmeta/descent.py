@@ -17,7 +17,7 @@ from varmeta.fast import Step
 from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
-from varmeta.run import ADVICE, Callback, Run
+from varmeta.run import ADVICE, Callback, Run, interrupted
 from varmeta.schedule import GIVEN, Decay, Rates
 from varmeta.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
@@ -181,7 +181,7 @@ def descend(
                 )
                 break
     except KeyboardInterrupt:
-        run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
+        run.stop = interrupted(run.step)
     run.eta = {name: value.detach().clone() for name, value in eta.items()}
     run.optimizer_state = None if broken else optimizer.state_dict()  # its averages are not finite either
     run.loss = take_step.value(problem, whole or tasks.batch(), run.eta, run.state)

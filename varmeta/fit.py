@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from varmeta.fast import check_compile
 from varmeta.hyper.fit import check_hyperguide, integrate
 from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
-from varmeta.numerics.capture import seconds_compiling
+from varmeta.numerics.capture import seconds_compiling, watcher
 from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
@@ -76,7 +77,8 @@ def fit(
     callback: called with a dict of numbers after every step.
     resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts from its first step.
 
-    Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
+    Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.  SIGTERM is left to the
+    process: see `sigterm_ends_fit`.
 
     Raises ValueError or TypeError, before any work, for input that does not fit together.
 
@@ -135,26 +137,30 @@ def fit(
     bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
     run.hyper = None
-    if hyperguide != "delta":
-        run.schedule = None
-        integrate(problem, strategy, whole, tasks, run, hyperguide, (steps or few) - run.step, seed, reports)
-    elif use_newton:
-        newton(problem, strategy, whole, run, steps or few, reports)
-    else:
-        factory = optimizer or (lbfgs if quasi else adam)
-        decay = decay_of("constant") if quasi else decay
-        run.schedule = None if quasi else label(schedule)
-        plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
-        descend(problem, strategy, tasks, run, plan, reports)
-    if bar is not None:
-        bar.close()
+    watching = watcher.set(_said_by(bar))
+    try:
+        if hyperguide != "delta":
+            run.schedule = None
+            integrate(problem, strategy, whole, tasks, run, hyperguide, (steps or few) - run.step, seed, reports)
+        elif use_newton:
+            newton(problem, strategy, whole, run, steps or few, reports)
+        else:
+            factory = optimizer or (lbfgs if quasi else adam)
+            decay = decay_of("constant") if quasi else decay
+            run.schedule = None if quasi else label(schedule)
+            plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
+            descend(problem, strategy, tasks, run, plan, reports)
+    finally:
+        watcher.reset(watching)
+        if bar is not None:
+            bar.close()
     run.seconds_compiling = seconds_compiling() - compiled
     result = Fit(model, tasks, strategy, seed, run)
     # where the user says when to stop, that it came before convergence is no surprise
     reached = (num_steps is not None and run.step >= num_steps) or (budget is not None and run.evaluations >= budget)
     interrupted = run.stop.startswith("interrupted")
-    # where no step was taken nothing was learned that one could doubt
-    found = doubts(result, own_end=reached or interrupted) if run.step else []
+    # where an interruption came before the first step, nothing was learned that one could doubt
+    found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
     run.outlier = run.outlier or drowning_at_start(strategy, problem, whole, run.loss)
     for sentence in [*([run.outlier] if run.outlier else []), *found]:
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
@@ -208,6 +214,11 @@ def _bar(progress: bool | None, total: int) -> tqdm | None:
 
     # disable=None: tqdm's own word for "only on a terminal"
     return tqdm(total=total, disable=None if progress is None else False, leave=False)
+
+
+def _said_by(bar: tqdm | None) -> Callable[[bool], None] | None:
+    """What a bar says while a graph is compiled, which may take a minute in which it does not move."""
+    return None if bar is None else lambda compiling: bar.set_description("compiling" if compiling else None)
 
 
 def _reporter(bar: tqdm | None, callback: Callback | None) -> Callback:

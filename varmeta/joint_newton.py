@@ -15,7 +15,7 @@ from varmeta.numerics.arrowhead import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import detach, flatten
 from varmeta.problem import Problem
-from varmeta.run import Callback, Run, non_finite
+from varmeta.run import Callback, Run, interrupted, non_finite
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import Batch
 
@@ -89,7 +89,7 @@ def newton(
             if isinstance(strategy, Reinit):
                 run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
     except KeyboardInterrupt:
-        run.stop = f"interrupted after {run.step} steps: go on with fit(..., resume=this fit)"
+        run.stop = interrupted(run.step)
     finally:
         if not stored:
             run.state = replace(run.state, phi=None)

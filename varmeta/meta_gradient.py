@@ -81,6 +81,11 @@ def meta_gradient(
             raise ValueError(
                 f"eta[{wrong[0]!r}] has shape {tuple(given[wrong[0]].shape)}, expected {tuple(start[wrong[0]].shape)}"
             )
+        lost = [name for name, value in given.items() if not bool(torch.isfinite(value).all())]
+        if lost:
+            raise ValueError(
+                f"eta[{lost[0]!r}] is not finite: a gradient is taken at finite numbers, such as those of fit.eta"
+            )
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     state = replace(strategy.init(problem, batch, leaves), certify=True)

@@ -280,7 +280,7 @@ class Fit:
         other = self.tasks.first_difference(tasks)
         if other is not None:
             raise ValueError(f"resume is a fit of other tasks ({other}): give the same data in the same order")
-        if strategy != self.strategy:
+        if not _alike(strategy, self.strategy):
             raise ValueError(f"resume is a fit by {_unlike(self.strategy, strategy)}: give fit the same strategy")
         return copy.deepcopy(self.run)
 
@@ -293,10 +293,23 @@ class Fit:
         return summary.short(self)
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Equal, also where a tensor is part of it, which `==` compares entry by entry."""
+    if type(one) is not type(other):
+        return bool(one == other) if not isinstance(one, Tensor) and not isinstance(other, Tensor) else False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    if dataclasses.is_dataclass(one):
+        return all(_alike(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one) if f.compare)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
+
+
 def _unlike(one: Strategy, other: Strategy) -> str:
     """`one, not other`, in as few words as tell them apart."""
     if type(one) is not type(other):
         return f"{type(one).__name__}, not {type(other).__name__}"
-    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]
+    names = [f.name for f in dataclasses.fields(one) if not _alike(getattr(one, f.name), getattr(other, f.name))]
     mine, its = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (one, other))
     return f"{type(one).__name__}({mine}), not {type(other).__name__}({its})"

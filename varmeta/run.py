@@ -60,6 +60,12 @@ class Run:
             callback(row)
 
 
+def interrupted(step: int) -> str:
+    if step == 0:
+        return "interrupted before the first step was done: nothing has been learned yet"
+    return f"interrupted after {step} steps: go on with fit(..., resume=this fit)"
+
+
 ADVICE = "standardise the data, lower the learning rate, or raise the prior precision"
 
 

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -156,6 +157,10 @@ class _Compiled:
 _COMPILED = _Compiled()
 
 
+# Called with True before a graph is compiled and with False after: whoever watches may say so.
+watcher: ContextVar[Callable[[bool], None] | None] = ContextVar("watcher", default=None)
+
+
 def seconds_compiling() -> float:
     """What compiling graphs has taken in this process so far."""
     return _COMPILED.seconds
@@ -166,10 +171,14 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function
     key = (graph.code, signature(examples))
     if key not in _COMPILED.graphs:
         begin = time.perf_counter()
+        told = watcher.get() or (lambda compiling: None)
+        told(True)
         try:
             compiled = _compile(graph, examples)
         except Exception as error:
             raise CaptureError(f"it cannot be compiled: {_first_line(error)}") from error
+        finally:
+            told(False)
         _COMPILED.seconds += time.perf_counter() - begin
         _COMPILED.graphs[key] = compiled
     return _COMPILED.graphs[key]
