@@ -13,6 +13,7 @@ from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint
 from varmeta.numerics.linear_solve import LinearSolver
+from varmeta.numerics.minimize import GradientDescent, Minimizer
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Losses, Problem
@@ -106,13 +107,27 @@ def has_diverged(solution: Solution) -> Tensor:
     return solution.result >= Result.DIVERGED
 
 
-def diverged(batch: Batch, which: Tensor) -> str | None:
-    """A sentence that names a task; which: `(tasks,)`, or one for each draw and task."""
-    bad = [name for name, yes in zip(batch.names, which.reshape(-1, len(batch)).any(0).tolist(), strict=True) if yes]
+def diverged(batch: Batch, which: Tensor, minimizer: Minimizer) -> str | None:
+    """A sentence that names a task, and what to change in the numbers of the minimizer.
+
+    which: `(tasks,)`, or one for each draw and task.
+    """
+    flags = which.reshape(-1, len(batch)).any(0)
+    bad = [name for name, yes in zip(batch.names, flags.tolist(), strict=True) if yes]
     if not bad:
         return None
     first = f"{bad[0]!r}" + (" first" if len(bad) > 1 else "")
-    return (
-        f"the inner steps diverge for {counted(len(bad), 'task')}, {first}, whose loss they raise: lower the minimizer's "
-        "learning rate, or use Adam, whose steps do not grow with the curvature"
+    sentence = f"the inner steps diverge for {counted(len(bad), 'task')}, {first}, whose loss they raise: "
+    if not isinstance(minimizer, GradientDescent):
+        return sentence + "lower the minimizer's learning rate"
+    points, lr = int(batch.support.num_points.max()), minimizer.lr
+    if minimizer.per_point:
+        return sentence + (
+            f"lower the minimizer's lr of {lr:g}, or use Adam, whose steps do not grow with the curvature "
+            "(a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of noise scale s)"
+        )
+    return sentence + (
+        f"losses are sums, so that lr={lr:g} on up to {counted(points, 'point')} is a step of "
+        f"{lr * points:g} on their mean.  Take GradientDescent({lr:g}, per_point=True), which divides "
+        "by the number of points, a lower lr, or Adam, whose steps do not grow with the curvature"
     )

@@ -124,7 +124,7 @@ class Implicit(Amortised):
         """G at the minimum of F below `start`, differentiated implicitly; the minimum; and what the gradient rests on."""
         inner, outer = self._objectives(problem, batch, state)
         units = problem.units(batch, start, detach(eta))
-        solution = self._solve(inner, start, detach(eta), self.inner_steps, units)
+        solution = self._solve(problem, batch, inner, start, detach(eta), self.inner_steps, units)
         # the certificate costs a second solve, which nobody looks at where it is ignored
         certify = state.certify or self.on_unconverged != "ignore"
         guess = None if state.inner is None else batch.of(state.inner)
@@ -153,10 +153,16 @@ class Implicit(Amortised):
         if self.alg is not None:
             start = self.alg.one_draw(problem, batch, eta)
         steps = None if self.warm_start else self.inner_steps
-        return self._solve(problem.losses("inner", batch, 0), start, eta, steps, problem.units(batch, start, eta))
+        inner = problem.losses("inner", batch, 0)
+        return self._solve(problem, batch, inner, start, eta, steps, problem.units(batch, start, eta))
 
-    def _solve(self, inner: Any, start: Tree, eta: Eta, steps: int | None, units: Tree | None) -> Solution:
-        return minimize(at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance, units=units)
+    def _solve(
+        self, problem: Problem, batch: Batch, inner: Any, start: Tree, eta: Eta, steps: int | None, units: Tree | None
+    ) -> Solution:
+        return minimize(
+            at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance, units=units,
+            lr_scale=problem.lr_scale(batch, self.minimizer),
+        )  # fmt: skip
 
     def not_captured(self, problem: Problem) -> str | None:
         if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
@@ -186,7 +192,7 @@ class Implicit(Amortised):
         return Certificate.of(names, stats["inner"], stats["linear"])
 
     def warning(self, batch: Batch, stats: Stats) -> str | None:
-        raised = diverged(batch, stats["diverged"])
+        raised = diverged(batch, stats["diverged"], self.minimizer)
         if raised is not None:
             return raised
         if self.on_unconverged == "ignore":

@@ -69,7 +69,9 @@ class Joint(Strategy):
             total, [*phi.values(), *(eta[name] for name in names)], allow_unused=True, materialize_grads=True
         )
         phi_gradient = dict(zip(phi, (g / scale for g in gradients), strict=False))
-        new, inner = self.minimizer.update(detach(phi), phi_gradient, batch.of(state.inner), state.lr_scale)
+        rates = problem.lr_scale(batch, self.minimizer)
+        factor = state.lr_scale if rates is None else state.lr_scale * rates
+        new, inner = self.minimizer.update(detach(phi), phi_gradient, batch.of(state.inner), factor)
         state = replace(
             state, phi=batch.into(state.phi, new), inner=batch.into(state.inner, inner), step=state.step + 1
         )
@@ -148,10 +150,11 @@ def _adapt_with_fresh_noise(
         mode = torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])
         unit["loc"] = problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
         origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}
-    move = _NoisyStep(minimizer)
+    move, rates = _NoisyStep(minimizer), problem.lr_scale(batch, minimizer)
+    rates = batch.support.x.new_ones(len(batch)) if rates is None else rates
     free, state, record = phi, minimizer.init(phi), []
     for step in range(steps):
-        scale = batch.support.x.new_full((len(batch),), 1.0 - step / steps)
+        scale = rates * (1.0 - step / steps)
         losses, free, state = run(problem.losses("elbo", batch, step), move, free, state, scale, origin, unit, eta)
         record.append(losses)
     phi = map_tree(lambda o, u, x: o + u * x, origin, unit, free)

@@ -16,6 +16,7 @@ from varmeta.bayes.guides import make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.numerics.adjoint import losses_and_gradient
+from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.pieces import Graphed
 from varmeta.numerics.tree import Tree, detach
 from varmeta.tasks import Batch, Data, TaskSet
@@ -136,6 +137,10 @@ class Problem:
         # a wider range would leave rounding to say what happens along the smallest
         sd = sd.clamp(min=sd.max() * torch.finfo(sd.dtype).eps ** 0.25)
         return {name: sd.expand_as(x) if name == "loc" else torch.ones_like(x) for name, x in phi.items()}
+
+    def lr_scale(self, batch: Batch, minimizer: Minimizer) -> Tensor | None:
+        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`: 1 / a task's support points; else None."""
+        return batch.support.num_points.clamp(min=1).to(batch.support.x).reciprocal() if minimizer.per_point else None
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
         """phi at the prior, differentiable in eta."""

@@ -97,18 +97,20 @@ def reachability(fit: Fit, minimizer: Minimizer | None = None, inner_steps: int 
     start = detach(problem.start(batch, fit.eta))
     if problem.deterministic:
         rule = NewtonCG() if minimizer is None else minimizer
-        inner = problem.losses("elbo", batch, 0)
-        end = minimize(lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps).value
+        inner, rates = problem.losses("elbo", batch, 0), problem.lr_scale(batch, rule)
+        end = minimize(lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps, lr_scale=rates).value
     else:
         rule = strategy.minimizer if minimizer is None else minimizer
         if not isinstance(rule, FirstOrderMinimizer):
             raise ValueError(f"with noisy expectations Alg is a first-order rule, not {type(rule).__name__}")
         inner_steps = strategy.adapt_steps if inner_steps is None else inner_steps
         end, moments = start, rule.init(start)
+        rates = problem.lr_scale(batch, rule)
         for step in range(inner_steps):
             noisy = problem.losses("elbo", batch, step)
+            factor = (1.0 - step / inner_steps) * (1.0 if rates is None else rates)
             _, point, gradient = value_and_gradient(lambda phi: noisy(phi, fit.eta), end)  # noqa: B023
-            end, moments = rule.update(detach(point), gradient, moments, 1.0 - step / inner_steps)
+            end, moments = rule.update(detach(point), gradient, moments, factor)
 
     def value(phi: Tree) -> Tensor:
         draws = 1 if problem.deterministic else DRAWS

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from varmeta.bayes.divergence import location, move
 from varmeta.numerics import noise
+from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.minimize import value_and_gradient
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.problem import Losses, Problem
@@ -73,6 +74,7 @@ class StochasticAlg:
     estimator: str = "auto"
 
     def __post_init__(self) -> None:
+        no_tensors(self)
         for name in ("num_steps", "num_draws", "batch_size"):
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):

@@ -32,6 +32,7 @@ from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import OUTER
 from varmeta.certificate import Certificate
+from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.solution import Solution
@@ -129,7 +130,8 @@ class Strategy(ABC):
                 )
 
     def _check_solvers(self) -> None:
-        """The parts that a strategy may have are objects, not names."""
+        """The parts that a strategy may have are objects, not names, and made of plain numbers."""
+        no_tensors(self)
         minimizer, solver = getattr(self, "minimizer", None), getattr(self, "linear_solver", None)
         if minimizer is not None and not isinstance(minimizer, Minimizer):
             raise TypeError(

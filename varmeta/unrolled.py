@@ -55,7 +55,9 @@ class Unrolled(Amortised):
         if self.alg is not None:
             return self._noisy_loss(self.alg, problem, batch, eta, state)
         inner, outer = self._objectives(problem, batch, state)
-        losses, solution = self._through(inner, outer, problem.start(batch, eta), eta)
+        losses, solution = self._through(
+            inner, outer, problem.start(batch, eta), eta, problem.lr_scale(batch, self.minimizer)
+        )
         stats = {
             "losses": losses.detach(), "evaluations": self._evaluations, "diverged": has_diverged(solution)
         }  # fmt: skip
@@ -86,8 +88,12 @@ class Unrolled(Amortised):
     def _evaluations(self) -> float:
         return 3.0 * self.inner_steps + 1.5  # a gradient forward, a Hessian product (two gradients) backward
 
-    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
-        solution = minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True)
+    def _through(
+        self, inner: Any, outer: Any, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution]:
+        solution = minimize(
+            at(inner, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True, lr_scale=lr_scale
+        )
         return unrolled(outer, solution.value, eta), solution
 
     def not_captured(self, problem: Problem) -> str | None:
@@ -96,15 +102,16 @@ class Unrolled(Amortised):
         return super().not_captured(problem)
 
     def warning(self, batch: Batch, stats: Stats) -> str | None:
-        return diverged(batch, stats["diverged"]) if "diverged" in stats else None
+        return diverged(batch, stats["diverged"], self.minimizer) if "diverged" in stats else None
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         inner = problem.losses("inner", batch, 0)
+        rates = problem.lr_scale(batch, self.minimizer)
         if self.alg is not None:
             end = self.alg.one_draw(problem, batch, eta)
-            return minimize(at(inner, eta), end, self.minimizer, steps=0)
+            return minimize(at(inner, eta), end, self.minimizer, steps=0, lr_scale=rates)
         start = detach(problem.start(batch, eta))
-        return minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps)
+        return minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps, lr_scale=rates)
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,11 @@ class FirstOrder(Unrolled):
                 "(learn_precision=None), or use Implicit or Unrolled"
             )
 
-    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
+    def _through(
+        self, inner: Any, outer: Any, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution]:
         fixed = detach(eta)
-        solution = minimize(at(inner, fixed), detach(start), self.minimizer, steps=self.inner_steps)
+        solution = minimize(at(inner, fixed), detach(start), self.minimizer, steps=self.inner_steps, lr_scale=lr_scale)
         moved = add(solution.value, detach(start), -1.0)
         return unrolled(outer, add(start, moved), eta), solution
 
@@ -160,7 +169,9 @@ class Reptile(FirstOrder):
                 f"Reptile pulls theta0 towards phi_K, which is the elbo's derivative; outer={self.outer!r}"
             )
 
-    def _through(self, inner: Any, outer: Any, start: Tree, eta: Eta) -> tuple[Tensor, Solution]:
+    def _through(
+        self, inner: Any, outer: Any, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution]:
         fixed = detach(eta)
-        solution = minimize(at(inner, fixed), detach(start), self.minimizer, steps=self.inner_steps)
+        solution = minimize(at(inner, fixed), detach(start), self.minimizer, steps=self.inner_steps, lr_scale=lr_scale)
         return detached(outer, solution.value, eta), solution

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
+from varmeta.numerics.arguments import no_tensors, positive
 from varmeta.numerics.capture import tracing
 from varmeta.numerics.pieces import apply, run
 from varmeta.numerics.solution import Result, Solution
@@ -33,6 +34,7 @@ class Minimizer(ABC):
     """A way to minimise.  Subclasses hold choices, never state."""
 
     takes_units = False
+    per_point = False
 
     @abstractmethod
     def init(self, phi: Tree) -> Tree:
@@ -46,7 +48,7 @@ class Minimizer(ABC):
     def solve(
         self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
     ) -> Solution:
-        """What `minimize` calls once it has checked the arguments; with `units` too where `takes_units`."""
+        """What `minimize` calls once it has checked the arguments; with `units` too where `takes_units`, and `lr_scale`."""
 
 
 def minimize(
@@ -59,6 +61,7 @@ def minimize(
     max_steps: int = 1000,
     create_graph: bool = False,
     units: Tree | None = None,
+    lr_scale: Tensor | None = None,
 ) -> Solution:
     """Minimise fn over phi, each task by itself.
 
@@ -78,6 +81,8 @@ def minimize(
             to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
         units: the size of a usual change of each entry of phi, shaped as phi; only their ratios within a task matter.
             `NewtonCG` takes its conjugate directions in them where it does not form the Hessian; nothing else looks at them.
+        lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`; None: 1.  A rule that is
+            `per_point` needs it: 1 / the number of points whose losses a task's loss is the sum of.
 
     Returns:
         `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN after a fixed number of
@@ -113,7 +118,20 @@ def minimize(
     if units is not None and {name: x.shape for name, x in units.items()} != {name: x.shape for name, x in phi.items()}:
         came, expected = ({name: tuple(x.shape) for name, x in t.items()} for t in (units, phi))
         raise ValueError(f"units must have the names and shapes of phi, {expected}, not {came}")
+    if minimizer.per_point and lr_scale is None:
+        raise ValueError(
+            "per_point divides the step by a task's number of points, which is not known here: leave it out, or give "
+            "minimize(lr_scale=1 / points)"
+        )
+    if lr_scale is not None and (
+        not isinstance(minimizer, FirstOrderMinimizer) or lr_scale.shape != (tree.num_tasks(phi),)
+    ):
+        raise ValueError(
+            f"lr_scale is one factor per task, shape ({tree.num_tasks(phi)},), for GradientDescent or Adam, not of shape "
+            f"{tuple(lr_scale.shape)} for {type(minimizer).__name__}"
+        )
     more: dict[str, Any] = {"units": units} if minimizer.takes_units else {}
+    more |= {} if lr_scale is None else {"lr_scale": lr_scale}
     return minimizer.solve(
         fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph, **more
     )
@@ -134,23 +152,28 @@ class FirstOrderMinimizer(Minimizer):
         return self.update(point if create_graph else tree.detach(point), gradient, state)
 
     def solve(
-        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
-    ) -> Solution:
+        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool,
+        lr_scale: Tensor | None = None,
+    ) -> Solution:  # fmt: skip
+        rates = () if lr_scale is None else (lr_scale,)
         if steps is not None:
-            solution = self._exactly(fn, phi, steps, create_graph)
+            solution = self._exactly(fn, phi, steps, create_graph, rates)
             # in a graph that is being traced no number can be read: whoever calls it looks at what comes out
             if tracing() or solution.worst < Result.NON_FINITE:
                 return solution
-        return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph)
+        return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph, rates)
 
-    def _exactly(self, fn: Losses, phi: Tree, steps: int, create_graph: bool) -> Solution:
-        """`steps` steps with nothing to look at on the way: what is not finite stays so."""
+    def _exactly(self, fn: Losses, phi: Tree, steps: int, create_graph: bool, rates: tuple[Tensor, ...]) -> Solution:
+        """`steps` steps with nothing to look at on the way: what is not finite stays so.
+
+        rates: the factors on each task's learning rate, where there are any.
+        """
         go = apply if create_graph else run
         point = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
         state = self.init(tree.detach(point))
         met: list[tuple[Tensor, Tensor]] = []  # losses and norms, of which the first are looked at
         for count in range(steps):
-            losses, norm, point, state = go(fn, _Move(self, create_graph, count == 0), point, state)
+            losses, norm, point, state = go(fn, _Move(self, create_graph, count == 0), point, state, *rates)
             met = met or [(losses, norm)]
         end = go(fn, _loss_at, point)
         unknown = torch.full_like(end, math.nan)
@@ -163,8 +186,9 @@ class FirstOrderMinimizer(Minimizer):
         return Solution(point, _judged(result, first, end, ~torch.isfinite(end)), stats)
 
     def _carefully(
-        self, fn: Losses, phi: Tree, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
-    ) -> Solution:
+        self, fn: Losses, phi: Tree, steps: int | None, tolerance: float, max_steps: int, create_graph: bool,
+        rates: tuple[Tensor, ...],
+    ) -> Solution:  # fmt: skip
         """To tolerance, or for `steps` steps, a task that leads nowhere finite stopping where it was last."""
         # the end's own gradient would be a step's work, and after a fixed number of steps nobody moves on from there
         limit, final = (max_steps, _Evaluation.FULL) if steps is None else (steps, _Evaluation.LOSS)
@@ -177,7 +201,7 @@ class FirstOrderMinimizer(Minimizer):
         for count in range(1, limit + 1):
             if steps is None and count % _HOST_READS_EVERY == 1 and not bool(walk["active"].any()):
                 break
-            walk = go(fn, _Advance(self, steps is None, middle if count < limit else final), walk)
+            walk = go(fn, _Advance(self, steps is None, middle if count < limit else final), walk, *rates)
 
         result = torch.where(walk["converged"], int(Result.CONVERGED), int(Result.STEP_LIMIT))
         result = _judged(result, walk["first"], walk["loss"], walk["failed"])
@@ -203,11 +227,11 @@ class _Move:
     create_graph: bool
     first: bool
 
-    def __call__(self, fn: Losses, point: Tree, state: Tree) -> tuple[Tensor, Tensor, Tree, Tree]:
+    def __call__(self, fn: Losses, point: Tree, state: Tree, *rates: Tensor) -> tuple[Tensor, Tensor, Tree, Tree]:
         """The losses before the step, their gradient's norm (before the first step only), the point and the state after."""
         losses, at, gradient = value_and_gradient(fn, point, self.create_graph)
         norm = tree.norm(tree.detach(gradient)) if self.first else losses
-        return losses, norm, *self.rule.update(at if self.create_graph else tree.detach(at), gradient, state)
+        return losses, norm, *self.rule.update(at if self.create_graph else tree.detach(at), gradient, state, *rates)
 
 
 def _loss_at(fn: Losses, phi: Tree) -> Tensor:
@@ -266,9 +290,9 @@ class _Advance:
     to_tolerance: bool
     evaluate: _Evaluation
 
-    def __call__(self, fn: Losses, walk: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, fn: Losses, walk: dict[str, Any], *rates: Tensor) -> dict[str, Any]:
         active, point, state = walk["active"], walk["point"], walk["state"]
-        moved, moved_state = self.rule.update(point, walk["gradient"], state)
+        moved, moved_state = self.rule.update(point, walk["gradient"], state, *rates)
         trial = tree.where(active, moved, point)
         losses, trial, gradient, norm = self.evaluate(fn, trial)
         finite = torch.isfinite(losses)
@@ -292,20 +316,28 @@ class _Advance:
 
 @dataclass(frozen=True)
 class GradientDescent(FirstOrderMinimizer):
-    """phi <- phi - lr g.
+    """phi <- phi - lr g, or with `per_point` phi <- phi - (lr / n) g for a task of n support points.
 
-    Converges on a quadratic for lr < 2 / (largest curvature).
+    Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its points, where the field takes
+    means: the field's step a on a mean cross-entropy of n points is lr = a / n here, or lr = a with `per_point`; on a mean
+    *squared error*, under a Gaussian of noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
 
-    Raises ValueError for a learning rate that is not positive.
+    per_point: take lr on the mean over a task's points, whose loss does not grow with their number.
+
+    Raises ValueError for a learning rate that is not positive, TypeError for one that is no number.
 
     >>> GradientDescent(lr=0.1).update({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, {})[0]["w"]
     tensor([0.8000])
     """
 
     lr: float = 0.01
+    per_point: bool = False
 
     def __post_init__(self) -> None:
-        _check_lr(self.lr)
+        no_tensors(self)
+        positive("lr", self.lr)
+        if not isinstance(self.per_point, bool):
+            raise TypeError(f"per_point must be True or False, not {self.per_point!r}")
 
     def init(self, phi: Tree) -> Tree:
         return {}
@@ -336,11 +368,11 @@ class Adam(FirstOrderMinimizer):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_lr(self.lr)
+        no_tensors(self)
+        positive("lr", self.lr)
+        positive("eps", self.eps)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, not {self.eps}")
 
     def init(self, phi: Tree) -> Tree:
         like = next(iter(phi.values()))
@@ -407,8 +439,3 @@ def _check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
     if value < 0:
         raise ValueError(f"{name} must not be negative, but is {value}")
-
-
-def _check_lr(lr: float) -> None:
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be a positive number, not {lr}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
+from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.batching import cannot_be_batched
 from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.pieces import Graphed, linearize, run
@@ -84,6 +85,7 @@ class NewtonCG(Minimizer):
     takes_units = True
 
     def __post_init__(self) -> None:
+        no_tensors(self)
         if self.max_cg_steps is not None and self.max_cg_steps < 1:
             raise ValueError(f"max_cg_steps must be at least 1, not {self.max_cg_steps}")
         if not (self.damping >= 0 and math.isfinite(self.damping)):
