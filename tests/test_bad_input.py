@@ -193,7 +193,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "learn_precision must be one of",
     ),
     "unknown schedule": (lambda: fit(schedule="linear"), ValueError, "schedule must be one of"),
-    "a schedule that is no function": (lambda: fit(schedule=0.5), TypeError, "or a function of the fraction of the way"),
+    "a schedule that is no function": (
+        lambda: fit(schedule=0.5),
+        TypeError,
+        "or a function of the fraction of the way",
+    ),
     "a schedule that turns negative": (
         lambda: fit(schedule=lambda fraction: 0.9 - fraction),
         ValueError,
