@@ -1,4 +1,4 @@
-"""What a finished fit should make its user doubt, in sentences: not converged, running away, not determined, singular."""
+"""What a finished fit should make its user doubt, in sentences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.bayes.likelihood import SCALE
 from varmeta.bayes.likelihood_more import CONCENTRATION
+from varmeta.bayes.prior import PRECISION, TRIL
 from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
+from varmeta.separation import separated
 
 if TYPE_CHECKING:
     from varmeta.hyper.result import HyperPosterior
@@ -24,29 +27,64 @@ LOST = 1e7
 SINGULAR = 1e-4
 # Counts whose variance exceeds their mean by less than this share are Poisson's.
 OVERDISPERSED = 1e-3
+# A weight takes part in a direction by at least this.
+TAKES_PART = 0.1
 # So many weights are named in a sentence.
 FEW = 6
 
 
 def doubts(fit: Fit, own_end: bool = False) -> list[str]:
-    """Sentences to warn with.  own_end: the user chose where the run ends, so that it may do so before convergence."""
-    if not fit.converged and not own_end:
-        why = (
-            None if fit.hyper is not None else _singular(fit)
-        )  # a covariance that loses rank is a narrow, curved valley
-        more = (why, _one_task(fit), _no_overdispersion(fit))
-        return [f"the fit has not converged: {fit.stop}", *(sentence for sentence in more if sentence)]
-    if fit.hyper is not None:
-        return [] if fit.hyper.is_reliable else [_few_draws(fit.hyper)]
-    spread = _one_task(fit) or _runaways(fit) or _singular(fit)
-    found = [sentence for sentence in (spread, _vanishing_noise(fit), _no_overdispersion(fit)) if sentence]
-    if not found and UNDETERMINED in fit.stop:
-        end = fit.stop[fit.stop.index(UNDETERMINED) :]
-        found.append(
-            f"{end}: the estimates of each rest on the others.  For a predictor far from 0, centre it; else leave one out, "
-            "or give more rows per task"
-        )
-    return found
+    """Sentences to warn with, every one that holds.  own_end: the user chose where the run ends, so that it may do so before
+    convergence."""
+    unfinished = not fit.converged and not own_end
+    found = [f"the fit has not converged: {fit.stop}"] if unfinished else []
+    if fit.hyper is not None and not fit.hyper.is_reliable:
+        found.append(_few_draws(fit.hyper))
+    separation = _separation(fit)
+    if fit.hyper is not None and fit.hyper.hyperguide != "reml":
+        return [*found, *([separation] if separation else [])]
+    # a covariance that loses rank is a narrow, curved valley; precisions that are still on their way are not judged
+    spread = [_one_task(fit)] if _one_task(fit) else [None if unfinished else _runaways(fit), _singular(fit)]
+    noise, counts = None if unfinished else _vanishing_noise(fit), _no_overdispersion(fit)
+    found += [sentence for sentence in (*spread, noise, counts, separation) if sentence]
+    explained = {
+        name
+        for name in fit.eta
+        if (any(spread) and name.partition(".")[0] in (PRECISION, TRIL))
+        or (noise and name == SCALE)
+        or (counts and name == CONCENTRATION)
+        or (separation and name in fit.model.start)
+    }
+    return found + _undetermined(fit, explained)
+
+
+def _undetermined(fit: Fit, explained: set[str]) -> list[str]:
+    """What Newton's method found no curvature for, unless another sentence says why."""
+    if not fit.converged or UNDETERMINED not in fit.stop:
+        return []
+    end = fit.stop[fit.stop.index(UNDETERMINED) + len(UNDETERMINED) :].removesuffix(" apart").strip()
+    names = [name for name in end.split(" and ") if name not in explained]
+    if not names:
+        return []
+    return [
+        f"{UNDETERMINED} {' and '.join(names)} apart: the estimates of each rest on the others.  For a predictor far from 0, "
+        "centre it; else leave one out, or give more rows per task"
+    ]
+
+
+def _separation(fit: Fit) -> str | None:
+    """Coefficients that run to infinity, since the likelihood has no maximum."""
+    found = separated(fit)
+    if not found:
+        return None
+    where = ", ".join(f"{label} = {value:.4g}" for label, value in list(found.items())[:FEW])
+    where += f" and {len(found) - FEW} more" if len(found) > FEW else ""
+    return (
+        f"the likelihood has no maximum: it rises for ever as {where} grow{'s' * (len(found) == 1)} in size, since the outcomes "
+        "are separated (there are predictors for which y is always or never the same).  The search stopped on the way: "
+        "its estimates and their standard errors mean nothing.  Give "
+        "GaussianPrior(loc_hyperprior={name: pyro.distributions.Normal(0., 2.5)}), leave the predictor out, or join categories"
+    )
 
 
 def _few_draws(hyper: HyperPosterior) -> str:
@@ -103,22 +141,34 @@ def _singular(fit: Fit) -> str | None:
     if fit.model.prior.learn_precision != "full" or fit.model.weights.size < 2:
         return None
     correlation = fit.prior.correlation.double()
-    if float(torch.linalg.eigvalsh(correlation)[0]) > SINGULAR:
+    if not bool(correlation.isfinite().all()) or float(torch.linalg.eigvalsh(correlation)[0]) > SINGULAR:
         return None
-    off = correlation.abs().fill_diagonal_(0.0)
-    row, column = divmod(int(off.argmax()), len(off))
-    one, other = fit.prior.labels[row], fit.prior.labels[column]
+    values, vectors = torch.linalg.eigh(correlation)
+    # the direction in which tasks do not differ, in units of the weights' prior sds
+    direction = vectors[:, 0]
+    parts = [i for i in direction.abs().argsort(descending=True).tolist() if abs(float(direction[i])) > TAKES_PART]
+    labels = fit.prior.labels
+    if len(parts) == 2:
+        row, column = sorted(parts)
+        what = f"correlation of {labels[row]} and {labels[column]} is {float(correlation[row, column]):.4f}"
+    else:
+        parts = sorted(parts[:FEW])
+        sum_of = " ".join(f"{float(direction[i]):+.2f} {labels[i]}" for i in parts)
+        what = (
+            f"correlations leave the combination {sum_of} (each in units of its prior sd) a variance of "
+            f"{max(0.0, float(values[0])):.1e}, where independent weights have 1"
+        )
     return (
-        f"the fit is singular: the prior's correlation of {one} and {other} is {float(correlation[row, column]):.4f}, so that "
-        "it has fewer directions than weights.  That may be the best-fitting value where tasks are few; if not: centre the "
-        "predictors, let fewer weights vary (shared=), or give GaussianPrior(lkj=2)"
+        f"the fit is singular: the prior's {what}, so that it has fewer directions than weights.  That may be the best-fitting "
+        "value where tasks are few; if not: centre the predictors, let fewer weights vary (shared=), or give "
+        "GaussianPrior(lkj=2)"
     )
 
 
 def _information(fit: Fit, precision: Tensor) -> Tensor:
     """What the best-informed task's data say about each weight, as a precision `(D,)`."""
     tiny = torch.finfo(precision.dtype).eps
-    if fit.run.state.phi is not None and not fit.is_point:
+    if fit.run.state.phi is not None and not fit.is_point and fit.hyper is None:
         spread = fit.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)
         return (spread**-2 - precision).max(0).values.clamp_min(tiny)
     # points have no width: one observation's information at the pooled fit, times the most that a task has

@@ -12,6 +12,7 @@ import torch
 from varmeta import chunks
 from varmeta._numbers import positive_number, whole_number
 from varmeta.bayes.guides import default_guide
+from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.blame import drowning_at_start
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
@@ -57,8 +58,8 @@ def fit(
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
-        meta-parameters; else Adam at 1e-2.  Small models then start from the pooled fit.  With a minibatch or a budget:
-        Adam, from where the model starts.
+        meta-parameters; else, and where the likelihood has kinks (a Laplace density), Adam at 1e-2.  Small models then start
+        from the pooled fit.  With a minibatch, a budget or kinks: Adam, from where the model starts.
     batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
     hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and "multivariate_normal", its
         posterior, by a Gaussian and importance weights (`Fit.hyper`, `Fit.hyperparameters()`), which then flows into
@@ -107,6 +108,8 @@ def fit(
     whole = tasks.batch()
     # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
     free = optimizer is None and batch_size is None and budget is None
+    # a likelihood whose curvature no second derivative sees is descended by Adam, from where the model starts
+    free = free and kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
     resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
     eta = model.init(whole.support.x.new_zeros(())) if resumed is None else resumed.eta
     use_newton = free and newton_applies(strategy, problem, whole, eta)

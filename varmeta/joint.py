@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varmeta.bayes.expectation import Point
 from varmeta.bayes.guide import Delta, Guide, PyroGuide
+from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
@@ -91,7 +92,7 @@ class Joint(Strategy):
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         start = detach(problem.start(batch, eta))
-        if problem.deterministic:
+        if problem.deterministic and kinked(problem.model, batch, eta) is None:
             inner = problem.losses("elbo", batch, 0)
             return minimize(at(inner, eta), start, NewtonCG(), units=problem.units(batch, start, eta))
         return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)

@@ -10,6 +10,7 @@ from varmeta.bayes.expectation import Cubature
 from varmeta.blame import drowning, largest
 from varmeta.buckets import elbo_losses
 from varmeta.implicit import Implicit
+from varmeta.in_double import cast, in_double
 from varmeta.joint import Joint, Reinit
 from varmeta.numerics.arrowhead import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
@@ -55,7 +56,8 @@ def newton(
 ) -> None:
     """Move `run` to the minimum, in place; an interruption leaves it at the last step that was completed.
 
-    `Reinit` sets phi back to the prior after every period, or as soon as a period has converged, and is done when two
+    In float64, whatever the data are in: steps are few, and in float32 an objective without a maximum looks like one that has
+    converged.  `Reinit` sets phi back to the prior after every period, or as soon as a period has converged, and is done when two
     periods end at the same value.
     """
     period = strategy.every if isinstance(strategy, Reinit) else max_steps
@@ -64,6 +66,12 @@ def newton(
     stored = run.state.phi is not None
     if not stored:
         run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
+    dtype = batch.support.x.dtype
+    assert run.state.phi is not None
+    wide = in_double(problem, batch, run.state.phi, run.eta)
+    if wide is not None:
+        batch, phi, run.eta = wide
+        run.state = replace(run.state, phi=phi)
     try:
         while True:
             solution = _period(problem, batch, run, min(period, max_steps - run.step), begin, callback)
@@ -91,8 +99,8 @@ def newton(
     except KeyboardInterrupt:
         run.stop = interrupted(run.step)
     finally:
-        if not stored:
-            run.state = replace(run.state, phi=None)
+        run.eta = cast(run.eta, dtype)
+        run.state = replace(run.state, phi=cast(run.state.phi, dtype) if stored and run.state.phi is not None else None)
 
 
 def _period(

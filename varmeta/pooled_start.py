@@ -76,7 +76,7 @@ def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] =
 
     def fn(row: Tree) -> Tensor:
         # one "task" whose parameters are all of eta's
-        return _total(model, batch, eta | {name: row[name].squeeze(0) for name in moving}).reshape(1)
+        return pooled_loss(model, batch, eta | {name: row[name].squeeze(0) for name in moving}).reshape(1)
 
     start = {name: eta[name].detach().unsqueeze(0) for name in moving}
     solution = minimize(fn, start, NewtonCG(), max_steps=100)
@@ -88,7 +88,7 @@ def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] =
     return (best, information) if bool(torch.isfinite(information).all()) else None
 
 
-def _total(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
+def pooled_loss(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The loss of all tasks with every weight at theta0, a scalar."""
     objective = Objective(model, Delta())
     phi = objective.guide.init(model, eta, batch.support)
@@ -99,4 +99,6 @@ def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The mean Hessian of one observation's loss in theta0, `(D, D)`."""
     weights, count = model.weights, batch.support.mask.sum().clamp(min=1)
     hessian = torch.autograd.functional.hessian
-    return hessian(lambda theta: _total(model, batch, eta | weights.unflatten(theta)), weights.flatten(eta)) / count
+    return (
+        hessian(lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)), weights.flatten(eta)) / count
+    )

@@ -16,6 +16,7 @@ from varmeta import chunks, summary
 from varmeta._points import check_columns
 from varmeta.bayes import constants
 from varmeta.bayes.expectation import Cubature
+from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.fast import adapt, check_compile
 from varmeta.hyper.conditional import is_linear_gaussian
@@ -199,6 +200,7 @@ class Fit:
         solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
         fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.is_noisy(self.problem)
+        fixed = fixed or kinked(self.model, batch, self.eta) is not None  # by Adam's steps
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
             bad = [
                 name for name, code in zip(batch.names, solution.result.tolist(), strict=True) if code == solution.worst

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varmeta.buckets import elbo_losses
 from varmeta.hyper.family import Curvature
+from varmeta.in_double import in_double
 from varmeta.joint_newton import newton_applies
 
 if TYPE_CHECKING:
@@ -36,14 +37,16 @@ def standard_errors(fit: Fit) -> dict[str, Tensor] | None:
         return None
     if not newton_applies(fit.strategy, fit.problem, batch, fit.eta):
         return None
-    hessian = Curvature(elbo_losses(fit.problem, batch), phi, fit.eta, fit.model.penalty).hessian
+    wide = in_double(fit.problem, batch, phi, fit.eta)
+    batch, phi, eta = (batch, phi, fit.eta) if wide is None else wide
+    hessian = Curvature(elbo_losses(fit.problem, batch), phi, eta, fit.model.penalty).hessian
     block = torch.cat([torch.full((value.numel(),), name in names) for name, value in fit.eta.items()]).to(
         hessian.device
     )
     factor, info = torch.linalg.cholesky_ex(hessian[block][:, block])
     if int(info) or not bool(factor.isfinite().all()):
         return None
-    errors = torch.cholesky_inverse(factor).diagonal().sqrt()
+    errors = torch.cholesky_inverse(factor).diagonal().sqrt().to(next(iter(fit.eta.values())))
     ordered = [name for name in fit.eta if name in names]
     parts = errors.split([fit.eta[name].numel() for name in ordered])
     return {name: part.reshape(fit.eta[name].shape) for name, part in zip(ordered, parts, strict=True)}

@@ -28,13 +28,14 @@ from torch import Tensor
 
 from varmeta._words import counted, kind_of
 from varmeta.bayes.guide import Guide
+from varmeta.bayes.kinks import kinked
 from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import OUTER
 from varmeta.certificate import Certificate
 from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.linear_solve import LinearSolver
-from varmeta.numerics.minimize import Minimizer
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree
 from varmeta.problem import Problem
@@ -120,6 +121,7 @@ class Strategy(ABC):
                         else "give query=(x, y), or split the support with tasks.split(...)"
                     )
                 )
+        self._check_curvature(model, tasks)
         prior = model.prior
         if for_fit and prior.learn_precision is not None:
             batch = tasks[:1].batch()
@@ -128,6 +130,22 @@ class Strategy(ABC):
                     prior.bounds_points(model.weights, len(tasks)),
                     prior.hyperprior is not None or prior.scale_hyperprior is not None,
                 )
+
+    def _check_curvature(self, model: TaskModel, tasks: TaskSet) -> None:
+        """Refuse a likelihood with kinks where its second derivative is what the answer is made of."""
+        minimizer = getattr(self, "minimizer", None)
+        by_newton = minimizer is not None and not isinstance(minimizer, FirstOrderMinimizer)
+        if not (by_newton or hasattr(self, "linear_solver")):
+            return
+        batch = tasks.batch()
+        density = kinked(model, batch, model.init(batch.support.x.new_zeros(())))
+        if density is not None:
+            raise ValueError(
+                f"the density of y, {density}, has a kink, whose curvature no second derivative sees: "
+                f"{self.describe()} would rest on a curvature that is not there.  Use vm.Joint('normal') or "
+                "vm.Joint('multivariate_normal'), whose steps are then Adam's, or a smooth density with heavy tails, such as "
+                "likelihoods.StudentT()"
+            )
 
     def _check_solvers(self) -> None:
         """The parts that a strategy may have are objects, not names, and made of plain numbers."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varmeta._words import counted
 from varmeta.bayes.guide import PyroGuide
+from varmeta.bayes.kinks import kinked
 from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.bayes.model import TaskModel
 from varmeta.blame import largest
@@ -62,6 +63,12 @@ def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strat
         raise ValueError(
             f"hyperguide={hyperguide!r} needs an expectation without noise: this model's {counted(model.weights.size, 'weight')} "
             "per task are too many, or not linear; try Joint(..., expectation='cubature')"
+        )
+    density = kinked(model, batch, eta)
+    if density is not None:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} rests on curvatures, and the density of y, {density}, has its own in a kink, where no "
+            "second derivative sees it: leave it out, or take a smooth density with heavy tails, such as likelihoods.StudentT()"
         )
     if hyperguide != "reml" and CONCENTRATION in eta:
         raise ValueError(
