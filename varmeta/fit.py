@@ -25,6 +25,7 @@ from varmeta.numerics.capture import seconds_compiling, watcher
 from varmeta.pooled_start import is_regression, pooled_start
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
+from varmeta.scaling import left_raw
 from varmeta.schedule import Decay, decay_of, label
 from varmeta.strategy import Eta, Strategy, check_kinds
 from varmeta.tasks import Batch, TaskSet
@@ -98,6 +99,8 @@ def fit(
     check_compile(compile)
     model.check(tasks)
     strategy.check(model, tasks)
+    if (sentence := left_raw(model, tasks)) is not None:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     check_hyperguide(hyperguide, model, tasks, strategy)
     if hyperguide != "delta" and not (optimizer is None and batch_size is None and budget is None):
         raise ValueError(

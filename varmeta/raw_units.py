@@ -40,7 +40,7 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     mean = torch.cat([theta[name].reshape(-1) for name in start])  # varying and shared
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)
     if TASK_SCALE in start:  # a number of its own, and the last
-        matrix[-1, -1], shift[-1] = 1.0, scaling.y_scale.to(shift).log().reshape(())
+        matrix[-1, -1], shift[-1] = 1.0, scaling.response[1].to(shift).log().reshape(())
     kind = torch.cat([torch.full((value.numel(),), name in model.shared) for name, value in start.items()])
     shared, varying = kind.nonzero().flatten(), (~kind).nonzero().flatten()
     if bool(matrix[shared][:, varying].any()):
@@ -68,7 +68,7 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
         coefficient_labels=labels,
         observation={}
         if prior.scale is None
-        else {NOISE_SCALE: prior.scale * scaling.y_scale.to(prior.scale).reshape(())},
+        else {NOISE_SCALE: prior.scale * scaling.response[1].to(prior.scale).reshape(())},
     )
 
 
@@ -114,7 +114,7 @@ def _positions(net: nn.Module | None) -> tuple[list[int], int | None]:
 def _affine_map(scaling: Scaling, slopes: list[int], intercept: int | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Matrix `(P, P)` and shift `(P,)` that take the coefficients of the scaled data to those of the raw data."""
     loc, scale = (value.to(like).reshape(-1) for value in (scaling.x_loc, scaling.x_scale))
-    y_loc, y_scale = (value.to(like).reshape(-1) for value in (scaling.y_loc, scaling.y_scale))
+    y_loc, y_scale = (value.to(like).reshape(-1) for value in scaling.response)
     if len(loc) != len(slopes):
         raise ValueError(
             f"the scaling is of {len(loc)} columns of x, but the model has {len(slopes)}: give the tasks' own"

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from varmeta._arrays import Part
+from varmeta._words import kind_of
+from varmeta.bayes.likelihood import Likelihood
 from varmeta.tasks import TaskSet
 
 if TYPE_CHECKING:
+    from varmeta.bayes.model import TaskModel
     from varmeta.learned_prior import LearnedPrior
     from varmeta.result import Fit
 
@@ -23,8 +26,10 @@ class Scaling:
     """x -> (x - x_loc) / x_scale and y -> (y - y_loc) / y_scale.
 
     x_loc, x_scale: `(*features,)`, in x's units.
-    y_loc, y_scale: `(*event,)`, in y's units; int64 0 and 1 if made from integer y, which is then left alone.
+    y_loc, y_scale: `(*event,)`, in y's units; 0 and 1 of what is no response, as of the weights of `Weighted`; int64 0 and 1
+        where integer y is left alone.
     features: mean and sd over the tasks of each feature, by name.
+    likelihood: what y was taken for; None: floating y for numbers, integers for classes or counts.
     A log density of scaled y is brought to y's units by subtracting `y_scale.log()`, summed over the event.
     """
 
@@ -33,21 +38,27 @@ class Scaling:
     y_loc: Tensor
     y_scale: Tensor
     features: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    likelihood: Likelihood | None = None
 
     @classmethod
-    def of(cls, tasks: TaskSet) -> Scaling:
-        """Pooled mean and sd of the support rows; the sd of a constant column is taken as 1."""
+    def of(cls, tasks: TaskSet, likelihood: Likelihood | None = None) -> Scaling:
+        """Pooled mean and sd of the support rows; the sd of a constant column is taken as 1.  See `TaskSet.standardized`."""
+        if not (likelihood is None or isinstance(likelihood, Likelihood)):
+            raise TypeError(
+                f"likelihood must be one of varmeta.likelihoods, such as Gaussian() or model.likelihood, "
+                f"not {kind_of(likelihood)}"
+            )
         supports = [task.support for task in tasks if task.support is not None]
         if not supports:
             raise ValueError("no task has support data, so there is nothing to take a mean of: standardize with others")
         x, y = (torch.cat([support[i] for support in supports]) for i in (0, 1))
-        y_moments = _moments(y) if y.is_floating_point() else (torch.zeros_like(y[0]), torch.ones_like(y[0]))
+        y_moments = _moments_of_y(y, likelihood, x.dtype)
         known = {name: value.double() for name, value in tasks.batch().support.features.items()}
         features = {
             name: (float(loc), float(scale))
             for name, (loc, scale) in zip(known, map(_moments, known.values()), strict=True)
         }
-        return cls(*_moments(x), *y_moments, features)
+        return cls(*_moments(x), *y_moments, features, likelihood)
 
     def apply(self, tasks: TaskSet) -> TaskSet:
         """The tasks, support and query, scaled by these numbers.  Raises ValueError where the shapes differ."""
@@ -81,11 +92,21 @@ class Scaling:
             replace(t, support=scaled(t.support, t.name), query=scaled(t.query, t.name), features=standard(t.features))
             for t in tasks
         ]
-        return TaskSet(scaled_tasks, dtype=tasks.dtype, x_names=tasks.x_names)
+        new = TaskSet(scaled_tasks, dtype=tasks.dtype, x_names=tasks.x_names)
+        new.left_raw = not self._scales_y and self.likelihood is None
+        return new
 
     def y_inverse(self, values: Tensor) -> Tensor:
-        """Scaled responses, or predictions of them, `(..., *event)`, in y's units."""
-        return values * self.y_scale.to(values) + self.y_loc.to(values) if self._scales_y else values
+        """Scaled responses, or predictions of them, `(..., *event)`, in y's units; without weights, which are no responses."""
+        loc, scale = self.response
+        return values * scale.to(values) + loc.to(values) if self._scales_y else values
+
+    @property
+    def response(self) -> tuple[Tensor, Tensor]:
+        """y_loc and y_scale of the response alone, as predictions have it."""
+        if self.likelihood is None:
+            return self.y_loc, self.y_scale
+        return self.likelihood.observed(self.y_loc), self.likelihood.observed(self.y_scale)
 
     def raw_prior(self, fit: Fit) -> LearnedPrior:
         """The prior that `fit` learned from the scaled tasks, in the data's own units: theta0, covariance, noise scale.
@@ -119,8 +140,38 @@ class Scaling:
         return self.y_loc.is_floating_point()
 
 
+def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
+    """A warning where `standardized()` took whole numbers in y for classes or counts, and the model takes them for numbers."""
+    likelihood = model.likelihood
+    supports = [task.support[1] for task in tasks if task.support is not None]
+    if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not supports:
+        return None
+    y = likelihood.observed(torch.cat(supports)).double()
+    return (
+        f"x is standardised but y, of whole numbers, is not (mean {float(y.mean()):.4g}, sd {float(y.std(correction=0)):.4g}), "
+        f"since standardized() takes them for classes or counts; {type(likelihood).__name__} takes them for numbers.  Write "
+        "tasks.standardized(model.likelihood), or give y as float"
+    )
+
+
+def _moments_of_y(y: Tensor, likelihood: Likelihood | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of y `(rows, *event)`, in `dtype` where it is scaled: 0 and 1 of what the likelihood does not take for a real number."""
+    none = torch.zeros_like(y[0]), torch.ones_like(y[0])
+    if likelihood is None:
+        return _moments(y) if y.is_floating_point() else none
+    if not likelihood.real_valued:
+        return none
+    # which entries of a row are responses, by their positions: a weight is none
+    positions = torch.arange(y[0].numel(), device=y.device).reshape(1, *y.shape[1:])
+    response = torch.isin(positions[0], likelihood.observed(positions))
+    loc, scale = _moments(y.to(dtype))
+    return torch.where(response, loc, torch.zeros_like(loc)), torch.where(response, scale, torch.ones_like(scale))
+
+
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    loc, scale = rows.mean(0), rows.std(0, correction=0)
+    # in float64: the squares of large float32 overflow, and an infinite sd makes everything 0
+    wide = rows.double()
+    loc, scale = wide.mean(0).to(rows), wide.std(0, correction=0).to(rows)
     # compared directly: rounding in the mean leaves a constant column with a tiny sd instead of 0
     constant = (rows == rows[:1]).all(0)
     return loc, torch.where(constant, torch.ones_like(scale), scale)

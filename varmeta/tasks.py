@@ -23,6 +23,7 @@ from varmeta._words import counted, kind_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from varmeta.bayes.likelihood import Likelihood
     from varmeta.scaling import Scaling
 
 __all__ = ["Batch", "Data", "Task", "TaskSet"]
@@ -82,6 +83,8 @@ class TaskSet:
     """
 
     x_names: tuple[str, ...] | None
+    # whether a scaling that was told of no likelihood left whole numbers in y as they were
+    left_raw = False
 
     def __init__(
         self, tasks: Iterable[Task], *, dtype: torch.dtype | None = None, x_names: Sequence[str] | None = None
@@ -119,6 +122,7 @@ class TaskSet:
         """The same columns with other tasks, which have been checked already."""
         new = TaskSet.__new__(TaskSet)
         new._set(tasks, self._like if like is None else like, self.x_names)
+        new.left_raw = self.left_raw
         return new
 
     @classmethod
@@ -343,8 +347,13 @@ class TaskSet:
 
         return self._derived([replace(task, support=joined(task), query=None) for task in self])
 
-    def standardized(self) -> tuple[TaskSet, Scaling]:
-        """Every x column, and y if it is floating, with mean 0 and sd 1 over all tasks' support rows pooled; features over tasks.
+    def standardized(self, likelihood: Likelihood | None = None) -> tuple[TaskSet, Scaling]:
+        """Every x column and y with mean 0 and sd 1 over all tasks' support rows pooled; features over tasks.
+
+        likelihood: says what y is.  Of Gaussian and StudentT (and a likelihood of one's own whose kind is "regression") integers
+            are numbers and are scaled too; classes, counts, log-normal responses and the weights of `Weighted` stay as they are.
+            None: floating y is scaled, all of its columns, and integers stay, of which `fit` warns where the model takes them
+            for numbers.
 
         The sd divides by the number of rows; a constant column is centred only.  Query rows are scaled with the
         support's numbers; further tasks with `Scaling.apply`.  Raises ValueError where no task has support data.
@@ -352,10 +361,14 @@ class TaskSet:
         >>> tasks, scaling = TaskSet([Task(support=([1.0, 3.0], [10.0, 10.0]))]).standardized()
         >>> tasks[0].support[0].tolist(), scaling.y_loc.item(), scaling.y_scale.item()
         ([-1.0, 1.0], 10.0, 1.0)
+        >>> from varmeta import likelihoods
+        >>> tasks, scaling = TaskSet([Task(support=([1.0, 3.0], [10, 14]))]).standardized(likelihoods.Gaussian())
+        >>> tasks[0].support[1].tolist()
+        [-1.0, 1.0]
         """
         from varmeta.scaling import Scaling
 
-        scaling = Scaling.of(self)
+        scaling = Scaling.of(self, likelihood)
         return scaling.apply(self), scaling
 
 

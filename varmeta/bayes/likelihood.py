@@ -45,6 +45,11 @@ class Likelihood(Remembers, ABC):
 
     has_hyperprior = False
 
+    @property
+    def real_valued(self) -> bool:
+        """Whether y may be shifted and scaled, and so whether integers in it are numbers, no classes and no counts."""
+        return self.kind == "regression"
+
     @abstractmethod
     def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
         """The distribution of the observations; `y` only for what it says about the design (numbers of trials)."""

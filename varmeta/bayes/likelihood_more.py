@@ -17,6 +17,8 @@ CONCENTRATION, GAPS = "log_concentration", "log_gaps"
 class LogNormal(LocationScale):
     """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is that of log y."""
 
+    real_valued = False  # a shift would leave the support
+
     def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         return dist.LogNormal(loc, scale)
 
