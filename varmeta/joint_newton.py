@@ -30,8 +30,9 @@ UNDETERMINED = "the data can hardly tell"
 WHY_IT_ENDED = {
     Result.STEP_LIMIT: "give more by num_steps (or go on with resume=), or standardise the data: tasks.standardized()",
     Result.STAGNATED: "no step lowers the objective, although it is not flat: use float64 data, or standardise them",
-    Result.DIVERGED: "the objective is not finite any more: standardise the data (tasks.standardized()), or start nearer with "
-    "GaussianPrior(precision=...)",
+    Result.DIVERGED: "the objective is not finite any more: standardise the data (tasks.standardized()), start nearer, by "
+    "tensors in params or GaussianPrior(loc=...), with a narrower prior, GaussianPrior(precision=1.0), or use "
+    "vm.Implicit('laplace'), which looks at each task's mode alone",
 }
 
 

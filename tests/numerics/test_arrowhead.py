@@ -456,3 +456,26 @@ def test_wrong_arguments_are_refused(phi, eta, options, error, words):
 def test_wrong_functions_are_refused(fn, words):
     with pytest.raises(ValueError, match=words):
         minimize_jointly(fn, {"w": torch.zeros(2)}, {})
+
+
+class _NoSlopeBeyond(torch.autograd.Function):
+    """The identity, whose derivative is lost beyond 2: an exponential that overflows inside a curve that has levelled off."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return torch.where(ctx.saved_tensors[0] > 2.0, torch.nan, gradient)
+
+
+def test_the_loss_of_a_run_that_breaks_off_is_that_of_the_point_returned() -> None:
+    def fn(phi: dict[str, torch.Tensor], eta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (_NoSlopeBeyond.apply(phi["w"]) - 3.0) ** 2 + (eta["e"] - 1.0) ** 2
+
+    start = {"w": torch.tensor([0.0], dtype=torch.float64)}, {"e": torch.tensor(0.0, dtype=torch.float64)}
+    solution = minimize_jointly(fn, *start)
+    assert solution.result == Result.DIVERGED
+    assert solution.stats["loss"][-1] == float(fn(solution.phi, solution.eta).sum())

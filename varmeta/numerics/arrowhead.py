@@ -114,14 +114,17 @@ def minimize_jointly(
     eps = torch.finfo(x.dtype).eps
     tolerance = max(tolerance, 1e-6 if eps > 1e-10 else 1e-14)
     losses, total = problem.loss(x, e)
-    history, last, damping, was_small = [total], (x, e, losses), 0.0, False
+    history, last, before, damping, was_small = [total], (x, e, losses), total, 0.0, False
     result, decrement, steps = Result.STEP_LIMIT, math.nan, 0
     while steps < max_steps:
         model = Quadratic(problem, x, e, losses)
         if not model.finite:
             result = Result.DIVERGED if steps else Result.NON_FINITE
             x, e, losses = last
+            if steps:  # the value of the point that is returned
+                history.append(before)
             break
+        before = total
         last, slack = (x, e, losses), 10 * eps * max(1.0, float(losses.abs().sum()))
         decrement, limit = model.decrement_phi + model.decrement_eta, tolerance * max(1.0, abs(total))
         small = decrement <= limit
