@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from varmeta._arrays import Part
+from varmeta._arrays import Part, to_dtype
 
 
 def like_of(
@@ -56,9 +56,18 @@ def like_of(
     )
 
 
-def fit_to(parts: list[Part | None], like: Part) -> list[Part | None]:
-    """Parts in the dtypes of `like`; one without rows is None."""
-    return [None if p is None or not len(p[0]) else (p[0].to(like[0].dtype), p[1].to(like[1].dtype)) for p in parts]
+def fit_to(parts: list[Part | None], like: Part, names: Sequence[str], what: str) -> list[Part | None]:
+    """Parts in the dtypes of `like`; one without rows is None.  Raises ValueError for what these dtypes cannot hold."""
+    return [
+        None if part is None or not len(part[0]) else in_dtypes(part, (like[0].dtype, like[1].dtype), name, what)
+        for part, name in zip(parts, names, strict=True)
+    ]
+
+
+def in_dtypes(part: Part, dtypes: tuple[torch.dtype | None, torch.dtype | None], name: str | None, what: str) -> Part:
+    """x and y in other dtypes, None for as they are; `what` as in "support"."""
+    who = f"task {name!r}: {what}"
+    return to_dtype(part[0], dtypes[0], f"{who} x"), to_dtype(part[1], dtypes[1], f"{who} y")
 
 
 def check_names(names: Sequence[str] | None, x: Tensor | None) -> tuple[str, ...] | None:

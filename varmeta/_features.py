@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta._arrays import to_dtype
 from varmeta._words import kind_of
 
 
@@ -38,7 +39,11 @@ def as_features(given: Sequence[Any], names: Sequence[str]) -> list[dict[str, fl
 def stacked(tasks: Sequence[Mapping[str, float]], like: Tensor) -> dict[str, Tensor]:
     """The features of all tasks by name, `(tasks,)`, in the dtype and on the device of `like`."""
     return {
-        name: torch.tensor([task[name] for task in tasks], dtype=torch.float64).to(like)
+        name: to_dtype(
+            torch.tensor([task[name] for task in tasks], dtype=torch.float64),
+            like.dtype,
+            f"the feature {name!r} of the tasks",
+        ).to(like)
         for name in (tasks[0] if tasks else ())
     }
 

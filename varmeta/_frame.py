@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from varmeta._arrays import LARGEST
 from varmeta._words import counted
 
 if TYPE_CHECKING:
@@ -124,6 +125,12 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         first = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(f"column {name!r} is {array[first]} in {rows_of(first)}: drop the row or impute it")
+    if array.dtype.kind == "u" and array.size and array.max() > LARGEST:
+        first = int(array.argmax())
+        raise ValueError(
+            f"column {name!r} is {array[first]} in {rows_of(first)}, beyond the integers that are kept (int64, up to {LARGEST}): "
+            "give floats, or labels 0, 1, 2, ..."
+        )
     return array if array.dtype.kind == "f" else array.astype(np.int64)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._arrays import as_tensor, refuse_non_finite
+from varmeta._arrays import as_tensor, refuse_non_finite, to_dtype
 from varmeta.bayes.model import TaskModel
 from varmeta.tasks import Batch, Data, Task, TaskSet
 
@@ -53,7 +53,7 @@ def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data
     padded = like.new_zeros(len(parts), longest, *parts[0].shape[1:])
     mask = torch.zeros(len(parts), longest, dtype=torch.bool, device=like.device)
     for index, part in enumerate(parts):
-        padded[index, : len(part)] = part.to(like)
+        padded[index, : len(part)] = to_dtype(part, like.dtype, f"x of task {names[index]!r}")
         mask[index, : len(part)] = True
     return Data(padded, padded.new_zeros(len(parts), longest), mask)
 

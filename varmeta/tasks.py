@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varmeta._arrays import Part, as_part
-from varmeta._common import check_names, fit_to, like_of
+from varmeta._common import check_names, fit_to, in_dtypes, like_of
 from varmeta._features import as_features, stacked
 from varmeta._frame import Columns, features_of_frame, parts_of_frame
 from varmeta._padding import Batch, Data, cast, pad
@@ -72,8 +72,9 @@ class TaskSet:
     x_names: what the columns of x are called, for printing; `from_frame` knows them.
 
     Raises ValueError, naming the task and row: no tasks, a name used twice, x and y of different lengths, NaN or
-    infinity, shapes that differ between tasks or between support and query, different dtypes or devices, x_names of
-    another number, features that some tasks lack.  TypeError: what is not made of real numbers.
+    infinity, masked entries, integers beyond int64, numbers that the dtype cannot hold, shapes that differ between tasks
+    or between support and query, different dtypes or devices, x_names of another number, features that some tasks lack.
+    TypeError: what is not made of real numbers.
 
     >>> tasks = TaskSet([Task(support=([0.0, 1.0], [0.5, 1.5])), Task(support=([2.0], [2.5]), name="late")])
     >>> tasks
@@ -102,7 +103,8 @@ class TaskSet:
         queries = [as_part(t.query, f"task {name!r}: query") for t, name in zip(given, names, strict=True)]
         like = like_of(names, supports, queries, dtype)
         features = as_features([task.features for task in given], names)
-        checked = [Task(*ts) for ts in zip(fit_to(supports, like), fit_to(queries, like), names, features, strict=True)]
+        parts = fit_to(supports, like, names, "support"), fit_to(queries, like, names, "query")
+        checked = [Task(*ts) for ts in zip(*parts, names, features, strict=True)]
         some = any(part is not None for part in (*supports, *queries))
         self._set(checked, like, check_names(x_names, like[0] if some else None))
 
@@ -227,15 +229,27 @@ class TaskSet:
         return self._like[0].device
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> TaskSet:
-        """The same tasks in another precision or place; integer y stays int64."""
+        """The same tasks in another precision or place; integer y stays int64.
+
+        Raises ValueError, naming the task and row, for numbers that the dtype cannot hold.
+        """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating torch.dtype, e.g. torch.float64, not {dtype!r}; see device=")
 
-        def move(part: Part | None) -> Part | None:
-            return None if part is None else (cast(part[0], dtype, device), cast(part[1], dtype, device))
+        def move(part: Part | None, name: str | None, what: str) -> Part | None:
+            if part is None:
+                return None
+            x, y = in_dtypes(part, (dtype, dtype if part[1].is_floating_point() else None), name, what)
+            return x.to(device=device), y.to(device=device)
 
         like = cast(self._like[0], dtype, device), cast(self._like[1], dtype, device)
-        return self._derived([replace(t, support=move(t.support), query=move(t.query)) for t in self], like)
+        return self._derived(
+            [
+                replace(t, support=move(t.support, t.name, "support"), query=move(t.query, t.name, "query"))
+                for t in self
+            ],
+            like,
+        )
 
     def __repr__(self) -> str:
         count = counted(len(self), "task")
