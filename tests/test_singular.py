@@ -48,3 +48,12 @@ def test_reml_at_a_boundary_warns() -> None:
     with pytest.warns(RuntimeWarning, match="precision of intercept runs away"):
         fit = vm.fit(model, flat, hyperguide="reml")
     assert float(fit.prior.sd["intercept"]) < 0.05
+
+
+def test_laplace_says_why_it_has_no_standard_errors() -> None:
+    model = vm.TaskModel(
+        vm.LinearPredictor(["a"]).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(), shared=["a"]
+    )
+    fit = vm.fit(model, tasks(1, 1.0), vm.Implicit("laplace"), num_steps=1, compile=False)
+    assert fit.standard_errors is None
+    assert "no standard errors: Laplace" in str(fit)

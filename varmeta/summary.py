@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from varmeta.hyper.result import HyperPosterior
     from varmeta.result import Fit
 
+NO_ERRORS = (
+    "(no standard errors: Laplace's evidence has no second derivative here; those of vm.Joint('multivariate_normal') are of the "
+    "same model's bound)"
+)
+
 
 def method(fit: Fit) -> str:
     """The strategy in words; a point has no evidence lower bound, whatever the option is called."""
@@ -30,7 +35,8 @@ def long(fit: Fit) -> str:
         lines[-1] += f"; compiling took {fit.seconds_compiling:.1f} s"
     hyper = fit.hyper
     if hyper is None or hyper.hyperguide == "reml":
-        return "\n".join([*lines, "", fit.prior.table(fit.standard_errors)])
+        table = fit.prior.table(fit.standard_errors)
+        return "\n".join([*lines, "", table, *([NO_ERRORS] if fit.problem.guide.at_mode else [])])
     return "\n".join([*lines, importance(hyper), "", hyperparameters(fit)])
 
 
