@@ -14,6 +14,7 @@ from varmeta.bayes.prior import PRECISION, TRIL
 from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.separation import separated
+from varmeta.whitened import whitened_correlation
 
 if TYPE_CHECKING:
     from varmeta.hyper.result import HyperPosterior
@@ -141,7 +142,10 @@ def _singular(fit: Fit) -> str | None:
     if fit.model.prior.learn_precision != "full" or fit.model.weights.size < 2:
         return None
     correlation = fit.prior.correlation.double()
-    if not bool(correlation.isfinite().all()) or float(torch.linalg.eigvalsh(correlation)[0]) > SINGULAR:
+    # a predictor far from 0 correlates intercept and slope in any fit: judged in columns that are centred and told apart
+    judged = whitened_correlation(fit.problem, fit.tasks.batch(), fit.eta)
+    finite = bool(correlation.isfinite().all())
+    if not finite or float(torch.linalg.eigvalsh(correlation if judged is None else judged)[0]) > SINGULAR:
         return None
     values, vectors = torch.linalg.eigh(correlation)
     # the direction in which tasks do not differ, in units of the weights' prior sds

@@ -14,11 +14,12 @@ from varmeta.in_double import cast, in_double
 from varmeta.joint import Joint, Reinit
 from varmeta.numerics.arrowhead import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import detach, flatten
+from varmeta.numerics.tree import Tree, detach, flatten
 from varmeta.problem import Problem
 from varmeta.run import Callback, Run, interrupted, non_finite
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import Batch
+from varmeta.whitened import Whitened
 
 # Joint Newton assembles (m x m) blocks and a (p x p) corner; beyond this size first-order steps are cheaper.  A dense guide of
 # 14 weights and their prior are 147 numbers (200 tasks: converged in a minute, where 2,000 steps of Adam were not).
@@ -109,9 +110,16 @@ def _period(
 ) -> JointSolution:
     assert run.state.phi is not None
     first, spent = run.step, run.evaluations
+    inside = Whitened.of(problem, batch, run.eta)
+    phi, eta = (run.state.phi, run.eta) if inside is None else inside.enter(run.state.phi, run.eta)
+
+    def keep(phi: Tree, eta: Eta) -> None:
+        phi, eta = (phi, eta) if inside is None else inside.leave(phi, eta)
+        run.eta, run.state = detach(eta), replace(run.state, phi=detach(phi))
 
     def arrived(step: Step) -> None:
-        run.eta, run.state = detach(step.eta), replace(run.state, phi=detach(step.phi), step=first + step.number)
+        keep(step.phi, step.eta)
+        run.state = replace(run.state, step=first + step.number)
         run.loss = step.loss
         run.record(
             callback, step=first + step.number, loss=step.loss, evaluations=spent + step.evaluations,
@@ -119,15 +127,15 @@ def _period(
         )  # fmt: skip
 
     solution = minimize_jointly(
-        elbo_losses(problem, batch),
-        run.state.phi,
-        run.eta,
-        penalty=problem.model.penalty,
+        elbo_losses(problem, batch) if inside is None else inside.losses(),
+        phi,
+        eta,
+        penalty=problem.model.penalty if inside is None else inside.penalty,
         max_steps=max_steps,
         callback=arrived,
     )
     if not run.history:  # no step was taken
         arrived(Step(0, float(solution.stats["loss"][-1]), solution.phi, solution.eta, solution.stats["evaluations"]))
-    run.eta, run.state = detach(solution.eta), replace(run.state, phi=detach(solution.phi))
+    keep(solution.phi, solution.eta)
     run.loss = float(solution.stats["loss"][-1])
     return solution

@@ -76,7 +76,9 @@ def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] =
 
     def fn(row: Tree) -> Tensor:
         # one "task" whose parameters are all of eta's
-        return pooled_loss(model, batch, eta | {name: row[name].squeeze(0) for name in moving}).reshape(1)
+        there = eta | {name: row[name].squeeze(0) for name in moving}
+        # with what the hyperpriors say: a strict one may be far from where the data alone lead
+        return (pooled_loss(model, batch, there) + model.penalty(there)).reshape(1)
 
     start = {name: eta[name].detach().unsqueeze(0) for name in moving}
     solution = minimize(fn, start, NewtonCG(), max_steps=100)

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from varmeta.bayes.guide import Delta, Guide
 from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.likelihood import Bernoulli, Binomial, Categorical, Gaussian, Poisson
 from varmeta.bayes.likelihood_more import LogNormal, NegativeBinomial
 from varmeta.bayes.model import TaskModel
-from varmeta.linear_predictor import LinearPredictor
 
 # Their log densities are concave in the network's output.  Exact classes: a subclass may be anything.
 LOG_CONCAVE = (Gaussian, LogNormal, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
-
-
-def is_affine(model: TaskModel) -> bool:
-    """Whether the output is affine in the weights that vary, by construction: one linear layer, or the last of a chain."""
-    net = model.net
-    if model.task_weights:  # a noise scale of each task's own
-        return False
-    if type(net) is nn.Sequential and len(net) and type(net[-1]) is nn.Linear:
-        return all(name.startswith(f"{len(net) - 1}.") for name in model.weights.names)
-    return type(net) in (nn.Linear, LinearPredictor)
 
 
 def least_curvature(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -> Tensor | None:
@@ -33,7 +22,7 @@ def least_curvature(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -
     At a point theta the inner loss is 1/2 (theta - theta0)' Lambda (theta - theta0) + f_i(theta), and f_i is convex where the
     output is affine in theta and the likelihood log-concave.
     """
-    convex = is_affine(model) and type(model.likelihood) in LOG_CONCAVE
+    convex = model.is_linear and type(model.likelihood) in LOG_CONCAVE
     if not convex or not isinstance(guide, (Delta, Laplace)):
         return None
     prior = model.prior_distribution(eta)

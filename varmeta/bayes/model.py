@@ -337,6 +337,11 @@ class TaskModel(Remembers):
         """
         return self.net is not None and is_linear_in(self.net, self.weights.names)
 
+    @property
+    def all_linear(self) -> bool:
+        """Whether that holds of the shared parameters too, so that the output is linear in all of them together."""
+        return self.is_linear and linear_parameters(cast("nn.Module", self.net)).issuperset(self.shared)
+
     def looks_linear(self, tasks: TaskSet) -> bool:
         """Whether the output looks linear in the weights that vary, by second differences; of a program, True.
 

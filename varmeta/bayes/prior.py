@@ -284,7 +284,7 @@ class GaussianPrior(Remembers):
         values, vectors = torch.linalg.eigh(scale[:, None] * information * scale)
         # in units of the diagonal; collinear predictors leave directions that no observation knows
         root = scale[:, None] * (vectors * values.clamp(min=1e-4).rsqrt())
-        return self._entries(weights, *_log_precision_and_tril(torch.linalg.cholesky(root @ root.mT)))
+        return self._entries(weights, *log_precision_and_tril(torch.linalg.cholesky(root @ root.mT)))
 
     # -- where learning starts -----------------------------------------------------------------------------------------
 
@@ -326,7 +326,7 @@ class GaussianPrior(Remembers):
         if self.covariance is None:
             below = weights.size * (weights.size - 1) // 2
             return self._start_log_precision(weights, like), like.new_zeros(below)
-        return _log_precision_and_tril(torch.linalg.cholesky(self.covariance.to(like)))
+        return log_precision_and_tril(torch.linalg.cholesky(self.covariance.to(like)))
 
 
 def _check_precision(value: Any, what: str) -> Tensor:
@@ -342,7 +342,7 @@ def _check_precision(value: Any, what: str) -> Tensor:
     return tensor
 
 
-def _log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
+def log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
     """A lower triangular factor `(D, D)` as diag(exp(-log_precision / 2)) times a unit lower triangle."""
     sd = factor.diagonal()
     rows, columns = torch.tril_indices(len(sd), len(sd), -1)

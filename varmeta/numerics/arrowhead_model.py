@@ -255,7 +255,9 @@ class Quadratic:
                 100 * torch.finfo(x.dtype).eps * (c.abs() + removed.abs()).amax(-1)
             )  # what is left of two large terms
             schur = c - 0.5 * (removed + removed.mT)
-            self.eta = _convex(schur, self.reduced, losses.abs().clamp(min=1).sum(), problem.entries()[1], noise)
+            # the penalty is eta's to lower: without it a strict one allowed only steps that were far too short
+            level = losses.abs().clamp(min=1).sum() + problem.penalty(e).detach().abs()
+            self.eta = _convex(schur, self.reduced, level, problem.entries()[1], noise)
             self.decrement_eta = self.eta_decrement(self.reduced)
 
     def reduce(self, g_phi: Tensor, g_eta: Tensor) -> Tensor:
