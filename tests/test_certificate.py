@@ -114,7 +114,7 @@ def test_elsewhere_it_is_called_an_estimate() -> None:
 def test_a_dense_prior_bounds_the_curvature_too() -> None:
     model, tasks = counts()
     covariance = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 4.0]], dtype=F64)
-    dense = vm.TaskModel(model.net, vm.likelihoods.Poisson(), vm.GaussianPrior(covariance=covariance))
+    dense = vm.TaskModel(nn.Linear(2, 1).double(), vm.likelihoods.Poisson(), vm.GaussianPrior(covariance=covariance))
     descent = vm.GradientDescent(lr=1e-3)
     strategy = vm.Implicit("delta", "query", inner_steps=3, minimizer=descent, on_unconverged="ignore")
     certificate = vm.meta_gradient(dense, tasks, strategy).certificate

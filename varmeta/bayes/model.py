@@ -340,7 +340,7 @@ class TaskModel(Remembers):
     @property
     def all_linear(self) -> bool:
         """Whether that holds of the shared parameters too, so that the output is linear in all of them together."""
-        return self.is_linear and linear_parameters(cast("nn.Module", self.net)).issuperset(self.shared)
+        return self.net is not None and is_linear_in(self.net, (*self.weights.names, *self.shared))
 
     def looks_linear(self, tasks: TaskSet) -> bool:
         """Whether the output looks linear in the weights that vary, by second differences; of a program, True.
