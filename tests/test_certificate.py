@@ -112,7 +112,7 @@ def test_elsewhere_it_is_called_an_estimate() -> None:
 
 
 def test_a_dense_prior_bounds_the_curvature_too() -> None:
-    model, tasks = counts()
+    _, tasks = counts()
     covariance = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 4.0]], dtype=F64)
     dense = vm.TaskModel(nn.Linear(2, 1).double(), vm.likelihoods.Poisson(), vm.GaussianPrior(covariance=covariance))
     descent = vm.GradientDescent(lr=1e-3)
