@@ -151,7 +151,7 @@ def test_rows_of_the_table():
     flat = metrics.numbers(normals(20, 6), samples.reshape(20, 12), y.reshape(12), 0.5)
     assert row["n"] == 6
     assert {k: v for k, v in row.items() if k != "n"} == pytest.approx({k: v for k, v in flat.items() if k != "n"})
-    assert list(row) == ["n", "log_density", "rmse", "coverage", "calibration_error", "crps"]
+    assert list(row) == ["n", "log_density", "rmse", "coverage", "calibration_error", "crps", "log_density_se"]
     assert row["rmse"] == pytest.approx(np.sqrt(np.mean((samples.mean(0) - y).numpy() ** 2)))
     probs = torch.tensor([[[1.0, 0.0]], [[0.4, 0.6]]])  # the mean says class 0, with 0.7
     found = metrics.classes(torch.zeros(2, 1), probs, torch.tensor([0.0]))

@@ -372,10 +372,12 @@ def test_columns_of_the_score(kind: str, guide: str) -> None:
     assert np.isfinite(table.to_numpy(dtype=float)).all()
     assert table.loc["all", "log_density"] == pytest.approx(table["log_density"][:3].mean(), abs=1e-12)
     # the mean density over draws of the weights, taken by hand
-    log_prob, mask = posterior.log_prob(num_samples=50)
-    assert log_prob.shape == (50, 3, 3) and bool(mask.all())
+    # a linear Gaussian model needs no draws, so that only many of them agree
+    draws, close = (20_000, 0.02) if (kind, guide) == ("gaussian", "normal") else (50, 1e-10)
+    log_prob, mask = posterior.log_prob(num_samples=draws)
+    assert log_prob.shape == (draws, 3, 3) and bool(mask.all())
     by_hand = log_prob.exp().mean(0).log().mean(1)
-    assert table["log_density"].to_numpy()[:3] == pytest.approx(by_hand.numpy(), abs=1e-10)
+    assert table["log_density"].to_numpy()[:3] == pytest.approx(by_hand.numpy(), abs=close)
 
 
 def test_probabilities_of_binomial_trials_count() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -13,8 +12,8 @@ from varmeta.observations import mean_of
 from varmeta.posterior import Posterior
 from varmeta.prediction import Prediction
 
-# Points of the noise's distribution for each draw of the weights; fewer show in the bands.
-NOISE_POINTS = 20
+# Points of the noise's distribution for each draw of the weights, and for a point, which is one draw; fewer show in the bands.
+NOISE_POINTS, NOISE_POINTS_OF_ONE = 20, 1000
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ def curves(posterior: Posterior, grid: Tensor, num_samples: int, seed: int) -> C
     """
     discrete = []
 
-    def kind(site: Any) -> Tensor:
-        discrete.append(site["fn"].support.is_discrete)
-        return mean_of(site["fn"])
+    def kind(fn: dist.TorchDistribution) -> Tensor:
+        discrete.append(fn.support.is_discrete)  # type: ignore[union-attr]
+        return mean_of(fn)
 
     mean = posterior.observed(grid, kind, num_samples, seed)
     if mean.samples.dim() > 3:
@@ -48,13 +47,14 @@ def curves(posterior: Posterior, grid: Tensor, num_samples: int, seed: int) -> C
         )
     if all(discrete):
         return Curves(mean, mean, True)
-    return Curves(mean, posterior.observed(grid, lambda site: _spread(site["fn"]), num_samples, seed), False)
+    return Curves(mean, posterior.observed(grid, _spread, num_samples, seed), False)
 
 
 def _spread(fn: dist.TorchDistribution) -> Tensor:
     """Values that stand for the distribution under each draw of the weights, `(draws * NOISE_POINTS, tasks, points)`."""
+    number = NOISE_POINTS if fn.batch_shape[0] > 1 else NOISE_POINTS_OF_ONE
     if not isinstance(fn, dist.Normal):
-        return fn.sample((NOISE_POINTS,)).flatten(0, 1)
+        return torch.cat([fn.sample() for _ in range(number)])
     # the middles of equally likely parts: one random number for each point of the grid would make the band jagged
-    parts = (torch.arange(NOISE_POINTS, dtype=fn.loc.dtype, device=fn.loc.device) + 0.5) / NOISE_POINTS
+    parts = (torch.arange(number, dtype=fn.loc.dtype, device=fn.loc.device) + 0.5) / number
     return fn.icdf(parts.reshape(-1, *[1] * len(fn.batch_shape))).flatten(0, 1)

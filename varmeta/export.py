@@ -74,6 +74,7 @@ def _assemble(
     if bool(support.mask.any()):
         evaluated = posterior.evaluate(support, num_samples, seed)
         flat = support.mask
+        assert evaluated.samples is not None
         tasks = np.array(posterior.names)[flat.nonzero()[:, 0].cpu().numpy()]
         groups["posterior_predictive"] = {"y": evaluated.samples[:, flat]}
         groups["observed_data"] = {"y": evaluated.y[flat]}

@@ -173,27 +173,74 @@ def expected_calibration_error(probs: Tensor, y: Tensor, num_bins: int = 15) -> 
     return gap.abs().sum() / len(y)
 
 
-def numbers(log_probs: Tensor, samples: Tensor, y: Tensor, level: float = 0.9) -> dict[str, float]:
-    """The table's row for numeric responses; log_probs `(draws, n)`, in nats per observation averaged over n."""
+def log_density_se(log_probs: Tensor) -> float:
+    """Monte-Carlo standard error of the mean over n of `log_density(log_probs)`; log_probs `(draws, n)`.
+
+    By the delta method; NaN for a single draw.  Too small where few draws carry the mean.
+
+    >>> round(log_density_se(torch.tensor([[0.5], [1.5]]).log()), 3)
+    0.5
+    """
+    relative = (log_probs - log_density(log_probs)).exp().mean(1)  # draws serve all observations at once
+    return float(relative.std() / math.sqrt(len(relative))) if len(relative) > 1 else math.nan
+
+
+def numbers(
+    log_probs: Tensor, samples: Tensor, y: Tensor, level: float = 0.9, mean: Tensor | None = None, point: bool = False
+) -> dict[str, float]:
+    """The table's row for numeric responses; log_probs `(draws, n)`, in nats per observation averaged over n.
+
+    mean: the predictive mean, of y's shape; None: that of the samples, which has noise^2 / draws more in its square error.
+    point: the weights are known, so that a single row of log_probs has no Monte-Carlo error.
+    """
     _matched(samples, y)
     return {
         "n": len(y),
         "log_density": float(log_density(log_probs).mean()),
-        "rmse": float(rmse(_floating(samples).mean(0), y)),
+        "rmse": float(rmse(_floating(samples).mean(0) if mean is None else mean, y)),
         "coverage": float(interval_coverage(samples, y, level)),
         "calibration_error": float(calibration_error(samples, y)),
         "crps": float(crps_sample(samples, y, fair=len(samples) > 1).mean()),
+        "log_density_se": 0.0 if point else log_density_se(log_probs),
     }
 
 
-def classes(log_probs: Tensor, probs: Tensor, y: Tensor, level: float = 0.9) -> dict[str, float]:
-    """The table's row for classes; probs `(draws, n, classes)` are averaged over draws, `level` is not used."""
+def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str, float]:
+    """The same row where the predictive distribution of y `(n,)` is N(mean, sd^2), exactly.
+
+    CRPS: sd (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)) with z = (y - mean) / sd (Gneiting and Raftery 2007).
+
+    >>> row = normal(torch.tensor([0.0]), torch.tensor([2.0]), torch.tensor([3.0]))
+    >>> row["rmse"], row["coverage"], round(row["crps"], 3)
+    (3.0, 1.0, 1.991)
+    """
+    if not len(y):
+        raise ValueError("there is nothing to judge: give an observation")
+    z = (y - mean) / sd
+    below = torch.special.ndtr(z)
+    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+    inside = ((1 - level) / 2 <= below) & (below <= (1 + level) / 2)
+    crps = sd * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    return {
+        "n": len(y),
+        "log_density": float((-0.5 * z.square() - sd.log() - 0.5 * math.log(2 * math.pi)).mean()),
+        "rmse": float(rmse(mean, y)),
+        "coverage": float(torch.where(below.isnan(), math.nan, inside.to(y.dtype)).mean()),
+        "calibration_error": float(calibration_error(below)),
+        "crps": float(crps.mean()),
+        "log_density_se": 0.0,
+    }
+
+
+def classes(log_probs: Tensor, probs: Tensor, y: Tensor, level: float = 0.9, point: bool = False) -> dict[str, float]:
+    """The table's row for classes; probs `(draws, n, classes)` are averaged over draws, `level` is not used; point as above."""
     predictive = probs.mean(0)
     return {
         "n": len(y),
         "log_density": float(log_density(log_probs).mean()),
         "error_rate": float(error_rate(predictive, y)),
         "calibration_error": float(expected_calibration_error(predictive, y)),
+        "log_density_se": 0.0 if point else log_density_se(log_probs),
     }
 
 

@@ -19,18 +19,21 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Observations under draws: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, samples `(draws, tasks, points,
-    ...)`; for classes their probabilities, classes last.
+    """Observations under draws of the weights: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, 0 in the padding.
 
     weighted: log_prob times how often each observation counts, which is what it adds to the log joint density.
+    mean: an observation's mean under each draw, `(draws, tasks, points, ...)`, None where the distribution does not tell.
+    probs: for classes their probabilities, classes last.  samples: draws of observations, where asked for.
+    Of a point there is one draw of the weights, under which the samples are drawn all the same.
     """
 
     data: Data
     y: Tensor
     log_prob: Tensor
     weighted: Tensor
-    samples: Tensor
+    mean: Tensor | None
     probs: Tensor | None
+    samples: Tensor | None
 
 
 @contextlib.contextmanager
@@ -63,6 +66,28 @@ def observed_site(trace: poutine.Trace) -> Any:
 def class_probabilities(fn: dist.TorchDistribution) -> Tensor:
     """`(..., classes)`; for a Bernoulli, of 0 and of 1."""
     return torch.stack([1.0 - fn.probs, fn.probs], -1) if isinstance(fn, dist.Bernoulli) else fn.probs
+
+
+def samples_more(trace: poutine.Trace) -> bool:
+    """Whether the program draws other numbers than the observations, on which they depend."""
+    drawn = [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not (site["is_observed"] or poutine.util.site_is_subsample(site))
+        and name != SITE
+    ]
+    return len(drawn) > 1
+
+
+def known_mean(fn: dist.TorchDistribution) -> Tensor | None:
+    """The mean, NaN where there is none (Cauchy's); None for classes and where the distribution does not tell."""
+    if isinstance(fn, dist.Categorical):
+        return None
+    try:
+        return fn.mean
+    except NotImplementedError:
+        return None
 
 
 def mean_of(fn: dist.TorchDistribution) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta import metrics
 from varmeta._numbers import whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
@@ -22,9 +21,19 @@ from varmeta.diagnostics import diagnose, evidence
 from varmeta.labels import parameter_labels
 from varmeta.numerics import noise
 from varmeta.numerics.tree import Tree, take
-from varmeta.observations import Evaluated, class_probabilities, mean_of, observed_site, quiet_scope
+from varmeta.observation_noise import TaskNoise
+from varmeta.observations import (
+    Evaluated,
+    class_probabilities,
+    known_mean,
+    mean_of,
+    observed_site,
+    quiet_scope,
+    samples_more,
+)
 from varmeta.prediction import Prediction
 from varmeta.problem import Problem
+from varmeta.scoring import normal_predictive, row_of
 from varmeta.tasks import Data, TaskSet
 
 if TYPE_CHECKING:
@@ -153,29 +162,45 @@ class Posterior:
         shape than those of the training tasks, and for arrays of different lengths where the model's rows depend on each
         other; TypeError for what is no array.
         """
-        return self.observed(x, lambda site: site["value"], num_samples, seed)
+        data, theta = self._new(x), self._theta(num_samples, seed)
+        parts = []
+        with quiet_scope(seed, data.x.device), TaskNoise(seed, self._batch.ids, data.mask) as stream:
+            for trace in self.traces(theta[:1] if self.is_point else theta, data, None, stream):
+                if self.is_point and samples_more(trace):  # what it draws besides y is drawn anew for each draw of y
+                    parts = [observed_site(t)["value"] for t in self.traces(theta, data, None, stream)]
+                elif self.is_point:
+                    parts = list(_sampled(observed_site(trace)["fn"], theta, data, stream))
+                else:
+                    parts.append(observed_site(trace)["value"])
+        return Prediction(torch.cat(parts), data.mask, self.names)
 
     def expected(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
         """Draws of the mean of an observation at x: of a probability, a rate, a curve, without the noise of single observations.
 
         x: as for `predict`.  For classes their probabilities, in a last axis; for `Binomial` without `total_count`, of one
         trial.  Its interval says where the mean is, that of `predict` where an observation will be.
+        Of a point (a delta guide) the mean is known: one draw, whatever num_samples.
 
         Raises ValueError as `predict`, and where the observations' distribution has no mean.
         """
-        return self.observed(x, lambda site: mean_of(site["fn"]), num_samples, seed)
+        return self.observed(x, mean_of, num_samples, seed)
 
-    def observed(self, x: Any, read: Callable[[Any], Tensor], num_samples: int = 1000, seed: int = 0) -> Prediction:
-        """What `read` takes from the site (a dict of Pyro's, with "fn" and "value") of the observations at x, draws first."""
-        data = points(x, self.names, self.trained, self._batch.support.x)
-        check_padding(self.model, data, with_y=False)
-        rows, _ = data.filled
-        with quiet_scope(seed, self._batch.support.x.device):
+    def observed(
+        self, x: Any, read: Callable[[dist.TorchDistribution], Tensor], num_samples: int = 1000, seed: int = 0
+    ) -> Prediction:
+        """What `read` takes from the observations' distribution at x, under each draw of the weights; a point is one draw."""
+        data = self._new(x)
+        with quiet_scope(seed, data.x.device), TaskNoise(seed, self._batch.ids, data.mask) as stream:
             parts = [
-                read(observed_site(poutine.trace(self._program(theta)).get_trace(eta, rows, None)))
-                for eta, theta in self._slices(self._theta(num_samples, seed), data)
+                read(observed_site(trace)["fn"])
+                for trace in self.traces(self._theta(1 if self.is_point else num_samples, seed), data, None, stream)
             ]
         return Prediction(torch.cat(parts), data.mask, self.names)
+
+    def _new(self, x: Any) -> Data:
+        data = points(x, self.names, self.trained, self._batch.support.x)
+        check_padding(self.model, data, with_y=False)
+        return data
 
     def log_prob(self, query: Any = None, num_samples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
         """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in the padding; and the
@@ -184,8 +209,10 @@ class Posterior:
         Densities, so that the weights of `Weighted`, or of `poutine.scale`, are not in them.
         """
         data = scored(query, self._batch, self.model, self.trained)
-        evaluated = self.evaluate(data, num_samples, seed)
-        return evaluated.log_prob, evaluated.data.mask
+        evaluated = self.evaluate(data, num_samples, seed, sampled=False)
+        log_prob = evaluated.log_prob
+        # of a point every draw is the same
+        return log_prob.expand(whole_number("num_samples", num_samples), *log_prob.shape[1:]), evaluated.data.mask
 
     def score(self, query: Any = None, num_samples: int = 1000, seed: int = 0, level: float = 0.9) -> pd.DataFrame:
         """How well the tasks' held-out observations are predicted: one row per task, and "all" over all observations.
@@ -196,7 +223,11 @@ class Posterior:
         Columns: n; log_density (nats per observation, of the predictive distribution, whatever weight the observation has in
         the fit); for numbers rmse, coverage of the
             central `level` interval, calibration_error and crps; for classes error_rate and calibration_error.
-        A task without data to score gets no row.
+        The rmse is of the predictive mean, without the noise of single observations.
+        Exact, without draws, where the model is known to be linear and Gaussian (`nn.Linear`, `LinearPredictor` or a last layer
+            under `likelihoods.Gaussian`, eta a point).  Otherwise by draws: `table.attrs["log_density_se"]` has the Monte-Carlo
+            standard error of each row's log_density, 0 where it is exact or the guide is a point.
+        A task without data to score gets no row.  A task's row does not depend on the other tasks.
 
         Raises ValueError for other tasks, another number or order of them, data that the model refuses, and where there
         is nothing to score.
@@ -206,9 +237,7 @@ class Posterior:
         data = scored(query, self._batch, self.model, self.trained)
         if not bool(data.mask.any()):
             raise ValueError("there is nothing to score: none of the tasks has query data")
-        evaluated = self.evaluate(data, num_samples, seed)
-        table = metrics.numbers if evaluated.probs is None else metrics.classes
-        predicted = evaluated.samples if evaluated.probs is None else evaluated.probs
+        row = row_of(self, data, num_samples, seed, level)
         index, rows = [], []
         for number, name in enumerate((*self.names, "all")):
             mask = data.mask.clone()
@@ -216,8 +245,15 @@ class Posterior:
                 mask[:number], mask[number + 1 :] = False, False
             if bool(mask.any()):
                 index.append(name)
-                rows.append(table(evaluated.log_prob[:, mask], predicted[:, mask], evaluated.y[mask], level))
-        return pd.DataFrame(rows, index=pd.Index(index, name="task"))
+                rows.append(row(mask))
+        errors = {name: found.pop("log_density_se") for name, found in zip(index, rows, strict=True)}
+        table = pd.DataFrame(rows, index=pd.Index(index, name="task"))
+        table.attrs["log_density_se"] = errors
+        return table
+
+    def normal_predictive(self, data: Data) -> tuple[Tensor, Tensor] | None:
+        """Mean and sd of every observation in `data`, `(tasks, points)`, where it is known to be normal; else None."""
+        return normal_predictive(self, data)
 
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """The log evidence log p(y_i | eta) of every task's support data by importance sampling, beside the bound; in nats.
@@ -298,37 +334,62 @@ class Posterior:
 
     def _program(self, theta: Tensor) -> Any:
         def program(eta: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
-            with pyro.plate("tasks", x.shape[0], dim=-2), pyro.plate("data", x.shape[1], dim=-1):
+            with (
+                pyro.plate("draws", len(theta), dim=-3),
+                pyro.plate("tasks", x.shape[0], dim=-2),
+                pyro.plate("data", x.shape[1], dim=-1),
+            ):
                 return self.model.observe(theta, eta, x, y)
 
         return program
+
+    def traces(self, theta: Tensor, data: Data, y: Tensor | None, stream: TaskNoise) -> Iterator[poutine.Trace]:
+        """The program's traces under slices of the draws theta, sampling from `stream`."""
+        x, first = data.filled[0], 0
+        for eta, part in self._slices(theta, data):
+            stream.at(first, len(part))
+            yield poutine.trace(self._program(part)).get_trace(eta, x, y)
+            first += len(part)
 
     def _slices(self, theta: Tensor, data: Data) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         """Draws with the eta that they belong to, a few at a time."""
         yield from ((self.eta, part) for part in _chunks(theta, data))
 
-    def evaluate(self, data: Data, num_samples: int, seed: int) -> Evaluated:
-        """Log densities, draws and (for classes) probabilities of the observations in `data`."""
-        log_probs, weighted, samples, probs = [], [], [], []
-        x, y = data.filled
-        with quiet_scope(seed, self._batch.support.x.device):
-            for eta, theta in self._slices(self._theta(num_samples, seed), data):
-                trace = poutine.trace(self._program(theta)).get_trace(eta, x, y)
+    def evaluate(self, data: Data, num_samples: int, seed: int, sampled: bool | None = True) -> Evaluated:
+        """Log densities, means, probabilities (for classes) and draws of the observations in `data`.
+
+        sampled: whether to draw observations; None: of numbers, not of classes.
+        """
+        log_probs, means, probs, y = [], [], [], data.filled[1]
+        samples: list[Tensor] = []
+        weighted = []
+        theta = self._theta(num_samples, seed)
+        own = theta[:1] if self.is_point else theta
+        with quiet_scope(seed, data.x.device), TaskNoise(seed, self._batch.ids, data.mask) as stream:
+            for trace in self.traces(own, data, y, stream):
                 # where, not a product: the density of padding may be anything
                 log_probs.append(torch.where(data.mask, observed_log_prob(trace, weighted=False), 0.0))
                 weighted.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
                 site = observed_site(trace)
-                samples.append(site["fn"].sample())
-                if isinstance(site["fn"], (dist.Bernoulli, dist.Categorical)):
-                    probs.append(class_probabilities(site["fn"]))
-        return Evaluated(
-            data,
-            site["value"],
-            torch.cat(log_probs),
-            torch.cat(weighted),
-            torch.cat(samples),
-            torch.cat(probs) if probs else None,
-        )
+                fn = site["fn"]
+                classes = isinstance(fn, (dist.Bernoulli, dist.Categorical))
+                means.append(known_mean(fn))
+                if classes:
+                    probs.append(class_probabilities(fn))
+                if sampled or (sampled is None and not classes):
+                    samples += _sampled(fn, theta, data, stream) if self.is_point else [fn.sample()]
+        known = [mean for mean in means if mean is not None]
+        joined = (torch.cat(parts) if parts else None for parts in (known, probs, samples))
+        return Evaluated(data, site["value"], torch.cat(log_probs), torch.cat(weighted), *joined)
+
+
+def _sampled(fn: dist.TorchDistribution, theta: Tensor, data: Data, stream: TaskNoise) -> Iterator[Tensor]:
+    """As many draws as theta has, of observations whose distribution `(1, tasks, points)` is one for all of them."""
+    first = 0
+    for part in _chunks(theta, data):
+        stream.at(first, len(part))
+        yield fn.expand((len(part), *fn.batch_shape[1:])).sample()
+        first += len(part)
 
 
 def _chunks(theta: Tensor, data: Data) -> tuple[Tensor, ...]:

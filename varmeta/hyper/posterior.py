@@ -86,6 +86,10 @@ class IntegratedPosterior(Posterior):
 
     diagnose = evidence
 
+    def normal_predictive(self, data: Data) -> tuple[Tensor, Tensor] | None:
+        """None: a mixture over eta is not normal."""
+        return None
+
     def eta_draws(self, num_samples: int) -> dict[str, Tensor]:
         """The eta behind each of as many draws, `(num_samples, ...)`."""
         at = self._at(num_samples)

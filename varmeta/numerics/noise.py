@@ -52,11 +52,19 @@ def normal(
 
 
 def uniform(
-    seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype = torch.float64
+    seed: int | Tensor,
+    step: int | Tensor,
+    ids: Tensor,
+    num: int,
+    size: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    first: int = 0,
 ) -> Tensor:
     """Uniform draws `(num, tasks, size)` in the open interval (0, 1); never 0 or 1, so logarithms are finite.
 
     Arguments, errors and invariances as for `normal`, but independent of it; more coordinates begin with fewer too.
+    first: the number of the first draw; `uniform(..., num=5)[3:]` is `uniform(..., num=2, first=3)`.
     Resolution: 2^-52 in float64, 2^-23 in float32.
 
     >>> draws = uniform(7, 0, torch.tensor([3]), num=1000, size=1)
@@ -64,7 +72,7 @@ def uniform(
     (True, True, 0.5)
     """
     _check(seed, step, ids, num, size, dtype)
-    return _open_unit(_absorb(_address(seed, step, ids, num, stream=1), _counting(size, ids)), dtype)
+    return _open_unit(_absorb(_address(seed, step, ids, num, stream=1, first=first), _counting(size, ids)), dtype)
 
 
 def task_id(name: str) -> int:
@@ -100,12 +108,12 @@ def _shift(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _address(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, stream: int) -> Tensor:
+def _address(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, stream: int, first: int = 0) -> Tensor:
     """One hash for every draw and task, int64 `(num, tasks, 1)`; `stream` separates the kinds of number."""
     h = torch.zeros((), dtype=torch.int64, device=ids.device)
     for value in (stream, seed, step):
         h = _absorb(h, value if isinstance(value, Tensor) else torch.full_like(h, _signed(value)))
-    return _absorb(_absorb(h, ids.reshape(-1, 1)), _counting(num, ids).reshape(-1, 1, 1))
+    return _absorb(_absorb(h, ids.reshape(-1, 1)), _counting(num, ids).reshape(-1, 1, 1) + first)
 
 
 def _counting(size: int, like: Tensor) -> Tensor:
