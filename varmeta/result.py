@@ -35,6 +35,11 @@ from varmeta.tightness import can_be_exact, cost, is_tight
 if TYPE_CHECKING:
     import pandas as pd
 
+FAR = (
+    "a loss or gradient is not finite on the way, so that what is returned for it is not its posterior: its data may lie very "
+    "far from what the prior expects; look at them, and at their units"
+)
+
 
 class Fit:
     """A learned prior, with the tasks' posteriors and the record of the run."""
@@ -207,7 +212,7 @@ class Fit:
             ]
             warnings.warn(
                 f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} first: "
-                f"{solution.worst.sentence}",
+                + (FAR if solution.worst == Result.NON_FINITE else solution.worst.sentence),
                 RuntimeWarning,
                 stacklevel=2,
             )
