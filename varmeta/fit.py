@@ -23,6 +23,7 @@ from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
 from varmeta.numerics.capture import seconds_compiling, watcher
 from varmeta.pooled_start import is_regression, pooled_start
+from varmeta.responses import one_scale_for_all
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
 from varmeta.scaling import left_raw
@@ -99,8 +100,9 @@ def fit(
     check_compile(compile)
     model.check(tasks)
     strategy.check(model, tasks)
-    if (sentence := left_raw(model, tasks)) is not None:
-        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
+        if sentence is not None:
+            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     check_hyperguide(hyperguide, model, tasks, strategy)
     if hyperguide != "delta" and not (optimizer is None and batch_size is None and budget is None):
         raise ValueError(

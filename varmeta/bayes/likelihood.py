@@ -146,6 +146,8 @@ class LocationScale(Likelihood):
 class Gaussian(LocationScale):
     """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
 
+    Several responses share the scale: bring them to one (`TaskSet.standardized`), or write a Pyro program with `to_event(1)`.
+
     scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`; flat where left out.
     per_task: each task has a scale of its own, whose logarithm is a weight `log_noise` of the task, drawn from the prior as its
         other weights are; `scale` is where its theta0 starts.
