@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -48,10 +49,12 @@ def test_toenail_shows_in_the_diagnostics() -> None:
     found: dict[str, Any] = {}
     for name, strategy in {
         "laplace": vm.Implicit("laplace"),
-        "cubature": vm.Joint("normal"),
+        "cubature": vm.Joint("normal", expectation="cubature"),
         "quantiles": vm.Joint("normal", expectation="quantiles"),
     }.items():
-        fit = vm.fit(case.model(), case.tasks(), strategy, compile=False, progress=False)
+        said = "nats (above|below) -log evidence" if name != "laplace" else None
+        with pytest.warns(RuntimeWarning, match=said) if said else contextlib.nullcontext():
+            fit = vm.fit(case.model(), case.tasks(), strategy, compile=False, progress=False)
         found[name] = {**fit.posterior().evidence(20_000).loc["all"], "sd": float(fit.prior.sd["intercept"])}
     exact = case.references()["lme4, quadrature"]
     for name in ("laplace", "cubature"):

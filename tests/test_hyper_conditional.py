@@ -13,8 +13,9 @@ from torch import Tensor
 
 import varmeta as vm
 from varmeta.buckets import buckets, elbo_losses
-from varmeta.hyper.conditional import conditionals, is_linear_gaussian, nodes, normal_points
+from varmeta.hyper.conditional import conditionals, is_linear_gaussian
 from varmeta.hyper.rows import rowwise
+from varmeta.numerics.quadrature import nodes, normal_points
 from varmeta.numerics.tree import map_tree
 
 F64 = torch.float64

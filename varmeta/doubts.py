@@ -14,6 +14,7 @@ from varmeta.bayes.prior import PRECISION, TRIL
 from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.separation import separated
+from varmeta.tightness import far_from_evidence
 from varmeta.whitened import whitened_correlation
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     # a covariance that loses rank is a narrow, curved valley; precisions that are still on their way are not judged
     spread = [_one_task(fit)] if _one_task(fit) else [None if unfinished else _runaways(fit), _singular(fit)]
     noise, counts = None if unfinished else _vanishing_noise(fit), _no_overdispersion(fit)
-    found += [sentence for sentence in (*spread, noise, counts, separation) if sentence]
+    far = far_from_evidence(fit) if fit.converged else None
+    found += [sentence for sentence in (*spread, noise, counts, separation, far) if sentence]
     explained = {
         name
         for name in fit.eta

@@ -11,14 +11,17 @@ import torch
 
 from varmeta import chunks
 from varmeta._numbers import positive_number, whole_number
+from varmeta.bayes.convex import LOG_CONCAVE
 from varmeta.bayes.guides import default_guide
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.blame import drowning_at_start
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
 from varmeta.fast import check_compile
 from varmeta.hyper.fit import check_hyperguide, integrate
+from varmeta.implicit import Implicit
 from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
 from varmeta.numerics.capture import seconds_compiling, watcher
@@ -55,8 +58,10 @@ def fit(
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
-    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Joint("multivariate_normal")`
-        for up to 20 weights per task, a dense prior (`learn_precision="full"`) or a hyperguide, else `Joint("normal")`.
+    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Implicit("quadrature")` for a
+        linear predictor with one weight per task under a log-concave likelihood that is not Gaussian, without optimizer,
+        batch size or budget; `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior (`learn_precision="full"`) or a
+        hyperguide; else `Joint("normal")`.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
@@ -91,8 +96,10 @@ def fit(
     >>> result.converged
     True
     """
+    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
+    free = optimizer is None and batch_size is None and budget is None
     if strategy is None:
-        strategy = resume.strategy if isinstance(resume, Fit) else _default_strategy(model, hyperguide)
+        strategy = resume.strategy if isinstance(resume, Fit) else _default_strategy(model, hyperguide, free)
     if hyperguide is None:
         hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
@@ -111,8 +118,6 @@ def fit(
     problem = strategy.problem(model, tasks, seed)
     chunks.check(task_chunk_size, problem)
     whole = tasks.batch()
-    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
-    free = optimizer is None and batch_size is None and budget is None
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the model starts
     free = free and kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
     resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
@@ -175,9 +180,13 @@ def fit(
     return result
 
 
-def _default_strategy(model: object, hyperguide: str | None) -> Strategy:
+def _default_strategy(model: object, hyperguide: str | None, free: bool) -> Strategy:
     if not isinstance(model, TaskModel):  # about to be refused
         return Joint()
+    # one weight, and a posterior of one mode that is not Gaussian: the evidence itself; a Gaussian's bound may be far from it
+    one = model.weights.size == 1 and model.is_linear and not model.is_linear_gaussian
+    if one and type(model.likelihood) in LOG_CONCAVE and free and hyperguide in (None, "delta"):
+        return Implicit(Quadrature.name)
     return Joint("multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model))
 
 

@@ -2,6 +2,7 @@
 
 from varmeta.bayes.guide import Delta, Dense, Guide, MeanField
 from varmeta.bayes.laplace import Laplace
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.bayes.structured import LowRank, Structured
 
-__all__ = ["Delta", "Dense", "Guide", "Laplace", "LowRank", "MeanField", "Structured"]
+__all__ = ["Delta", "Dense", "Guide", "Laplace", "LowRank", "MeanField", "Quadrature", "Structured"]

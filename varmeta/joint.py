@@ -51,8 +51,8 @@ class Joint(Strategy):
         super().check(model, tasks, for_fit)
         if self.problem(model, tasks, 0).guide.at_mode:
             raise ValueError(
-                f"{type(self).__name__} moves phi and eta down one objective, but Laplace's evidence is defined at the mode, "
-                "which does not minimise it: use vm.Implicit('laplace')"
+                f"{type(self).__name__} moves phi and eta down one objective, but this guide's evidence is defined at the mode, "
+                f"which does not minimise it: use vm.Implicit({self.guide!r})"
             )
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:

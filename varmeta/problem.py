@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, fx
 
-from varmeta.bayes.expectation import Expectation, MonteCarlo, Point, make_expectation
+from varmeta.bayes.expectation import Expectation, GaussHermite, MonteCarlo, Point, make_expectation
 from varmeta.bayes.guide import Guide, PyroGuide
 from varmeta.bayes.guides import make_guide
 from varmeta.bayes.model import TaskModel
@@ -58,12 +58,19 @@ class Problem:
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
             return problem
         linear = model.looks_linear(tasks)
-        rule = make_expectation(expectation, model.weights.size, num_particles, linear, frozen)  # type: ignore[arg-type]
+        quadratic = model.is_linear_gaussian
+        rule = make_expectation(expectation, model.weights.size, num_particles, linear, frozen, quadratic)  # type: ignore[arg-type]
         return cls(model, made, rule, int(seed))
 
     @property
     def objective(self) -> Objective:
-        return Objective(self.model, self.guide)
+        return Objective(self.model, self.guide, self.weights)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of the points of the expectation, where they are not equal."""
+        rule = self.expectation
+        return rule.weights(self.model.weights.size) if isinstance(rule, GaussHermite) else None
 
     @property
     def deterministic(self) -> bool:
@@ -79,7 +86,7 @@ class Problem:
         if not self.graphed:
             return lambda phi, eta: function(phi, eta, batch, noise)
         total = batch.total
-        graphs = self.model.graphs.setdefault((name, self.guide.key, self.model.prior, total), {})
+        graphs = self.model.graphs.setdefault((name, self.guide.key, self.model.prior, total, self.weights), {})
         return Graphed(
             lambda known, phi, eta: function(phi, eta, batch_of(known[0], total), known[1]),
             (tensors_of(batch), noise),

@@ -18,6 +18,7 @@ from varmeta.bayes import constants
 from varmeta.bayes.expectation import Cubature
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.fast import adapt, check_compile
 from varmeta.hyper.conditional import is_linear_gaussian
 from varmeta.hyper.posterior import IntegratedPosterior
@@ -99,6 +100,8 @@ class Fit:
             if self.is_point
             else "negative ELBO" + " by cubature" * self._is_cubature_rough
             if not self.problem.guide.at_mode
+            else "negative log evidence by quadrature"
+            if isinstance(self.problem.guide, Quadrature)
             else "negative log evidence by Laplace's approximation (no bound)",
             "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
             "query": "query loss (no bound)" if self.is_point else "query loss",

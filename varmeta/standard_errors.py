@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.buckets import elbo_losses
+from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
 from varmeta.in_double import in_double
 from varmeta.joint_newton import newton_applies
@@ -33,20 +35,44 @@ def standard_errors(fit: Fit) -> dict[str, Tensor] | None:
         named = dict(zip(fit.eta, sds, strict=True))
         return {name: named[name].reshape(fit.eta[name].shape) for name in names}
     phi, batch = fit.run.state.phi, fit.tasks.batch()
+    if isinstance(fit.problem.guide, Quadrature) and fit.strategy.outer == "elbo" and fit.converged:
+        return _from(_evidence_hessian(fit, fit.problem.guide), names, fit.eta)
     if phi is None or fit.is_point or fit.strategy.outer != "elbo" or not fit.converged:
         return None
     if not newton_applies(fit.strategy, fit.problem, batch, fit.eta):
         return None
     wide = in_double(fit.problem, batch, phi, fit.eta)
     batch, phi, eta = (batch, phi, fit.eta) if wide is None else wide
-    hessian = Curvature(elbo_losses(fit.problem, batch), phi, eta, fit.model.penalty).hessian
-    block = torch.cat([torch.full((value.numel(),), name in names) for name, value in fit.eta.items()]).to(
-        hessian.device
-    )
+    return _from(Curvature(elbo_losses(fit.problem, batch), phi, eta, fit.model.penalty).hessian, names, fit.eta)
+
+
+def _evidence_hessian(fit: Fit, guide: Quadrature) -> Tensor:
+    """Of -log p(y | eta) in all of eta, `(p, p)`.
+
+    The nodes stay where they are: the integral does not depend on where it is looked at.
+    """
+    eta, data = {name: value.detach() for name, value in fit.eta.items()}, fit.tasks.batch().support
+    with torch.no_grad():
+        theta, log_p, _ = guide.at_nodes(fit.posterior().phi, eta, data)
+        constant = log_p - log_joint(fit.model, theta, eta, data)
+
+    def total(vector: Tensor) -> Tensor:
+        parts = vector.split([value.numel() for value in eta.values()])
+        here = {name: part.reshape(value.shape) for (name, value), part in zip(eta.items(), parts, strict=True)}
+        evidence = (constant + log_joint(fit.model, theta, here, data)).logsumexp(0)
+        return fit.model.penalty(here) - evidence.sum()
+
+    at = torch.cat([value.reshape(-1) for value in eta.values()])
+    return torch.autograd.functional.hessian(total, at)
+
+
+def _from(hessian: Tensor, names: list[str], eta: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Standard errors from a Hessian in all of eta, the parameters that are not named held fixed."""
+    block = torch.cat([torch.full((value.numel(),), name in names) for name, value in eta.items()]).to(hessian.device)
     factor, info = torch.linalg.cholesky_ex(hessian[block][:, block])
     if int(info) or not bool(factor.isfinite().all()):
         return None
-    errors = torch.cholesky_inverse(factor).diagonal().sqrt().to(next(iter(fit.eta.values())))
-    ordered = [name for name in fit.eta if name in names]
-    parts = errors.split([fit.eta[name].numel() for name in ordered])
-    return {name: part.reshape(fit.eta[name].shape) for name, part in zip(ordered, parts, strict=True)}
+    errors = torch.cholesky_inverse(factor).diagonal().sqrt().to(next(iter(eta.values())))
+    ordered = [name for name in eta if name in names]
+    parts = errors.split([eta[name].numel() for name in ordered])
+    return {name: part.reshape(eta[name].shape) for name, part in zip(ordered, parts, strict=True)}

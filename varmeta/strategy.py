@@ -28,6 +28,7 @@ from torch import Tensor
 
 from varmeta._words import counted, kind_of
 from varmeta.bayes.guide import Guide
+from varmeta.bayes.guides import GUIDES, make_guide
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel
@@ -96,8 +97,8 @@ class Strategy(ABC):
 
     def describe(self) -> str:
         guide = self.guide if isinstance(self.guide, (str, Guide)) else getattr(self.guide, "__name__", "own guide")
-        at_mode = guide == Laplace.name or isinstance(guide, Laplace)
-        outer = "Laplace evidence" if at_mode and self.outer == "elbo" else self.outer
+        made = make_guide(guide) if guide in GUIDES or isinstance(guide, Guide) else None
+        outer = made.evidence_name if isinstance(made, Laplace) and self.outer == "elbo" else self.outer
         return f"{type(self).__name__}({guide}, outer={outer})"
 
     def problem(self, model: TaskModel, tasks: TaskSet, seed: int) -> Problem:

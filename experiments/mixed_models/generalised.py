@@ -25,8 +25,8 @@ from experiments.mixed_models.sets import INTERCEPT, reference, regression, tabl
 from varmeta.hyper.conditional import conditionals, log_joint
 
 METHODS: dict[str, tuple[Any, str]] = {
-    "normal": (vm.Joint("normal"), "delta"),
-    "multivariate_normal": (vm.Joint("multivariate_normal"), "delta"),
+    "normal": (vm.Joint("normal", expectation="cubature"), "delta"),
+    "multivariate_normal": (vm.Joint("multivariate_normal", expectation="cubature"), "delta"),
     "multivariate_normal, 64 points": (vm.Joint("multivariate_normal", expectation="quantiles"), "delta"),
     "laplace": (vm.Implicit("laplace"), "delta"),
     "posterior of eta": (vm.Joint("multivariate_normal"), "multivariate_normal"),

@@ -1,6 +1,7 @@
 """How an expectation under a task's Gaussian guide is taken: at which standardised points.
 
-A rule makes *noise*: standardised points `(points, tasks or 1, D)` of N(0, I), weighted equally.  The guide moves them
+A rule makes *noise*: standardised points `(points, tasks or 1, D)` of N(0, I), weighted equally but for `GaussHermite`.
+The guide moves them
 to theta = loc + scale @ noise.  So a rule without randomness (cubature) and Monte Carlo are the same thing to everybody
 else, and the objective stays a pure function of its arguments.
 """
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics import noise
+from varmeta.numerics.quadrature import nodes
 
 # Up to here 2 D points cost less than the accuracy is worth; beyond, draws (measured: docs/choices.md).
 MAX_CUBATURE_SIZE = 24
 # With frozen noise draws are no alternative, so more points are worth it; by whether the predictor is linear in the weights.
 MAX_FROZEN_SIZE = {True: 512, False: 64}
 ROTATIONS = 8
+# Gauss-Hermite's points for each weight, by the number of weights.
+HERMITE = {1: 32, 2: 12, 3: 8}
 
 
 class Expectation(Protocol):
@@ -107,6 +111,29 @@ def _quantiles(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
+class GaussHermite:
+    """Gauss-Hermite's points, `number` for each of up to three weights a task, with weights of their own.
+
+    Where a guide is wide and log p(y | theta) is no parabola over its width: E_q log p is then exact to many digits.
+
+    >>> rule = GaussHermite(32)
+    >>> z = rule.points(1, torch.zeros((), dtype=torch.float64), torch.zeros(1), 0, 0).flatten()
+    >>> round(float((torch.tensor(rule.weights(1)) * (2 * z).exp()).sum()), 6)  # E exp(2 z) = exp(2)
+    7.389056
+    """
+
+    number: int = 32
+
+    deterministic = True
+
+    def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
+        return nodes(size, self.number)[0].to(like).unsqueeze(1)
+
+    def weights(self, size: int) -> tuple[float, ...]:
+        return tuple(nodes(size, self.number)[1].exp().tolist())
+
+
+@dataclass(frozen=True)
 class MonteCarlo:
     """`num_particles` antithetic draws (an even number): every draw comes with its mirror image.
 
@@ -130,21 +157,33 @@ class MonteCarlo:
         return (signs * half).flatten(0, 1)
 
 
-def make_expectation(name: str | Expectation, size: int, num_particles: int, linear: bool, frozen: bool) -> Expectation:
-    """The rule behind "auto", "cubature", "quantiles" or "monte_carlo", for D = `size` weights a task.
+def make_expectation(
+    name: str | Expectation, size: int, num_particles: int, linear: bool, frozen: bool, quadratic: bool = True
+) -> Expectation:
+    """The rule behind "auto", "quadrature", "cubature", "quantiles" or "monte_carlo", for D = `size` weights a task.
 
     linear: the predictor is linear in the weights.  frozen: the noise is held fixed while phi is minimised; then a few draws
     would be fitted instead of the expectation, which the scales of the guide can escape along all the other directions.
+    quadratic: log p(y | theta) is known to be quadratic in theta, so that cubature is exact.
     """
     if not isinstance(name, str):
         if not hasattr(name, "points") or not hasattr(name, "deterministic"):
             raise TypeError(f"expectation must be a name or a rule with `points`, not {type(name).__name__}")
         return name
+    if name == "auto" and size == 1 and not quadratic and (linear or frozen):
+        name = "quadrature"
     if name == "auto":
         small = size <= (MAX_FROZEN_SIZE[linear] if frozen else MAX_CUBATURE_SIZE)
         name = "cubature" if small and (linear or frozen) else "monte_carlo"
     if name == "cubature":
         return Cubature(0 if linear else ROTATIONS)
+    if name == "quadrature":
+        if size not in HERMITE:
+            raise ValueError(
+                f"expectation='quadrature' serves models with up to {max(HERMITE)} weights per task, and this has {size}: use "
+                "'cubature', or 'monte_carlo' with more particles"
+            )
+        return GaussHermite(HERMITE[size])
     if name == "monte_carlo":
         return MonteCarlo(num_particles)
     if name == "quantiles":
@@ -154,4 +193,6 @@ def make_expectation(name: str | Expectation, size: int, num_particles: int, lin
                 "'monte_carlo' with more particles"
             )
         return Quantiles()
-    raise ValueError(f"expectation must be 'auto', 'cubature', 'quantiles' or 'monte_carlo', not {name!r}")
+    raise ValueError(
+        f"expectation must be 'auto', 'quadrature', 'cubature', 'quantiles' or 'monte_carlo', not {name!r}"
+    )

@@ -10,9 +10,12 @@ import torch
 from varmeta.bayes.guide import Delta, Dense, Guide, MeanField, PyroGuide
 from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.bayes.structured import LowRank
 
-GUIDES: dict[str, type[Guide]] = {guide.name: guide for guide in (Delta, MeanField, Dense, LowRank, Laplace)}
+GUIDES: dict[str, type[Guide]] = {
+    guide.name: guide for guide in (Delta, MeanField, Dense, LowRank, Laplace, Quadrature)
+}
 
 # Up to here joint Newton steps find a dense guide's fit: 50 regressions of 20 weights in 13 s on one core, of 14 in 4 s, of 4 in
 # half a second.  With 24 weights they took minutes.

@@ -59,6 +59,8 @@ class Laplace(BoundGuide):
 
     name = "laplace"
     at_mode = True
+    # what "elbo" means under this guide, in words
+    evidence_name = "Laplace evidence"
 
     def __post_init__(self) -> None:
         if self.hessian not in HESSIANS:

@@ -30,6 +30,7 @@ from varmeta.bayes.check_net import check_net, check_output
 from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
 from varmeta.bayes.likelihood import SCALE, Likelihood
+from varmeta.bayes.likelihood_weighted import is_gaussian
 from varmeta.bayes.linear import is_linear_in
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.program import DATA, SITE, TASKS, observed_log_prob, starts
@@ -341,6 +342,11 @@ class TaskModel(Remembers):
     def all_linear(self) -> bool:
         """Whether that holds of the shared parameters too, so that the output is linear in all of them together."""
         return self.net is not None and is_linear_in(self.net, (*self.weights.names, *self.shared))
+
+    @property
+    def is_linear_gaussian(self) -> bool:
+        """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is built."""
+        return is_gaussian(self.likelihood) and not self.task_weights and self.is_linear
 
     def looks_linear(self, tasks: TaskSet) -> bool:
         """Whether the output looks linear in the weights that vary, by second differences; of a program, True.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from varmeta.bayes.divergence import kl, move
@@ -34,19 +35,21 @@ class Objective:
 
     `objective(phi, eta, batch, noise)` is the negative ELBO F_i on the support data (the inner problem);
     `objective.outer(name)` gives any of the four with the same signature.  phi: the guide's parameters, task axis first;
-    eta: everything shared; noise: standardised points `(points, tasks or 1, D)` from an `Expectation`.
+    eta: everything shared; noise: standardised points `(points, tasks or 1, D)` from an `Expectation`, and weights theirs, where
+    they are not equal.
     Each returns nats per task, `(tasks,)`.
     """
 
-    def __init__(self, model: TaskModel, guide: Guide) -> None:
+    def __init__(self, model: TaskModel, guide: Guide, weights: tuple[float, ...] | None = None) -> None:
         self.model = model
         self.guide = guide
+        self.weights = weights
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         if isinstance(self.guide, Laplace):
             return self.guide.evidence(phi, eta, batch.support)
         divergence, nll = self.terms(phi, eta, batch.support, noise)
-        return divergence + nll.mean(0)
+        return divergence + self._mean(nll)
 
     def inner(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         """What phi minimises: F_i; under Laplace's guide the penalised loss, whose minimum is the mode."""
@@ -56,14 +59,20 @@ class Objective:
 
     def query_elbo(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         divergence, nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)
-        return divergence + nll.mean(0)
+        return divergence + self._mean(nll)
 
     def query(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
-        return self.terms(phi, eta, batch.require_query(), noise, batch.support)[1].mean(0)
+        return self._mean(self.terms(phi, eta, batch.require_query(), noise, batch.support)[1])
 
     def query_predictive(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)[1]
         return math.log(len(nll)) - (-nll).logsumexp(0)
+
+    def _mean(self, nll: Tensor) -> Tensor:
+        """The expectation of losses at the points of the rule, `(points, tasks)`."""
+        if self.weights is None or len(nll) == 1:  # all points of a point guide are one
+            return nll.mean(0)
+        return (torch.tensor(self.weights, dtype=nll.dtype, device=nll.device).unsqueeze(-1) * nll).sum(0)
 
     def outer(self, name: str) -> ObjectiveFunction:
         if name == "inner":

@@ -7,34 +7,28 @@ p(y_i | eta) and the posterior's mean and covariance.  Exact for linear-Gaussian
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from varmeta.bayes.divergence import location, scale
-from varmeta.bayes.likelihood_weighted import is_gaussian
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.program import SITE, observed_log_prob
 from varmeta.buckets import buckets
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.quadrature import nodes
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Batch, Data
 
-# Nodes per weight of a task; beyond three weights, so many quasi-random ones.
-NODES = {1: 15, 2: 7, 3: 5}
-MANY = 128
 # Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes into.
 CELLS = 200_000
 # The least curvature at a mode, in units of the prior's precision.
@@ -64,7 +58,7 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
 
 def is_linear_gaussian(model: TaskModel) -> bool:
     """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is built."""
-    return is_gaussian(model.likelihood) and not model.task_weights and model.is_linear
+    return model.is_linear_gaussian
 
 
 @torch.no_grad()
@@ -150,31 +144,3 @@ def _hessian(losses: Callable[[Tree], Tensor], u: Tensor) -> tuple[Tensor, Tenso
         ]
     hessian = torch.stack(columns, -1)
     return loss.detach(), 0.5 * (hessian + hessian.mT)
-
-
-@lru_cache(maxsize=16)
-def nodes(size: int) -> tuple[Tensor, Tensor]:
-    """Points z `(J, size)` and log weights `(J,)` with sum_j exp(w_j) g(z_j) near E g(z) for z ~ N(0, I).
-
-    Gauss-Hermite's product rule for up to three numbers, exact for polynomials of degree 2 n - 1 in each; beyond, a
-    quasi-random sequence.
-
-    >>> z, w = nodes(1)
-    >>> round(float((w.exp() * z[:, 0] ** 4).sum()), 6)
-    3.0
-    """
-    if size in NODES:
-        point, weight = np.polynomial.hermite_e.hermegauss(NODES[size])
-        z = torch.tensor(list(itertools.product(point, repeat=size)), dtype=torch.float64)
-        w = torch.tensor(
-            list(itertools.product(np.log(weight / math.sqrt(2 * math.pi)), repeat=size)), dtype=torch.float64
-        )
-        return z, w.sum(-1)
-    return normal_points(MANY, size, 0), torch.full((MANY,), -math.log(MANY), dtype=torch.float64)
-
-
-def normal_points(number: int, size: int, seed: int) -> Tensor:
-    """A scrambled Sobol sequence as standard normal points `(number, size)`, float64; a function of its arguments alone."""
-    engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
-    uniform = engine.draw(number, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-    return torch.special.ndtri(uniform)

@@ -15,7 +15,7 @@ from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.bayes.model import TaskModel
 from varmeta.blame import largest
 from varmeta.buckets import buckets
-from varmeta.hyper.conditional import conditionals, is_linear_gaussian, nodes
+from varmeta.hyper.conditional import conditionals, is_linear_gaussian
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import fit_gaussian
 from varmeta.hyper.importance import importance
@@ -23,6 +23,7 @@ from varmeta.hyper.result import HYPERGUIDES, HyperPosterior
 from varmeta.joint import Joint
 from varmeta.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.numerics.arrowhead import Step
+from varmeta.numerics.quadrature import nodes
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import detach, flatten
 from varmeta.problem import Problem

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varmeta.hyper.conditional import normal_points
+from varmeta.numerics.quadrature import normal_points
 from varmeta.psis import smooth
 
 # Degrees of freedom of the t proposals, and what their covariances are multiplied by, round by round: heavy and wide enough
