@@ -68,9 +68,11 @@ class State:
 class Strategy(ABC):
     """How phi and eta are found; see the table above.
 
-    guide: "delta", "normal", "multivariate_normal", "low_rank", "laplace", one of `vm.guides`, or a factory of a Pyro guide.
-    expectation, num_particles: how E_q is taken; "auto" is cubature where it serves, else antithetic draws (docs/choices.md);
-        "quantiles", 64 points for models with one weight per task, is what a far from quadratic likelihood wants.
+    guide: "delta", "normal", "multivariate_normal", "low_rank", "laplace", "quadrature", one of `vm.guides`, or a factory of a
+        Pyro guide.
+    expectation, num_particles: how E_q is taken; "auto" is Gauss-Hermite for one weight per task, cubature where it
+        serves, else antithetic draws (docs/choices.md); "quadrature", Gauss-Hermite for up to three weights, is what a far from
+        quadratic likelihood wants.
     """
 
     guide: str | Guide | Callable[..., Any] = "delta"

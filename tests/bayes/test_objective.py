@@ -168,7 +168,7 @@ def test_which_rule_is_taken() -> None:
         with pytest.raises(ValueError, match="even number"):
             MonteCarlo(particles)
     with pytest.raises(ValueError, match="expectation must be"):
-        make_expectation("quadrature", 3, 2, True, False)
+        make_expectation("simpson", 3, 2, True, False)
     with pytest.raises(TypeError, match="a name or a rule"):
         make_expectation(3, 3, 2, True, False)  # type: ignore[arg-type]
 
