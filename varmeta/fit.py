@@ -60,8 +60,8 @@ def fit(
 
     model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Implicit("quadrature")` for a
         linear predictor with one weight per task under a log-concave likelihood that is not Gaussian, without optimizer,
-        batch size or budget; `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior (`learn_precision="full"`) or a
-        hyperguide; else `Joint("normal")`.
+        batch size or budget; `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior
+        (`learn_precision="full"`) or a hyperguide; else `Joint("normal")`.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
