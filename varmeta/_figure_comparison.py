@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
 
     The methods stand in the same order whatever the score, by their log density, best on top (without it, by the score).
     Coverage has no better end: its nominal level is drawn, and lines show how far from it a method is.
-    A method that failed by far stands at the edge, with its numbers.
+    A method that failed by far stands at the edge, with its numbers.  One that has not settled has an open circle and no
+    interval, and its name says so; one that overspent its budget says by how much.
     level: the nominal level of the coverage in the table.
 
     Raises ValueError for a score that the table does not have.
@@ -43,7 +45,12 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
         ax.axvline(level, color=MUTED, lw=1, ls="--", zorder=1)
         ax.hlines(rows, level, mean, color=MUTED, lw=1, zorder=1)
     errors = np.clip([mean - low, high - mean], 0, None)
-    ax.errorbar(mean, rows, xerr=errors, fmt="o", color=INK, elinewidth=1.6, capsize=4, capthick=1.6, ms=5, mec="white")
+    settled = table["settled"].to_numpy(bool) if "settled" in table else np.ones(len(table), bool)
+    ax.errorbar(
+        mean[settled], rows[settled], xerr=errors[:, settled], fmt="o", color=INK, elinewidth=1.6, capsize=4,
+        capthick=1.6, ms=5, mec="white",
+    )  # fmt: skip
+    ax.plot(mean[~settled], rows[~settled], "o", color=INK, ms=5, mfc="white", mew=1.4)
     if metric == "coverage":  # with two seeds intervals are longer than all that a share can be
         left, right = ax.get_xlim()
         ax.set_xlim(max(left, -0.02), min(right, 1.02))
@@ -58,7 +65,7 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
         elif edges is not None and not min(edges) <= mean[row] <= max(edges):
             at, side = (edges[1], "left") if edges[1] < edges[0] else (edges[1], "right")
             ax.plot(at, row, marker="<" if side == "left" else ">", color=INK, ms=7, clip_on=False, zorder=4)
-            text = f"{mean[row]:.2f} [{low[row]:.2f}, {high[row]:.2f}]"
+            text = f"{mean[row]:.2f}" + (f" [{low[row]:.2f}, {high[row]:.2f}]" if settled[row] else "")
         else:
             continue
         shift = (9 if side == "left" else -9, 0)
@@ -67,13 +74,24 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
             text, (at, row), shift, textcoords="offset points", ha=side, va="center", fontsize=8, color=INK, zorder=5,
             bbox={"fc": "white", "ec": "none", "pad": 1.0},
         )  # fmt: skip
-    ax.set_yticks(rows, [fill(str(name), LABEL_WIDTH) for name in table.index])
+    ax.set_yticks(rows, [_name(name, row) for name, row in table.iterrows()])
     ax.set_ylim(-0.6, len(table) - 0.4)
     name = f"coverage of the {percent(level)} interval" if metric == "coverage" else AXIS_NAMES.get(metric, metric)
     order = "" if metric == by else "\n(methods in the order of their log density)"
-    ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}")
+    open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
+    ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}")
     tidy(ax, "x")
     return ax
+
+
+def _name(method: Hashable, row: pd.Series) -> str:
+    """The method, and what a reader must know of its run."""
+    over = row.get("overspent", np.nan)
+    notes = [] if row.get("settled", True) else ["not settled"]
+    notes += [] if np.isnan(over) else [f"{over:.1f} x budget"]
+    notes += ["exact"] if row.get("solver") == "exact" else []
+    named = fill(str(method), LABEL_WIDTH)
+    return f"{named}\n({', '.join(notes)})" if notes else named
 
 
 def _loss(table: pd.DataFrame, metric: str, level: float) -> pd.Series:

@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from varmeta._numbers import positive_number, whole_number
-from varmeta.baselines import BASELINES, baseline
+from varmeta.baselines import BASELINES, Pooled, baseline
+from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import OptimizerFactory
 from varmeta.fast import check_compile
 from varmeta.fit import fit
 from varmeta.hyper.fit import check_hyperguide
+from varmeta.joint_newton import newton_applies
+from varmeta.pooled_start import is_regression
 from varmeta.report import Report
 from varmeta.result import Fit
 from varmeta.strategy import Strategy, check_kinds
@@ -58,8 +61,11 @@ def compare(
         optimizer and batch_size, as the report says.  The baselines keep eta a point.
     seeds: how many, or which.
     budget: gradient evaluations per training task for every strategy and the pooled baseline (a Hessian product counts as
-        two); adaptation at test time is not counted.
-    optimizer, batch_size: as in `fit`, and the same for every strategy; Adam at 1e-2 by default.
+        two); adaptation at test time is not counted.  A run ends with the first step that spends it; the table says by how
+        much a method overspent, as one to tolerance may in a single step.
+    optimizer, batch_size: as in `fit`, and the same for every strategy; Adam at 1e-2 by default.  Without them a regression
+        starts from the pooled fit, and what `fit` solves by joint Newton steps is solved so here: once for all seeds,
+        outside the budget, which the report says.
     compile: as in `fit`, judged for each run by itself.
     baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a posterior of each task on its own, with the
         guide that `fit` takes by default, under a prior that weighs a hundredth of one observation, so that tasks share next to
@@ -102,34 +108,48 @@ def compare(
         raise ValueError(f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}")
     methods = [*strategies, *(BASELINES if baselines else ())]
     scores, runs, fits = [], [], {}
+    solved: dict[str, tuple[Fit, float]] = {}
+    free = optimizer is None and batch_size is None
     jobs = [(seed, name) for seed in seed_list for name in methods]
     try:
         for seed, name in tqdm(jobs, disable=None if progress is None else not progress, leave=False):
             started, integrated = _initialised(chosen[name], seed), hyperguides.get(name, "delta")
             begin = perf_counter()
-            failed, reason, seconds, said = 0, "", float("nan"), list[str]()
+            failed, reason, seconds, said, solver = 0, "", float("nan"), list[str](), "budget"
             try:
                 with _collected(said):
-                    if integrated == "delta":
-                        result = _run(name, strategies, started, train, seed, budget, optimizer, batch_size, compile)
+                    own, strategy, rows = _parts(name, strategies, started, train)
+                    if integrated != "delta":
+                        solver = "posterior of eta"
+                        result = fit(own, rows, strategy, seed=seed, hyperguide=integrated, progress=False)
+                    elif free and (name in solved or _is_solved(own, strategy, rows, seed)):
+                        solver = "exact"
+                        if name in solved:
+                            result, begin = solved[name][0], perf_counter() - solved[name][1]
+                        else:
+                            result = fit(own, rows, strategy, seed=seed, compile=compile, progress=False)
+                            solved[name] = result, perf_counter() - begin
                     else:
-                        every = train.merged()  # a posterior of eta goes with outer="elbo" alone
-                        result = fit(started, every, strategies[name], seed=seed, hyperguide=integrated, progress=False)
+                        result = fit(
+                            own, rows, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget,
+                            compile=compile, progress=False,
+                        )  # fmt: skip
                     if result.stop.startswith("interrupted"):
                         raise KeyboardInterrupt  # half a run is no result
                     fits[name, seed] = result
                     seconds, reason = perf_counter() - begin, result.stop
                     score = result.adapt(test, compile=compile).score(num_samples=num_samples, seed=seed, level=level)
-                rows = score.iloc[:-1].reset_index()  # without "all"
-                scores.append(rows.assign(method=name, seed=seed))
+                by_task = score.iloc[:-1].reset_index()  # without "all"
+                scores.append(by_task.assign(method=name, seed=seed))
             except (ArithmeticError, RuntimeError, ValueError) as error:
                 failed, reason = 1, f"{type(error).__name__}: {error}"
             known = fits.get((name, seed))
             spent, settled = (float("nan"), False) if known is None else (known.run.evaluations, known.converged)
             runs.append(
                 {
-                    "method": name, "seed": seed, "hyperguide": integrated, "evaluations": spent, "seconds": seconds,
-                    "failed": failed, "converged": settled, "stop": reason, "warnings": "; ".join(said),
+                    "method": name, "seed": seed, "hyperguide": integrated, "solver": solver, "evaluations": spent,
+                    "seconds": seconds, "failed": failed, "converged": settled, "stop": reason,
+                    "warnings": "; ".join(said),
                 }
             )  # fmt: skip
             if callback is not None:
@@ -141,7 +161,7 @@ def compare(
         if not any(not run["failed"] for run in runs[:done]):
             done = len(runs)
         kept = {(run["method"], run["seed"]) for run in runs[:done]}
-        scores = [rows for rows in scores if (rows["method"].iloc[0], rows["seed"].iloc[0]) in kept]
+        scores = [part for part in scores if (part["method"].iloc[0], part["seed"].iloc[0]) in kept]
         warnings.warn(
             f"interrupted after {len(runs)} of {len(jobs)} runs: the report holds the first {done}",
             RuntimeWarning,
@@ -150,7 +170,7 @@ def compare(
         runs, fits = runs[:done], {key: value for key, value in fits.items() if key in kept}
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
-    return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level)
+    return Report(pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level, float(budget))
 
 
 def _check(
@@ -218,19 +238,26 @@ def _initialised(model: TaskModel, seed: int) -> TaskModel:
     return fresh
 
 
-def _run(
-    name: str, strategies: Mapping[str, Strategy], model: TaskModel, train: TaskSet, seed: int, budget: float,
-    optimizer: OptimizerFactory | None, batch_size: int | None, compile: str | bool,
-) -> Fit:  # fmt: skip
+def _parts(
+    name: str, strategies: Mapping[str, Strategy], model: TaskModel, train: TaskSet
+) -> tuple[TaskModel, Strategy, TaskSet]:
+    """What is fitted to what under this name."""
     if name in strategies:
         strategy = strategies[name]
     else:
         model, strategy = baseline(name, model, train, strategies.values())
-    rows = train.merged() if strategy.outer == "elbo" else train
-    return fit(
-        model, rows, strategy, optimizer=optimizer, batch_size=batch_size, seed=seed, budget=budget, compile=compile,
-        progress=False,
-    )  # fmt: skip
+    return model, strategy, train.merged() if strategy.outer == "elbo" else train
+
+
+def _is_solved(model: TaskModel, strategy: Strategy, rows: TaskSet, seed: int) -> bool:
+    """Whether `fit` without a budget goes to the optimum from the pooled fit, so that no seed and no start matters."""
+    batch = rows.batch()
+    eta = model.init(batch.support.x.new_zeros(()))
+    if not is_regression(model, rows, eta) or kinked(model, batch, eta) is not None:
+        return False
+    problem = strategy.problem(model, rows, seed)
+    # the pooled fit is where "pooled" ends
+    return isinstance(strategy, Pooled) or newton_applies(strategy, problem, batch, eta)
 
 
 @contextlib.contextmanager

@@ -65,8 +65,9 @@ def fit(
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
         `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
-        meta-parameters; else, and where the likelihood has kinks (a Laplace density), Adam at 1e-2.  Small models then start
-        from the pooled fit.  With a minibatch, a budget or kinks: Adam, from where the model starts.
+        meta-parameters; else, and where the likelihood has kinks (a Laplace density) or a minibatch or a budget is given, Adam
+        at 1e-2.  Small models then start from the pooled fit; with kinks, a minibatch or an optimizer of your own from where
+        the model starts.
     batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
     hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and "multivariate_normal", its
         posterior, by a Gaussian and importance weights (`Fit.hyper`, `Fit.hyperparameters()`), which then flows into
@@ -119,7 +120,8 @@ def fit(
     chunks.check(task_chunk_size, problem)
     whole = tasks.batch()
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the model starts
-    free = free and kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
+    smooth = kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
+    free = free and smooth
     resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
     eta = model.init(whole.support.x.new_zeros(())) if resumed is None else resumed.eta
     use_newton = free and newton_applies(strategy, problem, whole, eta)
@@ -127,7 +129,8 @@ def fit(
     if resumed is not None:
         run = resumed
     else:
-        if free and is_regression(model, tasks, eta):
+        # in raw units Adam would otherwise spend a budget on the way to the data
+        if smooth and optimizer is None and batch_size is None and is_regression(model, tasks, eta):
             eta = pooled_start(problem, whole, eta)
             eta = _dense_start(model, tasks, whole, eta, seed) if quasi and problem.guide.at_mode else eta
         run = Run(eta, strategy.init(problem, whole, eta))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pyro
 from torch import Tensor
 
 from varmeta.bayes.guide import Delta, Guide
@@ -25,7 +26,9 @@ def least_curvature(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -
     convex = model.is_linear and type(model.likelihood) in LOG_CONCAVE
     if not convex or not isinstance(guide, (Delta, Laplace)):
         return None
-    prior = model.prior_distribution(eta)
+    # validation looks at numbers, which a graph that is being captured does not have yet
+    with pyro.validation_enabled(False):
+        prior = model.prior_distribution(eta)
     if not model.prior.dense:
         return prior.variance.amax().reciprocal().detach()
     # the largest variance of any direction is at most the trace
