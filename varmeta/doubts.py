@@ -15,6 +15,7 @@ from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.separation import separated
 from varmeta.tightness import far_from_evidence
+from varmeta.unexplained import unexplained
 from varmeta.whitened import whitened_correlation
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     spread = [_one_task(fit)] if _one_task(fit) else [None if unfinished else _runaways(fit), _singular(fit)]
     noise, counts = None if unfinished else _vanishing_noise(fit), _no_overdispersion(fit)
     far = far_from_evidence(fit) if fit.converged else None
-    found += [sentence for sentence in (*spread, noise, counts, separation, far) if sentence]
+    found += [sentence for sentence in (*spread, noise, counts, separation, far, unexplained(fit)) if sentence]
     explained = {
         name
         for name in fit.eta

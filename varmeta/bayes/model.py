@@ -29,6 +29,7 @@ from varmeta.bayes.check_model import check_model
 from varmeta.bayes.check_net import check_net, check_output
 from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
+from varmeta.bayes.fan_in import fan_ins
 from varmeta.bayes.likelihood import SCALE, Likelihood
 from varmeta.bayes.likelihood_weighted import is_gaussian
 from varmeta.bayes.linear import is_linear_in
@@ -170,7 +171,10 @@ class TaskModel(Remembers):
         if not varying:
             raise ValueError("every parameter is shared, so nothing is left to differ between tasks: share fewer")
         held = {name: start[name] for name in self._held(varying)}
-        self.weights = Weights({name: start[name].shape for name in varying}, held)
+        known = {} if self.net is None else fan_ins(self.net)
+        self.weights = Weights(
+            {name: start[name].shape for name in varying}, held, {n: known[n] for n in varying if n in known}
+        )
         if not self.init(torch.zeros(())):
             raise ValueError(
                 "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given"

@@ -27,7 +27,8 @@ class GaussianPrior(Remembers):
 
     precision: where learning starts, or the fixed value: one number, a dict by parameter or module name whose values
         are numbers or tensors of the parameter's shape.  Units: 1 / (weight's unit)^2.  Left out: 1 if fixed; if learned,
-        `fit` starts small models where one observation would know as much as the prior, else at 1.
+        `fit` starts regressions where one observation would know as much as the prior, else at 1; a network, unless "full",
+        at each layer's fan-in (1-32-32-1: 1, 32, 32), where its outputs are as large as its inputs.
     learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for every single weight), or
         "full" (a dense covariance over a few weights, as lme4's `(1 + x | g)`).
     loc: theta0 by parameter name, where it should not start at the network's own weights (or at zero).  `fit` starts there as
@@ -310,6 +311,11 @@ class GaussianPrior(Remembers):
             )
 
     def _start_log_precision(self, weights: Weights, like: Tensor) -> Tensor:
+        if self.start is None and self.learn_precision in ("shared", "per_module", "per_parameter"):
+            counts = [weights.fan_in.get(name, 1) for name in weights.names]
+            return torch.cat(
+                [like.new_full((size,), math.log(n)) for size, n in zip(weights.sizes, counts, strict=True)]
+            )
         if not isinstance(self.start, Mapping):
             return like.new_full((weights.size,), 0.0 if self.start is None else math.log(self.start))
         parts = []

@@ -17,6 +17,7 @@ class Weights:
     """The weights that differ between tasks, in a fixed order.
 
     shapes: shape of each weight tensor by parameter name, without task axis.
+    fan_in: of a network, the inputs of the layer that a parameter belongs to, by parameter name; 1 where it is left out.
     fixed: theta0 of the weights for which it is not learned, by parameter name; eta has no entry for them.
 
     >>> weights = Weights({"slope": torch.Size([]), "w": torch.Size([2])})
@@ -28,6 +29,7 @@ class Weights:
 
     shapes: Mapping[str, torch.Size]
     fixed: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    fan_in: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
