@@ -12,7 +12,13 @@ TEST_PROCESSES ?= 2
 
 export MPLBACKEND ?= Agg
 
-.PHONY: setup demo readme landscape bench test test-compiled lint test-arviz1 clean
+# Odd inputs of `make fuzz`; `make test` takes 500.
+EXAMPLES ?= 10000
+# What `make test-machines` runs: the tests that stand on numbers that another processor may round otherwise.
+NUMERICAL = tests/numerics tests/bayes tests/test_units.py tests/test_whitened.py tests/test_identities.py tests/test_exact_fits.py \
+            tests/test_certificate.py tests/test_quadrature.py
+
+.PHONY: setup demo readme landscape bench test test-compiled test-machines fuzz lint test-arviz1 clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +48,16 @@ test: $(VENV)/.installed
 # Compiled against eager for every strategy, guide and dtype: each case waits for the compiler, most of an hour on two cores.
 test-compiled: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m compiled tests/test_fast.py
+
+# The numerical tests as on other machines: other vector units, another BLAS path, two threads.
+test-machines: $(VENV)/.installed
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(NUMERICAL)
+	ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) $(NUMERICAL)
+	VARMETA_THREADS=2 $(BIN)/python -m pytest -q $(NUMERICAL)
+
+# Odd inputs against independent answers: right, or a sentence.  Half an hour or more.
+fuzz: $(VENV)/.installed
+	VARMETA_FUZZ=$(EXAMPLES) $(BIN)/python -m pytest -n $(TEST_PROCESSES) --hypothesis-show-statistics tests/fuzz
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

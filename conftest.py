@@ -16,7 +16,8 @@ try:
 except ModuleNotFoundError:
     torch = None
 else:
-    torch.set_num_threads(1)  # sums in one order on every machine, and no fight for shared cores
+    # one thread: no fight for shared cores; `make test-machines` asks for two, which sum in another order
+    torch.set_num_threads(int(os.environ.get("VARMETA_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
