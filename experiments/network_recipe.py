@@ -104,7 +104,8 @@ def main() -> None:
                     score = found.adapt(unseen).score(unseen).loc["all"]
                 row = {
                     "set": name, "recipe": recipe, "seed": seed, "steps": steps, "noise": float(found.prior.scale or 0.0),
-                    "rmse": float(score["rmse"]), "log_density": float(score["log_density"]), "coverage": float(score["coverage"]),
+                    "rmse": float(score["rmse"]), "log_density": float(score["log_density"]),
+                    "coverage": float(score["coverage"]),
                     "seconds": time.perf_counter() - begin, "warnings": len(said),
                 }  # fmt: skip
                 rows.append(row)
