@@ -1,15 +1,18 @@
-"""The Python in the README and in docs/ runs as it stands, each file from top to bottom."""
+"""The Python in the README and in docs/ runs as it stands, each file from top to bottom, and prints what is shown."""
 
 from __future__ import annotations
 
 import re
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from experiments.demo import strategies
 from experiments.readme import BLOCK, README
+from tests.printed import blocks, difference
 from varmeta.baselines import BASELINES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,14 +20,54 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run_and_print_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # some of them write files
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
+    printed, wrong = "", []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what an example shows may be a warning
-        for block in blocks:
-            exec(compile(block, page.name, "exec"), names)
+        for block in blocks(page.read_text()):
+            if block.language == "python":
+                with redirect_stdout(StringIO()) as output:
+                    exec(compile(block.body, page.name, "exec"), names)
+                printed = output.getvalue()
+            elif block.language == "text" and block.compared != "not compared":
+                found = difference(block.body, printed, numbers=block.compared == "all")
+                wrong += [f"{page.name}:{block.line}: {found}\nprinted was\n{printed}"] if found else []
+    assert not wrong, "\n".join(wrong)
+
+
+SHOWN = "converged after 10 Newton steps: it can fall by 1.4e-19 nats more\nfloor  -0.60465 of 821, k-hat 0.68\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("10 Newton", "12 Newton", True),
+        ("10 Newton", "13 Newton", False),
+        ("1.4e-19", "6.2e-14", True),
+        ("1.4e-19", "3.1e-05", False),
+        ("-0.60465", "-0.60466", True),
+        ("-0.60465", "-0.60485", False),
+        ("-0.60465", "0.60465", False),
+        ("821", "822", False),
+        ("0.68", "0.70", False),
+        ("floor  ", "intercept ", False),
+        ("floor  ", "floor\n", True),
+        (", k-hat 0.68", "", False),
+        ("0.68\n", "0.68, and more", False),
+    ],
+)
+def test_an_output_that_is_not_what_was_printed_is_found(old: str, new: str, same: bool) -> None:
+    assert old in SHOWN
+    assert (difference(SHOWN, SHOWN.replace(old, new)) is None) is same
+
+
+def test_of_words_only_the_numbers_are_not_compared() -> None:
+    assert difference("fell by 51 nats", "fell by 3e-2 nats", numbers=False) is None
+    assert difference("fell by 51 nats", "rose by 51 nats", numbers=False) is not None
+    with pytest.raises(ValueError, match="with its reason"):
+        blocks("<!-- output: not compared -->\n\n```text\n1\n```\n<!-- output: later (no) -->\n```text\n1\n```\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
