@@ -182,7 +182,7 @@ def test_nan_is_never_counted_as_a_number():
         (lambda: metrics.rmse(torch.zeros(3), torch.zeros(3, 1)), "share a shape"),
         (lambda: metrics.crps_sample(torch.zeros(5, 3), torch.zeros(5)), "draws first"),
         (lambda: metrics.pit(torch.zeros(5, 0), torch.zeros(0)), "nothing to judge"),
-        (lambda: metrics.interval_coverage(torch.zeros(5, 3), torch.zeros(3), 90), "level is 90"),
+        (lambda: metrics.interval_coverage(torch.zeros(5, 3), torch.zeros(3), 90), "level must be a probability"),
         (lambda: metrics.calibration_error(torch.tensor([1.5])), "between 0 and 1"),
         (lambda: metrics.calibration_error(torch.zeros(0)), "no observations"),
         (lambda: metrics.calibration_error(torch.zeros(1), levels=[]), "levels"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from varmeta._figure import INK, MUTED, axes_for, percent, tidy
+from varmeta._numbers import probability
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,7 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
     if metric not in table:
         scores = [name[: -len("_low")] for name in table if name.endswith("_low")]
         raise ValueError(f"unknown score {metric!r}: the table has {scores}")
+    level = probability("level", level)
     by = "log_density" if "log_density" in table else metric
     table = table.loc[_loss(table, by, level).sort_values(ascending=False, na_position="first").index]
     ax = axes_for(ax, figsize=(7.0, 0.42 * len(table) + 1.2))

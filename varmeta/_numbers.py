@@ -21,6 +21,16 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def probability(name: str, value: Any) -> float:
+    """value as a float between 0 and 1, the ends left out; ValueError for another number, TypeError for other things."""
+    problem = f"{name} must be a probability between 0 and 1, such as 0.9, not {value!r}"
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(problem)
+    if not 0 < float(value) < 1:
+        raise ValueError(problem)
+    return float(value)
+
+
 def positive_number(name: str, value: Any, least: float = 1.0) -> float:
     """value as a float of at least `least`; ValueError for a smaller one, TypeError for other things."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from varmeta._numbers import positive_number, whole_number
+from varmeta._numbers import positive_number, probability, whole_number
 from varmeta.baselines import BASELINES, Pooled, baseline
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
@@ -180,8 +180,7 @@ def _check(
         raise ValueError("strategies must be a dict of at least one, such as {'joint': vm.Joint()}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be a number of at least 1, or different seeds, not {seeds}")
-    if not isinstance(level, float) or not 0 < level < 1:
-        raise ValueError(f"level must be a probability between 0 and 1, such as 0.9, not {level!r}")
+    probability("level", level)
     clash = set(strategies) & set(BASELINES)
     if clash:
         raise ValueError(f"{sorted(clash)} are the names of the baselines: call your strategies otherwise")

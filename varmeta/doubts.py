@@ -14,7 +14,7 @@ from varmeta.bayes.prior import PRECISION, TRIL
 from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.separation import separated
-from varmeta.tightness import far_from_evidence
+from varmeta.tightness import can_be_exact, far_from_evidence
 from varmeta.unexplained import unexplained
 from varmeta.whitened import whitened_correlation
 
@@ -125,8 +125,11 @@ def _runaways(fit: Fit) -> str | None:
             information[rows] = information[rows].max()
     away = precision > RUNAWAY * information
     if bool(away.any()):
-        dense = fit.strategy.guide == "multivariate_normal"
-        ways = ["centre the predictors", *([] if dense else ["use guide='multivariate_normal'"]), "give a hyperprior"]
+        ways = [
+            "centre the predictors",
+            *([] if can_be_exact(fit) else ["use guide='multivariate_normal'"]),
+            "give a hyperprior",
+        ]
         return (
             f"the prior precision of {_names(labels, away)} runs away, so the fit pools the tasks completely there.  That may "
             f"be the best-fitting value; if not: {', or '.join(ways)}"

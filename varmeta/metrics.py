@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varmeta._numbers import probability
+
 
 def log_density(log_probs: Tensor) -> Tensor:
     """log 1/S sum_s p(y_n | theta_s), the log density of the mixture over draws, `(n,)`, in nats.
@@ -73,8 +75,7 @@ def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
     >>> interval_coverage(torch.arange(101.0)[:, None].expand(101, 2), torch.tensor([5.0, 96.0]), level=0.9)
     tensor(0.5000)
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected a probability between 0 and 1, e.g. 0.9")
+    level = probability("level", level)
     samples, y = _matched(samples, y)
     ordered = samples.sort(0).values
     inside = (quantile(ordered, (1 - level) / 2) <= y) & (y <= quantile(ordered, (1 + level) / 2))
@@ -216,6 +217,7 @@ def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str,
     """
     if not len(y):
         raise ValueError("there is nothing to judge: give an observation")
+    level = probability("level", level)
     z = (y - mean) / sd
     below = torch.special.ndtr(z)
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)

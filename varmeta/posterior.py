@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta._numbers import whole_number
+from varmeta._numbers import probability, whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
 from varmeta.bayes.check_rows import check_padding
@@ -229,11 +229,12 @@ class Posterior:
             standard error of each row's log_density, 0 where it is exact or the guide is a point.
         A task without data to score gets no row.  A task's row does not depend on the other tasks.
 
-        Raises ValueError for other tasks, another number or order of them, data that the model refuses, and where there
-        is nothing to score.
+        Raises ValueError for other tasks, another number or order of them, data that the model refuses, a level that is
+        not between 0 and 1, and where there is nothing to score.
         """
         import pandas as pd
 
+        level = probability("level", level)
         data = scored(query, self._batch, self.model, self.trained)
         if not bool(data.mask.any()):
             raise ValueError("there is nothing to score: none of the tasks has query data")

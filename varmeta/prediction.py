@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta import metrics
+from varmeta._numbers import probability
 from varmeta._words import counted
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ class Prediction:
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """Lower and upper end of the central interval of probability `level`, `(tasks, points, ...)` each."""
-        if not 0 < level < 1:
-            raise ValueError(f"level is {level}, expected a probability between 0 and 1, e.g. 0.9")
+        level = probability("level", level)
         # sorted here: torch.quantile refuses more than 16 million numbers
         ordered = self._floating.sort(0).values
         return metrics.quantile(ordered, (1 - level) / 2), metrics.quantile(ordered, (1 + level) / 2)

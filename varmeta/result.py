@@ -121,7 +121,8 @@ class Fit:
 
     def hyperparameters(self, level: float = 0.9) -> pd.DataFrame:
         """The posterior of theta0, of the prior's sds and correlations and of the noise scale: mean, sd, median and the ends of
-        the central interval.  Raises ValueError where eta is a point (`hyperguide="delta"`)."""
+        the central interval of probability `level`.  Raises ValueError where eta is a point (`hyperguide="delta"`), and for a
+        level that is not between 0 and 1."""
         if self.hyper is None:
             raise ValueError("eta is a point here: fit with hyperguide='multivariate_normal' for its posterior")
         return self.hyper.frame(self.model, self.tasks.x_names, level)

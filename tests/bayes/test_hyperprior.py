@@ -142,6 +142,20 @@ def test_a_density_of_the_precision_has_the_precisions_jacobian() -> None:
         (lambda: vm.GaussianPrior(learn_precision="full", scale_hyperprior=2.0), TypeError, "must be a distribution"),
         (lambda: vm.GaussianPrior(loc_hyperprior={"a": "wide"}), TypeError, "loc_hyperprior of 'a'"),
         (lambda: vm.GaussianPrior(learn_precision="full", lkj=0.0), ValueError, "lkj must be a positive"),
+        (lambda: vm.GaussianPrior(lkj=2.0), ValueError, "lkj=2 is a density of learned correlations"),
+        (lambda: vm.GaussianPrior(learn_precision="per_parameter", lkj=2.0), ValueError, "'per_parameter' learns none"),
+        (
+            lambda: vm.TaskModel(
+                vm.LinearPredictor([]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full", lkj=2.0)
+            ),
+            ValueError,
+            "one weight per task has none",
+        ),
+        (
+            lambda: model(vm.GaussianPrior(learn_loc=False, loc_hyperprior=dist.Normal(0.0, 1.0))),
+            ValueError,
+            "all of which learn_loc=False holds fixed",
+        ),
         (lambda: model(vm.GaussianPrior(loc_hyperprior={"c": dist.Normal(0.0, 1.0)})), ValueError, "names \\['c'\\]"),
         (
             lambda: model(vm.GaussianPrior(learn_precision="full", scale_hyperprior={"c": dist.HalfNormal(1.0)})),

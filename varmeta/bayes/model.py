@@ -175,6 +175,10 @@ class TaskModel(Remembers):
         self.weights = Weights(
             {name: start[name].shape for name in varying}, held, {n: known[n] for n in varying if n in known}
         )
+        if self.prior.lkj != 1.0 and self.weights.size == 1:
+            raise ValueError(
+                f"lkj={self.prior.lkj:g} is a density of correlations, and one weight per task has none: leave it out"
+            )
         if not self.init(torch.zeros(())):
             raise ValueError(
                 "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given"
@@ -198,6 +202,10 @@ class TaskModel(Remembers):
         both = [name for name in held if name in named]
         if both:
             raise ValueError(f"loc_hyperprior is about theta0 of {both}, which learn_loc holds fixed: leave one out")
+        if held == varying and self.prior.loc_hyperprior is not None and not named:
+            raise ValueError(
+                f"loc_hyperprior is about theta0, all of which learn_loc={learned!r} holds fixed: leave one out"
+            )
         return held
 
     # -- eta -----------------------------------------------------------------------------------------------------------

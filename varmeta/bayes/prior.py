@@ -119,6 +119,11 @@ class GaussianPrior(Remembers):
         self.loc_hyperprior = densities.check(loc_hyperprior, "loc_hyperprior")
         if not (lkj > 0 and math.isfinite(lkj)):
             raise ValueError(f"lkj must be a positive finite number, not {lkj}")
+        if lkj != 1.0 and learn_precision != "full":
+            raise ValueError(
+                f"lkj={lkj:g} is a density of learned correlations, and learn_precision={learn_precision!r} learns none: set "
+                "learn_precision='full', or leave it out"
+            )
         self.lkj = float(lkj)
         self.covariates = check_covariates(covariates)
         if not isinstance(learn_loc, (bool, list, tuple)) or (

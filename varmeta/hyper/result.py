@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from varmeta._numbers import probability
 from varmeta.bayes.model import TaskModel
 from varmeta.labels import parameter_labels
 
@@ -66,6 +67,7 @@ class HyperPosterior:
         """Mean, sd, median and the ends of the central interval of each quantity of `natural`, from the weighted draws."""
         import pandas as pd
 
+        level = probability("level", level)
         named = natural(model, self.points, x_names)
         values, weight = torch.stack(list(named.values()), -1), self.log_weights.exp()[:, None]
         mean = (weight * values).sum(0)
