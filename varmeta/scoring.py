@@ -29,7 +29,9 @@ def row_of(posterior: Posterior, data: Data, num_samples: int, seed: int, level:
     exact = posterior.normal_predictive(data)
     if exact is not None:
         mean, sd = exact
-        return lambda mask: metrics.normal(mean[mask], sd[mask], data.y[mask].to(mean), level)
+        assert posterior.model.likelihood is not None  # a program is not known to be normal
+        y = posterior.model.likelihood.observed(data.y)  # without a column of weights
+        return lambda mask: metrics.normal(mean[mask], sd[mask], y[mask].to(mean), level)
     found = posterior.evaluate(data, num_samples, seed, sampled=None)
     if found.probs is not None:
         probs = found.probs

@@ -96,6 +96,7 @@ def test_a_fit_is_of_its_constants(tmp_path: Path) -> None:
         vm.fit(other, tasks, num_steps=3, resume=fit, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:the learned noise scale")  # x does not explain y there
 def test_a_regression_with_a_constant_coefficient() -> None:
     """y - x regressed on a constant; its numbers in raw units are not all there."""
     net, raw = nn.Linear(1, 1).double(), vm.datasets.lines(8, num_support=5, noise=0.1, seed=1)

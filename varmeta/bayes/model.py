@@ -80,7 +80,7 @@ class TaskModel(Remembers):
                 f"likelihood must be one of varmeta.likelihoods, such as Gaussian(), not {kind_of(likelihood)}"
             )
         check_net(net, batch_norm)
-        self.net: nn.Module | None = copy.deepcopy(net).eval().requires_grad_(False)
+        self.net: nn.Module | None = copy.deepcopy(net).eval()
         self.likelihood: Likelihood | None = likelihood
         self._program: Program | None = None
         self.constants = frozen(net)
