@@ -181,8 +181,19 @@ def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: fl
     return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
 
 
+# What the callers of every strategy's `loss` read of its stats.
+STATS = ("losses", "evaluations")
+
+
 def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
     scalar, state, stats = strategy.loss(problem, batch, eta, state)
+    missing = [name for name in STATS if name not in stats]
+    if missing:
+        raise ValueError(
+            f"the stats that {type(strategy).__name__}.loss returns are without {' and '.join(map(repr, missing))}: give "
+            f"{STATS}, the outer loss of each task and the gradient evaluations per task that the step took, which "
+            "budgets and reports count"
+        )
     learned = {name: value for name, value in eta.items() if value.requires_grad}
     found = torch.autograd.grad(scalar, list(learned.values()), allow_unused=True, materialize_grads=True)
     return Outcome(scalar.detach(), dict(zip(learned, found, strict=True)), state, stats)

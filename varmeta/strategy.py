@@ -14,7 +14,9 @@ comes back through them, and which outer objective is differentiated.
 | `Reptile`    | the prior        | K                 | phi_K held fixed     | elbo            |
 
 The contract: `strategy.loss(problem, batch, eta, state) -> (scalar, state, stats)`, and backpropagating the scalar into
-eta is the meta-gradient of `sum_i G_i + hyperprior`; for a minibatch, its unbiased estimate.
+eta is the meta-gradient of `sum_i G_i + hyperprior`; for a minibatch, its unbiased estimate.  The stats hold "losses", G_i
+`(tasks,)` without a graph, and "evaluations", the gradient evaluations per task that the step took; others are the strategy's
+own.
 """
 
 from __future__ import annotations
