@@ -173,3 +173,15 @@ def test_a_resumed_fit_goes_on_where_it_was() -> None:
     whole, resumed = vm.fit(model, tasks), vm.fit(model, tasks, resume=short, num_steps=200)
     assert not short.converged and resumed.converged
     assert resumed.loss == pytest.approx(whole.loss, abs=1e-9)
+
+
+def test_gauss_hermite_keeps_its_weights() -> None:
+    """One weight a task, exact under any rule: the same maximum by two points of cubature and by 32 weighted nodes."""
+    tasks = vm.TaskSet.from_frame(vm.datasets.radon(as_frame=True), task="county", x=[], y="log_radon")
+    losses = []
+    for rule in ("cubature", "quadrature"):
+        prior = vm.GaussianPrior(learn_precision="full")
+        model = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.Gaussian(), prior)
+        losses.append(vm.fit(model, tasks, vm.Joint("multivariate_normal", expectation=rule)).loss)
+    assert abs(losses[0] - 1090.28685) < 1e-4
+    assert abs(losses[1] - losses[0]) < 1e-6

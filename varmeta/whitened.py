@@ -183,6 +183,7 @@ class Whitened:
         noise = self.problem.noise("elbo", batch, 0)
         model, size = self.problem.model, self.problem.model.weights.size
         own, common = design[..., :size], design[..., size:]
+        mean = self.problem.objective.mean  # Gauss-Hermite's points have weights
 
         def fn(phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
             factor = torch.diag_embed(phi["log_scale"].exp())
@@ -195,7 +196,7 @@ class Whitened:
             out = torch.einsum("tncd,ptd->ptnc", own, psi + u @ self.factor(eta).mT)
             out = out + common @ b if self.linear else out
             out = out.reshape(*out.shape[:2], *constant.shape[1:]) + constant
-            return divergence - _log_density(model, out, eta, batch.support).mean(0)
+            return divergence + mean(-_log_density(model, out, eta, batch.support))
 
         return fn
 

@@ -49,7 +49,7 @@ class Objective:
         if isinstance(self.guide, Laplace):
             return self.guide.evidence(phi, eta, batch.support)
         divergence, nll = self.terms(phi, eta, batch.support, noise)
-        return divergence + self._mean(nll)
+        return divergence + self.mean(nll)
 
     def inner(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         """What phi minimises: F_i; under Laplace's guide the penalised loss, whose minimum is the mode."""
@@ -59,16 +59,16 @@ class Objective:
 
     def query_elbo(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         divergence, nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)
-        return divergence + self._mean(nll)
+        return divergence + self.mean(nll)
 
     def query(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
-        return self._mean(self.terms(phi, eta, batch.require_query(), noise, batch.support)[1])
+        return self.mean(self.terms(phi, eta, batch.require_query(), noise, batch.support)[1])
 
     def query_predictive(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
         nll = self.terms(phi, eta, batch.require_query(), noise, batch.support)[1]
         return math.log(len(nll)) - (-nll).logsumexp(0)
 
-    def _mean(self, nll: Tensor) -> Tensor:
+    def mean(self, nll: Tensor) -> Tensor:
         """The expectation of losses at the points of the rule, `(points, tasks)`."""
         if self.weights is None or len(nll) == 1:  # all points of a point guide are one
             return nll.mean(0)
