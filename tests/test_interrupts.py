@@ -143,29 +143,19 @@ print("never")
 # -- small things -------------------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_inside_a_strategy_can_be_resumed(tmp_path: Any) -> None:
-    def strategy(rate: list[float]) -> vm.Joint:
-        return vm.Joint("normal", minimizer=vm.Adam(betas=tuple(torch.tensor([0.9, 0.99])), lr=rate[0]))  # type: ignore[arg-type]
+def test_strategies_that_hold_a_tensor_can_be_compared() -> None:
+    """`fit` refuses one, but a file of an older version may hold it: `==` of its entries ended in a RuntimeError."""
 
-    def several(rates: list[float]) -> Any:
-        made = strategy(rates)
-        object.__setattr__(made.minimizer, "betas", torch.tensor(rates))
-        return made
+    def holding(*betas: float) -> vm.Joint:
+        minimizer = vm.Adam()
+        object.__setattr__(minimizer, "betas", torch.tensor(betas))
+        return vm.Joint("normal", minimizer=minimizer)
 
-    fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), strategy([0.1]), 2, adam)
-    again = vm.fit(fit.model, fit.tasks, strategy([0.1]), 4, adam, resume=fit, schedule="constant")
-    assert again.run.step == 4
-    kept = vm.Fit(fit.model, fit.tasks, several([0.9, 0.99]), 0, fit.run)
-    assert kept.run_to_resume(fit.model, fit.tasks, several([0.9, 0.99]), 0).step == 2
+    fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 2, adam)
+    kept = vm.Fit(fit.model, fit.tasks, holding(0.9, 0.99), 0, fit.run)
+    assert kept.run_to_resume(fit.model, fit.tasks, holding(0.9, 0.99), 0).step == 2
     with pytest.raises(ValueError, match="resume is a fit by Joint"):
-        kept.run_to_resume(fit.model, fit.tasks, several([0.9, 0.98]), 0)
-    fit.save(tmp_path / "fit.pt")
-    assert (
-        vm.fit(
-            fit.model, fit.tasks, None, 4, adam, resume=vm.load(tmp_path / "fit.pt", fit.model), schedule="constant"
-        ).run.step
-        == 4
-    )
+        kept.run_to_resume(fit.model, fit.tasks, holding(0.9, 0.98), 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
