@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from varmeta.bayes.program import SITE
+from varmeta.bayes.validation import validation_enabled
 from varmeta.tasks import Data
 
 
@@ -40,7 +40,7 @@ class Evaluated:
 def quiet_scope(seed: int, device: torch.device) -> Iterator[None]:
     """No gradients, no validation, and a random state of one's own that is put back afterwards."""
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), validation_enabled(False), torch.random.fork_rng(devices=devices):
         # not torch.manual_seed, which would seed the devices that are not forked too
         torch.default_generator.manual_seed(seed)
         if devices:

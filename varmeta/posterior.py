@@ -17,6 +17,7 @@ from varmeta._words import counted
 from varmeta.bayes.check_rows import check_padding
 from varmeta.bayes.divergence import location, move, moved_by
 from varmeta.bayes.program import observed_log_prob
+from varmeta.bayes.validation import validation_enabled
 from varmeta.diagnostics import diagnose, evidence
 from varmeta.labels import parameter_labels
 from varmeta.numerics import noise
@@ -297,7 +298,7 @@ class Posterior:
         if not data.mask.shape[1]:
             return theta.new_zeros(theta.shape[:2])
         parts = []
-        with pyro.validation_enabled(False):
+        with validation_enabled(False):
             for some in _chunks(theta, data):
                 trace = poutine.trace(self._program(some)).get_trace(eta, *data.filled)
                 # where, not a product: the density of padding may be anything

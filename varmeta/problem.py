@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, fx
@@ -15,6 +14,7 @@ from varmeta.bayes.guide import Guide, PyroGuide
 from varmeta.bayes.guides import make_guide
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
+from varmeta.bayes.validation import validation_enabled
 from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.pieces import Graphed
@@ -139,7 +139,7 @@ class Problem:
         many = 2 * batch.support.mask.shape[1] > self.model.weights.size
         if one or many or isinstance(self.guide, PyroGuide):
             return None
-        with pyro.validation_enabled(False):
+        with validation_enabled(False):
             sd = self.model.prior_distribution(eta).stddev.detach()
         # a wider range would leave rounding to say what happens along the smallest
         sd = sd.clamp(min=sd.max() * torch.finfo(sd.dtype).eps ** 0.25)
@@ -151,5 +151,5 @@ class Problem:
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
         """phi at the prior, differentiable in eta."""
-        with pyro.validation_enabled(False):  # a line search may ask for a point without a finite scale
+        with validation_enabled(False):  # a line search may ask for a point without a finite scale
             return self.guide.init(self.model, eta, batch.support)

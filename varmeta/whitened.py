@@ -25,6 +25,7 @@ from varmeta.bayes.guide import Dense
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.bayes.program import DATA, TASKS, observed_log_prob
+from varmeta.bayes.validation import validation_enabled
 from varmeta.buckets import buckets
 from varmeta.numerics.tree import Tree, take
 from varmeta.problem import Losses, Problem
@@ -249,7 +250,7 @@ def _log_density(model: TaskModel, out: Tensor, eta: Mapping[str, Tensor], data:
         ):
             model.observe_output(out, eta, data.filled[1], 3)
 
-    with pyro.validation_enabled(False):
+    with validation_enabled(False):
         return observed_log_prob(poutine.trace(program).get_trace()).sum(-1)
 
 

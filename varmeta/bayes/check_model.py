@@ -20,6 +20,7 @@ from varmeta.bayes.check_rows import ROWS, check_padding
 from varmeta.bayes.covariates import check_features
 from varmeta.bayes.likelihood import Likelihood
 from varmeta.bayes.program import DATA, SITE, TASKS, RefusePlates, observed_log_prob, without_shapes
+from varmeta.bayes.validation import validation_enabled
 from varmeta.tasks import Data, TaskSet
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
         def loss(theta: Tensor, some: Data = some) -> Tensor:
             these = {SITE: theta.reshape(1, -1, 1, model.weights.size)}
             data = some.take(slice(0, 1)).first_points(2) if theta.dim() == 1 else some
-            with pyro.validation_enabled(False):
+            with validation_enabled(False):
                 return observed_log_prob(poutine.trace(poutine.condition(model, these)).get_trace(eta, data)).sum()
 
         theta = model.weights.flatten(eta)
@@ -91,7 +92,7 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
     loc = model.weights.flatten(eta).expand(2, len(data), 1, model.weights.size)
     program = poutine.trace(poutine.condition(model, {SITE: loc}))
     own = replace(data)  # whose `filled` is a copy: a network may write into its input, and is found out below
-    with _quiet(), pyro.validation_enabled(True), layer_entered(model.net) as place, Counted() as counted_numbers:
+    with _quiet(), validation_enabled(True), layer_entered(model.net) as place, Counted() as counted_numbers:
         try:
             with RefusePlates({TASKS, DATA}):
                 trace = program.get_trace(eta, own)
@@ -102,7 +103,7 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
                 "or name it in params"
             ) from error
         except (RuntimeError, ValueError, IndexError) as error:
-            with pyro.validation_enabled(False):
+            with validation_enabled(False):
                 _check_support(program, eta, data, names)
                 if model.net is None:
                     _check_start(program, eta, data, names, model.start)

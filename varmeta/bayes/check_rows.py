@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from varmeta.bayes.program import observed_log_prob
+from varmeta.bayes.validation import validation_enabled
 from varmeta.tasks import Data
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _where(model: TaskModel, x: Tensor, y: Tensor | None, tolerance: float, reor
     eta = model.init(x.new_zeros(()))
     generator = torch.Generator().manual_seed(0)
     orders = [torch.arange(few), *([torch.arange(len(x)).flip(0)] if reorder else [])]
-    with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), validation_enabled(False), torch.random.fork_rng(devices=[]):
         if y is not None and y.is_floating_point():
             y = y.to(x.dtype)
         elif y is None and model.net is None:

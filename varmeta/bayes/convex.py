@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyro
 from torch import Tensor
 
 from varmeta.bayes.guide import Delta, Guide
@@ -12,6 +11,7 @@ from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.likelihood import Bernoulli, Binomial, Categorical, Gaussian, Poisson
 from varmeta.bayes.likelihood_more import LogNormal, NegativeBinomial
 from varmeta.bayes.model import TaskModel
+from varmeta.bayes.validation import validation_enabled
 
 # Their log densities are concave in the network's output.  Exact classes: a subclass may be anything.
 LOG_CONCAVE = (Gaussian, LogNormal, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
@@ -27,7 +27,7 @@ def least_curvature(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -
     if not convex or not isinstance(guide, (Delta, Laplace)):
         return None
     # validation looks at numbers, which a graph that is being captured does not have yet
-    with pyro.validation_enabled(False):
+    with validation_enabled(False):
         prior = model.prior_distribution(eta)
     if not model.prior.dense:
         return prior.variance.amax().reciprocal().detach()

@@ -10,10 +10,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+
+from varmeta.bayes.validation import validation_enabled
 
 Hyperprior = dist.TorchDistribution | Mapping[str, dist.TorchDistribution] | None
 
@@ -23,7 +24,7 @@ def log_density(hyperprior: Hyperprior, named: Mapping[str, Tensor]) -> Tensor |
     if hyperprior is None:
         return 0.0
     total: Tensor | float = 0.0
-    with pyro.validation_enabled(False):  # outside its support a density is 0, which is no error
+    with validation_enabled(False):  # outside its support a density is 0, which is no error
         for name, value in named.items():
             one = hyperprior.get(name) if isinstance(hyperprior, Mapping) else hyperprior
             if one is not None:
@@ -46,7 +47,7 @@ def outweighs(hyperprior: Any, power: float, gain: float) -> bool:
     """
     for side in (1.0, -1.0):
         log_lambda = side * torch.tensor(TAIL, dtype=torch.float64)
-        with pyro.validation_enabled(False):
+        with validation_enabled(False):
             density = in_dtype(hyperprior, log_lambda).log_prob((power * log_lambda).exp())
         total = density + gain * log_lambda
         # -inf: outside the support, or beyond what a tail has left; NaN compares as False

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.program import SITE
+from varmeta.bayes.validation import validation_enabled
 from varmeta.tasks import Batch
 
 # The share of the change of slope that may be missing: quadrature and float32 leave less, kinks more.
@@ -39,7 +40,7 @@ def kinked(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor]) -> str | N
         return None
     few = data.take(data.num_points.argmax().reshape(1))
     try:
-        with pyro.validation_enabled(False), torch.no_grad():
+        with validation_enabled(False), torch.no_grad():
             nodes = poutine.trace(model).get_trace(eta, few).nodes
     except (RuntimeError, ValueError, TypeError):  # a program that is not in order: `check` says it better
         return None
@@ -66,7 +67,7 @@ def _misses_curvature(fn: Any) -> bool:
         shape = (-1, *(1,) * middle.dim())
         ends = torch.tensor([-1.0, 1.0]).to(middle)
         path = (middle + SCALES * scale * torch.cat([at, ends]).reshape(shape)).detach().requires_grad_()
-        with pyro.validation_enabled(False), torch.enable_grad():
+        with validation_enabled(False), torch.enable_grad():
             (slope,) = torch.autograd.grad(fn.log_prob(path).sum(), path, create_graph=True)
             curvature = torch.zeros_like(path)
             if slope.requires_grad:

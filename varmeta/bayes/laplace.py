@@ -29,6 +29,7 @@ from varmeta.bayes.divergence import location, scale
 from varmeta.bayes.guide import BoundGuide, copies, sample
 from varmeta.bayes.model import TaskModel, negative_log_likelihood
 from varmeta.bayes.program import DATA, TASKS, observed_log_prob
+from varmeta.bayes.validation import validation_enabled
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Data
 
@@ -92,7 +93,7 @@ class Laplace(BoundGuide):
     def penalised(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """m_i at phi, `(tasks,)`, in nats."""
         theta = phi["loc"].unsqueeze(-2)
-        with pyro.validation_enabled(False):
+        with validation_enabled(False):
             prior, nll = negative_log_likelihood(self.model, theta.unsqueeze(0), eta, data)
             return nll.squeeze(0) - prior.log_prob(theta).squeeze(-1)
 
@@ -125,7 +126,7 @@ class Laplace(BoundGuide):
         asked = phi["loc"].requires_grad or any(value.requires_grad for value in eta.values())
         keep = torch.is_grad_enabled() and asked
         # block: the guide's own trace must not see the model run
-        with torch.enable_grad(), pyro.validation_enabled(False), poutine.block():
+        with torch.enable_grad(), validation_enabled(False), poutine.block():
             theta = phi["loc"] if keep and phi["loc"].requires_grad else phi["loc"].detach().requires_grad_()
             h = self._gauss_newton(theta, eta, data) if self._uses_outputs else self._exact(theta, eta, data)
             p = self.model.prior_distribution(eta)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from varmeta.bayes.divergence import kl, move
 from varmeta.bayes.guide import Guide
 from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel, negative_log_likelihood
+from varmeta.bayes.validation import validation_enabled
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Batch, Data
 
@@ -89,7 +89,7 @@ class Objective:
         seen: the data that the guide is shown (by default the same): never the query that it is judged on.
         """
         # validation is data-dependent control flow on the hot path; TaskModel.check has run with it once
-        with pyro.validation_enabled(False):
+        with validation_enabled(False):
             q = self.guide.distribution(phi, eta, data if seen is None else seen)
             if isinstance(q, dist.Delta):
                 noise = noise[:1]  # all points of a rule are the same one

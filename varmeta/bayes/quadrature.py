@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -25,6 +24,7 @@ from varmeta._words import counted
 from varmeta.bayes.guide import sample
 from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel, negative_log_likelihood
+from varmeta.bayes.validation import validation_enabled
 from varmeta.numerics.quadrature import nodes
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Data
@@ -93,7 +93,7 @@ class Quadrature(Laplace):
         z, log_weight = z.to(phi["loc"]), log_weight.to(phi["loc"])
         factor, _ = self._factor(phi, eta, data)
         # block: the guide's own trace must not see the model run
-        with pyro.validation_enabled(False), poutine.block():
+        with validation_enabled(False), poutine.block():
             theta = phi["loc"] + torch.einsum("tde,je->jtd", factor, z)
             prior, nll = negative_log_likelihood(self.model, theta.unsqueeze(-2), eta, data)
             log_p = prior.log_prob(theta.unsqueeze(-2)).squeeze(-1) - nll

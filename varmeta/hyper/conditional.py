@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from varmeta.bayes.divergence import location, scale
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.program import SITE, observed_log_prob
+from varmeta.bayes.validation import validation_enabled
 from varmeta.buckets import buckets
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics.minimize import minimize
@@ -50,7 +50,7 @@ class Conditionals:
 
 def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
     """log p(theta | eta) + log p(y_i | x_i, theta, eta), `(J, tasks)`, for theta `(J, tasks, D)`."""
-    with pyro.validation_enabled(False):
+    with validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, {SITE: theta.unsqueeze(-2)})).get_trace(eta, data)
         prior = cast("Any", trace.nodes[SITE]["fn"]).log_prob(theta.unsqueeze(-2)).squeeze(-1)
         return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
