@@ -118,7 +118,6 @@ def test_no_features_are_no_covariates(covariates: Any) -> None:
     assert all(torch.equal(fit.eta[name], value) for name, value in plain.eta.items())
 
 
-@pytest.mark.filterwarnings("ignore:the learned noise scale")  # twenty steps on the way
 def test_features_of_zero_leave_the_fit_as_it_is() -> None:
     frame = vm.datasets.radon(as_frame=True).assign(nothing=0.0)
     tasks = vm.TaskSet.from_frame(frame, task="county", x=["floor"], y="log_radon", features=["nothing"])

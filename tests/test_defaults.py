@@ -82,7 +82,7 @@ def test_a_dense_prior_takes_a_dense_guide() -> None:
 
 
 def test_a_singular_fit_says_so() -> None:
-    """Eight tasks whose slope is three tenths of their intercept: also where the steps end on the way to a correlation of 1."""
+    """Eight tasks whose slope is three tenths of their intercept."""
     generator = torch.Generator().manual_seed(0)
     tasks = []
     for effect in torch.randn(8, generator=generator, dtype=torch.float64):
@@ -90,12 +90,9 @@ def test_a_singular_fit_says_so() -> None:
         noise = 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
         tasks.append(vm.Task((x[:, None], effect * (1.0 + 0.3 * x) + noise)))
     model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
-    with (
-        pytest.warns(RuntimeWarning, match="singular: the prior's correlation of weight and bias is 1.0000"),
-        pytest.warns(RuntimeWarning, match="has not converged"),
-    ):
+    with pytest.warns(RuntimeWarning, match="singular: the prior's correlation of weight and bias is 1.0000"):
         fit = vm.fit(model, vm.TaskSet(tasks))
-    assert fit.prior.sd["bias"] > 0.3
+    assert fit.converged and fit.prior.sd["bias"] > 0.3
 
 
 def test_one_task_alone_is_said_to_tell_nothing_of_how_tasks_differ() -> None:

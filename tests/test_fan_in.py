@@ -60,6 +60,7 @@ def test_a_noise_scale_above_the_datas_sd_is_said_with_both() -> None:
     assert not [sentence for sentence in doubts(fit, own_end=True) if "noise scale" in sentence]
     y = torch.cat([task.support[1] for task in fit.tasks if task.support is not None])
     fit.run.eta["log_scale"] = (2.0 * y.std()).log()
+    fit.run.history.append({**fit.run.history[-1], "step": 500})
     loud = vm.Fit(fit.model, fit.tasks, fit.strategy, 0, fit.run)
     (sentence,) = [sentence for sentence in doubts(loud, own_end=True) if "noise scale" in sentence]
     both = f"noise scale, {2 * float(y.std()):.3g}, exceeds the sd of the data, {float(y.std()):.3g}: "

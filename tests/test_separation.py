@@ -105,7 +105,7 @@ def test_collinear_predictors_are_no_separation() -> None:
         vm.LinearPredictor(["a", "b"]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(), shared=["a", "b"]
     )
     with pytest.warns(RuntimeWarning, match="hardly tell a and b apart"):
-        fit = vm.fit(model, data)
+        fit = vm.fit(model, data, vm.Joint("multivariate_normal"))
     assert separated(fit) == {}
 
 
