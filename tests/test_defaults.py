@@ -101,8 +101,10 @@ def test_one_task_alone_is_said_to_tell_nothing_of_how_tasks_differ() -> None:
         vm.fit(model, vm.datasets.radon()[:1], num_steps=5)
     with pytest.warns(RuntimeWarning) as said:  # also where nothing has settled
         vm.fit(model, vm.datasets.radon()[:1], optimizer=torch.optim.Adam)
-    assert ["has not converged" in str(one.message) for one in said] == [True, False]
-    assert "there is one task" in str(said[1].message)
+    sentences = [str(one.message) for one in said]
+    assert "has not converged" in sentences[0] and "there is one task" in sentences[1]
+    # two thousand steps at Adam's own rate left the noise where nothing is explained
+    assert len(sentences) == 3 and "exceeds the sd of the data" in sentences[2]
 
 
 def test_weights_under_one_precision_do_not_run_away_one_by_one() -> None:

@@ -207,7 +207,9 @@ def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed:
     newton(problem, dense, whole, run, 100, None)
     if run.stop.startswith("interrupted"):
         raise KeyboardInterrupt
-    return run.eta if math.isfinite(run.loss) else eta
+    if not math.isfinite(run.loss):
+        return eta
+    return run.eta | model.prior.inside(model.weights, run.eta)
 
 
 def _check_arguments(

@@ -292,6 +292,16 @@ class GaussianPrior(Remembers):
         root = scale[:, None] * (vectors * values.clamp(min=1e-4).rsqrt())
         return self._entries(weights, *log_precision_and_tril(torch.linalg.cholesky(root @ root.mT)))
 
+    def inside(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of eta for a learned dense covariance whose variances are a hundredth larger: a singular one, at infinity of
+        these entries, is flat in them, so that no line search leaves it."""
+        if self.learn_precision != "full":
+            return {}
+        covariance = self.distribution(weights, eta).covariance_matrix.double()
+        wider = covariance + 0.01 * torch.diag_embed(covariance.diagonal())
+        log_precision, tril = log_precision_and_tril(torch.linalg.cholesky(wider))
+        return self._entries(weights, log_precision.to(eta[PRECISION]), tril.to(eta[PRECISION]))
+
     # -- where learning starts -----------------------------------------------------------------------------------------
 
     def _check_names(self, weights: Weights) -> None:
