@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import varmeta as vm
-from varmeta.bayes.prior import _log_precision_and_tril
+from varmeta.bayes.prior import log_precision_and_tril
 from varmeta.doubts import doubts
 
 
@@ -29,7 +29,7 @@ def test_the_direction_that_is_lost_is_named_not_the_largest_correlation() -> No
     )
     fit = vm.fit(model, tasks(3, 0.5), num_steps=1)
     covariance = torch.eye(3, dtype=torch.float64) - (1.0 - 1e-7) / 3.0
-    fit.run.eta["log_precision"], fit.run.eta["prior_tril"] = _log_precision_and_tril(torch.linalg.cholesky(covariance))
+    fit.run.eta["log_precision"], fit.run.eta["prior_tril"] = log_precision_and_tril(torch.linalg.cholesky(covariance))
     fit.__dict__.pop("prior", None)  # cached
     (sentence,) = [one for one in doubts(fit, own_end=True) if "singular" in one]
     assert "combination" in sentence
