@@ -145,7 +145,7 @@ def test_a_prediction_as_a_table() -> None:
         assert rows["sd"].to_numpy() == pytest.approx(draws.std(0, ddof=1))
         assert rows["low"].to_numpy() == pytest.approx(np.quantile(draws, 0.25, axis=0))
         assert rows["high"].to_numpy() == pytest.approx(np.quantile(draws, 0.75, axis=0))
-    with pytest.raises(ValueError, match="level is 95"):
+    with pytest.raises(ValueError, match="level must be a probability between 0 and 1.* not 95"):
         prediction.frame(95)
 
 
