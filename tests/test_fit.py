@@ -97,6 +97,7 @@ def test_resumed_equals_uninterrupted(name: str, batch_size: int | None) -> None
     assert all(torch.equal(value, before[key]) for key, value in half.eta.items())
 
 
+@pytest.mark.filterwarnings("ignore:the learned noise scale")  # which a strong prior and a mean-field guide leave there
 @pytest.mark.parametrize(("name", "steps"), [("joint", 200), ("reinit", 200), ("implicit", 20), ("unrolled", 20)])
 def test_two_halves_are_a_whole(name: str, steps: int) -> None:
     tasks, model = ragged_tasks(3), linear_model(PRIOR)
