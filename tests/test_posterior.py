@@ -302,7 +302,7 @@ def test_predict_refuses_words(lines: vm.Posterior) -> None:
 
 
 def test_the_level_is_a_probability(lines: vm.Posterior) -> None:
-    with pytest.raises(ValueError, match="level is 90"):
+    with pytest.raises(ValueError, match="level must be a probability between 0 and 1.* not 90"):
         lines.predict(np.zeros((1, 1))).interval(90)
 
 
