@@ -47,8 +47,9 @@ def kept(stored: Any, given_values: Any) -> bool:
         return False
     with np.errstate(over="ignore"):
         nearest = expected.astype(stored.numpy().dtype)
-    limit = 2.0**53 if stored.is_floating_point() else 2.0**63
-    fits = expected.dtype.kind not in "iu" or not expected.size or abs(expected.astype(float)).max() <= limit
+    # a whole number beyond 2^53 is the nearest float; one beyond int64 would turn negative
+    whole = not stored.is_floating_point() and expected.dtype.kind == "u" and expected.size
+    fits = not whole or int(expected.max()) < 2**63
     return bool(np.array_equal(stored.numpy(), nearest)) and fits and bool(np.isfinite(nearest).all())
 
 
