@@ -33,15 +33,28 @@ def model(learn_loc: Any = ("intercept",), learn: str | None = "per_parameter", 
     return vm.TaskModel(vm.LinearPredictor(["x"]).double(), vm.likelihoods.Gaussian(), prior)
 
 
-def marginal(intercept: float, slope: float, sds: np.ndarray, noise: float) -> float:
+def marginal(intercept: float, slope: float, sds: np.ndarray, noise: float, given: vm.TaskSet | None = None) -> float:
     """-log p(y) with the weights integrated out, by scipy."""
     total = 0.0
-    for task in tasks():
+    for task in given or tasks():
         x, y = (value.numpy() for value in task.support)
         design = np.stack([np.ones(len(x)), x[:, 0]], -1)
         covariance = design @ np.diag(sds**2) @ design.T + noise**2 * np.eye(len(x))
         total -= multivariate_normal(design @ np.array([intercept, slope]), covariance).logpdf(y)
     return total
+
+
+@pytest.mark.parametrize("learn_loc", [("intercept",), False])
+def test_tasks_of_unequal_sizes(learn_loc: Any) -> None:
+    """Padded tasks are checked at theta0, also where it is held; the evidence is scipy's."""
+    ragged = vm.TaskSet(
+        [vm.Task((t.support[0][: 2 + i % 4], t.support[1][: 2 + i % 4]), name=t.name) for i, t in enumerate(tasks())],
+        x_names=("x",),
+    )
+    found = vm.fit(model(learn_loc), ragged, vm.Joint("multivariate_normal"))
+    loc, sds = ([float(values[name]) for name in ("intercept", "x")] for values in (found.prior.loc, found.prior.sd))
+    exact = marginal(*loc, np.array(sds), float(found.prior.scale), ragged)
+    assert abs(found.loss - exact) <= 1e-6
 
 
 @pytest.mark.parametrize(("learn_loc", "at"), [(("intercept",), 0.0), (("intercept",), 0.25), (False, 0.0)])

@@ -73,6 +73,8 @@ def rows_meet(model: TaskModel, data: Data, with_y: bool = True, reorder: bool =
 def _where(model: TaskModel, x: Tensor, y: Tensor | None, tolerance: float, reorder: bool) -> str | None:
     few = (len(x) + 1) // 2
     eta = model.init(x.new_zeros(()))
+    # a theta0 that is held has no entry in eta, but its weights differ between tasks like the others
+    eta |= model.weights.unflatten(model.weights.flatten(eta))
     generator = torch.Generator().manual_seed(0)
     orders = [torch.arange(few), *([torch.arange(len(x)).flip(0)] if reorder else [])]
     with torch.no_grad(), validation_enabled(False), torch.random.fork_rng(devices=[]):
