@@ -182,3 +182,26 @@ def test_a_loc_that_is_learned_starts_where_it_was_given() -> None:
     assert abs(float(start["log_scale"].exp()) - float(left.std(correction=0))) <= 1e-6
     found = vm.fit(one, data, vm.Joint("multivariate_normal"))
     assert abs(found.loss - vm.fit(model(True), data, vm.Joint("multivariate_normal")).loss) <= 1e-6
+
+
+@pytest.mark.parametrize("learn_loc", [("intercept",), False])
+def test_a_dense_prior_with_theta0_given(learn_loc: Any) -> None:
+    """`(1 + x | g)` without one fixed effect, or both: the maximum of scipy's marginal likelihood."""
+    found = vm.fit(model(learn_loc, "full"), tasks(), vm.Joint("multivariate_normal"))
+    assert found.converged
+    assert float(found.prior.loc["x"]) == 0.0
+    free = learn_loc is not False
+    pairs = [tuple(value.numpy() for value in task.support) for task in tasks()]
+
+    def loss(v: np.ndarray) -> float:
+        factor = np.array([[np.exp(v[0]), 0.0], [v[1], np.exp(v[2])]])
+        mean, total = np.array([v[4] if free else 0.0, 0.0]), 0.0
+        for x, y in pairs:
+            design = np.stack([np.ones(len(x)), x[:, 0]], -1)
+            covariance = design @ factor @ factor.T @ design.T + np.exp(2 * v[3]) * np.eye(len(x))
+            total -= multivariate_normal(design @ mean, covariance).logpdf(y)
+        return total
+
+    best = minimize(loss, np.zeros(5 if free else 4), method="BFGS", options={"gtol": 1e-6})
+    assert abs(found.loss - best.fun) <= 1e-6
+    assert found.log_likelihood == pytest.approx(-best.fun, abs=1e-6)

@@ -48,7 +48,9 @@ class Whitened:
     triangle: Tensor  # R, (D + S, D + S)
     linear: tuple[str, ...]  # names of beta
     size: Tensor  # of L at the start
-    raw_places: bool  # theta0 and beta stay as they are: a hyperprior acts on each of them alone
+    raw_places: (
+        bool  # theta0 and beta stay as they are: a hyperprior acts on each of them alone, or some are held fixed
+    )
 
     @classmethod
     def of(cls, problem: Problem, batch: Batch, eta: Eta) -> Whitened | None:
@@ -83,7 +85,8 @@ class Whitened:
             part = q[first : first + number].reshape(design.shape).to(design)
             rows.append((tasks, group, part, constant))
             first += number
-        made = cls(problem, rows, r, linear, r.new_ones(()), model.prior.loc_hyperprior is not None)
+        raw_places = model.prior.loc_hyperprior is not None or bool(model.weights.fixed)
+        made = cls(problem, rows, r, linear, r.new_ones(()), raw_places)
         _, inside = made.enter({}, eta)
         return replace(made, size=made.factor(inside).norm(dim=-1).max())
 
@@ -164,10 +167,12 @@ class Whitened:
 
     def _raw(self, eta: Mapping[str, Tensor], factor: Tensor) -> Eta:
         """eta as the model knows it, for an L that may have been held off 0."""
-        theta, beta = self._raw_places(eta)
-        names = self.problem.model.weights.names
+        raw = dict(eta)
+        if not self.raw_places:
+            theta, beta = self._raw_places(eta)
+            raw |= {**_split(theta, eta, self.problem.model.weights.names), **_split(beta, eta, self.linear)}
         log_precision, tril = log_precision_and_tril(_lower(_back(self._blocks()[0], factor)))
-        raw = {**eta, **_split(theta, eta, names), **_split(beta, eta, self.linear), PRECISION: log_precision}
+        raw[PRECISION] = log_precision
         return raw | {TRIL: tril} if TRIL in eta else raw
 
     # -- the objective ---------------------------------------------------------------------------------------------------
@@ -221,8 +226,8 @@ def whitened_correlation(problem: Problem, batch: Batch, eta: Eta) -> Tensor | N
 def _design(model: TaskModel, data: Data, eta: Eta, linear: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Columns `(tasks, points, channels, D + S)` by which the output moves with theta and beta, and what it is at 0."""
     x, _ = data.filled
-    zero = {**eta, **{name: torch.zeros_like(eta[name]) for name in (*model.weights.names, *linear)}}
-    theta = model.weights.flatten(zero)
+    zero = {**eta, **{name: torch.zeros_like(eta[name]) for name in linear}}
+    theta = x.new_zeros(model.weights.size)  # theta0 plays no part in what the network puts out
 
     def output(own: Tensor, named: Eta) -> Tensor:
         spread = own.expand(len(data), 1, len(own))
