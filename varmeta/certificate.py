@@ -27,9 +27,9 @@ class Certificate:
     decrement: 1/2 g' H^-1 g with the inner gradient g and Hessian H, an estimate of how many nats the inner loss can still fall
         by (NaN where the strategy was told to ignore it): it takes the loss for quadratic, and beyond 32 numbers a task it comes
         from conjugate gradients, which may miss directions of little curvature.
-    decrement_bound: |g|^2 / 2 over the prior's smallest precision: the inner loss lies at most so many nats above its minimum, a
-        theorem where f_i is convex by construction (weights that enter linearly, a log-concave likelihood, a point as guide).
-        NaN elsewhere.
+    decrement_bound: 1/2 g' Lambda^-1 g with the prior's precision matrix Lambda: the inner loss lies at most so many nats above
+        its minimum, a theorem where f_i is convex by construction (weights that enter linearly, a log-concave likelihood, a
+        point as guide).  NaN elsewhere.
     inner_gradient: |g|, in nats per unit of phi.
     linear_error: the relative error of u in A u = b, in the norm of A: a bound where f_i is convex by construction, elsewhere an
         estimate from the smallest curvature met; residual: |b - A u| / |b|.  Both are 0 where the envelope theorem leaves no

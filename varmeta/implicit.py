@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, diverged, has_diverged
-from varmeta.bayes.convex import least_curvature
+from varmeta.bayes.convex import inverse_ceiling
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
 from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
@@ -128,9 +128,9 @@ class Implicit(Amortised):
         # the certificate costs a second solve, which nobody looks at where it is ignored
         certify = state.certify or self.on_unconverged != "ignore"
         guess = None if state.inner is None else batch.of(state.inner)
-        floor = least_curvature(problem.model, problem.guide, detach(eta))
+        ceiling = inverse_ceiling(problem.model, problem.guide, detach(eta))
         losses, linear = ImplicitAdjoint(self.linear_solver, certify)(
-            inner, outer, solution.value, eta, guess, units, floor
+            inner, outer, solution.value, eta, guess, units, ceiling
         )  # fmt: skip
         # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()

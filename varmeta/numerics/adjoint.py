@@ -26,6 +26,9 @@ MAX_DIRECT_SIZE = 32
 Objective = Callable[[Tree, dict[str, Tensor]], Tensor]
 """fn(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on eta, which has no task axis."""
 
+Quadratic = Callable[[Tree], Tensor]
+"""v -> v' M v `(tasks,)` for a tree v shaped as phi and a positive definite M."""
+
 
 @dataclass(frozen=True)
 class ImplicitAdjoint:
@@ -74,7 +77,7 @@ class ImplicitAdjoint:
         eta: dict[str, Tensor],
         guess: Tree | None = None,
         units: Tree | None = None,
-        floor: Tensor | None = None,
+        ceiling: Quadratic | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The outer losses, whose gradient with respect to eta goes through the minimum.
 
@@ -88,25 +91,25 @@ class ImplicitAdjoint:
             guess: of u, where `CG` starts: the u of a problem nearby.
             units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a preconditioner of its own
                 takes their squares for one.
-            floor: a positive number, or one per task, that no curvature of `inner` in phi is below, *anywhere*; None where
-                none is known.
+            ceiling: a quadratic form v' M v that v' H^-1 v is nowhere above, H the Hessian of `inner` in phi at *any* phi; None
+                where none is known.
 
         Returns:
             losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
             "decrement", an estimate of 1/2 g' H^-1 g with g = d_phi inner, what the inner loss can still fall by as far as it is
             quadratic (NaN where it was not asked for; by CG, which finds nine tenths of it as a rule and can miss directions
-            too weak to show in its first steps); "decrement_bound", |g|^2 / (2 floor), which the inner loss lies above its
-            minimum by at most (NaN without a floor); "residual" and "linear_result" of the linear solve (0 and CONVERGED where
-            the envelope theorem made it unnecessary); "linear_error", the relative error of u in the norm of H: with a floor
-            the bound |r| / sqrt(floor (u'v - |u| |r|)), else the estimate |r| / sqrt(curvature u'v), with the smallest curvature
-            that the solves met ("curvature", NaN where none was made); "products" with H; and, given a guess, the tree u,
-            "solution".
+            too weak to show in its first steps); "decrement_bound", 1/2 g' M g, which the inner loss lies above its
+            minimum by at most (NaN without a ceiling); "residual" and "linear_result" of the linear solve (0 and CONVERGED where
+            the envelope theorem made it unnecessary); "linear_error", the relative error of u in the norm of H, with r = v - H u:
+            the bound sqrt(r' M r / (u'v + u'r)) under a ceiling, else the estimate |r| / sqrt(curvature u'v), with the smallest
+            curvature that the solves met ("curvature", NaN where none was made); "products" with H; and, given a guess, the tree
+            u, "solution".
 
         Raises:
             ValueError: an objective does not return one loss per task.
         """
         if isinstance(inner, Graphed) and isinstance(outer, Graphed):
-            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess, units, floor)
+            return self._by_graphs(inner, outer, tree.detach(phi), eta, guess, units, ceiling)
         point = tree.leaves(phi)
         with torch.enable_grad():
             envelope = inner is outer
@@ -114,11 +117,11 @@ class ImplicitAdjoint:
             known = losses if envelope else _losses(inner, point, eta, "inner")
             gradient = _gradient(known, point, create_graph=self.certify or not envelope, retain_graph=True)
             g = tree.detach(gradient)
-            stats = _nothing_solved(tree.norm(g), floor)
+            stats = _nothing_solved(g, ceiling)
             if self.certify or not envelope:
                 # one graph of the gradient serves all the products and the last derivative with respect to eta
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
-                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess, units, floor)
+                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess, units, ceiling)
                 stats |= solved
                 if u is not None:
                     slope = tree.dot(u, gradient)
@@ -134,7 +137,7 @@ class ImplicitAdjoint:
         eta: dict[str, Tensor],
         guess: Tree | None,
         units: Tree | None,
-        floor: Tensor | None,
+        ceiling: Quadratic | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The same, each derivative by its compiled graph."""
         known = tree.detach(eta)
@@ -148,10 +151,10 @@ class ImplicitAdjoint:
             def matvec(x: Tree) -> Tree:
                 return tree.unflatten(run(product, call, tree.flatten(x)), point)
 
-            u, solved = self._certified(matvec, None if envelope else v, g, guess, units, floor)
-            stats = _nothing_solved(tree.norm(g), floor) | solved
+            u, solved = self._certified(matvec, None if envelope else v, g, guess, units, ceiling)
+            stats = _nothing_solved(g, ceiling) | solved
         else:
-            stats = _nothing_solved(tree.norm(v), floor)
+            stats = _nothing_solved(v, ceiling)
         learned = tuple(name for name, value in eta.items() if value.requires_grad)
 
         def pull(weights: Tensor) -> list[Tensor]:
@@ -164,7 +167,13 @@ class ImplicitAdjoint:
         return _Pulled.apply(losses, pull, *(eta[name] for name in learned)), stats
 
     def _certified(
-        self, product: Matvec, v: Tree | None, g: Tree, guess: Tree | None, units: Tree | None, floor: Tensor | None
+        self,
+        product: Matvec,
+        v: Tree | None,
+        g: Tree,
+        guess: Tree | None,
+        units: Tree | None,
+        ceiling: Quadratic | None,
     ) -> tuple[Tree | None, dict[str, Any]]:
         """u with H u = v (None without v), and the stats that the solves give."""
         solutions = self._solve(_in_units(self.solver(g), units), product, v, g, guess)
@@ -179,11 +188,14 @@ class ImplicitAdjoint:
             return None, stats
         u, residual = solutions[0].value, solutions[0].stats["residual"]
         energy, size = tree.dot(u, v), residual * tree.norm(v)
-        least = curvature
-        if floor is not None:
-            # of any u, solution or not: the energy of H^-1 v is u'v + u'r plus the squared error, so at least that
-            least, energy = floor, energy - tree.norm(u) * size
-        error = size / (least * energy).clamp(min=torch.finfo(size.dtype).tiny).sqrt()
+        tiny = torch.finfo(size.dtype).tiny
+        if ceiling is None:
+            error = size / (curvature * energy).clamp(min=tiny).sqrt()
+        else:
+            # of any u, solution or not: v' H^-1 v is u'v + u'r + r' H^-1 r
+            r = tree.add(v, tree.detach(product(u)), -1.0)
+            error = (ceiling(r) / (energy + tree.dot(u, r)).clamp(min=tiny)).sqrt()
+            stats["products"] = products + 1
         stats |= {
             "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, error, size)
         }  # fmt: skip
@@ -320,14 +332,15 @@ def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
     return _losses(outer, tree.detach(phi), eta, "outer")
 
 
-def _nothing_solved(norm: Tensor, floor: Tensor | None) -> dict[str, Tensor]:
+def _nothing_solved(g: Tree, ceiling: Quadratic | None) -> dict[str, Tensor]:
+    norm = tree.norm(g)
     unknown = torch.full_like(norm, math.nan)
     nothing = torch.zeros_like(norm, dtype=torch.int64)
     return {
         "gradient_norm": norm,
         "decrement": unknown,
-        # strong convexity; no solve is needed for it
-        "decrement_bound": unknown if floor is None else 0.5 * norm.square() / floor,
+        # by strong convexity; no solve is needed for it
+        "decrement_bound": unknown if ceiling is None else 0.5 * ceiling(g),
         "residual": torch.zeros_like(norm),
         "linear_error": torch.zeros_like(norm),
         "curvature": unknown,
