@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import seeded
-from varmeta import posterior as module
+from varmeta import _slices as module
 from varmeta.observation_noise import TaskNoise
 from varmeta.run import Run
 from varmeta.strategy import State

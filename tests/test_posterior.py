@@ -266,10 +266,9 @@ def test_predict_at_points_of_each_task(lines: vm.Posterior) -> None:
 def test_predictions_of_many_numbers_come_in_slices(lines: vm.Posterior, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(2, 1, dtype=torch.float64)
     whole = lines.score(num_samples=100, query=[(x, x[:, 0])] * 3)
-    monkeypatch.setattr("varmeta.posterior.CHUNK", 1000)
+    monkeypatch.setattr("varmeta._slices.CHUNK", 1000)
     parts = lines.score(num_samples=100, query=[(x, x[:, 0])] * 3)
     assert lines.predict(x, 100).samples.shape == (100, 3, 2)
-    # the same weights; only the noise of the observations is drawn in another order
     assert parts["log_density"].to_numpy() == pytest.approx(whole["log_density"].to_numpy(), abs=1e-12)
 
 

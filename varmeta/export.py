@@ -89,7 +89,7 @@ def _assemble(
             q = posterior.distribution
             log_q = q.log_prob(draws.unsqueeze(-2)).squeeze(-1)
             log_prior = posterior.prior.log_prob(draws.unsqueeze(-2)).squeeze(-1)
-            log_joint = log_prior + evaluated.weighted.sum(-1)
+            log_joint = log_prior + evaluated.weighted
             groups["sample_stats"] = {"log_joint": log_joint, "log_q": log_q}
             dims |= {"log_joint": ["task"], "log_q": ["task"]}
         obs_task = {

@@ -21,7 +21,8 @@ from varmeta.tasks import Data
 class Evaluated:
     """Observations under draws of the weights: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, 0 in the padding.
 
-    weighted: log_prob times how often each observation counts, which is what it adds to the log joint density.
+    weighted: log_prob times how often each observation counts, added up over a task's points, `(draws, tasks)`: what they add to
+        the log joint density.
     mean: an observation's mean under each draw, `(draws, tasks, points, ...)`, None where the distribution does not tell.
     probs: for classes their probabilities, classes last.  samples: draws of observations, where asked for.
     Of a point there is one draw of the weights, under which the samples are drawn all the same.

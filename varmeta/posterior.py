@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from varmeta import _slices
 from varmeta._numbers import probability, whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 # Draws are a stream of their own, away from those of training (which counts its steps from 0).
 DRAWS = 2**40
-# Numbers held at a time while predicting; larger jobs go through in slices of draws.
-CHUNK = 8_000_000
 
 
 class Posterior:
@@ -299,8 +298,9 @@ class Posterior:
             return theta.new_zeros(theta.shape[:2])
         parts = []
         with validation_enabled(False):
-            for some in _chunks(theta, data):
-                trace = poutine.trace(self._program(some)).get_trace(eta, *data.filled)
+            draws, tasks = _slices.sizes(self.model, eta, theta, data)
+            for some in theta.split(draws):
+                trace = poutine.trace(self._program(some, tasks)).get_trace(eta, *data.filled)
                 # where, not a product: the density of padding may be anything
                 parts.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
         return torch.cat(parts)
@@ -334,28 +334,29 @@ class Posterior:
         with torch.no_grad():
             return move(q, standard.unsqueeze(-2))
 
-    def _program(self, theta: Tensor) -> Any:
+    def _program(self, theta: Tensor, task_chunk_size: int) -> Any:
         def program(eta: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
             with (
                 pyro.plate("draws", len(theta), dim=-3),
                 pyro.plate("tasks", x.shape[0], dim=-2),
                 pyro.plate("data", x.shape[1], dim=-1),
             ):
-                return self.model.observe(theta, eta, x, y)
+                return self.model.observe(theta, eta, x, y, task_chunk_size)
 
         return program
 
     def traces(self, theta: Tensor, data: Data, y: Tensor | None, stream: TaskNoise) -> Iterator[poutine.Trace]:
         """The program's traces under slices of the draws theta, sampling from `stream`."""
         x, first = data.filled[0], 0
-        for eta, part in self._slices(theta, data):
+        draws, tasks = _slices.sizes(self.model, self.eta, theta, data)
+        for eta, part in self._with_eta(theta, draws):
             stream.at(first, len(part))
-            yield poutine.trace(self._program(part)).get_trace(eta, x, y)
+            yield poutine.trace(self._program(part, tasks)).get_trace(eta, x, y)
             first += len(part)
 
-    def _slices(self, theta: Tensor, data: Data) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Draws with the eta that they belong to, a few at a time."""
-        yield from ((self.eta, part) for part in _chunks(theta, data))
+    def _with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Draws with the eta that they belong to, at most `size` at a time."""
+        yield from ((self.eta, part) for part in theta.split(size))
 
     def evaluate(self, data: Data, num_samples: int, seed: int, sampled: bool | None = True) -> Evaluated:
         """Log densities, means, probabilities (for classes) and draws of the observations in `data`.
@@ -371,7 +372,7 @@ class Posterior:
             for trace in self.traces(own, data, y, stream):
                 # where, not a product: the density of padding may be anything
                 log_probs.append(torch.where(data.mask, observed_log_prob(trace, weighted=False), 0.0))
-                weighted.append(torch.where(data.mask, observed_log_prob(trace), 0.0))
+                weighted.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
                 site = observed_site(trace)
                 fn = site["fn"]
                 classes = isinstance(fn, (dist.Bernoulli, dist.Categorical))
@@ -388,14 +389,7 @@ class Posterior:
 def _sampled(fn: dist.TorchDistribution, theta: Tensor, data: Data, stream: TaskNoise) -> Iterator[Tensor]:
     """As many draws as theta has, of observations whose distribution `(1, tasks, points)` is one for all of them."""
     first = 0
-    for part in _chunks(theta, data):
+    for part in theta.split(_slices.draws_of_observations(data)):
         stream.at(first, len(part))
         yield fn.expand((len(part), *fn.batch_shape[1:])).sample()
         first += len(part)
-
-
-def _chunks(theta: Tensor, data: Data) -> tuple[Tensor, ...]:
-    """Draws `(draws, tasks, 1, D)`, as many at a time as memory allows."""
-    tasks, points = data.mask.shape
-    cost = tasks * (32 * points + theta.shape[-1])
-    return theta.split(max(1, CHUNK // max(1, cost)))

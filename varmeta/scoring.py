@@ -65,13 +65,14 @@ def normal_predictive(posterior: Posterior, data: Data) -> tuple[Tensor, Tensor]
     if factor is not None:
         columns = torch.diag_embed(factor) if factor.dim() == centre.dim() - 1 else factor
         theta = torch.cat([centre, centre + columns.movedim(-1, 0)])
-    means, noise = [], []
+    mean = variance = None
     with quiet_scope(0, data.x.device), TaskNoise(0, data.num_points, data.mask) as stream:
         for trace in posterior.traces(theta, data, data.filled[1], stream):
             fn = observed_site(trace)["fn"]
             if fn.event_shape:
                 return None
-            means.append(fn.mean)
-            noise.append(fn.variance)
-    mean = torch.cat(means)
-    return mean[0], (noise[0][0] + (mean[1:] - mean[:1]).square().sum(0)).sqrt()
+            if mean is None:  # the first is at m itself
+                mean, variance = fn.mean[0], fn.variance[0]
+            variance = variance + (fn.mean - mean).square().sum(0)
+    assert mean is not None and variance is not None
+    return mean, variance.sqrt()

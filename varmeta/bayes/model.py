@@ -260,11 +260,21 @@ class TaskModel(Remembers):
                     self.observe(self.moved(theta, eta, data), eta, *data.filled)
         return theta
 
-    def observe(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
-        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points, ...)`."""
+    def observe(
+        self,
+        theta: Tensor,
+        eta: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor | None,
+        task_chunk_size: int | None = None,
+    ) -> Any:
+        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points, ...)`.
+
+        task_chunk_size: how many tasks a network runs on at a time, which bounds memory where no gradient is taken.
+        """
         if self._program is not None:
             return self._program(self.weights.unflatten(theta) | {name: eta[name] for name in self.shared}, x, y)
-        out = self.output(theta, eta, x)
+        out = self.output(theta, eta, x, task_chunk_size)
         return self.observe_output(out, self._with_task_weights(theta, eta), y, theta.dim() - 1)
 
     @property
@@ -281,9 +291,9 @@ class TaskModel(Remembers):
         own = self.weights.unflatten(theta)
         return {**eta, **{name: own[name] for name in names}}
 
-    def output(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def output(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, task_chunk_size: int | None = None) -> Tensor:
         """What the network puts out for theta `(..., tasks, 1, D)`: `(..., tasks, points, channels)`."""
-        return self._network(theta.squeeze(-2), eta, x)
+        return self._network(theta.squeeze(-2), eta, x, task_chunk_size)
 
     def observe_output(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int) -> Any:
         """Sample, or with y observe, the data given the network's output, `batch` axes `(..., tasks, points)` first."""
@@ -309,16 +319,18 @@ class TaskModel(Remembers):
         with poutine.scale(scale=weights.to(out)):
             return pyro.sample("y", noise, obs=obs)
 
-    def _network(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _network(
+        self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, task_chunk_size: int | None = None
+    ) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for theta `(..., tasks, D)`."""
         assert self.likelihood is not None
         lead = theta.shape[:-2]
         if lead and math.prod(lead) == 1:  # a single point: nothing to batch over but the tasks
-            out = self._network(theta.reshape(theta.shape[-2:]), eta, x)
+            out = self._network(theta.reshape(theta.shape[-2:]), eta, x, task_chunk_size)
             return out.reshape(*lead, *out.shape)
         aside = self.likelihood.task_weights()
         weights = {name: value for name, value in self.weights.unflatten(theta).items() if name not in aside}
-        call = torch.func.vmap(self.one_task(eta, x))
+        call = torch.func.vmap(self.one_task(eta, x), chunk_size=task_chunk_size)
         for _ in lead if weights else ():  # points of an expectation: the same x for each
             call = torch.func.vmap(call, in_dims=(0, None))
         out = call(weights, x)

@@ -149,7 +149,7 @@ class IntegratedPosterior(Posterior):
         best = (log_weight + gumbel).argmax(1)[:, None, :, None].expand(-1, 1, -1, theta.shape[-1])
         return theta.gather(1, best).squeeze(1)
 
-    def _slices(self, theta: Tensor, data: Data) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    def _with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         eta = self.eta_draws(len(theta))
         for k in range(len(theta)):
             yield {name: value[k] for name, value in eta.items()}, theta[k : k + 1]
