@@ -121,3 +121,31 @@ def test_a_gaussian_on_binary_answers_says_how_far_its_bound_is(compile: bool) -
         exact = vm.fit(intercepts(), coins(80, 4, 6.0), progress=False)
     sds = [float(fit.prior.sd["intercept"]) for fit in (bound, exact, rough)]
     assert sds == sorted(sds) and bound.loss > exact.loss > rough.loss
+
+
+@pytest.mark.parametrize("strategy", [vm.Unrolled, vm.FirstOrder])
+def test_steps_that_stop_short_of_the_mode_have_no_evidence(strategy: type) -> None:
+    """At theta0 Laplace's formula is off by a hundred nats, of which nothing was said."""
+    for guide in ("laplace", "quadrature"):
+        with pytest.raises(ValueError, match=rf"around the mode.*use vm.Implicit\('{guide}'\)"):
+            vm.fit(intercepts(), coins(4), strategy(guide, "elbo"), progress=False)
+    with pytest.raises(ValueError, match=r"around the mode"):
+        vm.fit(intercepts(), coins(4), vm.Reptile("laplace"), progress=False)
+    with pytest.raises(ValueError, match=r"around the mode"):
+        vm.meta_gradient(intercepts(), coins(4), strategy("quadrature", "elbo"))
+
+
+def test_nodes_that_leave_one_with_all_the_mass_have_the_hessians_covariance() -> None:
+    """Where the start is far from the mode: sqrt(1 / 6), and no error from within Pyro."""
+    tasks = vm.TaskSet([vm.Task((np.zeros((5, 1)), np.full(5, 5e8)), name=f"t{i}") for i in range(2)])
+    net = torch.nn.Linear(1, 1).double()
+    with torch.no_grad():
+        net.weight.zero_()
+        net.bias.zero_()
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(1.0), shared=["weight"])
+    short = vm.Implicit("quadrature", inner_steps=1, minimizer=vm.GradientDescent(1e-12))
+    with pytest.warns(RuntimeWarning, match="not certified"):
+        found = vm.fit(model, tasks, short, 1, lambda p: torch.optim.SGD(p, 1e-30), progress=False)
+    posterior = found.posterior()
+    # five observations of precision 1 and a prior of precision 1
+    assert posterior.sd["bias"].numpy() == pytest.approx(6.0**-0.5, rel=1e-9)

@@ -144,6 +144,22 @@ def test_fit_adapt_resume_and_store(tmp_path):
     assert not torch.allclose(first, vm.fit(model, tasks, plain, 6, adam).adapt(tasks).mean["bias"], atol=1e-2)
 
 
+@pytest.mark.parametrize("strategy", [vm.Unrolled, vm.Implicit])
+def test_a_fit_by_the_score(strategy):
+    """Its value, for which no derivative is taken, is that of the pathwise estimator on the same draws."""
+    model, tasks = linear_model(vm.GaussianPrior(1.0)), ragged_tasks(3)
+
+    def fitted(estimator):
+        alg = vm.StochasticAlg(4, 0.01, temperature=0.5, num_draws=3, estimator=estimator)
+        still = lambda params: torch.optim.SGD(params, lr=1e-30)  # noqa: E731
+        return vm.fit(model, tasks, strategy("delta", "query", alg=alg), 1, still, compile=False)
+
+    found = fitted("score")
+    assert math.isfinite(found.loss)
+    if strategy is vm.Unrolled:  # Implicit takes the score alone
+        assert found.loss == pytest.approx(fitted("pathwise").loss, rel=1e-12)
+
+
 def test_a_ridge_is_called_out():
     """Warm noise up to the last step: some draws end between two basins, where the score is not all of the change."""
     model, tasks = one_function()

@@ -151,6 +151,8 @@ class StochasticAlg:
         num_draws = len(weights) // len(batch)
         many = batch.repeat(num_draws)
         names = [name for name in eta if eta[name].requires_grad]
+        if not names:  # a value alone is asked for
+            return {}
         total = {name: torch.zeros_like(eta[name]) for name in names}
         points = [detach(point) for point in points]
         for k in range(self.num_steps):

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from varmeta._words import counted
 from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, diverged, has_diverged
 from varmeta.bayes.guide import PyroGuide
+from varmeta.bayes.laplace import Laplace
 from varmeta.bayes.model import TaskModel
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.numerics.adjoint import detached, unrolled
-from varmeta.numerics.minimize import FirstOrderMinimizer, GradientDescent, minimize
+from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, minimize
 from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
@@ -19,6 +23,9 @@ from varmeta.problem import Problem
 from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import Eta, State, Stats
 from varmeta.tasks import Batch, TaskSet
+
+# Adam's steps are about its lr; one below this share of it had a gradient that is 0 but for rounding.
+STILL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,14 @@ class Unrolled(Amortised):
 
     def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
         super().check(model, tasks, for_fit)
-        if self.through_start and isinstance(self.problem(model, tasks, 0).guide, PyroGuide):
+        guide = self.problem(model, tasks, 0).guide
+        # the gradient of Laplace's formula at phi_K can be asked for; a fit would call its value an evidence
+        if isinstance(guide, Quadrature) or (for_fit and self.outer == "elbo" and isinstance(guide, Laplace)):
+            raise ValueError(
+                f"{type(self).__name__} stops after {counted(self.inner_steps, 'step')}, but the {guide.evidence_name} of this "
+                f"guide is that around the mode, and no evidence elsewhere: use vm.Implicit({self.guide!r})"
+            )
+        if self.through_start and isinstance(guide, PyroGuide):
             raise ValueError(
                 f"{type(self).__name__} differentiates through the start of phi, but a guide of one's own starts where its "
                 "author put it, which carries no derivative to theta0: use Joint, Reinit, Implicit or Reptile"
@@ -94,7 +108,13 @@ class Unrolled(Amortised):
         solution = minimize(
             at(inner, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True, lr_scale=lr_scale
         )
-        return unrolled(outer, solution.value, eta), solution
+        end = solution.value
+        # in double precision one step still leaves enough digits, also where another weight's change would move this one
+        if isinstance(self.minimizer, Adam) and (
+            self.inner_steps > 1 or any(x.dtype != torch.float64 for x in end.values())
+        ):
+            end = {name: _kept_where_still(start[name], x, self.minimizer.lr) for name, x in end.items()}
+        return unrolled(outer, end, eta), solution
 
     def not_captured(self, problem: Problem) -> str | None:
         if self.inner_steps > MAX_TRACED_STEPS:
@@ -112,6 +132,17 @@ class Unrolled(Amortised):
             return minimize(at(inner, eta), end, self.minimizer, steps=0, lr_scale=rates)
         start = detach(problem.start(batch, eta))
         return minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps, lr_scale=rates)
+
+
+def _kept_where_still(start: Tensor, end: Tensor, lr: float) -> Tensor:
+    """`end`, which follows `start` one to one where Adam has not moved it.
+
+    That is so where a gradient is 0 all the way: a column of zeros, a unit that is dead in this task, a task without support.
+    Adam's step has the slope lr / eps there, some 1e6, and the way back through several steps would lose its digits in
+    terms of that size that cancel.
+    """
+    moved = (end - start).detach()
+    return torch.where(moved.abs() <= STILL * lr, start + moved, end)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,10 @@ class Quadrature(Laplace):
         mean = (share * theta).sum(0)
         offset = theta - mean
         covariance = ((share * offset).unsqueeze(-1) * offset.unsqueeze(-2)).sum(0)
-        factor = torch.linalg.cholesky_ex(covariance).L
+        # away from the mode one node may have all the mass, and the nodes no covariance: the Hessian's is left
+        lost = (torch.linalg.cholesky_ex(covariance.detach()).info != 0).reshape(-1, 1, 1)
+        around = self._factor(phi, eta, data)[0]
+        factor = torch.linalg.cholesky_ex(torch.where(lost, around @ around.mT, covariance)).L
         return sample(dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
 
     def evidence(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
