@@ -45,6 +45,7 @@ def test_lme4s_estimates_by_default(name: str, loss: float) -> None:
     fit = vm.fit(case.model(), case.tasks(), progress=False)
     assert fit.strategy == vm.Implicit("quadrature") and fit.converged
     assert "negative log evidence by quadrature" in str(fit)
+    assert "std. error" in str(fit) and "no standard errors" not in str(fit)
     assert float(fit.prior.sd["intercept"]) == pytest.approx(theirs["sd"], rel=1e-3)
     for column, error in zip(("intercept", *case.columns), theirs["errors"], strict=True):
         found = float((fit.prior.loc | fit.prior.shared)[column])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from varmeta._words import counted
+from varmeta.bayes.quadrature import Quadrature
 from varmeta.hyper.importance import GOOD_K
 from varmeta.learned_prior import ROWS
 
@@ -36,7 +37,9 @@ def long(fit: Fit) -> str:
     hyper = fit.hyper
     if hyper is None or hyper.hyperguide == "reml":
         table = fit.prior.table(fit.standard_errors)
-        return "\n".join([*lines, "", table, *([NO_ERRORS] if fit.problem.guide.at_mode else [])])
+        quadrature = isinstance(fit.problem.guide, Quadrature)  # it has them, once it has converged
+        by_laplace = fit.problem.guide.at_mode and not quadrature
+        return "\n".join([*lines, "", table, *([NO_ERRORS] if by_laplace else [])])
     return "\n".join([*lines, importance(hyper), "", hyperparameters(fit)])
 
 
