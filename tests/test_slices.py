@@ -1,7 +1,8 @@
-"""Predictions of wide networks: memory has a bound, whatever the number of tasks and draws, and numbers stay as they are."""
+"""Wide networks: memory has a bound in tasks, draws and weights, and numbers stay as they are."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import varmeta as vm
-from tests.cases import seeded
+from tests.cases import adam, ragged_tasks, seeded
 from varmeta.run import Run
 from varmeta.strategy import State
 
@@ -54,3 +55,21 @@ def test_a_wide_network_is_run_on_some_draws_and_some_tasks(guide: str, monkeypa
     assert largest.numbers <= ALL // 2
     torch.testing.assert_close(again, mean, rtol=1e-12, atol=1e-12)
     assert parts.to_numpy(float) == pytest.approx(whole.to_numpy(float), rel=1e-10, abs=1e-10)
+
+
+def test_a_prior_of_many_weights_makes_no_matrix_of_their_pairs(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(1, 500), nn.Tanh(), nn.Linear(500, 1))
+
+    prior = vm.GaussianPrior(learn_precision="per_module")
+    model = vm.TaskModel(seeded(net), vm.likelihoods.Gaussian(), prior)
+    with Largest() as largest:
+        fit = vm.fit(model, ragged_tasks(3), vm.Joint("normal"), 1, adam)
+        text = str(fit)
+        fit.save(tmp_path / "fit.vm")
+        back = vm.load(tmp_path / "fit.vm", model)
+    size = model.weights.size
+    assert "weights more" in text and largest.numbers < size**2 / 10
+    assert (tmp_path / "fit.vm").stat().st_size < size**2
+    sd = model.weights.flatten(fit.prior.sd)
+    torch.testing.assert_close(back.prior.covariance, torch.diag(sd.square()))

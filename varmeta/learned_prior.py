@@ -24,7 +24,8 @@ class LearnedPrior:
 
     loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight on its own, so for
         a dense covariance not the diagonal of its inverse.
-    covariance: `(D, D)` in the order of `labels`, one readable name per weight.
+    labels: one readable name per weight, in the order of `covariance`.
+    dense_covariance: `(D, D)`, None where the weights are independent, of which a network has too many for it.
     shared: parameters that are the same for all tasks, by name; shared_labels: the readable names of their entries.
     coefficients: by how much a task's features move loc, for each weight and feature of the prior's covariates, by name
         (`intercept:log_uppm`), in the parameter's shape; units: the weight's per unit of the feature.  loc is then that of a
@@ -36,7 +37,7 @@ class LearnedPrior:
     loc: dict[str, Tensor]
     precision: dict[str, Tensor]
     sd: dict[str, Tensor]
-    covariance: Tensor
+    dense_covariance: Tensor | None
     labels: tuple[str, ...]
     shared: dict[str, Tensor]
     shared_labels: dict[str, tuple[str, ...]]
@@ -57,7 +58,7 @@ class LearnedPrior:
                 loc=weights.unflatten(distribution.mean),
                 precision=weights.unflatten(spread**-2),
                 sd=weights.unflatten(spread),
-                covariance=distribution.covariance_matrix if dense else torch.diag(spread.square()),
+                dense_covariance=distribution.covariance_matrix if dense else None,
                 labels=tuple(label for name in weights.names for label in named[name]),
                 shared={name: eta[name] for name in model.shared},
                 shared_labels={name: named[name] for name in model.shared},
@@ -74,15 +75,24 @@ class LearnedPrior:
         return self.observation.get(NOISE_SCALE)
 
     @property
+    def covariance(self) -> Tensor:
+        """`(D, D)` in the order of `labels`."""
+        return torch.diag(self._sd.square()) if self.dense_covariance is None else self.dense_covariance
+
+    @property
     def correlation(self) -> Tensor:
         sd = self.covariance.diagonal().sqrt()
         return self.covariance / torch.outer(sd, sd)
 
     @property
+    def _sd(self) -> Tensor:
+        return torch.cat([value.reshape(-1) for value in self.sd.values()])
+
+    @property
     def _rows(self) -> list[tuple[str, float, float]]:
         """Label, theta0 and sd of every weight."""
         loc = torch.cat([value.reshape(-1) for value in self.loc.values()])
-        return list(zip(self.labels, loc.tolist(), self.covariance.diagonal().sqrt().tolist(), strict=True))
+        return list(zip(self.labels, loc.tolist(), self._sd.tolist(), strict=True))
 
     @property
     def _shared_rows(self) -> list[tuple[str, float]]:
@@ -127,8 +137,8 @@ class LearnedPrior:
         lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'covariate':>12}" for label, number in moved[:ROWS]]
         lines += [f"... and {len(moved) - ROWS} coefficients more"] if len(moved) > ROWS else []
         lines += [f"{name:<{width}} {'':>12}{gap} {float(x):>12.5g}" for name, x in self.observation.items()]
-        off = self.covariance - torch.diag(self.covariance.diagonal())
-        if len(rows) <= MAX_CORRELATIONS and bool(off.any()):
+        dense = self.dense_covariance
+        if dense is not None and len(rows) <= MAX_CORRELATIONS and bool((dense - torch.diag(dense.diagonal())).any()):
             lines.append("correlations of the prior")
             for label, row in zip(self.labels, self.correlation.tolist(), strict=True):
                 lines.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))

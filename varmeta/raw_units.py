@@ -62,7 +62,7 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
         loc=model.weights.unflatten(mean[varying]),
         precision=model.weights.unflatten(sd**-2),
         sd=model.weights.unflatten(sd),
-        covariance=covariance,
+        dense_covariance=covariance,
         shared={name: named[name].reshape(start[name].shape) for name in model.shared},
         coefficients=coefficients,
         coefficient_labels=labels,

@@ -52,7 +52,9 @@ def save(fit: Fit, path: str | PathLike[str]) -> None:
         "constants": json.dumps(constants.fingerprint(fit.model.net, fit.model.constants)),
         "model": json.dumps(configuration(fit.model)),
         "numbers": _numbers(fit.model, fit.tasks, run.eta),
-        "covariance": fit.prior.covariance,
+        "covariance": fit.prior.covariance
+        if fit.model.prior.dense
+        else fit.model.weights.flatten(fit.prior.sd).square(),
         "seed": int(fit.seed),
         "eta": run.eta,
         "phi": run.state.phi,
@@ -157,14 +159,17 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
             "covariates"
         )
     prior = model.prior_distribution(eta)
-    covariance = prior.covariance_matrix if model.prior.dense else torch.diag(prior.variance)
-    scale = covariance.diagonal().sqrt()
-    if not torch.allclose(
-        covariance / torch.outer(scale, scale), content["covariance"] / torch.outer(scale, scale), atol=1e-4
-    ):
+    covariance, kept = prior.covariance_matrix if model.prior.dense else prior.variance, content["covariance"]
+    if kept.dim() > covariance.dim():  # files of before hold zeros beside the variances
+        covariance = torch.diag(covariance)
+    if kept.shape != covariance.shape:
+        raise ValueError(f"its covariance has the shape {tuple(kept.shape)}")
+    scale = prior.stddev
+    units = scale.square() if covariance.dim() == 1 else torch.outer(scale, scale)
+    if not torch.allclose(covariance / units, kept / units, atol=1e-4):
         raise Refused(
-            f"{shown} is a fit under another prior: its covariance was {content['covariance'].tolist()}, but that of "
-            f"this model would be {covariance.tolist()}"
+            f"{shown} is a fit under another prior: its covariance was {kept.tolist()}, but that of this model would be "
+            f"{covariance.tolist()}"
         )
     tasks = TaskSet(
         [

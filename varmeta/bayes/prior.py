@@ -345,7 +345,8 @@ class GaussianPrior(Remembers):
 
     def _start_dense(self, weights: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.covariance is None:
-            below = weights.size * (weights.size - 1) // 2
+            # only a dense prior has them, and a network too many
+            below = weights.size * (weights.size - 1) // 2 if self.learn_precision == "full" else 0
             return self._start_log_precision(weights, like), like.new_zeros(below)
         return log_precision_and_tril(torch.linalg.cholesky(self.covariance.to(like)))
 
