@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import seeded
+from varmeta import chunks
+from varmeta.blame import drowning_at_start
+from varmeta.problem import Problem
+from varmeta.strategy import Eta
+from varmeta.tasks import Batch
 
 GAUSSIAN, POISSON = vm.likelihoods.Gaussian, vm.likelihoods.Poisson
 
@@ -147,6 +152,23 @@ def test_one_task_in_whose_rounding_the_others_are_lost() -> None:
         RuntimeWarning, match=r"the loss of task 'bad' is \d.*e\+30\d nats, in whose rounding the other tasks"
     ):
         vm.fit(model, tasks("a huge count"), vm.Joint("normal"), 60, first_order)
+
+
+def test_such_a_task_at_the_start_is_looked_for_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), POISSON(), vm.GaussianPrior(1.0))
+    data, strategy = tasks("a huge count"), vm.Joint("normal")
+    problem, sizes = strategy.problem(model, data, 0), list[int]()
+    whole = drowning_at_start(strategy, problem, data.batch(), 1e300)
+    start = Problem.start
+
+    def counted(self: Problem, batch: Batch, eta: Eta) -> Any:
+        sizes.append(len(batch))
+        return start(self, batch, eta)
+
+    monkeypatch.setattr(chunks, "in_memory", lambda *_: 1)
+    monkeypatch.setattr(Problem, "start", counted)
+    assert whole is not None and whole == drowning_at_start(strategy, problem, data.batch(), 1e300)
+    assert sizes == [1] * len(data)
 
 
 def test_inner_steps_that_diverge_name_a_task() -> None:

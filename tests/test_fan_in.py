@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,15 @@ def test_a_noise_scale_above_the_datas_sd_is_said_with_both() -> None:
     (sentence,) = [sentence for sentence in doubts(loud, own_end=True) if "noise scale" in sentence]
     both = f"noise scale, {2 * float(y.std()):.3g}, exceeds the sd of the data, {float(y.std()):.3g}: "
     assert f"{both}the weights explain nothing" in sentence
+    assert "learn_loc" in sentence and "network" not in sentence  # a regression's prior holds it, and no fan-in
+
+
+def test_a_scale_that_a_hyperprior_holds_above_the_datas_sd_does_not_warn() -> None:
+    held = dist.LogNormal(torch.tensor(3.0), torch.tensor(0.01))
+    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(scale_hyperprior=held), vm.GaussianPrior(3.0))
+    fit = vm.fit(model, ragged_tasks(4), vm.Joint("normal"))
+    assert fit.prior.scale is not None and float(fit.prior.scale) > 10.0
+    assert not [sentence for sentence in doubts(fit) if "noise scale" in sentence]
 
 
 def test_a_scale_that_explains_or_has_not_moved_up_does_not_warn() -> None:

@@ -150,3 +150,14 @@ def test_nodes_that_leave_one_with_all_the_mass_have_the_hessians_covariance() -
     posterior = found.posterior()
     # five observations of precision 1 and a prior of precision 1
     assert posterior.sd["bias"].numpy() == pytest.approx(6.0**-0.5, rel=1e-9)
+
+
+def test_a_precision_that_runs_away_under_quadrature_is_not_blamed_on_the_guide() -> None:
+    """Counts that do not differ between tasks: the guide is the posterior, and no other guide would change that."""
+    y = torch.tensor([1, 2, 3, 2, 1, 3, 2, 2])
+    tasks = vm.TaskSet([vm.Task((torch.zeros(8, 0, dtype=torch.float64), y.roll(i))) for i in range(10)])
+    prior = vm.GaussianPrior(learn_precision="per_parameter")
+    model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Poisson(), prior)
+    with pytest.warns(RuntimeWarning, match="runs away") as said:
+        fit = vm.fit(model, tasks)
+    assert "quadrature" in str(fit.strategy) and "multivariate_normal" not in str(said[0].message)

@@ -50,6 +50,13 @@ def test_scales_apart_under_one_noise_scale_are_said(likelihood: L.Likelihood) -
         run(likelihood, ys)
 
 
+def test_log_normal_responses_are_not_told_to_be_standardized() -> None:
+    """Which leaves them as they are: only a scale of its own for each mends it."""
+    ys = [(0.02 * y * SCALES.new_tensor([1.0, 0.5])).exp() for y in two_responses()]
+    with pytest.warns(RuntimeWarning, match="learns one noise scale for all of them, that of the largest: give each"):
+        run(L.LogNormal(), ys)
+
+
 @pytest.mark.parametrize(
     ("likelihood", "scales"),
     [(L.Gaussian(), [1.0, 2.0]), (L.Gaussian(1.0, learn_scale=False), [1.0, 100.0]), (L.LogNormal(), [1.0, 100.0])],

@@ -47,8 +47,10 @@ def drowning_at_start(strategy: Strategy, problem: Problem, batch: Batch, loss: 
     if abs(loss) * torch.finfo(batch.support.x.dtype).eps <= LOST:  # NaN goes on
         return None
     eta = problem.model.init(batch.support.x.new_zeros(()))
+    parts = chunks.split(batch, chunks.in_memory(strategy, problem, batch, eta))
     with torch.no_grad():
-        return drowning(batch, problem.losses(strategy.outer, batch, 0)(problem.start(batch, eta), eta))
+        losses = [problem.losses(strategy.outer, part, 0)(problem.start(part, eta), eta) for part in parts]
+    return drowning(batch, torch.cat(losses))
 
 
 def drowning(batch: Batch, end: Tensor) -> str | None:

@@ -85,7 +85,7 @@ def _separation(fit: Fit) -> str | None:
     where += f" and {len(found) - FEW} more" if len(found) > FEW else ""
     return (
         f"the likelihood has no maximum: it rises for ever as {where} grow{'s' * (len(found) == 1)} in size, since the outcomes "
-        "are separated (there are predictors for which y is always or never the same).  The search stopped on the way: "
+        "are separated (on one side of some combination of the predictors y is always the same).  The search stopped on the way: "
         "its estimates and their standard errors mean nothing.  Give "
         "GaussianPrior(loc_hyperprior={name: pyro.distributions.Normal(0., 2.5)}), leave the predictor out, or join categories"
     )
@@ -113,7 +113,7 @@ def _runaways(fit: Fit) -> str | None:
     prior = fit.model.prior
     if prior.learn_precision is None:
         return None
-    labels, precision = fit.prior.labels, fit.prior.covariance.diagonal().reciprocal()
+    labels, precision = fit.prior.labels, fit.model.weights.flatten(fit.prior.precision)
     information = _information(fit, precision)
     if prior.learn_precision in ("shared", "per_module"):
         # weights under one number run away together or not at all: what is known best of any of them decides
@@ -127,7 +127,8 @@ def _runaways(fit: Fit) -> str | None:
     if bool(away.any()):
         ways = [
             "centre the predictors",
-            *([] if can_be_exact(fit) else ["use guide='multivariate_normal'"]),
+            # what finds the mode of a task knows its correlations too
+            *([] if can_be_exact(fit) or fit.problem.guide.at_mode else ["use guide='multivariate_normal'"]),
             "give a hyperprior",
         ]
         return (

@@ -32,8 +32,10 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     sd = sd[sd > 0]
     if len(sd) < 2 or float(sd.max()) <= APART * float(sd.min()):
         return None
+    # log y cannot be scaled by scaling y
+    scale = "bring them to one scale, tasks.standardized(model.likelihood), or " if likelihood.real_valued else ""
     return (
         f"y has {rows.shape[1]} responses, of sds from {float(sd.min()):.3g} to {float(sd.max()):.3g}, but {likelihood!r} learns "
-        "one noise scale for all of them, that of the largest: bring them to one scale, "
-        "tasks.standardized(model.likelihood), or give each its own by a Pyro program with to_event(1), see docs/how-to.md"
+        f"one noise scale for all of them, that of the largest: {scale}give each its own by a Pyro program with "
+        "to_event(1), see docs/how-to.md"
     )
