@@ -48,9 +48,7 @@ class Whitened:
     triangle: Tensor  # R, (D + S, D + S)
     linear: tuple[str, ...]  # names of beta
     size: Tensor  # of L at the start
-    raw_places: (
-        bool  # theta0 and beta stay as they are: a hyperprior acts on each of them alone, or some are held fixed
-    )
+    raw_places: bool  # theta0 and beta stay as they are: a hyperprior acts on each alone, or some are held
 
     @classmethod
     def of(cls, problem: Problem, batch: Batch, eta: Eta) -> Whitened | None:
@@ -178,7 +176,11 @@ class Whitened:
     # -- the objective ---------------------------------------------------------------------------------------------------
 
     def losses(self) -> Losses:
-        """F_i `(tasks,)` of these coordinates; the values are those of the raw ones."""
+        """F_i `(tasks,)` of these coordinates; the values are those of the raw ones where log p is quadratic in theta.
+
+        Elsewhere they differ by what the expectation's rule is off: its points lie along the axes of another root of the same
+        covariance.
+        """
         parts = [(tasks, self._part(group, design, constant)) for tasks, group, design, constant in self.rows]
         if len(parts) == 1:
             return parts[0][1]
