@@ -11,6 +11,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 
 import varmeta as vm
+from varmeta.baselines import baseline
 from varmeta.pooled_start import pooled_start
 
 
@@ -205,3 +206,14 @@ def test_a_dense_prior_with_theta0_given(learn_loc: Any) -> None:
     best = minimize(loss, np.zeros(5 if free else 4), method="BFGS", options={"gtol": 1e-6})
     assert abs(found.loss - best.fun) <= 1e-6
     assert found.log_likelihood == pytest.approx(-best.fun, abs=1e-6)
+
+
+@pytest.mark.parametrize("learn_loc", [False, ("intercept",), True])
+def test_the_pooled_baseline_fits_all_weights(learn_loc: Any) -> None:
+    """One set of weights for all tasks is least squares, whatever of theta0 the model holds; held at 0 it predicted 0."""
+    x, y = (torch.cat([task.support[part] for task in tasks()]) for part in (0, 1))
+    design = torch.cat([torch.ones_like(x), x], 1)
+    exact = torch.linalg.lstsq(design, y.unsqueeze(-1)).solution.flatten()
+    alone, pooled = baseline("pooled", model(learn_loc), tasks(), [])
+    loc = vm.fit(alone, tasks(), pooled).prior.loc
+    assert torch.allclose(torch.stack([loc["intercept"].reshape(()), loc["x"].reshape(())]), exact, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Pooled(Strategy):
 def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]) -> tuple[TaskModel, Strategy]:
     """The model and strategy of a baseline; "no pooling" steps and adapts its posteriors as the first `Joint` does."""
     alone = copy.copy(model)
+    # theta0 is what all tasks have in common here, also where the model holds it at a value of its own
+    alone.weights = replace(model.weights, fixed={})
     batch = train.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     precision = WEAK * model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
