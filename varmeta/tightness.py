@@ -59,7 +59,8 @@ def far_from_evidence(fit: Fit) -> str | None:
     if abs(above) <= max(FAR, FAR_PER_TASK * len(fit.tasks)):
         return None
     why = (
-        "the guide is far from the tasks' posteriors, and sds of the prior may be too small"
+        "the guide's family does not hold the tasks' posteriors, so that models cannot be compared by it, and sds of "
+        "the prior may be too small"
         if above > 0
         else "it is no bound here, and sds of the prior may be too large"
     )
