@@ -57,7 +57,7 @@ def test_under_a_ceiling_the_linear_error_is_a_bound() -> None:
     _, guessed = ImplicitAdjoint(CG(rtol=0.1))(bowl, along, phi, eta())
     assert true > 0.99 and float(guessed["linear_error"]) < true  # an estimate, and a poor one here
     _, stats = ImplicitAdjoint(CG(rtol=0.1))(bowl, along, phi, eta(), ceiling=weakest)
-    assert float(stats["linear_error"]) >= true
+    assert float(stats["linear_bound"]) >= true > float(stats["linear_error"])
 
 
 def counts() -> tuple[vm.TaskModel, vm.TaskSet]:
@@ -161,4 +161,19 @@ def test_weights_in_units_apart_by_orders_are_certified() -> None:
     net, gaussian = nn.Linear(2, 1).double(), vm.likelihoods.Gaussian(1.0, learn_scale=False)
     model = vm.TaskModel(net, gaussian, prior)
     found = vm.meta_gradient(model, vm.TaskSet(tasks), vm.Implicit("delta", "query")).certificate
-    assert found.ok and float(found.linear_error.max()) < 1e-9, str(found)
+    assert found.ok and float(found.linear_bound.max()) < 1e-9, str(found)
+
+
+def test_a_bound_that_is_far_too_large_is_no_alarm() -> None:
+    """Eighty rows weigh 1e8 times what a precision of 1e-6 does, so the bound in the prior's metric is 1e4 times too large."""
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for _ in range(3):
+        x = torch.randn(100, 40, generator=generator, dtype=F64)
+        y = x.sum(-1) + 0.1 * torch.randn(100, generator=generator, dtype=F64)
+        tasks.append(vm.Task(support=(x[:80], y[:80]), query=(x[80:], y[80:])))
+    gaussian = vm.likelihoods.Gaussian(0.1, learn_scale=False)
+    model = vm.TaskModel(nn.Linear(40, 1).double(), gaussian, vm.GaussianPrior(precision=1e-6))
+    found = vm.meta_gradient(model, vm.TaskSet(tasks), vm.Implicit("delta", "query")).certificate
+    assert float(found.linear_bound.max()) > 1e-6 > float(found.linear_error.max())
+    assert found.ok and "linear error about" in str(found)

@@ -31,9 +31,10 @@ class Certificate:
         its minimum, a theorem where f_i is convex by construction (weights that enter linearly, a log-concave likelihood, a
         point as guide).  NaN elsewhere.
     inner_gradient: |g|, in nats per unit of phi.
-    linear_error: the relative error of u in A u = b, in the norm of A: a bound where f_i is convex by construction, elsewhere an
-        estimate from the smallest curvature met; residual: |b - A u| / |b|.  Both are 0 where the envelope theorem leaves no
-        system.
+    linear_error: the relative error of u in A u = b, in the norm of A, an estimate from the smallest curvature met;
+        linear_bound: what it is at most, where f_i is convex by construction (else NaN); residual: |b - A u| / |b|.  They
+        are 0 where the envelope theorem leaves no system.
+    left, solved_to: what is judged of the two: the bound where it is in tolerance, else the estimate.
     curvature: the smallest curvature d'Ad / d'd that the solvers met; negative means that phi is no minimum.
     failed: which tasks are out of tolerance; ok: none is.
     """
@@ -43,6 +44,7 @@ class Certificate:
     decrement_bound: Tensor
     inner_gradient: Tensor
     linear_error: Tensor
+    linear_bound: Tensor
     residual: Tensor
     curvature: Tensor
     inner_result: Tensor
@@ -59,6 +61,7 @@ class Certificate:
             linear["decrement_bound"],
             linear["gradient_norm"],
             linear["linear_error"],
+            linear["linear_bound"],
             linear["residual"],
             curvature,
             inner.result,
@@ -72,13 +75,19 @@ class Certificate:
 
     @property
     def left(self) -> Tensor:
-        """What is judged of the inner minimum: the bound where it is in tolerance, else the estimate."""
+        """What is judged of the inner minimum, `(tasks,)`."""
+        # a bound in the prior's metric is far too large where the data weigh much more than the prior
         return torch.where(self.decrement_bound <= self._limits[0], self.decrement_bound, self.decrement)
+
+    @property
+    def solved_to(self) -> Tensor:
+        """What is judged of the linear solution, `(tasks,)`."""
+        return torch.where(self.linear_bound <= self._limits[1], self.linear_bound, self.linear_error)
 
     @property
     def failed(self) -> Tensor:
         decrement, linear = self._limits
-        good = (self.left <= decrement) & (self.linear_error <= linear)
+        good = (self.left <= decrement) & (self.solved_to <= linear)
         # exactly 0 is a direction on which nothing depends, such as an unused entry of a guide
         saddle = (self.curvature < 0) | (self.inner_result == Result.NEGATIVE_CURVATURE)
         return ~good | saddle | (self.linear_result == Result.NEGATIVE_CURVATURE)
@@ -90,14 +99,15 @@ class Certificate:
     def __str__(self) -> str:
         failed, limits = self.failed, self._limits
         count = int(failed.sum())
-        excess = (self.left / limits[0] + self.linear_error / limits[1]).nan_to_num(nan=torch.inf)
+        excess = (self.left / limits[0] + self.solved_to / limits[1]).nan_to_num(nan=torch.inf)
         worst = int(torch.where(failed | (count == 0), excess, -1.0).argmax())
-        left, known = float(self.left[worst]), not bool(self.decrement_bound[worst].isnan())
+        left, linear = float(self.left[worst]), float(self.solved_to[worst])
         how = "at most" if left == float(self.decrement_bound[worst]) else "an estimated"
+        well = "at most" if linear == float(self.linear_bound[worst]) else "about"
         numbers = (
             f"the inner loss {how} {left:.2g} nats above its minimum (tolerance {limits[0]:.0e}), linear error "
-            f"{'at most' if known else 'about'} {float(self.linear_error[worst]):.2g} (tolerance {limits[1]:.0e}), smallest "
-            f"curvature met {float(self.curvature[worst]):.2g}"
+            f"{well} {linear:.2g} (tolerance {limits[1]:.0e}), smallest curvature met "
+            f"{float(self.curvature[worst]):.2g}"
         )
         if not count:
             return f"certified for all {len(self.names)} tasks; the largest: {numbers}"

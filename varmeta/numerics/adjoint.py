@@ -100,10 +100,10 @@ class ImplicitAdjoint:
             quadratic (NaN where it was not asked for; by CG, which finds nine tenths of it as a rule and can miss directions
             too weak to show in its first steps); "decrement_bound", 1/2 g' M g, which the inner loss lies above its
             minimum by at most (NaN without a ceiling); "residual" and "linear_result" of the linear solve (0 and CONVERGED where
-            the envelope theorem made it unnecessary); "linear_error", the relative error of u in the norm of H, with r = v - H u:
-            the bound sqrt(r' M r / (u'v + u'r)) under a ceiling, else the estimate |r| / sqrt(curvature u'v), with the smallest
-            curvature that the solves met ("curvature", NaN where none was made); "products" with H; and, given a guess, the tree
-            u, "solution".
+            the envelope theorem made it unnecessary); "linear_error", an estimate of the relative error of u in the norm of H,
+            |r| / sqrt(curvature u'v) with r = v - H u and the smallest curvature that the solves met ("curvature", NaN where
+            none was made); "linear_bound", which it is at most, sqrt(r' M r / (u'v + u'r)) (NaN without a ceiling);
+            "products" with H; and, given a guess, the tree u, "solution".
 
         Raises:
             ValueError: an objective does not return one loss per task.
@@ -189,12 +189,12 @@ class ImplicitAdjoint:
         u, residual = solutions[0].value, solutions[0].stats["residual"]
         energy, size = tree.dot(u, v), residual * tree.norm(v)
         tiny = torch.finfo(size.dtype).tiny
-        if ceiling is None:
-            error = size / (curvature * energy).clamp(min=tiny).sqrt()
-        else:
+        error = size / (curvature * energy).clamp(min=tiny).sqrt()
+        if ceiling is not None:
             # of any u, solution or not: v' H^-1 v is u'v + u'r + r' H^-1 r
             r = tree.add(v, tree.detach(product(u)), -1.0)
-            error = (ceiling(r) / (energy + tree.dot(u, r)).clamp(min=tiny)).sqrt()
+            bound = (ceiling(r) / (energy + tree.dot(u, r)).clamp(min=tiny)).sqrt()
+            stats["linear_bound"] = torch.where(size > 0, bound, size)
             stats["products"] = products + 1
         stats |= {
             "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, error, size)
@@ -343,6 +343,7 @@ def _nothing_solved(g: Tree, ceiling: Quadratic | None) -> dict[str, Tensor]:
         "decrement_bound": unknown if ceiling is None else 0.5 * ceiling(g),
         "residual": torch.zeros_like(norm),
         "linear_error": torch.zeros_like(norm),
+        "linear_bound": unknown if ceiling is None else torch.zeros_like(norm),
         "curvature": unknown,
         "linear_result": nothing + int(Result.CONVERGED),
         "products": nothing,
