@@ -61,9 +61,14 @@ def test_laplace_says_why_it_has_no_standard_errors() -> None:
     assert "no standard errors: Laplace" in str(fit)
 
 
-@pytest.mark.parametrize("covariate", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_adaptation_reaches_the_posterior_under_a_singular_prior(dtype: torch.dtype, covariate: bool) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "covariate"),
+    [(vm.Joint, dtype, covariate) for dtype in (torch.float64, torch.float32) for covariate in (False, True)]
+    + [(vm.Implicit, torch.float64, False)],
+)
+def test_adaptation_reaches_the_posterior_under_a_singular_prior(
+    strategy: type[vm.Joint | vm.Implicit], dtype: torch.dtype, covariate: bool
+) -> None:
     """Counts whose log rate is (0.1 + 0.5 z) + (0.4 - 0.02 z) dose: one number z per task, integrated on a grid."""
     dose = torch.linspace(0, 2, 8, dtype=torch.float64)
     counts = torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6], dtype=torch.float64)
@@ -76,7 +81,7 @@ def test_adaptation_reaches_the_posterior_under_a_singular_prior(dtype: torch.dt
     model = vm.TaskModel(net, vm.likelihoods.Poisson(), prior)
     with warnings.catch_warnings():  # of a fit whose prior is replaced below
         warnings.simplefilter("ignore")
-        fit = vm.fit(model, few, vm.Joint("multivariate_normal"), num_steps=1)
+        fit = vm.fit(model, few, strategy("multivariate_normal"), num_steps=1)
     # what the fit keeps of a lost direction, in doubles; float32 cannot hold as little
     left = 0.02 * (1e-6 if dtype == torch.float64 else 1e-3)
     eta = fit.run.eta

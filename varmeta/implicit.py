@@ -19,6 +19,7 @@ from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
+from varmeta.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.problem import Losses, Problem
 from varmeta.stochastic import StochasticAlg
 from varmeta.strategy import Eta, State, Stats
@@ -154,6 +155,12 @@ class Implicit(Amortised):
             start = self.alg.one_draw(problem, batch, eta)
         steps = None if self.warm_start else self.inner_steps
         inner = problem.losses("inner", batch, 0)
+        if self.alg is None and steps is None and isinstance(self.minimizer, NewtonCG):
+            found = minimize_in_prior_coordinates(
+                problem, at(inner, eta), eta, start, self.minimizer, tolerance=self.tolerance
+            )
+            if found is not None:
+                return found
         return self._solve(problem, batch, inner, start, eta, steps, problem.units(batch, start, eta))
 
     def _solve(

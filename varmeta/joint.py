@@ -19,7 +19,7 @@ from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree, detach, leaves, map_tree
-from varmeta.prior_coordinates import in_prior_coordinates
+from varmeta.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.problem import Losses, Problem
 from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch, TaskSet
@@ -95,12 +95,10 @@ class Joint(Strategy):
         start = detach(problem.start(batch, eta))
         if problem.deterministic and kinked(problem.model, batch, eta) is None:
             inner = at(problem.losses("elbo", batch, 0), eta)
-            moved = in_prior_coordinates(problem, inner, eta)
-            if moved is None:
-                return minimize(inner, start, NewtonCG(), units=problem.units(batch, start, eta))
-            inside, leave = moved
-            found = minimize(inside, map_tree(torch.zeros_like, start), NewtonCG())
-            return found._replace(value=leave(found.value))
+            found = minimize_in_prior_coordinates(problem, inner, eta, start, NewtonCG())
+            if found is not None:
+                return found
+            return minimize(inner, start, NewtonCG(), units=problem.units(batch, start, eta))
         return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
 
 

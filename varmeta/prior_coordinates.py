@@ -17,20 +17,36 @@ from torch import Tensor
 from varmeta.bayes.guide import Dense
 from varmeta.bayes.prior import unit_lower
 from varmeta.bayes.validation import validation_enabled
+from varmeta.numerics.minimize import minimize
+from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import Graphed
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import Tree, map_tree
 from varmeta.problem import Problem
 
 Losses = Callable[..., Any]
 
 
-def in_prior_coordinates(
+def minimize_in_prior_coordinates(
+    problem: Problem, fn: Losses, eta: Mapping[str, Tensor], start: Tree, minimizer: NewtonCG, **options: Any
+) -> Solution | None:
+    """The minimum of fn(phi), phi of the shapes of `start`, found from the prior, which is all zeros here.
+
+    options: as of `minimize`.  None unless prior and guide are both dense: elsewhere weights have no common directions to be
+    freed of.
+    """
+    moved = _in_prior_coordinates(problem, fn, eta)
+    if moved is None:
+        return None
+    inside, leave = moved
+    found = minimize(inside, map_tree(torch.zeros_like, start), minimizer, **options)
+    return found._replace(value=leave(found.value))
+
+
+def _in_prior_coordinates(
     problem: Problem, fn: Losses, eta: Mapping[str, Tensor]
 ) -> tuple[Losses, Callable[[Tree], Tree]] | None:
-    """fn(phi) as a function of phi in these coordinates, in which the prior is all zeros, and the way back to phi.
-
-    None unless prior and guide are both dense: elsewhere weights have no common directions to be freed of.
-    """
+    """fn as a function of phi in these coordinates, and the way back to phi."""
     with validation_enabled(False):
         prior = problem.model.prior_distribution(eta)
     if type(problem.guide) is not Dense or not isinstance(prior, dist.MultivariateNormal):

@@ -36,10 +36,15 @@ from varmeta.tightness import can_be_exact, cost, is_tight
 if TYPE_CHECKING:
     import pandas as pd
 
-FAR = (
-    "a loss or gradient is not finite on the way, so that what is returned for it is not its posterior: its data may lie very "
-    "far from what the prior expects; look at them, and at their units"
-)
+# What `adapt` says of a task, where the solver's own words name what nobody can set there.
+HOW_IT_ENDED = {
+    Result.STEP_LIMIT: "the search for its posterior was still on its way at its last step: use float64 data, standardise them "
+    "(tasks.standardized()), or take another guide",
+    Result.STAGNATED: "no step brings its posterior nearer, although it is not reached: use float64 data, or standardise them "
+    "(tasks.standardized())",
+    Result.NON_FINITE: "a loss or gradient is not finite on the way, so that what is returned for it is not its posterior: its "
+    "data may lie very far from what the prior expects; look at them, and at their units",
+}
 
 
 class Fit:
@@ -216,7 +221,7 @@ class Fit:
             ]
             warnings.warn(
                 f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} first: "
-                + (FAR if solution.worst == Result.NON_FINITE else solution.worst.sentence),
+                + HOW_IT_ENDED.get(solution.worst, solution.worst.sentence),
                 RuntimeWarning,
                 stacklevel=2,
             )
