@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
+from experiments.mixed_models.sets import reference, table
 from experiments.nonlinear import CASES, absorption, beside_nlme, fitted, log_logistic, main, quadrature
 from tests.cases import scalar_program
 from tests.conftest import shared_data
+from varmeta.pooled_start import pooled_start
 
 TRUTH = {"lKe": -2.45, "lKa": 0.45, "lCl": -3.2}
 SDS = {"lKe": 0.15, "lKa": 0.5, "lCl": 0.25}
@@ -184,6 +186,95 @@ def test_a_line_search_that_is_stuck_at_a_jump_has_not_converged() -> None:
         fit = vm.fit(model, vm.TaskSet(tasks), vm.Implicit("delta", outer="query"), compile=False)
     assert not fit.converged
     assert fit.history["gradient_norm"].iloc[-1] > 1.0
+
+
+def raw_logistic(params: dict[str, Tensor], time: Tensor, y: Tensor | None) -> Tensor:
+    """As one writes it by hand: the exponential overflows, and derivatives are lost, where scal is near 0."""
+    mean = params["asym"] / (1 + (-(time - params["xmid"]) / params["scal"]).exp())
+    return pyro.sample("y", dist.Normal(mean, params["log_sd"].exp()), obs=y)
+
+
+RAW_START = {"asym": 250.0, "xmid": 10.0, "scal": 5.0, "log_sd": 2.0}
+
+
+def raw_growth(start: dict[str, float], learn_precision: str) -> tuple[vm.TaskModel, vm.TaskSet]:
+    """30 curves whose three parameters all vary, on their own scales."""
+    generator = torch.Generator().manual_seed(0)
+    time, tasks = torch.arange(0.0, 22.0, 2.0, dtype=torch.float64), []
+    for i in range(30):
+        z = torch.randn(3, generator=generator, dtype=torch.float64)
+        mean = (300 + 60 * z[0]) * torch.sigmoid((time - 12 - 2 * z[1]) / (6 + 0.8 * z[2]))
+        noise = 8 * torch.randn(11, generator=generator, dtype=torch.float64)
+        tasks.append(vm.Task((time, mean + noise), name=f"animal {i}"))
+    prior = vm.GaussianPrior(learn_precision=learn_precision)  # type: ignore[arg-type]
+    params = {name: real(value) for name, value in start.items()}
+    return vm.TaskModel.from_pyro(raw_logistic, params, prior, shared=["log_sd"]), vm.TaskSet(tasks)
+
+
+def check_bound(fit: vm.Fit) -> float:
+    """The bound lies below the log likelihood by quadrature, by little; that log likelihood."""
+    posterior = fit.posterior()
+    exact, again = quadrature(posterior), quadrature(posterior, 11)
+    assert torch.allclose(exact, again, atol=0.05)
+    # 25 points of cubature are not exact for such curves
+    assert -0.1 * len(fit.tasks) < float(exact.sum()) + fit.loss < 0.2 * len(fit.tasks)
+    return float(exact.sum())
+
+
+@pytest.mark.parametrize("learn_precision", ["per_parameter", "full"])
+def test_a_curve_whose_scale_varies_is_fitted_in_its_own_units(
+    learn_precision: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The prior that one observation's information gives reaches scal = 0."""
+    fit = vm.fit(*raw_growth(RAW_START, learn_precision), vm.Joint("multivariate_normal"), compile=False)
+    assert fit.converged and fit.standard_errors is not None and not recwarn.list
+    for name, true in {"asym": 300.0, "xmid": 12.0, "scal": 6.0}.items():
+        assert abs(float(fit.prior.loc[name]) - true) <= 3 * float(fit.standard_errors[name]), name
+    check_bound(fit)
+
+
+def test_chicks_whose_scale_varies_too_beside_nlme() -> None:
+    """nlme's estimates, where Asym and xmid vary, as the start; that model is this one at prior sd(scal) = 0."""
+    shared_data("chickweight")
+    there = reference("chickweight", "reference.json")["fits"]["logistic_ML"]
+    rows: dict[str, list[tuple[float, float]]] = {}
+    for row in table("chickweight").itertuples():
+        rows.setdefault(str(row.Chick), []).append((row.Time, row.weight))
+    tasks = vm.TaskSet([vm.Task(torch.tensor(rows[k], dtype=torch.float64).unbind(-1), name=k) for k in rows])
+    begin = dict(zip(("asym", "xmid", "scal"), map(real, there["fixed"]["estimate"]), strict=True))
+    begin["log_sd"] = real(there["sigma"]).log()
+    model = vm.TaskModel.from_pyro(
+        raw_logistic, begin, vm.GaussianPrior(learn_precision="per_parameter"), shared=["log_sd"]
+    )
+    fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"), compile=False)
+    assert fit.converged
+    assert there["logLik"] < -fit.loss < check_bound(fit)
+    # Laplace's evidence at its own optimum, which 40 seconds find
+    assert fit.loss == pytest.approx(2147.574, abs=0.1 * len(tasks))
+
+
+def test_a_program_that_does_not_bend_starts_at_the_information_of_one_observation() -> None:
+    """y = a + b x with noise of sd 2: that information is the mean of (1, x)'(1, x) / 4."""
+
+    def line(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+        return pyro.sample("y", dist.Normal(params["a"] + params["b"] * x, 2.0), obs=y)
+
+    x = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
+    tasks = vm.TaskSet([vm.Task((x, 100 + 7 * x + shift)) for shift in (-1.0, 0.0, 2.0)])
+    model = vm.TaskModel.from_pyro(line, {"a": (), "b": ()}, vm.GaussianPrior(learn_precision="full"))
+    start = pooled_start(vm.Joint("multivariate_normal").problem(model, tasks, 0), tasks.batch(), model.init(x))
+    information = torch.tensor([[1.0, 4 / 3], [4 / 3, 10 / 3]], dtype=torch.float64) / 4
+    covariance = model.prior_distribution(start).covariance_matrix.squeeze()
+    torch.testing.assert_close(covariance, torch.linalg.inv(information), rtol=1e-6, atol=1e-6)
+
+
+def test_a_weight_that_ran_off_is_named() -> None:
+    """From zeros with scal = 1 the step slides to where the curve is an exponential, and so for ever."""
+    zeros = {"asym": 0.0, "xmid": 0.0, "scal": 1.0, "log_sd": 0.0}
+    with pytest.warns(
+        RuntimeWarning, match=r"xmid = -[\d.]+e\+\d+, scal = .* ran off, far beyond any number in the data"
+    ):
+        vm.fit(*raw_growth(zeros, "per_parameter"), vm.Joint("multivariate_normal"), num_steps=5, compile=False)
 
 
 # -- theophylline ----------------------------------------------------------------------------------------------------------

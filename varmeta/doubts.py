@@ -28,6 +28,8 @@ RUNAWAY = 500.0
 LOST = 1e7
 # A learned correlation matrix with an eigenvalue below this is singular (of two weights: a correlation of 0.9999).
 SINGULAR = 1e-4
+# A weight of a program that exceeds all numbers in the data by this factor has run off.
+FAR = 1e5
 # Counts whose variance exceeds their mean by less than this share are Poisson's.
 OVERDISPERSED = 1e-3
 # A weight takes part in a direction by at least this.
@@ -41,6 +43,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     convergence."""
     unfinished = not fit.converged and not own_end
     found = [f"the fit has not converged: {fit.stop}"] if unfinished else []
+    away = _ran_off(fit)
+    found += [away] if away else []
     if fit.hyper is not None and not fit.hyper.is_reliable:
         found.append(_few_draws(fit.hyper))
     separation = _separation(fit)
@@ -60,6 +64,34 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
         or (separation and name in fit.model.start)
     }
     return found + _undetermined(fit, explained)
+
+
+def _ran_off(fit: Fit) -> str | None:
+    """The weights of a program that lie far beyond all numbers in the data: its curve is the same from there on."""
+    if fit.model.net is not None:
+        return None
+    data, sizes = fit.tasks.batch().support, [1.0]
+    for numbers in (data.x, data.y):
+        if numbers.is_floating_point() and bool(data.mask.any()):
+            rows = numbers[data.mask]
+            sizes += rows.abs().reshape(len(rows), -1).amax(0).tolist()
+    # a coefficient has y's unit over x's
+    least = min((size for size in sizes if size > 0.0), default=1.0)
+    size, away = max(sizes) / min(least, 1.0), []
+    for name in (*fit.model.weights.names, *fit.model.shared):
+        if name not in fit.eta or not fit.eta[name].numel():
+            continue
+        value = fit.eta[name].detach().reshape(-1)
+        largest, begun = float(value[value.abs().argmax()]), float(fit.model.start[name].abs().max())
+        if abs(largest) > FAR * max(size, begun):
+            away.append(f"{name} = {largest:.4g}")
+    if not away:
+        return None
+    named = ", ".join(away[:FEW]) + (f" and {len(away) - FEW} more" if len(away) > FEW else "")
+    return (
+        f"{named} ran off, far beyond any number in the data, where the program's curve hardly changes any more: the "
+        "estimates mean nothing.  Start nearer, by tensors in params or GaussianPrior(loc=...)"
+    )
 
 
 def _undetermined(fit: Fit, explained: set[str]) -> list[str]:

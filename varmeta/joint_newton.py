@@ -93,7 +93,7 @@ def newton(
             if solution.result not in (Result.CONVERGED, Result.STEP_LIMIT) or run.step >= max_steps:
                 run.stop = f"after {run.step} Newton steps: {WHY_IT_ENDED.get(solution.result, 'it was to be no more')}"
                 if solution.result == Result.DIVERGED:
-                    run.stop += f"; it ended {largest(batch, solution.stats['losses'])}"
+                    run.stop += f"; it ended {_where(batch, solution)}"
                 return
             last = loss
             if isinstance(strategy, Reinit):
@@ -103,6 +103,15 @@ def newton(
     finally:
         run.eta = cast(run.eta, dtype)
         run.state = replace(run.state, phi=cast(run.state.phi, dtype) if stored and run.state.phi is not None else None)
+
+
+def _where(batch: Batch, solution: JointSolution) -> str:
+    """The tasks whose derivatives are lost one step further, or else the one with most to say."""
+    failed = [name for name, bad in zip(batch.names, solution.stats["failed"].tolist(), strict=True) if bad]
+    if not failed:
+        return largest(batch, solution.stats["losses"])
+    more = f" (and of {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"where the loss of task {failed[0]!r}{more} or a derivative of it is lost at every step that lowers the objective"
 
 
 def _period(

@@ -8,11 +8,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from varmeta.bayes.expectation import MAX_CUBATURE_SIZE
+from varmeta.bayes.expectation import MAX_CUBATURE_SIZE, Cubature, GaussHermite
 from varmeta.bayes.guide import Delta
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.objective import Objective
 from varmeta.bayes.prior import PRECISION, TRIL
+from varmeta.buckets import elbo_losses
+from varmeta.numerics.arrowhead_model import SharedProblem
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
@@ -23,6 +25,8 @@ from varmeta.tasks import Batch, TaskSet
 
 # Meta-parameters beyond which a model is no regression any more.
 MAX_ETA_SIZE = 300
+# A prior that is too wide is narrowed by this factor of its precision, at most so many times (its sds by a thousand).
+_NARROWER, _MOST_NARROW = 4.0, 11
 # Information below this is none: a mean that has saturated, or a weight that enters nowhere.
 NO_INFORMATION = 1e-100
 
@@ -61,7 +65,40 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
         if bool((lost & (_information(model, batch, eta).diagonal().abs() >= NO_INFORMATION)).any()):
             return eta
         information = information + torch.diag_embed(lost.to(information))  # a precision of 1
-    return best | model.prior.start_at(model.weights, best, information)
+    return best | _precision_start(problem, batch, best, information)
+
+
+def _precision_start(problem: Problem, batch: Batch, best: Eta, information: Tensor) -> Eta:
+    """The learned precision's entries: what one observation knows, or more where a program's curve bends before that.
+
+    One observation may know so little that the prior reaches where a curve means nothing (a logistic curve's scale at 0
+    or below) and derivatives are lost.  A loss that is quadratic over the prior rises by D / 2 an observation on average;
+    one that rises by more than twice that, or is not finite, bends.
+    """
+    model, prior = problem.model, problem.model.prior
+    begin = prior.start_at(model.weights, best, information)
+    if not begin or model.net is not None or not isinstance(problem.expectation, Cubature | GaussHermite):
+        return begin
+    if problem.guide.at_mode or problem.is_point(batch, best | begin):
+        return begin
+    pooled = float(pooled_loss(model, batch, best))
+    rise = 0.5 * model.weights.size * float(batch.support.mask.sum())
+    if _bends(problem, batch, best | begin, pooled + 2.0 * rise):
+        # along a ridge of the loss the weights trade for each other only near where it was measured
+        alone = torch.diag_embed(information.diagonal().abs())
+        for factor in (_NARROWER**k for k in range(_MOST_NARROW)):
+            narrow = prior.start_at(model.weights, best, factor * alone)
+            if not _bends(problem, batch, best | narrow, pooled + 2.0 * rise / factor):
+                return narrow
+    return begin
+
+
+def _bends(problem: Problem, batch: Batch, eta: Eta, goal: float) -> bool:
+    """Whether the mean loss over the prior exceeds `goal`, or it or a derivative is not finite."""
+    at = SharedProblem(elbo_losses(problem, batch), problem.start(batch, eta), eta, None)
+    x, e = at.start()
+    _, total = at.loss(x, e)
+    return not total <= goal or not all(bool(part.isfinite().all()) for part in at.hessian(x, e))
 
 
 def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()) -> tuple[Eta, Tensor] | None:

@@ -479,3 +479,67 @@ def test_the_loss_of_a_run_that_breaks_off_is_that_of_the_point_returned() -> No
     solution = minimize_jointly(fn, *start)
     assert solution.result == Result.DIVERGED
     assert solution.stats["loss"][-1] == float(fn(solution.phi, solution.eta).sum())
+
+
+def _root(x: torch.Tensor) -> torch.Tensor:
+    """Least, 1, at 0; Newton's step from -0.95 leads to 0.95 ** 3, where it is lower."""
+    return (1.0 + x**2).sqrt()
+
+
+def _wall(x: torch.Tensor) -> torch.Tensor:
+    return _NoSlopeBeyond.apply(x)  # type: ignore[no-any-return]
+
+
+def test_a_step_of_phi_to_where_a_derivative_is_lost_is_shortened() -> None:
+    start = double(0.55, 1.45, 1.0)
+    solution = minimize_jointly(lambda phi, eta: _root(_wall(phi["w"]) - 1.5), {"w": start}, {})
+    assert solution.result == Result.CONVERGED and not solution.stats["failed"].any()
+    torch.testing.assert_close(solution.phi["w"], torch.full_like(start, 1.5), rtol=0, atol=1e-8)
+    history = solution.stats["loss"]
+    assert all(after <= before for before, after in pairwise(history)) and math.isfinite(sum(history))
+
+
+def test_a_step_of_eta_to_where_a_derivative_is_lost_is_shortened() -> None:
+    start = {"w": double(5.0, -3.0)}, {"t": double(0.55)}
+    solution = minimize_jointly(lambda phi, eta: _root(_wall(eta["t"]) - 1.5) + (phi["w"] - eta["t"]) ** 2, *start)
+    assert solution.result == Result.CONVERGED
+    torch.testing.assert_close(solution.eta["t"], double(1.5), rtol=0, atol=1e-8)
+    torch.testing.assert_close(solution.phi["w"], double(1.5, 1.5), rtol=0, atol=1e-8)
+
+
+def test_a_minimum_beyond_a_wall_ends_at_the_wall_with_its_task_named() -> None:
+    """The second task's best point is 3, and no derivative is finite beyond 2; the others are not held up by it."""
+    calls, best = [], double(1.0, 3.0, -4.0)
+
+    def fn(phi: dict[str, torch.Tensor], eta: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return (_wall(phi["w"]) - best) ** 2 + (eta["e"] - 1.0) ** 2
+
+    solution = minimize_jointly(fn, {"w": double(0.0, 0.0, 0.0)}, {"e": double(0.0)})
+    assert solution.result == Result.DIVERGED and len(calls) < 1000
+    assert solution.stats["failed"].tolist() == [False, True, False]
+    torch.testing.assert_close(
+        solution.phi["w"], double(1.0, 2.0, -4.0), rtol=0, atol=0.01
+    )  # half of what is left, a few times
+    torch.testing.assert_close(solution.eta["e"], double(1.0), rtol=0, atol=1e-8)
+    assert float(solution.phi["w"][1]) <= 2.0
+
+
+def test_a_thin_wall_is_stepped_over() -> None:
+    """A derivative is lost between 2 and 2.001 alone: a shorter step that does not end there is as good as any."""
+    x = double(0.0)
+
+    class Band(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            (x,) = ctx.saved_tensors
+            return torch.where((x > 2.0) & (x < 2.001), torch.nan, gradient)
+
+    solution = minimize_jointly(lambda phi, eta: (Band.apply(phi["w"]) - 3.0) ** 2, {"w": x}, {})
+    assert solution.result == Result.CONVERGED
+    torch.testing.assert_close(solution.phi["w"], double(3.0), rtol=0, atol=1e-8)

@@ -23,6 +23,7 @@ from varmeta.numerics.tree import Tree
 _SUFFICIENT = 0.25  # of the predicted decrease, the share that a step of eta must achieve
 _FIRST_DAMPING, _MORE_DAMPING, _TRIALS = 1e-3, 4.0, 25
 _CORRECTIONS = 2  # further steps of phi with the Hessian at hand, before eta moves
+_OWN_TRIALS = 8  # halvings of the tasks alone whose derivative is lost, before all step back
 _RESETTLE = 3  # Newton steps of phi at a trial point of eta
 _LATE = 1.0  # nats: below this decrement the end is near
 _NEGATIVE = -1e-6  # an equilibrated eigenvalue below this is negative beyond rounding
@@ -90,8 +91,10 @@ def minimize_jointly(
         `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end, `(tasks,)`), "decrement" (in
         the loss's unit, before the last step, so an upper bound), "gradient_norm", "steps", "evaluations" (work in
         units of one loss with its gradient: a loss alone 1/2, a Hessian column 2), and "flat" (in float64, the names of
-        eta that a direction without curvature to speak of leads along: what fn does not determine one by one).
-        The result is NON_FINITE where the loss or a derivative is not finite at the start, DIVERGED where that happens later
+        eta that a direction without curvature to speak of leads along: what fn does not determine one by one), and
+        "failed" (the tasks that a loss or derivative not finite ended it at, `(tasks,)`).
+        A step to where one is not finite is shortened, first of the tasks to blame alone.
+        The result is NON_FINITE where that is so at the start, DIVERGED where no step to a lower loss is left but such
         (the last good point is returned), STAGNATED where rounding lets no step lower the loss, else CONVERGED or STEP_LIMIT.
 
     Raises:
@@ -114,22 +117,18 @@ def minimize_jointly(
     eps = torch.finfo(x.dtype).eps
     tolerance = max(tolerance, 1e-6 if eps > 1e-10 else 1e-14)
     losses, total = problem.loss(x, e)
-    history, last, before, damping, was_small = [total], (x, e, losses), total, 0.0, False
+    history, damping, was_small = [total], 0.0, False
     result, decrement, steps = Result.STEP_LIMIT, math.nan, 0
-    while steps < max_steps:
-        model = Quadratic(problem, x, e, losses)
-        if not model.finite:
-            result = Result.DIVERGED if steps else Result.NON_FINITE
-            x, e, losses = last
-            if steps:  # the value of the point that is returned
-                history.append(before)
-            break
-        before = total
-        last, slack = (x, e, losses), 10 * eps * max(1.0, float(losses.abs().sum()))
+    model = Quadratic(problem, x, e, losses) if max_steps else None
+    failed, blocked = torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
+    if model is not None and not model.finite:
+        result, failed = Result.NON_FINITE, model.failed
+    while model is not None and model.finite and steps < max_steps:
+        good, slack = (x, e, losses), 10 * eps * max(1.0, float(losses.abs().sum()))
         decrement, limit = model.decrement_phi + model.decrement_eta, tolerance * max(1.0, abs(total))
         small = decrement <= limit
 
-        x, losses, reduced = _settle_phi(problem, model, x, e, losses, thorough=not small)
+        x, losses, reduced, walled, trials = _settle_phi(problem, model, x, e, losses, thorough=not small)
         base = float(losses.sum() + problem.penalty(e))
         # while phi has everything to gain, what eta has may drown in rounding errors, which any step would pass
         moved = None
@@ -141,13 +140,31 @@ def minimize_jointly(
             way_out = _escape(problem, model, x, e, new, max(limit, slack))
             if way_out is not None:
                 (x, e, losses, new), small, stuck = way_out, False, False
+        done = small and (was_small or stuck)
+        if not (done or stuck) and steps + 1 < max_steps:
+            # The trials above looked at losses alone, and a derivative may be lost where the loss is finite.
+            # At a wall each step covers half of what is left: such steps are few, not endless.
+            arrived = Quadratic(problem, x, e, losses)
+            ahead: Quadratic | None = arrived
+            if not arrived.finite:
+                nearer = _step_back(problem, good, (x, e), arrived, total + slack, max(0, _TRIALS - blocked - trials))
+                walled, trials = nearer.failed, trials + nearer.trials
+                x, e, losses, new, small = nearer.x, nearer.e, nearer.losses, nearer.total, False
+                ahead = nearer.model
+            if ahead is None:
+                result, failed = Result.DIVERGED, walled
+                break
+            blocked, model = (blocked + trials if trials else 0), ahead
         total, steps = new, steps + 1
         history.append(total)
         if callback is not None:
             callback(Step(steps, total, *problem.named(x, e), problem.evaluations))
         # a second small decrement: the step between them is what makes the parameters, not the loss alone, exact
-        if small and (was_small or stuck):
+        if done:
             result = Result.CONVERGED
+            break
+        if trials and (stuck or blocked >= _TRIALS):
+            result, failed = Result.DIVERGED, walled
             break
         if stuck:
             result = Result.STAGNATED
@@ -161,7 +178,8 @@ def minimize_jointly(
         "gradient_norm": math.sqrt(float(g_phi.square().sum() + g_eta.square().sum())),
         "steps": steps,
         "evaluations": problem.evaluations,
-        "flat": _flat(problem, model) if result == Result.CONVERGED and len(e) and eps < 1e-10 else (),
+        "flat": _flat(problem, model) if result == Result.CONVERGED and model and len(e) and eps < 1e-10 else (),
+        "failed": failed if result in (Result.NON_FINITE, Result.DIVERGED) else torch.zeros_like(failed),
     }
     return JointSolution(*problem.named(x, e), result, stats)
 
@@ -171,22 +189,48 @@ def minimize_jointly(
 
 def _settle_phi(
     problem: SharedProblem, model: Quadratic, x: Tensor, e: Tensor, losses: Tensor, thorough: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring phi near its minimum at fixed eta; also the gradient with respect to eta there.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Bring phi near its minimum at fixed eta; also the gradient with respect to eta there, and see `_before_walls`.
 
     Where eta has far more to gain than phi, one step does: with eta's it makes Newton's step.
     """
+    good, walled, trials = (x, losses), torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
     x, losses = _move_phi(problem, model.phi, x, e, losses, model.g_phi)
     if not thorough or model.decrement_phi <= 1e-3 * model.decrement_eta:
-        return x, losses, model.reduced
+        return x, losses, model.reduced, walled, trials
     for correction in range(_CORRECTIONS + 1):
-        g_phi, g_eta = problem.gradient(x, e)
+        x, losses, g_phi, g_eta, at_wall, more = _before_walls(problem, good, x, e, losses)
+        walled, trials = walled | at_wall, trials + more
         reduced = model.reduce(g_phi, g_eta)
         left = model.phi_decrement(g_phi)
-        if left <= 1e-2 * (model.eta_decrement(reduced) if len(e) else 0.0) or correction == _CORRECTIONS:
+        if left <= 1e-2 * (model.eta_decrement(reduced) if len(e) else 0.0) or correction == _CORRECTIONS or more:
             break
+        good = x, losses
         x, losses = _move_phi(problem, model.phi, x, e, losses, g_phi)
-    return x, losses, reduced
+    return x, losses, reduced, walled, trials
+
+
+def _before_walls(
+    problem: SharedProblem, good: tuple[Tensor, Tensor], x: Tensor, e: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """phi with its gradient, where each task whose gradient is lost has gone back half the way to `good`, as often as needed.
+
+    Also which tasks did, and how many trials it took.
+    """
+    x_good, losses_good = good
+    g_phi, g_eta = problem.gradient(x, e)
+    bad = ~g_phi.isfinite().all(-1)
+    walled, trials = bad, 0
+    while bool(bad.any()):
+        trials += 1
+        back = x_good if trials == _OWN_TRIALS else 0.5 * (x + x_good)
+        x = torch.where(bad.unsqueeze(-1), back, x)
+        losses, _ = problem.loss(x, e)
+        g_phi, g_eta = problem.gradient(x, e)
+        if trials == _OWN_TRIALS:
+            break
+        bad = ~g_phi.isfinite().all(-1) | (walled & ~(losses <= losses_good))
+    return x, losses, g_phi, g_eta, walled, trials
 
 
 def _move_phi(
@@ -245,6 +289,50 @@ def _move_eta(
         # no need to begin from the bottom each time
         damping = damping * _MORE_DAMPING if damping else max(last / _MORE_DAMPING**2, first)
     return None
+
+
+class _Nearer(NamedTuple):
+    """A point before a wall, with its model; `model` None where there is none.  failed: the tasks last to blame."""
+
+    x: Tensor
+    e: Tensor
+    losses: Tensor
+    total: float
+    model: Quadratic | None
+    failed: Tensor
+    trials: int
+
+
+def _step_back(
+    problem: SharedProblem,
+    good: tuple[Tensor, Tensor, Tensor],
+    arrived: tuple[Tensor, Tensor],
+    ahead: Quadratic,
+    goal: float,
+    trials: int,
+) -> _Nearer:
+    """A point between a good one and one where a derivative is not finite, where all is finite and the total at most `goal`.
+
+    Only the tasks to blame step back, as long as that serves: one at a wall must not hold up the others.
+    """
+    x_good, e_good, losses_good = good
+    along_x, along_e = arrived[0] - x_good, arrived[1] - e_good
+    share, whole, failed = x_good.new_ones(len(x_good), 1), 1.0, ahead.failed
+    for trial in range(trials):
+        bad = failed.unsqueeze(-1)
+        if trial < _OWN_TRIALS and bool(bad.any()):
+            share = torch.where(bad, 0.5 * share, share)
+        else:
+            whole *= 0.5
+        x, e = x_good + whole * share * along_x, e_good + whole * along_e
+        losses, total = problem.loss(x, e)
+        if not (math.isfinite(total) and total <= goal):
+            continue
+        model = Quadratic(problem, x, e, losses)
+        if model.finite:
+            return _Nearer(x, e, losses, total, model, failed, trial + 1)
+        failed = model.failed
+    return _Nearer(x_good, e_good, losses_good, math.nan, None, failed, trials)
 
 
 def _escape(

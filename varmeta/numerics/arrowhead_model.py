@@ -237,11 +237,17 @@ def convex_phi(problem: SharedProblem, g_phi: Tensor, blocks: Tensor, losses: Te
 
 
 class Quadratic:
-    """The model at one point: `phi` with phi's blocks A_i, `eta` with the Schur complement, `follow` = A_i^-1 B_i."""
+    """The model at one point: `phi` with phi's blocks A_i, `eta` with the Schur complement, `follow` = A_i^-1 B_i.
+
+    Where a loss or derivative is not finite it has none of these, and `failed` `(tasks,)` tells whose it is.
+    """
 
     def __init__(self, problem: SharedProblem, x: Tensor, e: Tensor, losses: Tensor) -> None:
         self.g_phi, g_eta, a, b, c = problem.hessian(x, e)
-        self.finite = all(bool(t.isfinite().all()) for t in (losses, self.g_phi, g_eta, a, b, c))
+        parts = (losses, self.g_phi, a, b)
+        # the tasks to blame where something is not finite: none, where it is eta's part alone
+        self.failed = torch.stack([~t.isfinite().reshape(len(x), -1).all(-1) for t in parts]).any(0)
+        self.finite = not bool(self.failed.any()) and all(bool(t.isfinite().all()) for t in (g_eta, c))
         if not self.finite:
             return
         self.phi = convex_phi(problem, self.g_phi, a, losses)
