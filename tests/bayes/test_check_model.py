@@ -77,9 +77,9 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     network = vm.TaskModel._network
 
-    def counting(model: vm.TaskModel, theta: Tensor, eta: Any, x: Tensor) -> Tensor:
+    def counting(model: vm.TaskModel, theta: Tensor, eta: Any, x: Tensor, *chunk: Any) -> Tensor:
         seen.append(len(x) * x.shape[1])
-        return network(model, theta, eta, x)
+        return network(model, theta, eta, x, *chunk)
 
     monkeypatch.setattr(vm.TaskModel, "_network", counting)
     return seen
