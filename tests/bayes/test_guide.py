@@ -149,8 +149,10 @@ def test_a_subset_of_tasks_uses_exactly_its_own_rows(name: str) -> None:
     for rows in ([3, 1], [4], [0, 2, 4], [2, 1]):
         batch = tasks.batch(rows)
         part = {key: value[rows] for key, value in phi.items()}
-        # a minibatch of a size that was never started: as Joint takes it from its stored phi
-        same(moments(made, part, eta, batch), [m if m is None else m[rows] for m in moments(made, phi, eta, whole)])
+        # a minibatch of a size that was never started: as Joint takes it from its stored phi.  Vector units round the last
+        # rows of an array, which fill none, otherwise than those before; other rows would be off by the rows themselves
+        own = [m if m is None else m[rows] for m in moments(made, phi, eta, whole)]
+        same(moments(made, part, eta, batch), own, tolerance=1e-14)
         torch.testing.assert_close(made.losses("elbo", batch, 0)(part, eta), whole_losses[rows], rtol=1e-12, atol=1e-12)
         alone = tasks[rows].batch()
         torch.testing.assert_close(made.losses("elbo", alone, 0)(part, eta), whole_losses[rows], rtol=1e-12, atol=1e-12)

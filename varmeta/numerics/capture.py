@@ -215,7 +215,11 @@ def _wrappers(examples: Sequence[Tensor]) -> list[dict[str, Any]]:
     python = {"cpp_wrapper": False}
     if any(x.device.type != "cpu" for x in examples) or not hasattr(config, "cpp_wrapper_build_separate"):
         return [python]
-    return [{"cpp_wrapper": True, "cpp_wrapper_build_separate": True}, python]
+    in_cpp: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        # kernels of vectors in a file of their own do not compile where the processor has no vectors
+        del in_cpp["cpp_wrapper_build_separate"]
+    return [in_cpp, python]
 
 
 @contextmanager
