@@ -15,7 +15,6 @@ from tests.cases import seeded
 from tests.test_exact_fits import reference, regression, sleepstudy
 from varmeta.bayes.guides import default_guide
 from varmeta.bayes.linear import is_linear_in
-from varmeta.hyper.conditional import is_linear_gaussian
 
 F64 = torch.float64
 
@@ -98,7 +97,7 @@ def test_what_is_linear_depends_on_what_is_shared() -> None:
     assert not vm.TaskModel(net, noise).is_linear
     assert vm.TaskModel(net, noise, shared=["0.*"]).is_linear
     assert not vm.TaskModel(net, noise, shared=["2.*"]).is_linear
-    assert not is_linear_gaussian(vm.TaskModel(net, vm.likelihoods.StudentT(), shared=["0.*"]))
+    assert not vm.TaskModel(net, vm.likelihoods.StudentT(), shared=["0.*"]).is_linear_gaussian
 
 
 def test_a_relu_far_from_its_kink_is_not_called_linear() -> None:
@@ -109,7 +108,7 @@ def test_a_relu_far_from_its_kink_is_not_called_linear() -> None:
         net[0].bias.fill_(20.0)
     model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, learn_precision="per_parameter"))
     tasks = lines()
-    assert not model.is_linear and not model.looks_linear(tasks) and not is_linear_gaussian(model)
+    assert not model.is_linear and not model.looks_linear(tasks) and not model.is_linear_gaussian
     fit = vm.fit(model, tasks, vm.Implicit("multivariate_normal", "elbo"), num_steps=3, progress=False)
     assert fit.log_likelihood is None and "log likelihood" not in str(fit)
 

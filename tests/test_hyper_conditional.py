@@ -13,7 +13,7 @@ from torch import Tensor
 
 import varmeta as vm
 from varmeta.buckets import buckets, elbo_losses
-from varmeta.hyper.conditional import conditionals, is_linear_gaussian
+from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics.quadrature import nodes, normal_points
 from varmeta.numerics.tree import map_tree
@@ -38,7 +38,7 @@ def test_linear_gaussian_tasks_have_a_closed_form() -> None:
     tasks = ragged((0, 1, 4, 9))
     model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
     eta = several(model.init(torch.zeros((), dtype=F64)))
-    assert is_linear_gaussian(model)
+    assert model.is_linear_gaussian
     quadrature, exact = (conditionals(model, tasks.batch(), eta, gaussian) for gaussian in (False, True))
     for k in range(3):
         one = {name: value[k] for name, value in eta.items()}

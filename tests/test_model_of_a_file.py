@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import adam, known, seeded
+from varmeta._plain import difference, plain
+from varmeta._remember import Remembers
 from varmeta.bayes.likelihood import Likelihood
-from varmeta.configuration import Remembers, configuration, difference, plain
+from varmeta.configuration import configuration
 
 # argument -> (the other arguments, the value that was fitted, another value)
 Change = tuple[dict[str, Any], Any, Any]

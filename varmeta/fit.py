@@ -26,10 +26,9 @@ from varmeta.joint import Joint
 from varmeta.joint_newton import newton, newton_applies
 from varmeta.numerics.capture import seconds_compiling, watcher
 from varmeta.pooled_start import is_regression, pooled_start
-from varmeta.responses import one_scale_for_all
+from varmeta.responses import left_raw, one_scale_for_all
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
-from varmeta.scaling import left_raw
 from varmeta.schedule import Decay, decay_of, label
 from varmeta.strategy import Eta, Strategy, check_kinds
 from varmeta.tasks import Batch, TaskSet

@@ -11,24 +11,21 @@ so a feature that moves a slope of the scaled data moves the intercept of the ra
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from varmeta.bayes.likelihood import NOISE_SCALE, TASK_SCALE
+from varmeta.bayes.model import TaskModel
 from varmeta.learned_prior import LearnedPrior
 from varmeta.linear_predictor import INTERCEPT, LinearPredictor
-
-if TYPE_CHECKING:
-    from varmeta.result import Fit
-    from varmeta.scaling import Scaling
+from varmeta.scaling import Scaling
 
 
-def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
-    """See `Scaling.raw_prior`."""
-    model, prior = fit.model, fit.prior
+def raw_prior(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], prior: LearnedPrior) -> LearnedPrior:
+    """See `Fit.raw_prior`."""
     slopes, intercept = _positions(model.net)
     if model.constants:
         raise ValueError(
@@ -36,7 +33,7 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
             "(requires_grad=False), which does not move with the units: standardise the predictions back, scaling.y_inverse"
         )
     start = {name: value for name, value in model.start.items() if name not in model.coefficients}
-    theta = prior.loc | {name: fit.eta[name] for name in model.shared}
+    theta = prior.loc | {name: eta[name] for name in model.shared}
     mean = torch.cat([theta[name].reshape(-1) for name in start])  # varying and shared
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)
     if TASK_SCALE in start:  # a number of its own, and the last
@@ -52,11 +49,11 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     rows = matrix[varying][:, varying]
     covariance = rows @ prior.covariance @ rows.T
     sd = covariance.diagonal().sqrt()
-    moved = _moved(scaling, fit, rows)
+    moved = _moved(scaling, model, eta, rows)
     # theta0 is the location where the raw features are 0
     mean[varying] = mean[varying] - sum(scaling.features[feature][0] * by for feature, by in moved.items())
     named = dict(zip(start, mean.split([value.numel() for value in start.values()]), strict=True))
-    coefficients, labels = _named(fit, moved)
+    coefficients, labels = _named(model, prior, moved)
     return replace(
         prior,
         loc=model.weights.unflatten(mean[varying]),
@@ -72,25 +69,27 @@ def raw_prior(scaling: Scaling, fit: Fit) -> LearnedPrior:
     )
 
 
-def _moved(scaling: Scaling, fit: Fit, rows: Tensor) -> dict[str, Tensor]:
+def _moved(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     """By how much one raw unit of each feature moves the raw weights, `(D,)` by the feature's name."""
-    model, moved = fit.model, dict[str, Tensor]()
+    moved = dict[str, Tensor]()
     for key, (name, feature) in model.coefficients.items():
         zeros = {other: rows.new_zeros(shape) for other, shape in model.weights.shapes.items()}
-        by = rows @ model.weights.flatten(zeros | {name: fit.eta[key]}) / scaling.features[feature][1]
+        by = rows @ model.weights.flatten(zeros | {name: eta[key]}) / scaling.features[feature][1]
         moved[feature] = moved[feature] + by if feature in moved else by
     return moved
 
 
-def _named(fit: Fit, moved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+def _named(
+    model: TaskModel, prior: LearnedPrior, moved: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     """The coefficients by name, those that are not 0 by the model's own making, and their labels."""
-    weights, labels = fit.model.weights, iter(fit.prior.labels)
+    weights, labels = model.weights, iter(prior.labels)
     own = {name: tuple(itertools.islice(labels, size)) for name, size in zip(weights.names, weights.sizes, strict=True)}
     found = {
         f"{name}:{feature}": value
         for feature, by in moved.items()
         for name, value in weights.unflatten(by).items()
-        if f"{name}:{feature}" in fit.model.coefficients or bool(value.any())
+        if f"{name}:{feature}" in model.coefficients or bool(value.any())
     }
     return found, {
         key: tuple(f"{label}:{key.rpartition(':')[2]}" for label in own[key.rpartition(":")[0]]) for key in found

@@ -1,4 +1,4 @@
-"""Several responses under one noise scale: what to say where their scales differ."""
+"""What to say where y is in other units than its noise scale: whole numbers left raw, several responses of one scale."""
 
 from __future__ import annotations
 
@@ -38,4 +38,18 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
         f"y has {rows.shape[1]} responses, of sds from {float(sd.min()):.3g} to {float(sd.max()):.3g}, but {likelihood!r} learns "
         f"one noise scale for all of them, that of the largest: {scale}give each its own by a Pyro program with "
         "to_event(1), see docs/how-to.md"
+    )
+
+
+def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
+    """A warning where `standardized()` took whole numbers in y for classes or counts, and the model takes them for numbers."""
+    likelihood = model.likelihood
+    supports = [task.support[1] for task in tasks if task.support is not None]
+    if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not supports:
+        return None
+    y = likelihood.observed(torch.cat(supports)).double()
+    return (
+        f"x is standardised but y, of whole numbers, is not (mean {float(y.mean()):.4g}, sd {float(y.std(correction=0)):.4g}), "
+        f"since standardized() takes them for classes or counts; {type(likelihood).__name__} takes them for numbers.  Write "
+        "tasks.standardized(model.likelihood), or give y as float"
     )

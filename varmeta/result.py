@@ -20,14 +20,15 @@ from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.quadrature import Quadrature
 from varmeta.fast import adapt, check_compile
-from varmeta.hyper.conditional import is_linear_gaussian
 from varmeta.hyper.posterior import IntegratedPosterior
 from varmeta.hyper.result import HyperPosterior
 from varmeta.learned_prior import LearnedPrior
 from varmeta.numerics.solution import Result
 from varmeta.posterior import Posterior
 from varmeta.problem import Problem
+from varmeta.raw_units import raw_prior
 from varmeta.run import Run
+from varmeta.scaling import Scaling
 from varmeta.standard_errors import standard_errors
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet, no_tasks
@@ -117,7 +118,7 @@ class Fit:
     @cached_property
     def _is_cubature_rough(self) -> bool:
         """Whether E_q log p(y | theta) is taken at points that serve quadratics, and is not known to be one."""
-        return isinstance(self.problem.expectation, Cubature) and not is_linear_gaussian(self.model)
+        return isinstance(self.problem.expectation, Cubature) and not self.model.is_linear_gaussian
 
     @property
     def hyper(self) -> HyperPosterior | None:
@@ -157,7 +158,7 @@ class Fit:
     def _is_tight(self) -> bool:
         # under "reml" the objective has theta0 integrated out too, and is no function of the point eta
         if self.hyper is not None:
-            return is_linear_gaussian(self.model) and can_be_exact(self)
+            return self.model.is_linear_gaussian and can_be_exact(self)
         return is_tight(self)
 
     @cached_property
@@ -168,6 +169,10 @@ class Fit:
     @cached_property
     def prior(self) -> LearnedPrior:
         return LearnedPrior.of(self.model, self.eta, self.tasks.x_names)
+
+    def raw_prior(self, scaling: Scaling) -> LearnedPrior:
+        """The prior in the units that the tasks had before `scaling`: see `Scaling.raw_prior`."""
+        return raw_prior(scaling, self.model, self.eta, self.prior)
 
     @cached_property
     def problem(self) -> Problem:

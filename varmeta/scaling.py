@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,13 +12,41 @@ from torch import Tensor
 
 from varmeta._arrays import Part
 from varmeta._words import kind_of
-from varmeta.bayes.likelihood import Likelihood
-from varmeta.tasks import TaskSet
 
-if TYPE_CHECKING:
-    from varmeta.bayes.model import TaskModel
-    from varmeta.learned_prior import LearnedPrior
-    from varmeta.result import Fit
+Prior = TypeVar("Prior", covariant=True)
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """What a scaling asks of a likelihood: whether y is a real number, and which part of y is the response."""
+
+    @property
+    def real_valued(self) -> bool: ...
+
+    def observed(self, y: Tensor) -> Tensor: ...
+
+
+class Scalable(Protocol):
+    """What a scaling asks of the tasks that it is applied to."""
+
+    @property
+    def feature_names(self) -> tuple[str, ...]: ...
+
+    def mapped(
+        self,
+        rows: Callable[[Part, str | None], Part],
+        features: Callable[[Mapping[str, float]], dict[str, float]],
+        left_raw: bool,
+    ) -> Self: ...
+
+
+class Learned(Protocol[Prior]):
+    """What a scaling asks of a fit."""
+
+    def raw_prior(self, scaling: Scaling) -> Prior: ...
+
+
+Tasks = TypeVar("Tasks", bound=Scalable)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,34 +66,30 @@ class Scaling:
     y_loc: Tensor
     y_scale: Tensor
     features: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    likelihood: Likelihood | None = None
+    likelihood: Reads | None = None
 
     @classmethod
-    def of(cls, tasks: TaskSet, likelihood: Likelihood | None = None) -> Scaling:
-        """Pooled mean and sd of the support rows; the sd of a constant column is taken as 1.  See `TaskSet.standardized`."""
-        if not (likelihood is None or isinstance(likelihood, Likelihood)):
+    def of(
+        cls, x: Tensor, y: Tensor, features: Mapping[str, Tensor] | None = None, likelihood: Reads | None = None
+    ) -> Scaling:
+        """Mean and sd of the rows x and y, and of each feature over tasks; the sd of a constant column is taken as 1.
+
+        See `TaskSet.standardized`.  Raises TypeError where the likelihood is none.
+        """
+        if likelihood is not None and (isinstance(likelihood, type) or not isinstance(likelihood, Reads)):
             raise TypeError(
                 f"likelihood must be one of varmeta.likelihoods, such as Gaussian() or model.likelihood, "
                 f"not {kind_of(likelihood)}"
             )
-        supports = [task.support for task in tasks if task.support is not None]
-        if not supports:
-            raise ValueError("no task has support data, so there is nothing to take a mean of: standardize with others")
-        x, y = (torch.cat([support[i] for support in supports]) for i in (0, 1))
         y_moments = _moments_of_y(y, likelihood, x.dtype)
-        known = {name: value.double() for name, value in tasks.batch().support.features.items()}
-        features = {
-            name: (float(loc), float(scale))
-            for name, (loc, scale) in zip(known, map(_moments, known.values()), strict=True)
-        }
-        return cls(*_moments(x), *y_moments, features, likelihood)
+        known = {name: _moments(value.double()) for name, value in (features or {}).items()}
+        moments = {name: (float(loc), float(scale)) for name, (loc, scale) in known.items()}
+        return cls(*_moments(x), *y_moments, moments, likelihood)
 
-    def apply(self, tasks: TaskSet) -> TaskSet:
+    def apply(self, tasks: Tasks) -> Tasks:
         """The tasks, support and query, scaled by these numbers.  Raises ValueError where the shapes differ."""
 
-        def scaled(part: Part | None, name: str | None) -> Part | None:
-            if part is None:
-                return None
+        def scaled(part: Part, name: str | None) -> Part:
             x, y = part
             for what, tensor, loc in (("x", x, self.x_loc), ("y", y, self.y_loc)):
                 if tensor.shape[1:] != loc.shape:
@@ -82,19 +106,10 @@ class Scaling:
                 f"{sorted(self.features)}: give the same"
             )
 
-        def standard(features: Mapping[str, float] | None) -> dict[str, float]:
-            return {
-                name: (value - self.features[name][0]) / self.features[name][1]
-                for name, value in (features or {}).items()
-            }
+        def standard(features: Mapping[str, float]) -> dict[str, float]:
+            return {name: (value - self.features[name][0]) / self.features[name][1] for name, value in features.items()}
 
-        scaled_tasks = [
-            replace(t, support=scaled(t.support, t.name), query=scaled(t.query, t.name), features=standard(t.features))
-            for t in tasks
-        ]
-        new = TaskSet(scaled_tasks, dtype=tasks.dtype, x_names=tasks.x_names)
-        new.left_raw = not self._scales_y and self.likelihood is None
-        return new
+        return tasks.mapped(scaled, standard, left_raw=not self._scales_y and self.likelihood is None)
 
     def y_inverse(self, values: Tensor) -> Tensor:
         """Scaled responses, or predictions of them, `(..., *event)`, in y's units; without weights, which are no responses."""
@@ -108,7 +123,7 @@ class Scaling:
             return self.y_loc, self.y_scale
         return self.likelihood.observed(self.y_loc), self.likelihood.observed(self.y_scale)
 
-    def raw_prior(self, fit: Fit) -> LearnedPrior:
+    def raw_prior(self, fit: Learned[Prior]) -> Prior:
         """The prior that `fit` learned from the scaled tasks, in the data's own units: theta0, covariance, noise scale.
 
         fit: of a linear model, `nn.Linear` with one output or `LinearPredictor`.
@@ -122,9 +137,7 @@ class Scaling:
         >>> scaling.raw_prior(vm.fit(model, tasks, vm.Joint("multivariate_normal")))  # radon in log(pCi/L), floor 0 or 1
         LearnedPrior(floor -0.6561 (sd 0.314), intercept 1.494 (sd 0.333), noise scale 0.717)
         """
-        from varmeta.raw_units import raw_prior
-
-        return raw_prior(self, fit)
+        return fit.raw_prior(self)
 
     def __repr__(self) -> str:
         def numbers(loc: Tensor, scale: Tensor) -> str:
@@ -140,21 +153,7 @@ class Scaling:
         return self.y_loc.is_floating_point()
 
 
-def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
-    """A warning where `standardized()` took whole numbers in y for classes or counts, and the model takes them for numbers."""
-    likelihood = model.likelihood
-    supports = [task.support[1] for task in tasks if task.support is not None]
-    if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not supports:
-        return None
-    y = likelihood.observed(torch.cat(supports)).double()
-    return (
-        f"x is standardised but y, of whole numbers, is not (mean {float(y.mean()):.4g}, sd {float(y.std(correction=0)):.4g}), "
-        f"since standardized() takes them for classes or counts; {type(likelihood).__name__} takes them for numbers.  Write "
-        "tasks.standardized(model.likelihood), or give y as float"
-    )
-
-
-def _moments_of_y(y: Tensor, likelihood: Likelihood | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _moments_of_y(y: Tensor, likelihood: Reads | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Of y `(rows, *event)`, in `dtype` where it is scaled: 0 and 1 of what the likelihood does not take for a real number."""
     none = torch.zeros_like(y[0]), torch.ones_like(y[0])
     if likelihood is None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from varmeta import metrics
 from varmeta.bayes.divergence import location, scale
-from varmeta.hyper.conditional import is_linear_gaussian
 from varmeta.observation_noise import TaskNoise
 from varmeta.observations import observed_site, quiet_scope
 from varmeta.tasks import Data
@@ -57,7 +56,7 @@ def normal_predictive(posterior: Posterior, data: Data) -> tuple[Tensor, Tensor]
     taken at m plus each column of L.
     """
     model = posterior.model
-    if not is_linear_gaussian(model) or model.weights.size > MAX_EXACT_SIZE:
+    if not model.is_linear_gaussian or model.weights.size > MAX_EXACT_SIZE:
         return None
     q = posterior.distribution
     centre, factor = location(q).unsqueeze(0), scale(q)

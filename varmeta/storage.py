@@ -17,11 +17,12 @@ from torch import Tensor
 import varmeta
 from varmeta import _old_format, _schema
 from varmeta._container import MAGIC, DamagedError, packed, unpacked
+from varmeta._plain import difference
 from varmeta._write import write
 from varmeta.bayes import constants
 from varmeta.bayes.guide import Guide
 from varmeta.bayes.model import TaskModel
-from varmeta.configuration import configuration, difference, numbers_of, same_numbers
+from varmeta.configuration import configuration, numbers_of, same_numbers
 from varmeta.hyper.result import HyperPosterior
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import Minimizer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from varmeta._features import as_features, stacked
 from varmeta._frame import Columns, features_of_frame, parts_of_frame
 from varmeta._padding import Batch, Data, cast, pad
 from varmeta._words import counted, kind_of
+from varmeta.numerics.noise import task_id
+from varmeta.scaling import Reads, Scaling
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from varmeta.bayes.likelihood import Likelihood
-    from varmeta.scaling import Scaling
 
 __all__ = ["Batch", "Data", "Task", "TaskSet"]
 
@@ -277,7 +276,6 @@ class TaskSet:
 
     @cached_property
     def _ids(self) -> Tensor:
-        from varmeta.numerics.noise import task_id
 
         return torch.tensor([task_id(name) for name in self.names], dtype=torch.int64, device=self.device)
 
@@ -361,7 +359,7 @@ class TaskSet:
 
         return self._derived([replace(task, support=joined(task), query=None) for task in self])
 
-    def standardized(self, likelihood: Likelihood | None = None) -> tuple[TaskSet, Scaling]:
+    def standardized(self, likelihood: Reads | None = None) -> tuple[TaskSet, Scaling]:
         """Every x column and y with mean 0 and sd 1 over all tasks' support rows pooled; features over tasks.
 
         likelihood: says what y is.  Of Gaussian and StudentT (and a likelihood of one's own whose kind is "regression") integers
@@ -380,10 +378,31 @@ class TaskSet:
         >>> tasks[0].support[1].tolist()
         [-1.0, 1.0]
         """
-        from varmeta.scaling import Scaling
-
-        scaling = Scaling.of(self, likelihood)
+        supports = [task.support for task in self if task.support is not None]
+        if not supports:
+            raise ValueError("no task has support data, so there is nothing to take a mean of: standardize with others")
+        x, y = (torch.cat([support[i] for support in supports]) for i in (0, 1))
+        scaling = Scaling.of(x, y, self.batch().support.features, likelihood)
         return scaling.apply(self), scaling
+
+    def mapped(
+        self,
+        rows: Callable[[Part, str | None], Part],
+        features: Callable[[Mapping[str, float]], dict[str, float]],
+        left_raw: bool,
+    ) -> Self:
+        """The tasks with every (x, y), support and query, replaced by `rows((x, y), name)`, and their features likewise.
+
+        left_raw: whether whole numbers in y were left as they were for want of a likelihood.
+        """
+
+        def one(task: Task) -> Task:
+            support, query = (None if p is None else rows(p, task.name) for p in (task.support, task.query))
+            return replace(task, support=support, query=query, features=features(task.features or {}))
+
+        new = type(self)([one(task) for task in self], dtype=self.dtype, x_names=self.x_names)
+        new.left_raw = left_raw
+        return new
 
 
 def no_tasks(value: object) -> str:

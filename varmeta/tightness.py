@@ -9,7 +9,7 @@ import torch
 
 from varmeta.bayes.guide import Dense, MeanField
 from varmeta.bayes.quadrature import Quadrature
-from varmeta.hyper.conditional import conditionals, is_linear_gaussian
+from varmeta.hyper.conditional import conditionals
 from varmeta.numerics.quadrature import NODES
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CHEAP = 2_000_000
 
 def exact_evidence(fit: Fit) -> float | None:
     """log p(y | eta) of all training tasks in nats, by the closed form; None where the model is not known to have one."""
-    if not is_linear_gaussian(fit.model):
+    if not fit.model.is_linear_gaussian:
         return None
     eta = {name: value.unsqueeze(0) for name, value in fit.eta.items()}
     found = conditionals(fit.model, fit.tasks.batch(), eta, gaussian=True)

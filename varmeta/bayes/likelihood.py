@@ -10,9 +10,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from varmeta._remember import Remembers
 from varmeta._words import counted
 from varmeta.bayes.hyperprior import check, describe, log_density
-from varmeta.configuration import Remembers
 
 # theta0 of a noise scale that each task has of its own must not be read as the scale of all
 SCALE, TASK_SCALE = "log_scale", "log_noise"

@@ -24,6 +24,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from varmeta._remember import Remembers, remembered
 from varmeta._words import kind_of
 from varmeta.bayes.check_model import check_model
 from varmeta.bayes.check_net import check_net, check_output
@@ -36,7 +37,6 @@ from varmeta.bayes.linear import is_linear_in
 from varmeta.bayes.prior import PRECISION, TRIL, GaussianPrior
 from varmeta.bayes.program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.bayes.weights import Weights
-from varmeta.configuration import Remembers, remembered
 from varmeta.tasks import Data, TaskSet
 
 Program = Callable[[dict[str, Tensor], Tensor, Tensor | None], Any]

@@ -10,12 +10,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from varmeta._remember import Remembers
 from varmeta._words import kind_of
 from varmeta.bayes import hyperprior as densities
 from varmeta.bayes.covariates import Covariates, check_covariates
 from varmeta.bayes.hyperprior import Hyperprior
 from varmeta.bayes.weights import Weights
-from varmeta.configuration import Remembers
 
 LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
 PRECISION = "log_precision"

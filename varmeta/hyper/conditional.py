@@ -56,14 +56,12 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
         return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
 
 
-def is_linear_gaussian(model: TaskModel) -> bool:
-    """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is built."""
-    return model.is_linear_gaussian
-
-
 @torch.no_grad()
 def conditionals(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor], gaussian: bool) -> Conditionals:
-    """Of each task of the batch under each of eta's K rows.  gaussian: see `is_linear_gaussian`; saves the quadrature."""
+    """For each task of the batch and each of eta's K rows.
+
+    gaussian: see `TaskModel.is_linear_gaussian`; it saves the quadrature.
+    """
     groups = buckets(batch)
     number = len(next(iter(eta.values())))
     found = []

@@ -15,7 +15,7 @@ from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.bayes.model import TaskModel
 from varmeta.blame import largest
 from varmeta.buckets import buckets
-from varmeta.hyper.conditional import conditionals, is_linear_gaussian
+from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import fit_gaussian
 from varmeta.hyper.importance import importance
@@ -141,7 +141,7 @@ def integrate(
             if not losses.isfinite().all()
             else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
         )
-    gaussian = is_linear_gaussian(problem.model)
+    gaussian = problem.model.is_linear_gaussian
 
     def log_density(points: Tensor) -> Tensor:
         evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)

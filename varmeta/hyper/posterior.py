@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta._numbers import whole_number
-from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, is_linear_gaussian, log_joint
+from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, log_joint
 from varmeta.hyper.result import HyperPosterior
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics import noise
@@ -40,7 +40,7 @@ class IntegratedPosterior(Posterior):
         self.hyper = hyper
         # a row that was resampled several times is worked out once
         self._rows, self._row_of = hyper.rows.unique(return_inverse=True)
-        self._gaussian = is_linear_gaussian(problem.model)
+        self._gaussian = problem.model.is_linear_gaussian
         self._parts = conditionals(
             problem.model,
             self._batch,
