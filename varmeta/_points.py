@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta._arrays import as_tensor, refuse_non_finite, to_dtype
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.model import TaskModel
 from varmeta.tasks import Batch, Data, Task, TaskSet
 
@@ -120,5 +121,5 @@ def scored(query: Any, own: Batch, model: TaskModel, trained: TaskSet) -> Data:
     for task in named:
         if task.support is not None:
             check_rows(task.support[0], f"query x of task {task.name!r}", trained)
-    model.check(named)
+    check_model(model, named)
     return named.batch().support

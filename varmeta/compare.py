@@ -14,6 +14,7 @@ from torch import nn
 
 from varmeta._numbers import positive_number, probability, whole_number
 from varmeta.baselines import BASELINES, Pooled, baseline
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.descent import OptimizerFactory
@@ -191,8 +192,8 @@ def _check(
     if bare:
         raise ValueError(f"the test tasks are scored on query data, but {bare[0]!r} has none: use test.split(...)")
     for name, strategy in strategies.items():
-        models[name].check(train)
-        models[name].check(test)
+        check_model(models[name], train)
+        check_model(models[name], test)
         strategy.check(models[name], train)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from varmeta import chunks
 from varmeta._numbers import positive_number, whole_number
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.convex import LOG_CONCAVE
 from varmeta.bayes.guides import default_guide
 from varmeta.bayes.kinks import kinked
@@ -105,7 +106,7 @@ def fit(
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
-    model.check(tasks)
+    check_model(model, tasks)
     strategy.check(model, tasks)
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
         if sentence is not None:

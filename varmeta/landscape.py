@@ -22,6 +22,7 @@ from torch import Tensor
 
 from varmeta._anchored import Anchored, RowDescent, phi_of, theta_of
 from varmeta._functions import model_of_function, tasks_of_coefficients
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint, unrolled
 from varmeta.numerics.minimize import FirstOrderMinimizer, GradientDescent
@@ -89,7 +90,7 @@ class Landscape:
             raise ValueError(
                 f"task {tasks.names[asked.index(False)]!r} has no query data although others have: give all, or none"
             )
-        model.check(tasks)
+        check_model(model, tasks)
         self.model, self.tasks = model, tasks
         self._anchored = Anchored(model, tasks, eta or {}, spacing)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta import chunks
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
 from varmeta.fast import Step, check_compile
@@ -66,7 +67,7 @@ def meta_gradient(
     """
     check_kinds(model, tasks, strategy)
     check_compile(compile)
-    model.check(tasks)
+    check_model(model, tasks)
     problem = strategy.problem(model, tasks, seed)
     strategy.check(model, tasks, for_fit=False)
     chunks.check(task_chunk_size, problem)

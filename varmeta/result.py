@@ -15,6 +15,7 @@ from torch import Tensor
 from varmeta import chunks, summary
 from varmeta._points import check_columns
 from varmeta.bayes import constants
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.expectation import Cubature
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
@@ -213,7 +214,7 @@ class Fit:
         tasks = tasks.to(dtype=example.x.dtype, device=example.x.device)
         check_columns(tasks, self.tasks)
         batch = tasks.batch()
-        self.model.check(tasks)
+        check_model(self.model, tasks)
         if self.hyper is not None:
             return self._integrate(tasks)
         solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)

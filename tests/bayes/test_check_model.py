@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.bayes.common import F64, randn
 from tests.cases import seeded
-from varmeta.bayes import check_model
+from varmeta.bayes.check_model import check_model
 
 GAUSSIAN = vm.likelihoods.Gaussian(0.7)
 
@@ -86,10 +86,10 @@ def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_work_does_not_grow_with_the_episodes(rows_run: list[int]) -> None:
-    conv().check(episodes(15))
+    check_model(conv(), episodes(15))
     few = list(rows_run)
     rows_run.clear()
-    conv().check(episodes(60))
+    check_model(conv(), episodes(60))
     assert rows_run == few
     assert max(rows_run) <= 2 * 12  # one task of each size; the gradient's test takes two of at most 16 rows
 
@@ -101,16 +101,16 @@ def test_every_class_is_looked_at(number: int) -> None:
         rf"task 'episode {number - 1}', row 4: y = 5 is outside the support of Categorical: expected a class 0, ..., 4"
     )
     with pytest.raises(ValueError, match=match):
-        conv().check(episodes(number, wrong=5))
+        check_model(conv(), episodes(number, wrong=5))
 
 
 def test_a_cheap_network_is_run_on_every_row(rows_run: list[int]) -> None:
-    vm.TaskModel(seeded(lambda: nn.Linear(4, 1)), GAUSSIAN).check(tasks_of(3, 5, 5))
+    check_model(vm.TaskModel(seeded(lambda: nn.Linear(4, 1)), GAUSSIAN), tasks_of(3, 5, 5))
     assert max(rows_run) == 15
 
 
 def test_every_weighted_count_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_model, "EVERYONE", 0)
+    monkeypatch.setattr("varmeta.bayes.check_model.EVERYONE", 0)
     for likelihood, y, bad in (
         (vm.likelihoods.Weighted(vm.likelihoods.Poisson()), [[1.0, 1.0], [2.0, 0.5], [0.0, 1.0]], [-1.0, 1.0]),
         (vm.likelihoods.Binomial(), [[1, 3], [2, 2], [0, 4]], [5, 4]),
@@ -120,11 +120,11 @@ def test_every_weighted_count_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
         model = vm.TaskModel(nn.Linear(4, 1), likelihood)
         values = torch.tensor(y, dtype=F64 if isinstance(likelihood, vm.likelihoods.Weighted) else None)
         x = randn(3, 4).to(values.dtype if values.is_floating_point() else F64)
-        model.check(vm.TaskSet([vm.Task((x, values)), vm.Task((x[:2], values[:2]))]))
+        check_model(model, vm.TaskSet([vm.Task((x, values)), vm.Task((x[:2], values[:2]))]))
         if bad is not None:
             values[1] = torch.tensor(bad)
             with pytest.raises(ValueError, match="task 'task 1', row 1: y = "):
-                model.check(vm.TaskSet([vm.Task((x, torch.tensor(y).to(values))), vm.Task((x[:2], values[:2]))]))
+                check_model(model, vm.TaskSet([vm.Task((x, torch.tensor(y).to(values))), vm.Task((x[:2], values[:2]))]))
 
 
 # -- what does not run ---------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_networks_that_are_refused_on_data(name: str) -> None:
     tasks = tasks_of(3, 5)
     before = [task.support[0].clone() for task in tasks]
     with pytest.raises(ValueError, match=match):
-        vm.TaskModel(seeded(make), GAUSSIAN).check(tasks)
+        check_model(vm.TaskModel(seeded(make), GAUSSIAN), tasks)
     assert all(torch.equal(task.support[0], x) for task, x in zip(tasks, before, strict=True))
     assert all(torch.equal(tasks.batch().support.filled[0][i, : len(x)], x) for i, x in enumerate(before))
 
@@ -190,8 +190,8 @@ def test_networks_that_are_refused_on_data(name: str) -> None:
 def test_half_precision_is_refused(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(ValueError, match=rf"in half precision \({name}\).*tasks.to\(torch.float32\)"):
-        vm.TaskModel(nn.Linear(4, 1), GAUSSIAN).check(tasks_of(3, 5, dtype=dtype))
-    vm.TaskModel(nn.Linear(4, 1).to(dtype), GAUSSIAN).check(tasks_of(3, 5))
+        check_model(vm.TaskModel(nn.Linear(4, 1), GAUSSIAN), tasks_of(3, 5, dtype=dtype))
+    check_model(vm.TaskModel(nn.Linear(4, 1).to(dtype), GAUSSIAN), tasks_of(3, 5))
 
 
 def recurrent(net: Any, x: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ NEW: dict[str, Callable[[], nn.Module]] = {
 def test_what_the_refusals_advise_runs_and_is_the_network(name: str) -> None:
     net, tasks = seeded(NEW[name]), tasks_of(3, 5)
     model = vm.TaskModel(net, GAUSSIAN)
-    model.check(tasks)  # no warning: it can be differentiated twice
+    check_model(model, tasks)  # no warning: it can be differentiated twice
     eta = model.init(torch.zeros((), dtype=F64))
     out = model.output(model.weights.flatten(eta).expand(2, 1, -1), eta, tasks.batch().support.filled[0])
     torch.testing.assert_close(out[1], net(tasks[1].support[0]), rtol=1e-10, atol=1e-12)

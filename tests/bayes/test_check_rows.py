@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.bayes.common import F64, randn
 from tests.cases import seeded
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.check_rows import rows_meet
 
 GAUSSIAN = vm.likelihoods.Gaussian(0.7)
@@ -88,16 +89,16 @@ def test_rows_that_meet_are_refused_where_tasks_are_padded(name: str, dtype: tor
     make, where = MEET[name]
     model = model_of(make)
     with pytest.raises(ValueError, match=f"^{where}: a row's result depends on the task's other rows.* 2 to 5 rows"):
-        model.check(tasks_of(2, 5, dtype=dtype))
-    model.check(tasks_of(4, 4, query=3, dtype=dtype))  # supports alike and queries alike: no padding
-    model.check(tasks_of(4, 0, dtype=dtype))  # a task without data has no rows to meet
+        check_model(model, tasks_of(2, 5, dtype=dtype))
+    check_model(model, tasks_of(4, 4, query=3, dtype=dtype))  # supports alike and queries alike: no padding
+    check_model(model, tasks_of(4, 0, dtype=dtype))  # a task without data has no rows to meet
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("name", APART)
 def test_rows_that_stand_alone_pass(name: str, dtype: torch.dtype) -> None:
     model = model_of(APART[name])
-    model.check(tasks_of(2, 5, 1, dtype=dtype))
+    check_model(model, tasks_of(2, 5, 1, dtype=dtype))
     assert (rows_meet(model, tasks_of(2, 5).batch().support, reorder=True) is None) == (name != "causal")
 
 
@@ -158,7 +159,7 @@ def plain(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
 def test_programs_too() -> None:
     model = vm.TaskModel.from_pyro(centred, {"slope": torch.tensor(1.0)})
     with pytest.raises(ValueError, match="the program: a row's result depends on the task's other rows"):
-        model.check(tasks_of(2, 5))
+        check_model(model, tasks_of(2, 5))
     fit = vm.fit(model, tasks_of(3, 3), num_steps=2, progress=False)
     with pytest.raises(ValueError, match="the program: a row's result depends on the task's other rows"):
         fit.posterior().predict([torch.zeros(2, 4), torch.ones(3, 4)])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.bayes.common import F64, junk, moved, problem, randn, start, with_grad
 from tests.cases import seeded
+from varmeta.bayes.check_model import check_model
 
 L = vm.likelihoods
 COUNTS = torch.tensor([0, 2, 1, 3, 0, 1, 2])
@@ -94,7 +95,7 @@ def case(name: str, features: int | None = 2) -> tuple[vm.TaskModel, vm.TaskSet,
 def test_log_density_is_scipys(name: str, features: int | None) -> None:
     """A delta guide at theta0: -log prior density is known, the rest is the likelihood summed over rows."""
     model, tasks, net = case(name, features)
-    model.check(tasks)
+    check_model(model, tasks)
     eta, density = start(model), CASES[name][3]
     made = problem(model, "delta")
     batch = tasks.batch()
@@ -179,7 +180,7 @@ def test_outside_the_support_names_task_and_row(likelihood: Any, y: list[Any], e
     channels = 3 if isinstance(likelihood, L.Categorical) else 2 if torch.as_tensor(y).dim() == 2 else 1
     model = vm.TaskModel(nn.Linear(1, channels), likelihood)
     with pytest.raises(ValueError, match=f"task 'b', row 2: y = .*{expected}"):
-        model.check(tasks)
+        check_model(model, tasks)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_outside_the_support_names_task_and_row(likelihood: Any, y: list[Any], e
 def test_outputs_that_do_not_fit_y(likelihood: Any, channels: int, y: Tensor) -> None:
     tasks = vm.TaskSet([vm.Task((torch.zeros(3, 1), y)), vm.Task((torch.zeros(1, 1), y[:1]))])
     with pytest.raises(ValueError, match=r"does not (fit|run)"):
-        vm.TaskModel(nn.Linear(1, channels), likelihood).check(tasks)
+        check_model(vm.TaskModel(nn.Linear(1, channels), likelihood), tasks)
 
 
 @pytest.mark.parametrize("points", [1, 2])
@@ -203,7 +204,7 @@ def test_a_network_may_leave_out_its_only_channel(points: int) -> None:
     """Also with one point, where the points' axis looks like a channel."""
     tasks = vm.TaskSet([vm.Task((randn(points, 2), randn(points))) for _ in range(3)])
     flat = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)).double()
-    vm.TaskModel(flat, L.Gaussian()).check(tasks)
+    check_model(vm.TaskModel(flat, L.Gaussian()), tasks)
     made = [problem(vm.TaskModel(net, L.Gaussian()), "delta") for net in (flat, nn.Sequential(flat[0]))]
     values = [p.losses("elbo", tasks.batch(), 0)(p.start(tasks.batch(), start(p.model)), start(p.model)) for p in made]
     assert torch.equal(*values)

@@ -17,6 +17,7 @@ import varmeta as vm
 from tests.bayes.common import F64, randn, start
 from tests.cases import seeded
 from varmeta import likelihoods as L
+from varmeta.bayes.check_model import check_model
 from varmeta.bayes.likelihood_weighted import forwarding
 
 WRAPPERS = [L.Weighted]
@@ -200,7 +201,7 @@ def test_precision_weights_of_several_responses_and_of_each_tasks_scale() -> Non
         gaussian = L.Gaussian(0.7, per_task=per_task)
         model = vm.TaskModel(net, L.Weighted(gaussian, precision=True), vm.GaussianPrior(2.0))
         tasks = vm.TaskSet([vm.Task((x, rows)), vm.Task((x[:3], rows[:3]))])
-        model.check(tasks)
+        check_model(model, tasks)
         posterior = vm.fit(
             model, tasks, vm.Joint("delta"), 1, lambda p: torch.optim.SGD(p, lr=0.0), compile=False
         ).posterior()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.bayes.common import F64, problem, randn, start, with_grad
 from tests.cases import seeded
+from varmeta.bayes.check_model import check_model
 
 GAUSSIAN = vm.likelihoods.Gaussian(0.7)
 
@@ -82,7 +83,7 @@ def test_a_network_under_vmap_is_the_network(name: str) -> None:
     make, features, options = NETS[name]
     net, tasks = seeded(make), tasks_of(*features)
     model = vm.TaskModel(net, vm.likelihoods.Gaussian(0.7, learn_scale=False), vm.GaussianPrior(2.0), **options)
-    model.check(tasks)  # no warning: it can be differentiated twice
+    check_model(model, tasks)  # no warning: it can be differentiated twice
     batch, eta = tasks.batch(), start(model)
     made = problem(model, "delta")
     phi = with_grad(made.start(batch, eta))
@@ -108,7 +109,7 @@ def test_a_network_under_vmap_is_the_network(name: str) -> None:
 def test_the_callers_network_is_left_alone() -> None:
     net = frozen().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    vm.TaskModel(net, GAUSSIAN, batch_norm="frozen").check(tasks_of(4))
+    check_model(vm.TaskModel(net, GAUSSIAN, batch_norm="frozen"), tasks_of(4))
     assert net.training and all(p.requires_grad for p in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -161,10 +162,10 @@ def test_the_layer_that_does_not_run_is_named() -> None:
         vm.TaskModel(Recurrent().double(), GAUSSIAN)
     wrong = vm.TaskModel(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(5, 1)).double(), GAUSSIAN)
     with pytest.raises(ValueError, match="layer '2' takes 5 columns, its input has 3$"):
-        wrong.check(tasks_of(4))
+        check_model(wrong, tasks_of(4))
     conv = vm.TaskModel(nn.Sequential(nn.Tanh(), nn.Conv1d(5, 2, 1)).double(), GAUSSIAN)
     with pytest.raises(ValueError, match="in layer '1', Conv1d") as caught:
-        conv.check(tasks_of(4))
+        check_model(conv, tasks_of(4))
     assert "Trace Shapes" not in str(caught.value)
 
 
@@ -177,7 +178,7 @@ def test_the_layer_without_a_second_derivative_is_named() -> None:
 
     net = nn.Sequential(nn.Linear(4, 2), nn.Sequential(Fused()), nn.Linear(2, 1)).double()
     with pytest.warns(RuntimeWarning, match="layer '1.0' .Fused. cannot be differentiated twice"):
-        vm.TaskModel(net, GAUSSIAN).check(tasks_of(4, sizes=(3, 3)))
+        check_model(vm.TaskModel(net, GAUSSIAN), tasks_of(4, sizes=(3, 3)))
 
 
 # -- programs ------------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_program_with_scalar_vector_and_shared_params() -> None:
     params = {"intercept": (), "slopes": slopes, "log_sd": torch.tensor(0.3)}
     model = vm.TaskModel.from_pyro(linear, params, shared=["log_sd"])
     tasks = tasks_of(3)
-    model.check(tasks)
+    check_model(model, tasks)
     assert model.weights.labels == ("intercept", "slopes[0]", "slopes[1]", "slopes[2]")
     batch, eta = tasks.batch(), start(model)
     made = problem(model, "delta")
@@ -214,7 +215,7 @@ def test_padding_need_not_be_in_the_support_of_a_program() -> None:
     sizes = (3, 1, 0)
     tasks = vm.TaskSet([vm.Task((randn(n).exp(), randn(n, seed=1).exp())) for n in sizes])
     model = vm.TaskModel.from_pyro(positive, {"shape": ()})
-    model.check(tasks)
+    check_model(model, tasks)
     for guide in ("delta", "normal"):
         made, eta, batch = problem(model, guide), with_grad(start(model)), tasks.batch()
         phi = with_grad(made.start(batch, eta))
@@ -227,7 +228,7 @@ def test_a_program_outside_its_support_names_task_and_row() -> None:
     tasks = vm.TaskSet([vm.Task((randn(2).exp(), torch.tensor(y, dtype=F64))) for y in ([1.0, 2.0], [1.0, -2.0])])
     model = vm.TaskModel.from_pyro(positive, {"shape": ()})
     with pytest.raises(ValueError, match=r"task 'task 1', row 1: y = -2.0 is outside the support of Gamma"):
-        model.check(tasks)
+        check_model(model, tasks)
 
 
 def mixed_up(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> None:
@@ -270,13 +271,13 @@ def unused(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> None:
 )
 def test_programs_that_are_refused(program: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        vm.TaskModel.from_pyro(program, {"a": ()}).check(tasks_of(2, sizes=(4, 1, 2)))
+        check_model(vm.TaskModel.from_pyro(program, {"a": ()}), tasks_of(2, sizes=(4, 1, 2)))
 
 
 def test_tasks_without_any_data_pass_the_check_and_have_only_a_prior() -> None:
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), GAUSSIAN)
     tasks = vm.TaskSet([vm.Task(name="a"), vm.Task(name="b")], dtype=F64)
-    model.check(tasks)
+    check_model(model, tasks)
     made, eta = problem(model, "normal"), start(model)
     losses = made.losses("elbo", tasks.batch(), 0)(made.start(tasks.batch(), eta), eta)
     torch.testing.assert_close(losses, torch.zeros(2, dtype=F64), rtol=0, atol=1e-15)

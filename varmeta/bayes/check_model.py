@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import pyro
 import pyro.distributions as dist
@@ -19,13 +19,10 @@ from varmeta.bayes.check_net import check_batching, check_columns, layer_entered
 from varmeta.bayes.check_rows import ROWS, check_padding
 from varmeta.bayes.covariates import check_features
 from varmeta.bayes.likelihood import Likelihood
+from varmeta.bayes.model import TaskModel
 from varmeta.bayes.program import DATA, SITE, TASKS, RefusePlates, observed_log_prob, without_shapes
 from varmeta.bayes.validation import validation_enabled
 from varmeta.tasks import Data, TaskSet
-
-if TYPE_CHECKING:
-    from varmeta.bayes.model import TaskModel
-
 
 # Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one of each size.
 EVERYONE = 4_000_000

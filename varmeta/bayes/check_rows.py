@@ -7,19 +7,17 @@ it up, and what is computed would be of other data.  Where no task is padded not
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from varmeta.bayes.model import TaskModel
 from varmeta.bayes.program import observed_log_prob
 from varmeta.bayes.validation import validation_enabled
 from varmeta.tasks import Data
-
-if TYPE_CHECKING:
-    from varmeta.bayes.model import TaskModel
 
 # Rows that are looked at, and what two results of the same numbers may differ by, relative to the largest: rounding in the
 # double precision of the test, and in a network that computes in single precision whatever it is given.

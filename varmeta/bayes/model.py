@@ -26,7 +26,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varmeta._remember import Remembers, remembered
 from varmeta._words import kind_of
-from varmeta.bayes.check_model import check_model
 from varmeta.bayes.check_net import check_net, check_output
 from varmeta.bayes.constants import constants, frozen, hold_padding_rows
 from varmeta.bayes.covariates import coefficients_of, offset
@@ -395,10 +394,6 @@ class TaskModel(Remembers):
             if not bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size):
                 return False
         return True
-
-    def check(self, tasks: TaskSet) -> None:
-        """Try the model on the data with every check of Pyro and PyTorch on; raises ValueError that says what does not fit."""
-        check_model(self, tasks)
 
     def __repr__(self) -> str:
         program = self._program
