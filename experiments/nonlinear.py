@@ -133,7 +133,7 @@ def quadrature(posterior: vm.Posterior, nodes: int = 15) -> Tensor:
     log_weights = torch.from_numpy(grid.reshape(-1, size).sum(-1))
     theta = (mean + torch.einsum("tij,kj->kti", factor, z)).unsqueeze(-2)
     with torch.no_grad():
-        prior = posterior.model.prior_distribution(posterior.eta).log_prob(theta).squeeze(-1)
+        prior = posterior.model.prior_distribution(posterior.q.eta).log_prob(theta).squeeze(-1)
         terms = prior + posterior.log_likelihood(theta) + (log_weights + 0.5 * z.square().sum(-1)).unsqueeze(-1)
         return terms.logsumexp(0) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
@@ -266,7 +266,7 @@ def figures(fits: dict[str, vm.Fit], out: Path) -> None:
     if "chickweight" in fits:
         posterior = fits["chickweight"].posterior()
         # the shortest curves first: what the prior adds shows there
-        order = sorted(range(len(posterior.names)), key=lambda i: int(posterior.support.num_points[i]))
+        order = sorted(range(len(posterior.names)), key=lambda i: int(posterior.q.batch.support.num_points[i]))
         chosen = [posterior.names[i] for i in [*order[:6], *order[-6:]]]
         plot_curves(posterior, torch.linspace(0, 30, 60, dtype=torch.float64), chosen, labels=("day", "weight, g"))
         plt.savefig(out / "chickweight.png", dpi=130, bbox_inches="tight")

@@ -164,7 +164,7 @@ def test_the_reference_posterior_of_radon() -> None:
     # a county's weight is alpha_j + beta_1 z_j in their words
     posterior, batch = fit.posterior(), fit.tasks.batch()
     uranium = batch.support.features["log_uppm"]
-    centred = posterior.draws(2000)[..., 0] - posterior.eta_draws(2000)["intercept:log_uppm"][:, None] * uranium  # type: ignore[attr-defined]
+    centred = posterior.draws(2000)[..., 0] - posterior.q.etas(2000)["intercept:log_uppm"][:, None] * uranium  # type: ignore[attr-defined]
     for position, name in enumerate(fit.tasks.names[:20]):
         expected = theirs[f"alpha[{name}]"]
         assert abs(float(centred[:, position].mean()) - expected["mean"]) < 0.15 * expected["sd"]
@@ -523,7 +523,7 @@ def test_every_guides_posterior_is_moved(guide: Any) -> None:
     sgd = lambda params: torch.optim.SGD(params, lr=0.0)  # noqa: E731
     posterior = vm.fit(fixed, tasks, strategy, 1, sgd, compile=False).posterior()
     by = 0.5 * tasks.batch().support.features["a"]
-    inside = posterior.problem.guide.distribution(posterior.phi, posterior.eta, posterior.support)
+    inside = posterior.q.guide.distribution(posterior.q.phi, posterior.q.eta, posterior.q.batch.support)
     moved_mean = posterior.distribution.mean - inside.mean
     assert torch.allclose(moved_mean[:, 0, -1], by, atol=1e-12) and not moved_mean[..., :-1].any()
     error = (posterior.sample(2000)["2.bias"].mean(0) - posterior.mean["2.bias"]).abs()

@@ -157,7 +157,7 @@ def test_a_posterior_as_a_table() -> None:
     weights = posterior.model.weights
     assert np.allclose(frame["mean"], weights.flatten(posterior.mean))
     assert np.allclose(frame["sd"], weights.flatten(posterior.sd)) and frame["sd"].equals(deviations["sd"])
-    theta0 = weights.flatten({name: posterior.eta[name] for name in weights.names})
+    theta0 = weights.flatten({name: posterior.q.eta[name] for name in weights.names})
     assert np.allclose(frame["mean"] - deviations["mean"], theta0)
 
 

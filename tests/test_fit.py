@@ -234,7 +234,12 @@ def test_dtypes_follow_the_data(name: str, dtype: torch.dtype) -> None:
     tasks = ragged_tasks(3).to(dtype=dtype)
     fit = vm.fit(linear_model(PRIOR), tasks, STRATEGIES[name](), 3, adam)
     posterior = fit.adapt(tasks)
-    tensors = [*fit.eta.values(), *(fit.run.state.phi or {}).values(), *posterior.phi.values(), *fit.prior.loc.values()]
+    tensors = [
+        *fit.eta.values(),
+        *(fit.run.state.phi or {}).values(),
+        *posterior.q.phi.values(),
+        *fit.prior.loc.values(),
+    ]
     tensors += [posterior.draws(3), posterior.predict(np.zeros((2, 1)), 3).samples, fit.prior.covariance]
     assert {value.dtype for value in tensors} == {dtype}
 

@@ -66,7 +66,7 @@ def test_posteriors_of_linear_gaussian_tasks_are_exact(guide: Any, prior: vm.Gau
     mean, covariance, evidence = exact(model, tasks, fit.eta)
     torch.testing.assert_close(model.weights.flatten(posterior.mean), mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(posterior.distribution.covariance_matrix.squeeze(1), covariance, rtol=1e-5, atol=1e-5)
-    losses = posterior.problem.losses("elbo", tasks.batch(), 0)(posterior.phi, fit.eta)
+    losses = posterior.q.problem.losses("elbo", tasks.batch(), 0)(posterior.q.phi, fit.eta)
     torch.testing.assert_close(-losses, evidence, rtol=0, atol=1e-6)
 
 

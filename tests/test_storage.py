@@ -72,7 +72,7 @@ def test_everything_comes_back(strategy: vm.Joint, tmp_path: Path) -> None:
     assert_same(back.run.optimizer_state, fit.run.optimizer_state)
     assert back.history.equals(fit.history)
     assert_same([(t.name, t.support, t.query) for t in back.tasks], [(t.name, t.support, t.query) for t in fit.tasks])
-    assert_same(back.posterior().phi, fit.posterior().phi)
+    assert_same(back.posterior().q.phi, fit.posterior().q.phi)
     assert back.posterior().score(num_samples=20).equals(fit.posterior().score(num_samples=20))
     assert str(back) == str(fit)
 

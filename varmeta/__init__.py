@@ -1,6 +1,7 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
 from varmeta import datasets, guides, likelihoods, plot
+from varmeta._version import __version__ as __version__
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.prior import GaussianPrior
 from varmeta.certificate import Certificate
@@ -11,6 +12,7 @@ from varmeta.joint import Joint, Reinit
 from varmeta.landscape import Landscape
 from varmeta.learned_prior import LearnedPrior
 from varmeta.linear_predictor import LinearPredictor
+from varmeta.load import load
 from varmeta.meta_gradient import MetaGradient, meta_gradient
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
@@ -22,11 +24,8 @@ from varmeta.report import Report
 from varmeta.result import Fit
 from varmeta.sigterm import sigterm_ends_fit
 from varmeta.stochastic import StochasticAlg
-from varmeta.storage import load
 from varmeta.tasks import Task, TaskSet
 from varmeta.unrolled import FirstOrder, Reptile, Unrolled
-
-__version__ = "0.1.0"
 
 __all__ = [
     # data

@@ -11,10 +11,11 @@ from torch import Tensor
 from varmeta.bayes.likelihood import SCALE
 from varmeta.bayes.likelihood_more import CONCENTRATION
 from varmeta.bayes.prior import PRECISION, TRIL
+from varmeta.far_from_evidence import far_from_evidence
 from varmeta.joint_newton import UNDETERMINED
 from varmeta.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.separation import separated
-from varmeta.tightness import can_be_exact, far_from_evidence
+from varmeta.tightness import can_be_exact
 from varmeta.unexplained import unexplained
 from varmeta.whitened import whitened_correlation
 
@@ -157,10 +158,12 @@ def _runaways(fit: Fit) -> str | None:
             information[rows] = information[rows].max()
     away = precision > RUNAWAY * information
     if bool(away.any()):
+        guide = fit.problem.guide
+        exact = can_be_exact(guide, fit.model.weights.size)
         ways = [
             "centre the predictors",
             # what finds the mode of a task knows its correlations too
-            *([] if can_be_exact(fit) or fit.problem.guide.at_mode else ["use guide='multivariate_normal'"]),
+            *([] if exact or guide.at_mode else ["use guide='multivariate_normal'"]),
             "give a hyperprior",
         ]
         return (

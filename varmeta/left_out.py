@@ -20,14 +20,12 @@ from torch import Tensor
 
 from varmeta import psis
 from varmeta._numbers import whole_number
-from varmeta.diagnostics import MIN_DRAWS
+from varmeta.diagnostics import MIN_DRAWS, NO_DENSITY
 from varmeta.numerics.noise import normal
+from varmeta.observer import Observer
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from varmeta.posterior import Posterior
-    from varmeta.result import Fit
 
 # Meta-parameters up to which the curvature of the evidence is formed.
 MAX_SIZE = 100
@@ -37,32 +35,28 @@ DEGREES = 5
 NEWTON_STEPS = 4
 
 
-def leave_one_task_out(fit: Fit, num_samples: int, num_particles: int, seed: int) -> pd.DataFrame:
+def leave_one_task_out(observer: Observer, num_samples: int, num_particles: int, seed: int) -> pd.DataFrame:
     """See `Fit.leave_one_task_out`."""
     import pandas as pd
 
     whole_number("num_samples", num_samples, MIN_DRAWS)
     whole_number("num_particles", num_particles, MIN_DRAWS)
-    if fit.hyper is not None:
-        raise ValueError(
-            f"this fit has integrated over eta (hyperguide={fit.hyper.hyperguide!r}), which leaving a task out does by itself: "
-            "give it a fit with hyperguide='delta'"
-        )
-    size = sum(value.numel() for value in fit.eta.values())
+    names = observer.q.batch.names
+    size = sum(value.numel() for value in observer.q.eta.values())
     if size > MAX_SIZE:
         raise ValueError(
             f"the prior has {size} numbers, but the curvature of their evidence is formed for at most {MAX_SIZE}: score "
             "held-out tasks instead, fit.adapt(new_tasks).score()"
         )
-    if len(fit.tasks) < 3:
-        raise ValueError(f"leaving a task out of {len(fit.tasks)} leaves no prior to learn: give three tasks or more")
-    of_eta = _Evidence(fit.posterior(), num_particles, seed)
-    centre, factor = _gaussian(of_eta, fit)
+    if len(names) < 3:
+        raise ValueError(f"leaving a task out of {len(names)} leaves no prior to learn: give three tasks or more")
+    of_eta = _Evidence(observer, num_particles, seed)
+    centre, factor = _gaussian(of_eta)
     standard, log_q = _student(num_samples, size, seed, centre)
     with torch.no_grad():
         draws = centre + standard @ factor.mT
         found = torch.stack([of_eta(draw) for draw in draws])  # (draws, tasks)
-        penalty = torch.stack([_penalty(fit, of_eta, draw) for draw in draws])
+        penalty = torch.stack([of_eta.penalty(draw) for draw in draws])
         in_sample = of_eta(of_eta.start)
     # towards the posterior without task i
     weights = (found.sum(1) - penalty - log_q).unsqueeze(1) - found
@@ -70,7 +64,7 @@ def leave_one_task_out(fit: Fit, num_samples: int, num_particles: int, seed: int
     scores = np.logaddexp.reduce(smoothed + found.T.cpu().numpy(), axis=1)
     table = pd.DataFrame(
         {"log_evidence": in_sample.tolist(), "left_out": scores.tolist(), "k_hat": k},
-        index=pd.Index(fit.tasks.names, name="task"),
+        index=pd.Index(names, name="task"),
     )
     table["reading"] = [psis.reading(value, num_samples) for value in k]
     worst = float(k.max())
@@ -82,31 +76,31 @@ def leave_one_task_out(fit: Fit, num_samples: int, num_particles: int, seed: int
 class _Evidence:
     """log p(y_j | eta) of every task as a smooth function of the flat eta `(size,)`, by draws of theta that stay."""
 
-    def __init__(self, posterior: Posterior, num_particles: int, seed: int) -> None:
-        if posterior.is_point:
-            raise ValueError(
-                "a delta guide has no density to weigh draws by: use guide='laplace' (with Implicit) or a Gaussian guide"
-            )
-        self.posterior = posterior
-        self.names = list(posterior.eta)
-        self.start = torch.cat([posterior.eta[name].reshape(-1) for name in self.names])
-        theta = posterior.draws(num_particles, seed).unsqueeze(-2)
+    def __init__(self, observer: Observer, num_particles: int, seed: int) -> None:
+        q = observer.q
+        if q.is_point:
+            raise ValueError(NO_DENSITY)
+        self.observer, self.model, self.eta, self.offset = observer, observer.model, q.eta, q.offset
+        self.start = torch.cat([value.reshape(-1) for value in q.eta.values()])
+        theta = q.theta(num_particles, seed)
         with torch.no_grad():
-            self.log_q = posterior.distribution.log_prob(theta).squeeze(-1)
+            self.log_q = q.distribution.log_prob(theta).squeeze(-1)
         # what stays is the weights less what the features add, which moves with eta
-        by = posterior.offset(posterior.eta)
+        by = q.offset(q.eta)
         self.centred = theta if by is None else theta - by
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        eta = self.posterior.eta
-        parts = flat.split([eta[name].numel() for name in self.names])
-        return {name: part.reshape(eta[name].shape) for name, part in zip(self.names, parts, strict=True)}
+        parts = flat.split([value.numel() for value in self.eta.values()])
+        return {name: part.reshape(self.eta[name].shape) for name, part in zip(self.eta, parts, strict=True)}
+
+    def penalty(self, flat: Tensor) -> Tensor:
+        return torch.as_tensor(self.model.penalty(self.named(flat))).to(flat)
 
     def __call__(self, flat: Tensor) -> Tensor:
         eta = self.named(flat)
-        by = self.posterior.offset(eta)
-        log_prior = self.posterior.model.prior_distribution(eta).log_prob(self.centred).squeeze(-1)
-        joint = log_prior + self.posterior.log_likelihood(self.centred if by is None else self.centred + by, eta)
+        by = self.offset(eta)
+        log_prior = self.model.prior_distribution(eta).log_prob(self.centred).squeeze(-1)
+        joint = log_prior + self.observer.log_likelihood(self.centred if by is None else self.centred + by, eta)
         return (joint - self.log_q).logsumexp(0) - math.log(len(self.centred))
 
 
@@ -118,15 +112,11 @@ def _student(number: int, size: int, seed: int, like: Tensor) -> tuple[Tensor, T
     return draws, -0.5 * (DEGREES + size) * torch.log1p(draws.square().sum(1) / DEGREES)
 
 
-def _penalty(fit: Fit, of_eta: _Evidence, flat: Tensor) -> Tensor:
-    return torch.as_tensor(fit.model.penalty(of_eta.named(flat))).to(flat)
-
-
-def _gaussian(of_eta: _Evidence, fit: Fit) -> tuple[Tensor, Tensor]:
+def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor]:
     """Where the evidence of all tasks has its maximum, and a factor of the inverse curvature there."""
 
     def total(flat: Tensor) -> Tensor:
-        return _penalty(fit, of_eta, flat) - of_eta(flat).sum()
+        return of_eta.penalty(flat) - of_eta(flat).sum()
 
     flat = of_eta.start
     for step in range(NEWTON_STEPS + 1):

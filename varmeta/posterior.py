@@ -2,66 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from varmeta import _slices
+from varmeta import export
 from varmeta._numbers import probability, whole_number
 from varmeta._points import points, scored
 from varmeta._words import counted
 from varmeta.bayes.check_rows import check_padding
-from varmeta.bayes.divergence import location, move, moved_by
-from varmeta.bayes.program import observed_log_prob
-from varmeta.bayes.validation import validation_enabled
+from varmeta.bayes.divergence import location
 from varmeta.diagnostics import diagnose, evidence
+from varmeta.draws import Draws
 from varmeta.labels import parameter_labels
-from varmeta.numerics import noise
-from varmeta.numerics.tree import Tree, take
-from varmeta.observation_noise import TaskNoise
-from varmeta.observations import (
-    Evaluated,
-    class_probabilities,
-    known_mean,
-    mean_of,
-    observed_site,
-    quiet_scope,
-    samples_more,
-)
+from varmeta.observations import mean_of
+from varmeta.observer import Observer
 from varmeta.prediction import Prediction
-from varmeta.problem import Problem
-from varmeta.scoring import normal_predictive, row_of
+from varmeta.scoring import row_of
 from varmeta.tasks import Data, TaskSet
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Draws are a stream of their own, away from those of training (which counts its steps from 0).
-DRAWS = 2**40
-
 
 class Posterior:
-    """q(theta; phi_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`; `trained` are the training tasks."""
+    """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`; `trained` are the training tasks.
 
-    def __init__(
-        self, problem: Problem, phi: Tree, eta: Mapping[str, Tensor], tasks: TaskSet, trained: TaskSet
-    ) -> None:
-        self.problem = problem
-        self.model = problem.model
-        self.phi = phi
-        self.eta = dict(eta)
+    q: where the weights are and how they are drawn.
+    """
+
+    def __init__(self, q: Draws, tasks: TaskSet, trained: TaskSet) -> None:
+        self.q = q
+        self.observer = Observer(q)
+        self.model = q.model
         self.tasks = tasks
         self.trained = trained
-        self._batch = tasks.batch()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self._batch.names
+        return self.q.batch.names
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -71,46 +53,22 @@ class Posterior:
 
     def take(self, names: Sequence[str]) -> Posterior:
         """The same for some of the tasks.  Raises KeyError for a task that there is not."""
-        at = self.positions(names)
-        return Posterior(self.problem, take(self.phi, at), self.eta, self.tasks[at], self.trained)
-
-    def positions(self, names: Sequence[str]) -> Tensor:
-        """Where these tasks stand, int64 `(len(names),)`.  Raises KeyError for a task that there is not."""
         unknown = [name for name in names if name not in self.names]
         if unknown:
             raise KeyError(f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}")
-        return torch.tensor([self.names.index(name) for name in names], device=self._batch.rows.device)
-
-    @property
-    def support(self) -> Data:
-        """The data that the tasks were adapted to, padded."""
-        return self._batch.support
+        at = torch.tensor([self.names.index(name) for name in names], device=self.q.batch.rows.device)
+        tasks = self.tasks[at]
+        return Posterior(self.q.take(at, tasks.batch()), tasks, self.trained)
 
     @property
     def distribution(self) -> dist.TorchDistribution:
         """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of `labels`."""
-        with torch.no_grad():
-            q = self.problem.guide.distribution(self.phi, self.eta, self._batch.support)
-            return moved_by(q, self.offset(self.eta))
-
-    def offset(self, eta: Mapping[str, Tensor]) -> Tensor | None:
-        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`; None where they add nothing."""
-        by = self.model.offset(eta, self._batch.support)
-        return None if by is None else by.unsqueeze(-2)
-
-    @property
-    def prior(self) -> dist.TorchDistribution:
-        """p(theta_i | eta): event shape `(D,)`; batch shape `(tasks, 1)` where the tasks' features move it, else `()`."""
-        return moved_by(self.model.prior_distribution(self.eta), self.offset(self.eta))
-
-    def centres(self, num_samples: int) -> Tensor:
-        """The prior's location for each of as many draws, `(num_samples or 1, tasks or 1, D)`."""
-        return location(self.prior).reshape(1, -1, self.model.weights.size)
+        return self.q.distribution
 
     @property
     def is_point(self) -> bool:
         """Whether q is a point (a delta guide) instead of a distribution."""
-        return isinstance(self.distribution, dist.Delta)
+        return self.q.is_point
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -130,7 +88,7 @@ class Posterior:
 
     def draws(self, num_samples: int = 1000, seed: int = 0) -> Tensor:
         """The same draws as vectors, `(num_samples, tasks, D)`, in the order of `labels`."""
-        return self._theta(num_samples, seed).squeeze(-2)
+        return self.q.theta(num_samples, seed).squeeze(-2)
 
     def frame(self, deviations: bool = False) -> pd.DataFrame:
         """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as lme4's `coef`.
@@ -144,7 +102,7 @@ class Posterior:
         weights = self.model.weights
         mean = weights.flatten(self.mean)
         if deviations:
-            centre = location(self.prior)
+            centre = location(self.q.prior)
             mean = mean - (centre if centre.dim() == 1 else centre.squeeze(-2))
         parts = {
             kind: pd.DataFrame(values.tolist(), index=pd.Index(self.names, name="task"), columns=list(self.labels))
@@ -162,17 +120,8 @@ class Posterior:
         shape than those of the training tasks, and for arrays of different lengths where the model's rows depend on each
         other; TypeError for what is no array.
         """
-        data, theta = self._new(x), self._theta(num_samples, seed)
-        parts = []
-        with quiet_scope(seed, data.x.device), TaskNoise(seed, self._batch.ids, data.mask) as stream:
-            for trace in self.traces(theta[:1] if self.is_point else theta, data, None, stream):
-                if self.is_point and samples_more(trace):  # what it draws besides y is drawn anew for each draw of y
-                    parts = [observed_site(t)["value"] for t in self.traces(theta, data, None, stream)]
-                elif self.is_point:
-                    parts = list(_sampled(observed_site(trace)["fn"], theta, data, stream))
-                else:
-                    parts.append(observed_site(trace)["value"])
-        return Prediction(torch.cat(parts), data.mask, self.names)
+        data = self._new(x)
+        return Prediction(self.observer.new(data, num_samples, seed), data.mask, self.names)
 
     def expected(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
         """Draws of the mean of an observation at x: of a probability, a rate, a curve, without the noise of single observations.
@@ -190,15 +139,10 @@ class Posterior:
     ) -> Prediction:
         """What `read` takes from the observations' distribution at x, under each draw of the weights; a point is one draw."""
         data = self._new(x)
-        with quiet_scope(seed, data.x.device), TaskNoise(seed, self._batch.ids, data.mask) as stream:
-            parts = [
-                read(observed_site(trace)["fn"])
-                for trace in self.traces(self._theta(1 if self.is_point else num_samples, seed), data, None, stream)
-            ]
-        return Prediction(torch.cat(parts), data.mask, self.names)
+        return Prediction(self.observer.read(data, read, num_samples, seed), data.mask, self.names)
 
     def _new(self, x: Any) -> Data:
-        data = points(x, self.names, self.trained, self._batch.support.x)
+        data = points(x, self.names, self.trained, self.q.batch.support.x)
         check_padding(self.model, data, with_y=False)
         return data
 
@@ -208,8 +152,8 @@ class Posterior:
 
         Densities, so that the weights of `Weighted`, or of `poutine.scale`, are not in them.
         """
-        data = scored(query, self._batch, self.model, self.trained)
-        evaluated = self.evaluate(data, num_samples, seed, sampled=False)
+        data = scored(query, self.q.batch, self.model, self.trained)
+        evaluated = self.observer.evaluate(data, num_samples, seed, sampled=False)
         log_prob = evaluated.log_prob
         # of a point every draw is the same
         return log_prob.expand(whole_number("num_samples", num_samples), *log_prob.shape[1:]), evaluated.data.mask
@@ -235,10 +179,10 @@ class Posterior:
         import pandas as pd
 
         level = probability("level", level)
-        data = scored(query, self._batch, self.model, self.trained)
+        data = scored(query, self.q.batch, self.model, self.trained)
         if not bool(data.mask.any()):
             raise ValueError("there is nothing to score: none of the tasks has query data")
-        row = row_of(self, data, num_samples, seed, level)
+        row = row_of(self.observer, data, num_samples, seed, level)
         index, rows = [], []
         for number, name in enumerate((*self.names, "all")):
             mask = data.mask.clone()
@@ -252,10 +196,6 @@ class Posterior:
         table.attrs["log_density_se"] = errors
         return table
 
-    def normal_predictive(self, data: Data) -> tuple[Tensor, Tensor] | None:
-        """Mean and sd of every observation in `data`, `(tasks, points)`, where it is known to be normal; else None."""
-        return normal_predictive(self, data)
-
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """The log evidence log p(y_i | eta) of every task's support data by importance sampling, beside the bound; in nats.
 
@@ -267,7 +207,7 @@ class Posterior:
 
         Raises ValueError for a delta guide, and for fewer than 100 draws.
         """
-        return evidence(self, num_samples, seed)
+        return evidence(self.observer, num_samples, seed)
 
     def diagnose(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """How near each task's guide is to its posterior: the columns of `evidence`, and gap, ess, k_hat, reading.
@@ -284,7 +224,7 @@ class Posterior:
         Raises ValueError as `evidence`.
         Source: Vehtari et al., JMLR 25 (2024); Yao et al., Yes, but did it work?, ICML 2018.
         """
-        return diagnose(self, num_samples, seed)
+        return diagnose(self.observer, num_samples, seed)
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor] | None = None) -> Tensor:
         """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`: `(draws, tasks)`;
@@ -292,18 +232,7 @@ class Posterior:
 
         eta: by default the posterior's own.
         """
-        eta = self.eta if eta is None else eta
-        data = self.support
-        if not data.mask.shape[1]:
-            return theta.new_zeros(theta.shape[:2])
-        parts = []
-        with validation_enabled(False):
-            draws, tasks = _slices.sizes(self.model, eta, theta, data)
-            for some in theta.split(draws):
-                trace = poutine.trace(self._program(some, tasks)).get_trace(eta, *data.filled)
-                # where, not a product: the density of padding may be anything
-                parts.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
-        return torch.cat(parts)
+        return self.observer.log_likelihood(theta, self.q.eta if eta is None else eta)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood and the data.
@@ -312,84 +241,9 @@ class Posterior:
         in-sample density.  The log likelihood is of one observation each: of one that counts w times (`Weighted`) ArviZ's LOO
         leaves one copy out.
         """
-        from varmeta.export import posterior_groups
-
-        return posterior_groups(self, num_samples, seed)
+        names = {"task": list(self.names), "weight": list(self.labels)}
+        return export.groups(self.observer, names, num_samples, seed, self.trained.x_names)
 
     def __repr__(self) -> str:
-        guide, count = self.problem.guide.name, self.model.weights.size
+        guide, count = self.q.guide_name, self.model.weights.size
         return f"<Posterior: {counted(len(self.names), 'task')}, {counted(count, 'weight')} each, {guide} guide>"
-
-    # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _theta(self, num_samples: int, seed: int) -> Tensor:
-        """Draws of the weights `(draws, tasks, 1, D)`."""
-        num_samples = whole_number("num_samples", num_samples)
-        q, zero = self.distribution, self._batch.support.x.new_zeros(())
-        size = self.model.weights.size
-        if isinstance(q, dist.Delta):
-            standard = zero.expand(num_samples, 1, size)
-        else:
-            standard = noise.normal(seed, DRAWS, self._batch.ids, num_samples, size, zero.dtype).to(zero.device)
-        with torch.no_grad():
-            return move(q, standard.unsqueeze(-2))
-
-    def _program(self, theta: Tensor, task_chunk_size: int) -> Any:
-        def program(eta: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
-            with (
-                pyro.plate("draws", len(theta), dim=-3),
-                pyro.plate("tasks", x.shape[0], dim=-2),
-                pyro.plate("data", x.shape[1], dim=-1),
-            ):
-                return self.model.observe(theta, eta, x, y, task_chunk_size)
-
-        return program
-
-    def traces(self, theta: Tensor, data: Data, y: Tensor | None, stream: TaskNoise) -> Iterator[poutine.Trace]:
-        """The program's traces under slices of the draws theta, sampling from `stream`."""
-        x, first = data.filled[0], 0
-        draws, tasks = _slices.sizes(self.model, self.eta, theta, data)
-        for eta, part in self._with_eta(theta, draws):
-            stream.at(first, len(part))
-            yield poutine.trace(self._program(part, tasks)).get_trace(eta, x, y)
-            first += len(part)
-
-    def _with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Draws with the eta that they belong to, at most `size` at a time."""
-        yield from ((self.eta, part) for part in theta.split(size))
-
-    def evaluate(self, data: Data, num_samples: int, seed: int, sampled: bool | None = True) -> Evaluated:
-        """Log densities, means, probabilities (for classes) and draws of the observations in `data`.
-
-        sampled: whether to draw observations; None: of numbers, not of classes.
-        """
-        log_probs, means, probs, y = [], [], [], data.filled[1]
-        samples: list[Tensor] = []
-        weighted = []
-        theta = self._theta(num_samples, seed)
-        own = theta[:1] if self.is_point else theta
-        with quiet_scope(seed, data.x.device), TaskNoise(seed, self._batch.ids, data.mask) as stream:
-            for trace in self.traces(own, data, y, stream):
-                # where, not a product: the density of padding may be anything
-                log_probs.append(torch.where(data.mask, observed_log_prob(trace, weighted=False), 0.0))
-                weighted.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
-                site = observed_site(trace)
-                fn = site["fn"]
-                classes = isinstance(fn, (dist.Bernoulli, dist.Categorical))
-                means.append(known_mean(fn))
-                if classes:
-                    probs.append(class_probabilities(fn))
-                if sampled or (sampled is None and not classes):
-                    samples += _sampled(fn, theta, data, stream) if self.is_point else [fn.sample()]
-        known = [mean for mean in means if mean is not None]
-        joined = (torch.cat(parts) if parts else None for parts in (known, probs, samples))
-        return Evaluated(data, site["value"], torch.cat(log_probs), torch.cat(weighted), *joined)
-
-
-def _sampled(fn: dist.TorchDistribution, theta: Tensor, data: Data, stream: TaskNoise) -> Iterator[Tensor]:
-    """As many draws as theta has, of observations whose distribution `(1, tasks, points)` is one for all of them."""
-    first = 0
-    for part in theta.split(_slices.draws_of_observations(data)):
-        stream.at(first, len(part))
-        yield fn.expand((len(part), *fn.batch_shape[1:])).sample()
-        first += len(part)

@@ -12,25 +12,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from varmeta import chunks, summary
+from varmeta import chunks, standard_errors, summary
 from varmeta._points import check_columns
+from varmeta._words import counted
 from varmeta.bayes import constants
 from varmeta.bayes.check_model import check_model
 from varmeta.bayes.expectation import Cubature
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.quadrature import Quadrature
+from varmeta.draws import GuideDraws
+from varmeta.export import Record, groups
 from varmeta.fast import adapt, check_compile
-from varmeta.hyper.posterior import IntegratedPosterior
+from varmeta.hyper.posterior import IntegratedDraws
 from varmeta.hyper.result import HyperPosterior
+from varmeta.joint_newton import newton_applies
 from varmeta.learned_prior import LearnedPrior
+from varmeta.left_out import leave_one_task_out
 from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import Tree
 from varmeta.posterior import Posterior
 from varmeta.problem import Problem
 from varmeta.raw_units import raw_prior
 from varmeta.run import Run
 from varmeta.scaling import Scaling
-from varmeta.standard_errors import standard_errors
+from varmeta.storage import save
 from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet, no_tasks
 from varmeta.tightness import can_be_exact, cost, is_tight
@@ -138,7 +144,19 @@ class Fit:
     def standard_errors(self) -> dict[str, Tensor] | None:
         """Standard errors of theta0 and the shared parameters by name, given the variances, as lme4's; under a posterior of eta
         its standard deviations.  None where there are none: points, networks, noisy or unfinished fits."""
-        return standard_errors(self)
+        names = [name for name in self.model.start if name in self.eta]  # theta0 that is held fixed has none
+        if self.hyper is not None:
+            return standard_errors.of_hyper(self.hyper, self.eta, names)
+        if self.strategy.outer != "elbo" or not self.converged or self.is_point:
+            return None
+        batch, phi = self.tasks.batch(), self.run.state.phi
+        if isinstance(self.problem.guide, Quadrature):
+            q = self.posterior().q
+            assert isinstance(q, GuideDraws)
+            return standard_errors.of_evidence(self.problem, batch, q.phi, self.eta, names)
+        if phi is None or not newton_applies(self.strategy, self.problem, batch, self.eta):
+            return None
+        return standard_errors.of_bound(self.problem, batch, phi, self.eta, names)
 
     @property
     def log_likelihood(self) -> float | None:
@@ -153,14 +171,24 @@ class Fit:
     @cached_property
     def guide_cost(self) -> str | None:
         """What is lost by a guide that cannot be the tasks' posteriors, in words; None where it is little or not known."""
-        return cost(self)
+        known = self.converged and not self.is_point and self.hyper is None and self.strategy.outer == "elbo"
+        if not known or self._can_be_exact:
+            return None
+        return cost(self.model, self.tasks.batch(), self.eta, self.loss)
+
+    @property
+    def _can_be_exact(self) -> bool:
+        return can_be_exact(self.problem.guide, self.model.weights.size)
 
     @cached_property
     def _is_tight(self) -> bool:
-        # under "reml" the objective has theta0 integrated out too, and is no function of the point eta
-        if self.hyper is not None:
-            return self.model.is_linear_gaussian and can_be_exact(self)
-        return is_tight(self)
+        if not self._can_be_exact:
+            return False
+        if (
+            self.hyper is not None
+        ):  # under "reml" the objective has theta0 integrated out too, and is no function of eta
+            return self.model.is_linear_gaussian
+        return self.strategy.outer == "elbo" and is_tight(self.model, self.tasks.batch(), self.eta, self.loss)
 
     @cached_property
     def is_point(self) -> bool:
@@ -190,7 +218,7 @@ class Fit:
         if state.phi is None or self.strategy.adapts_afresh or not (self.converged or self.strategy.settled(state)):
             return self.adapt(self.tasks)
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
-        return Posterior(self.problem, state.phi, self.eta, self.tasks, self.tasks)
+        return self._by_guide(state.phi, self.tasks)
 
     def adapt(self, tasks: TaskSet, *, compile: str | bool = "auto", task_chunk_size: int | None = None) -> Posterior:
         """The posteriors of new tasks: the same inner problem as in training, on their support data.
@@ -234,12 +262,15 @@ class Fit:
         doubt = self.problem.guide.doubt(solution.value, self.eta, batch.support, batch.names)
         if doubt is not None:
             warnings.warn(doubt, RuntimeWarning, stacklevel=2)
-        return Posterior(self.problem, solution.value, self.eta, tasks, self.tasks)
+        return self._by_guide(solution.value, tasks)
+
+    def _by_guide(self, phi: Tree, tasks: TaskSet) -> Posterior:
+        return Posterior(GuideDraws(self.problem, phi, self.eta, tasks.batch()), tasks, self.tasks)
 
     def _integrate(self, tasks: TaskSet) -> Posterior:
         assert self.hyper is not None
-        found = IntegratedPosterior(self.problem, self.hyper, self.eta, tasks, self.tasks)
-        bad = [name for name, good in zip(found.names, found.converged.tolist(), strict=True) if not good]
+        q = IntegratedDraws(self.model, self.problem.guide.name, self.hyper, self.eta, tasks.batch())
+        bad = [name for name, good in zip(tasks.names, q.converged.tolist(), strict=True) if not good]
         if bad:
             warnings.warn(
                 f"the mode of {len(bad)} of {len(tasks)} tasks was not found for every draw of eta, {bad[0]!r} first: give the "
@@ -247,7 +278,7 @@ class Fit:
                 RuntimeWarning,
                 stacklevel=3,
             )
-        return found
+        return Posterior(q, tasks, self.tasks)
 
     @cached_property
     def _integrated(self) -> Posterior:
@@ -265,21 +296,34 @@ class Fit:
         Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100 numbers, and where the evidence has
         no maximum.
         """
-        from varmeta.left_out import leave_one_task_out
-
-        return leave_one_task_out(self, num_samples, num_particles, seed)
+        if self.hyper is not None:
+            raise ValueError(
+                f"this fit has integrated over eta (hyperguide={self.hyper.hyperguide!r}), which leaving a task out does by "
+                "itself: give it a fit with hyperguide='delta'"
+            )
+        return leave_one_task_out(self.posterior().observer, num_samples, num_particles, seed)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ 0.23 or 1.x."""
-        from varmeta.export import fit_groups
-
-        return fit_groups(self, num_samples, seed)
+        table = self.history
+        steps = table["step"].to_numpy(dtype=int)
+        history = {str(name): table[name].to_numpy(dtype=float) for name in table.columns if name != "step"}
+        facts = {
+            "objective": self.loss_name,
+            "loss": self.loss,
+            "converged": str(self.converged),
+            "stop": self.stop,
+            "seed": self.seed,
+            "config": {"strategy": repr(self.strategy), "model": repr(self.model)},
+        }
+        found = self.posterior()
+        names = {"task": list(found.names), "weight": list(found.labels)}
+        record = Record(steps, history, facts)
+        return groups(found.observer, names, num_samples, seed, self.tasks.x_names, record)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the fit as tensors and plain values (no pickled code); `varmeta.load(path, model)` reads it."""
-        from varmeta.storage import save
-
-        save(self, path)
+        save(path, self.model, self.tasks, self.strategy, self.seed, self.run, self.prior)
 
     # -- going on --------------------------------------------------------------------------------------------------------
 
@@ -309,10 +353,37 @@ class Fit:
     # -- print -----------------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        return summary.long(self)
+        points, hyper = int(self.tasks.batch().support.mask.sum()), self.hyper
+        lines = [
+            f"{summary.method(self.strategy, self.is_point, len(self.tasks))}, {counted(points, 'support observation')}",
+            self._evidence_in_words,
+            summary.ending(self.stop, self.converged, self.seconds_compiling),
+        ]
+        if hyper is None or hyper.hyperguide == "reml":
+            # quadrature has standard errors once it has converged
+            by_laplace = self.problem.guide.at_mode and not isinstance(self.problem.guide, Quadrature)
+            lines += ["", self.prior.table(self.standard_errors), *([summary.NO_ERRORS] if by_laplace else [])]
+        else:
+            level = 0.9
+            table = summary.hyperparameters(self.hyperparameters(level), level)
+            lines += [summary.importance(hyper), "", table]
+        return "\n".join(lines)
+
+    @property
+    def _evidence_in_words(self) -> str:
+        """The objective, and what it is worth as a log likelihood."""
+        if not self.run.history:
+            return "not run"
+        line = f"{self.loss_name}: {self.loss:.4f} nats"
+        if self.hyper is not None and self.hyper.hyperguide != "reml":
+            return f"{line}; log evidence by importance weights: {self.hyper.log_evidence:.4f}"
+        if self.log_likelihood is None:
+            return "\n".join(filter(None, (line, self.guide_cost)))
+        return f"{line}, so the {'REML ' if self.hyper else ''}log likelihood is {self.log_likelihood:.4f}"
 
     def __repr__(self) -> str:
-        return summary.short(self)
+        end = "converged" if self.converged else "not converged"
+        return f"<Fit: {summary.method(self.strategy, self.is_point, len(self.tasks))}, {end}>"
 
 
 def _alike(one: Any, other: Any) -> bool:

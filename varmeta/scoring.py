@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from varmeta import metrics
 from varmeta.bayes.divergence import location, scale
-from varmeta.observation_noise import TaskNoise
-from varmeta.observations import observed_site, quiet_scope
+from varmeta.observations import observed_site
+from varmeta.observer import Observer
 from varmeta.tasks import Data
-
-if TYPE_CHECKING:
-    from varmeta.posterior import Posterior
 
 Row = Callable[[Tensor], dict[str, float]]
 
@@ -23,50 +19,46 @@ Row = Callable[[Tensor], dict[str, float]]
 MAX_EXACT_SIZE = 200
 
 
-def row_of(posterior: Posterior, data: Data, num_samples: int, seed: int, level: float) -> Row:
+def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: float) -> Row:
     """The function from a mask `(tasks, points)` to the table's row of those observations."""
-    exact = posterior.normal_predictive(data)
+    exact = normal_predictive(observer, data)
     if exact is not None:
         mean, sd = exact
-        assert posterior.model.likelihood is not None  # a program is not known to be normal
-        y = posterior.model.likelihood.observed(data.y)  # without a column of weights
+        assert observer.model.likelihood is not None  # a program is not known to be normal
+        y = observer.model.likelihood.observed(data.y)  # without a column of weights
         return lambda mask: metrics.normal(mean[mask], sd[mask], y[mask].to(mean), level)
-    found = posterior.evaluate(data, num_samples, seed, sampled=None)
+    found = observer.evaluate(data, num_samples, seed, sampled=None)
+    is_point = observer.q.is_point
     if found.probs is not None:
         probs = found.probs
-        return lambda mask: metrics.classes(
-            found.log_prob[:, mask], probs[:, mask], found.y[mask], level, posterior.is_point
-        )
+        return lambda mask: metrics.classes(found.log_prob[:, mask], probs[:, mask], found.y[mask], level, is_point)
     samples, means = found.samples, found.mean
     assert samples is not None
 
     def numbers(mask: Tensor) -> dict[str, float]:
         mean = None if means is None else means[:, mask].mean(0)
-        return metrics.numbers(
-            found.log_prob[:, mask], samples[:, mask], found.y[mask], level, mean, posterior.is_point
-        )
+        return metrics.numbers(found.log_prob[:, mask], samples[:, mask], found.y[mask], level, mean, is_point)
 
     return numbers
 
 
-def normal_predictive(posterior: Posterior, data: Data) -> tuple[Tensor, Tensor] | None:
+def normal_predictive(observer: Observer, data: Data) -> tuple[Tensor, Tensor] | None:
     """Mean and sd of every observation, `(tasks, points)` each, where it is known to be normal; else None.
 
-    The output f is affine in the weights, theta ~ N(m, L L') and y ~ N(f, s^2); so y ~ N(f(m), s^2 + |f(m + L) - f(m)|^2), with f
-    taken at m plus each column of L.
+    The output f is affine in the weights, theta ~ N(m, L L') and y ~ N(f, s^2); so y ~ N(f(m), s^2 + |f(m + L) - f(m)|^2),
+    with f taken at m plus each column of L.  A mixture over eta is not normal.
     """
-    model = posterior.model
-    if not model.is_linear_gaussian or model.weights.size > MAX_EXACT_SIZE:
+    q, model = observer.q, observer.model
+    if q.kind == "integrated" or not model.is_linear_gaussian or model.weights.size > MAX_EXACT_SIZE:
         return None
-    q = posterior.distribution
-    centre, factor = location(q).unsqueeze(0), scale(q)
+    centre, factor = location(q.distribution).unsqueeze(0), scale(q.distribution)
     theta = centre
     if factor is not None:
         columns = torch.diag_embed(factor) if factor.dim() == centre.dim() - 1 else factor
         theta = torch.cat([centre, centre + columns.movedim(-1, 0)])
     mean = variance = None
-    with quiet_scope(0, data.x.device), TaskNoise(0, data.num_points, data.mask) as stream:
-        for trace in posterior.traces(theta, data, data.filled[1], stream):
+    with observer.stream(0, data) as stream:
+        for trace in observer.traces(theta, data, data.filled[1], stream):
             fn = observed_site(trace)["fn"]
             if fn.event_shape:
                 return None

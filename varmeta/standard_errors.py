@@ -6,8 +6,6 @@ the bound is, in linear-Gaussian models; elsewhere as good as the bound's curvat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -15,55 +13,51 @@ from varmeta.bayes.quadrature import Quadrature
 from varmeta.buckets import elbo_losses
 from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
+from varmeta.hyper.result import HyperPosterior
 from varmeta.in_double import in_double
-from varmeta.joint_newton import newton_applies
+from varmeta.numerics.tree import Tree
+from varmeta.problem import Problem
+from varmeta.strategy import Eta
+from varmeta.tasks import Batch
 
-if TYPE_CHECKING:
-    from varmeta.result import Fit
 
+def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Tensor]:
+    """Of a posterior of eta: the sds of its Gaussian, exact under "reml" for a linear model, by parameter name.
 
-def standard_errors(fit: Fit) -> dict[str, Tensor] | None:
-    """By parameter name, in the parameter's shape; of a posterior of eta the standard deviations of its Gaussian.
-
-    None where they are not known: for points, noisy objectives, networks, an outer objective on other data, or at a place
-    that is no minimum.
+    The weighted draws are those of `Fit.hyperparameters`.
     """
-    names = [name for name in fit.model.start if name in fit.eta]  # theta0 that is held fixed has none
-    if fit.hyper is not None:
-        # of the Gaussian, exact under "reml" for a linear model; the weighted draws are those of `hyperparameters`
-        sds = fit.hyper.factor.square().sum(1).sqrt().split([value.numel() for value in fit.eta.values()])
-        named = dict(zip(fit.eta, sds, strict=True))
-        return {name: named[name].reshape(fit.eta[name].shape) for name in names}
-    phi, batch = fit.run.state.phi, fit.tasks.batch()
-    if isinstance(fit.problem.guide, Quadrature) and fit.strategy.outer == "elbo" and fit.converged:
-        return _from(_evidence_hessian(fit, fit.problem.guide), names, fit.eta)
-    if phi is None or fit.is_point or fit.strategy.outer != "elbo" or not fit.converged:
-        return None
-    if not newton_applies(fit.strategy, fit.problem, batch, fit.eta):
-        return None
-    wide = in_double(fit.problem, batch, phi, fit.eta)
-    batch, phi, eta = (batch, phi, fit.eta) if wide is None else wide
-    return _from(Curvature(elbo_losses(fit.problem, batch), phi, eta, fit.model.penalty).hessian, names, fit.eta)
+    sds = hyper.factor.square().sum(1).sqrt().split([value.numel() for value in eta.values()])
+    named = dict(zip(eta, sds, strict=True))
+    return {name: named[name].reshape(eta[name].shape) for name in names}
 
 
-def _evidence_hessian(fit: Fit, guide: Quadrature) -> Tensor:
-    """Of -log p(y | eta) in all of eta, `(p, p)`.
+def of_bound(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]) -> dict[str, Tensor] | None:
+    """By the curvature of the bound minimised over phi, in double precision; None where this is no minimum."""
+    wide = in_double(problem, batch, phi, eta)
+    batch, phi, eta = (batch, phi, eta) if wide is None else wide
+    return _from(Curvature(elbo_losses(problem, batch), phi, eta, problem.model.penalty).hessian, names, eta)
+
+
+def of_evidence(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]) -> dict[str, Tensor] | None:
+    """By the curvature of the evidence by quadrature, -log p(y | eta), in all of eta; None where this is no minimum.
 
     The nodes stay where they are: the integral does not depend on where it is looked at.
     """
-    eta, data = {name: value.detach() for name, value in fit.eta.items()}, fit.tasks.batch().support
+    guide, model, data = problem.guide, problem.model, batch.support
+    assert isinstance(guide, Quadrature)
+    eta = {name: value.detach() for name, value in eta.items()}
     with torch.no_grad():
-        theta, log_p, _ = guide.at_nodes(fit.posterior().phi, eta, data)
-        constant = log_p - log_joint(fit.model, theta, eta, data)
+        theta, log_p, _ = guide.at_nodes(phi, eta, data)
+        constant = log_p - log_joint(model, theta, eta, data)
 
     def total(vector: Tensor) -> Tensor:
         parts = vector.split([value.numel() for value in eta.values()])
         here = {name: part.reshape(value.shape) for (name, value), part in zip(eta.items(), parts, strict=True)}
-        evidence = (constant + log_joint(fit.model, theta, here, data)).logsumexp(0)
-        return fit.model.penalty(here) - evidence.sum()
+        evidence = (constant + log_joint(model, theta, here, data)).logsumexp(0)
+        return model.penalty(here) - evidence.sum()
 
     at = torch.cat([value.reshape(-1) for value in eta.values()])
-    return torch.autograd.functional.hessian(total, at)
+    return _from(torch.autograd.functional.hessian(total, at), names, eta)
 
 
 def _from(hessian: Tensor, names: list[str], eta: dict[str, Tensor]) -> dict[str, Tensor] | None:

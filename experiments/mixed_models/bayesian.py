@@ -17,7 +17,6 @@ from torch import Tensor
 
 import varmeta as vm
 from experiments.mixed_models.sets import INTERCEPT, radon, rats, reference, regression, table
-from varmeta.hyper.posterior import IntegratedPosterior
 from varmeta.hyper.result import natural
 
 
@@ -59,9 +58,8 @@ class Bayesian:
                 row = frame.loc[name]
                 moments[f"{their}[{number}]"] = (float(row["mean"][our]), float(row["sd"][our]))
         posterior = fit.posterior()
-        assert isinstance(posterior, IntegratedPosterior)
         effects = {
-            their: posterior.sample(4000, seed)[our] - posterior.eta_draws(4000)[our][:, None]
+            their: posterior.sample(4000, seed)[our] - posterior.q.etas(4000)[our][:, None]
             for our, their in self.deviations.items()
         }
         for our, (average, their) in self.centred.items():

@@ -129,7 +129,7 @@ def test_the_export_holds_densities_and_its_log_joint_the_weights() -> None:
     x, y, w = (np.stack([line[k].numpy()[:6] for line in lines]) for k in range(3))
     density = stats.norm(theta[..., :1] * x + theta[..., 1:], 0.7).logpdf(y)
     assert np.allclose(data["log_likelihood"]["y"].values[0], density.reshape(200, -1), rtol=1e-8)
-    loc = model.weights.flatten(posterior.eta).numpy()
+    loc = model.weights.flatten(posterior.q.eta).numpy()
     joint = (w * density).sum(-1) + stats.norm(loc, 2.0**-0.5).logpdf(theta).sum(-1)
     assert np.allclose(data["sample_stats"]["log_joint"].values[0], joint, rtol=1e-8)
 
