@@ -34,8 +34,8 @@ def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Ten
 def of_bound(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]) -> dict[str, Tensor] | None:
     """By the curvature of the bound minimised over phi, in double precision; None where this is no minimum."""
     wide = in_double(problem, batch, phi, eta)
-    batch, phi, eta = (batch, phi, eta) if wide is None else wide
-    return _from(Curvature(elbo_losses(problem, batch), phi, eta, problem.model.penalty).hessian, names, eta)
+    batch, phi, at = (batch, phi, eta) if wide is None else wide
+    return _from(Curvature(elbo_losses(problem, batch), phi, at, problem.model.penalty).hessian, names, eta)
 
 
 def of_evidence(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]) -> dict[str, Tensor] | None:
