@@ -5,9 +5,7 @@ Nothing here needs torch or Pyro: the tests of the ArviZ export also run in an e
 
 import os
 import sys
-import traceback
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,18 +18,6 @@ except ModuleNotFoundError:
 else:
     # one thread: no fight for shared cores; `make test-machines` asks for two, which sum in another order
     torch.set_num_threads(int(os.environ.get("VARMETA_THREADS", "1")))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def traced_without_stacks() -> Iterator[None]:
-    """torch notes the Python stack at every tensor of a graph, for messages of its own: half of what tracing takes here."""
-    with pytest.MonkeyPatch.context() as patch:
-        if torch is not None:
-            from torch._subclasses import fake_tensor
-
-            quiet = SimpleNamespace(extract_stack=traceback.StackSummary, format_list=traceback.format_list)
-            patch.setattr(fake_tensor, "traceback", quiet)
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,8 @@ STRATEGIES = {
     "FOMAML": vm.FirstOrder(),
     "Reptile": vm.Reptile(),
 }
+# the only one that takes all of its 2,000 steps, of which the last 1,500 find 0.5 nats
+SHORTER = {("gapminder", "FOMAML"): 500}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -63,14 +65,16 @@ def test_converges_and_says_why(name: str, strategy: str) -> None:
         warnings.filterwarnings("ignore", message="the prior precision of", category=RuntimeWarning)
         if isinstance(how, (vm.FirstOrder, vm.Reptile)):  # a fixed step size is too large for a county of 116 houses
             warnings.filterwarnings("ignore", message="the inner steps diverge for 1 task,", category=RuntimeWarning)
-        fit = vm.fit(model, tasks, how)
-        joint = vm.fit(model, tasks, vm.Joint(how.guide))
+        fit = vm.fit(model, tasks, how, SHORTER.get((name, strategy)))
     assert fit.converged, fit.stop
     assert "converged after" in fit.stop or "settled" in fit.stop
     assert all(bool(torch.isfinite(value).all()) for value in fit.eta.values())
     assert fit.stop in str(fit)
     if isinstance(how, vm.Implicit) and how.outer == "elbo":
         # the amortised objective is the joint one with phi at its minimum: one optimum
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the prior precision of", category=RuntimeWarning)
+            joint = vm.fit(model, tasks, vm.Joint(how.guide))
         assert fit.loss == pytest.approx(joint.loss, abs=1e-5)
 
 

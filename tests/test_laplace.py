@@ -279,10 +279,9 @@ def test_the_evidence_is_not_minimal_at_the_mode() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the fit is singular")  # which the best one is here
-@pytest.mark.parametrize("seed", [2, 4])
-def test_the_fit_does_not_depend_on_where_a_predictor_is_counted_from(seed: int) -> None:
-    """Binary outcomes under (1 + dose | clinic): from the pooled fit L-BFGS went to a dose sd of 0 here, 0.2 and 0.3 nats off."""
-    rng = np.random.default_rng(seed)
+def test_the_fit_does_not_depend_on_where_a_predictor_is_counted_from() -> None:
+    """Binary outcomes under (1 + dose | clinic): from the pooled fit L-BFGS went to a dose sd of 0 here, 0.2 nats off."""
+    rng = np.random.default_rng(2)
     tasks, centred = [], []
     for clinic in range(25):
         number = rng.integers(3, 41) if clinic else 1

@@ -44,10 +44,13 @@ def directional_errors(
     strategy: vm.Implicit | vm.Unrolled,
     directions: dict[str, dict[str, Tensor]],
     minima: Minima | None = None,
+    warm: bool = True,
 ) -> dict[str, float]:
     """|analytic - central difference| / |central difference| along each of several directions of eta.
 
     minima: those of this model, guide and these tasks that are known already; new ones are added.
+    warm: solve from the minimum at `here`, a step or two away.  Not with many weights: Newton's last step overshoots the
+        tolerance by far, a truncated one does not.
     """
     start = model.init(torch.zeros((), dtype=torch.float64))
     problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
@@ -59,7 +62,8 @@ def directional_errors(
         if isinstance(strategy, vm.Unrolled):
             return strategy.value(problem, batch, eta, strategy.init(problem, batch, eta))
         if (part, step) not in known:
-            inner, phi = problem.losses("inner", batch, 0), problem.start(batch, eta)
+            inner = problem.losses("inner", batch, 0)
+            phi = known["here", 0.0] if warm and ("here", 0.0) in known else problem.start(batch, eta)
             found = minimize(lambda x: inner(x, eta), phi, strategy.minimizer, tolerance=strategy.tolerance)
             known[part, step] = found.value
         losses = problem.losses(strategy.outer, batch, 0)(known[part, step], eta)
@@ -109,31 +113,33 @@ def test_equals_central_differences(
     assert max(errors.values()) <= 1e-6, errors
 
 
-@pytest.mark.parametrize("outer", ["elbo", "query", "query_predictive"])
-def test_equals_central_differences_under_three_correlated_directions(outer: str) -> None:
+def test_equals_central_differences_under_three_correlated_directions() -> None:
     """A guide of rank 3 has several minima within 1e-4 nats here, so the problem is solved anew from the one at hand."""
     tasks, model = ragged_tasks(3), MODELS["net"](vm.GaussianPrior(3.0, "shared"))
-    strategy = strategies("low_rank", outer)["implicit"]
+    strategy = strategies("low_rank", "elbo")["implicit"]
     problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
     start = model.init(torch.zeros((), dtype=torch.float64))
     phi = strategy.adapt(problem, batch, start).value
     assert "factor" in phi
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     inner = problem.losses("inner", batch, 0)
-    goal = inner if outer == "elbo" else problem.losses(outer, batch, 0)
-    losses, _ = ImplicitAdjoint()(inner, goal, phi, leaves)
-    grads = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True))
+    goals = {"elbo": inner} | {outer: problem.losses(outer, batch, 0) for outer in ("query", "query_predictive")}
+    grads = {}
+    for outer, goal in goals.items():
+        losses, _ = ImplicitAdjoint()(inner, goal, phi, leaves)
+        grads[outer] = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True))
 
-    def value(step: float, direction: dict[str, Tensor]) -> float:
+    def values(step: float, direction: dict[str, Tensor]) -> Tensor:
         eta = {name: x + step * direction.get(name, torch.zeros_like(x)) for name, x in start.items()}
         found = minimize(lambda point: inner(point, eta), phi, vm.NewtonCG(), tolerance=1e-13)
-        return float(goal(found.value, eta).sum())
+        return torch.stack([goal(found.value, eta).sum() for goal in goals.values()])
 
     for part, direction in directions(model).items():
-        numeric = 8 * (value(STEP, direction) - value(-STEP, direction))
-        numeric = (numeric - value(2 * STEP, direction) + value(-2 * STEP, direction)) / (12 * STEP)
-        analytic = sum(float((grads[name] * d).sum()) for name, d in direction.items())
-        assert abs(analytic - numeric) <= 1e-6 * max(abs(numeric), 1e-2), part
+        numeric = 8 * (values(STEP, direction) - values(-STEP, direction))
+        numeric = (numeric - values(2 * STEP, direction) + values(-2 * STEP, direction)) / (12 * STEP)
+        for outer, difference in zip(goals, numeric.tolist(), strict=True):
+            analytic = sum(float((grads[outer][name] * d).sum()) for name, d in direction.items())
+            assert abs(analytic - difference) <= 1e-6 * max(abs(difference), 1e-2), (outer, part)
 
 
 @pytest.mark.parametrize("outer", OUTERS)
@@ -144,7 +150,7 @@ def test_equals_central_differences_with_two_thousand_weights(
 ) -> None:
     model = large_model(vm.GaussianPrior(30.0, "shared"))
     strategy = strategies(guide, outer, lr=0.005)[adjoint]
-    errors = directional_errors(model, ragged_tasks(2), strategy, directions(model), minima["large", guide])
+    errors = directional_errors(model, ragged_tasks(2), strategy, directions(model), minima["large", guide], warm=False)
     assert max(errors.values()) <= 1e-6, errors
 
 

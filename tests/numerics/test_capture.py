@@ -75,3 +75,11 @@ def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said
     finally:
         lowering.removeHandler(listener)
     assert not said and [options["cpp_wrapper"] for options in tried] == [True]
+
+
+def test_the_nodes_of_a_graph_share_one_fake_mode() -> None:
+    """One for each node, each with the whole Python stack, was half of what tracing took."""
+    traced = capture.Captured(lambda x: (x.sin() * 2.0).sum()).traced(torch.linspace(0, 1, 7))
+    values = [node.meta["val"] for node in traced.graph.graph.nodes if "val" in node.meta]
+    modes = [value.fake_mode for value in values if isinstance(value, Tensor)]
+    assert len(modes) >= 4 and all(mode is modes[0] for mode in modes)

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch import _guards as guards
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
@@ -106,13 +108,24 @@ def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSp
         return values
 
     try:
-        graph = make_fx(flat, tracing_mode="real")(*[leaf.detach() for leaf in leaves])
+        with _one_fake_mode():
+            graph = make_fx(flat, tracing_mode="real")(*[leaf.detach() for leaf in leaves])
         # autograd's bookkeeping leaves operations whose results nobody reads; some of them the compiler cannot handle
         graph.graph.eliminate_dead_code()
         rewrite(graph)
     except Exception as error:
         raise CaptureError(f"it cannot be traced: {_first_line(error)}") from error
     return Traced(graph, _lift(graph), out[0])
+
+
+@contextmanager
+def _one_fake_mode() -> Iterator[None]:
+    """One mode for the shapes that a graph's nodes carry.
+
+    torch makes one for each node otherwise, and each notes the whole Python stack: most of what tracing took.
+    """
+    with guards.tracing(guards.TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        yield
 
 
 def tracing() -> bool:
