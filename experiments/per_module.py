@@ -16,6 +16,7 @@ import argparse
 import csv
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,9 @@ def vector_model(kind: str, learn: str) -> vm.TaskModel:
     return vm.TaskModel.from_pyro(program, {"theta": start}, vm.GaussianPrior(0.05, learn))
 
 
-def many_weights(kind: str, num_tasks: int, seeds: int, points: int = 4, held_out: int = 1000) -> Rows:
+def many_weights(
+    kind: str, num_tasks: int, seeds: int, points: int = 4, held_out: int = 1000, only: Sequence[str] = ()
+) -> Rows:
     """Learned sds, and the loss of new tasks' query after adaptation (nats per observation)."""
     methods = {
         "ELBO, dense, per weight": ("per_parameter", vm.Joint("multivariate_normal", expectation="cubature")),
@@ -170,7 +173,8 @@ def many_weights(kind: str, num_tasks: int, seeds: int, points: int = 4, held_ou
     rows = []
     for seed in range(seeds):
         train, test = vectors(kind, num_tasks, points, seed), vectors(kind, held_out, points, 10_000 + seed)
-        for name, (learn, strategy) in methods.items():
+        for name in only or methods:
+            learn, strategy = methods[name]
             data = train.merged() if name.startswith("ELBO") else train
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)

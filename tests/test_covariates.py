@@ -209,7 +209,7 @@ def test_the_posterior_of_eta_of_counts_is_that_with_a_shared_column(hyperguide:
     own, other = (fit.posterior() for fit in fits)
     z = fits[0].tasks.batch().support.features["z"]
     number = len(fits[0].hyper)  # type: ignore[arg-type]  # all draws, so that resampling is no difference
-    by = own.eta_draws(number)["intercept:z"][:, None] * z  # type: ignore[attr-defined]
+    by = own.q.etas(number)["intercept:z"][:, None] * z  # type: ignore[attr-defined]
     assert torch.allclose(own.mean["intercept"], other.mean["intercept"] + by.mean(0), atol=1e-5)
     assert torch.allclose(own.draws(number)[..., 0], other.draws(number)[..., 0] + by, atol=1e-4)
     rates = own.expected(torch.zeros(1, 0)).mean
@@ -281,7 +281,7 @@ def test_padding_and_minibatches_take_each_task_its_own_features() -> None:
     eta = model.init(torch.zeros((), dtype=torch.float64))
     eta |= {name: 0.3 + torch.arange(eta[name].numel(), dtype=torch.float64).reshape(eta[name].shape) / 7
             for name in model.coefficients}  # fmt: skip
-    strategy = vm.Joint("normal")
+    strategy = vm.Joint("normal", adapt_steps=50)
     problem, batch = strategy.problem(model, tasks, 3), tasks.batch()
 
     def losses(some: vm.tasks.Batch) -> Tensor:

@@ -34,6 +34,8 @@ class Observer:
     def __init__(self, q: Draws) -> None:
         self.q = q
         self.model = q.model
+        # by the shape of theta: counting what a network holds takes longer than to run it for a few tasks
+        self._sizes: dict[torch.Size, tuple[int, int]] = {}
 
     @contextlib.contextmanager
     def stream(self, seed: int, data: Data) -> Iterator[TaskNoise]:
@@ -106,7 +108,9 @@ class Observer:
             return theta.new_zeros(theta.shape[:2])
         parts = []
         with validation_enabled(False):
-            draws, tasks = _slices.sizes(self.model, eta, theta, data)
+            if theta.shape not in self._sizes:
+                self._sizes[theta.shape] = _slices.sizes(self.model, eta, theta, data)
+            draws, tasks = self._sizes[theta.shape]
             for some in theta.split(draws):
                 trace = poutine.trace(self._program(some, tasks)).get_trace(eta, *data.filled)
                 # where, not a product: the density of padding may be anything
