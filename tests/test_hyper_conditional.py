@@ -9,9 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy import integrate, special, stats
-from torch import Tensor
+from torch import Tensor, nn
 
 import varmeta as vm
+from tests.fuzz.oracles import gaussian_task
 from varmeta.buckets import buckets, elbo_losses
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.rows import rowwise
@@ -136,3 +137,53 @@ def test_a_program_that_vmap_refuses_still_has_a_posterior() -> None:
     # prior N(m, 1), two observations of variance 1
     expected = (eta["mean"][:, None] + 2 * (1 + torch.arange(3.0, dtype=F64))) / 3
     torch.testing.assert_close(found.mean[..., 0], expected)
+
+
+def far_apart(seed: int, unit: float, offset: float, response: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tasks of 4, 6, 1, 4 and 6 rows whose second column is the first."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for size in (4, 6, 1, 4, 6):
+        x = rng.normal(size=(size, 1)) + offset
+        pairs.append((np.repeat(unit * x, 2, 1), response * (x[:, 0] - offset + 0.5 * rng.normal(size=size))))
+    return pairs
+
+
+@pytest.mark.parametrize("precision", [1e-12, 1e-4, 1.0])
+@pytest.mark.parametrize(("unit", "offset"), [(1.0, 0.0), (1.0, 100.0), (1e3, 0.0)])
+def test_columns_that_repeat_each_other_under_a_wide_prior(precision: float, unit: float, offset: float) -> None:
+    """The evidence in fifty digits: curvatures 1 and 1e16 side by side were no covariance any more, or cost nats."""
+    pairs = far_apart(0, unit, offset, 1.0)
+    tasks = vm.TaskSet([vm.Task(pair) for pair in pairs])
+    torch.manual_seed(0)
+    net = nn.Linear(2, 1).double()
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(0.5, learn_scale=False), vm.GaussianPrior(precision))
+    eta = {name: value.detach().unsqueeze(0) for name, value in model.init(torch.zeros((), dtype=F64)).items()}
+    found = conditionals(model, tasks.batch(), eta, True).log_evidence[0]
+    theta0 = model.weights.flatten({name: value[0] for name, value in eta.items()}).numpy()
+    for i, (x, y) in enumerate(pairs):
+        design = np.concatenate([x, np.ones((len(x), 1))], 1)
+        exact = gaussian_task(design, y, theta0, np.full(3, precision), 0.5).log_evidence
+        # float64 loses as many digits of a determinant as its curvatures are apart; of a direction that is lost the prior is left
+        apart = np.square(design).sum() / (0.25 * precision)
+        assert float(found[i]) == pytest.approx(exact, abs=min(1e-2, 1e-9 + 1e-15 * apart), rel=1e-8)
+
+
+def test_a_fit_to_columns_that_repeat_each_other_has_a_right_log_likelihood_or_none() -> None:
+    pairs = far_apart(30, 1e6, 0.0, 1e6)
+    torch.manual_seed(0)
+    model = vm.TaskModel(
+        nn.Linear(2, 1).double(),
+        vm.likelihoods.Gaussian(0.5, learn_scale=False),
+        vm.GaussianPrior(learn_precision="shared"),
+    )
+    with pytest.warns(RuntimeWarning, match="runs to zero"):
+        fit = vm.fit(model, vm.TaskSet([vm.Task(pair) for pair in pairs]), vm.Joint("multivariate_normal"))
+    # 1e12 nats in float64: the objective is the evidence but for its rounding, of some hundred nats, which is no 1e-4
+    assert fit.log_likelihood is None
+    theta0, precision = (model.weights.flatten(part).numpy() for part in (fit.prior.loc, fit.prior.precision))
+    exact = sum(
+        gaussian_task(np.concatenate([x, np.ones((len(x), 1))], 1), y, theta0, precision, 0.5).log_evidence
+        for x, y in pairs
+    )
+    assert -fit.loss == pytest.approx(exact, rel=1e-8)

@@ -71,7 +71,9 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
     else:
         start, end = own[some][:, at], mean[some][:, at]
         turn = np.linspace(0, 2 * np.pi, 200)
-        root = np.linalg.cholesky(covariance[np.ix_(at, at)])
+        # a covariance that has lost a direction, whose ellipse is a line, has no Cholesky factor
+        values, vectors = np.linalg.eigh(covariance[np.ix_(at, at)])
+        root = vectors * np.sqrt(values.clip(min=0.0))
         circle = loc[at] + ELLIPSE * np.stack([np.cos(turn), np.sin(turn)], -1) @ root.T
         ax.fill(*circle.T, color=BAND, alpha=0.2, lw=0, label="prior, 2 sds")
         ax.plot(*loc[at], marker="+", ms=12, mew=2, color="black", ls="", label="theta0", zorder=4)

@@ -186,8 +186,9 @@ def _singular(fit: Fit) -> str | None:
     correlation = fit.prior.correlation.double()
     # a predictor far from 0 correlates intercept and slope in any fit: judged in columns that are centred and told apart
     judged = whitened_correlation(fit.problem, fit.tasks.batch(), fit.eta)
-    finite = bool(correlation.isfinite().all())
-    if not finite or float(torch.linalg.eigvalsh(correlation if judged is None else judged)[0]) > SINGULAR:
+    judged = correlation if judged is None else judged
+    finite = bool(correlation.isfinite().all() and judged.isfinite().all())
+    if not finite or float(torch.linalg.eigvalsh(judged)[0]) > SINGULAR:
         return None
     values, vectors = torch.linalg.eigh(correlation)
     # the direction in which tasks do not differ, in units of the weights' prior sds

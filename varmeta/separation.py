@@ -61,6 +61,8 @@ def separated(fit: Fit) -> dict[str, float]:
 
     at, zero = vector(best), torch.zeros_like(vector(best))
     before, after = (torch.autograd.functional.hessian(loss, point) / rows for point in (zero, at))
+    if not bool(before.isfinite().all() and after.isfinite().all()):
+        return {}
     # in units in which each coefficient alone has information 1 at zero, and without what is collinear there
     unit = before.diagonal().clamp(min=torch.finfo(at.dtype).tiny).rsqrt()
     values, vectors = torch.linalg.eigh(unit[:, None] * before * unit)

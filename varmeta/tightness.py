@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from varmeta.bayes.guide import Dense, Guide, MeanField
@@ -24,7 +26,8 @@ def exact_evidence(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
     if not model.is_linear_gaussian:
         return None
     found = conditionals(model, batch, {name: value.unsqueeze(0) for name, value in eta.items()}, gaussian=True)
-    return float(found.log_evidence.sum())
+    evidence = float(found.log_evidence.sum())
+    return evidence if math.isfinite(evidence) else None
 
 
 def evidence_by_quadrature(model: TaskModel, batch: Batch, eta: Eta) -> float | None:

@@ -28,6 +28,7 @@ from varmeta.bayes.program import DATA, TASKS, observed_log_prob
 from varmeta.bayes.validation import validation_enabled
 from varmeta.buckets import buckets
 from varmeta.numerics.tree import Tree, take
+from varmeta.numerics.triangular import lower_root
 from varmeta.problem import Losses, Problem
 from varmeta.strategy import Eta
 from varmeta.tasks import Batch, Data
@@ -129,7 +130,7 @@ class Whitened:
         theta, beta = weights.flatten(eta).double(), _flat(eta, self.linear, r_d)
         prior = self.problem.model.prior_distribution({name: value.double() for name, value in eta.items()})
         psi = r_d @ theta + r_de @ beta
-        factor = _lower(r_d @ prior.scale_tril)
+        factor = lower_root(r_d @ prior.scale_tril)
         inside = eta | _lower_entries(factor, eta)
         if not self.raw_places:
             inside |= {**_split(psi, eta, weights.names), **_split(r_e @ beta, eta, self.linear)}
@@ -138,7 +139,7 @@ class Whitened:
             return {}, inside
         spread = phi["log_scale"].double().exp().unsqueeze(-1)
         triangle = unit_lower(phi["tril"].double(), len(psi)) if "tril" in phi else torch.ones_like(spread)
-        own = _solve(factor, _lower(r_d @ (spread * triangle)))
+        own = _solve(factor, lower_root(r_d @ (spread * triangle)))
         moved = phi["loc"].double() @ r_d.mT + r_de @ beta - psi
         found = {"loc": _solve(factor, moved.unsqueeze(-1)).squeeze(-1), **_scales(own, phi)}
         return {name: found[name].to(phi[name]) for name in phi}, inside
@@ -157,7 +158,7 @@ class Whitened:
         raw = {name: value.to(like) for name, value in raw.items()}
         spread = phi["log_scale"].double().exp().unsqueeze(-1)
         triangle = unit_lower(phi["tril"].double(), len(factor)) if "tril" in phi else torch.ones_like(spread)
-        own = _lower(_back(r_d, factor @ (spread * triangle)))
+        own = lower_root(_back(r_d, factor @ (spread * triangle)))
         psi, origin = self.places(eta, r_d)[0], r_de @ self._raw_places(eta)[1]
         loc = _back(r_d, (psi + phi["loc"].double() @ factor.mT - origin).unsqueeze(-1)).squeeze(-1)
         found = {"loc": loc, **_scales(own, phi)}
@@ -169,7 +170,7 @@ class Whitened:
         if not self.raw_places:
             theta, beta = self._raw_places(eta)
             raw |= {**_split(theta, eta, self.problem.model.weights.names), **_split(beta, eta, self.linear)}
-        log_precision, tril = log_precision_and_tril(_lower(_back(self._blocks()[0], factor)))
+        log_precision, tril = log_precision_and_tril(lower_root(_back(self._blocks()[0], factor)))
         raw[PRECISION] = log_precision
         return raw | {TRIL: tril} if TRIL in eta else raw
 
@@ -268,13 +269,6 @@ def _flat(eta: Mapping[str, Tensor], names: tuple[str, ...], like: Tensor) -> Te
 def _split(flat: Tensor, eta: Mapping[str, Tensor], names: tuple[str, ...]) -> Eta:
     parts = flat.split([eta[name].numel() for name in names]) if names else ()
     return {name: part.reshape(eta[name].shape) for name, part in zip(names, parts, strict=True)}
-
-
-def _lower(matrix: Tensor) -> Tensor:
-    """The lower triangle with a positive diagonal that has the same product with its transpose: by QR, never squared."""
-    upper = torch.linalg.qr(matrix.mT).R
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
-    return (signs.unsqueeze(-1) * upper).mT
 
 
 def _solve(lower: Tensor, b: Tensor) -> Tensor:

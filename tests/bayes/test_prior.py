@@ -155,3 +155,13 @@ def test_weights_go_to_a_vector_and_back() -> None:
     for name, value in named.items():
         torch.testing.assert_close(back[name], value, rtol=0, atol=0)
     assert WEIGHTS.labels == ("0.weight[0,0]", "0.weight[1,0]", "0.bias[0]", "0.bias[1]", "head")
+
+
+def test_a_covariance_that_is_definite_in_float64_alone_serves_float32_data() -> None:
+    """[[1, r], [r, 1]] with r = 1 - 1e-9 has the factor [[1, 0], [r, sqrt(1 - r^2)]]; rounded to float32 it is singular."""
+    r = 1.0 - 1e-9
+    covariance = torch.tensor([[1.0, r], [r, 1.0]], dtype=torch.float64)
+    model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(covariance=covariance))
+    prior = model.prior_distribution(model.init(torch.zeros(())))
+    expected = torch.tensor([[1.0, 0.0], [r, (1.0 - r * r) ** 0.5]])
+    torch.testing.assert_close(prior.scale_tril, expected, atol=1e-7, rtol=1e-4)

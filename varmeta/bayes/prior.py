@@ -16,6 +16,7 @@ from varmeta.bayes import hyperprior as densities
 from varmeta.bayes.covariates import Covariates, check_covariates
 from varmeta.bayes.hyperprior import Hyperprior
 from varmeta.bayes.weights import Weights
+from varmeta.numerics.triangular import lower_root
 
 LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
 PRECISION = "log_precision"
@@ -290,16 +291,16 @@ class GaussianPrior(Remembers):
         values, vectors = torch.linalg.eigh(scale[:, None] * information * scale)
         # in units of the diagonal; collinear predictors leave directions that no observation knows
         root = scale[:, None] * (vectors * values.clamp(min=1e-4).rsqrt())
-        return self._entries(weights, *log_precision_and_tril(torch.linalg.cholesky(root @ root.mT)))
+        return self._entries(weights, *log_precision_and_tril(lower_root(root)))
 
     def inside(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Entries of eta for a learned dense covariance whose variances are a hundredth larger: a singular one, at infinity of
         these entries, is flat in them, so that no line search leaves it."""
         if self.learn_precision != "full":
             return {}
-        covariance = self.distribution(weights, eta).covariance_matrix.double()
-        wider = covariance + 0.01 * torch.diag_embed(covariance.diagonal())
-        log_precision, tril = log_precision_and_tril(torch.linalg.cholesky(wider))
+        factor = self.distribution(weights, eta).scale_tril.double()
+        wider = torch.cat([factor, 0.1 * torch.diag_embed(factor.norm(dim=-1))], -1)
+        log_precision, tril = log_precision_and_tril(lower_root(wider))
         return self._entries(weights, log_precision.to(eta[PRECISION]), tril.to(eta[PRECISION]))
 
     # -- where learning starts -----------------------------------------------------------------------------------------
@@ -348,7 +349,9 @@ class GaussianPrior(Remembers):
             # only a dense prior has them, and a network too many
             below = weights.size * (weights.size - 1) // 2 if self.learn_precision == "full" else 0
             return self._start_log_precision(weights, like), like.new_zeros(below)
-        return log_precision_and_tril(torch.linalg.cholesky(self.covariance.to(like)))
+        # in its own precision: what is positive definite in float64 need not be so in float32
+        log_precision, tril = log_precision_and_tril(torch.linalg.cholesky(self.covariance))
+        return log_precision.to(like), tril.to(like)
 
 
 def _check_precision(value: Any, what: str) -> Tensor:

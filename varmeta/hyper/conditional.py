@@ -27,6 +27,7 @@ from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.quadrature import nodes
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
+from varmeta.numerics.triangular import root_of_inverse
 from varmeta.tasks import Batch, Data
 
 # Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes into.
@@ -93,10 +94,8 @@ def _solve(model: TaskModel, data: Data, eta: dict[str, Tensor], gaussian: bool)
     # u in units of the prior: however narrow it is, Newton's method and its tolerance meet curvatures of about 1
     solution = minimize(losses, {"u": loc.new_zeros(number * tasks, size)}, NewtonCG(), max_steps=100)
     loss, hessian = _hessian(losses, solution.value["u"])
-    values, vectors = torch.linalg.eigh(hessian)
     # a rising direction has no Gaussian of its own: a part of the prior's width is a place to look for the mass
-    values = values.abs().clamp(min=FLAT)
-    factor = torch.linalg.cholesky((vectors / values.unsqueeze(-2)) @ vectors.mT)
+    factor = root_of_inverse(hessian, FLAT, convex=gaussian)
     factor = spread[:, None] @ factor.reshape(number, tasks, size, size)
     mode = weights(solution.value["u"])
     # a step that gets no further ends at rounding, as where the prior is very narrow

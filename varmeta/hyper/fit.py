@@ -129,11 +129,14 @@ def integrate(
             seconds=perf_counter() - begin,
         )  # fmt: skip
 
-    found = fit_gaussian(
-        problem, batch, coordinates, run.eta, free, diagonal=hyperguide == "normal", jacobian=hyperguide != "reml",
-        # importance weights mend the rest; REML has none to mend it
-        tolerance=1e-9 if hyperguide == "reml" else 1e-6, max_steps=max_steps, callback=arrived,
-    )  # fmt: skip
+    try:
+        found = fit_gaussian(
+            problem, batch, coordinates, run.eta, free, diagonal=hyperguide == "normal", jacobian=hyperguide != "reml",
+            # importance weights mend the rest; REML has none to mend it
+            tolerance=1e-9 if hyperguide == "reml" else 1e-6, max_steps=max_steps, callback=arrived,
+        )  # fmt: skip
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(_no_evidence(problem, batch, run)) from error
     if found.result in (Result.NON_FINITE, Result.DIVERGED):
         losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
         raise ValueError(
@@ -145,6 +148,8 @@ def integrate(
 
     def log_density(points: Tensor) -> Tensor:
         evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)
+        if bool(evidence.isnan().any()):
+            raise ValueError(_no_evidence(problem, batch, run))
         # under "reml" the sds are a point, and a Jacobian there would count as evidence
         return evidence + coordinates.log_density_of(points, hyperguide != "reml")
 
@@ -154,11 +159,7 @@ def integrate(
     try:
         weighted = importance(log_density, found.mean, found.factor, number, seed)
     except torch.linalg.LinAlgError as error:
-        losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
-        raise ValueError(
-            f"the evidence cannot be computed around the posterior of eta; it started {largest(batch, losses)}: look at "
-            "its data, or standardise them"
-        ) from error
+        raise ValueError(_no_evidence(problem, batch, run)) from error
     run.hyper = HyperPosterior(
         hyperguide=hyperguide,
         points=coordinates.eta_of(weighted.points),
@@ -187,3 +188,11 @@ def integrate(
 
 def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
     return replace(run.state, phi=detach(strategy.adapt(problem, batch, run.eta).value), step=run.step)
+
+
+def _no_evidence(problem: Problem, batch: Batch, run: Run) -> str:
+    losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+    return (
+        f"the evidence cannot be computed around the posterior of eta; it started {largest(batch, losses)}: look at its data, or "
+        "standardise them"
+    )

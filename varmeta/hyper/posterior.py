@@ -15,6 +15,7 @@ from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, log_joi
 from varmeta.hyper.result import HyperPosterior
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics import noise
+from varmeta.numerics.triangular import root_of_covariance
 from varmeta.tasks import Batch
 
 # Candidates for each draw of theta; the likelihood decides among them.
@@ -46,6 +47,15 @@ class IntegratedDraws(Draws):
         if parts is None:
             points = {name: value[self._rows] for name, value in hyper.points.items()}
             parts = conditionals(model, batch, points, self._gaussian)
+        found = parts.factor.isfinite() & parts.mean.isfinite().unsqueeze(-1)
+        whole = found.all(-1).all(-1).all(0).tolist()
+        lost = [name for name, yes in zip(batch.names, whole, strict=True) if not yes]
+        if lost:
+            more = f" (and of {len(lost) - 1} more)" if len(lost) > 1 else ""
+            raise ValueError(
+                f"the posterior of task {lost[0]!r}{more} cannot be computed: its loss or a derivative of it is not finite "
+                "at the mode.  Look at its data, or standardise them"
+            )
         self._parts = parts
 
     def take(self, at: Tensor, batch: Batch) -> IntegratedDraws:
@@ -70,7 +80,8 @@ class IntegratedDraws(Draws):
         offset = means - mean
         spread = self._parts.covariance + offset.unsqueeze(-1) * offset.unsqueeze(-2)
         covariance = (share[..., None] * spread).sum(0)
-        return dist.MultivariateNormal(mean.unsqueeze(-2), covariance.unsqueeze(-3), validate_args=False)
+        factor = root_of_covariance(covariance).unsqueeze(-3)
+        return dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor, validate_args=False)
 
     def etas(self, num_samples: int) -> dict[str, Tensor]:
         at = self._at(num_samples)
