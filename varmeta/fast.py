@@ -19,6 +19,7 @@ import torch
 
 from varmeta import chunks
 from varmeta.chunks import Outcome
+from varmeta.numerics.adjoint import gradient_by_name
 from varmeta.numerics.capture import Captured, CaptureError, compile_seconds, eager_seconds
 from varmeta.numerics.solution import Solution
 from varmeta.problem import Problem
@@ -194,9 +195,8 @@ def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: S
             f"{STATS}, the outer loss of each task and the gradient evaluations per task that the step took, which "
             "budgets and reports count"
         )
-    learned = {name: value for name, value in eta.items() if value.requires_grad}
-    found = torch.autograd.grad(scalar, list(learned.values()), allow_unused=True, materialize_grads=True)
-    return Outcome(scalar.detach(), dict(zip(learned, found, strict=True)), state, stats)
+    learned = [name for name, value in eta.items() if value.requires_grad]
+    return Outcome(scalar.detach(), gradient_by_name(scalar, eta, learned), state, stats)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from varmeta.bayes.check_model import check_model
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
 from varmeta.fast import Step, check_compile
+from varmeta.numerics.adjoint import gradient_by_name
 from varmeta.strategy import Strategy, check_kinds
 from varmeta.tasks import TaskSet
 
@@ -99,10 +100,5 @@ def meta_gradient(
     value, certificate = float(scalar), strategy.certificate(batch, stats)
     if moving is None:
         return MetaGradient(value, grads, certificate)
-    part = _gradient(moving, leaves)
+    part = gradient_by_name(moving, leaves, leaves)
     return MetaGradient(value, grads, certificate, part, {name: grads[name] - part[name] for name in grads})
-
-
-def _gradient(scalar: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))

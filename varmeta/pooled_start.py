@@ -45,7 +45,7 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
     starts; this brings the quadratic and quasi-Newton methods near enough, in any units.
 
     Warns where the data say nothing about a weight there; returns eta as it came where they did at its start, so that a
-    nonlinear program's fit ran off.
+    nonlinear program's fit ran off, and where there are no support rows.
     """
     model = problem.model
     found = pooled_fit(model, batch, eta, model.prior.start_loc)
@@ -104,8 +104,10 @@ def _bends(problem: Problem, batch: Batch, eta: Eta, goal: float) -> bool:
 def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()) -> tuple[Eta, Tensor] | None:
     """eta fitted to all tasks at once, and what one observation knows there: the mean Hessian of its loss, `(D, D)`.
 
-    hold: names that stay where they are.  None where the fit is not finite.
+    hold: names that stay where they are.  None where the fit is not finite, and where no task has support rows.
     """
+    if not bool(batch.support.mask.any()):
+        return None
     moving = [name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL) and name not in hold]
     if not moving:
         information = _information(model, batch, eta)

@@ -126,6 +126,16 @@ class Strategy(ABC):
                         else "give query=(x, y), or split the support with tasks.split(...)"
                     )
                 )
+        if for_fit and self.outer == "elbo" and not bool(tasks.batch().support.mask.any()):
+            raise ValueError(
+                f"{'the task has' if len(tasks) == 1 else f'none of the {len(tasks)} tasks has'} support rows, so there is "
+                "nothing to learn the prior from: give Task(support=(x, y))"
+                + (
+                    ", or learn from the query rows by vm.Implicit(outer='query')"
+                    if all(task.query is not None for task in tasks)
+                    else ""
+                )
+            )
         self._check_curvature(model, tasks)
         prior = model.prior
         if for_fit and prior.learn_precision is not None:

@@ -7,7 +7,7 @@ knows how phi* was found, and `unrolled` alone cares.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -270,7 +270,7 @@ class _EtaGradient:
         eta = eta | {name: eta[name].detach().requires_grad_() for name in self.names}
         with torch.enable_grad():
             value = (weights * fn(phi, eta)).sum()
-        return _by_name(value, eta, self.names)
+        return gradient_by_name(value, eta, self.names)
 
 
 @dataclass(frozen=True)
@@ -285,10 +285,12 @@ class _MixedGradient:
         with torch.enable_grad():
             gradient = _gradient(fn(point, eta), point, create_graph=True)
             value = (weights * tree.dot(u, gradient)).sum()
-        return _by_name(value, eta, self.names)
+        return gradient_by_name(value, eta, self.names)
 
 
-def _by_name(value: Tensor, eta: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+def gradient_by_name(value: Tensor, eta: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """d value / d eta[name] of each name, 0 for what a scalar does not depend on (a constant has no graph at all)."""
+    names = tuple(names)
     if not value.requires_grad:
         return {name: torch.zeros_like(eta[name]) for name in names}
     found = torch.autograd.grad(value, [eta[name] for name in names], materialize_grads=True)
