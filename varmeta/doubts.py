@@ -97,11 +97,8 @@ def _ran_off(fit: Fit) -> str | None:
 
 def _undetermined(fit: Fit, explained: set[str]) -> list[str]:
     """What Newton's method found no curvature for, unless another sentence says why."""
-    if not fit.converged or UNDETERMINED not in fit.stop:
-        return []
-    end = fit.stop[fit.stop.index(UNDETERMINED) + len(UNDETERMINED) :].removesuffix(" apart").strip()
-    names = [name for name in end.split(" and ") if name not in explained]
-    if not names:
+    names = [name for name in fit.run.undetermined if name not in explained]
+    if not fit.converged or not names:
         return []
     return [
         f"{UNDETERMINED} {' and '.join(names)} apart: the estimates of each rest on the others.  For a predictor far from 0, "

@@ -152,7 +152,7 @@ def fit(
     compiled = seconds_compiling()
     bar = _bar(progress, steps or few)
     reports = _reporter(bar, callback)
-    run.hyper = None
+    run.hyper, run.undetermined = None, ()
     watching = watcher.set(_said_by(bar))
     try:
         if hyperguide != "delta":

@@ -64,7 +64,7 @@ def newton(
     """
     period = strategy.every if isinstance(strategy, Reinit) else max_steps
     begin, last = perf_counter() - run.seconds, math.inf
-    run.converged = False
+    run.converged, run.undetermined = False, ()
     stored = run.state.phi is not None
     if not stored:
         run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
@@ -85,8 +85,9 @@ def newton(
             if run.converged:
                 left = float(solution.stats["decrement"])
                 run.stop = f"converged after {run.step} Newton steps: the objective can fall by {left:.1e} nats more"
-                if solution.stats["flat"]:
-                    run.stop += f"; {UNDETERMINED} {' and '.join(solution.stats['flat'])} apart"
+                run.undetermined = tuple(solution.stats["flat"])
+                if run.undetermined:
+                    run.stop += f"; {UNDETERMINED} {' and '.join(run.undetermined)} apart"
                 return
             if solution.result == Result.NON_FINITE:
                 raise ValueError(non_finite(batch, solution.stats["losses"], "at the start"))

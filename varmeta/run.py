@@ -26,6 +26,7 @@ class Run:
     loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, None where eta is a point.
+    undetermined: names that the data can hardly tell apart, where Newton's method converged; not kept in files.
     outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in files.
     seconds_compiling: of this run, which an equal one in this process does not pay again; not kept in files.
     """
@@ -41,6 +42,7 @@ class Run:
     hyper: HyperPosterior | None = None
     seconds_compiling: float = 0.0
     outlier: str | None = None
+    undetermined: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
