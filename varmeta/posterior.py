@@ -115,6 +115,7 @@ class Posterior:
 
         x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the training tasks' columns),
             or a list with one array per task (of any lengths).
+        For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how many.
 
         Raises ValueError where a list does not have one array per task, for NaN and infinity, for rows of another
         shape than those of the training tasks, and for arrays of different lengths where the model's rows depend on each
