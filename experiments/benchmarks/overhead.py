@@ -16,7 +16,7 @@ from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
-STEPS = (10, 100, 500, 2_000, 5_000)
+STEPS = (10, 100, 500, 1_000, 2_000, 5_600)
 STRATEGIES = ("joint", "unrolled")
 MODES: tuple[str | bool, ...] = (False, "auto", True)
 
