@@ -60,7 +60,7 @@ def mixed_models(out: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def strategies() -> dict[str, vm.Joint | vm.Implicit | vm.Unrolled]:
+def strategies() -> dict[str, vm.Joint | vm.Implicit | vm.Unrolled | vm.FirstOrder | vm.Reptile]:
     """Every row of the table, with inner loops short enough for the budget and step sizes at which none of them diverges."""
     inner, adam = vm.GradientDescent(lr=0.003), vm.Adam(lr=3e-2)
 

@@ -230,7 +230,7 @@ def one_gradient(
         weights = torch.full_like(losses, float(losses.mean()) / len(losses))
         score = strategy.alg.score(problem, batch, eta, state.step - 1, walk, weights)["theta"]
         value = value * (len(losses) - 1) / len(losses) + float(score)
-    return value, float(stats["evaluations"])
+    return value, float(stats.evaluations)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
+from varmeta.check_strategy import check_strategy
+from varmeta.strategy import Strategy, Traits
 
 # "w..." are the weights of every model below, as against their biases
 STRUCTURED = vm.guides.Structured(dense=("*w*",))
@@ -23,6 +25,11 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make().double()
+
+
+def check(strategy: Strategy, model: vm.TaskModel, tasks: vm.TaskSet, for_fit: bool = True) -> Traits:
+    """What `fit` asks of a strategy before any work."""
+    return check_strategy(strategy, strategy.problem(model, tasks, 0), tasks, for_fit)
 
 
 def ragged_tasks(num_tasks: int = 4, features: int = 1, seed: int = 0, noise: float = 0.3) -> vm.TaskSet:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import varmeta as vm
+from tests.cases import check
 
 TASKS, WEIGHTS = 4, 10  # two modules of nine weights and one
 
@@ -55,10 +56,10 @@ def test_refused_where_the_objective_falls_for_ever(learn: str, where: str, dens
     entries = [name for name in model(prior).init(torch.zeros(())) if name.startswith("log_precision")]
     bounded = all(total(prior, entry, 280.0) > total(prior, entry, 140.0) for entry in entries)
     if bounded:
-        vm.Joint("delta").check(model(prior), tasks())
+        check(vm.Joint("delta"), model(prior), tasks())
     else:
         with pytest.raises(ValueError, match="does not bound the precision"):
-            vm.Joint("delta").check(model(prior), tasks())
+            check(vm.Joint("delta"), model(prior), tasks())
 
 
 def test_ten_weights_under_one_precision_are_ten() -> None:
@@ -75,11 +76,11 @@ def test_ten_weights_under_one_precision_are_ten() -> None:
 def test_a_sd_left_without_a_hyperprior_is_not_bounded() -> None:
     half = vm.GaussianPrior(1.0, "per_module", scale_hyperprior={"0": dist.InverseGamma(2.0, 1.0)})
     with pytest.raises(ValueError, match="does not bound the precision"):
-        vm.Joint("delta").check(model(half), tasks())
+        check(vm.Joint("delta"), model(half), tasks())
     both = vm.GaussianPrior(
         1.0, "per_module", scale_hyperprior={"0": dist.InverseGamma(2.0, 1.0), "1": dist.InverseGamma(2.0, 1.0)}
     )
-    vm.Joint("delta").check(model(both), tasks())
+    check(vm.Joint("delta"), model(both), tasks())
 
 
 @pytest.mark.parametrize(("lkj", "bounded"), [(1.0, False), (2.9, False), (3.1, True)])
@@ -96,10 +97,10 @@ def test_correlations_of_points_need_an_lkj_that_grows_with_the_tasks(lkj: float
         found.append(float(losses.sum() + one.penalty(eta)))
     assert (found[1] > found[0]) == bounded
     if bounded:
-        vm.Joint("delta").check(one, data)
+        check(vm.Joint("delta"), one, data)
     else:
         with pytest.raises(ValueError, match="lkj above 1"):
-            vm.Joint("delta").check(one, data)
+            check(vm.Joint("delta"), one, data)
 
 
 def test_one_weight_of_one_task_also_gains_from_a_precision_of_zero() -> None:
@@ -110,4 +111,4 @@ def test_one_weight_of_one_task_also_gains_from_a_precision_of_zero() -> None:
         torch.nn.Linear(1, 1, bias=False).double(), vm.likelihoods.Gaussian(1.0, learn_scale=False), prior
     )
     with pytest.raises(ValueError, match="does not bound the precision"):
-        vm.Joint("delta").check(one, data)
+        check(vm.Joint("delta"), one, data)

@@ -45,12 +45,12 @@ def test_a_step_in_chunks_is_the_step(strategy: str, guide: Any, rows: Any) -> N
     parts = steps(Step(chosen, False, 1, 3), model, tasks, chosen, count=2, rows=rows)
     assert_same(whole, parts, 1e-12)
     for one, other in zip(whole, parts, strict=True):
-        assert float(one.stats["evaluations"]) == pytest.approx(float(other.stats["evaluations"]), rel=1e-12)
-        if "linear" in one.stats:
+        assert float(one.stats.evaluations) == pytest.approx(float(other.stats.evaluations), rel=1e-12)
+        if one.stats.linear is not None and one.stats.inner is not None:
             for name in ("gradient_norm", "products", "linear_result"):  # bounds far from a minimum can be any size
-                numbers = one.stats["linear"][name]
-                torch.testing.assert_close(numbers, other.stats["linear"][name], rtol=1e-9, atol=1e-9)
-            assert bool((one.stats["inner"].result == other.stats["inner"].result).all())
+                numbers = one.stats.linear[name]
+                torch.testing.assert_close(numbers, other.stats.linear[name], rtol=1e-9, atol=1e-9)
+            assert bool((one.stats.inner.result == other.stats.inner.result).all())
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pyro
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from tests.cases import GUIDES, OUTERS, large_model, linear_model, net_model, ragged_tasks, scalar_model
+from tests.cases import GUIDES, OUTERS, check, large_model, linear_model, net_model, ragged_tasks, scalar_model
 from varmeta import chunks, fast
 from varmeta.fast import Outcome, Step, eager
 from varmeta.numerics import capture
+from varmeta.strategy import Stats
 
 GD = vm.GradientDescent(0.01)
 
@@ -67,7 +68,7 @@ def steps(
     outcomes = []
     for number in range(count):
         batch = tasks.batch(None if rows is None else rows[number])
-        state = strategy.before(problem, batch, eta, replace(state, lr_scale=1.0 - 0.1 * number))
+        state = replace(state, lr_scale=1.0 - 0.1 * number)
         outcomes.append(step(problem, batch, eta, state))
         state = outcomes[-1].state
         for name, gradient in outcomes[-1].gradient.items():
@@ -99,14 +100,15 @@ def assert_same(
             assert (tree is None) == (same is None)
             for name in (tree or {}) if with_phi else {}:
                 close(tree[name], same[name], name)
-        assert one.stats.keys() == other.stats.keys()
-        close(one.stats["losses"], other.stats["losses"], "losses")
-        if "inner" in one.stats:
-            assert torch.equal(one.stats["inner"].result, other.stats["inner"].result)
-        if "linear" in one.stats:
-            assert torch.equal(one.stats["linear"]["linear_result"], other.stats["linear"]["linear_result"])
-            close(one.stats["linear"]["gradient_norm"], other.stats["linear"]["gradient_norm"], "gradient_norm")
-        first, second = float(one.stats["evaluations"]), float(other.stats["evaluations"])
+        for known in fields(Stats):
+            assert (getattr(one.stats, known.name) is None) == (getattr(other.stats, known.name) is None)
+        close(one.stats.losses, other.stats.losses, "losses")
+        if one.stats.inner is not None:
+            assert torch.equal(one.stats.inner.result, other.stats.inner.result)
+        if one.stats.linear is not None:
+            assert torch.equal(one.stats.linear["linear_result"], other.stats.linear["linear_result"])
+            close(one.stats.linear["gradient_norm"], other.stats.linear["gradient_norm"], "gradient_norm")
+        first, second = float(one.stats.evaluations), float(other.stats.evaluations)
         if slack is None:
             # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done
             assert first <= second * (1 + 1e-12)
@@ -186,7 +188,7 @@ def test_a_compiled_step_of_many_weights_is_the_eager_step(strategy: str, guide:
 
 def goes_together(strategy: str, guide: Any) -> bool:
     try:
-        COMPILED[strategy](guide).check(model_of(torch.float64), ragged_tasks(5), for_fit=False)
+        check(COMPILED[strategy](guide), model_of(torch.float64), ragged_tasks(5), for_fit=False)
     except ValueError:
         return False
     return True
@@ -248,7 +250,7 @@ IN_PIECES: dict[str, Any] = {
 def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
     chosen = IN_PIECES[strategy](guide)
     model = linear_model(vm.GaussianPrior(3.0, learn_precision="shared"))
-    assert chosen.not_captured(chosen.problem(model, ragged_tasks(5), 0)) is not None  # not as one graph
+    assert chosen.traits(chosen.problem(model, ragged_tasks(5), 0)).not_captured is not None  # not as one graph
     both(chosen, model, torch.float64, slack=0.0, count=2)
 
 

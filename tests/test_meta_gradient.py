@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import GUIDES, MODELS, OUTERS, large_model, linear_model, net_model, ragged_tasks, seeded
+from varmeta import chunks
 from varmeta.numerics.adjoint import ImplicitAdjoint
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.tree import Tree
@@ -60,7 +61,7 @@ def directional_errors(
         way = directions.get(part, {})
         eta = {name: x + step * way.get(name, torch.zeros_like(x)) for name, x in start.items()}
         if isinstance(strategy, vm.Unrolled):
-            return strategy.value(problem, batch, eta, strategy.init(problem, batch, eta))
+            return chunks.value(strategy, problem, batch, eta, strategy.init(problem, batch, eta))
         if (part, step) not in known:
             inner = problem.losses("inner", batch, 0)
             phi = known["here", 0.0] if warm and ("here", 0.0) in known else problem.start(batch, eta)
@@ -255,7 +256,7 @@ def test_a_warm_linear_system_takes_fewer_products_to_the_same_gradient() -> Non
         for _ in range(2):  # as if eta had hardly moved
             total, state, stats = strategy.loss(problem, batch, eta, state)
         gradient = torch.autograd.grad(total, list(eta.values()), allow_unused=True, materialize_grads=True)
-        found.append((float(stats["evaluations"]), torch.cat([g.reshape(-1) for g in gradient])))
+        found.append((float(stats.evaluations), torch.cat([g.reshape(-1) for g in gradient])))
     assert found[1][0] <= 0.3 * found[0][0]
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-7)
 
@@ -276,7 +277,7 @@ def test_a_prior_with_several_precisions_costs_no_more_than_its_units(
             monkeypatch.setattr(Problem, "units", lambda *args: None)
         total, _, stats = strategy.loss(problem, batch, eta, strategy.init(problem, batch, eta))
         gradient = torch.autograd.grad(total, list(eta.values()), allow_unused=True, materialize_grads=True)
-        found.append((float(stats["evaluations"]), torch.cat([g.reshape(-1) for g in gradient])))
+        found.append((float(stats.evaluations), torch.cat([g.reshape(-1) for g in gradient])))
     assert found[0][0] <= 0.6 * found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
 

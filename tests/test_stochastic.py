@@ -187,19 +187,19 @@ def test_bad_choices(make, error, message):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "error", "message"),
+    ("make", "error", "message"),
     [
-        (vm.Implicit("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)), ValueError, "temperature > 0"),
-        (vm.Unrolled("normal", "query", alg=vm.StochasticAlg(start_scale=1.0)), ValueError, "guide='delta'"),
-        (vm.FirstOrder("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)), ValueError, "takes no alg"),
-        (vm.Unrolled("delta", "query", alg="langevin"), TypeError, "alg must be a StochasticAlg, not str"),
+        (lambda: vm.Implicit("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)), ValueError, "temperature > 0"),
+        (lambda: vm.Unrolled("normal", "query", alg=vm.StochasticAlg(start_scale=1.0)), ValueError, "guide='delta'"),
+        (lambda: vm.FirstOrder("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)), ValueError, "takes no alg"),
+        (lambda: vm.Unrolled("delta", "query", alg="langevin"), TypeError, "alg must be a StochasticAlg, not str"),
         (
-            vm.Implicit("delta", "query", warm_start=True, alg=vm.StochasticAlg(temperature=1.0)),
+            lambda: vm.Implicit("delta", "query", warm_start=True, alg=vm.StochasticAlg(temperature=1.0)),
             ValueError,
             "exclude each other",
         ),
     ],
 )
-def test_strategies_that_do_not_go_with_it(strategy, error, message):
+def test_strategies_that_do_not_go_with_it(make, error, message):
     with pytest.raises(error, match=message):
-        vm.fit(linear_model(vm.GaussianPrior(1.0)), ragged_tasks(2), strategy)
+        vm.fit(linear_model(vm.GaussianPrior(1.0)), ragged_tasks(2), make())

@@ -17,7 +17,7 @@ from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import detach
 from varmeta.pooled_start import is_regression, pooled_fit
 from varmeta.problem import Problem
-from varmeta.strategy import Eta, State, Stats, Strategy
+from varmeta.strategy import Eta, State, Stats, Strategy, Traits
 from varmeta.tasks import Batch, TaskSet
 
 BASELINES = ("pooled", "no pooling")
@@ -30,9 +30,15 @@ WEAK = 1e-2
 class Pooled(Strategy):
     """Every task has the weights theta0, fitted to all support data at once; nothing is adapted."""
 
+    def traits(self, problem: Problem) -> Traits:
+        return Traits(noisy=not problem.deterministic)
+
+    def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
+        return State()
+
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
         losses = problem.losses("elbo", batch, state.step)(problem.start(batch, eta), eta)
-        return self._total(problem, batch, eta, losses), state, {"losses": losses.detach(), "evaluations": 1.0}
+        return self.total(problem, batch, eta, losses), state, Stats(losses.detach(), 1.0)
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         phi = detach(problem.start(batch, eta))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from varmeta.tasks import Batch
 MEMORY = 2**30
 # Bytes of phi in a chunk of a compiled step, some dozen copies of which are at work at once (docs/speed.md).
 CACHE = 2**21
+# Where phi is stored, noisy objectives are reported as the mean over this many steps' draws.
+VALUE_DRAWS = 32
 # Fewer numbers in all fit into MEMORY whatever is done with them, so nobody counts.
 FEW = 10**6
 
@@ -62,7 +64,7 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
         gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
     except CaptureError:
         gradient = 64 * numbers * batch.support.x.element_size()
-    return max(1, min(len(batch), MEMORY // (strategy.gradients_held * gradient)))
+    return max(1, min(len(batch), MEMORY // (strategy.traits(problem).memory * gradient)))
 
 
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
@@ -71,7 +73,7 @@ def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> in
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
         return len(batch)  # elsewhere large kernels are what is fast
     wanted = held = in_memory(strategy, problem, batch, eta)
-    if strategy.adapts_afresh:
+    if not strategy.traits(problem).stored:
         wanted = min(held, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel())))
     elif wanted == len(batch):  # a step that takes one gradient reads nothing often enough for a cache to matter
         return wanted
@@ -125,14 +127,18 @@ def step(
     return Outcome(value, gradient, after, _join([stats for _, stats in found], [len(part) for part in parts]))
 
 
-def value(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, size: int) -> float:
-    """`strategy.value`, chunk by chunk."""
-    if size >= len(batch):
-        return strategy.value(problem, batch, eta, state)
-    parts = list(split(batch, size))
-    return math.fsum(
-        strategy.value(problem, part, eta, own) for part, own in zip(parts, states(state, batch, parts), strict=True)
+def value(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, size: int | None = None) -> float:
+    """The outer objective at eta and the state, for the record (nats), chunk by chunk; of a noisy one a mean over draws."""
+    known = {name: value.detach() for name, value in eta.items()}
+    traits = strategy.traits(problem)
+    draws = VALUE_DRAWS if traits.stored and traits.noisy else 1
+    parts = list(split(batch, len(batch) if size is None else size))
+    found = (
+        float(strategy.loss(problem, part, known, replace(own, step=own.step + k, certify=False))[0].detach())
+        for part, own in zip(parts, states(state, batch, parts), strict=True)
+        for k in range(draws)
     )
+    return math.fsum(found) / draws
 
 
 def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solution:
@@ -153,6 +159,10 @@ def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | 
 def _join(found: Sequence[Any], sizes: Sequence[int]) -> Any:
     """Of every chunk the same tree of stats: those with a task axis as one, the others, means over tasks, averaged."""
     first = found[0]
+    if first is None:
+        return None
+    if isinstance(first, Stats):
+        return Stats(**{f.name: _join([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)})
     if isinstance(first, dict):
         return {key: _join([x[key] for x in found], sizes) for key in first}
     if isinstance(first, Solution):

@@ -17,6 +17,7 @@ from varmeta.baselines import BASELINES, Pooled, baseline
 from varmeta.bayes.check_model import check_model
 from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
+from varmeta.check_strategy import check_kinds, check_strategy
 from varmeta.descent import OptimizerFactory
 from varmeta.fast import check_compile
 from varmeta.fit import fit
@@ -25,7 +26,7 @@ from varmeta.joint_newton import newton_applies
 from varmeta.pooled_start import is_regression
 from varmeta.report import Report
 from varmeta.result import Fit
-from varmeta.strategy import Strategy, check_kinds
+from varmeta.strategy import Strategy
 from varmeta.tasks import TaskSet
 
 
@@ -194,7 +195,7 @@ def _check(
     for name, strategy in strategies.items():
         check_model(models[name], train)
         check_model(models[name], test)
-        strategy.check(models[name], train)
+        check_strategy(strategy, strategy.problem(models[name], train, 0), train)
 
 
 def _hyperguides(

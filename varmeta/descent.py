@@ -11,16 +11,17 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from varmeta.bayes.guide import PyroGuide
 from varmeta.blame import drowning, largest, what_failed
 from varmeta.chunks import Outcome
 from varmeta.fast import Step
-from varmeta.joint import Joint, Reinit
 from varmeta.pooled_start import MAX_ETA_SIZE
 from varmeta.problem import Problem
 from varmeta.run import ADVICE, Callback, Run, interrupted
 from varmeta.schedule import GIVEN, Decay, Rates
 from varmeta.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
+from varmeta.warnings_of import warning
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 # A run has settled when its mean objective changed by no more than this over its last third (nats per task), or than chance makes
@@ -43,10 +44,8 @@ def lbfgs(params: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def lbfgs_applies(strategy: Strategy, problem: Problem, eta: Eta) -> bool:
     """Whether a line search may trust value and gradient, and eta is small."""
-    small = sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE
-    return (
-        strategy.gradient_is_of_value and not isinstance(strategy, Joint) and not strategy.is_noisy(problem) and small
-    )
+    small, traits = sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE, strategy.traits(problem)
+    return small and traits.line_search and not traits.stored and not traits.noisy
 
 
 class _NowhereError(Exception):
@@ -87,15 +86,20 @@ def descend(
             raise ValueError("resume was stepped by another kind of optimizer: give fit(optimizer=...) the same again")
         optimizer.load_state_dict(run.optimizer_state)
         rates.go_on_from(given)
-    quasi_newton = isinstance(optimizer, torch.optim.LBFGS)
-    if quasi_newton and isinstance(strategy, Joint):
+    quasi_newton, traits = isinstance(optimizer, torch.optim.LBFGS), strategy.traits(problem)
+    if quasi_newton and traits.stored:
         raise ValueError(
-            "LBFGS evaluates the objective several times a step, but Joint moves phi at each: use Adam or SGD"
+            f"LBFGS evaluates the objective several times a step, but {type(strategy).__name__} moves phi at each: use Adam or "
+            "SGD"
         )
-    if quasi_newton and not strategy.gradient_is_of_value:
+    if quasi_newton and not traits.line_search:
         raise ValueError(
             f"LBFGS's line search trusts value and gradient alike, but those of {strategy.describe()} do not belong together: "
             "use Adam or SGD"
+        )
+    if traits.period is not None and plan.batch_size is not None and isinstance(problem.guide, PyroGuide):
+        raise ValueError(
+            f"{type(strategy).__name__} with a guide of one's own needs all tasks in each step: leave batch_size out"
         )
     take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
     whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
@@ -114,7 +118,9 @@ def descend(
                 break
             scale = plan.decay(fraction)
             batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
-            before = strategy.before(problem, batch, eta, replace(run.state, lr_scale=scale))
+            before = replace(run.state, lr_scale=scale)
+            if traits.period is not None:
+                before = _in_period(strategy, problem, tasks, eta, before, traits.period)
             calls: list[Outcome] = []
 
             def closure() -> float:
@@ -150,25 +156,21 @@ def descend(
                 for name, before_it in safe[0].items():
                     eta[name].data.copy_(before_it)
                 break
-            warning = None if warned else strategy.warning(batch, stats)
-            if warning is not None:  # once: the next steps would say the same with other numbers
-                warnings.warn(warning, RuntimeWarning, stacklevel=3)
+            sentence = None if warned else warning(traits, batch, stats)
+            if sentence is not None:  # once: the next steps would say the same with other numbers
+                warnings.warn(sentence, RuntimeWarning, stacklevel=3)
                 warned = True
             # a minibatch works for its own tasks only
             share = len(batch) / len(tasks)
-            spent += share * sum(float(call.stats["evaluations"]) for call in calls)
+            spent += share * sum(float(call.stats.evaluations) for call in calls)
             run.state = state
-            met = batch, stats["losses"]
+            met = batch, stats.losses
             run.record(
                 callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,
                 seconds=perf_counter() - begin,
             )  # fmt: skip
             # without noise a flat record is the end; quasi-Newton steps are large, so two of them tell
-            if (
-                whole is not None
-                and not strategy.is_noisy(problem)
-                and _settled(run.history, 2 if quasi_newton else 50)
-            ):
+            if whole is not None and not traits.noisy and _settled(run.history, 2 if quasi_newton else 50):
                 left = _promised(optimizer) if quasi_newton else 0.0
                 kind = "quasi-Newton steps" if quasi_newton else "steps"
                 run.converged = left <= max(JUMP, 100 * torch.finfo(value.dtype).eps * abs(loss))
@@ -187,7 +189,17 @@ def descend(
     run.loss = take_step.value(problem, whole or tasks.batch(), run.eta, run.state)
     run.outlier = None if met is None or broken else drowning(*met)
     if not quasi_newton and run.stop.startswith(("stopped", "spent")):
-        _judge(run, len(tasks), strategy.every if isinstance(strategy, Reinit) else 1)
+        _judge(run, len(tasks), traits.period or 1)
+
+
+def _in_period(strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, state: State, period: int) -> State:
+    """phi back at the prior at the start of a period; its step size falls to zero within each."""
+    within = state.step % period
+    state = replace(state, lr_scale=0.5 * (1.0 + math.cos(math.pi * within / period)))
+    if state.step == 0 or within:
+        return state
+    start = strategy.init(problem, tasks.batch(), {name: value.detach() for name, value in eta.items()})
+    return replace(state, phi=start.phi, inner=start.inner)
 
 
 def _what_failed(
@@ -198,7 +210,7 @@ def _what_failed(
 
     met: the last step that went well.  Where all tasks fail at once it is eta that fails, and that step tells who moved it.
     """
-    first, *tried = (call.stats["losses"] for call in calls)
+    first, *tried = (call.stats.losses for call in calls)
     finite = torch.isfinite(first)
     if met and len(first) > 1 and not bool(finite.any()):
         return f"eta is not finite {when}, after a step from {largest(*met[0])}: {ADVICE}"

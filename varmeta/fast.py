@@ -12,18 +12,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from types import NoneType
 from typing import Any, cast
 
 import torch
 
 from varmeta import chunks
+from varmeta._words import kind_of
 from varmeta.chunks import Outcome
 from varmeta.numerics.adjoint import gradient_by_name
 from varmeta.numerics.capture import Captured, CaptureError, compile_seconds, eager_seconds
 from varmeta.numerics.solution import Solution
 from varmeta.problem import Problem
-from varmeta.strategy import Eta, State, Strategy
+from varmeta.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
 from varmeta.tensors import batch_of, tensors_of
 
@@ -82,7 +84,7 @@ class Step:
 
     def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
         try:
-            if self.compiled and self.strategy.not_captured(problem) is None:
+            if self.compiled and self.strategy.traits(problem).not_captured is None:
                 found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
                 if math.isfinite(found.value):
                     return found
@@ -98,7 +100,7 @@ class Step:
     def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
         if problem.model.weights.size * len(batch) < LARGE and self.num_steps < FEWEST_SMALL_STEPS:
             self.compiled = bool(self.compiled)
-        as_graph = self.compiled is not False and self.strategy.not_captured(problem) is None
+        as_graph = self.compiled is not False and self.strategy.traits(problem).not_captured is None
         size = self.size
         if size is None and as_graph:
             size = chunks.in_cache(self.strategy, problem, batch, eta)
@@ -116,7 +118,7 @@ class Step:
 
     def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float) -> bool:
         """times: how many such batches make a step."""
-        if self.strategy.not_captured(problem) is None:
+        if self.strategy.traits(problem).not_captured is None:
             graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
             return eager_seconds(graph) * times * self.num_steps > WORTH * compile_seconds(graph)
         return self._in_pieces(problem) and pieces_are_worth_it(problem, batch, eta, times * self.num_steps)
@@ -132,7 +134,7 @@ class Step:
         self._said = True
 
     def _in_pieces(self, problem: Problem) -> bool:
-        reason = self.strategy.not_in_pieces(problem)
+        reason = self.strategy.traits(problem).not_in_pieces
         if reason is not None and self.compiled:
             raise CaptureError(reason)
         return reason is None
@@ -182,18 +184,12 @@ def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: fl
     return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
 
 
-# What the callers of every strategy's `loss` read of its stats.
-STATS = ("losses", "evaluations")
-
-
 def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
     scalar, state, stats = strategy.loss(problem, batch, eta, state)
-    missing = [name for name in STATS if name not in stats]
-    if missing:
-        raise ValueError(
-            f"the stats that {type(strategy).__name__}.loss returns are without {' and '.join(map(repr, missing))}: give "
-            f"{STATS}, the outer loss of each task and the gradient evaluations per task that the step took, which "
-            "budgets and reports count"
+    if not isinstance(stats, Stats):
+        raise TypeError(
+            f"{type(strategy).__name__}.loss returns {kind_of(stats)} as its third, expected Stats(losses, evaluations): the "
+            "outer loss of each task and the gradient evaluations per task that the step took, which budgets and reports count"
         )
     learned = [name for name, value in eta.items() if value.requires_grad]
     return Outcome(scalar.detach(), gradient_by_name(scalar, eta, learned), state, stats)
@@ -207,7 +203,7 @@ class _Graph:
     problem: Problem
     total: float
     share: float
-    certify: bool
+    certify: bool | None
 
     def __post_init__(self) -> None:
         self.static: dict[str, Any] = {}  # the stats that are plain numbers, as the trace met them
@@ -222,7 +218,7 @@ class _Graph:
         if out["inner"]:
             assert state.inner is not None
             new = replace(new, inner=batch.into(state.inner, out["inner"]))
-        return Outcome(out["value"], out["gradient"], new, {**self.static, **out["stats"]})
+        return Outcome(out["value"], out["gradient"], new, Stats(**self.static, **out["stats"]))
 
     def traced(self, seed: int, batch: Batch, eta: Eta, state: State) -> Any:
         return self.captured.traced(_inputs(seed, batch, eta, state)).graph
@@ -237,8 +233,9 @@ class _Graph:
                 inputs["phi"] or None, inputs["inner"] or None, inputs["step"], inputs["lr_scale"], self.certify
             )
             value, gradient, new, stats = eager(self.strategy, problem, batch, eta, state)
-        moving = {name: value for name, value in stats.items() if not isinstance(value, (int, float, str))}
-        self.static.update({name: value for name, value in stats.items() if name not in moving})
+        known = {f.name: getattr(stats, f.name) for f in fields(Stats)}
+        moving = {name: value for name, value in known.items() if not isinstance(value, (int, float, NoneType))}
+        self.static.update({name: value for name, value in known.items() if name not in moving})
         return {"value": value, "gradient": gradient, "phi": new.phi or {}, "inner": new.inner or {}, "stats": moving}
 
 

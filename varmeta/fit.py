@@ -18,6 +18,7 @@ from varmeta.bayes.kinks import kinked
 from varmeta.bayes.model import TaskModel
 from varmeta.bayes.quadrature import Quadrature
 from varmeta.blame import drowning_at_start
+from varmeta.check_strategy import check_kinds, check_strategy
 from varmeta.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.doubts import doubts
 from varmeta.fast import check_compile
@@ -31,7 +32,7 @@ from varmeta.responses import left_raw, one_scale_for_all
 from varmeta.result import Fit
 from varmeta.run import Callback, Run
 from varmeta.schedule import Decay, decay_of, label
-from varmeta.strategy import Eta, Strategy, check_kinds
+from varmeta.strategy import Eta, Strategy
 from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:
@@ -107,7 +108,6 @@ def fit(
     decay = decay_of(schedule)
     check_compile(compile)
     check_model(model, tasks)
-    strategy.check(model, tasks)
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
@@ -117,6 +117,7 @@ def fit(
             f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
         )
     problem = strategy.problem(model, tasks, seed)
+    check_strategy(strategy, problem, tasks)
     chunks.check(task_chunk_size, problem)
     whole = tasks.batch()
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the model starts

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varmeta.amortised import MAX_TRACED_STEPS, Amortised, check_steps, diverged, has_diverged
+from varmeta.amortised import DRAWS_ITS_OWN, MAX_TRACED_STEPS, Amortised, check_steps, has_diverged
 from varmeta.bayes.convex import inverse_ceiling
-from varmeta.bayes.model import TaskModel
-from varmeta.certificate import Certificate
 from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, value_and_gradient
@@ -22,11 +20,8 @@ from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
 from varmeta.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.problem import Losses, Problem
 from varmeta.stochastic import StochasticAlg
-from varmeta.strategy import Eta, State, Stats
-from varmeta.tasks import Batch, TaskSet
-
-# Share of draws that may end on a ridge before `Implicit` warns; at 2 % the bias was below 2 % of the gradient.
-MAX_UNSETTLED = 0.02
+from varmeta.strategy import Eta, State, Stats, Traits
+from varmeta.tasks import Batch
 
 
 @dataclass(frozen=True)
@@ -59,15 +54,29 @@ class Implicit(Amortised):
         if self.on_unconverged not in ("warn", "raise", "ignore"):
             raise ValueError(f"on_unconverged must be 'warn', 'raise' or 'ignore', not {self.on_unconverged!r}")
         check_steps(self.inner_steps)
+        self._check_alg()
+        if self.alg is not None and not self.alg.uses_score:
+            raise ValueError(
+                "Implicit takes the probability of reaching a minimum from the score of the Langevin noise, so its alg needs "
+                "temperature > 0 and estimator='auto' or 'score': a score for the random start alone misses that the basins' "
+                "boundaries move with theta0.  Unrolled(alg=...) serves every kind of noise"
+            )
+        if self.alg is not None and self.warm_start:
+            raise ValueError("warm_start and alg exclude each other: a draw of Alg starts at the prior")
 
-    @property
-    def _solver(self) -> LinearSolver | None:
-        return self.linear_solver
-
-    @property
-    def gradient_is_of_value(self) -> bool:
-        # at phi_K the value is that of K steps, the gradient that of the minimum
-        return self.inner_steps is None
+    def traits(self, problem: Problem) -> Traits:
+        self._check_guide(problem)
+        own = None if self.alg is None else DRAWS_ITS_OWN
+        return Traits(
+            noisy=self._is_noisy(problem),
+            # at phi_K the value is that of K steps, the gradient that of the minimum
+            line_search=self.inner_steps is None,
+            at_minimum=True,
+            not_captured=self._not_captured(problem) or own,
+            not_in_pieces=own,
+            minimizer=self.minimizer,
+            on_unconverged=self.on_unconverged,
+        )
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         if not self.warm_start:
@@ -79,27 +88,16 @@ class Implicit(Amortised):
         envelope = self.outer == "elbo" and not problem.guide.at_mode
         return not envelope and isinstance(ImplicitAdjoint(self.linear_solver).solver(phi), CG)
 
-    def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
-        super().check(model, tasks, for_fit)
-        if self.alg is not None and not self.alg.uses_score:
-            raise ValueError(
-                "Implicit takes the probability of reaching a minimum from the score of the Langevin noise, so its alg needs "
-                "temperature > 0 and estimator='auto' or 'score': a score for the random start alone misses that the basins' "
-                "boundaries move with theta0.  Unrolled(alg=...) serves every kind of noise"
-            )
-        if self.alg is not None and self.warm_start:
-            raise ValueError("warm_start and alg exclude each other: a draw of Alg starts at the prior")
-
     def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
         if self.alg is not None:
             return self._noisy_loss(self.alg, problem, batch, eta, state)
         start = batch.of(state.phi) if state.phi is not None else detach(problem.start(batch, eta))
-        losses, ends, stats = self._at_minimum(problem, batch, eta, state, start)
+        losses, ends, adjoint, stats = self._at_minimum(problem, batch, eta, state, start)
         if state.phi is not None:
             state = replace(state, phi=batch.into(state.phi, ends))
         if state.inner is not None:
-            state = replace(state, inner=batch.into(state.inner, stats.pop("solution")))
-        return self._total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
+            state = replace(state, inner=batch.into(state.inner, adjoint))
+        return self.total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
     def _noisy_loss(
         self, alg: StochasticAlg, problem: Problem, batch: Batch, eta: Eta, state: State
@@ -107,47 +105,42 @@ class Implicit(Amortised):
         """The mean over draws: noisy steps, then the minimum below where they ended."""
         walk = alg.walk(problem, batch, detach(eta), state.step, graph=False)
         many = batch.repeat(alg.num_draws)
-        losses, ends, stats = self._at_minimum(problem, many, eta, state, walk[-1])
-        total = self._total(problem, batch, eta, self._mean(losses))
+        losses, ends, _, stats = self._at_minimum(problem, many, eta, state, walk[-1])
+        total = self.total(problem, batch, eta, self._mean(losses))
         total = self._add_score(total, problem, batch, eta, state, walk, losses)
         inner, _ = self._objectives(problem, many, state)
-        stats |= {
-            "losses": self._mean(losses.detach()),
-            "evaluations": alg.num_draws * (stats["evaluations"] + 4.0 * alg.num_steps + 3.0),
-            "ends": ends,
-            "unsettled": _on_a_ridge(inner, walk[-1], ends, detach(eta)).to(losses).mean(),
-        }
+        stats = replace(
+            stats,
+            losses=self._mean(losses.detach()),
+            evaluations=alg.num_draws * (stats.evaluations + 4.0 * alg.num_steps + 3.0),
+            ends=ends,
+            unsettled=_on_a_ridge(inner, walk[-1], ends, detach(eta)).to(losses).mean(),
+        )
         return total, replace(state, step=state.step + 1), stats
 
     def _at_minimum(
         self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
-    ) -> tuple[Tensor, Tree, Stats]:
-        """G at the minimum of F below `start`, differentiated implicitly; the minimum; and what the gradient rests on."""
+    ) -> tuple[Tensor, Tree, Tree, Stats]:
+        """G at the minimum of F below `start`, differentiated implicitly; the minimum; the solution of the linear system where
+        the last one is kept (else empty); and what the gradient rests on."""
         inner, outer = self._objectives(problem, batch, state)
         units = problem.units(batch, start, detach(eta))
         solution = self._solve(problem, batch, inner, start, detach(eta), self.inner_steps, units)
         # the certificate costs a second solve, which nobody looks at where it is ignored
-        certify = state.certify or self.on_unconverged != "ignore"
+        certify = self.on_unconverged != "ignore" if state.certify is None else state.certify
         guess = None if state.inner is None else batch.of(state.inner)
         ceiling = inverse_ceiling(problem.model, problem.guide, detach(eta))
         losses, linear = ImplicitAdjoint(self.linear_solver, certify)(
             inner, outer, solution.value, eta, guess, units, ceiling
         )  # fmt: skip
+        adjoint = {} if guess is None else linear.pop("solution")
         # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
         evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
         evaluations = evaluations + (1.0 if inner is outer else 4.0)
-        stats = {
-            "losses": losses.detach(), "evaluations": evaluations, "diverged": has_diverged(solution)
-        }  # fmt: skip
-        if guess is not None:
-            stats["solution"] = linear.pop("solution")
-        if certify:  # else nobody asks what the gradient rests on, and a graph need not work it out
-            stats |= {"inner": solution._replace(value={}), "linear": linear}
-        return losses, solution.value, stats
-
-    def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
-        quiet = replace(self, on_unconverged="ignore")  # a number for the record needs no certificate
-        return super(Implicit, quiet).value(problem, batch, eta, state)
+        # unless it is asked what the gradient rests on, a graph need not work it out
+        inner_end, about = (solution._replace(value={}), linear) if certify else (None, None)
+        stats = Stats(losses.detach(), evaluations, inner_end, about, has_diverged(solution))
+        return losses, solution.value, adjoint, stats
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         start = detach(problem.start(batch, eta))
@@ -171,7 +164,7 @@ class Implicit(Amortised):
             lr_scale=problem.lr_scale(batch, self.minimizer),
         )  # fmt: skip
 
-    def not_captured(self, problem: Problem) -> str | None:
+    def _not_captured(self, problem: Problem) -> str | None:
         if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
             return "an inner solve to tolerance looks at its own numbers"
         linear = self.linear_solver
@@ -189,31 +182,7 @@ class Implicit(Amortised):
             steps = 2 * steps  # the certificate's solve
         if self.inner_steps + steps > MAX_TRACED_STEPS:
             return f"{self.inner_steps} inner and {steps} linear steps are too many for one graph (at most {MAX_TRACED_STEPS})"
-        return super().not_captured(problem)
-
-    def not_in_pieces(self, problem: Problem) -> str | None:
-        return super().not_captured(problem)
-
-    def certificate(self, batch: Batch, stats: Stats) -> Certificate:
-        names = batch.names if self.alg is None else batch.names * self.alg.num_draws
-        return Certificate.of(names, stats["inner"], stats["linear"])
-
-    def warning(self, batch: Batch, stats: Stats) -> str | None:
-        raised = diverged(batch, stats["diverged"], self.minimizer)
-        if raised is not None:
-            return raised
-        if self.on_unconverged == "ignore":
-            return None
-        certificate = self.certificate(batch, stats)
-        if self.on_unconverged == "raise" and not certificate.ok:
-            raise RuntimeError(str(certificate))
-        unsettled = float(stats.get("unsettled", 0.0))
-        if unsettled > MAX_UNSETTLED:
-            return (
-                f"{unsettled:.1%} of the draws of alg ended on a ridge between two minima, where the noise does not settle "
-                "which one is reached and the gradient is biased: cool the noise down (cooling=True), or take more steps"
-            )
-        return None if certificate.ok else str(certificate)
+        return None
 
 
 def _on_a_ridge(inner: Losses, start: Tree, end: Tree, eta: Eta) -> Tensor:

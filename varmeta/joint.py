@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 from varmeta.bayes.expectation import Point
 from varmeta.bayes.guide import Delta, Guide, PyroGuide
 from varmeta.bayes.kinks import kinked
-from varmeta.bayes.model import TaskModel
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.pieces import at, run
@@ -21,11 +19,8 @@ from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree, detach, leaves, map_tree
 from varmeta.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.problem import Losses, Problem
-from varmeta.strategy import Eta, State, Stats, Strategy
-from varmeta.tasks import Batch, TaskSet
-
-# Noisy objectives are reported as the mean over this many steps' draws.
-VALUE_DRAWS = 32
+from varmeta.strategy import Eta, State, Stats, Strategy, Traits
+from varmeta.tasks import Batch
 
 
 @dataclass(frozen=True)
@@ -45,16 +40,15 @@ class Joint(Strategy):
     adapt_steps: int = field(default=1000, kw_only=True)
 
     outer = "elbo"
-    adapts_afresh = False
     frozen = False
 
-    def check(self, model: TaskModel, tasks: TaskSet, for_fit: bool = True) -> None:
-        super().check(model, tasks, for_fit)
-        if self.problem(model, tasks, 0).guide.at_mode:
+    def traits(self, problem: Problem) -> Traits:
+        if problem.guide.at_mode:
             raise ValueError(
                 f"{type(self).__name__} moves phi and eta down one objective, but this guide's evidence is defined at the mode, "
                 f"which does not minimise it: use vm.Implicit({self.guide!r})"
             )
+        return Traits(noisy=not problem.deterministic, stored=True)
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         phi = detach(problem.start(batch, eta))
@@ -65,7 +59,7 @@ class Joint(Strategy):
         phi = leaves(batch.of(state.phi))
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
         names = [name for name in eta if eta[name].requires_grad]
-        total = self._total(problem, batch, eta, losses)
+        total = self.total(problem, batch, eta, losses)
         scale = batch.total / len(batch)
         gradients = torch.autograd.grad(
             total, [*phi.values(), *(eta[name] for name in names)], allow_unused=True, materialize_grads=True
@@ -81,15 +75,7 @@ class Joint(Strategy):
         for name, gradient in zip(names, gradients[len(phi) :], strict=True):
             # zero in value, `gradient` in derivative: eta's half of the one gradient that was taken
             scalar = scalar + (gradient * (eta[name] - eta[name].detach())).sum()
-        return scalar, state, {"losses": losses.detach(), "evaluations": 1.0}
-
-    def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
-        assert state.phi is not None
-        draws = 1 if problem.deterministic else VALUE_DRAWS
-        with torch.no_grad():
-            phi = batch.of(state.phi)
-            losses = [problem.losses("elbo", batch, state.step + k)(phi, eta) for k in range(draws)]
-            return float(self._total(problem, batch, eta, torch.stack(losses).mean(0)))
+        return scalar, state, Stats(losses.detach(), 1.0)
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         start = detach(problem.start(batch, eta))
@@ -119,22 +105,8 @@ class Reinit(Joint):
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}")
 
-    def before(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> State:
-        within = state.step % self.every
-        state = replace(state, lr_scale=0.5 * (1.0 + math.cos(math.pi * within / self.every)))
-        if state.step == 0 or within:
-            return state
-        assert state.phi is not None
-        start = detach(problem.start(batch, eta))
-        if len(batch) < batch.total:
-            if isinstance(problem.guide, PyroGuide):
-                raise ValueError("Reinit with a guide of one's own needs all tasks in each step: leave batch_size out")
-            # our own guides start every task at the prior, whichever tasks are at hand
-            start = map_tree(lambda new, old: new[:1].expand_as(old).clone(), start, state.phi)
-        return replace(state, phi=start, inner=self.minimizer.init(start))
-
-    def settled(self, state: State) -> bool:
-        return state.step % self.every == 0
+    def traits(self, problem: Problem) -> Traits:
+        return replace(super().traits(problem), period=self.every)
 
 
 def _adapt_with_fresh_noise(

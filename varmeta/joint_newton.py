@@ -45,7 +45,7 @@ def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta)
     """
     profile = isinstance(strategy, Implicit) and strategy.outer == "elbo" and strategy.inner_steps is None
     profile = profile and not problem.guide.at_mode  # its evidence is no profile over the mode
-    if not (profile or type(strategy) in (Joint, Reinit)) or strategy.is_noisy(problem):
+    if not (profile or type(strategy) in (Joint, Reinit)) or strategy.traits(problem).noisy:
         return False
     tasks, size = flatten(problem.start(batch, eta)).shape
     border = sum(value.numel() for value in eta.values())
@@ -62,7 +62,7 @@ def newton(
     converged.  `Reinit` sets phi back to the prior after every period, or as soon as a period has converged, and is done when two
     periods end at the same value.
     """
-    period = strategy.every if isinstance(strategy, Reinit) else max_steps
+    period = strategy.traits(problem).period or max_steps
     begin, last = perf_counter() - run.seconds, math.inf
     run.converged, run.undetermined = False, ()
     stored = run.state.phi is not None

@@ -19,6 +19,7 @@ from varmeta._plain import difference
 from varmeta.bayes import constants
 from varmeta.bayes.guide import Guide
 from varmeta.bayes.model import TaskModel
+from varmeta.check_strategy import check_strategy
 from varmeta.configuration import configuration, numbers_of, same_numbers
 from varmeta.hyper.result import HyperPosterior
 from varmeta.numerics.linear_solve import LinearSolver
@@ -143,7 +144,7 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
         strategy = _rebuild(described)
         if not isinstance(strategy, Strategy):
             raise ValueError(f"{type(strategy).__name__} is no strategy")
-        strategy.check(model, tasks, for_fit=False)
+        check_strategy(strategy, strategy.problem(model, tasks, 0), tasks, for_fit=False)
     elif type(strategy).__name__ != described["kind"]:
         raise Refused(f"{shown} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])

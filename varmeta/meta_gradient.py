@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from varmeta import chunks
+from varmeta.amortised import Amortised
 from varmeta.bayes.check_model import check_model
 from varmeta.bayes.model import TaskModel
 from varmeta.certificate import Certificate
+from varmeta.check_strategy import check_kinds, check_strategy
 from varmeta.fast import Step, check_compile
 from varmeta.numerics.adjoint import gradient_by_name
-from varmeta.strategy import Strategy, check_kinds
+from varmeta.strategy import Strategy
 from varmeta.tasks import TaskSet
+from varmeta.warnings_of import certificate, warning
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def meta_gradient(
     check_compile(compile)
     check_model(model, tasks)
     problem = strategy.problem(model, tasks, seed)
-    strategy.check(model, tasks, for_fit=False)
+    traits = check_strategy(strategy, problem, tasks, for_fit=False)
     chunks.check(task_chunk_size, problem)
     batch = tasks.batch()
     start = model.init(batch.support.x.new_zeros(()))
@@ -92,13 +95,13 @@ def meta_gradient(
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     state = replace(strategy.init(problem, batch, leaves), certify=True)
     scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(problem, batch, leaves, state)
-    warning = strategy.warning(batch, stats)
-    if warning is not None:
-        warnings.warn(warning, RuntimeWarning, stacklevel=2)
+    sentence = warning(traits, batch, stats)
+    if sentence is not None:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     grads = {name: found[name] for name in leaves}
-    moving = strategy.moving(problem, batch, leaves, state, stats)
-    value, certificate = float(scalar), strategy.certificate(batch, stats)
+    moving = strategy.moving(problem, batch, leaves, state, stats) if isinstance(strategy, Amortised) else None
+    value, rests_on = float(scalar), certificate(batch, stats)
     if moving is None:
-        return MetaGradient(value, grads, certificate)
+        return MetaGradient(value, grads, rests_on)
     part = gradient_by_name(moving, leaves, leaves)
-    return MetaGradient(value, grads, certificate, part, {name: grads[name] - part[name] for name in grads})
+    return MetaGradient(value, grads, rests_on, part, {name: grads[name] - part[name] for name in grads})

@@ -215,7 +215,8 @@ class Fit:
         state = self.run.state
         if self.run.hyper is not None:
             return self._integrated
-        if state.phi is None or self.strategy.adapts_afresh or not (self.converged or self.strategy.settled(state)):
+        traits = self.strategy.traits(self.problem)
+        if state.phi is None or not traits.stored or not (self.converged or traits.settled(state)):
             return self.adapt(self.tasks)
         self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
         return self._by_guide(state.phi, self.tasks)
@@ -247,7 +248,7 @@ class Fit:
             return self._integrate(tasks)
         solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
-        fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.is_noisy(self.problem)
+        fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.traits(self.problem).noisy
         fixed = fixed or kinked(self.model, batch, self.eta) is not None  # by Adam's steps
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
             bad = [
