@@ -15,8 +15,8 @@ export MPLBACKEND ?= Agg
 # Odd inputs of `make fuzz`; `make test` takes 500.
 EXAMPLES ?= 10000
 # What `make test-machines` runs: the tests that stand on numbers that another processor may round otherwise.
-NUMERICAL = tests/numerics tests/bayes tests/test_units.py tests/test_whitened.py tests/test_identities.py tests/test_exact_fits.py \
-            tests/test_certificate.py tests/test_quadrature.py
+NUMERICAL = tests/numerics tests/priors tests/likelihoods tests/models tests/guides tests/verbs/test_units.py \
+            tests/verbs/test_identities.py tests/verbs/test_exact_fits.py tests/fitting/test_whitened.py tests/strategies/test_certificate.py
 
 .PHONY: setup demo readme landscape bench test test-compiled test-machines fuzz lint test-arviz1 clean
 
@@ -47,7 +47,7 @@ test: $(VENV)/.installed
 
 # Compiled against eager for every strategy, guide and dtype: each case waits for the compiler, most of an hour on two cores.
 test-compiled: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m compiled tests/test_fast.py
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m compiled tests/fitting/test_compiled_step.py
 
 # The numerical tests as on other machines: other vector units, another BLAS path, two threads.
 test-machines: $(VENV)/.installed
@@ -70,7 +70,7 @@ test-arviz1:
 	test -n "$$python" || python="$$(.ci/find-python 12)" || \
 	  { echo "test-arviz1 not run: no working Python >= 3.12 here; name one by ARVIZ1_PYTHON=/path/to/python"; exit 0; }; \
 	$(MAKE) -s --no-print-directory $(ARVIZ1_VENV)/.installed ARVIZ1_PYTHON="$$python" && \
-	$(ARVIZ1_VENV)/bin/python -m pytest -o addopts= tests/test_inference_data.py
+	$(ARVIZ1_VENV)/bin/python -m pytest -o addopts= tests/posteriors/test_arviz.py
 
 $(ARVIZ1_VENV)/.installed: constraints-arviz1.txt
 	$(ARVIZ1_PYTHON) -m venv $(ARVIZ1_VENV)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from experiments.mixed_models.sets import SHARED, dyestuff, regression, sleepstudy, table
-from varmeta.problem import Problem
+from varmeta.strategies.problem import Problem
 
 Rows = list[dict[str, Any]]
 F64 = torch.float64
@@ -103,7 +103,7 @@ def groups(small: bool) -> Rows:
     rows = []
     for name, worth in (("groups", 4_000), ("one rectangle", 10**12)):
         model = regression(["floor"], vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
-        with patch("varmeta.buckets._WORTH", worth):
+        with patch("varmeta.fitting.buckets._WORTH", worth):
             fit, seconds = fitted(model, tasks)
         rows.append({"tasks as": name, "data": float(mask.double().mean()), "seconds": seconds, "loss": fit.loss})
     return rows

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 import varmeta as vm
-from varmeta import inference_data, metrics
 from varmeta.plot import plot_curves, plot_prior
+from varmeta.posteriors import arviz as inference_data
+from varmeta.posteriors import metrics
 
 # lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual sd, log likelihood.
 LME4 = {

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import varmeta as vm
 from experiments import landscape_figures, landscape_networks, landscape_sums, landscape_sums_figures
-from varmeta.landscape import ROUTES
+from varmeta.landscape.landscape import ROUTES
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sine": lambda t: torch.sin(3 * t) + 0.2 * t**2,

@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 import varmeta as vm
-from varmeta.landscape import ROUTES
+from varmeta.landscape.landscape import ROUTES
 from varmeta.plot import BAND, INK, MUTED
 
 WARM, STAR = "#d9772b", "#c1272d"  # the penalty, and iMAML's objective; the minimum

@@ -27,7 +27,7 @@ from torch import nn
 import varmeta as vm
 from experiments.demo import tasks_of
 from varmeta.plot import BAND, INK, MUTED
-from varmeta.report import interval
+from varmeta.verbs.report import interval
 
 Periods = tuple[int | None, ...]
 PERIODS: dict[str, Periods] = {"full": (1, 2, 5, 20, 100, 500, None), "smoke": (1, 20, None)}  # None: never (Joint)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
-from varmeta.check_strategy import check_strategy
-from varmeta.strategy import Strategy, Traits
+from varmeta.strategies.check import check_strategy
+from varmeta.strategies.strategy import Strategy, Traits
 
 # "w..." are the weights of every model below, as against their biases
 STRUCTURED = vm.guides.Structured(dense=("*w*",))

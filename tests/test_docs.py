@@ -13,7 +13,7 @@ import pytest
 from experiments.demo import strategies
 from experiments.readme import BLOCK, README
 from tests.printed import blocks, difference
-from varmeta.baselines import BASELINES
+from varmeta.fitting.baselines import BASELINES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -49,8 +49,8 @@ def test_the_wheel_holds_types_data_and_licences(tmp_path):
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = {f"varmeta/data/{file}" for file in ("radon.csv", "rats.csv", "eight_schools.csv", "gapminder.csv")}
-    assert {"varmeta/__init__.py", "varmeta/py.typed", "varmeta/data/LICENSES.md"} | data <= names
+    data = {f"varmeta/datasets/data/{file}" for file in ("radon.csv", "rats.csv", "eight_schools.csv", "gapminder.csv")}
+    assert {"varmeta/__init__.py", "varmeta/py.typed", "varmeta/datasets/data/LICENSES.md"} | data <= names
     # nothing beside the package and its metadata
     assert {name.split("/")[0] for name in names} == {"varmeta", f"varmeta_pyro-{varmeta.__version__}.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -1,31 +1,31 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
 from varmeta import datasets, guides, likelihoods, plot
-from varmeta._version import __version__ as __version__
-from varmeta.bayes.model import TaskModel
-from varmeta.bayes.prior import GaussianPrior
-from varmeta.certificate import Certificate
-from varmeta.compare import compare
-from varmeta.fit import fit
-from varmeta.implicit import Implicit
-from varmeta.joint import Joint, Reinit
-from varmeta.landscape import Landscape
-from varmeta.learned_prior import LearnedPrior
-from varmeta.linear_predictor import LinearPredictor
-from varmeta.load import load
-from varmeta.meta_gradient import MetaGradient, meta_gradient
+from varmeta.files.version import __version__ as __version__
+from varmeta.landscape.landscape import Landscape
+from varmeta.models.learned_prior import LearnedPrior
+from varmeta.models.linear_predictor import LinearPredictor
+from varmeta.models.model import TaskModel
 from varmeta.numerics.linear_solve import CG, Direct, Neumann
 from varmeta.numerics.minimize import Adam, GradientDescent
 from varmeta.numerics.newton import NewtonCG
-from varmeta.posterior import Posterior
-from varmeta.prediction import Prediction
-from varmeta.reachability import Reachability, reachability
-from varmeta.report import Report
-from varmeta.result import Fit
-from varmeta.sigterm import sigterm_ends_fit
-from varmeta.stochastic import StochasticAlg
+from varmeta.posteriors.posterior import Posterior
+from varmeta.posteriors.prediction import Prediction
+from varmeta.priors.prior import GaussianPrior
+from varmeta.results.load import load
+from varmeta.results.result import Fit
+from varmeta.strategies.certificate import Certificate
+from varmeta.strategies.implicit import Implicit
+from varmeta.strategies.joint import Joint, Reinit
+from varmeta.strategies.stochastic import StochasticAlg
+from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
-from varmeta.unrolled import FirstOrder, Reptile, Unrolled
+from varmeta.verbs.compare import compare
+from varmeta.verbs.fit import fit
+from varmeta.verbs.meta_gradient import MetaGradient, meta_gradient
+from varmeta.verbs.reachability import Reachability, reachability
+from varmeta.verbs.report import Report
+from varmeta.verbs.sigterm import sigterm_ends_fit
 
 __all__ = [
     # data
@@ -44,3 +44,7 @@ __all__ = [
     # figures
     "plot",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

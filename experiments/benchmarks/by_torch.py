@@ -30,7 +30,7 @@ from experiments.benchmarks.work import (
     flat,
     split,
 )  # fmt: skip
-from varmeta.numerics.capture import Captured
+from varmeta.graphs.capture import Captured
 
 Tree = dict[str, Tensor]
 

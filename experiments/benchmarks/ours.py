@@ -22,9 +22,9 @@ from experiments.benchmarks.work import (
     Step,
     Work,
 )  # fmt: skip
-from varmeta.fast import Step as OuterStep
-from varmeta.problem import Problem
-from varmeta.strategy import Strategy
+from varmeta.fitting.compiled_step import Step as OuterStep
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import Batch
 
 

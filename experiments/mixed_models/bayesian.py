@@ -17,7 +17,7 @@ from torch import Tensor
 
 import varmeta as vm
 from experiments.mixed_models.sets import INTERCEPT, radon, rats, reference, regression, table
-from varmeta.hyper.result import natural
+from varmeta.models.eta import natural
 
 
 @dataclass(frozen=True)

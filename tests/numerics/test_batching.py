@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from varmeta.hyper.rows import rowwise
-from varmeta.numerics.arrowhead import minimize_jointly
 from varmeta.numerics.batching import cannot_be_batched
+from varmeta.numerics.joint import minimize_jointly
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 

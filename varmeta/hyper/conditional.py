@@ -16,18 +16,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.bayes.divergence import location, scale
-from varmeta.bayes.model import TaskModel
-from varmeta.bayes.program import SITE, observed_log_prob
-from varmeta.bayes.validation import validation_enabled
-from varmeta.buckets import buckets
+from varmeta.fitting.buckets import buckets
+from varmeta.guides.kl import location, scale
 from varmeta.hyper.rows import rowwise
+from varmeta.models.model import TaskModel
+from varmeta.models.program import SITE, observed_log_prob
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.quadrature import nodes
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.numerics.triangular import root_of_inverse
+from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Batch, Data
 
 # Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes into.

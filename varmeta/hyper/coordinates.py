@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from varmeta.bayes.hyperprior import log_correlation_jacobian
-from varmeta.bayes.model import TaskModel
-from varmeta.bayes.prior import PRECISION, TRIL, unit_lower
+from varmeta.models.model import TaskModel
+from varmeta.priors.hyperprior import log_correlation_jacobian
+from varmeta.priors.prior import PRECISION, TRIL, unit_lower
 
 
 class Coordinates:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from varmeta.numerics.quadrature import normal_points
-from varmeta.psis import smooth
+from varmeta.posteriors.psis import smooth
 
 # Degrees of freedom of the t proposals, and what their covariances are multiplied by, round by round: heavy and wide enough
 # for the exponential tails that a log sd has.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta.graphs.pieces import Graphed, call, run
 from varmeta.numerics import tree
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Matvec
-from varmeta.numerics.pieces import Graphed, call, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varmeta.graphs.capture import tracing
 from varmeta.numerics import tree
-from varmeta.numerics.capture import tracing
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 

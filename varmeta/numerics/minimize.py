@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta.graphs.capture import tracing
+from varmeta.graphs.pieces import apply, run
 from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors, positive
-from varmeta.numerics.capture import tracing
-from varmeta.numerics.pieces import apply, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 

@@ -16,11 +16,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from varmeta.graphs.pieces import Graphed, linearize, run
 from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.batching import cannot_be_batched
 from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
-from varmeta.numerics.pieces import Graphed, linearize, run
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 

@@ -1,0 +1,1 @@
+"""Take steps: Newton, L-BFGS, Adam; eager, compiled, by groups of tasks."""

@@ -1,0 +1,87 @@
+"""What every comparison stands beside: one set of weights for all tasks, and every task on its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from varmeta.fitting.pooled_start import is_regression, pooled_fit
+from varmeta.guides.guide import Delta
+from varmeta.guides.make import default_guide
+from varmeta.models.model import TaskModel
+from varmeta.numerics.minimize import minimize
+from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import detach
+from varmeta.priors.prior import GaussianPrior
+from varmeta.strategies.expectation import Point
+from varmeta.strategies.joint import Joint
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, State, Stats, Strategy, Traits
+from varmeta.tasks import Batch, TaskSet
+
+BASELINES = ("pooled", "no pooling")
+# "No pooling" still needs a proper prior: one that weighs as much as this share of one observation, or, for a network, that
+# has this share of the model's own precision.
+WEAK = 1e-2
+
+
+@dataclass(frozen=True)
+class Pooled(Strategy):
+    """Every task has the weights theta0, fitted to all support data at once; nothing is adapted."""
+
+    def traits(self, problem: Problem) -> Traits:
+        return Traits(noisy=not problem.deterministic)
+
+    def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
+        return State()
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        losses = problem.losses("elbo", batch, state.step)(problem.start(batch, eta), eta)
+        return self.total(problem, batch, eta, losses), state, Stats(losses.detach(), 1.0)
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        phi = detach(problem.start(batch, eta))
+        return Solution(phi, torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device), {})
+
+
+def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]) -> tuple[TaskModel, Strategy]:
+    """The model and strategy of a baseline; "no pooling" steps and adapts its posteriors as the first `Joint` does."""
+    alone = copy.copy(model)
+    # theta0 is what all tasks have in common here, also where the model holds it at a value of its own
+    alone.weights = replace(model.weights, fixed={})
+    batch = train.batch()
+    eta = model.init(batch.support.x.new_zeros(()))
+    precision = WEAK * model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
+    if is_regression(model, train, eta):
+        found = pooled_fit(model, batch, eta)
+        if found is not None:
+            smallest = torch.finfo(precision.dtype).tiny
+            precision = WEAK * found[1].diagonal().clamp(min=smallest)
+    alone.prior = GaussianPrior(model.weights.unflatten(precision), loc=model.prior.start_loc)
+    if name == "pooled":
+        return alone, Pooled()
+    joints = [strategy for strategy in strategies if isinstance(strategy, Joint)]
+    guide = default_guide(model)
+    if not joints:
+        return alone, Joint(guide)
+    return alone, Joint(guide, minimizer=joints[0].minimizer, adapt_steps=joints[0].adapt_steps)
+
+
+def no_pooling(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Tensor:
+    """Every task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 % of one observation.
+
+    eta: of a fit; shared parameters and the noise scale are taken from it.
+    """
+    alone, _ = baseline("no pooling", model, tasks, [])
+    alone.prior.start_loc = {}
+    batch = tasks.batch()
+    own = {name: eta[name] for name in alone.init(batch.support.x.new_zeros(()))}
+    problem = Problem(alone, Delta(), Point(), seed)
+    inner = problem.losses("inner", batch, 0)
+    found = minimize(lambda phi: inner(phi, own), detach(problem.start(batch, own)), NewtonCG())
+    return model.moved(found.value["loc"].unsqueeze(-2), eta, batch.support).squeeze(-2)

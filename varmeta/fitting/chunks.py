@@ -1,0 +1,178 @@
+"""Tasks by the chunk, one after the other: memory then does not grow with their number, and what is worked on stays in cache.
+
+Given eta, tasks have nothing to do with each other, and their noise follows their names.  So values and gradients of chunks
+add up, to rounding, to those of all tasks, and everything with a task axis is put together again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from varmeta._checks import whole_number
+from varmeta.graphs.capture import CaptureError, graph_bytes
+from varmeta.guides.guide import PyroGuide
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import Tree, take
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, State, Stats, Strategy
+from varmeta.tasks import Batch
+
+# Bytes that a step or an adaptation may hold at once, of what grows with the number of tasks.  It is a constant, and nobody asks
+# the machine, so that the last digits of a fit are the same everywhere.
+MEMORY = 2**30
+# Bytes of phi in a chunk of a compiled step, some dozen copies of which are at work at once (docs/speed.md).
+CACHE = 2**21
+# Where phi is stored, noisy objectives are reported as the mean over this many steps' draws.
+VALUE_DRAWS = 32
+# Fewer numbers in all fit into MEMORY whatever is done with them, so nobody counts.
+FEW = 10**6
+
+
+class Outcome(NamedTuple):
+    """What one step gives: the outer objective, its gradient in eta by name, and what `Strategy.loss` returns beside it."""
+
+    value: Tensor
+    gradient: dict[str, Tensor]
+    state: State
+    stats: Stats
+
+
+def check(size: object, problem: Problem) -> None:
+    """Raise where `size` is no chunk size, or the guide's module is made for all tasks at once."""
+    if size is None:
+        return
+    whole_number("task_chunk_size", size)
+    if isinstance(problem.guide, PyroGuide):
+        raise ValueError(
+            "a guide of one's own makes its module for all tasks at once: leave task_chunk_size out, or use batch_size"
+        )
+
+
+def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
+    """How many tasks at a time, so that about `MEMORY` is held."""
+    numbers = problem.model.weights.size + batch.support.x[0].numel()
+    if numbers * len(batch) < FEW or isinstance(problem.guide, PyroGuide):
+        return len(batch)
+    try:
+        gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
+    except CaptureError:
+        gradient = 64 * numbers * batch.support.x.element_size()
+    return max(1, min(len(batch), MEMORY // (strategy.traits(problem).memory * gradient)))
+
+
+def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
+    """How many tasks at a time of a compiled step: about `CACHE`, and if possible all chunks alike, or two are compiled."""
+    like = batch.support.x
+    if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
+        return len(batch)  # elsewhere large kernels are what is fast
+    wanted = held = in_memory(strategy, problem, batch, eta)
+    if not strategy.traits(problem).stored:
+        wanted = min(held, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel())))
+    elif wanted == len(batch):  # a step that takes one gradient reads nothing often enough for a cache to matter
+        return wanted
+    if wanted == 0:
+        return 1
+    largest = min(2 * wanted, held)
+    if len(batch) <= largest:
+        return len(batch)
+    alike = [size for size in range(wanted // 2 + 1, largest + 1) if len(batch) % size == 0]
+    return min(alike, key=lambda size: abs(math.log(size / wanted)), default=wanted)
+
+
+def split(batch: Batch, size: int) -> Iterator[Batch]:
+    """Chunks of at most `size` tasks, as equal as they can be."""
+    number = math.ceil(len(batch) / size)
+    edges = [len(batch) * k // number for k in range(number + 1)]
+    return (batch.part(begin, end) for begin, end in pairwise(edges))
+
+
+def states(state: State, batch: Batch, parts: Sequence[Batch]) -> Iterator[State]:
+    """The state for each part: its rows of what is stored."""
+    phi = None if state.phi is None else batch.of(state.phi)
+    inner = None if state.inner is None else batch.of(state.inner)
+    begin = 0
+    for part in parts:
+        rows = slice(begin, begin + len(part))
+        yield replace(
+            state, phi=None if phi is None else take(phi, rows), inner=None if inner is None else take(inner, rows)
+        )
+        begin += len(part)
+
+
+def step(
+    one: Callable[[Problem, Batch, Eta, State], Outcome], problem: Problem, batch: Batch, eta: Eta, state: State, size: int
+) -> Outcome:  # fmt: skip
+    """`one` for each chunk, put together."""
+    parts = list(split(batch, size))
+    value: Any = 0.0
+    gradient: dict[str, Tensor] = {}
+    found: list[tuple[State, Stats]] = []
+    for part, own in zip(parts, states(state, batch, parts), strict=True):
+        here = one(problem, part, eta, own)
+        value = value + here.value
+        gradient = {name: gradient[name] + g if gradient else g for name, g in here.gradient.items()}
+        found.append((here.state, here.stats))
+    after = replace(
+        found[0][0],
+        phi=_into(state.phi, batch, [own.phi for own, _ in found]),
+        inner=_into(state.inner, batch, [own.inner for own, _ in found]),
+    )
+    return Outcome(value, gradient, after, _join([stats for _, stats in found], [len(part) for part in parts]))
+
+
+def value(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, size: int | None = None) -> float:
+    """The outer objective at eta and the state, for the record (nats), chunk by chunk; of a noisy one a mean over draws."""
+    known = {name: value.detach() for name, value in eta.items()}
+    traits = strategy.traits(problem)
+    draws = VALUE_DRAWS if traits.stored and traits.noisy else 1
+    parts = list(split(batch, len(batch) if size is None else size))
+    found = (
+        float(strategy.loss(problem, part, known, replace(own, step=own.step + k, certify=False))[0].detach())
+        for part, own in zip(parts, states(state, batch, parts), strict=True)
+        for k in range(draws)
+    )
+    return math.fsum(found) / draws
+
+
+def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solution:
+    """`one` for each chunk, put together."""
+    if size >= len(batch):
+        return one(batch)
+    parts = list(split(batch, size))
+    found = [one(part) for part in parts]
+    return Solution(*_join([tuple(x) for x in found], [len(part) for part in parts]))
+
+
+def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | None:
+    if stored is None:
+        return None
+    return batch.into(stored, {name: torch.cat([tree[name] for tree in rows if tree is not None]) for name in stored})
+
+
+def _join(found: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Of every chunk the same tree of stats: those with a task axis as one, the others, means over tasks, averaged."""
+    first = found[0]
+    if first is None:
+        return None
+    if isinstance(first, Stats):
+        return Stats(**{f.name: _join([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)})
+    if isinstance(first, dict):
+        return {key: _join([x[key] for x in found], sizes) for key in first}
+    if isinstance(first, Solution):
+        return Solution(*_join([tuple(x) for x in found], sizes))
+    if isinstance(first, tuple):
+        return tuple(_join(list(x), sizes) for x in zip(*found, strict=True))
+    if isinstance(first, Tensor) and first.dim():
+        # draws of an algorithm stand one whole batch after another
+        draws = len(first) // sizes[0]
+        cut = [x.reshape(draws, size, *x.shape[1:]) for x, size in zip(found, sizes, strict=True)]
+        return torch.cat(cut, 1).flatten(0, 1)
+    total = sum(sizes)
+    return sum(x * (size / total) for x, size in zip(found, sizes, strict=True))

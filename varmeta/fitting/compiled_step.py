@@ -1,0 +1,258 @@
+"""A strategy's step by compiled graphs: the same step, traced once through Pyro, autograd and the inner loop.
+
+As one graph where its loops have a fixed, small number of steps.  Everything that changes between steps is then an input: eta,
+the rows of phi and of the inner minimiser's state, the step size, the data of the batch, and the address (seed, step, tasks)
+from which the noise is made.  So one graph serves every batch of its shapes and every seed.
+
+Else in pieces (`graphs/pieces.py`): a loop that goes to a tolerance, or on for long, stays in Python, and its body is a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import NoneType
+from typing import Any, cast
+
+import torch
+
+from varmeta._checks import kind_of
+from varmeta.fitting import chunks
+from varmeta.fitting.chunks import Outcome
+from varmeta.graphs.capture import Captured, CaptureError, compile_seconds, eager_seconds
+from varmeta.numerics.adjoint import gradient_by_name
+from varmeta.numerics.solution import Solution
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, State, Stats, Strategy
+from varmeta.tasks import Batch
+from varmeta.tasks.tensors import batch_of, tensors_of
+
+log = logging.getLogger("varmeta")
+COMPILE = ("auto", True, False)
+# "auto" compiles where eager steps would take this many times what compiling takes.  A graph divides a step by four or more, so
+# it breaks even at 1.3 times; the rest is for an estimate that is too high by 2.4 for a joint step.
+WORTH = 4.0
+# Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
+# (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
+FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
+# With fewer numbers in x times weights, adapting takes no time, so the question is not even asked.
+MANY = 10**7
+# Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of them larger, compile.
+SOLVE, PIECES = 30, 12
+
+
+def check_compile(value: object) -> None:
+    if value not in COMPILE:
+        raise ValueError(f"compile must be 'auto', True or False, not {value!r}")
+
+
+class Step:
+    """A strategy's loss with its gradient: `step(problem, batch, eta, state) -> Outcome`.
+
+    compile: capture and compile it: True, False, or "auto", where `num_steps` are enough work.
+    num_steps: for "auto", the length of the whole run, not of what is left: a run that is resumed decides alike.
+    task_chunk_size: how many tasks are worked on at a time; None: as many as memory, or for a compiled step the cache, holds.
+
+    Where a graph cannot be made it stays eager and says so once, in the log.
+    """
+
+    def __init__(
+        self, strategy: Strategy, compile: str | bool, num_steps: float, task_chunk_size: int | None = None
+    ) -> None:
+        self.strategy = strategy
+        self.num_steps = num_steps
+        auto = compile == "auto"
+        # None: not yet decided
+        self.compiled: bool | None = None if auto and num_steps >= FEWEST_STEPS else bool(compile) and not auto
+        self.given_size = self.size = task_chunk_size  # None: not yet decided
+        self._said = False
+
+    def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
+        if self.compiled is None or self.size is None:
+            self._decide(problem, batch, eta, state)
+        assert self.size is not None
+        if self.size >= len(batch):
+            return self._one(problem, batch, eta, state)
+        return chunks.step(self._one, problem, batch, eta, state, self.size)
+
+    def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
+        """The outer objective at eta and the state, for the record (nats)."""
+        size = chunks.in_memory(self.strategy, problem, batch, eta) if self.size is None else self.size
+        return chunks.value(self.strategy, problem, batch, eta, state, size)
+
+    def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
+        try:
+            if self.compiled and self.strategy.traits(problem).not_captured is None:
+                found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
+                if math.isfinite(found.value):
+                    return found
+                # a graph's inner loop does not stop a task that leads nowhere finite; the eager one does
+                self._say_that_it_is_not_finite()
+                return eager(self.strategy, problem, batch, eta, state)
+            if self.compiled and self._in_pieces(problem):
+                return eager(self.strategy, replace(problem, graphed=True), batch, eta, state)
+        except CaptureError as error:
+            self._fall_back(error)
+        return eager(self.strategy, problem, batch, eta, state)
+
+    def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
+        if problem.model.weights.size * len(batch) < LARGE and self.num_steps < FEWEST_SMALL_STEPS:
+            self.compiled = bool(self.compiled)
+        as_graph = self.compiled is not False and self.strategy.traits(problem).not_captured is None
+        size = self.size
+        if size is None and as_graph:
+            size = chunks.in_cache(self.strategy, problem, batch, eta)
+        elif size is None:
+            size = self.size = chunks.in_memory(self.strategy, problem, batch, eta)
+        if self.compiled is None:
+            part = next(iter(chunks.split(batch, size)))
+            own = next(iter(chunks.states(state, batch, [part])))
+            try:
+                self.compiled = self._worth_it(problem, part, eta, own, len(batch) / len(part))
+            except CaptureError as error:
+                self._fall_back(error)
+        if self.size is None:
+            self.size = size if self.compiled else chunks.in_memory(self.strategy, problem, batch, eta)
+
+    def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float) -> bool:
+        """times: how many such batches make a step."""
+        if self.strategy.traits(problem).not_captured is None:
+            graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
+            return eager_seconds(graph) * times * self.num_steps > WORTH * compile_seconds(graph)
+        return self._in_pieces(problem) and pieces_are_worth_it(problem, batch, eta, times * self.num_steps)
+
+    def _fall_back(self, error: CaptureError) -> None:
+        fall_back(str(error))
+        self.compiled = False
+        self.size = self.given_size  # what suits a graph does not suit eager steps
+
+    def _say_that_it_is_not_finite(self) -> None:
+        if not self._said:
+            log.warning("the compiled step is not finite: such steps are taken again without compilation")
+        self._said = True
+
+    def _in_pieces(self, problem: Problem) -> bool:
+        reason = self.strategy.traits(problem).not_in_pieces
+        if reason is not None and self.compiled:
+            raise CaptureError(reason)
+        return reason is None
+
+    def _prepared(self, problem: Problem, batch: Batch, state: State) -> _Graph:
+        """The step's graphs, kept with the model: another seed, fit or start of the same model captures nothing anew."""
+        key = (self.strategy, problem.expectation, problem.model.prior, batch.total, batch.share, state.certify)
+        graphs = problem.model.graphs
+        if key not in graphs:
+            graphs[key] = _Graph(self.strategy, problem, batch.total, batch.share, state.certify)
+        return cast("_Graph", graphs[key])
+
+
+def adapt(
+    strategy: Strategy,
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    compile: str | bool,
+    task_chunk_size: int | None = None,
+) -> Solution:
+    """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
+    size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
+
+    def solve(graphed: bool) -> Solution:
+        return chunks.solution(lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size)
+
+    try:
+        if compile == "auto":
+            compile = False
+            if batch.support.x.numel() * problem.model.weights.size >= MANY:
+                part = next(iter(chunks.split(batch, size)))
+                compile = pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
+        return solve(bool(compile))
+    except CaptureError as error:
+        fall_back(str(error))
+        return solve(False)
+
+
+def fall_back(reason: str) -> None:
+    log.warning("this model runs without compilation: %s", reason)
+
+
+def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: float) -> bool:
+    """Whether that many inner solves, of a typical length, are enough work to compile a minimiser's and a solver's pieces."""
+    graph = problem.gradient_graph("elbo", batch, eta)
+    return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
+
+
+def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
+    scalar, state, stats = strategy.loss(problem, batch, eta, state)
+    if not isinstance(stats, Stats):
+        raise TypeError(
+            f"{type(strategy).__name__}.loss returns {kind_of(stats)} as its third, expected Stats(losses, evaluations): the "
+            "outer loss of each task and the gradient evaluations per task that the step took, which budgets and reports count"
+        )
+    learned = [name for name, value in eta.items() if value.requires_grad]
+    return Outcome(scalar.detach(), gradient_by_name(scalar, eta, learned), state, stats)
+
+
+@dataclass
+class _Graph:
+    """The traced step, of nothing but tensors."""
+
+    strategy: Strategy
+    problem: Problem
+    total: float
+    share: float
+    certify: bool | None
+
+    def __post_init__(self) -> None:
+        self.static: dict[str, Any] = {}  # the stats that are plain numbers, as the trace met them
+        self.captured = Captured(self._traced)
+
+    def __call__(self, seed: int, batch: Batch, eta: Eta, state: State) -> Outcome:
+        out = self.captured(_inputs(seed, batch, eta, state))
+        new = replace(state, step=state.step + 1)
+        if out["phi"]:
+            assert state.phi is not None
+            new = replace(new, phi=batch.into(state.phi, out["phi"]))
+        if out["inner"]:
+            assert state.inner is not None
+            new = replace(new, inner=batch.into(state.inner, out["inner"]))
+        return Outcome(out["value"], out["gradient"], new, Stats(**self.static, **out["stats"]))
+
+    def traced(self, seed: int, batch: Batch, eta: Eta, state: State) -> Any:
+        return self.captured.traced(_inputs(seed, batch, eta, state)).graph
+
+    def _traced(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        problem = replace(self.problem, seed=inputs["seed"], graphed=False)
+        batch = batch_of(inputs["batch"], self.total, self.share)  # rows are taken and put back outside
+        learned = inputs["learned"]
+        with torch.enable_grad():
+            eta = {n: v.detach().requires_grad_() if n in learned else v.detach() for n, v in inputs["eta"].items()}
+            state = State(
+                inputs["phi"] or None, inputs["inner"] or None, inputs["step"], inputs["lr_scale"], self.certify
+            )
+            value, gradient, new, stats = eager(self.strategy, problem, batch, eta, state)
+        known = {f.name: getattr(stats, f.name) for f in fields(Stats)}
+        moving = {name: value for name, value in known.items() if not isinstance(value, (int, float, NoneType))}
+        self.static.update({name: value for name, value in known.items() if name not in moving})
+        return {"value": value, "gradient": gradient, "phi": new.phi or {}, "inner": new.inner or {}, "stats": moving}
+
+
+def _inputs(seed: int, batch: Batch, eta: Eta, state: State) -> dict[str, Any]:
+    like = batch.support.mask
+    return {
+        "eta": {name: value.detach() for name, value in eta.items()},
+        "learned": {name: () for name, value in eta.items() if value.requires_grad},  # names alone
+        "phi": {} if state.phi is None else batch.of(state.phi),
+        "inner": {} if state.inner is None else batch.of(state.inner),
+        "lr_scale": torch.tensor(state.lr_scale, dtype=batch.support.x.dtype, device=like.device),
+        "seed": torch.tensor(_signed(seed), device=like.device),
+        "step": torch.tensor(state.step, device=like.device),
+        "batch": tensors_of(batch),
+    }
+
+
+def _signed(value: int) -> int:
+    """The 64 low bits of an integer as int64 reads them."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,77 @@
+"""Where a fit stands: everything needed to look at it, and to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from varmeta.strategies.strategy import Eta, State
+from varmeta.tasks import Batch
+
+if TYPE_CHECKING:
+    from varmeta.models.eta import HyperPosterior
+
+Callback = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class Run:
+    """The record of a run so far.
+
+    loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
+    schedule: how the step size fell, None for solvers without one.
+    hyper: the posterior of eta, None where eta is a point.
+    undetermined: names that the data can hardly tell apart, where Newton's method converged; not kept in files.
+    outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in files.
+    seconds_compiling: of this run, which an equal one in this process does not pay again; not kept in files.
+    """
+
+    eta: Eta
+    state: State
+    history: list[dict[str, float]] = field(default_factory=list)
+    optimizer_state: dict[str, Any] | None = None
+    stop: str = "not started"
+    converged: bool = False
+    loss: float = math.nan
+    schedule: str | None = None
+    hyper: HyperPosterior | None = None
+    seconds_compiling: float = 0.0
+    outlier: str | None = None
+    undetermined: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    @property
+    def evaluations(self) -> float:
+        return self.history[-1]["evaluations"] if self.history else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.history[-1]["seconds"] if self.history else 0.0
+
+    def record(self, callback: Callback | None, **row: float) -> None:
+        self.history.append(row)
+        if callback is not None:
+            callback(row)
+
+
+def interrupted(step: int) -> str:
+    if step == 0:
+        return "interrupted before the first step was done: nothing has been learned yet"
+    return f"interrupted after {step} steps: go on with fit(..., resume=this fit)"
+
+
+ADVICE = "standardise the data, lower the learning rate, or raise the prior precision"
+
+
+def non_finite(batch: Batch, losses: Tensor, when: str) -> str:
+    bad = [name for name, ok in zip(batch.names, torch.isfinite(losses).tolist(), strict=True) if not ok]
+    who = f"the loss of task {bad[0]!r}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "") if bad else "eta"
+    return f"{who} is not finite {when}: {ADVICE}"

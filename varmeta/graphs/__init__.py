@@ -1,0 +1,1 @@
+"""Run a pure tensor function as a compiled graph; torch only."""

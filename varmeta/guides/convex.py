@@ -1,0 +1,42 @@
+"""Where f_i is convex by construction, so that the prior bounds the Hessian of the inner problem from below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from varmeta.guides.guide import Delta, Guide
+from varmeta.guides.kl import scale
+from varmeta.guides.laplace import Laplace
+from varmeta.likelihoods.base import Bernoulli, Binomial, Categorical, Gaussian, Poisson
+from varmeta.likelihoods.more import LogNormal, NegativeBinomial
+from varmeta.models.model import TaskModel
+from varmeta.numerics.adjoint import Quadratic
+from varmeta.numerics.tree import Tree, flatten
+from varmeta.priors.validation import validation_enabled
+
+# Their log densities are concave in the network's output.  Exact classes: a subclass may be anything.
+LOG_CONCAVE = (Gaussian, LogNormal, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
+
+
+def inverse_ceiling(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -> Quadratic | None:
+    """v -> v' Lambda^-1 v, which v' H^-1 v is nowhere above, H the inner problem's Hessian; None where that is not known.
+
+    At a point theta the inner loss is 1/2 (theta - theta0)' Lambda (theta - theta0) + f_i(theta), and f_i is convex where the
+    output is affine in theta and the likelihood log-concave, so that H >= Lambda.
+    """
+    convex = model.is_linear and type(model.likelihood) in LOG_CONCAVE
+    if not convex or not isinstance(guide, (Delta, Laplace)):
+        return None
+    # validation looks at numbers, which a graph that is being captured does not have yet
+    with validation_enabled(False):
+        root = scale(model.prior_distribution(eta))
+    assert root is not None  # the prior is a Gaussian
+    root = root.detach()
+
+    def ceiling(v: Tree) -> Tensor:
+        rows = flatten(v)
+        return (rows @ root if model.prior.dense else rows * root).square().sum(-1)
+
+    return ceiling

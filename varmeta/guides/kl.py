@@ -1,0 +1,140 @@
+"""KL[q || p] in closed form, for a task's guide q and the prior p; never sampled.
+
+One frozen draw with a sampled KL has no minimum, and a sampled KL adds noise to theta0's gradient where the closed form
+has none; so a pair without a closed form raises instead of falling back.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Independent, Normal
+
+from varmeta.guides.gaussian import StructuredNormal, times
+
+
+def location(q: dist.TorchDistribution) -> Tensor:
+    """The mean of a point or Gaussian, `(..., D)`."""
+    return q.v if isinstance(q, dist.Delta) else q.mean
+
+
+def moved_by(q: dist.TorchDistribution, offset: Tensor | None) -> dist.TorchDistribution:
+    """A point or Gaussian whose location `(..., D)` is moved by `offset`, with which it broadcasts; itself for None."""
+    if offset is None:
+        return q
+    loc = location(q) + offset
+    if isinstance(q, dist.Delta):
+        return dist.Delta(loc, event_dim=1)
+    if isinstance(q, StructuredNormal):
+        return q.moved(loc)
+    if isinstance(q, Independent):
+        return dist.Normal(loc, q.base_dist.scale).to_event(1)
+    return dist.MultivariateNormal(loc, scale_tril=q.scale_tril)
+
+
+def has_closed_form(q: dist.TorchDistribution) -> bool:
+    """Whether q is one of the families whose KL to a Gaussian prior is known here."""
+    gaussian = isinstance(q, Independent) and isinstance(q.base_dist, Normal)
+    return gaussian or isinstance(q, (dist.Delta, torch.distributions.MultivariateNormal, StructuredNormal))
+
+
+def require_closed_form(q: dist.TorchDistribution) -> None:
+    """Raises TypeError for a family whose KL is not known."""
+    if not has_closed_form(q):
+        raise TypeError(
+            f"a task's guide must put a Delta, Normal or MultivariateNormal on theta, not {type(q).__name__}: "
+            "the KL to the Gaussian prior has no closed form for it"
+        )
+
+
+def scale(q: dist.TorchDistribution) -> Tensor | None:
+    """sd `(..., D)` of a diagonal normal, the factor `(..., D, D)` of a dense one, None for a point.
+
+    Of a structured one its whole matrix A, which only few weights allow.  Raises TypeError for any other distribution.
+    """
+    require_closed_form(q)
+    if isinstance(q, dist.Delta):
+        return None
+    if isinstance(q, StructuredNormal):
+        return q.scale_matrix
+    if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
+        return q.base_dist.scale
+    return q.scale_tril
+
+
+def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
+    """KL[q || p] per task, in nats; for a point q = delta(theta): -log p(theta), which is no divergence and gives no bound.
+
+    With p = N(mu, S S') and q = N(m, L L'):
+    KL = 1/2 |S^-1 L|^2 + 1/2 |S^-1 (m - mu)|^2 - D/2 + log det S - log det L.
+    """
+    p_scale = scale(p)
+    assert p_scale is not None  # the prior is a Gaussian
+    offset = location(q) - location(p)
+    size = offset.shape[-1]
+    if isinstance(p, Independent):
+        # of the prior's own numbers, not of every task's: one division instead of one for each weight of each task
+        sd = _once(p_scale)
+        whitened = offset * sd.reciprocal()
+        log_det_p = sd.log().sum(-1) * (size / sd.shape[-1])
+    else:
+        whitened = torch.linalg.solve_triangular(
+            p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
+        ).squeeze(-1)
+        log_det_p = p_scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if isinstance(q, dist.Delta):
+        # not p.log_prob, which takes the logarithm of every weight's scale for every task
+        return 0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) + log_det_p
+    squares, log_det_q = _squares(q, p, p_scale), _log_det(q)
+    return 0.5 * (squares + whitened.square().sum(-1) - size) + log_det_p - log_det_q
+
+
+def _once(x: Tensor) -> Tensor:
+    """x without the copies that expanding made: what is taken of it is not taken for every task, or weight."""
+    for axis in range(x.dim()):
+        if x.stride(axis) == 0 and x.shape[axis] > 1:
+            x = x.narrow(axis, 0, 1)
+    return x
+
+
+def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tensor) -> Tensor:
+    """|S^-1 L|^2."""
+    if isinstance(q, StructuredNormal):
+        diagonal = isinstance(p, Independent)
+        return (q.variance / p_scale.square()).sum(-1) if diagonal else q.squares_in(p_scale)
+    q_scale = scale(q)
+    assert q_scale is not None
+    if isinstance(p, Independent):
+        diagonal = isinstance(q, Independent)
+        unit = _once(p_scale).reciprocal()
+        ratio = q_scale * (unit if diagonal else unit.unsqueeze(-1))
+        return ratio.square().sum(-1) if diagonal else ratio.square().sum((-2, -1))
+    factor = torch.diag_embed(q_scale) if isinstance(q, Independent) else q_scale
+    batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
+    ratio = torch.linalg.solve_triangular(p_scale.expand(batch), factor.expand(batch), upper=False)
+    return ratio.square().sum((-2, -1))
+
+
+def _log_det(q: dist.TorchDistribution) -> Tensor:
+    """log det L."""
+    if isinstance(q, StructuredNormal):
+        return q.log_det
+    q_scale = scale(q)
+    assert q_scale is not None
+    return (q_scale if isinstance(q, Independent) else q_scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
+
+
+def move(q: dist.TorchDistribution, noise: Tensor) -> Tensor:
+    """theta = loc + scale @ noise for standardised points `(points, ..., D)`."""
+    if isinstance(q, StructuredNormal):
+        return location(q) + q.scaled(noise)
+    q_scale = scale(q)
+    if q_scale is None:
+        # a point has no spread, whatever the noise: every point of the rule is its location
+        return location(q).expand(torch.broadcast_shapes(location(q).shape, noise.shape))
+    if isinstance(q, Independent):
+        return location(q) + q_scale * noise
+    return location(q) + times(q_scale, noise)

@@ -1,0 +1,56 @@
+"""The guide behind a name, or around a factory of Pyro guides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from varmeta.guides.guide import Delta, Dense, Guide, MeanField, PyroGuide
+from varmeta.guides.laplace import Laplace
+from varmeta.guides.quadrature import Quadrature
+from varmeta.guides.structured import LowRank
+from varmeta.models.model import TaskModel
+
+GUIDES: dict[str, type[Guide]] = {
+    guide.name: guide for guide in (Delta, MeanField, Dense, LowRank, Laplace, Quadrature)
+}
+
+# Up to here joint Newton steps find a dense guide's fit, and a mean-field one ends far above it (`experiments.choices`, guide).
+MAX_DENSE_SIZE = 20
+
+
+def default_guide(model: TaskModel) -> str:
+    """The name of the guide where none was asked for: dense for few weights per task, or under a dense prior, else mean-field.
+
+    A mean-field guide leaves out how a task's weights depend on each other, and with it the prior's sds come out too small
+    (sleepstudy's uncorrelated intercepts: 20.4 where the maximum of the likelihood has 24.2).
+    """
+    return "multivariate_normal" if model.weights.size <= MAX_DENSE_SIZE or model.prior.dense else "normal"
+
+
+def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
+    """The guide behind a name, or around a factory of Pyro guides.
+
+    Raises ValueError for an unknown name.
+    """
+    if isinstance(guide, PyroGuide):
+        return PyroGuide(guide.factory)  # each serves one model
+    if isinstance(guide, Guide):
+        return guide
+    if isinstance(guide, str):
+        if guide not in GUIDES:
+            raise ValueError(
+                f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a Pyro guide"
+            )
+        return GUIDES[guide]()
+    if isinstance(guide, torch.nn.Module):
+        kind = type(guide).__name__
+        raise TypeError(
+            f"guide must be a name or a callable that makes a Pyro guide, not a guide that is made already: give {kind} itself, "
+            f"or lambda model: {kind}(model, ...)"
+        )
+    if not callable(guide):
+        raise TypeError(f"guide must be a name or a callable that makes a Pyro guide, not {type(guide).__name__}")
+    return PyroGuide(guide)

@@ -1,0 +1,102 @@
+"""The evidence of a task with few weights by adaptive Gauss-Hermite quadrature, and the posterior's moments.
+
+With theta* the mode, H the curvature there, L L' = H^-1, and nodes z_j of weight w_j for N(0, I),
+
+    p(y_i | eta) = |L| (2 pi)^(D/2) sum_j w_j exp(z_j'z_j / 2) p(y_i, theta* + L z_j | eta),
+
+what lme4's glmer maximises with nAGQ = the number of nodes.  With one node it is Laplace's approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from varmeta._checks import counted, whole_number
+from varmeta.guides.guide import sample
+from varmeta.guides.laplace import Laplace
+from varmeta.models.model import TaskModel, negative_log_likelihood
+from varmeta.numerics.quadrature import nodes
+from varmeta.numerics.tree import Tree
+from varmeta.priors.validation import validation_enabled
+from varmeta.tasks import Data
+
+# Nodes for each weight, by the number of weights.  On toenail, the hardest case at hand, 31 end 1e-3 nats off over 294 patients.
+PER_WEIGHT = {1: 51, 2: 11, 3: 7}
+
+
+@dataclass(frozen=True, repr=False)
+class Quadrature(Laplace):
+    """q_i: the Gaussian with the mean and covariance of the posterior of task i; "elbo" is -log p(y_i | eta) itself.
+
+    Both by adaptive Gauss-Hermite quadrature around the mode, see the head of this module.  For up to three weights per task
+    and `Implicit`; it is neither a bound nor an approximation that must be trusted where a posterior is skewed, as
+    Laplace's is.  A posterior of several modes far apart is missed but for one.
+
+    num_nodes: for each weight; None: 51 for one weight, 11 for two, 7 for three.
+    Source: Pinheiro and Bates, J. Computational and Graphical Statistics 4 (1995).
+
+    Raises ValueError for more than three weights per task.
+    """
+
+    num_nodes: int | None = None
+
+    name = "quadrature"
+    evidence_name = "evidence by quadrature"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_nodes is not None:
+            whole_number("num_nodes", self.num_nodes)
+
+    def __repr__(self) -> str:
+        return self.name if self.num_nodes is None else f"{self.name}(num_nodes={self.num_nodes})"
+
+    def bound(self, model: TaskModel) -> Quadrature:
+        size = model.weights.size
+        if size not in PER_WEIGHT:
+            raise ValueError(
+                f"quadrature serves up to {max(PER_WEIGHT)} weights per task, and this model has {counted(size, 'weight')}: use "
+                "guide='multivariate_normal' or 'laplace', or let fewer weights vary (shared=)"
+            )
+        bound = super().bound(model)
+        assert isinstance(bound, Quadrature)
+        return bound
+
+    def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
+        theta, log_p, _ = self.at_nodes(phi, eta, data)
+        share = log_p.softmax(0).unsqueeze(-1)
+        mean = (share * theta).sum(0)
+        offset = theta - mean
+        covariance = ((share * offset).unsqueeze(-1) * offset.unsqueeze(-2)).sum(0)
+        # away from the mode one node may have all the mass, and the nodes no covariance: the Hessian's is left
+        lost = (torch.linalg.cholesky_ex(covariance.detach()).info != 0).reshape(-1, 1, 1)
+        around = self._factor(phi, eta, data)[0]
+        factor = torch.linalg.cholesky_ex(torch.where(lost, around @ around.mT, covariance)).L
+        return sample(dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+
+    def evidence(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+        """-log p(y_i | eta) around phi, `(tasks,)`, in nats."""
+        _, log_p, factor = self.at_nodes(phi, eta, data)
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -log_p.logsumexp(0) - log_det - 0.5 * phi["loc"].shape[-1] * math.log(2 * math.pi)
+
+    def at_nodes(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> tuple[Tensor, Tensor, Tensor]:
+        """theta at the nodes `(J, tasks, D)`; log p(y, theta) + log w + z'z / 2 there `(J, tasks)`; the factor L."""
+        size = phi["loc"].shape[-1]
+        z, log_weight = nodes(size, self.num_nodes or PER_WEIGHT[size])
+        z, log_weight = z.to(phi["loc"]), log_weight.to(phi["loc"])
+        factor, _ = self._factor(phi, eta, data)
+        # block: the guide's own trace must not see the model run
+        with validation_enabled(False), poutine.block():
+            theta = phi["loc"] + torch.einsum("tde,je->jtd", factor, z)
+            prior, nll = negative_log_likelihood(self.model, theta.unsqueeze(-2), eta, data)
+            log_p = prior.log_prob(theta.unsqueeze(-2)).squeeze(-1) - nll
+        return theta, log_p + (log_weight + 0.5 * z.square().sum(-1)).unsqueeze(-1), factor

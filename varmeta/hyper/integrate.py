@@ -1,0 +1,198 @@
+"""`fit(..., hyperguide=...)`: the posterior of eta, or of theta0 alone with the variances at their REML estimates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from varmeta._checks import counted
+from varmeta.fitting.blame import largest
+from varmeta.fitting.buckets import buckets
+from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
+from varmeta.fitting.run import Callback, Run, non_finite
+from varmeta.guides.guide import PyroGuide
+from varmeta.hyper.conditional import conditionals
+from varmeta.hyper.coordinates import Coordinates
+from varmeta.hyper.family import fit_gaussian
+from varmeta.hyper.importance import importance
+from varmeta.likelihoods.more import CONCENTRATION
+from varmeta.models.eta import HYPERGUIDES, HyperPosterior
+from varmeta.models.kinks import kinked
+from varmeta.models.model import TaskModel
+from varmeta.numerics.joint import Step
+from varmeta.numerics.quadrature import nodes
+from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import detach, flatten
+from varmeta.strategies.joint import Joint
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import State, Strategy
+from varmeta.tasks import Batch, TaskSet
+
+# Draws of eta that are kept; proposals in each round of importance sampling, the more the cheaper the tasks are.
+DRAWS = 2000
+PROPOSALS, MORE_PROPOSALS, WORK = 1000, 4000, 1_000_000
+# Coordinates that a dense Gaussian may have: it has as many parameters as half its square.
+MAX_SIZE = 24
+
+
+def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strategy: Strategy) -> None:
+    """Refuse, before any work, what has no posterior of eta.  Raises ValueError or TypeError."""
+    if not isinstance(hyperguide, str):
+        raise TypeError(f"hyperguide must be one of {HYPERGUIDES}, not {hyperguide!r}")
+    if hyperguide not in HYPERGUIDES:
+        raise ValueError(f"hyperguide must be one of {HYPERGUIDES}, not {hyperguide!r}")
+    if hyperguide == "delta":
+        return
+    if type(strategy) is not Joint:
+        raise ValueError(f"hyperguide={hyperguide!r} goes with vm.Joint(...), not with {type(strategy).__name__}")
+    problem = strategy.problem(model, tasks, 0)
+    batch = tasks.batch()
+    eta = model.init(batch.support.x.new_zeros(()))
+    if problem.is_point(batch, eta):
+        raise ValueError(
+            f"hyperguide={hyperguide!r} weighs eta by each task's evidence, of which a delta guide has no bound: use "
+            "vm.Joint('multivariate_normal')"
+        )
+    if isinstance(problem.guide, PyroGuide):
+        raise ValueError(
+            f"hyperguide={hyperguide!r} goes with guide='multivariate_normal' or 'normal', not with one's own"
+        )
+    if not problem.deterministic:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} needs an expectation without noise: this model's {counted(model.weights.size, 'weight')} "
+            "per task are too many, or not linear; try Joint(..., expectation='cubature')"
+        )
+    density = kinked(model, batch, eta)
+    if density is not None:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} rests on curvatures, and the density of y, {density}, has its own in a kink, where no "
+            "second derivative sees it: leave it out, or take a smooth density with heavy tails, such as likelihoods.StudentT()"
+        )
+    if hyperguide != "reml" and CONCENTRATION in eta:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has no posterior of NegativeBinomial's concentration under its flat density: as it "
+            "grows, the counts become Poisson's and the likelihood stays as it is.  Fix it, learn_concentration=False"
+        )
+    coordinates = Coordinates(model, eta)
+    free = int(_free(coordinates, hyperguide).sum())
+    if not free:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has nothing to integrate over: no theta0 is learned (learn_loc), nor anything shared.  "
+            "Leave it out: the estimates are those of maximum likelihood"
+        )
+    if free > MAX_SIZE:
+        raise ValueError(
+            f"eta has {free} numbers to integrate over, more than the {MAX_SIZE} that hyperguide={hyperguide!r} serves"
+        )
+    num_tasks, size = flatten(problem.start(batch, eta)).shape
+    if 2 * free * num_tasks * size * (size + free * (free + 3) // 2) > 4 * MAX_NEWTON_ENTRIES:
+        raise ValueError(
+            f"{num_tasks} tasks with {size} guide parameters and {free} numbers in eta are too many for hyperguide={hyperguide!r}"
+        )
+    prior = model.prior
+    if (
+        hyperguide != "reml"
+        and prior.learn_precision
+        and len(tasks) < 3
+        and not (prior.hyperprior or prior.scale_hyperprior)
+    ):
+        raise ValueError(
+            f"{counted(len(tasks), 'task')} and a flat hyperprior on the prior's sd have no posterior, which takes at least 3: "
+            "give GaussianPrior(scale_hyperprior=...)"
+        )
+
+
+def _free(coordinates: Coordinates, hyperguide: str) -> Tensor:
+    location = coordinates.is_location
+    return location if hyperguide == "reml" else torch.ones_like(location)
+
+
+def integrate(
+    problem: Problem, strategy: Strategy, batch: Batch, tasks: TaskSet, run: Run, hyperguide: str, max_steps: int, seed: int,
+    callback: Callback | None,
+) -> None:  # fmt: skip
+    """Move `run` to the posterior of eta, in place: run.hyper, with eta at its mean and phi at that eta.
+
+    Raises ValueError where the objective is not finite.
+    """
+    begin, first = perf_counter() - run.seconds, run.step
+    coordinates = Coordinates(problem.model, run.eta)
+    free = _free(coordinates, hyperguide)
+    spent = run.evaluations
+
+    def arrived(step: Step) -> None:
+        run.record(
+            callback, step=first + step.number, loss=step.loss, evaluations=spent + 2 * int(free.sum()) * step.evaluations,
+            seconds=perf_counter() - begin,
+        )  # fmt: skip
+
+    try:
+        found = fit_gaussian(
+            problem, batch, coordinates, run.eta, free, diagonal=hyperguide == "normal", jacobian=hyperguide != "reml",
+            # importance weights mend the rest; REML has none to mend it
+            tolerance=1e-9 if hyperguide == "reml" else 1e-6, max_steps=max_steps, callback=arrived,
+        )  # fmt: skip
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(_no_evidence(problem, batch, run)) from error
+    if found.result in (Result.NON_FINITE, Result.DIVERGED):
+        losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+        raise ValueError(
+            non_finite(batch, losses, "at the start")
+            if not losses.isfinite().all()
+            else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
+        )
+    gaussian = problem.model.is_linear_gaussian
+
+    def log_density(points: Tensor) -> Tensor:
+        evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)
+        if bool(evidence.isnan().any()):
+            raise ValueError(_no_evidence(problem, batch, run))
+        # under "reml" the sds are a point, and a Jacobian there would count as evidence
+        return evidence + coordinates.log_density_of(points, hyperguide != "reml")
+
+    several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
+    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
+    number = max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
+    try:
+        weighted = importance(log_density, found.mean, found.factor, number, seed)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(_no_evidence(problem, batch, run)) from error
+    run.hyper = HyperPosterior(
+        hyperguide=hyperguide,
+        points=coordinates.eta_of(weighted.points),
+        log_weights=weighted.log_weights,
+        rows=weighted.resampled(DRAWS, seed),
+        mean=found.mean,
+        factor=found.factor,
+        pareto_k=weighted.pareto_k,
+        final_k=weighted.final_k,
+        ess=weighted.ess,
+        log_evidence=weighted.log_evidence,
+        evidence_error=weighted.evidence_error,
+    )
+    centre = (weighted.log_weights.exp()[:, None] * weighted.points).sum(0)
+    run.eta = detach(coordinates.eta(coordinates.named(centre)))
+    run.state = _adapted(problem, strategy, batch, run)
+    run.loss = found.bound
+    run.converged = found.result == Result.CONVERGED
+    steps = run.step - first
+    run.stop = (
+        f"converged after {counted(steps, 'Newton step')} of the Gaussian of eta"
+        if run.converged
+        else f"after {counted(steps, 'Newton step')}: {WHY_IT_ENDED.get(found.result, 'it was to be no more')}"
+    )
+
+
+def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
+    return replace(run.state, phi=detach(strategy.adapt(problem, batch, run.eta).value), step=run.step)
+
+
+def _no_evidence(problem: Problem, batch: Batch, run: Run) -> str:
+    losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+    return (
+        f"the evidence cannot be computed around the posterior of eta; it started {largest(batch, losses)}: look at its data, or "
+        "standardise them"
+    )

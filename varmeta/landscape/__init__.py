@@ -1,0 +1,5 @@
+"""One scalar weight, seen whole."""
+
+from varmeta.landscape.landscape import Landscape
+
+__all__ = ["Landscape"]

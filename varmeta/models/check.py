@@ -1,0 +1,245 @@
+"""A model tried on the data once, before any work: what does not fit is said in the user's words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from varmeta._checks import counted
+from varmeta.likelihoods.base import Likelihood
+from varmeta.models.check_net import check_batching, check_columns, layer_entered, warn_unless_twice_differentiable
+from varmeta.models.check_rows import ROWS, check_padding
+from varmeta.models.model import TaskModel
+from varmeta.models.program import DATA, SITE, TASKS, RefusePlates, observed_log_prob, without_shapes
+from varmeta.priors.covariates import check_features
+from varmeta.priors.validation import validation_enabled
+from varmeta.tasks import Data, TaskSet
+
+# Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one of each size.
+EVERYONE = 4_000_000
+
+
+def check_model(model: TaskModel, tasks: TaskSet) -> None:
+    """Try the model on the data with every check of Pyro and PyTorch on; say what does not fit.
+
+    Every observation is looked at, and run through a program or a likelihood.  A network is run on its largest and smallest
+    task, and on all where that is cheap: its memory does not grow with the number of tasks.
+
+    Raises ValueError for observations outside the likelihood's support (naming task and row), where the program
+    or network does not fit the data, and where tasks are padded and a task's rows depend on each other.
+    """
+    if tasks.dtype.itemsize < 4:
+        raise ValueError(
+            f"the tasks are in half precision ({str(tasks.dtype).removeprefix('torch.')}), in which sums of densities and "
+            "linear solves lose every digit: use tasks.to(torch.float32)"
+        )
+    check_columns(model.net, tasks)
+    check_features(model.coefficients, tasks.feature_names)
+    batch = tasks.batch()
+    parts = [data for data in (batch.support, batch.query) if data is not None and data.mask.shape[1]]
+    if model.likelihood is not None:
+        for data in parts:
+            _check_observations(model.likelihood, data, batch.names)
+    eta = model.init(torch.zeros((), dtype=tasks.dtype, device=batch.support.mask.device))
+    for data in parts:
+        if model.net is None:
+            _try(model, eta, data, batch.names)
+            continue
+        sizes = data.num_points
+        largest = int(sizes.argmax())
+        one = _alone(data, largest)
+        numbers = _try(model, eta, one, batch.names[largest : largest + 1])
+        if numbers * len(data) + len(data) * model.weights.size <= EVERYONE:
+            _try(model, eta, data, batch.names)
+        else:
+            smallest = int(sizes.masked_fill(sizes == 0, sizes[largest] + 1).argmin())
+            if smallest != largest:
+                _try(model, eta, _alone(data, smallest), batch.names[smallest : smallest + 1])
+            _check_outcomes(model, eta, data, batch.names)
+        some = one.take(torch.zeros(2, dtype=torch.int64, device=one.mask.device)).first_points(ROWS)
+
+        def loss(theta: Tensor, some: Data = some) -> Tensor:
+            these = {SITE: theta.reshape(1, -1, 1, model.weights.size)}
+            data = some.take(slice(0, 1)).first_points(2) if theta.dim() == 1 else some
+            with validation_enabled(False):
+                return observed_log_prob(poutine.trace(poutine.condition(model, these)).get_trace(eta, data)).sum()
+
+        theta = model.weights.flatten(eta)
+        warn_unless_twice_differentiable(model.net, loss, theta, some.x[0, :2])
+        check_batching(model.weights, loss, theta)
+    for data in parts:
+        check_padding(model, data)
+
+
+def _alone(data: Data, task: int) -> Data:
+    return data.take(slice(task, task + 1)).first_points(int(data.num_points[task]))
+
+
+def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> int:
+    """Run the program once on these tasks, at two points theta; how many numbers a network computed for one of them."""
+    loc = model.weights.flatten(eta).expand(2, len(data), 1, model.weights.size)
+    program = poutine.trace(poutine.condition(model, {SITE: loc}))
+    own = replace(data)  # whose `filled` is a copy: a network may write into its input, and is found out below
+    with _quiet(), validation_enabled(True), layer_entered(model.net) as place, Counted() as counted_numbers:
+        try:
+            with RefusePlates({TASKS, DATA}):
+                trace = program.get_trace(eta, own)
+            trace.compute_log_prob()
+        except KeyError as error:
+            raise ValueError(
+                f"the program raises KeyError: {error}; its params are {list(model.start)}: use one of these names, "
+                "or name it in params"
+            ) from error
+        except (RuntimeError, ValueError, IndexError) as error:
+            with validation_enabled(False):
+                _check_support(program, eta, data, names)
+                if model.net is None:
+                    _check_start(program, eta, data, names, model.start)
+            one = len(names) == 1
+            x, y = (tuple(values.shape[one:]) for values in (data.x, data.y))
+            who, what = (f"task {names[0]!r}", "points") if one else ("these tasks", "tasks and points")
+            why = without_shapes(error)
+            if "randomness error mode" in why:
+                why = "it draws random numbers, so that its value is not one: the guide and the likelihood are what is random"
+            raise ValueError(f"the model does not run on {who} (x {x}, y {y}, {what} first){place()}: {why}") from error
+        if own.filled[0]._version:
+            named = model.net.named_modules() if model.net is not None else ()
+            layers = [name for name, module in named if getattr(module, "inplace", False)]
+            raise ValueError(
+                f"the network writes into its input, and so into the data (layers with inplace=True: {layers}): use "
+                "inplace=False, and operations without an underscore"
+            )
+    params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
+    if params:
+        raise ValueError(f"the program calls pyro.param for {params}: name them in params, with shared={params}")
+    observed_log_prob(trace, (2, *data.mask.shape))
+    return counted_numbers.total
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No gradients, and nothing left in Pyro's store."""
+    with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope(), torch.no_grad():
+        yield
+
+
+class Counted(TorchFunctionMode):
+    """Counts the numbers that operations within it put out, `total`; of what runs for many points or tasks, of one."""
+
+    total = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.total += out.numel()
+        return out
+
+
+def _check_outcomes(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> None:
+    """Every observation under what the network puts out for one row: what no output could explain is found without the rest."""
+    assert model.likelihood is not None
+    task = int(data.num_points.argmax())
+    theta = model.weights.flatten(eta).reshape(1, 1, -1)
+    with _quiet():
+        out = model.output(theta, eta, data.x[task, :1].unsqueeze(0))
+        own = {**eta, **{name: eta[name].expand(1, 1, *eta[name].shape) for name in model.task_weights}}
+        rows, y = data.mask.nonzero(), data.y[data.mask].unsqueeze(0)
+
+        def program() -> None:
+            model.observe_output(out.expand(1, y.shape[1], *out.shape[2:]), own, y, 2)
+
+        site: Any = poutine.trace(program).get_trace().nodes["y"]
+        bad = ~site["fn"].support.check(site["value"]).expand(1, len(rows))[0]
+        for task, row in rows[bad][:1].tolist():
+            _refuse(data, names, task, row, site["fn"])
+
+
+def _check_observations(likelihood: Likelihood, data: Data, names: tuple[str, ...]) -> None:
+    bad, support = likelihood.invalid(data.y[data.mask])
+    bad = bad.reshape(len(bad), -1).any(-1)
+    if bool(bad.any()):
+        task, row = data.mask.nonzero()[bad][0].tolist()
+        raise ValueError(
+            f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
+            f"{type(likelihood).__name__}: expected {support} (rows are counted within the task, from 0)"
+        )
+
+
+def _refuse(data: Data, names: tuple[str, ...], task: int, row: int, fn: Any) -> NoReturn:
+    raise ValueError(
+        f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
+        f"{type(fn).__name__}: expected {_support_of(fn)} (rows are counted within the task, from 0)"
+    )
+
+
+def _check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the task and row of an observation outside its distribution's support."""
+    try:
+        trace = program.get_trace(eta, data)
+        sites = [site for name, site in trace.nodes.items() if site["type"] == "sample" and name != SITE]
+        found = [
+            (site, ~site["fn"].support.check(site["value"]).expand(2, *data.mask.shape)[0])
+            for site in sites
+            if site["is_observed"]
+        ]
+    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
+        return
+    for site, bad in found:
+        for task, row in (bad & data.mask).nonzero()[:1].tolist():
+            _refuse(data, names, task, row, site["fn"])
+
+
+def _check_start(
+    program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], params: Iterable[str]
+) -> None:
+    """Raise a ValueError that names the task and row where a parameter of an observation's distribution is not one.
+
+    A nonlinear program left to start at zeros often divides by zero there.
+    """
+    try:
+        sites = program.get_trace(eta, data).nodes
+    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
+        return
+    shape = (2, *data.mask.shape)
+    start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if name in eta and eta[name].numel() == 1)
+    for name, site in sites.items():
+        fn = site["fn"] if site["type"] == "sample" and site["is_observed"] and name != SITE else None
+        while isinstance(fn, torch.distributions.Independent):
+            fn = fn.base_dist
+        for what, constraint in getattr(fn, "arg_constraints", {}).items():
+            value = getattr(fn, what, None)
+            if not isinstance(value, Tensor):
+                continue
+            bad = ~constraint.check(value)
+            try:  # one number for all rows, or several for each
+                bad = bad.expand(shape) if bad.dim() <= 3 else bad.flatten(3).any(-1).expand(shape)
+            except RuntimeError:  # an event of several numbers, which belongs to no row
+                continue
+            for task, row in (bad[0] & data.mask).nonzero()[:1].tolist():
+                raise ValueError(
+                    f"task {names[task]!r}, row {row}: {what} of {type(fn).__name__} is {_entry(value, task, row)} where the fit "
+                    f"would start ({start or 'at zeros, or at the tensors in params'}): start elsewhere, by tensors in params, "
+                    "such as {'name': torch.tensor(1.0)}, or by GaussianPrior(loc={'name': 1.0})"
+                )
+
+
+def _entry(value: Tensor, task: int, row: int) -> str:
+    if value.dim() >= 3:
+        value = value[0, min(task, value.shape[1] - 1), min(row, value.shape[2] - 1)]
+    return ", ".join(f"{number:g}" for number in value.reshape(-1)[:3].tolist())
+
+
+def _support_of(fn: Any) -> str:
+    if not isinstance(fn, dist.Categorical):
+        return str(fn.support)
+    classes = fn.probs.shape[-1]
+    return f"a class 0, ..., {classes - 1}, since the network puts out {counted(classes, 'number')}: one for each class is needed"

@@ -1,0 +1,62 @@
+"""Whether a network's output is linear in some of its parameters, known from how it is built and never by trying it out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from varmeta.models.linear_predictor import LinearPredictor
+
+# Linear in their parameters, and in their input; exact types, since a subclass may have another forward.
+_LINEAR = (nn.Linear, LinearPredictor)
+# Without parameters, and linear in their input.
+_LINEAR_MAPS = (nn.Identity, nn.Flatten, nn.Unflatten)
+
+
+def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
+    """Whether the output is known to be linear (affine) in the parameters called `names` together, the others fixed.
+
+    Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` in which `names` belong to one such layer that no other
+    than linear layers follow: its last layer, as a rule.  A subclass, a hook, a parametrisation or a `forward` of one's own
+    may do anything, so nothing is known of them.
+
+    >>> net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    >>> is_linear_in(net, ["2.weight", "2.bias"]), is_linear_in(net, ["0.weight"])
+    (True, False)
+    """
+    every = list(net.named_parameters(remove_duplicate=False))
+    # a parameter that serves in two layers enters twice, whatever it is called
+    once = [sum(other is value for _, other in every) == 1 for name, value in every if name in names]
+    return len(once) == len(names) and all(once) and _is_linear_in(net, names)
+
+
+def _is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
+    if not _is_plain(net):
+        return False
+    if type(net) in _LINEAR:
+        return True
+    if type(net) is not nn.Sequential:
+        return False
+    owners = {name.partition(".")[0] for name in names}
+    children = list(net.named_children())
+    at = [index for index, (child, _) in enumerate(children) if child in owners]
+    if len(at) != 1:
+        return False
+    own = [name.partition(".")[2] for name in names]
+    return _is_linear_in(children[at[0]][1], own) and all(_is_linear_map(child) for _, child in children[at[0] + 1 :])
+
+
+def _is_linear_map(module: nn.Module) -> bool:
+    """Whether the output is known to be linear (affine) in the input."""
+    if not _is_plain(module):
+        return False
+    if type(module) is nn.Sequential:
+        return all(_is_linear_map(child) for child in module.children())
+    return type(module) in (*_LINEAR, *_LINEAR_MAPS)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module is its class's `forward` and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(module)

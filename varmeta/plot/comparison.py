@@ -1,0 +1,116 @@
+"""The figure of a comparison: one score of every method, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from varmeta._checks import probability
+from varmeta.plot.style import INK, MUTED, axes_for, percent, tidy
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AXIS_NAMES = {
+    "log_density": "log predictive density (nats per observation)", "rmse": "RMSE", "crps": "CRPS",
+    "calibration_error": "calibration error", "error_rate": "error rate",
+}  # fmt: skip
+LABEL_WIDTH = 26
+# A method is off the axis when it is this many times farther from the best than the median method.
+FAR = 6.0
+
+
+def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = None, level: float = 0.9) -> Any:
+    """Mean and 95 % interval of one score of a `Report.table`; returns the matplotlib axes.
+
+    The methods stand in the same order whatever the score, by their log density, best on top (without it, by the score).
+    Coverage has no better end: its nominal level is drawn, and lines show how far from it a method is.
+    A method that failed by far stands at the edge, with its numbers.  One that has not settled has an open circle and no
+    interval, and its name says so; one that overspent its budget says by how much.
+    level: the nominal level of the coverage in the table.
+
+    Raises ValueError for a score that the table does not have.
+    """
+    if metric not in table:
+        scores = [name[: -len("_low")] for name in table if name.endswith("_low")]
+        raise ValueError(f"unknown score {metric!r}: the table has {scores}")
+    level = probability("level", level)
+    by = "log_density" if "log_density" in table else metric
+    table = table.loc[_loss(table, by, level).sort_values(ascending=False, na_position="first").index]
+    ax = axes_for(ax, figsize=(7.0, 0.42 * len(table) + 1.2))
+    rows = np.arange(len(table))
+    mean, low, high = (table[name].to_numpy(float) for name in (metric, f"{metric}_low", f"{metric}_high"))
+    if metric == "coverage":
+        ax.axvline(level, color=MUTED, lw=1, ls="--", zorder=1)
+        ax.hlines(rows, level, mean, color=MUTED, lw=1, zorder=1)
+    errors = np.clip([mean - low, high - mean], 0, None)
+    settled = table["settled"].to_numpy(bool) if "settled" in table else np.ones(len(table), bool)
+    ax.errorbar(
+        mean[settled], rows[settled], xerr=errors[:, settled], fmt="o", color=INK, elinewidth=1.6, capsize=4,
+        capthick=1.6, ms=5, mec="white",
+    )  # fmt: skip
+    ax.plot(mean[~settled], rows[~settled], "o", color=INK, ms=5, mfc="white", mew=1.4)
+    if metric == "coverage":  # with two seeds intervals are longer than all that a share can be
+        left, right = ax.get_xlim()
+        ax.set_xlim(max(left, -0.02), min(right, 1.02))
+    edges = _edges(_loss(table, metric, level).to_numpy(float), table, metric)
+    if edges is not None:
+        ax.set_xlim(*sorted(edges))
+    if metric in AXIS_NAMES and metric != "log_density":
+        ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))  # what an interval says of less is not there
+    for row in rows:
+        if not np.isfinite(mean[row]):
+            text, at, side = "no score: every run failed", ax.get_xlim()[0], "left"
+        elif edges is not None and not min(edges) <= mean[row] <= max(edges):
+            at, side = (edges[1], "left") if edges[1] < edges[0] else (edges[1], "right")
+            ax.plot(at, row, marker="<" if side == "left" else ">", color=INK, ms=7, clip_on=False, zorder=4)
+            text = f"{mean[row]:.2f}" + (f" [{low[row]:.2f}, {high[row]:.2f}]" if settled[row] else "")
+        else:
+            continue
+        shift = (9 if side == "left" else -9, 0)
+        # its own interval may reach into the axis, under the text
+        ax.annotate(
+            text, (at, row), shift, textcoords="offset points", ha=side, va="center", fontsize=8, color=INK, zorder=5,
+            bbox={"fc": "white", "ec": "none", "pad": 1.0},
+        )  # fmt: skip
+    ax.set_yticks(rows, [_name(name, row) for name, row in table.iterrows()])
+    ax.set_ylim(-0.6, len(table) - 0.4)
+    name = f"coverage of the {percent(level)} interval" if metric == "coverage" else AXIS_NAMES.get(metric, metric)
+    order = "" if metric == by else "\n(methods in the order of their log density)"
+    open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
+    ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}")
+    tidy(ax, "x")
+    return ax
+
+
+def _name(method: Hashable, row: pd.Series) -> str:
+    """The method, and what a reader must know of its run."""
+    over = row.get("overspent", np.nan)
+    notes = [] if row.get("settled", True) else ["not settled"]
+    notes += [] if np.isnan(over) else [f"{over:.1f} x budget"]
+    notes += ["exact"] if row.get("solver") == "exact" else []
+    named = fill(str(method), LABEL_WIDTH)
+    return f"{named}\n({', '.join(notes)})" if notes else named
+
+
+def _loss(table: pd.DataFrame, metric: str, level: float) -> pd.Series:
+    """The score, so that smaller is better: coverage by its distance from the nominal level."""
+    if metric == "coverage":
+        return (table[metric] - level).abs()
+    return -table[metric] if metric == "log_density" else table[metric]
+
+
+def _edges(loss: np.ndarray, table: pd.DataFrame, metric: str) -> tuple[float, float] | None:
+    """Best and worst end of the axis, where a method that failed by far would squeeze the others together; else None."""
+    loss_limit = np.nanmin(loss) + FAR * (np.nanmedian(loss) - np.nanmin(loss))
+    near = table[loss <= loss_limit]
+    if metric == "coverage" or len(near) == np.isfinite(loss).sum():
+        return None
+    sign = -1.0 if metric == "log_density" else 1.0
+    ends = sign * near[[f"{metric}_low", f"{metric}_high", metric]].to_numpy(float)
+    best, worst = np.nanmin(ends), min(np.nanmax(ends), loss_limit)
+    margin = 0.05 * (worst - best)
+    return sign * (best - margin), sign * (worst + 3.0 * margin)

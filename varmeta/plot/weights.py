@@ -1,0 +1,75 @@
+"""Figures of the weights: the learned prior with the tasks' posterior means; gaps of a `Reachability`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from varmeta.plot.style import BAND, INK, MUTED, axes_for, centre_of, tidy
+
+if TYPE_CHECKING:
+    from varmeta.results.result import Fit
+
+INTERVALS = (("prior, 90 %", 1.645, 5, "#c9d9ee"), ("prior, 50 %", 0.674, 11, BAND))
+# A few weights get an axis each, since their units differ.
+MAX_AXES = 6
+
+
+def plot_prior(fit: Fit, limit: int = 30) -> Any:
+    """theta0, the prior's 50 % and 90 % intervals, and the tasks' posterior means, for every weight (at most `limit`).
+
+    A few weights get an axis each, since their units differ; more share one.  The dots' heights mean nothing.  Where features
+    move the prior, it is drawn for a task whose features are at their mean.  Returns the axes, `(weights or 1, 1)`.
+    """
+    import matplotlib.pyplot as plt
+
+    prior, weights = fit.prior, fit.model.weights
+    labels = prior.labels[:limit]
+    loc = centre_of(fit).cpu().numpy()
+    sd = weights.flatten(prior.sd).cpu().numpy()
+    means = weights.flatten(fit.posterior().mean).cpu().numpy()
+    few = len(labels) <= MAX_AXES
+    size = (6.5, 0.85 * len(labels) + 0.7) if few else (6.5, 0.3 * len(labels) + 1.2)
+    figure, axes = plt.subplots(len(labels) if few else 1, 1, figsize=size, squeeze=False, layout="constrained")
+    spread = 0.45 if few else 0.25
+    jitter = np.random.default_rng(0).uniform(-spread, spread, len(means))
+    for row, label in enumerate(labels):
+        ax, height = (axes[row, 0], 0) if few else (axes[0, 0], row)
+        for name, z, width, colour in INTERVALS:
+            ax.hlines(
+                height, loc[row] - z * sd[row], loc[row] + z * sd[row], color=colour, lw=width, zorder=1, label=name
+            )
+        ax.scatter(
+            means[:, row], height + jitter, s=14 if few else 8, fc=INK, ec="white", lw=0.4, alpha=0.8, zorder=2,
+            label="tasks' posterior means",
+        )  # fmt: skip
+        ax.scatter(loc[row], height, marker="|", s=420 if few else 160, lw=2, color="black", zorder=3, label="theta0")
+        if few:
+            ax.set_yticks([0], [label])
+            ax.set_ylim(-0.8, 0.8)
+    if not few:
+        axes[0, 0].set_yticks(np.arange(len(labels)), labels, fontsize=8)
+        axes[0, 0].set_ylim(len(labels) - 0.4, -0.6)
+    for ax in axes[:, 0]:
+        tidy(ax)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    entries = dict(zip(names, handles, strict=True))
+    legend = figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    for handle in legend.legend_handles:
+        set_sizes = getattr(handle, "set_sizes", None)
+        if set_sizes is not None:  # as large as on the axes, theta0 would fill the legend
+            set_sizes([60])
+    return axes
+
+
+def plot_gaps(gap: Any, ax: Any = None) -> Any:
+    """Gaps of a `Reachability` in nats, one bar per task, sorted; returns the axes."""
+    ax = axes_for(ax, figsize=(6.5, 3.0))
+    gap = np.sort(np.asarray(gap))
+    ax.bar(np.arange(1, len(gap) + 1), gap, color=np.where(gap > 0, BAND, MUTED), width=0.9)
+    ax.axhline(0.0, color=INK, lw=1)
+    ax.set_xlabel("tasks, sorted")
+    ax.set_ylabel("F reached from the prior - F stored (nats)")
+    tidy(ax)
+    return ax

@@ -1,0 +1,1 @@
+"""Draw, predict, score, diagnose, export."""

@@ -1,0 +1,128 @@
+"""The posteriors of a batch of tasks' weights, and draws from them with the eta that each belongs to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from varmeta._checks import whole_number
+from varmeta.guides.kl import location, move, moved_by
+from varmeta.models.model import TaskModel
+from varmeta.numerics import noise
+from varmeta.numerics.tree import Tree, take
+from varmeta.strategies.problem import Problem
+from varmeta.tasks import Batch
+
+# Draws are a stream of their own, away from those of training (which counts its steps from 0).
+DRAWS = 2**40
+
+
+class Draws(ABC):
+    """q(theta_i) of every task of a batch, with what the tasks' features add.
+
+    eta: what the prior and the shared parameters are; a point, or the mean where eta is integrated out.
+    guide_name: of the guide that the fit used.
+    """
+
+    def __init__(self, model: TaskModel, guide_name: str, batch: Batch, eta: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.guide_name = guide_name
+        self.batch = batch
+        self.eta = dict(eta)
+
+    @property
+    @abstractmethod
+    def distribution(self) -> dist.TorchDistribution:
+        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """ "delta", "gaussian" or "integrated"."""
+
+    @abstractmethod
+    def theta(self, num_samples: int, seed: int) -> Tensor:
+        """Draws of the weights `(num_samples, tasks, 1, D)`; a task's do not depend on the others."""
+
+    @abstractmethod
+    def centres(self, num_samples: int) -> Tensor:
+        """The prior's location for each of as many draws, `(num_samples or 1, tasks or 1, D)`."""
+
+    @abstractmethod
+    def etas(self, num_samples: int) -> dict[str, Tensor]:
+        """The eta behind each of as many draws, `(num_samples, ...)`; empty where eta is a point."""
+
+    @abstractmethod
+    def with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        """Draws `(num_samples, tasks, 1, D)` with the eta that they belong to, at most `size` at a time."""
+
+    @abstractmethod
+    def take(self, at: Tensor, batch: Batch) -> Draws:
+        """The same for the tasks at these positions, whose data are `batch`."""
+
+    @property
+    def is_point(self) -> bool:
+        return self.kind == "delta"
+
+    def offset(self, eta: Mapping[str, Tensor]) -> Tensor | None:
+        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`; None where they add nothing."""
+        by = self.model.offset(eta, self.batch.support)
+        return None if by is None else by.unsqueeze(-2)
+
+    @property
+    def prior(self) -> dist.TorchDistribution:
+        """p(theta_i | eta): event shape `(D,)`; batch shape `(tasks, 1)` where the tasks' features move it, else `()`."""
+        return moved_by(self.model.prior_distribution(self.eta), self.offset(self.eta))
+
+
+class GuideDraws(Draws):
+    """q(theta; phi_i) of the guide, under one eta."""
+
+    def __init__(self, problem: Problem, phi: Tree, eta: Mapping[str, Tensor], batch: Batch) -> None:
+        super().__init__(problem.model, problem.guide.name, batch, eta)
+        self.guide = problem.guide
+        self.problem = problem
+        self.phi = phi
+
+    @property
+    def distribution(self) -> dist.TorchDistribution:
+        with torch.no_grad():
+            q = self.guide.distribution(self.phi, self.eta, self.batch.support)
+            return moved_by(q, self.offset(self.eta))
+
+    @cached_property
+    def kind(self) -> str:
+        return "delta" if isinstance(self.distribution, dist.Delta) else "gaussian"
+
+    def theta(self, num_samples: int, seed: int) -> Tensor:
+        num_samples = whole_number("num_samples", num_samples)
+        q, zero = self.distribution, self.batch.support.x.new_zeros(())
+        size = self.model.weights.size
+        if isinstance(q, dist.Delta):
+            standard = zero.expand(num_samples, 1, size)
+        else:
+            standard = noise.normal(seed, DRAWS, self.batch.ids, num_samples, size, zero.dtype).to(zero.device)
+        with torch.no_grad():
+            return move(q, standard.unsqueeze(-2))
+
+    def centres(self, num_samples: int) -> Tensor:
+        return location(self.prior).reshape(1, -1, self.model.weights.size)
+
+    def etas(self, num_samples: int) -> dict[str, Tensor]:
+        return {}
+
+    def with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+        yield from ((self.eta, part) for part in theta.split(size))
+
+    def take(self, at: Tensor, batch: Batch) -> GuideDraws:
+        return GuideDraws(self.problem, take(self.phi, at), self.eta, batch)
+
+    def objective(self) -> Tensor:
+        """-F_i of every task, nats, `(tasks,)`: what the guide's own objective says of the evidence."""
+        with torch.no_grad():
+            return -self.problem.losses("elbo", self.batch, 0)(self.phi, self.eta)

@@ -1,0 +1,1 @@
+"""`Fit`: what was learned, printed, doubted, stored."""

@@ -1,0 +1,216 @@
+"""Read a fit that `Fit.save` wrote, into a model that the caller gives; no code is ever read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from os import PathLike, fspath
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from varmeta.files.container import MAGIC, DamagedError, unpacked
+from varmeta.files.plain import difference
+from varmeta.fitting.run import Run
+from varmeta.guides.guide import Guide
+from varmeta.models import constants
+from varmeta.models.eta import HyperPosterior
+from varmeta.models.model import TaskModel
+from varmeta.numerics.linear_solve import LinearSolver
+from varmeta.numerics.minimize import Minimizer
+from varmeta.results import old_format as _old_format
+from varmeta.results import schema as _schema
+from varmeta.results.configuration import configuration, numbers_of, same_numbers
+from varmeta.results.result import Fit
+from varmeta.strategies.check import check_strategy
+from varmeta.strategies.stochastic import StochasticAlg
+from varmeta.strategies.strategy import State, Strategy
+from varmeta.tasks import Task, TaskSet
+
+# What a strategy may be made of: every class of ours below one of these is known by its name.
+PARTS: tuple[Any, ...] = (Strategy, Minimizer, LinearSolver, Guide, StochasticAlg)
+
+
+def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None = None) -> Fit:
+    """Read a fit that `Fit.save` wrote; the model's code is the caller's, so it is passed in.
+
+    strategy: only where the fit used a guide or solver of the user's own, which is code and so is not stored.
+
+    The model must be made as the fitted one was: argument by argument, but for where its weights start, and by what it makes of
+    a few rows of the data.
+
+    Raises FileNotFoundError and OSError where there is nothing to read; ValueError for a file that is not a fit or was changed
+    after it was written, for a fit of another model, naming the argument, and for another kind of strategy.  Warns of a file of
+    an older format, which knows less.
+    """
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"model must be the TaskModel that was fitted, not {type(model).__name__}")
+    shown = repr(fspath(path))
+    data = _read(path, shown)
+    try:
+        if data.startswith(MAGIC):
+            content, checks = unpacked(data), _schema.PRESENT
+        else:
+            content, checks = _old_format.unpacked(data), _schema.BEFORE
+    except DamagedError as error:
+        raise ValueError(f"{shown} is not a varmeta fit (Fit.save writes one): {error}") from error
+    fault = _schema.fault(content, checks)
+    if fault is not None:
+        raise ValueError(f"{shown} is damaged: {fault}")
+    try:
+        return _fit(content, shown, model, strategy)
+    except Refused:
+        raise
+    # what somebody wrote on purpose may break anything that is made of it
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise ValueError(f"{shown} is damaged: no fit can be made of it ({type(error).__name__}: {error})") from error
+
+
+class Refused(ValueError):
+    """A sound file, but not of this model or strategy."""
+
+
+def _read(path: str | PathLike[str], shown: str) -> bytes:
+    if not Path(path).exists():
+        raise FileNotFoundError(2, "there is no such file: Fit.save writes one", fspath(path))
+    if not Path(path).is_file():
+        raise ValueError(f"{shown} is not a file")
+    return Path(path).read_bytes()  # the system's own errors name the path
+
+
+def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strategy | None) -> Fit:
+    shapes = {name: list(shape) for name, shape in model.weights.shapes.items()}
+    if json.loads(content["weights"]) != shapes:
+        raise Refused(f"{shown} is a fit of a model with weights {content['weights']}, but this model has {shapes}")
+    eta = content["eta"]
+    like = next(iter(eta.values()))
+    if "model" in content:
+        found = difference(json.loads(content["model"]), configuration(model), model)
+        if found is not None:
+            raise Refused(f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted")
+        other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
+        if other is not None:
+            raise Refused(f"{shown} is a fit of a network with {other}: give it the network that was fitted")
+    else:
+        _old_format.check_likelihood(content["likelihood"], model, shown)
+    expected = {name: list(value.shape) for name, value in model.init(like).items()}
+    learned = {name: list(value.shape) for name, value in eta.items()}
+    if learned != expected:
+        raise Refused(
+            f"{shown} learned {learned}, but this model has {expected}: give it the fit's learn_precision, shared and "
+            "covariates"
+        )
+    prior = model.prior_distribution(eta)
+    covariance, kept = prior.covariance_matrix if model.prior.dense else prior.variance, content["covariance"]
+    if kept.dim() > covariance.dim():  # files of before hold zeros beside the variances
+        covariance = torch.diag(covariance)
+    if kept.shape != covariance.shape:
+        raise ValueError(f"its covariance has the shape {tuple(kept.shape)}")
+    scale = prior.stddev
+    units = scale.square() if covariance.dim() == 1 else torch.outer(scale, scale)
+    if not torch.allclose(covariance / units, kept / units, atol=1e-4):
+        raise Refused(
+            f"{shown} is a fit under another prior: its covariance was {kept.tolist()}, but that of this model would be "
+            f"{covariance.tolist()}"
+        )
+    tasks = TaskSet(
+        [
+            Task(support, query, name, own)
+            for (name, support, query), own in zip(content["tasks"], content["features"], strict=True)
+        ],
+        dtype=like.dtype,
+        x_names=content["x_names"],
+    )
+    known = content.get("numbers")
+    if known is not None and not same_numbers(known, numbers_of(model, tasks, eta), like.dtype):
+        raise Refused(
+            f"{shown} is a fit of another model: of the same numbers and rows this one makes other densities.  Its code (the "
+            "network's forward, the program, a distribution) has changed since, or varmeta has"
+        )
+    described = json.loads(content["strategy"])
+    if strategy is None:
+        strategy = _rebuild(described)
+        if not isinstance(strategy, Strategy):
+            raise ValueError(f"{type(strategy).__name__} is no strategy")
+        check_strategy(strategy, strategy.problem(model, tasks, 0), tasks, for_fit=False)
+    elif type(strategy).__name__ != described["kind"]:
+        raise Refused(f"{shown} is a fit by {described['kind']}, not by {strategy!r}")
+    state = State(content["phi"], content["inner"], **content["counters"])
+    record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
+    kept = content["hyper"]
+    run = Run(eta, state, *record)
+    run.hyper = None if kept is None else HyperPosterior(**kept)
+    fit = Fit(model, tasks, strategy, content["seed"], run)
+    if state.phi is not None:
+        started = fit.problem.start(tasks.batch(), eta)
+        if {n: v.shape for n, v in started.items()} != {n: v.shape for n, v in state.phi.items()}:
+            raise ValueError("its 'phi' are not those of its guide and tasks")
+    if "model" not in content:
+        warnings.warn(_old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
+    return fit
+
+
+def _rebuild(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_rebuild(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    kind = value.pop("kind")
+    if kind == "code":
+        raise Refused(
+            f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, model, strategy=...)"
+        )
+    if kind == "tensor":
+        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"].removeprefix("torch.")))
+    known: dict[str, Any] = {made.__name__: made for part in PARTS for made in _below(part)}
+    if kind not in known:
+        raise Refused(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
+    given = {name: _rebuild(item) for name, item in value.items()}
+    _check_parts(known[kind], given)
+    return known[kind](**given)
+
+
+def _check_parts(made: Any, given: dict[str, Any]) -> None:
+    """Raise TypeError where an option has another type than its class declares: constructors do not look at all of it."""
+    hints = get_type_hints(made)
+    for name, value in given.items():
+        if name in hints and not _is_a(value, hints[name]):
+            raise TypeError(f"{made.__name__}({name}=...) is a {type(value).__name__}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, one) for one in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    kind = origin or hint
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, Tensor):  # a number may be one
+        return kind in (int, float, Tensor)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _below(part: type) -> Iterator[type]:
+    """The class and all below it that are part of this package."""
+    if part.__module__.partition(".")[0] == "varmeta":
+        yield part
+    below: list[type] = part.__subclasses__()
+    for made in below:
+        yield from _below(made)

@@ -1,0 +1,92 @@
+"""Outcomes that a predictor separates: the likelihood rises for ever along some coefficients, and has no maximum.
+
+A loss that is convex in the coefficients has no minimum where it falls, or stays, along a direction d for ever (its recession
+direction), and which directions these are does not depend on where one stands.  Random effects do not help: where every row's
+loss falls along d whatever the task's weights are, so does their average.
+Source: Albert and Anderson, Biometrika 71 (1984), who call it complete and quasi-complete separation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from varmeta.fitting.in_double import cast, doubled
+from varmeta.fitting.pooled_start import is_regression, pooled_fit, pooled_loss
+from varmeta.models.labels import parameter_labels
+
+if TYPE_CHECKING:
+    from varmeta.results.result import Fit
+
+# Of the information that the start has along a direction, the share below which the likelihood has saturated; whether it has
+# because there is no maximum, or because events are rare, the loss itself tells.
+SATURATED = 1e-3
+# Of that information, relative to the largest, the share below which columns are collinear.
+COLLINEAR = 1e-8
+# So far, in units in which one row's information is 1, and by no more nats than this.
+FAR, RISE = 10.0, 1e-3
+# A coefficient takes part that moves by this share of the one that moves most.
+TAKES_PART = 0.1
+KINDS = ("binary", "classification", "count", "ordinal")
+
+
+def separated(fit: Fit) -> dict[str, float]:
+    """The coefficients (theta0 or shared) that run to infinity together, with where the fit left them, by readable name."""
+    model = fit.model
+    if model.likelihood is None or model.likelihood.kind not in KINDS or not is_regression(model, fit.tasks, fit.eta):
+        return {}
+    batch = doubled(fit.tasks.batch())
+    rows = int(batch.support.mask.sum())
+    start = cast(model.init(batch.support.x.new_zeros(())), torch.float64)
+    names = [name for name in model.start if name in start]
+    if not names or not rows:
+        return {}
+    found = pooled_fit(model, batch, start)
+    if found is None:
+        return {}
+    best = found[0]
+
+    def vector(eta: dict[str, Tensor]) -> Tensor:
+        return torch.cat([eta[name].detach().reshape(-1) for name in names])
+
+    def named(flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split([start[name].numel() for name in names])
+        return best | {name: part.reshape(start[name].shape) for name, part in zip(names, parts, strict=True)}
+
+    def loss(flat: Tensor) -> Tensor:
+        return pooled_loss(model, batch, named(flat)) + model.penalty(named(flat))
+
+    at, zero = vector(best), torch.zeros_like(vector(best))
+    before, after = (torch.autograd.functional.hessian(loss, point) / rows for point in (zero, at))
+    if not bool(before.isfinite().all() and after.isfinite().all()):
+        return {}
+    # in units in which each coefficient alone has information 1 at zero, and without what is collinear there
+    unit = before.diagonal().clamp(min=torch.finfo(at.dtype).tiny).rsqrt()
+    values, vectors = torch.linalg.eigh(unit[:, None] * before * unit)
+    kept = values > COLLINEAR * values[-1]
+    if not bool(kept.any()):
+        return {}
+    root = unit[:, None] * (vectors[:, kept] * values[kept].rsqrt())  # root' before root = 1
+    share, axes = torch.linalg.eigh(root.mT @ after @ root)
+    soft = root @ axes[:, share < SATURATED]
+    if not soft.shape[1]:
+        return {}
+    # the part of the way from zero to here that lies where the likelihood has saturated points outwards
+    direction = soft @ (soft.mT @ (before @ at))
+    size = float((direction @ before @ direction).clamp(min=0).sqrt())
+    if not size > 0:
+        return {}
+    direction = direction * (FAR / size)
+    with torch.no_grad():
+        rise = float(loss(at + direction) - loss(at))
+    if not (math.isfinite(rise) and rise <= RISE):
+        return {}
+    moves = (direction / unit).abs()
+    labels = parameter_labels(model, fit.tasks.x_names)
+    every = [label for name in names for label in labels[name]]
+    reached = vector(cast(fit.eta, torch.float64)).tolist()
+    part = (moves > TAKES_PART * moves.max()).tolist()
+    return {label: number for label, number, yes in zip(every, reached, part, strict=True) if yes}

@@ -1,0 +1,94 @@
+"""Write a fit: tensors and plain values under a checksum, whole or not at all; no code is ever written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from os import PathLike, fspath
+from typing import Any
+
+from torch import Tensor
+
+from varmeta.files.container import packed
+from varmeta.files.version import __version__
+from varmeta.files.write import write
+from varmeta.fitting.run import Run
+from varmeta.models import constants
+from varmeta.models.learned_prior import LearnedPrior
+from varmeta.models.model import TaskModel
+from varmeta.results.configuration import configuration, numbers_of
+from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.tasks import TaskSet
+
+
+def save(
+    path: str | PathLike[str],
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy,
+    seed: int,
+    run: Run,
+    prior: LearnedPrior,
+) -> None:
+    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the model's.
+
+    The file is written beside the old one and takes its place at the end, so that a save which fails, is interrupted or is
+    killed leaves the old one.
+
+    Raises ValueError where there is no such folder; OSError (PermissionError, a full disk) with the path where the system
+    refuses; TypeError where the run holds what is neither a tensor nor a plain value (an optimizer of the user's own might).
+    """
+    content = {
+        "version": __version__,
+        "strategy": json.dumps(_describe(strategy)),
+        "weights": json.dumps({name: list(shape) for name, shape in model.weights.shapes.items()}),
+        "constants": json.dumps(constants.fingerprint(model.net, model.constants)),
+        "model": json.dumps(configuration(model)),
+        "numbers": _numbers(model, tasks, run.eta),
+        "covariance": prior.covariance if model.prior.dense else model.weights.flatten(prior.sd).square(),
+        "seed": int(seed),
+        "eta": run.eta,
+        "phi": run.state.phi,
+        "inner": run.state.inner,
+        "counters": {"step": run.state.step, "lr_scale": run.state.lr_scale},
+        "history": run.history,
+        "optimizer": run.optimizer_state,
+        "stop": run.stop,
+        "converged": run.converged,
+        "loss": run.loss,
+        "schedule": run.schedule,
+        "hyper": None
+        if run.hyper is None
+        else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},
+        "tasks": [(task.name, task.support, task.query) for task in tasks],
+        "features": [dict(task.features or {}) for task in tasks],
+        "x_names": tasks.x_names,
+    }
+    try:
+        parts = packed(content)
+    except TypeError as error:
+        raise TypeError(f"{fspath(path)!r} was not written: of the fit, {error}") from error
+    write(path, parts)
+
+
+def _numbers(model: TaskModel, tasks: TaskSet, eta: Eta) -> Tensor | None:
+    """None where nothing can be computed: a fit that broke off is still worth keeping."""
+    try:
+        return numbers_of(model, tasks, eta)
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _describe(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+        }
+        return {"kind": type(value).__name__} | fields
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_describe(item) for item in value]
+    if isinstance(value, Tensor):
+        return {"kind": "tensor", "dtype": str(value.dtype), "values": value.detach().cpu().tolist()}
+    return {"kind": "code", "name": getattr(value, "__name__", type(value).__name__)}

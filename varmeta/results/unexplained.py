@@ -1,0 +1,41 @@
+"""Whether the learned noise is larger than the data: the weights then explain less than nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from varmeta.fitting.pooled_start import is_regression
+from varmeta.likelihoods.base import SCALE, Gaussian, StudentT
+
+if TYPE_CHECKING:
+    from varmeta.results.result import Fit
+
+# A noise scale may exceed the sd of a few rows by chance, and by its degrees of freedom.
+EXCESS = 1.1
+# After fewer steps, and short of convergence, it is still on its way from where it started.
+LONG = 500
+
+
+def unexplained(fit: Fit) -> str | None:
+    """A sentence where the noise scale, learned in earnest, exceeds the sd of all support rows."""
+    scale, likelihood, data = fit.prior.scale, fit.model.likelihood, fit.tasks.batch().support
+    if SCALE not in fit.eta or not isinstance(likelihood, (Gaussian, StudentT)) or scale is None:
+        return None
+    if likelihood.has_hyperprior:  # which may hold it there
+        return None
+    y = data.y[data.mask].double()
+    if scale.numel() != 1 or len(y) < 2:
+        return None
+    sd, found = float(y.std()), float(scale)
+    if not found > EXCESS * sd or not (fit.converged or fit.run.step >= LONG):
+        return None
+    why = (
+        "The prior holds them away from the data: let theta0 be learned (learn_loc), lower the precision, or learn it"
+        if is_regression(fit.model, fit.tasks, fit.eta)
+        else "In a network the prior drowns the signal: start its precision at the layers' fan-in (leave precision out), "
+        "share the layers that need not vary (shared=), or take more steps"
+    )
+    return (
+        f"the learned noise scale, {found:.3g}, exceeds the sd of the data, {sd:.3g}: the weights "
+        f"explain nothing, and predictions are wider than the data.  {why}"
+    )

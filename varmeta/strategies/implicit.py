@@ -1,0 +1,196 @@
+"""`Implicit`: phi is the argmin of the inner problem, differentiated by the implicit function theorem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.graphs.pieces import at
+from varmeta.guides.convex import inverse_ceiling
+from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
+from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, value_and_gradient
+from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
+from varmeta.strategies.amortised import DRAWS_ITS_OWN, MAX_TRACED_STEPS, Amortised, check_steps, has_diverged
+from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
+from varmeta.strategies.problem import Losses, Problem
+from varmeta.strategies.stochastic import StochasticAlg
+from varmeta.strategies.strategy import Eta, State, Stats, Traits
+from varmeta.tasks import Batch
+
+
+@dataclass(frozen=True)
+class Implicit(Amortised):
+    """phi_i*(eta) = argmin F_i(., eta), and the derivative of the outer objective G through it (amortised; iMAML).
+
+    dG/deta = d_eta G - (d2F/dphi deta)' u   with   (d2F/dphi2) u = d_phi G.
+
+    outer: "elbo" (the post's variational objective, where the envelope theorem leaves no linear system), "query" (iMAML),
+        "query_elbo" or "query_predictive".
+    inner_steps: None, to tolerance; or a fixed number K, in which case the gradient is exact only as far as phi_K is the
+        minimum: look at the certificate.
+    on_unconverged: "warn" (once per fit), "raise" or "ignore" a gradient whose certificate is out of tolerance.
+    linear_solver: for (d2F/dphi2) u = d_phi G; None: dense up to 32 numbers a task, else `CG`.
+    warm_start: start the inner solve from the task's last phi instead of the prior, and CG from its last u.  The phi of a
+        task then follows its minimum however few inner steps are taken, so adaptation goes to tolerance.
+    tolerance: of the inner gradient, relative to 1 + its norm at the start; None: 1e-8 in float64, 1e-4 in float32.
+    Reference: Rajeswaran et al. (2019).
+    """
+
+    outer: str = "elbo"
+    inner_steps: int | None = None
+    minimizer: Minimizer = field(default_factory=NewtonCG)
+    linear_solver: LinearSolver | None = None
+    on_unconverged: str = "warn"
+    warm_start: bool = field(default=False, kw_only=True)
+    tolerance: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.on_unconverged not in ("warn", "raise", "ignore"):
+            raise ValueError(f"on_unconverged must be 'warn', 'raise' or 'ignore', not {self.on_unconverged!r}")
+        check_steps(self.inner_steps)
+        self._check_alg()
+        if self.alg is not None and not self.alg.uses_score:
+            raise ValueError(
+                "Implicit takes the probability of reaching a minimum from the score of the Langevin noise, so its alg needs "
+                "temperature > 0 and estimator='auto' or 'score': a score for the random start alone misses that the basins' "
+                "boundaries move with theta0.  Unrolled(alg=...) serves every kind of noise"
+            )
+        if self.alg is not None and self.warm_start:
+            raise ValueError("warm_start and alg exclude each other: a draw of Alg starts at the prior")
+
+    def traits(self, problem: Problem) -> Traits:
+        self._check_guide(problem)
+        own = None if self.alg is None else DRAWS_ITS_OWN
+        return Traits(
+            noisy=self._is_noisy(problem),
+            # at phi_K the value is that of K steps, the gradient that of the minimum
+            line_search=self.inner_steps is None,
+            at_minimum=True,
+            not_captured=self._not_captured(problem) or own,
+            not_in_pieces=own,
+            minimizer=self.minimizer,
+            on_unconverged=self.on_unconverged,
+        )
+
+    def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
+        if not self.warm_start:
+            return State()
+        phi = detach(problem.start(batch, eta))
+        return State(phi, zeros_like(phi) if self._is_solved_by_cg(problem, phi) else None)
+
+    def _is_solved_by_cg(self, problem: Problem, phi: Tree) -> bool:
+        envelope = self.outer == "elbo" and not problem.guide.at_mode
+        return not envelope and isinstance(ImplicitAdjoint(self.linear_solver).solver(phi), CG)
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        if self.alg is not None:
+            return self._noisy_loss(self.alg, problem, batch, eta, state)
+        start = batch.of(state.phi) if state.phi is not None else detach(problem.start(batch, eta))
+        losses, ends, adjoint, stats = self._at_minimum(problem, batch, eta, state, start)
+        if state.phi is not None:
+            state = replace(state, phi=batch.into(state.phi, ends))
+        if state.inner is not None:
+            state = replace(state, inner=batch.into(state.inner, adjoint))
+        return self.total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
+
+    def _noisy_loss(
+        self, alg: StochasticAlg, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
+        """The mean over draws: noisy steps, then the minimum below where they ended."""
+        walk = alg.walk(problem, batch, detach(eta), state.step, graph=False)
+        many = batch.repeat(alg.num_draws)
+        losses, ends, _, stats = self._at_minimum(problem, many, eta, state, walk[-1])
+        total = self.total(problem, batch, eta, self._mean(losses))
+        total = self._add_score(total, problem, batch, eta, state, walk, losses)
+        inner, _ = self._objectives(problem, many, state)
+        stats = replace(
+            stats,
+            losses=self._mean(losses.detach()),
+            evaluations=alg.num_draws * (stats.evaluations + 4.0 * alg.num_steps + 3.0),
+            ends=ends,
+            unsettled=_on_a_ridge(inner, walk[-1], ends, detach(eta)).to(losses).mean(),
+        )
+        return total, replace(state, step=state.step + 1), stats
+
+    def _at_minimum(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
+    ) -> tuple[Tensor, Tree, Tree, Stats]:
+        """G at the minimum of F below `start`, differentiated implicitly; the minimum; the solution of the linear system where
+        the last one is kept (else empty); and what the gradient rests on."""
+        inner, outer = self._objectives(problem, batch, state)
+        units = problem.units(batch, start, detach(eta))
+        solution = self._solve(problem, batch, inner, start, detach(eta), self.inner_steps, units)
+        # the certificate costs a second solve, which nobody looks at where it is ignored
+        certify = self.on_unconverged != "ignore" if state.certify is None else state.certify
+        guess = None if state.inner is None else batch.of(state.inner)
+        ceiling = inverse_ceiling(problem.model, problem.guide, detach(eta))
+        losses, linear = ImplicitAdjoint(self.linear_solver, certify)(
+            inner, outer, solution.value, eta, guess, units, ceiling
+        )  # fmt: skip
+        adjoint = {} if guess is None else linear.pop("solution")
+        # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
+        evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
+        evaluations = evaluations + (1.0 if inner is outer else 4.0)
+        # unless it is asked what the gradient rests on, a graph need not work it out
+        inner_end, about = (solution._replace(value={}), linear) if certify else (None, None)
+        stats = Stats(losses.detach(), evaluations, inner_end, about, has_diverged(solution))
+        return losses, solution.value, adjoint, stats
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        start = detach(problem.start(batch, eta))
+        if self.alg is not None:
+            start = self.alg.one_draw(problem, batch, eta)
+        steps = None if self.warm_start else self.inner_steps
+        inner = problem.losses("inner", batch, 0)
+        if self.alg is None and steps is None and isinstance(self.minimizer, NewtonCG):
+            found = minimize_in_prior_coordinates(
+                problem, at(inner, eta), eta, start, self.minimizer, tolerance=self.tolerance
+            )
+            if found is not None:
+                return found
+        return self._solve(problem, batch, inner, start, eta, steps, problem.units(batch, start, eta))
+
+    def _solve(
+        self, problem: Problem, batch: Batch, inner: Any, start: Tree, eta: Eta, steps: int | None, units: Tree | None
+    ) -> Solution:
+        return minimize(
+            at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance, units=units,
+            lr_scale=problem.lr_scale(batch, self.minimizer),
+        )  # fmt: skip
+
+    def _not_captured(self, problem: Problem) -> str | None:
+        if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
+            return "an inner solve to tolerance looks at its own numbers"
+        linear = self.linear_solver
+        steps = (
+            linear.max_steps if isinstance(linear, CG) else linear.num_terms if isinstance(linear, Neumann) else None
+        )
+        small = linear is None or isinstance(linear, Direct)
+        if self.outer == "elbo" and self.on_unconverged == "ignore":
+            steps = 0  # nothing is solved
+        elif small and problem.model.weights.size <= MAX_DIRECT_SIZE:
+            steps = problem.model.weights.size
+        if steps is None:
+            return "a linear solve to tolerance looks at its own numbers: give CG(max_steps=...)"
+        if self.on_unconverged != "ignore" and not (small and steps):
+            steps = 2 * steps  # the certificate's solve
+        if self.inner_steps + steps > MAX_TRACED_STEPS:
+            return f"{self.inner_steps} inner and {steps} linear steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+        return None
+
+
+def _on_a_ridge(inner: Losses, start: Tree, end: Tree, eta: Eta) -> Tensor:
+    """Whether F curves downwards at `start` along the way to `end`, `(tasks,)`."""
+    way = add(end, start, -1.0)
+    _, point, gradient = value_and_gradient(lambda phi: inner(phi, eta), start, create_graph=True)
+    slope = dot(gradient, way).sum()
+    if not slope.requires_grad:
+        return torch.zeros(len(way["loc"]), dtype=torch.bool)
+    found = torch.autograd.grad(slope, list(point.values()), materialize_grads=True)
+    return dot(dict(zip(point, found, strict=True)), way) < 0

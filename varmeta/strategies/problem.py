@@ -1,0 +1,155 @@
+"""One model under one guide, with its rule for expectations and its seed: everything a strategy needs to make losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, fx
+
+from varmeta.graphs.pieces import Graphed
+from varmeta.guides.guide import Guide, PyroGuide
+from varmeta.guides.make import make_guide
+from varmeta.models.model import TaskModel
+from varmeta.numerics.adjoint import losses_and_gradient
+from varmeta.numerics.minimize import Minimizer
+from varmeta.numerics.tree import Tree, detach
+from varmeta.priors.validation import validation_enabled
+from varmeta.strategies.expectation import Expectation, GaussHermite, MonteCarlo, Point, make_expectation
+from varmeta.strategies.objective import Objective
+from varmeta.tasks import Batch, Data, TaskSet
+from varmeta.tasks.tensors import batch_of, tensors_of
+
+Losses = Callable[[Tree, Mapping[str, Tensor]], Tensor]
+
+# E_q p(query | theta) is no low-order polynomial of theta, so cubature does not serve it; draws do.
+PREDICTIVE_PARTICLES = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The inner problem F_i(phi, eta) and the outer objectives of a model, with noise fixed by (seed, step, task)."""
+
+    model: TaskModel
+    guide: Guide
+    expectation: Expectation
+    seed: int
+    # whether the losses are to be run as compiled graphs, piece by piece (numerics/pieces.py)
+    graphed: bool = False
+
+    @classmethod
+    def make(
+        cls,
+        model: TaskModel,
+        tasks: TaskSet,
+        guide: object,
+        expectation: object,
+        num_particles: int,
+        frozen: bool,
+        seed: int,
+    ) -> Problem:
+        """frozen: see `make_expectation`."""
+        made = make_guide(guide).bound(model)  # type: ignore[arg-type]
+        # a user's guide shows only with several tasks whether it keeps them apart
+        example = tasks.batch() if isinstance(made, PyroGuide) else tasks[:1].batch()
+        problem = cls(model, made, Point(), int(seed))
+        if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
+            return problem
+        linear = model.looks_linear(tasks)
+        quadratic = model.is_linear_gaussian
+        rule = make_expectation(expectation, model.weights.size, num_particles, linear, frozen, quadratic)  # type: ignore[arg-type]
+        return cls(model, made, rule, int(seed))
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.model, self.guide, self.weights)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of the points of the expectation, where they are not equal."""
+        rule = self.expectation
+        return rule.weights(self.model.weights.size) if isinstance(rule, GaussHermite) else None
+
+    @property
+    def deterministic(self) -> bool:
+        return self.expectation.deterministic
+
+    def losses(self, name: str, batch: Batch, step: int) -> Losses:
+        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise.
+
+        "inner" is what phi minimises: F_i, as "elbo", unless the guide is Laplace's.
+        """
+        function = self.objective.outer(name)
+        noise = self.noise(name, batch, step)
+        if not self.graphed:
+            return lambda phi, eta: function(phi, eta, batch, noise)
+        total = batch.total
+        graphs = self.model.graphs.setdefault((name, self.guide.key, self.model.prior, total, self.weights), {})
+        return Graphed(
+            lambda known, phi, eta: function(phi, eta, batch_of(known[0], total), known[1]),
+            (tensors_of(batch), noise),
+            graphs,
+        )
+
+    def gradient_graph(self, name: str, batch: Batch, eta: Mapping[str, Tensor]) -> fx.GraphModule:
+        """The traced graph of those losses and their gradient in phi, to judge by what they cost; kept with the model.
+
+        Raises CaptureError where they cannot be traced.
+        """
+        known = detach(dict(eta))
+        losses = replace(self, graphed=True).losses(name, batch, 0)
+        assert isinstance(losses, Graphed)
+        return losses.traced(losses_and_gradient, detach(self.start(batch, known)), known)
+
+    def noise(self, name: str, batch: Batch, step: int) -> Tensor:
+        """The standardised points at which that objective takes its expectation, `(points, tasks or 1, D)`."""
+        rule = self.expectation
+        if name == "query_predictive" and not isinstance(rule, Point):
+            if self.deterministic:
+                step = 0  # the same draws at every step: quasi-Newton steps and line searches need one function
+            known = rule.num_particles if isinstance(rule, MonteCarlo) else 0
+            rule = MonteCarlo(max(PREDICTIVE_PARTICLES, known))
+        return rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
+
+    def scaled_losses(self, data: Data, share: Tensor) -> Losses:
+        """F_i under a delta guide, the likelihood of `data` (a minibatch of each task) counted `share` `(tasks,)` times."""
+        noise = data.x.new_zeros(1, 1, self.model.weights.size)
+
+        def fn(phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
+            divergence, nll = self.objective.terms(phi, eta, data, noise)
+            return divergence + share * nll.mean(0)
+
+        return fn
+
+    def is_point(self, batch: Batch, eta: Mapping[str, Tensor]) -> bool:
+        """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is then no bound."""
+        phi = self.start(batch, eta)
+        return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
+
+    def units(self, batch: Batch, phi: Tree, eta: Mapping[str, Tensor]) -> Tree | None:
+        """The size of a usual change of each entry of phi: the prior's sd of a location, 1 of the rest.
+
+        In them F's Hessian is 1 but for as many directions as a task has rows.  None where these are more than half the
+        weights, so that the data, not the prior, say how large changes are; where all would be one number; and of a user's own
+        guide, of which nothing is known.
+        """
+        one = self.model.prior.uniform and phi.keys() == {"loc"}
+        many = 2 * batch.support.mask.shape[1] > self.model.weights.size
+        if one or many or isinstance(self.guide, PyroGuide):
+            return None
+        with validation_enabled(False):
+            sd = self.model.prior_distribution(eta).stddev.detach()
+        # a wider range would leave rounding to say what happens along the smallest
+        sd = sd.clamp(min=sd.max() * torch.finfo(sd.dtype).eps ** 0.25)
+        return {name: sd.expand_as(x) if name == "loc" else torch.ones_like(x) for name, x in phi.items()}
+
+    def lr_scale(self, batch: Batch, minimizer: Minimizer) -> Tensor | None:
+        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`: 1 / a task's support points; else None."""
+        return batch.support.num_points.clamp(min=1).to(batch.support.x).reciprocal() if minimizer.per_point else None
+
+    def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
+        """phi at the prior, differentiable in eta."""
+        with validation_enabled(False):  # a line search may ask for a point without a finite scale
+            return self.guide.init(self.model, eta, batch.support)

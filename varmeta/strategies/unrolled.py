@@ -1,0 +1,218 @@
+"""K inner steps from the prior: `Unrolled` differentiates through them, `FirstOrder` and `Reptile` do not."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from varmeta._checks import counted
+from varmeta.graphs.pieces import at
+from varmeta.guides.guide import PyroGuide
+from varmeta.guides.quadrature import Quadrature
+from varmeta.numerics.adjoint import detached, unrolled
+from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, minimize
+from varmeta.numerics.solution import Solution
+from varmeta.numerics.tree import Tree, add, detach
+from varmeta.strategies.amortised import DRAWS_ITS_OWN, MAX_TRACED_STEPS, Amortised, check_steps, has_diverged
+from varmeta.strategies.problem import Losses, Problem
+from varmeta.strategies.stochastic import StochasticAlg
+from varmeta.strategies.strategy import Eta, State, Stats, Traits
+from varmeta.tasks import Batch
+
+# Adam's steps are about its lr; one below this share of it had a gradient that is 0 but for rounding.
+STILL = 1e-6
+
+
+@dataclass(frozen=True)
+class KSteps(Amortised):
+    """phi_K after K first-order steps from the prior, phi_{k+1} = phi_k - step(dF/dphi_k), and G there.
+
+    How the derivative of G comes back to eta is what subclasses say.
+    """
+
+    outer: str = "query"
+    inner_steps: int = 5
+    minimizer: FirstOrderMinimizer = field(default_factory=lambda: GradientDescent(lr=0.01))
+
+    takes_alg = False
+
+    def __post_init__(self) -> None:
+        check_steps(self.inner_steps)
+        self._check_alg()
+        if not isinstance(self.minimizer, FirstOrderMinimizer):
+            raise ValueError(
+                f"{type(self).__name__} differentiates or counts first-order steps: minimizer must be GradientDescent or "
+                f"Adam, not {type(self.minimizer).__name__}"
+            )
+        if self.alg is not None and not self.takes_alg:
+            raise ValueError(f"{type(self).__name__} takes no alg: use Unrolled(alg=...) or Implicit(alg=...)")
+
+    @abstractmethod
+    def _through(
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution, float]:
+        """G at phi_K, `(tasks,)`, with its derivative in eta; the end; and the gradient evaluations that this takes."""
+
+    def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
+        return State()
+
+    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+        if self.alg is not None:
+            return self._noisy_loss(self.alg, problem, batch, eta, state)
+        inner, outer = self._objectives(problem, batch, state)
+        start, rates = problem.start(batch, eta), problem.lr_scale(batch, self.minimizer)
+        losses, solution, evaluations = self._through(inner, outer, start, eta, rates)
+        stats = Stats(losses.detach(), evaluations, diverged=has_diverged(solution))
+        return self.total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
+
+    def _noisy_loss(
+        self, alg: StochasticAlg, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
+        """The mean over draws at the end of the noisy steps."""
+        walk = alg.walk(problem, batch, eta, state.step, graph=not alg.uses_score)
+        _, outer = self._objectives(problem, batch.repeat(alg.num_draws), state)
+        losses = unrolled(outer, walk[-1], eta)
+        total = self.total(problem, batch, eta, self._mean(losses))
+        if alg.uses_score:
+            total = self._add_score(total, problem, batch, eta, state, walk, losses)
+        evaluations = alg.num_draws * ((4.0 if alg.uses_score else 3.0) * alg.num_steps + 1.0)
+        stats = Stats(self._mean(losses.detach()), evaluations, ends=detach(walk[-1]))
+        return total, replace(state, step=state.step + 1), stats
+
+    def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        inner = problem.losses("inner", batch, 0)
+        rates = problem.lr_scale(batch, self.minimizer)
+        if self.alg is not None:
+            end = self.alg.one_draw(problem, batch, eta)
+            return minimize(at(inner, eta), end, self.minimizer, steps=0, lr_scale=rates)
+        return self._steps(inner, detach(problem.start(batch, eta)), eta, rates)
+
+    def _steps(self, inner: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None) -> Solution:
+        """phi_K without a derivative."""
+        return minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps, lr_scale=lr_scale)
+
+    def _check_end(self, problem: Problem) -> None:
+        if isinstance(problem.guide, Quadrature):
+            raise ValueError(
+                f"{type(self).__name__} stops after {counted(self.inner_steps, 'step')}, but the {problem.guide.evidence_name} "
+                f"of this guide is that around the mode, and no evidence elsewhere: use vm.Implicit({self.guide!r})"
+            )
+
+    def _check_start(self, problem: Problem) -> None:
+        if isinstance(problem.guide, PyroGuide):
+            raise ValueError(
+                f"{type(self).__name__} differentiates through the start of phi, but a guide of one's own starts where its "
+                "author put it, which carries no derivative to theta0: use Joint, Reinit, Implicit or Reptile"
+            )
+
+    @property
+    def _too_long(self) -> str | None:
+        if self.inner_steps <= MAX_TRACED_STEPS:
+            return None
+        return f"{self.inner_steps} inner steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+
+
+@dataclass(frozen=True)
+class Unrolled(KSteps):
+    """K inner steps from the prior, and the derivative through all of them (MAML with a delta guide; ABML with a normal).
+
+    phi_{k+1} = phi_k - step(dF/dphi_k), phi_0 = prior(eta);   dG/deta by backpropagation through the K steps.
+    Reference: Finn et al. (2017); Ravi and Beatson (2019).
+    """
+
+    takes_alg = True
+
+    def traits(self, problem: Problem) -> Traits:
+        self._check_guide(problem)
+        self._check_end(problem)
+        self._check_start(problem)
+        graph = self._too_long or (None if self.alg is None else DRAWS_ITS_OWN)
+        # every step's graph is kept for the way back
+        memory = 4 * (1 + self.inner_steps)
+        noisy, minimizer = self._is_noisy(problem), self.minimizer
+        return Traits(noisy, memory=memory, not_captured=graph, not_in_pieces=graph, minimizer=minimizer)
+
+    def _through(
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution, float]:
+        solution = minimize(
+            at(inner, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True, lr_scale=lr_scale
+        )
+        end = solution.value
+        # in double precision one step still leaves enough digits, also where another weight's change would move this one
+        if isinstance(self.minimizer, Adam) and (
+            self.inner_steps > 1 or any(x.dtype != torch.float64 for x in end.values())
+        ):
+            end = {name: _kept_where_still(start[name], x, self.minimizer.lr) for name, x in end.items()}
+        # a gradient forward, a Hessian product (two gradients) backward
+        return unrolled(outer, end, eta), solution, 3.0 * self.inner_steps + 1.5
+
+
+def _kept_where_still(start: Tensor, end: Tensor, lr: float) -> Tensor:
+    """`end`, which follows `start` one to one where Adam has not moved it.
+
+    That is so where a gradient is 0 all the way: a column of zeros, a unit that is dead in this task, a task without support.
+    Adam's step has the slope lr / eps there, some 1e6, and the way back through several steps would lose its digits in
+    terms of that size that cancel.
+    """
+    moved = (end - start).detach()
+    return torch.where(moved.abs() <= STILL * lr, start + moved, end)
+
+
+@dataclass(frozen=True)
+class FirstOrder(KSteps):
+    """`Unrolled` with d phi_K / d phi_0 taken as the identity: first-order MAML."""
+
+    def traits(self, problem: Problem) -> Traits:
+        self._check_end(problem)
+        self._check_start(problem)
+        return _first_order_traits(self, problem)
+
+    def _through(
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution, float]:
+        solution = self._steps(inner, detach(start), detach(eta), lr_scale)
+        moved = add(solution.value, detach(start), -1.0)
+        return unrolled(outer, add(start, moved), eta), solution, self.inner_steps + 1.5
+
+
+@dataclass(frozen=True)
+class Reptile(KSteps):
+    """K inner steps, then theta0 is pulled towards where they ended: lambda (theta0 - phi_K), the elbo with phi_K held fixed.
+
+    Reference: Nichol et al. (2018); its pull with the precision of the prior as the factor.
+    """
+
+    outer: str = "elbo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outer != "elbo":
+            raise ValueError(
+                f"Reptile pulls theta0 towards phi_K, which is the elbo's derivative; outer={self.outer!r}"
+            )
+
+    def traits(self, problem: Problem) -> Traits:
+        self._check_end(problem)
+        return _first_order_traits(self, problem)
+
+    def _through(
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+    ) -> tuple[Tensor, Solution, float]:
+        solution = self._steps(inner, detach(start), detach(eta), lr_scale)
+        return detached(outer, solution.value, eta), solution, self.inner_steps + 1.5
+
+
+def _first_order_traits(strategy: KSteps, problem: Problem) -> Traits:
+    """Of strategies through whose steps no derivative goes."""
+    return Traits(
+        noisy=not problem.deterministic,
+        line_search=False,
+        moves_precision=False,
+        memory=4 * (1 + strategy.inner_steps),
+        not_captured=strategy._too_long,
+        minimizer=strategy.minimizer,
+    )

@@ -1,0 +1,1 @@
+"""fit, meta_gradient, compare, reachability."""

@@ -1,0 +1,255 @@
+"""`fit`: learn the prior from tasks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from varmeta._checks import positive_number, whole_number
+from varmeta.fitting import chunks
+from varmeta.fitting.blame import drowning_at_start
+from varmeta.fitting.compiled_step import check_compile
+from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
+from varmeta.fitting.joint_newton import newton, newton_applies
+from varmeta.fitting.pooled_start import is_regression, pooled_start
+from varmeta.fitting.run import Callback, Run
+from varmeta.fitting.schedule import Decay, decay_of, label
+from varmeta.graphs.capture import seconds_compiling, watcher
+from varmeta.guides.convex import LOG_CONCAVE
+from varmeta.guides.make import default_guide
+from varmeta.guides.quadrature import Quadrature
+from varmeta.hyper.integrate import check_hyperguide, integrate
+from varmeta.models.check import check_model
+from varmeta.models.kinks import kinked
+from varmeta.models.model import TaskModel
+from varmeta.models.responses import left_raw, one_scale_for_all
+from varmeta.results.doubts import doubts
+from varmeta.results.result import Fit
+from varmeta.strategies.check import check_kinds, check_strategy
+from varmeta.strategies.implicit import Implicit
+from varmeta.strategies.joint import Joint
+from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.tasks import Batch, TaskSet
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def fit(
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy | None = None,
+    num_steps: int | None = None,
+    optimizer: OptimizerFactory | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    *,
+    hyperguide: str | None = None,
+    schedule: str | Decay = "cosine",
+    budget: float | None = None,
+    compile: str | bool = "auto",
+    task_chunk_size: int | None = None,
+    progress: bool | None = None,
+    callback: Callback | None = None,
+    resume: Fit | None = None,
+) -> Fit:
+    """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
+
+    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Implicit("quadrature")` for a
+        linear predictor with one weight per task under a log-concave likelihood that is not Gaussian, without optimizer,
+        batch size or budget; `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior
+        (`learn_precision="full"`) or a hyperguide; else `Joint("normal")`.
+    num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
+    optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
+        `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
+        meta-parameters; else, and where the likelihood has kinks (a Laplace density) or a minibatch or a budget is given, Adam
+        at 1e-2.  Small models then start from the pooled fit; with kinks, a minibatch or an optimizer of your own from where
+        the model starts.
+    batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
+    hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and "multivariate_normal", its
+        posterior, by a Gaussian and importance weights (`Fit.hyper`, `Fit.hyperparameters()`), which then flows into
+        `posterior`, `adapt` and `predict`; "reml", theta0 and the shared parameters integrated out, the variances at their
+        best point, lme4's REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
+    schedule: a factor on the optimizer's learning rate: "cosine" (falls to zero over num_steps or the budget), "constant" (1), or
+        a function of the fraction of the way, from 0 at the first step towards 1.  A scheduler of torch.optim's, made in the
+        factory and stepped in `callback`, keeps its effect: both factors multiply.  The default L-BFGS ignores it.
+    budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
+    compile: capture each step as one graph and compile it: "auto" where eager steps would take four times what compiling does,
+        True at once (10 to 90 seconds), False never.  Joint Newton steps are never compiled.  What cannot be captured runs
+        eagerly, which the log says once.
+    task_chunk_size: how many tasks of a step are worked on at a time, which bounds memory and changes nothing but
+        rounding.  None: all that fit into about a gigabyte; compiled, what stays in cache.  Joint Newton steps take all.
+    progress: a progress bar; None shows one on a terminal only.
+    callback: called with a dict of numbers after every step.
+    resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts from its first step.
+
+    Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.  SIGTERM is left to the
+    process: see `sigterm_ends_fit`.
+
+    Raises ValueError or TypeError, before any work, for input that does not fit together.
+
+    >>> import varmeta as vm
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    >>> result = vm.fit(model, vm.datasets.lines(20, num_support=5, noise=0.1))
+    >>> result.converged
+    True
+    """
+    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
+    free = optimizer is None and batch_size is None and budget is None
+    if strategy is None:
+        strategy = resume.strategy if isinstance(resume, Fit) else _default_strategy(model, hyperguide, free)
+    if hyperguide is None:
+        hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
+    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
+    decay = decay_of(schedule)
+    check_compile(compile)
+    check_model(model, tasks)
+    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
+        if sentence is not None:
+            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    check_hyperguide(hyperguide, model, tasks, strategy)
+    if hyperguide != "delta" and not (optimizer is None and batch_size is None and budget is None):
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
+        )
+    problem = strategy.problem(model, tasks, seed)
+    check_strategy(strategy, problem, tasks)
+    chunks.check(task_chunk_size, problem)
+    whole = tasks.batch()
+    # a likelihood whose curvature no second derivative sees is descended by Adam, from where the model starts
+    smooth = kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
+    free = free and smooth
+    resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
+    eta = model.init(whole.support.x.new_zeros(())) if resumed is None else resumed.eta
+    use_newton = free and newton_applies(strategy, problem, whole, eta)
+    quasi = free and lbfgs_applies(strategy, problem, eta)
+    if resumed is not None:
+        run = resumed
+    else:
+        # in raw units Adam would otherwise spend a budget on the way to the data
+        if smooth and optimizer is None and batch_size is None and is_regression(model, tasks, eta):
+            eta = pooled_start(problem, whole, eta)
+            eta = _dense_start(model, tasks, whole, eta, seed) if quasi and problem.guide.at_mode else eta
+        run = Run(eta, strategy.init(problem, whole, eta))
+    few = 200 if use_newton or quasi or hyperguide != "delta" else 2000
+    steps = num_steps if num_steps is not None else None if budget is not None else few
+    if steps is not None and run.step >= steps:
+        raise ValueError(
+            f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more"
+        )
+    ended = resume is not None and run.stop.startswith("stopped") and run.schedule == label(schedule)
+    if ended and steps is not None and decay(run.step / steps) > decay(1.0):
+        low = "to zero" if decay(1.0) == 0 else f"to {decay(1.0):.2g} of its full size"
+        warnings.warn(
+            f"the step size of the run that is resumed had fallen {low} by its last step, {run.step}, and now starts "
+            "high again: schedule='constant', or an interrupted longer run, goes on as if it had never stopped",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    compiled = seconds_compiling()
+    bar = _bar(progress, steps or few)
+    reports = _reporter(bar, callback)
+    run.hyper, run.undetermined = None, ()
+    watching = watcher.set(_said_by(bar))
+    try:
+        if hyperguide != "delta":
+            run.schedule = None
+            integrate(problem, strategy, whole, tasks, run, hyperguide, (steps or few) - run.step, seed, reports)
+        elif use_newton:
+            newton(problem, strategy, whole, run, steps or few, reports)
+        else:
+            factory = optimizer or (lbfgs if quasi else adam)
+            decay = decay_of("constant") if quasi else decay
+            run.schedule = None if quasi else label(schedule)
+            plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
+            descend(problem, strategy, tasks, run, plan, reports)
+    finally:
+        watcher.reset(watching)
+        if bar is not None:
+            bar.close()
+    run.seconds_compiling = seconds_compiling() - compiled
+    result = Fit(model, tasks, strategy, seed, run)
+    # where the user says when to stop, that it came before convergence is no surprise
+    reached = (num_steps is not None and run.step >= num_steps) or (budget is not None and run.evaluations >= budget)
+    interrupted = run.stop.startswith("interrupted")
+    # where an interruption came before the first step, nothing was learned that one could doubt
+    found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
+    run.outlier = run.outlier or drowning_at_start(strategy, problem, whole, run.loss)
+    for sentence in [*([run.outlier] if run.outlier else []), *found]:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _default_strategy(model: object, hyperguide: str | None, free: bool) -> Strategy:
+    if not isinstance(model, TaskModel):  # about to be refused
+        return Joint()
+    # one weight, and a posterior of one mode that is not Gaussian: the evidence itself; a Gaussian's bound may be far from it
+    one = model.weights.size == 1 and model.is_linear and not model.is_linear_gaussian
+    if one and type(model.likelihood) in LOG_CONCAVE and free and hyperguide in (None, "delta"):
+        return Implicit(Quadrature.name)
+    return Joint("multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model))
+
+
+def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed: int) -> Eta:
+    """eta where the bound of a dense guide is best; as it came where that is not found.
+
+    On Laplace's evidence L-BFGS can overshoot to the edge of the covariances (an sd of 0), where all is flat; joint Newton
+    steps on the bound come back from there, and its optimum is near.
+    """
+    dense = Joint("multivariate_normal")
+    problem = dense.problem(model, tasks, seed)
+    if not newton_applies(dense, problem, whole, eta):
+        return eta
+    run = Run(eta, dense.init(problem, whole, eta))
+    newton(problem, dense, whole, run, 100, None)
+    if run.stop.startswith("interrupted"):
+        raise KeyboardInterrupt
+    if not math.isfinite(run.loss):
+        return eta
+    return run.eta | model.prior.inside(model.weights, run.eta)
+
+
+def _check_arguments(
+    model: object, tasks: object, strategy: object, num_steps: int | None, optimizer: object,
+    batch_size: int | None, budget: float | None, resume: object, seed: int,
+) -> None:  # fmt: skip
+    check_kinds(model, tasks, strategy)
+    if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
+        raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)")
+    if resume is not None and not isinstance(resume, Fit):
+        raise TypeError(f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file")
+    whole_number("seed", seed, 0)
+    for name, number in (("num_steps", num_steps), ("batch_size", batch_size)):
+        if number is not None:
+            whole_number(name, number)
+    if budget is not None:
+        positive_number("budget", budget)
+
+
+def _bar(progress: bool | None, total: int) -> tqdm | None:
+    if progress is False:
+        return None
+    from tqdm.auto import tqdm
+
+    # disable=None: tqdm's own word for "only on a terminal"
+    return tqdm(total=total, disable=None if progress is None else False, leave=False)
+
+
+def _said_by(bar: tqdm | None) -> Callable[[bool], None] | None:
+    """What a bar says while a graph is compiled, which may take a minute in which it does not move."""
+    return None if bar is None else lambda compiling: bar.set_description("compiling" if compiling else None)
+
+
+def _reporter(bar: tqdm | None, callback: Callback | None) -> Callback:
+    def report(row: dict[str, float]) -> None:
+        if bar is not None:
+            bar.update(1)
+            bar.set_postfix(loss=f"{row['loss']:.6g}", refresh=False)
+        if callback is not None:
+            callback(row)
+
+    return report

@@ -1,0 +1,107 @@
+"""One meta-gradient, with its certificate: the derivative of a strategy's outer objective with respect to eta."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from varmeta.fitting import chunks
+from varmeta.fitting.compiled_step import Step, check_compile
+from varmeta.models.check import check_model
+from varmeta.models.model import TaskModel
+from varmeta.numerics.adjoint import gradient_by_name
+from varmeta.strategies.amortised import Amortised
+from varmeta.strategies.certificate import Certificate
+from varmeta.strategies.check import check_kinds, check_strategy
+from varmeta.strategies.strategy import Strategy
+from varmeta.strategies.warnings import certificate, warning
+from varmeta.tasks import TaskSet
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """value: sum_i G_i in nats, and -log hyperprior where there is one.
+
+    grads: d value / d eta by name: theta0 and shared parameters by parameter name, then "log_precision...", "log_scale".
+    certificate: for `Implicit`, what the gradient rests on; else None.
+    moving, selecting: with a `StochasticAlg`, the two parts of grads by name: how each minimum moves, and how the
+        probability of reaching it changes; else None.
+    """
+
+    value: float
+    grads: dict[str, Tensor]
+    certificate: Certificate | None
+    moving: dict[str, Tensor] | None = None
+    selecting: dict[str, Tensor] | None = None
+
+    def __str__(self) -> str:
+        rows = [f"{name:24s} |gradient| = {float(g.norm()):.6g}" for name, g in self.grads.items()]
+        tail = [] if self.certificate is None else [str(self.certificate)]
+        return "\n".join([f"value {self.value:.6g}", *rows, *tail])
+
+
+def meta_gradient(
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy,
+    seed: int = 0,
+    eta: Mapping[str, Tensor] | None = None,
+    *,
+    compile: str | bool = "auto",
+    task_chunk_size: int | None = None,
+) -> MetaGradient:
+    """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where the model starts).
+
+    compile: True captures and compiles it, for those who ask for many; "auto" and False do not, since one gradient is not
+        worth it.  The graphs are kept with the model.
+    task_chunk_size: as in `fit`.
+
+    Raises ValueError for tasks or an eta that do not fit the model, TypeError for arguments of the wrong kind, RuntimeError
+    for an uncertified implicit gradient under `on_unconverged="raise"`.
+
+    >>> import varmeta as vm
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
+    >>> result = vm.meta_gradient(model, vm.datasets.lines(5, num_query=5), vm.Implicit(outer="query"))
+    >>> sorted(result.grads), result.certificate.ok
+    (['bias', 'log_scale', 'weight'], True)
+    """
+    check_kinds(model, tasks, strategy)
+    check_compile(compile)
+    check_model(model, tasks)
+    problem = strategy.problem(model, tasks, seed)
+    traits = check_strategy(strategy, problem, tasks, for_fit=False)
+    chunks.check(task_chunk_size, problem)
+    batch = tasks.batch()
+    start = model.init(batch.support.x.new_zeros(()))
+    if eta is not None:
+        if set(eta) != set(start):
+            raise ValueError(f"eta must have the names {sorted(start)}, not {sorted(eta)}")
+        given = {name: torch.as_tensor(eta[name]).detach().to(value) for name, value in start.items()}
+        wrong = [name for name, value in start.items() if given[name].shape != value.shape]
+        if wrong:
+            raise ValueError(
+                f"eta[{wrong[0]!r}] has shape {tuple(given[wrong[0]].shape)}, expected {tuple(start[wrong[0]].shape)}"
+            )
+        lost = [name for name, value in given.items() if not bool(torch.isfinite(value).all())]
+        if lost:
+            raise ValueError(
+                f"eta[{lost[0]!r}] is not finite: a gradient is taken at finite numbers, such as those of fit.eta"
+            )
+        start = given
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    state = replace(strategy.init(problem, batch, leaves), certify=True)
+    scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(problem, batch, leaves, state)
+    sentence = warning(traits, batch, stats)
+    if sentence is not None:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    grads = {name: found[name] for name in leaves}
+    moving = strategy.moving(problem, batch, leaves, state, stats) if isinstance(strategy, Amortised) else None
+    value, rests_on = float(scalar), certificate(batch, stats)
+    if moving is None:
+        return MetaGradient(value, grads, rests_on)
+    part = gradient_by_name(moving, leaves, leaves)
+    return MetaGradient(value, grads, rests_on, part, {name: grads[name] - part[name] for name in grads})

@@ -1,0 +1,198 @@
+"""What a comparison found: scores by method, seed and task, and intervals that hold over seeds and tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from varmeta._checks import counted
+from varmeta.files.write import write
+from varmeta.results.result import Fit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# A step is not cut in two, so a run may end a little above its budget; beyond this multiple it is said.
+OVERSPENT = 1.1
+
+
+@dataclass(frozen=True)
+class Report:
+    """scores: one row per method, seed and test task.  fits: by (method, seed).
+
+    runs: one row per method and seed: what was found of eta (hyperguide), by which solver ("budget", "exact" or "posterior
+        of eta", the last two outside the budget), what it cost, whether it failed, whether it had converged, why it stopped,
+        and what it warned about.
+    level: of the interval whose coverage was counted.  budget: gradient evaluations per task that each run was given.
+    """
+
+    scores: pd.DataFrame
+    runs: pd.DataFrame
+    fits: dict[tuple[str, int], Fit]
+    level: float
+    budget: float
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Mean of each score over test tasks and seeds, with the ends of its 95 % interval, one row per method.
+
+        The interval is for other seeds and other tasks (with a single seed, for other tasks alone); see `interval`.  A method
+        that has not settled in some run has none (NaN): where it goes on to is not a matter of seeds and tasks.
+        settled: whether every run that did not fail had.  solver: as in `runs`.  overspent: evaluations as a multiple of the
+        budget, where a run spent more than a tenth above it; else NaN.
+        """
+        import pandas as pd
+
+        settled = self._settled
+        rows = {method: _summarise(cells, settled[method]) for method, cells in self._cells().items()}
+        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+        by = self.runs.groupby("method", sort=False)
+        rest = by[["evaluations", "seconds"]].mean()
+        share = rest["evaluations"] / self.budget
+        rest = rest.assign(
+            failed=by["failed"].sum(),
+            settled=pd.Series(settled),
+            solver=by["solver"].first(),
+            overspent=share.where((share > OVERSPENT) & (by["solver"].first() == "budget")),
+        )
+        return table.join(rest, how="outer").reindex(rest.index)
+
+    @property
+    def _settled(self) -> dict[str, bool]:
+        good = self.runs["converged"].astype(bool) | (self.runs["failed"] > 0)
+        return {str(method): bool(value) for method, value in good.groupby(self.runs["method"]).all().items()}
+
+    def differences(self, reference: str) -> pd.DataFrame:
+        """Every method less `reference`, on the same tasks and seeds: means with their 95 % intervals.
+
+        Methods share tasks, so a difference is known better than either score; where one of the two has not settled it has no
+        interval (NaN).  Raises ValueError for an unknown method.
+        """
+        import pandas as pd
+
+        cells = self._cells()
+        if reference not in cells:
+            raise ValueError(f"reference must be one of the methods {list(cells)}, not {reference!r}")
+        own, settled = cells[reference], self._settled
+        rows = {
+            method: _summarise(
+                {metric: part[metric].sub(own[metric]) for metric in part}, settled[method] and settled[reference]
+            )
+            for method, part in cells.items()
+            if method != reference
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+    def _cells(self) -> dict[str, dict[str, pd.DataFrame]]:
+        """By method and score: one row per seed, one column per task."""
+        metrics = self.scores.columns.difference(["task", "method", "seed", "n"], sort=False)
+        # not pivot_table, which drops a score that is NaN throughout
+        return {
+            method: {metric: part.pivot(index="seed", columns="task", values=metric) for metric in metrics}
+            for method, part in self.scores.groupby("method", sort=False)
+        }
+
+    def plot(self, metric: str = "log_density", ax: Any = None) -> Any:
+        """Every method's mean and interval of one score; returns the matplotlib axes."""
+        from varmeta.plot import plot_comparison
+
+        return plot_comparison(self.table, metric, ax, self.level)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder, which is made; each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table, index in (
+            ("scores", self.scores, False), ("runs", self.runs, False), ("table", self.table, True)
+        ):  # fmt: skip
+            write(folder / f"{name}.csv", [table.to_csv(index=index).encode()])
+
+    def __str__(self) -> str:
+        table = self.table
+        costs = ["evaluations", "seconds", "failed"]
+        text = table[costs].copy()
+        text["evaluations"] = [
+            f"{spent:.0f}" + ("" if math.isnan(over) else f" ({over:.1f} x budget)")
+            for spent, over in zip(table["evaluations"], table["overspent"], strict=True)
+        ]
+        text["seconds"] = text["seconds"].map("{:.1f}".format)
+        for metric in [column[: -len("_low")] for column in table if column.endswith("_low")]:
+            text[metric] = [
+                f"{mean:.2f} [{low:.2f}, {high:.2f}]" if settled else f"{mean:.2f} (not settled)"
+                for mean, low, high, settled in zip(
+                    table[metric], table[f"{metric}_low"], table[f"{metric}_high"], table["settled"], strict=True
+                )
+            ]
+        text = text[[column for column in text if column not in costs] + costs]
+        return "\n".join([text.to_string(), *self._notes(table)])
+
+    def _notes(self, table: pd.DataFrame) -> list[str]:
+        """What a reader of the table must know, a line each."""
+        notes = []
+        unsettled = list(table.index[~table["settled"]])
+        rest = list(table.index[table["settled"]])
+        if unsettled:
+            named = ", ".join(unsettled)
+            if len(unsettled) > len(rest):
+                named = "every method" + (f" but {', '.join(rest)}" if rest else "")
+            notes.append(
+                "not settled, so without an interval: a larger budget, or standardised tasks, may change the order "
+                f"(report.runs): {named}"
+            )
+        over = list(table.index[table["overspent"].notna()])
+        if over:
+            notes.append(f"overspent, since one step took more than was left of the budget: {', '.join(over)}")
+        exact = list(table.index[table["solver"] == "exact"])
+        if exact:
+            notes.append(f"solved exactly, outside the budget and alike for every seed: {', '.join(exact)}")
+        own = self.runs[self.runs["hyperguide"] != "delta"].groupby("method", sort=False)["hyperguide"].first()
+        if len(own):
+            notes.append("with a posterior of eta, found by a solver of its own outside the budget")
+            notes += [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
+        said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
+        if len(said):
+            notes.append("warnings (in full: report.runs)")
+            notes += [
+                f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
+                for method, row in said.iterrows()
+            ]
+        return notes
+
+
+def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """An interval for the mean of `cells` `(seeds, tasks)` over other seeds and other tasks.
+
+    A crossed design with random seeds and tasks: the half-widths for seeds alone and for tasks alone, each with Student's t on
+    its own means, joined as the root of their squares.  A little wide where both matter, and honest where seeds are few.
+    With one seed it holds for other tasks alone.  NaN where a cell is not a number: a method must not be judged on what
+    went well.
+
+    >>> low, high = interval(np.array([[1.0, 2.0, 3.0]]))
+    >>> round(low, 2), round(high, 2)
+    (-0.48, 4.48)
+    """
+    from scipy.stats import t  # ArviZ brings it
+
+    if not np.isfinite(cells).all() or cells.shape[1] < 2:
+        return math.nan, math.nan
+    mean, square = float(cells.mean()), 0.0
+    for means in (cells.mean(0), cells.mean(1)):
+        count = len(means)
+        if count > 1:
+            square += t.ppf(0.5 + level / 2, count - 1) ** 2 * means.var(ddof=1) / count
+    return mean - math.sqrt(square), mean + math.sqrt(square)
+
+
+def _summarise(cells: Mapping[str, pd.DataFrame], settled: bool) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for metric, table in cells.items():
+        low, high = interval(table.to_numpy()) if settled else (math.nan, math.nan)
+        out |= {metric: float(table.to_numpy().mean()), f"{metric}_low": low, f"{metric}_high": high}
+    return out
