@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from varmeta.guides.guide import Delta
+from varmeta.guides.delta import Delta
 from varmeta.guides.make import make_guide
 from varmeta.strategies.expectation import Point, make_expectation
 from varmeta.strategies.problem import Problem

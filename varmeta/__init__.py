@@ -16,7 +16,8 @@ from varmeta.results.load import load
 from varmeta.results.result import Fit
 from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.implicit import Implicit
-from varmeta.strategies.joint import Joint, Reinit
+from varmeta.strategies.joint import Joint
+from varmeta.strategies.reinit import Reinit
 from varmeta.strategies.stochastic import StochasticAlg
 from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet

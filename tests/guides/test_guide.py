@@ -17,9 +17,12 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.cases import GUIDES, linear_model, net_model, ragged_tasks, seeded
 from tests.common import F64, moved, problem, start, with_grad
-from varmeta.guides.guide import Delta, Dense, MeanField, PyroGuide
+from varmeta.guides.delta import Delta
+from varmeta.guides.dense import Dense
 from varmeta.guides.kl import location, scale
 from varmeta.guides.make import make_guide
+from varmeta.guides.mean_field import MeanField
+from varmeta.guides.pyro_guide import PyroGuide
 
 
 class Own(PyroModule):

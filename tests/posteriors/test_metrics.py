@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from varmeta.posteriors import metrics
+from varmeta.posteriors import calibration, metrics
 
 F64 = torch.float64
 
@@ -77,20 +77,20 @@ def test_interval_ends_are_numpy_quantiles(level, draws):
     samples, y = normals(draws, 300), normals(300, seed=1)
     lower, upper = np.quantile(samples.numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
     expected = np.mean((lower <= y.numpy()) & (y.numpy() <= upper))
-    assert metrics.interval_coverage(samples, y, level).item() == pytest.approx(expected)
+    assert calibration.interval_coverage(samples, y, level).item() == pytest.approx(expected)
 
 
 def test_coverage_of_calibrated_draws():
-    covered = metrics.interval_coverage(normals(99, 100_000), normals(100_000, seed=1), 0.8).item()
+    covered = calibration.interval_coverage(normals(99, 100_000), normals(100_000, seed=1), 0.8).item()
     # order statistics of S draws split the line into S + 1 equally probable parts: 0.8 (S - 1) / (S + 1)
     assert covered == pytest.approx(0.8 * 98 / 100, abs=5 * math.sqrt(0.16 / 100_000))
 
 
 def test_pit_is_uniform_for_calibrated_draws_and_mid_for_ties():
-    values = metrics.pit(normals(999, 5000), normals(5000, seed=1))
+    values = calibration.pit(normals(999, 5000), normals(5000, seed=1))
     assert stats.kstest(values.numpy(), "uniform").pvalue > 0.01
-    assert stats.kstest(metrics.pit(normals(999, 5000) * 2, normals(5000, seed=1)).numpy(), "uniform").pvalue < 1e-6
-    tied = metrics.pit(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([1.0]))
+    assert stats.kstest(calibration.pit(normals(999, 5000) * 2, normals(5000, seed=1)).numpy(), "uniform").pvalue < 1e-6
+    tied = calibration.pit(torch.tensor([[0.0], [1.0], [1.0]]), torch.tensor([1.0]))
     assert tied.tolist() == [(1 + 1 + 0.5) / 4]
 
 
@@ -98,15 +98,17 @@ def test_calibration_error_agrees_with_a_loop():
     values = torch.from_numpy(np.random.default_rng(0).beta(2, 1, 37))
     levels = np.linspace(0.05, 0.95, 20)
     gaps = [np.mean(values.numpy() <= p) - p for p in levels]
-    assert metrics.calibration_error(values).item() == pytest.approx(np.mean(np.abs(gaps)))
-    assert metrics.calibration_error(values, kind="rms").item() == pytest.approx(np.sqrt(np.mean(np.square(gaps))))
-    assert metrics.calibration_error(values, levels=[0.3]).item() == pytest.approx(
+    assert calibration.calibration_error(values).item() == pytest.approx(np.mean(np.abs(gaps)))
+    assert calibration.calibration_error(values, kind="rms").item() == pytest.approx(np.sqrt(np.mean(np.square(gaps))))
+    assert calibration.calibration_error(values, levels=[0.3]).item() == pytest.approx(
         abs(np.mean(values.numpy() <= 0.3) - 0.3)
     )
 
 
 def test_a_pit_equal_to_the_level_counts_as_below():
-    assert metrics.calibration_error(torch.tensor([0.25, 0.5, 0.75]), levels=[0.5]).item() == pytest.approx(2 / 3 - 0.5)
+    assert calibration.calibration_error(torch.tensor([0.25, 0.5, 0.75]), levels=[0.5]).item() == pytest.approx(
+        2 / 3 - 0.5
+    )
 
 
 def test_calibration_error_of_a_shifted_normal():
@@ -114,13 +116,13 @@ def test_calibration_error_of_a_shifted_normal():
     values = torch.from_numpy(stats.norm.cdf(grid + 1.0))  # the truth lies one sd above the prediction
     levels = np.linspace(0.05, 0.95, 20)
     exact = np.mean(np.abs(stats.norm.cdf(stats.norm.ppf(levels) - 1.0) - levels))
-    assert metrics.calibration_error(values).item() == pytest.approx(exact, abs=1e-4)
-    assert metrics.calibration_error(torch.from_numpy((np.arange(20_000) + 0.5) / 20_000)).item() < 1e-4
+    assert calibration.calibration_error(values).item() == pytest.approx(exact, abs=1e-4)
+    assert calibration.calibration_error(torch.from_numpy((np.arange(20_000) + 0.5) / 20_000)).item() < 1e-4
 
 
 def test_calibration_error_from_draws_is_that_of_their_pit():
     samples, y = normals(50, 30), 2 * normals(30, seed=1)
-    assert metrics.calibration_error(samples, y) == metrics.calibration_error(metrics.pit(samples, y))
+    assert calibration.calibration_error(samples, y) == calibration.calibration_error(calibration.pit(samples, y))
 
 
 def test_error_rate():
@@ -138,11 +140,11 @@ def test_expected_calibration_error_agrees_with_a_loop():
         inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
         if inside.any():
             expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    got = metrics.expected_calibration_error(torch.from_numpy(probs), torch.from_numpy(y))
+    got = calibration.expected_calibration_error(torch.from_numpy(probs), torch.from_numpy(y))
     assert got.item() == pytest.approx(expected, rel=1e-12)
     sure = torch.eye(3, dtype=F64)
-    assert metrics.expected_calibration_error(sure, torch.tensor([0, 1, 2])).item() == 0.0
-    assert metrics.expected_calibration_error(sure, torch.tensor([1, 2, 0])).item() == 1.0
+    assert calibration.expected_calibration_error(sure, torch.tensor([0, 1, 2])).item() == 0.0
+    assert calibration.expected_calibration_error(sure, torch.tensor([1, 2, 0])).item() == 1.0
 
 
 def test_rows_of_the_table():
@@ -168,13 +170,13 @@ def test_one_draw_still_has_a_row():
 def test_nan_is_never_counted_as_a_number():
     samples, y = normals(10, 3), normals(3, seed=1)
     samples[4, 1] = math.nan
-    assert metrics.interval_coverage(samples, y).isnan()
-    assert metrics.calibration_error(samples, y).isnan()
-    assert metrics.pit(samples, y).isnan().tolist() == [False, True, False]
+    assert calibration.interval_coverage(samples, y).isnan()
+    assert calibration.calibration_error(samples, y).isnan()
+    assert calibration.pit(samples, y).isnan().tolist() == [False, True, False]
     assert metrics.crps_sample(samples, y).isnan().tolist() == [False, True, False]
     probs = torch.tensor([[0.5, math.nan]])
     assert metrics.error_rate(probs, torch.tensor([0])).isnan()
-    assert metrics.expected_calibration_error(probs, torch.tensor([0])).isnan()
+    assert calibration.expected_calibration_error(probs, torch.tensor([0])).isnan()
 
 
 @pytest.mark.parametrize(
@@ -183,15 +185,15 @@ def test_nan_is_never_counted_as_a_number():
         (lambda: metrics.log_density(torch.zeros(3)), r"\(draws, n\)"),
         (lambda: metrics.rmse(torch.zeros(3), torch.zeros(3, 1)), "share a shape"),
         (lambda: metrics.crps_sample(torch.zeros(5, 3), torch.zeros(5)), "draws first"),
-        (lambda: metrics.pit(torch.zeros(5, 0), torch.zeros(0)), "nothing to judge"),
-        (lambda: metrics.interval_coverage(torch.zeros(5, 3), torch.zeros(3), 90), "level must be a probability"),
-        (lambda: metrics.calibration_error(torch.tensor([1.5])), "between 0 and 1"),
-        (lambda: metrics.calibration_error(torch.zeros(0)), "no observations"),
-        (lambda: metrics.calibration_error(torch.zeros(1), levels=[]), "levels"),
-        (lambda: metrics.calibration_error(torch.zeros(1), kind="l2"), "kind is 'l2'"),
+        (lambda: calibration.pit(torch.zeros(5, 0), torch.zeros(0)), "nothing to judge"),
+        (lambda: calibration.interval_coverage(torch.zeros(5, 3), torch.zeros(3), 90), "level must be a probability"),
+        (lambda: calibration.calibration_error(torch.tensor([1.5])), "between 0 and 1"),
+        (lambda: calibration.calibration_error(torch.zeros(0)), "no observations"),
+        (lambda: calibration.calibration_error(torch.zeros(1), levels=[]), "levels"),
+        (lambda: calibration.calibration_error(torch.zeros(1), kind="l2"), "kind is 'l2'"),
         (lambda: metrics.error_rate(torch.zeros(3, 2), torch.tensor([0, 1, 2])), r"0, \.\.\., 1"),
         (lambda: metrics.error_rate(torch.zeros(3, 2), torch.zeros(3, 1)), r"\(n, classes\)"),
-        (lambda: metrics.expected_calibration_error(torch.ones(1, 2), torch.zeros(1), 0), "num_bins"),
+        (lambda: calibration.expected_calibration_error(torch.ones(1, 2), torch.zeros(1), 0), "num_bins"),
     ],
 )
 def test_bad_input_is_refused(call, match):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import varmeta as vm
-from varmeta.posteriors import metrics
+from varmeta.posteriors import calibration, metrics
 
 
 @cache
@@ -32,7 +32,7 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     ),
     "plot_prior_curves": lambda level: vm.plot.plot_prior_curves(fit(), [[0.0], [1.0]], level=level),
     "metrics.normal": lambda level: metrics.normal(ONE, ONE, ONE, level),
-    "metrics.interval_coverage": lambda level: metrics.interval_coverage(ONE[:, None], ONE[:1], level),
+    "calibration.interval_coverage": lambda level: calibration.interval_coverage(ONE[:, None], ONE[:1], level),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.pooled_start import is_regression, pooled_fit
-from varmeta.guides.guide import Delta
+from varmeta.guides.delta import Delta
 from varmeta.guides.make import default_guide
 from varmeta.models.model import TaskModel
 from varmeta.numerics.minimize import minimize

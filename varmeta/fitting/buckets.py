@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from varmeta.guides.guide import PyroGuide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.numerics.tree import Tree, take
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.tasks import Batch

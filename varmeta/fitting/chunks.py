@@ -17,7 +17,7 @@ from torch import Tensor
 
 from varmeta._checks import whole_number
 from varmeta.graphs.capture import CaptureError, graph_bytes
-from varmeta.guides.guide import PyroGuide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, take
 from varmeta.strategies.problem import Problem

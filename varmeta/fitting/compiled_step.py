@@ -23,22 +23,31 @@ from varmeta.fitting import chunks
 from varmeta.fitting.chunks import Outcome
 from varmeta.graphs.capture import Captured, CaptureError, compile_seconds, eager_seconds
 from varmeta.numerics.adjoint import gradient_by_name
-from varmeta.numerics.solution import Solution
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
 from varmeta.tasks.tensors import batch_of, tensors_of
 
 log = logging.getLogger("varmeta")
+
+
 COMPILE = ("auto", True, False)
+
+
 # "auto" compiles where eager steps would take this many times what compiling takes.  A graph divides a step by four or more, so
 # it breaks even at 1.3 times; the rest is for an estimate that is too high by 2.4 for a joint step.
 WORTH = 4.0
+
+
 # Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
 # (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
 FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
+
+
 # With fewer numbers in x times weights, adapting takes no time, so the question is not even asked.
 MANY = 10**7
+
+
 # Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of them larger, compile.
 SOLVE, PIECES = 30, 12
 
@@ -146,32 +155,6 @@ class Step:
         if key not in graphs:
             graphs[key] = _Graph(self.strategy, problem, batch.total, batch.share, state.certify)
         return cast("_Graph", graphs[key])
-
-
-def adapt(
-    strategy: Strategy,
-    problem: Problem,
-    batch: Batch,
-    eta: Eta,
-    compile: str | bool,
-    task_chunk_size: int | None = None,
-) -> Solution:
-    """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
-    size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
-
-    def solve(graphed: bool) -> Solution:
-        return chunks.solution(lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size)
-
-    try:
-        if compile == "auto":
-            compile = False
-            if batch.support.x.numel() * problem.model.weights.size >= MANY:
-                part = next(iter(chunks.split(batch, size)))
-                compile = pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
-        return solve(bool(compile))
-    except CaptureError as error:
-        fall_back(str(error))
-        return solve(False)
 
 
 def fall_back(reason: str) -> None:

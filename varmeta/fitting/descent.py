@@ -17,7 +17,7 @@ from varmeta.fitting.compiled_step import Step
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Callback, Run, interrupted
 from varmeta.fitting.schedule import GIVEN, Decay, Rates
-from varmeta.guides.guide import PyroGuide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.strategies.warnings import warning

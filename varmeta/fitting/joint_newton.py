@@ -16,8 +16,9 @@ from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.implicit import Implicit
-from varmeta.strategies.joint import Joint, Reinit
+from varmeta.strategies.joint import Joint
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.reinit import Reinit
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.tasks import Batch
 

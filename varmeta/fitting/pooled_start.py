@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.buckets import elbo_losses
-from varmeta.guides.guide import Delta
+from varmeta.guides.delta import Delta
 from varmeta.models.model import TaskModel
 from varmeta.numerics.joint_model import SharedProblem
 from varmeta.numerics.minimize import minimize

@@ -22,7 +22,7 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta.fitting.buckets import buckets
-from varmeta.guides.guide import Dense
+from varmeta.guides.dense import Dense
 from varmeta.models.model import TaskModel
 from varmeta.models.program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree, take

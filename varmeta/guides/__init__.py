@@ -1,7 +1,10 @@
 """The guides with options, under the name that users type: `vm.Joint(vm.guides.LowRank(rank=3))`."""
 
-from varmeta.guides.guide import Delta, Dense, Guide, MeanField
+from varmeta.guides.delta import Delta
+from varmeta.guides.dense import Dense
+from varmeta.guides.guide import Guide
 from varmeta.guides.laplace import Laplace
+from varmeta.guides.mean_field import MeanField
 from varmeta.guides.quadrature import Quadrature
 from varmeta.guides.structured import LowRank, Structured
 

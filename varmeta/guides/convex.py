@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from varmeta.guides.guide import Delta, Guide
+from varmeta.guides.delta import Delta
+from varmeta.guides.guide import Guide
 from varmeta.guides.kl import scale
 from varmeta.guides.laplace import Laplace
-from varmeta.likelihoods.base import Bernoulli, Binomial, Categorical, Gaussian, Poisson
-from varmeta.likelihoods.more import LogNormal, NegativeBinomial
+from varmeta.likelihoods.continuous import Gaussian, LogNormal
+from varmeta.likelihoods.discrete import Bernoulli, Binomial, Categorical, NegativeBinomial, Poisson
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import Quadratic
 from varmeta.numerics.tree import Tree, flatten

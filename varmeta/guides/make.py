@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
-from varmeta.guides.guide import Delta, Dense, Guide, MeanField, PyroGuide
+from varmeta.guides.delta import Delta
+from varmeta.guides.dense import Dense
+from varmeta.guides.guide import Guide
 from varmeta.guides.laplace import Laplace
+from varmeta.guides.mean_field import MeanField
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.guides.quadrature import Quadrature
 from varmeta.guides.structured import LowRank
 from varmeta.models.model import TaskModel

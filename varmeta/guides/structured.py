@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
+from varmeta.guides.dense import Dense
 from varmeta.guides.gaussian import BlockNormal, LowRankNormal
-from varmeta.guides.guide import BoundGuide, Dense, copies, sample
+from varmeta.guides.guide import BoundGuide, copies, sample
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel, matches
 from varmeta.numerics.tree import Tree

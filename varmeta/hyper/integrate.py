@@ -13,12 +13,12 @@ from varmeta.fitting.blame import largest
 from varmeta.fitting.buckets import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.fitting.run import Callback, Run, non_finite
-from varmeta.guides.guide import PyroGuide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import fit_gaussian
 from varmeta.hyper.importance import importance
-from varmeta.likelihoods.more import CONCENTRATION
+from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.models.eta import HYPERGUIDES, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel

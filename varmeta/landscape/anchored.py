@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varmeta.guides.guide import Delta
+from varmeta.guides.delta import Delta
 from varmeta.landscape.wells import lowest_of, lowest_wells
 from varmeta.models.model import TaskModel
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize

@@ -1,7 +1,8 @@
 """The likelihoods under the name that users type: `vm.likelihoods.Gaussian(scale=0.1)`."""
 
-from varmeta.likelihoods.base import Bernoulli, Binomial, Categorical, Gaussian, Likelihood, Poisson, StudentT
-from varmeta.likelihoods.more import LogNormal, NegativeBinomial, Ordinal
+from varmeta.likelihoods.base import Likelihood
+from varmeta.likelihoods.continuous import Gaussian, LogNormal, StudentT
+from varmeta.likelihoods.discrete import Bernoulli, Binomial, Categorical, NegativeBinomial, Ordinal, Poisson
 from varmeta.likelihoods.weighted import Weighted
 
 __all__ = [

@@ -10,12 +10,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted
 from varmeta.files.remember import Remembers
 from varmeta.priors.hyperprior import check, describe, log_density
 
 # theta0 of a noise scale that each task has of its own must not be read as the scale of all
 SCALE, TASK_SCALE = "log_scale", "log_noise"
+
+
 NOISE_SCALE = "noise scale"  # for people
 
 
@@ -76,13 +77,13 @@ class Likelihood(Remembers, ABC):
         return f"{type(self).__name__}({inner})"
 
 
-def _positive(name: str, value: float) -> float:
+def positive(name: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive finite number, not {value}")
     return float(value)
 
 
-def _not_count(y: Tensor) -> Tensor:
+def not_count(y: Tensor) -> Tensor:
     return (y < 0) | (y != y.floor())
 
 
@@ -98,7 +99,7 @@ class LocationScale(Likelihood):
         *,
         per_task: bool = False,
     ) -> None:
-        self.scale = _positive("scale", scale)
+        self.scale = positive("scale", scale)
         self.learn_scale = bool(learn_scale)
         self.per_task = bool(per_task)
         if per_task and not (learn_scale and scale_hyperprior is None):
@@ -141,129 +142,3 @@ class LocationScale(Likelihood):
     def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """The distribution of observations around `loc` with that scale."""
         return dist.Normal(loc, scale)
-
-
-class Gaussian(LocationScale):
-    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
-
-    Several responses share the scale: bring them to one (`TaskSet.standardized`), or write a Pyro program with `to_event(1)`.
-
-    scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`; flat where left out.
-    per_task: each task has a scale of its own, whose logarithm is a weight `log_noise` of the task, drawn from the prior as its
-        other weights are; `scale` is where its theta0 starts.
-
-    Raises ValueError for a scale that is not positive, and for per_task with learn_scale=False or a scale_hyperprior.
-    """
-
-
-class StudentT(LocationScale):
-    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed; per_task as of `Gaussian`."""
-
-    def __init__(
-        self,
-        df: float = 4.0,
-        scale: float = 1.0,
-        learn_scale: bool = True,
-        scale_hyperprior: dist.TorchDistribution | None = None,
-        *,
-        per_task: bool = False,
-    ) -> None:
-        super().__init__(scale, learn_scale, scale_hyperprior, per_task=per_task)
-        self.df = _positive("df", df)
-
-    def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        return dist.StudentT(loc.new_tensor(self.df), loc, scale)
-
-
-class Bernoulli(Likelihood):
-    """y in {0, 1}; the network puts out the log odds."""
-
-    kind = "binary"
-
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=out)
-
-    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        return (y != 0) & (y != 1), "0 or 1"
-
-
-class Categorical(Likelihood):
-    """y a class 0, ..., C-1 (integers); the network puts out C unnormalised log probabilities, C = `num_classes`."""
-
-    kind = "classification"
-
-    def __init__(self, num_classes: int | None = None) -> None:
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, not {num_classes}")
-        self.num_classes = num_classes
-
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        outputs = out.shape[-1]
-        if outputs != (self.num_classes or max(2, outputs)):
-            raise ValueError(
-                f"the network puts out {counted(outputs, 'number')} for a row, but {self!r} needs one for each class, "
-                f"{self.num_classes or 'at least 2'}"
-            )
-        return dist.Categorical(logits=out)
-
-    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        bad = _not_count(y)
-        if self.num_classes is None:
-            return bad, "a class 0, 1, 2, ..."
-        return bad | (y >= self.num_classes), f"a class 0, ..., {self.num_classes - 1}"
-
-
-class Poisson(Likelihood):
-    """y a count; the network puts out the log rate."""
-
-    kind = "count"
-
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        return dist.Poisson(out.exp())
-
-    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        return _not_count(y), "a count 0, 1, 2, ..."
-
-
-class _StableBinomial(dist.Binomial):
-    """torch's log density has a kink in its second derivative at log odds of exactly 0, where theta0 often starts."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        n, log_odds = self.total_count, self.logits
-        coefficient = torch.lgamma(n + 1) - torch.lgamma(value + 1) - torch.lgamma(n - value + 1)
-        return coefficient + value * log_odds + n * torch.nn.functional.logsigmoid(-log_odds)
-
-
-class Binomial(Likelihood):
-    """y successes out of a number of trials; the network puts out the log odds.
-
-    total_count: the trials of every observation; None where y has two columns, (successes, trials).  A prediction
-        without y is then for a single trial.
-    """
-
-    kind = "count"
-
-    def __init__(self, total_count: int | None = None) -> None:
-        if total_count is not None and total_count < 1:
-            raise ValueError(f"total_count must be at least 1, not {total_count}")
-        self.total_count = total_count
-
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        if self.total_count is not None:
-            trials = out.new_tensor(float(self.total_count))
-        else:
-            trials = out.new_tensor(1.0) if y is None else y[..., 1].to(out)
-        return _StableBinomial(total_count=trials, logits=out)
-
-    def observed(self, y: Tensor) -> Tensor:
-        return y if self.total_count is not None else y[..., 0]
-
-    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        if self.total_count is not None:
-            return _not_count(y) | (y > self.total_count), f"a count 0, ..., {self.total_count}"
-        if y.dim() != 2 or y.shape[-1] != 2:
-            return torch.ones(len(y), dtype=torch.bool), "two columns (successes, trials), or set total_count"
-        bad = _not_count(y).any(-1) | (y[:, 0] > y[:, 1])
-        return bad, "two columns (successes, trials) with 0 <= successes <= trials"

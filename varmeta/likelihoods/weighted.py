@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import kind_of
-from varmeta.likelihoods.base import Gaussian, Likelihood, LocationScale
+from varmeta.likelihoods.base import Likelihood, LocationScale
+from varmeta.likelihoods.continuous import Gaussian
 
 T = TypeVar("T", bound=type[Likelihood])
 
@@ -55,7 +56,7 @@ class Weighted(Likelihood):
 
     Raises TypeError for what is no likelihood, or is Weighted already; ValueError for precision=True of one without a scale.
 
-    >>> from varmeta.bayes.likelihood import Poisson
+    >>> from varmeta.likelihoods import Poisson
     >>> Weighted(Poisson()).observed(torch.tensor([[3.0, 0.5]]))
     tensor([3.])
     >>> lmer = Weighted(Gaussian(scale=1.0, learn_scale=False), precision=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from varmeta.likelihoods.base import LocationScale
-from varmeta.likelihoods.more import LogNormal
+from varmeta.likelihoods.continuous import LogNormal
 from varmeta.likelihoods.weighted import Weighted
 from varmeta.models.model import TaskModel
 from varmeta.tasks import TaskSet

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, probability
-from varmeta.posteriors import metrics
+from varmeta.posteriors import calibration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,7 @@ class Prediction:
         level = probability("level", level)
         # sorted here: torch.quantile refuses more than 16 million numbers
         ordered = self._floating.sort(0).values
-        return metrics.quantile(ordered, (1 - level) / 2), metrics.quantile(ordered, (1 + level) / 2)
+        return calibration.quantile(ordered, (1 - level) / 2), calibration.quantile(ordered, (1 + level) / 2)
 
     @property
     def _floating(self) -> Tensor:

@@ -12,7 +12,7 @@ from varmeta.fitting.joint_newton import UNDETERMINED
 from varmeta.fitting.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.fitting.whitened import whitened_correlation
 from varmeta.likelihoods.base import SCALE
-from varmeta.likelihoods.more import CONCENTRATION
+from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.priors.prior import PRECISION, TRIL
 from varmeta.results.far_from_evidence import far_from_evidence
 from varmeta.results.separation import separated

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from varmeta._checks import counted
 from varmeta.fitting import chunks
-from varmeta.fitting.compiled_step import adapt, check_compile
+from varmeta.fitting.adapt import adapt
+from varmeta.fitting.compiled_step import check_compile
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature

@@ -6,7 +6,9 @@ import math
 
 import torch
 
-from varmeta.guides.guide import Dense, Guide, MeanField
+from varmeta.guides.dense import Dense
+from varmeta.guides.guide import Guide
+from varmeta.guides.mean_field import MeanField
 from varmeta.hyper.conditional import conditionals
 from varmeta.models.model import TaskModel
 from varmeta.numerics.quadrature import NODES

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from varmeta.fitting.pooled_start import is_regression
-from varmeta.likelihoods.base import SCALE, Gaussian, StudentT
+from varmeta.likelihoods.base import SCALE
+from varmeta.likelihoods.continuous import Gaussian, StudentT
 
 if TYPE_CHECKING:
     from varmeta.results.result import Fit

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from varmeta._checks import whole_number
-from varmeta.guides.guide import Delta
+from varmeta.guides.delta import Delta
 from varmeta.numerics.adjoint import ImplicitAdjoint
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree

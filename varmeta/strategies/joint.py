@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from varmeta.graphs.pieces import at, run
-from varmeta.guides.guide import Delta, Guide, PyroGuide
+from varmeta.guides.delta import Delta
+from varmeta.guides.guide import Guide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.models.kinks import kinked
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
@@ -86,27 +88,6 @@ class Joint(Strategy):
                 return found
             return minimize(inner, start, NewtonCG(), units=problem.units(batch, start, eta))
         return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
-
-
-@dataclass(frozen=True)
-class Reinit(Joint):
-    """`Joint`, with every phi_i and its optimiser state set back to the prior every `every` steps.
-
-    The post: "jointly minimize the variational objective with respect to theta0 and theta_i, but every once in a while
-    reinitialize theta_i to be theta0".  Each period has its own step-size schedule for phi, full at its start and falling to
-    zero at its end, while eta's falls once over the whole run; so phi's steps must be large enough to get from the prior
-    to the posterior within a period.
-    """
-
-    minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=5e-2), kw_only=True)
-    every: int = field(default=100, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1, not {self.every}")
-
-    def traits(self, problem: Problem) -> Traits:
-        return replace(super().traits(problem), period=self.every)
 
 
 def _adapt_with_fresh_noise(

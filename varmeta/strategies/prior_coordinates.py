@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from varmeta.graphs.pieces import Graphed
-from varmeta.guides.guide import Dense
+from varmeta.guides.dense import Dense
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution

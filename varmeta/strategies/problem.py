@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from varmeta.graphs.pieces import Graphed
-from varmeta.guides.guide import Guide, PyroGuide
+from varmeta.guides.guide import Guide
 from varmeta.guides.make import make_guide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.minimize import Minimizer

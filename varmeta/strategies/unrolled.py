@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varmeta._checks import counted
 from varmeta.graphs.pieces import at
-from varmeta.guides.guide import PyroGuide
+from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.guides.quadrature import Quadrature
 from varmeta.numerics.adjoint import detached, unrolled
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, minimize

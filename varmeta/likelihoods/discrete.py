@@ -1,4 +1,4 @@
-"""Likelihoods with learned numbers of their own."""
+"""Classes and counts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,104 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from varmeta.likelihoods.base import Likelihood, LocationScale, _not_count, _positive
+from varmeta._checks import counted
+from varmeta.likelihoods.base import Likelihood, not_count, positive
 
 CONCENTRATION, GAPS = "log_concentration", "log_gaps"
 
 
-class LogNormal(LocationScale):
-    """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is that of log y."""
+class Bernoulli(Likelihood):
+    """y in {0, 1}; the network puts out the log odds."""
 
-    real_valued = False  # a shift would leave the support
+    kind = "binary"
 
-    def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        return dist.LogNormal(loc, scale)
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Bernoulli(logits=out)
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        return y <= 0, "a positive number"
+        return (y != 0) & (y != 1), "0 or 1"
+
+
+class Categorical(Likelihood):
+    """y a class 0, ..., C-1 (integers); the network puts out C unnormalised log probabilities, C = `num_classes`."""
+
+    kind = "classification"
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, not {num_classes}")
+        self.num_classes = num_classes
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        outputs = out.shape[-1]
+        if outputs != (self.num_classes or max(2, outputs)):
+            raise ValueError(
+                f"the network puts out {counted(outputs, 'number')} for a row, but {self!r} needs one for each class, "
+                f"{self.num_classes or 'at least 2'}"
+            )
+        return dist.Categorical(logits=out)
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        bad = not_count(y)
+        if self.num_classes is None:
+            return bad, "a class 0, 1, 2, ..."
+        return bad | (y >= self.num_classes), f"a class 0, ..., {self.num_classes - 1}"
+
+
+class Poisson(Likelihood):
+    """y a count; the network puts out the log rate."""
+
+    kind = "count"
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Poisson(out.exp())
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        return not_count(y), "a count 0, 1, 2, ..."
+
+
+class _StableBinomial(dist.Binomial):
+    """torch's log density has a kink in its second derivative at log odds of exactly 0, where theta0 often starts."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        n, log_odds = self.total_count, self.logits
+        coefficient = torch.lgamma(n + 1) - torch.lgamma(value + 1) - torch.lgamma(n - value + 1)
+        return coefficient + value * log_odds + n * torch.nn.functional.logsigmoid(-log_odds)
+
+
+class Binomial(Likelihood):
+    """y successes out of a number of trials; the network puts out the log odds.
+
+    total_count: the trials of every observation; None where y has two columns, (successes, trials).  A prediction
+        without y is then for a single trial.
+    """
+
+    kind = "count"
+
+    def __init__(self, total_count: int | None = None) -> None:
+        if total_count is not None and total_count < 1:
+            raise ValueError(f"total_count must be at least 1, not {total_count}")
+        self.total_count = total_count
+
+    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+        if self.total_count is not None:
+            trials = out.new_tensor(float(self.total_count))
+        else:
+            trials = out.new_tensor(1.0) if y is None else y[..., 1].to(out)
+        return _StableBinomial(total_count=trials, logits=out)
+
+    def observed(self, y: Tensor) -> Tensor:
+        return y if self.total_count is not None else y[..., 0]
+
+    def invalid(self, y: Tensor) -> tuple[Tensor, str]:
+        if self.total_count is not None:
+            return not_count(y) | (y > self.total_count), f"a count 0, ..., {self.total_count}"
+        if y.dim() != 2 or y.shape[-1] != 2:
+            return torch.ones(len(y), dtype=torch.bool), "two columns (successes, trials), or set total_count"
+        bad = not_count(y).any(-1) | (y[:, 0] > y[:, 1])
+        return bad, "two columns (successes, trials) with 0 <= successes <= trials"
 
 
 class NegativeBinomial(Likelihood):
@@ -40,7 +123,7 @@ class NegativeBinomial(Likelihood):
     kind = "count"
 
     def __init__(self, concentration: float = 1.0, learn_concentration: bool = True) -> None:
-        self.concentration = _positive("concentration", concentration)
+        self.concentration = positive("concentration", concentration)
         self.learn_concentration = bool(learn_concentration)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
@@ -55,7 +138,7 @@ class NegativeBinomial(Likelihood):
         return _GammaPoisson(r.expand(out.shape), r * (-out).exp())
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        return _not_count(y), "a count 0, 1, 2, ..."
+        return not_count(y), "a count 0, 1, 2, ..."
 
 
 class _GammaPoisson(dist.GammaPoisson):
@@ -122,7 +205,7 @@ class Ordinal(Likelihood):
         return dist.Categorical(logits=torch.cat([below[..., :1], between, above[..., -1:]], -1))
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        return _not_count(y) | (y >= self.num_classes), f"an ordered class 0, ..., {self.num_classes - 1}"
+        return not_count(y) | (y >= self.num_classes), f"an ordered class 0, ..., {self.num_classes - 1}"
 
 
 def _free(eta: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,39 @@
+"""Adapt to tasks, unseen ones too: phi given eta, compiled and by chunks where that is worth it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from varmeta.fitting import chunks
+from varmeta.fitting.compiled_step import MANY, fall_back, pieces_are_worth_it
+from varmeta.graphs.capture import CaptureError
+from varmeta.numerics.solution import Solution
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.tasks import Batch
+
+
+def adapt(
+    strategy: Strategy,
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    compile: str | bool,
+    task_chunk_size: int | None = None,
+) -> Solution:
+    """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
+    size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
+
+    def solve(graphed: bool) -> Solution:
+        return chunks.solution(lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size)
+
+    try:
+        if compile == "auto":
+            compile = False
+            if batch.support.x.numel() * problem.model.weights.size >= MANY:
+                part = next(iter(chunks.split(batch, size)))
+                compile = pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
+        return solve(bool(compile))
+    except CaptureError as error:
+        fall_back(str(error))
+        return solve(False)

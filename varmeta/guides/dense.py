@@ -1,0 +1,43 @@
+"""The dense guide: a Gaussian with all correlations of a task's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from varmeta.guides.guide import Guide, copies, sample
+from varmeta.guides.kl import location, scale
+from varmeta.models.model import TaskModel
+from varmeta.numerics.tree import Tree
+from varmeta.priors.prior import unit_lower
+from varmeta.tasks import Data
+
+
+@dataclass(frozen=True, repr=False)
+class Dense(Guide):
+    """q_i = N(loc_i, L_i L_i') with L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular: one block per task."""
+
+    name = "multivariate_normal"
+
+    def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
+        prior = model.prior_distribution(eta)
+        factor = scale(prior)
+        assert factor is not None  # the prior is a Gaussian
+        if factor.dim() == 1:
+            factor = torch.diag_embed(factor)
+        spread = factor.diagonal()
+        phi = {"loc": copies(location(prior), data), "log_scale": copies(spread.log(), data)}
+        if len(spread) > 1:
+            rows, columns = torch.tril_indices(len(spread), len(spread), -1)
+            phi["tril"] = copies((factor / spread.unsqueeze(-1))[rows, columns], data)
+        return phi
+
+    def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+        factor = torch.diag_embed(phi["log_scale"].exp())
+        if "tril" in phi:
+            factor = factor @ unit_lower(phi["tril"], phi["loc"].shape[-1])
+        return sample(dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))

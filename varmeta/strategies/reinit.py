@@ -1,0 +1,31 @@
+"""`Joint` with periodic reinitialisation: every once in a while phi goes back to the prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from varmeta.numerics.minimize import Adam, FirstOrderMinimizer
+from varmeta.strategies.joint import Joint
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Traits
+
+
+@dataclass(frozen=True)
+class Reinit(Joint):
+    """`Joint`, with every phi_i and its optimiser state set back to the prior every `every` steps.
+
+    The post: "jointly minimize the variational objective with respect to theta0 and theta_i, but every once in a while
+    reinitialize theta_i to be theta0".  Each period has its own step-size schedule for phi, full at its start and falling to
+    zero at its end, while eta's falls once over the whole run; so phi's steps must be large enough to get from the prior
+    to the posterior within a period.
+    """
+
+    minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=5e-2), kw_only=True)
+    every: int = field(default=100, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, not {self.every}")
+
+    def traits(self, problem: Problem) -> Traits:
+        return replace(super().traits(problem), period=self.every)
