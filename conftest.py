@@ -1,6 +1,8 @@
-"""What holds for every test and every docstring example: one thread, no windows, a fixed seed, a clean parameter store.
+"""What holds for every test and every docstring example: one thread, no windows, a fixed seed, a
+clean parameter store.
 
-Nothing here needs torch or Pyro: the tests of the ArviZ export also run in an environment without them.
+Nothing here needs torch or Pyro: the tests of the ArviZ export also run in an environment without
+them.
 """
 
 import os
@@ -16,13 +18,16 @@ try:
 except ModuleNotFoundError:
     torch = None
 else:
-    # one thread: no fight for shared cores; `make test-machines` asks for two, which sum in another order
+    # one thread: no fight for shared cores; `make test-machines` asks for two, which sum in another
+    # order
     torch.set_num_threads(int(os.environ.get("VARMETA_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Networks draw their first weights from torch's global generator, so it starts each test at one place."""
+    """Networks draw their first weights from torch's global generator, so it starts each test at
+    one place.
+    """
     if torch is not None:
         torch.manual_seed(0)
 

@@ -1,4 +1,5 @@
-"""The main job on real data: learn a prior from tasks by every strategy, adapt it to tasks never seen, and compare.
+"""The main job on real data: learn a prior from tasks by every strategy, adapt it to tasks never
+seen, and compare.
 
 (a) Radon in 85 counties and growth of 30 rats: intercept and slope per task with a dense prior and a dense guide, beside
     the exact maximum-likelihood fits of lme4.
@@ -25,14 +26,18 @@ from varmeta.plot import plot_curves, plot_prior
 from varmeta.posteriors import arviz as inference_data
 from varmeta.posteriors import metrics
 
-# lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual sd, log likelihood.
+# lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual
+# sd, log likelihood.
 LME4 = {
     "radon": (1.494187, -0.656136, 0.332841, 0.313740, -0.374557, 0.716995, -1043.521340),
     "rats": (242.653333, 6.185714, 14.007056, 0.499634, 0.671734, 6.014130, -548.028663),
 }
 LEARNED = "joint (normal), learned precisions"
 DENSE = "joint (dense), learned, shared features"
-SIZES: dict[str, dict[str, int]] = {"full": {"budget": 600, "seeds": 3}, "smoke": {"budget": 40, "seeds": 2}}
+SIZES: dict[str, dict[str, int]] = {
+    "full": {"budget": 600, "seeds": 3},
+    "smoke": {"budget": 40, "seeds": 2},
+}
 
 
 def mixed_models(out: Path) -> pd.DataFrame:
@@ -41,19 +46,36 @@ def mixed_models(out: Path) -> pd.DataFrame:
 
     rows = []
     for name, tasks in (("radon", vm.datasets.radon()), ("rats", vm.datasets.rats())):
-        model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
+        model = vm.TaskModel(
+            nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
+        )
         begin = perf_counter()
         fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"), progress=False)
         seconds = perf_counter() - begin
         prior = fit.prior
         assert prior.scale is not None  # the Gaussian likelihood learns it
         ours = (
-            prior.loc["bias"], prior.loc["weight"], prior.sd["bias"], prior.sd["weight"], prior.correlation[0, 1], prior.scale,
+            prior.loc["bias"],
+            prior.loc["weight"],
+            prior.sd["bias"],
+            prior.sd["weight"],
+            prior.correlation[0, 1],
+            prior.scale,
             torch.tensor(-fit.loss),
-        )  # fmt: skip
-        labels = ("intercept", "slope", "sd intercept", "sd slope", "correlation", "residual sd", "log likelihood")
+        )
+        labels = (
+            "intercept",
+            "slope",
+            "sd intercept",
+            "sd slope",
+            "correlation",
+            "residual sd",
+            "log likelihood",
+        )
         for label, mine, reference in zip(labels, ours, LME4[name], strict=True):
-            rows.append({"data": name, "quantity": label, "varmeta": float(mine), "lme4 (ML)": reference})
+            rows.append(
+                {"data": name, "quantity": label, "varmeta": float(mine), "lme4 (ML)": reference}
+            )
         print(f"{name}: {fit.stop}; {seconds:.1f} s", flush=True)
         inference_data.save(fit.to_arviz(), out / f"{name}.nc")
         plot_prior(fit)[0, 0].figure.savefig(out / f"{name}_prior.png", dpi=150)
@@ -62,11 +84,14 @@ def mixed_models(out: Path) -> pd.DataFrame:
 
 
 def strategies() -> dict[str, vm.Joint | vm.Implicit | vm.Unrolled | vm.FirstOrder | vm.Reptile]:
-    """Every row of the table, with inner loops short enough for the budget and step sizes at which none of them diverges."""
+    """Every row of the table, with inner loops short enough for the budget and step sizes at which
+    none of them diverges.
+    """
     inner, adam = vm.GradientDescent(lr=0.003), vm.Adam(lr=3e-2)
 
     def implicit(outer: str) -> vm.Implicit:
-        # five steps an outer step, from where the last ones ended: the certificates say how far that is from a minimum
+        # five steps an outer step, from where the last ones ended: the certificates say how far
+        # that is from a minimum
         return vm.Implicit("delta", outer, 5, adam, vm.CG(max_steps=5), warm_start=True)
 
     return {
@@ -97,7 +122,11 @@ def floor(points: int, draws: int = 4000) -> float:
 
 def said(row: dict[str, Any]) -> None:
     """A line for each run as it ends: minutes of silence look like a hang."""
-    how = f"{row['seconds']:.1f} s, {row['evaluations']:.0f} evaluations" if not row["failed"] else row["stop"]
+    how = (
+        f"{row['seconds']:.1f} s, {row['evaluations']:.0f} evaluations"
+        if not row["failed"]
+        else row["stop"]
+    )
     print(f"seed {row['seed']}: {row['method']} ({how})", file=sys.stderr, flush=True)
 
 
@@ -106,7 +135,9 @@ def growth(out: Path, seeds: int, budget: float) -> None:
     import matplotlib.pyplot as plt
 
     countries = vm.datasets.gapminder(as_frame=True)
-    train, test = (tasks_of(countries[countries["task_split"] == part]) for part in ("train", "test"))
+    train, test = (
+        tasks_of(countries[countries["task_split"] == part]) for part in ("train", "test")
+    )
     train, scaling = train.standardized()
     test = scaling.apply(test)
     net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -130,10 +161,17 @@ def growth(out: Path, seeds: int, budget: float) -> None:
         callback=said,
     )
     print(
-        f"\n{len(train)} training countries, {len(test)} unseen; {seeds} seeds; {budget:g} gradient evaluations per task"
+        f"\n{len(train)} training countries, {len(test)} unseen; {seeds} seeds; {budget:g} "
+        "gradient evaluations per task"
     )
-    print("standardised units; mean [95 % interval over seeds and tasks]; coverage is of 90 % intervals")
-    print(f"calibration error is per country: perfect forecasts of 6 independent years would score {floor(6):.2f}")
+    print(
+        "standardised units; mean [95 % interval over seeds and tasks]; coverage is of 90 % "
+        "intervals"
+    )
+    print(
+        "calibration error is per country: perfect forecasts of 6 independent years would score "
+        f"{floor(6):.2f}"
+    )
     print(report)
     report.save(out)
     for metric in ("log_density", "rmse", "coverage"):
@@ -143,7 +181,9 @@ def growth(out: Path, seeds: int, budget: float) -> None:
     years = torch.linspace(1950, 2010, 61, dtype=train.dtype)
     grid = (years - scaling.x_loc) / scaling.x_scale
     shown = posterior.names[:: max(1, len(posterior.names) // 6)][:6]
-    axes = plot_curves(posterior, grid, list(shown), scaling=scaling, labels=("year", "life expectancy (years)"))
+    axes = plot_curves(
+        posterior, grid, list(shown), scaling=scaling, labels=("year", "life expectancy (years)")
+    )
     axes[0, 0].figure.savefig(out / "unseen_countries.png", dpi=150)
     plot_prior(fit)[0, 0].figure.savefig(out / "gapminder_prior.png", dpi=150)
     plt.close("all")
@@ -151,7 +191,9 @@ def growth(out: Path, seeds: int, budget: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
     parser.add_argument("--seeds", type=int, help="by default 3 (full) or 2 (smoke)")
     parser.add_argument("--size", choices=SIZES, default="full")

@@ -1,8 +1,10 @@
-"""The pictures of "Notes on iMAML" (Huszar, 2019) and the two that it announces, from the package's own solvers.
+"""The pictures of "Notes on iMAML" (Huszar, 2019) and the two that it announces, from the package's
+own solvers.
 
-(1) f, the anchored quadratic and their sum.  (2) The moving anchor.  (3) theta*(theta0) and its jumps.  (4) d theta*/d theta0 by
-four routes.  (5) The meta-objective of iMAML beside the variational one.  (6) Sums over many random tasks, and networks:
-what the meta-gradient sees of a landscape that smooths.
+(1) f, the anchored quadratic and their sum.  (2) The moving anchor.  (3) theta*(theta0) and its
+jumps.  (4) d theta*/d theta0 by four routes.  (5) The meta-objective of iMAML beside the
+variational one.  (6) Sums over many random tasks, and networks: what the meta-gradient sees of a
+landscape that smooths.
 
     python -m experiments.landscape --out results/landscape --seeds 8 --size full
 
@@ -24,14 +26,20 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from experiments import landscape_figures, landscape_networks, landscape_sums, landscape_sums_figures
+from experiments import (
+    landscape_figures,
+    landscape_networks,
+    landscape_sums,
+    landscape_sums_figures,
+)
 from varmeta.landscape.landscape import ROUTES
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sine": lambda t: torch.sin(3 * t) + 0.2 * t**2,
     "double well": lambda t: 0.5 * (t**2 - 1) ** 2 + 0.1 * t,
     "sharp and wide": lambda t: (
-        -1.2 * torch.exp(-0.5 * ((t + 1.2) / 0.15) ** 2) - 1.5 * torch.exp(-0.5 * ((t - 1.2) / 0.8) ** 2)
+        -1.2 * torch.exp(-0.5 * ((t + 1.2) / 0.15) ** 2)
+        - 1.5 * torch.exp(-0.5 * ((t - 1.2) / 0.8) ** 2)
     ),
 }
 LOW, HIGH = -3.0, 3.0
@@ -43,7 +51,9 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def minima(num_anchors: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(3) theta*(theta0) and its jumps, (4) its derivative by four routes, for every function and precision."""
+    """(3) theta*(theta0) and its jumps, (4) its derivative by four routes, for every function and
+    precision.
+    """
     numbers: dict[str, Any] = {}
     curves: dict[str, Any] = {}
     anchors = torch.linspace(LOW, HIGH, num_anchors, dtype=torch.float64)
@@ -61,7 +71,8 @@ def minima(num_anchors: int) -> tuple[dict[str, Any], dict[str, Any]]:
             numbers[key] = {
                 "jumps": [{"anchor": j.anchor, "left": j.left, "right": j.right} for j in jumps],
                 "largest difference from the closed form": {
-                    route: float((values - closed)[away].abs().max()) for route, values in routes.items()
+                    route: float((values - closed)[away].abs().max())
+                    for route, values in routes.items()
                 },
                 "flattest": _at(anchors, theta, closed, int(closed.argmin())),
                 "steepest": _at(anchors, theta, closed, int(closed.argmax())),
@@ -79,14 +90,19 @@ def _at(anchors: Tensor, theta: Tensor, derivative: Tensor, index: int) -> dict[
 
 
 def objectives(num_anchors: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(5) Both objectives at lambda = 1, for the global minimum and for the one that gradient descent from theta0 reaches."""
+    """(5) Both objectives at lambda = 1, for the global minimum and for the one that gradient
+    descent from theta0 reaches.
+    """
     numbers: dict[str, Any] = {}
     anchors = torch.linspace(LOW, HIGH, num_anchors, dtype=torch.float64)
     curves: dict[str, Any] = {"anchors": anchors.tolist()}
     for name, f in FUNCTIONS.items():
         landscape = vm.Landscape.of(f)
         # 1 / curvature is at least 0.018 here, and larger steps get there sooner
-        algs = {"argmin": landscape.argmin(anchors), "reached": landscape.reached(anchors, vm.GradientDescent(0.018))}
+        algs = {
+            "argmin": landscape.argmin(anchors),
+            "reached": landscape.reached(anchors, vm.GradientDescent(0.018)),
+        }
         for alg, theta in algs.items():
             curves[f"{name}, {alg}"] = {
                 "f": landscape.loss(anchors)[:, 0].tolist(),
@@ -99,7 +115,8 @@ def objectives(num_anchors: int) -> tuple[dict[str, Any], dict[str, Any]]:
                 "anchor": jump.anchor,
                 "imaml jumps by": float(landscape.loss(jump.right) - landscape.loss(jump.left)),
                 "variational jumps by": float(
-                    landscape.regularized(jump.right, jump.anchor) - landscape.regularized(jump.left, jump.anchor)
+                    landscape.regularized(jump.right, jump.anchor)
+                    - landscape.regularized(jump.left, jump.anchor)
                 ),
             }
             for jump in landscape.jumps(LOW, HIGH, 61)
@@ -108,9 +125,13 @@ def objectives(num_anchors: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/landscape"))
-    parser.add_argument("--seeds", type=int, help="families of random tasks; by default 8 (full) or 2 (smoke)")
+    parser.add_argument(
+        "--seeds", type=int, help="families of random tasks; by default 8 (full) or 2 (smoke)"
+    )
     parser.add_argument("--size", choices=SIZES, default="full")
     arguments = parser.parse_args()
     out, size = arguments.out, SIZES[arguments.size]
@@ -118,7 +139,9 @@ def main() -> None:
     torch.set_num_threads(1)  # small matrices: the second core serves the networks
     begin = perf_counter()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        networks = pool.submit(landscape_networks.run, size["starts"], size["budget"], size["points"])
+        networks = pool.submit(
+            landscape_networks.run, size["starts"], size["budget"], size["points"]
+        )
         numbers: dict[str, Any] = {}
         curves: dict[str, Any] = {}
         numbers["minima"], curves["minima"] = minima(size["anchors"])
@@ -138,7 +161,10 @@ def main() -> None:
 
 def report(numbers: dict[str, Any]) -> None:
     """The numbers in a page."""
-    print("jumps of theta*(theta0), and the largest difference of any route to its derivative from the closed form")
+    print(
+        "jumps of theta*(theta0), and the largest difference of any route to its derivative from "
+        "the closed form"
+    )
     for key, row in numbers["minima"].items():
         jumps = ", ".join(f"{jump['anchor']:.6f}" for jump in row["jumps"]) or "none"
         worst = max(row["largest difference from the closed form"].values())

@@ -19,11 +19,21 @@ from varmeta.plot import BAND, INK, MUTED
 
 WARM, STAR = "#d9772b", "#c1272d"  # the penalty, and iMAML's objective; the minimum
 STYLE: dict[Any, Any] = {
-    "font.size": 9, "axes.titlesize": 9.5, "legend.fontsize": 8.5, "legend.frameon": False, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#666666", "savefig.dpi": 150,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "savefig.dpi": 150,
+}
 ANCHOR, MINIMUM = r"anchor $\theta_0$", r"$\theta^*(\theta_0)$"
-IMAML, VARIATIONAL = r"iMAML: $f(\theta^*)$", r"variational: $f(\theta^*) + \frac{\lambda}{2}(\theta^* - \theta_0)^2$"
+IMAML, VARIATIONAL = (
+    r"iMAML: $f(\theta^*)$",
+    r"variational: $f(\theta^*) + \frac{\lambda}{2}(\theta^* - \theta_0)^2$",
+)
 Curves = dict[str, Any]
 
 
@@ -62,7 +72,7 @@ def draw_one_task(
         save(objectives(curves["objectives"], numbers["objectives"]), out / "5_objectives.png")
 
 
-# -- (1), (2): f, the penalty and their sum -------------------------------------------------------------------------------
+# -- (1), (2): f, the penalty and their sum --------------------------------------------------------
 
 
 class Picture:
@@ -77,9 +87,13 @@ class Picture:
         ax.set_xlim(low, high)
         ax.set_ylim(self.floor, float(self.f.max()) + 0.75 * spread)
         ax.plot(self.theta, self.f, color=INK, lw=1.8, label=r"loss $f(\theta)$")
-        (self.penalty,) = ax.plot([], [], color=WARM, lw=1.4, label=r"penalty $\frac{\lambda}{2}(\theta - \theta_0)^2$")
+        (self.penalty,) = ax.plot(
+            [], [], color=WARM, lw=1.4, label=r"penalty $\frac{\lambda}{2}(\theta - \theta_0)^2$"
+        )
         (self.sum,) = ax.plot([], [], color=BAND, lw=2.6, label="their sum")
-        (self.star,) = ax.plot([], [], "*", color=STAR, ms=13, mec="white", mew=0.6, label=r"its minimum $\theta^*$")
+        (self.star,) = ax.plot(
+            [], [], "*", color=STAR, ms=13, mec="white", mew=0.6, label=r"its minimum $\theta^*$"
+        )
         (self.mark,) = ax.plot([], [], "^", color=WARM, ms=8, clip_on=False, label=ANCHOR)
         ax.set_xlabel(r"weight $\theta$")
 
@@ -110,9 +124,13 @@ def three_curves(landscapes: dict[str, vm.Landscape]) -> Figure:
 
 
 def animate(landscape: vm.Landscape, path: Path, frames: int) -> None:
-    """Above, the three curves; below, theta* as a function of the anchor, drawn as the anchor moves."""
+    """Above, the three curves; below, theta* as a function of the anchor, drawn as the anchor
+    moves.
+    """
     low, high = -3.0, 3.0
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 6.4), height_ratios=(3, 2), layout="constrained")
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(6.4, 6.4), height_ratios=(3, 2), layout="constrained"
+    )
     picture = Picture(upper, landscape, low, high)
     upper.set_ylabel("loss (nats)")
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -143,7 +161,8 @@ def animate(landscape: vm.Landscape, path: Path, frames: int) -> None:
 
     show(0)  # an empty curve has no place in a layout
     figure.canvas.draw()
-    # the layout stays: to find it again for each frame takes most of the time; so does FuncAnimation, which draws it thrice
+    # the layout stays: to find it again for each frame takes most of the time; so does
+    # FuncAnimation, which draws it thrice
     figure.set_layout_engine("none")
     writer = PillowWriter(fps=14)
     with writer.saving(figure, str(path), dpi=90):
@@ -168,20 +187,26 @@ def strip(landscape: vm.Landscape) -> Figure:
     return figure
 
 
-# -- (3), (4): theta* and its derivative ----------------------------------------------------------------------------------
+# -- (3), (4): theta* and its derivative -----------------------------------------------------------
 
 
 def minima(curves: Curves, numbers: Curves) -> Figure:
-    """theta*(theta0) for every function (a panel) and precision (a shade); dots are the two ends of each jump."""
+    """theta*(theta0) for every function (a panel) and precision (a shade); dots are the two ends of
+    each jump.
+    """
     keys = [key for key in curves if key != "anchors"]
     names = list(dict.fromkeys(key.rpartition(",")[0] for key in keys))
-    figure, axes = plt.subplots(1, len(names), figsize=(10, 4.3), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(10, 4.3), sharex=True, sharey=True, layout="constrained"
+    )
     for ax, name in zip(axes, names, strict=True):
         mine = [key for key in keys if key.startswith(f"{name},")]
         ax.plot([-3, 3], [-3, 3], color=MUTED, lw=0.8, ls="--", label=r"$\theta^* = \theta_0$")
         for key, colour in zip(mine, blues(len(mine)), strict=True):
             jumps = numbers[key]["jumps"]
-            x, y = broken(curves["anchors"], curves[key]["theta"], [jump["anchor"] for jump in jumps])
+            x, y = broken(
+                curves["anchors"], curves[key]["theta"], [jump["anchor"] for jump in jumps]
+            )
             ax.plot(x, y, color=colour, lw=1.8, label=rf"$\lambda = {key.rpartition('= ')[2]}$")
             for jump in jumps:
                 ends = [jump["left"], jump["right"]]
@@ -192,7 +217,15 @@ def minima(curves: Curves, numbers: Curves) -> Figure:
         ax.set_aspect("equal")
         if name == "sharp and wide":
             ax.text(0.0, -1.2, "sharp well: flat", color="#555555", fontsize=8.5, va="center")
-            ax.text(2.95, 0.45, "wide well: steep", color="#555555", fontsize=8.5, va="center", ha="right")
+            ax.text(
+                2.95,
+                0.45,
+                "wide well: steep",
+                color="#555555",
+                fontsize=8.5,
+                va="center",
+                ha="right",
+            )
     axes[0].set_ylabel(MINIMUM)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
@@ -205,7 +238,11 @@ def derivatives(curves: Curves, numbers: Curves, precision: str = "1") -> Figure
         2, len(names), figsize=(10, 5.4), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     anchors = np.asarray(curves["anchors"])
-    marks = {"implicit": ("o", 5.5, BAND), "unrolled": ("x", 4.5, WARM), "central differences": ("+", 5.5, STAR)}
+    marks = {
+        "implicit": ("o", 5.5, BAND),
+        "unrolled": ("x", 4.5, WARM),
+        "central differences": ("+", 5.5, STAR),
+    }
     for column, key in enumerate(names):
         at = [jump["anchor"] for jump in numbers[key]["jumps"]]
         routes = {route: np.asarray(values) for route, values in curves[key]["derivative"].items()}
@@ -213,14 +250,35 @@ def derivatives(curves: Curves, numbers: Curves, precision: str = "1") -> Figure
         upper, lower = axes[:, column]
         for position in at:
             for ax in (upper, lower):
-                ax.axvline(position, color=MUTED, lw=0.8, ls=":", label="jump" if position == at[0] else None)
-        upper.plot(*broken(anchors, closed, at), color=INK, lw=1.6, label=r"closed form $\lambda/(\lambda + f'')$")
+                ax.axvline(
+                    position,
+                    color=MUTED,
+                    lw=0.8,
+                    ls=":",
+                    label="jump" if position == at[0] else None,
+                )
+        upper.plot(
+            *broken(anchors, closed, at),
+            color=INK,
+            lw=1.6,
+            label=r"closed form $\lambda/(\lambda + f'')$",
+        )
         for shift, (route, (marker, size, colour)) in enumerate(marks.items()):
             some = slice(4 * shift, None, 12)  # side by side, not one upon the other
             face = "none" if marker == "o" else colour
-            upper.plot(anchors[some], routes[route][some], marker, ms=size, color=colour, mfc=face, label=route)
+            upper.plot(
+                anchors[some],
+                routes[route][some],
+                marker,
+                ms=size,
+                color=colour,
+                mfc=face,
+                label=route,
+            )
             gap = np.abs(routes[route] - closed).clip(1e-16)  # 0 has no logarithm
-            lower.semilogy(*broken(anchors, gap, at), color=colour, lw=1.6 if route == "implicit" else 1.1)
+            lower.semilogy(
+                *broken(anchors, gap, at), color=colour, lw=1.6 if route == "implicit" else 1.1
+            )
         upper.set_title(f"{key.rpartition(',')[0]}, $\\lambda = {precision}$")
         lower.set_ylim(3e-17, 1e-5)
         lower.axhline(1e-6, color=MUTED, lw=0.8)
@@ -234,14 +292,19 @@ def derivatives(curves: Curves, numbers: Curves, precision: str = "1") -> Figure
     return figure
 
 
-# -- (5): the two objectives ----------------------------------------------------------------------------------------------
+# -- (5): the two objectives -----------------------------------------------------------------------
 
 
 def objectives(curves: Curves, numbers: Curves) -> Figure:
     """Above Alg is the global minimum, below the one that gradient descent from theta0 reaches."""
-    figure, axes = plt.subplots(2, len(numbers), figsize=(10, 5.8), sharex=True, sharey="col", layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(numbers), figsize=(10, 5.8), sharex=True, sharey="col", layout="constrained"
+    )
     anchors = np.asarray(curves["anchors"])
-    titles = {"argmin": r"$\theta^*$ the global minimum", "reached": r"$\theta^*$ downhill from $\theta_0$"}
+    titles = {
+        "argmin": r"$\theta^*$ the global minimum",
+        "reached": r"$\theta^*$ downhill from $\theta_0$",
+    }
     for row, (alg, title) in enumerate(titles.items()):
         for column, name in enumerate(numbers):
             ax, curve = axes[row, column], curves[f"{name}, {alg}"]
@@ -250,9 +313,23 @@ def objectives(curves: Curves, numbers: Curves) -> Figure:
                 steps = np.flatnonzero(np.abs(np.diff(curve["theta"])) > 0.2)
                 jumps = list(0.5 * (anchors[steps] + anchors[steps + 1]))
             for position in jumps:
-                ax.axvline(position, color=MUTED, lw=0.7, ls=":", label="jump" if position == jumps[0] else None)
-            ax.plot(anchors, curve["f"], color="#b9bec6", lw=1.1, label=r"$f(\theta_0)$, nothing adapted")
-            ax.plot(*broken(anchors, curve["variational"], jumps), color=INK, lw=2, label=VARIATIONAL)
+                ax.axvline(
+                    position,
+                    color=MUTED,
+                    lw=0.7,
+                    ls=":",
+                    label="jump" if position == jumps[0] else None,
+                )
+            ax.plot(
+                anchors,
+                curve["f"],
+                color="#b9bec6",
+                lw=1.1,
+                label=r"$f(\theta_0)$, nothing adapted",
+            )
+            ax.plot(
+                *broken(anchors, curve["variational"], jumps), color=INK, lw=2, label=VARIATIONAL
+            )
             ax.plot(*broken(anchors, curve["imaml"], jumps), color=WARM, lw=2, label=IMAML)
             values = np.array([curve["imaml"], curve["variational"]])
             margin = 0.08 * np.ptp(values)

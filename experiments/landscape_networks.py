@@ -1,8 +1,10 @@
-"""The same question with 25 weights instead of one: small networks on sinusoids, f = g, the two objectives on one budget.
+"""The same question with 25 weights instead of one: small networks on sinusoids, f = g, the two
+objectives on one budget.
 
-Tasks: 8 sinusoids of 10 points; a 1-8-1 tanh network, noise sd 0.3, lambda = 10.  A start is a random initialisation of theta0.
-Inner problems are solved to tolerance (from the task's last solution while fitting, from theta0 when an end is judged), so
-that nothing but the outer objective differs.
+Tasks: 8 sinusoids of 10 points; a 1-8-1 tanh network, noise sd 0.3, lambda = 10.  A start is a
+random initialisation of theta0. Inner problems are solved to tolerance (from the task's last
+solution while fitting, from theta0 when an end is judged), so that nothing but the outer objective
+differs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ def model_from(start: int) -> vm.TaskModel:
 
 
 def sinusoids(num_tasks: int, seed: int) -> vm.TaskSet:
-    ranges: dict[str, Any] = {"amplitude": (0.5, 2.0), "x_range": (-3.0, 3.0), "dtype": torch.float64}
+    ranges: dict[str, Any] = {
+        "amplitude": (0.5, 2.0),
+        "x_range": (-3.0, 3.0),
+        "dtype": torch.float64,
+    }
     return vm.datasets.sinusoids(num_tasks, 10, 10, seed, **ranges)
 
 
@@ -47,7 +53,9 @@ def study(starts: int, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:
     begun: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
     for start in range(starts):
         model = model_from(start)
-        for name, value in values(model, train, model.init(torch.zeros((), dtype=torch.float64))).items():
+        for name, value in values(
+            model, train, model.init(torch.zeros((), dtype=torch.float64))
+        ).items():
             begun[name].append(value)
         for name, outer in OBJECTIVES.items():
             fit = vm.fit(
@@ -59,8 +67,13 @@ def study(starts: int, budget: float) -> tuple[dict[str, Any], dict[str, Any]]:
                 progress=False,
             )
             row: dict[str, Any] = {"start": start, "objective": name, "steps": len(fit.history)}
-            row |= {f"{other} value": value for other, value in values(fit.model, train, fit.eta).items()}
-            row["rmse of unseen tasks"] = float(fit.adapt(unseen).score(num_samples=2).loc["all", "rmse"])
+            row |= {
+                f"{other} value": value
+                for other, value in values(fit.model, train, fit.eta).items()
+            }
+            row["rmse of unseen tasks"] = float(
+                fit.adapt(unseen).score(num_samples=2).loc["all", "rmse"]
+            )
             ends.append(row)
             descent = fit.history[["evaluations", "loss"]]
             curves[f"{name} {start}"] = {column: descent[column].tolist() for column in descent}
@@ -72,7 +85,10 @@ def values(model: vm.TaskModel, tasks: vm.TaskSet, eta: dict[str, Tensor]) -> di
     strategy, batch = vm.Implicit("delta"), tasks.batch()
     problem = strategy.problem(model, tasks, 0)
     phi = strategy.adapt(problem, batch, eta).value
-    return {name: float(problem.losses(outer, batch, 0)(phi, eta).sum()) for name, outer in OBJECTIVES.items()}
+    return {
+        name: float(problem.losses(outer, batch, 0)(phi, eta).sum())
+        for name, outer in OBJECTIVES.items()
+    }
 
 
 def _summary(ends: list[dict[str, Any]], begun: dict[str, list[float]]) -> dict[str, Any]:
@@ -81,7 +97,9 @@ def _summary(ends: list[dict[str, Any]], begun: dict[str, list[float]]) -> dict[
         best = min(row[f"{name} value"] for row in ends)
         scale = median(begun[name]) - best
         own = [row for row in ends if row["objective"] == name]
-        excess = torch.tensor([(row[f"{name} value"] - best) / scale for row in own], dtype=torch.float64)
+        excess = torch.tensor(
+            [(row[f"{name} value"] - best) / scale for row in own], dtype=torch.float64
+        )
         for row, value in zip(own, excess.tolist(), strict=True):
             row["excess"] = value
         rmse = torch.tensor([row["rmse of unseen tasks"] for row in own], dtype=torch.float64)
@@ -89,7 +107,9 @@ def _summary(ends: list[dict[str, Any]], begun: dict[str, list[float]]) -> dict[
             "best value": best,
             "median value of the starts": scale + best,
             **{
-                f"share of starts that end within {level:.0%}": float((excess <= level).double().mean())
+                f"share of starts that end within {level:.0%}": float(
+                    (excess <= level).double().mean()
+                )
                 for level in LEVELS
             },
             "largest excess": float(excess.max()),
@@ -100,7 +120,8 @@ def _summary(ends: list[dict[str, Any]], begun: dict[str, list[float]]) -> dict[
 
 
 def line_between(num_points: int) -> dict[str, list[float]]:
-    """Both objectives per task on a straight line in theta0-space through two starts; Alg is Newton's method from theta0.
+    """Both objectives per task on a straight line in theta0-space through two starts; Alg is
+    Newton's method from theta0.
 
     The rows of one batch are points x tasks, each under a prior mean of its own, as in `Landscape`.
     """
@@ -116,11 +137,19 @@ def line_between(num_points: int) -> dict[str, list[float]]:
     eta = {name: between(value, other.start[name]) for name, value in one.start.items()}
     batch = train.batch(list(range(len(train))) * num_points)
     inner, query = (problem.losses(name, batch, 0) for name in ("elbo", "query"))
-    solution = minimize(lambda phi: inner(phi, eta), {"loc": one.weights.flatten(eta)[:, 0]}, vm.NewtonCG())
+    solution = minimize(
+        lambda phi: inner(phi, eta), {"loc": one.weights.flatten(eta)[:, 0]}, vm.NewtonCG()
+    )
     prior = one.prior_distribution(eta)
     normaliser = -prior.log_prob(one.weights.flatten(eta))[:, 0]
-    values = {"imaml": query(solution.value, eta), "variational": inner(solution.value, eta) - normaliser}
-    curves = {name: value.detach().reshape(num_points, -1).mean(1).tolist() for name, value in values.items()}
+    values = {
+        "imaml": query(solution.value, eta),
+        "variational": inner(solution.value, eta) - normaliser,
+    }
+    curves = {
+        name: value.detach().reshape(num_points, -1).mean(1).tolist()
+        for name, value in values.items()
+    }
     return {"share": share.tolist(), **curves}
 
 

@@ -1,7 +1,9 @@
-"""Does the sum over tasks smooth the meta-objective, and does the meta-gradient know?  One scalar weight, random tasks.
+"""Does the sum over tasks smooth the meta-objective, and does the meta-gradient know?  One scalar
+weight, random tasks.
 
-Task i has f_i(t) = a sin(w t + b) + 0.1 (t - c)^2 with a ~ U(0.5, 1.5), w ~ U(2, 4), b ~ U(-pi, pi), c ~ U(-2, 2); lambda = 1
-and theta* is the global minimum.  A seed is one family of tasks; its first 1, 4, 16, 64, 256 are the sums.
+Task i has f_i(t) = a sin(w t + b) + 0.1 (t - c)^2 with a ~ U(0.5, 1.5), w ~ U(2, 4), b ~ U(-pi,
+pi), c ~ U(-2, 2); lambda = 1 and theta* is the global minimum.  A seed is one family of tasks; its
+first 1, 4, 16, 64, 256 are the sums.
 
     python -m experiments.landscape_sums --seeds 20 --precision 3 --phase 0.5     # other families: b ~ U(-0.5, 0.5)
 """
@@ -33,15 +35,19 @@ def waves(theta: Tensor, c: Tensor) -> Tensor:
 def family(num_tasks: int, seed: int, phase: float = math.pi) -> Tensor:
     """Coefficients a, w, b, c, `(tasks, 4)`; phases b in [-phase, phase]."""
     u = torch.rand(num_tasks, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    low, high = torch.tensor([[0.5, 2.0, -phase, -2.0], [1.5, 4.0, phase, 2.0]], dtype=torch.float64)
+    low, high = torch.tensor(
+        [[0.5, 2.0, -phase, -2.0], [1.5, 4.0, phase, 2.0]], dtype=torch.float64
+    )
     return low + (high - low) * u
 
 
 def ends_of_descent(slope: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where gradient descent with vanishing steps ends from every anchor: the two anchors between which it comes to rest.
+    """Where gradient descent with vanishing steps ends from every anchor: the two anchors between
+    which it comes to rest.
 
-    It walks against the sign of the slope that it is told, until the sign turns.  Jumps of the value are not in the slope:
-    it steps over them, up or down, and rests at one where the slopes on both sides point to it.
+    It walks against the sign of the slope that it is told, until the sign turns.  Jumps of the
+    value are not in the slope: it steps over them, up or down, and rests at one where the slopes on
+    both sides point to it.
     """
     rises = slope > 0
     turns = np.flatnonzero(~rises[:-1] & rises[1:])  # rest between k and k + 1
@@ -58,7 +64,9 @@ def study(
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Numbers with intervals over seeds, and the curves of the first seed."""
     anchors = torch.linspace(LOW, HIGH, ANCHORS, dtype=torch.float64)
-    rows: dict[str, dict[int, list[dict[str, float]]]] = {name: {n: [] for n in tasks} for name in OBJECTIVES}
+    rows: dict[str, dict[int, list[dict[str, float]]]] = {
+        name: {n: [] for n in tasks} for name in OBJECTIVES
+    }
     curves: dict[str, Any] = {"anchors": anchors.tolist()}
     for seed in range(seeds):
         landscape = vm.Landscape.of(waves, precision, family(max(tasks), seed, phase), spacing=0.04)
@@ -79,9 +87,15 @@ def study(
                 if seed == 0:
                     curves |= {f"{name} {n}": value.tolist()}
                     trend, told = _slopes(value, slope)
-                    curves |= {f"{name} {n} slope": trend.tolist(), f"{name} {n} mean gradient": told.tolist()}
+                    curves |= {
+                        f"{name} {n} slope": trend.tolist(),
+                        f"{name} {n} mean gradient": told.tolist(),
+                    }
     numbers: dict[str, Any] = {
-        name: {n: {key: _interval([row[key] for row in rows[name][n]]) for key in rows[name][n][0]} for n in tasks}
+        name: {
+            n: {key: _interval([row[key] for row in rows[name][n]]) for key in rows[name][n][0]}
+            for n in tasks
+        }
         for name in OBJECTIVES
     }
     pairs = {n: zip(rows["variational"][n], rows["imaml"][n], strict=True) for n in tasks}
@@ -92,7 +106,9 @@ def study(
 
 
 def _numbers(value: np.ndarray, slope: np.ndarray, common: np.ndarray) -> dict[str, float]:
-    """Of one sum: value and slope of the objective itself, and the value of the one by which both are compared."""
+    """Of one sum: value and slope of the objective itself, and the value of the one by which both
+    are compared.
+    """
     left, right = ends_of_descent(slope)
     end = np.where(value[left] <= value[right], left, right)
     trend, told = _slopes(value, slope)
@@ -139,12 +155,17 @@ def report(numbers: dict[str, Any]) -> None:
         for name, sums in numbers.items():
             rows = [(n, row[what]) for n, row in sums.items() if what in row]
             if rows:
-                cells = [f"{n}: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for n, row in rows]
+                cells = [
+                    f"{n}: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+                    for n, row in rows
+                ]
                 print(f"    {name:20s} {'  '.join(cells)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--precision", type=float, default=1.0)
     parser.add_argument("--phase", type=float, default=math.pi)

@@ -49,7 +49,12 @@ def sums(numbers: dict[str, Any], curves: dict[str, Any]) -> Figure:
         half = (len(anchors) - len(curves[f"{name} {counts[-1]} slope"])) // 2
         inner = anchors[half:-half]
         ax.plot(
-            inner, curves[f"{name} {counts[-1]} slope"], color=MUTED, lw=3, alpha=0.7, label="slope of the objective"
+            inner,
+            curves[f"{name} {counts[-1]} slope"],
+            color=MUTED,
+            lw=3,
+            alpha=0.7,
+            label="slope of the objective",
         )
         told = curves[f"{name} {counts[-1]} mean gradient"]
         ax.plot(inner, told, color=COLOURS[name], lw=1.4, label="meta-gradient")
@@ -61,7 +66,12 @@ def sums(numbers: dict[str, Any], curves: dict[str, Any]) -> Figure:
     shares(axes[0, 2], numbers, "share of starts that end within 1 %", "share of starts")
     axes[0, 2].set_title("descents that end within 1 % of the best")
     axes[0, 2].set_ylim(-0.03, 1.03)
-    shares(axes[1, 2], numbers, "excess at the end, by the iMAML objective", r"excess of $M$ / (median $-$ best)")
+    shares(
+        axes[1, 2],
+        numbers,
+        "excess at the end, by the iMAML objective",
+        r"excess of $M$ / (median $-$ best)",
+    )
     axes[1, 2].set_title("where it ends, by the iMAML objective")
     axes[1, 2].set_yscale("log")
     return figure
@@ -72,7 +82,9 @@ def shares(ax: Axes, numbers: dict[str, Any], what: str, label: str) -> None:
     for name, colour in COLOURS.items():
         counts = np.array([int(count) for count in numbers[name]])
         cells = [row[what] for row in numbers[name].values()]
-        mean, low, high = (np.array([cell[key] for cell in cells]) for key in ("mean", "low", "high"))
+        mean, low, high = (
+            np.array([cell[key] for cell in cells]) for key in ("mean", "low", "high")
+        )
         ax.fill_between(counts, low, high, color=colour, alpha=0.18, lw=0)
         ax.plot(counts, mean, "o-", color=colour, ms=4, lw=1.6, label=LABELS[name])
     ax.set_xscale("log", base=4)
@@ -84,7 +96,9 @@ def shares(ax: Axes, numbers: dict[str, Any], what: str, label: str) -> None:
 
 
 def networks(numbers: dict[str, Any], curves: dict[str, Any]) -> Figure:
-    """Both objectives on a line through two starts; the descents; how well unseen tasks are fitted."""
+    """Both objectives on a line through two starts; the descents; how well unseen tasks are
+    fitted.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.7), layout="constrained")
     figure.get_layout_engine().set(wspace=0.04)  # type: ignore[union-attr, call-arg]
     line, descents = curves["line"], curves["descents"]
@@ -95,11 +109,25 @@ def networks(numbers: dict[str, Any], curves: dict[str, Any]) -> Figure:
         for key, curve in descents.items():
             if key.startswith(name):
                 excess = (np.asarray(curve["loss"]) - best) / (median - best)
-                axes[1].plot(curve["evaluations"], excess, color=colour, lw=1.2, alpha=0.8, label=LABELS[name])
+                axes[1].plot(
+                    curve["evaluations"],
+                    excess,
+                    color=colour,
+                    lw=1.2,
+                    alpha=0.8,
+                    label=LABELS[name],
+                )
         ends = [row for row in numbers["ends"] if row["objective"] == name]
         place = list(OBJECTIVES).index(name)
         jitter = np.linspace(-0.12, 0.12, len(ends))
-        axes[2].plot(place + jitter, [row["rmse of unseen tasks"] for row in ends], "o", color=colour, ms=6, alpha=0.85)
+        axes[2].plot(
+            place + jitter,
+            [row["rmse of unseen tasks"] for row in ends],
+            "o",
+            color=colour,
+            ms=6,
+            alpha=0.85,
+        )
     axes[0].set_title(r"on a line through two starts $\theta_0$")
     axes[0].set_xlabel("from one start (0) to the other (1)")
     axes[0].set_ylabel("nats per task above the lowest")

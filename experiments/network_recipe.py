@@ -1,9 +1,11 @@
-"""The first recipe for a network, on three sets of curves: python -m experiments.network_recipe --data DIR --out DIR.
+"""The first recipe for a network, on three sets of curves: python -m experiments.network_recipe
+--data DIR --out DIR.
 
-Data are standardised by what the known tasks show; a task shows ten rows (chickweight: half, gapminder: six) and is scored on
-the rest.
-Two recipes: "body" shares all layers but the last, which gets a dense guide; "whole" lets all layers vary under a mean-field
-guide.  Both leave the prior's precision to start at the layers' fan-in.  DIR holds a folder per set (see docs/strategies.md).
+Data are standardised by what the known tasks show; a task shows ten rows (chickweight: half,
+gapminder: six) and is scored on the rest.
+Two recipes: "body" shares all layers but the last, which gets a dense guide; "whole" lets all
+layers vary under a mean-field guide.  Both leave the prior's precision to start at the layers'
+fan-in.  DIR holds a folder per set (see docs/strategies.md).
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ from torch import nn
 import varmeta as vm
 
 Curves = list[tuple[str, np.ndarray, np.ndarray]]
-SHARED = Path(os.environ.get("VARMETA_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+SHARED = (
+    Path(os.environ.get("VARMETA_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+)
 
 
 def intel_lab(folder: Path) -> Curves:
-    """Temperature of 50 sensors against the hours since the first midnight, and the time of day on its circle."""
+    """Temperature of 50 sensors against the hours since the first midnight, and the time of day on
+    its circle.
+    """
     data = np.load(folder / "intel_lab" / "data.npz", allow_pickle=True)
     hours = data["hours"]
     x = np.stack([hours, np.sin(np.pi * hours / 12), np.cos(np.pi * hours / 12)], 1)
@@ -37,22 +43,28 @@ def intel_lab(folder: Path) -> Curves:
 
 def _of_table(path: Path, task: str, x: str, y: str) -> Curves:
     groups = pd.read_csv(path).groupby(task, sort=False)
-    return [(str(name), rows[[x]].to_numpy(float), rows[y].to_numpy(float)) for name, rows in groups]
+    return [
+        (str(name), rows[[x]].to_numpy(float), rows[y].to_numpy(float)) for name, rows in groups
+    ]
 
 
 SETS: dict[str, tuple[Callable[[Path], Curves], Callable[[int], int]]] = {
     "intel_lab": (intel_lab, lambda rows: 10),
     "chickweight": (
-        lambda folder: _of_table(folder / "chickweight" / "data.csv", "Chick", "Time", "weight"), lambda rows: rows // 2
+        lambda folder: _of_table(folder / "chickweight" / "data.csv", "Chick", "Time", "weight"),
+        lambda rows: rows // 2,
     ),
     "gapminder": (
-        lambda folder: _of_table(folder / "gapminder" / "data.csv", "country", "year", "life_exp"), lambda rows: 6
+        lambda folder: _of_table(folder / "gapminder" / "data.csv", "country", "year", "life_exp"),
+        lambda rows: 6,
     ),
-}  # fmt: skip
+}
 
 
 def split(curves: Curves, shown: Callable[[int], int], seed: int) -> tuple[vm.TaskSet, vm.TaskSet]:
-    """Four fifths of the tasks to learn from, one fifth unseen, drawn by the seed as are the rows that are shown."""
+    """Four fifths of the tasks to learn from, one fifth unseen, drawn by the seed as are the rows
+    that are shown.
+    """
     draw = np.random.default_rng(seed)
     tasks = []
     for name, x, y in curves:
@@ -69,7 +81,9 @@ def split(curves: Curves, shown: Callable[[int], int], seed: int) -> tuple[vm.Ta
 def fit(recipe: str, train: vm.TaskSet, num_steps: int, seed: int) -> vm.Fit:
     torch.manual_seed(seed)
     features = int(train.batch().support.x.shape[-1])
-    net = nn.Sequential(nn.Linear(features, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    net = nn.Sequential(
+        nn.Linear(features, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+    )
     prior = vm.GaussianPrior(learn_precision="per_module")
     if recipe == "body":
         model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior, shared=["0.*", "2.*"])
@@ -77,17 +91,25 @@ def fit(recipe: str, train: vm.TaskSet, num_steps: int, seed: int) -> vm.Fit:
     else:
         model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior)
         strategy = vm.Joint("normal")
-    return vm.fit(model, train, strategy, num_steps, lambda params: torch.optim.Adam(params, 1e-2), seed=seed)
+    return vm.fit(
+        model, train, strategy, num_steps, lambda params: torch.optim.Adam(params, 1e-2), seed=seed
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=SHARED, help="folder with a folder for each set")
+    parser.add_argument(
+        "--data", type=Path, default=SHARED, help="folder with a folder for each set"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--size", choices=("smoke", "full"), default="full")
     parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--recipes", nargs="*", choices=("body", "whole"), default=["body", "whole"])
+    parser.add_argument(
+        "--recipes", nargs="*", choices=("body", "whole"), default=["body", "whole"]
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -103,13 +125,22 @@ def main() -> None:
                     found = fit(recipe, train, steps, seed)
                     score = found.adapt(unseen).score(unseen).loc["all"]
                 row = {
-                    "set": name, "recipe": recipe, "seed": seed, "steps": steps, "noise": float(found.prior.scale or 0.0),
-                    "rmse": float(score["rmse"]), "log_density": float(score["log_density"]),
+                    "set": name,
+                    "recipe": recipe,
+                    "seed": seed,
+                    "steps": steps,
+                    "noise": float(found.prior.scale or 0.0),
+                    "rmse": float(score["rmse"]),
+                    "log_density": float(score["log_density"]),
                     "coverage": float(score["coverage"]),
-                    "seconds": time.perf_counter() - begin, "warnings": len(said),
-                }  # fmt: skip
+                    "seconds": time.perf_counter() - begin,
+                    "warnings": len(said),
+                }
                 rows.append(row)
-                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                print(
+                    {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()},
+                    flush=True,
+                )
                 with (arguments.out / "network_recipe.csv").open("w", newline="") as file:
                     writer = csv.DictWriter(file, list(row))
                     writer.writeheader()

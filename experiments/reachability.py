@@ -1,10 +1,13 @@
-"""Is the jointly optimised solution reachable from theta0, and does reinitialising every k steps help?
+"""Is the jointly optimised solution reachable from theta0, and does reinitialising every k steps
+help?
 
-The post: "the final values of theta_i which we reach by jointly optimizing over everything may not be reachable by doing SGD
-from theta0 from scratch", and "every once in a while reinitialize theta_i to be theta0".
+The post: "the final values of theta_i which we reach by jointly optimizing over everything may not
+be reachable by doing SGD from theta0 from scratch", and "every once in a while reinitialize theta_i
+to be theta0".
 
-For k from 1 to infinity (`Joint`), on sinusoids and on life expectancy in 142 countries: how much worse F_i is where the inner
-loop from the prior ends than at the stored phi_i (`vm.reachability`), and the score on tasks never seen.
+For k from 1 to infinity (`Joint`), on sinusoids and on life expectancy in 142 countries: how much
+worse F_i is where the inner loop from the prior ends than at the stored phi_i (`vm.reachability`),
+and the score on tasks never seen.
 
     python -m experiments.reachability --out results/reachability --seeds 5 --size full
 """
@@ -30,8 +33,14 @@ from varmeta.plot import BAND, INK, MUTED
 from varmeta.verbs.report import interval
 
 Periods = tuple[int | None, ...]
-PERIODS: dict[str, Periods] = {"full": (1, 2, 5, 20, 100, 500, None), "smoke": (1, 20, None)}  # None: never (Joint)
-SIZES: dict[str, dict[str, int]] = {"full": {"steps": 2000, "seeds": 5}, "smoke": {"steps": 40, "seeds": 2}}
+PERIODS: dict[str, Periods] = {
+    "full": (1, 2, 5, 20, 100, 500, None),
+    "smoke": (1, 20, None),
+}  # None: never (Joint)
+SIZES: dict[str, dict[str, int]] = {
+    "full": {"steps": 2000, "seeds": 5},
+    "smoke": {"steps": 40, "seeds": 2},
+}
 PANELS = (("sinusoids", "delta"), ("life expectancy", "delta"), ("life expectancy", "normal"))
 
 
@@ -40,19 +49,28 @@ def sinusoids(seed: int) -> tuple[vm.TaskModel, vm.TaskSet, vm.TaskSet]:
     noise = 0.1
     train = vm.datasets.sinusoids(50, 10, seed=100 + seed, noise=noise)
     test = vm.datasets.sinusoids(50, 10, 40, seed=200 + seed, noise=noise)
-    net = initialised(nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)), seed)
+    net = initialised(
+        nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 1)),
+        seed,
+    )
     likelihood = vm.likelihoods.Gaussian(scale=0.3, learn_scale=False)
     return vm.TaskModel(net, likelihood, vm.GaussianPrior(10.0)), train, test
 
 
 def countries(seed: int) -> tuple[vm.TaskModel, vm.TaskSet, vm.TaskSet]:
-    """Life expectancy: 85 training countries with all years, 28 unseen ones adapted to 1952-1977 and scored on 1982-2007."""
+    """Life expectancy: 85 training countries with all years, 28 unseen ones adapted to 1952-1977
+    and scored on 1982-2007.
+    """
     table = vm.datasets.gapminder(as_frame=True)
     train, test = (tasks_of(table[table["task_split"] == part]) for part in ("train", "test"))
     train, scaling = train.standardized()
     net = initialised(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)), seed)
     likelihood = vm.likelihoods.Gaussian(scale=0.15, learn_scale=False)
-    return vm.TaskModel(net, likelihood, vm.GaussianPrior(10.0)), train.merged(), scaling.apply(test)
+    return (
+        vm.TaskModel(net, likelihood, vm.GaussianPrior(10.0)),
+        train.merged(),
+        scaling.apply(test),
+    )
 
 
 DATA: dict[str, Callable[[int], tuple[vm.TaskModel, vm.TaskSet, vm.TaskSet]]] = {
@@ -90,26 +108,41 @@ def run(
         progress=False,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a task whose Newton steps stall is scored as it is
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # a task whose Newton steps stall is scored as it is
         scores = fit.adapt(test).score(num_samples=200, seed=seed).iloc[:-1]
     # the best that an inner loop from the prior can do, and a plain one
     reached = vm.reachability(fit)
     plain = vm.reachability(fit, vm.Adam(lr=3e-2), 200)
     gap = reached.gap
     row = {
-        "data": data, "guide": guide, "every": every or 0, "seed": seed, "loss": fit.loss,
-        "gap_median": float(gap.median()), "gap_90": float(gap.quantile(0.9)), "gap_above_1": float((gap > 1).double().mean()),
-        "gap_adam_median": float(plain.gap.median()), "gap_adam_above_1": float((plain.gap > 1).double().mean()),
-        "rmse": float(scores["rmse"].mean()), "log_density": float(scores["log_density"].mean()), "seconds": fit.run.seconds,
-    }  # fmt: skip
+        "data": data,
+        "guide": guide,
+        "every": every or 0,
+        "seed": seed,
+        "loss": fit.loss,
+        "gap_median": float(gap.median()),
+        "gap_90": float(gap.quantile(0.9)),
+        "gap_above_1": float((gap > 1).double().mean()),
+        "gap_adam_median": float(plain.gap.median()),
+        "gap_adam_above_1": float((plain.gap > 1).double().mean()),
+        "rmse": float(scores["rmse"].mean()),
+        "log_density": float(scores["log_density"].mean()),
+        "seconds": fit.run.seconds,
+    }
     return row, reached, scores["rmse"]
 
 
-def figures(cells: dict[tuple[str, str, int], np.ndarray], gaps: pd.DataFrame, periods: Periods, out: Path) -> None:
+def figures(
+    cells: dict[tuple[str, str, int], np.ndarray], gaps: pd.DataFrame, periods: Periods, out: Path
+) -> None:
     import matplotlib.pyplot as plt
 
     labels = [str(every) if every else r"$\infty$" for every in periods]
-    figure, axes = plt.subplots(2, len(PANELS), figsize=(3.4 * len(PANELS), 5.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(PANELS), figsize=(3.4 * len(PANELS), 5.4), layout="constrained", squeeze=False
+    )
     for column, (data, guide) in enumerate(PANELS):
         top, bottom = axes[:, column]
         means, ends = [], []
@@ -119,11 +152,22 @@ def figures(cells: dict[tuple[str, str, int], np.ndarray], gaps: pd.DataFrame, p
             ends.append(interval(part))
         low, high = np.array(ends).T
         x = np.arange(len(periods))
-        top.errorbar(x, means, yerr=[means - low, high - means], fmt="o-", color=INK, ecolor=BAND, elinewidth=3, ms=4)
+        top.errorbar(
+            x,
+            means,
+            yerr=[means - low, high - means],
+            fmt="o-",
+            color=INK,
+            ecolor=BAND,
+            elinewidth=3,
+            ms=4,
+        )
         top.set_title(f"{data}, guide {guide!r}", fontsize=9)
         top.set_ylabel("test RMSE" if column == 0 else "")
         for position, every in enumerate(periods):
-            here = (gaps["data"] == data) & (gaps["guide"] == guide) & (gaps["every"] == (every or 0))
+            here = (
+                (gaps["data"] == data) & (gaps["guide"] == guide) & (gaps["every"] == (every or 0))
+            )
             quantiles = np.quantile(gaps.loc[here, "gap"], [0.1, 0.5, 0.9])
             bottom.vlines(position, quantiles[0], quantiles[2], color=BAND, lw=3)
             bottom.scatter(position, quantiles[1], color=INK, s=16, zorder=3)
@@ -139,7 +183,9 @@ def figures(cells: dict[tuple[str, str, int], np.ndarray], gaps: pd.DataFrame, p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/reachability"))
     parser.add_argument("--seeds", type=int, help="by default 5 (full) or 2 (smoke)")
     parser.add_argument("--size", choices=SIZES, default="full")
@@ -158,16 +204,19 @@ def main() -> None:
                 row, reached, rmse = run(data, guide, every, seed, size["steps"])
                 rows.append(row)
                 gaps += [
-                    {**{k: row[k] for k in ("data", "guide", "every", "seed")}, "gap": g} for g in reached.gap.tolist()
+                    {**{k: row[k] for k in ("data", "guide", "every", "seed")}, "gap": g}
+                    for g in reached.gap.tolist()
                 ]
                 scores.append(rmse.to_numpy())
-            # sinusoids are drawn anew for each seed, so tasks are not crossed with seeds there; the interval is then wide
+            # sinusoids are drawn anew for each seed, so tasks are not crossed with seeds there; the
+            # interval is then wide
             cells[data, guide, every or 0] = np.stack(scores)
             part = pd.DataFrame(rows[-seeds:]).mean(numeric_only=True)
             print(
-                f"{data}, {guide}, k = {every or 'infinity'}: loss {part['loss']:.1f}, gap {part['gap_median']:.2g} nats "
-                f"(median; after 200 Adam steps {part['gap_adam_median']:.2g}), above 1 nat in {part['gap_above_1']:.0%}; "
-                f"test RMSE {part['rmse']:.3f}",
+                f"{data}, {guide}, k = {every or 'infinity'}: loss {part['loss']:.1f}, gap "
+                f"{part['gap_median']:.2g} nats (median; after 200 Adam steps "
+                f"{part['gap_adam_median']:.2g}), above 1 nat in {part['gap_above_1']:.0%}; test "
+                f"RMSE {part['rmse']:.3f}",
                 flush=True,
             )
     table = pd.DataFrame(rows)
@@ -175,7 +224,9 @@ def main() -> None:
     frame = pd.DataFrame(gaps)
     frame.to_csv(arguments.out / "gaps.csv", index=False)
     figures(cells, frame, periods, arguments.out)
-    summary = table.drop(columns=["seed", "seconds"]).groupby(["data", "guide", "every"], sort=False)
+    summary = table.drop(columns=["seed", "seconds"]).groupby(
+        ["data", "guide", "every"], sort=False
+    )
     (arguments.out / "reachability.json").write_text(
         json.dumps(summary.mean().reset_index().to_dict("records"), indent=1) + "\n"
     )

@@ -1,6 +1,8 @@
-"""Does a stochastic Alg smooth the meta-objective, and which estimator of its gradient is worth its cost?
+"""Does a stochastic Alg smooth the meta-objective, and which estimator of its gradient is worth its
+cost?
 
-One function with many minima, f(t) = sin 3t + 0.2 t^2 at lambda = 1, where every smoothed objective is known by quadrature.
+One function with many minima, f(t) = sin 3t + 0.2 t^2 at lambda = 1, where every smoothed objective
+is known by quadrature.
 
 (a) The smoothed objective E f(theta), theta ~ Alg(f, theta0), for several noise levels, beside the deterministic one.
 (b) Its gradient at twenty anchors for each kind of noise: at least 10^5 draws against central differences of the quadrature,
@@ -42,7 +44,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-# -- the function, as a model and as numpy -------------------------------------------------------------------------------
+# -- the function, as a model and as numpy ---------------------------------------------------------
 
 
 def f(t: np.ndarray | float) -> Any:
@@ -60,16 +62,20 @@ def program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> None:
 
 
 def one_function() -> tuple[vm.TaskModel, vm.TaskSet]:
-    model = vm.TaskModel.from_pyro(program, {"theta": torch.zeros((), dtype=torch.float64)}, vm.GaussianPrior(LAMBDA))
+    model = vm.TaskModel.from_pyro(
+        program, {"theta": torch.zeros((), dtype=torch.float64)}, vm.GaussianPrior(LAMBDA)
+    )
     point = ([[0.0]], [0.0])
     return model, vm.TaskSet([vm.Task(support=point, query=point, name="f")], dtype=torch.float64)
 
 
-# -- smoothed objectives by quadrature -----------------------------------------------------------------------------------
+# -- smoothed objectives by quadrature -------------------------------------------------------------
 
 
 def smoothed_by_start(anchor: float, scale: float = START, steps: int = STEPS) -> float:
-    """E f(theta_K) over theta_0 ~ N(anchor, scale^2), K steps of gradient descent: quadrature over theta_0."""
+    """E f(theta_K) over theta_0 ~ N(anchor, scale^2), K steps of gradient descent: quadrature over
+    theta_0.
+    """
     z = np.linspace(-9, 9, 200_001)
     weight = np.exp(-0.5 * z**2)
     t = anchor + scale * z
@@ -79,9 +85,15 @@ def smoothed_by_start(anchor: float, scale: float = START, steps: int = STEPS) -
 
 
 def smoothed_by_langevin(
-    anchor: float, temperature: float = TEMPERATURE, steps: int = STEPS, start: float = 0.0, cooling: bool = False
+    anchor: float,
+    temperature: float = TEMPERATURE,
+    steps: int = STEPS,
+    start: float = 0.0,
+    cooling: bool = False,
 ) -> float:
-    """E f(theta_K) over K Langevin steps from the anchor (or N(anchor, start^2)): the value function, backwards over a grid."""
+    """E f(theta_K) over K Langevin steps from the anchor (or N(anchor, start^2)): the value
+    function, backwards over a grid.
+    """
     value, mean = f(GRID), GRID - LR * slope(GRID, anchor)
     for k in reversed(range(steps)):
         scale = math.sqrt(2 * LR * temperature * (1 - k / steps if cooling else 1.0))
@@ -94,14 +106,18 @@ def smoothed_by_langevin(
 
 
 def smoothed_at_minima(anchor: float) -> float:
-    """sum_k P(basin k) f(minimum k) after K cooled Langevin steps from a random start: the density, forwards."""
+    """sum_k P(basin k) f(minimum k) after K cooled Langevin steps from a random start: the density,
+    forwards.
+    """
     step = GRID[1] - GRID[0]
     density = np.exp(-0.5 * ((GRID - anchor) / START) ** 2)
     density /= density.sum() * step
     mean = GRID - LR * slope(GRID, anchor)
     for k in range(STEPS):
         scale = math.sqrt(2 * LR * TEMPERATURE * (1 - k / STEPS))
-        kernel = np.exp(-0.5 * ((GRID[:, None] - mean[None, :]) / scale) ** 2) / (scale * math.sqrt(2 * math.pi))
+        kernel = np.exp(-0.5 * ((GRID[:, None] - mean[None, :]) / scale) ** 2) / (
+            scale * math.sqrt(2 * math.pi)
+        )
         density = kernel @ density * step
     values = slope(GRID, anchor)
     changes = np.flatnonzero(values[:-1] * values[1:] < 0)
@@ -110,7 +126,10 @@ def smoothed_at_minima(anchor: float) -> float:
     cumulative = CubicSpline(GRID, density).antiderivative()
     edges = [GRID[0], *ridges, GRID[-1]]
     return float(
-        sum((cumulative(b) - cumulative(a)) * f(m) for a, b, m in zip(edges[:-1], edges[1:], minima, strict=True))
+        sum(
+            (cumulative(b) - cumulative(a)) * f(m)
+            for a, b, m in zip(edges[:-1], edges[1:], minima, strict=True)
+        )
     )
 
 
@@ -118,7 +137,7 @@ def central(objective: Callable[[float], float], anchor: float, h: float = 1e-4)
     return (objective(anchor + h) - objective(anchor - h)) / (2 * h)
 
 
-# -- estimates -------------------------------------------------------------------------------------------------------------
+# -- estimates -------------------------------------------------------------------------------------
 
 
 def kinds(num_draws: int) -> dict[str, tuple[Strategy, Callable[[float], float]]]:
@@ -126,7 +145,11 @@ def kinds(num_draws: int) -> dict[str, tuple[Strategy, Callable[[float], float]]
     langevin = vm.StochasticAlg(STEPS, LR, temperature=TEMPERATURE, num_draws=num_draws)
     return {
         "random start": (
-            vm.Unrolled("delta", "query", alg=vm.StochasticAlg(STEPS, LR, start_scale=START, num_draws=num_draws)),
+            vm.Unrolled(
+                "delta",
+                "query",
+                alg=vm.StochasticAlg(STEPS, LR, start_scale=START, num_draws=num_draws),
+            ),
             smoothed_by_start,
         ),
         "Langevin noise": (
@@ -134,7 +157,9 @@ def kinds(num_draws: int) -> dict[str, tuple[Strategy, Callable[[float], float]]
             smoothed_by_langevin,
         ),
         "both, then to the minimum": (
-            vm.Implicit("delta", "query", alg=replace(langevin, start_scale=START), on_unconverged="ignore"),
+            vm.Implicit(
+                "delta", "query", alg=replace(langevin, start_scale=START), on_unconverged="ignore"
+            ),
             smoothed_at_minima,
         ),
     }
@@ -143,10 +168,14 @@ def kinds(num_draws: int) -> dict[str, tuple[Strategy, Callable[[float], float]]
 def estimate(
     model: vm.TaskModel, tasks: vm.TaskSet, strategy: Strategy, anchor: float, blocks: int
 ) -> tuple[float, float, float]:
-    """Mean and standard error of the gradient over blocks of draws, and the mean of its moving part."""
+    """Mean and standard error of the gradient over blocks of draws, and the mean of its moving
+    part.
+    """
     rows = []
     for seed in range(blocks):
-        result = vm.meta_gradient(model, tasks, strategy, seed, {"theta": torch.tensor(anchor, dtype=torch.float64)})
+        result = vm.meta_gradient(
+            model, tasks, strategy, seed, {"theta": torch.tensor(anchor, dtype=torch.float64)}
+        )
         assert result.moving is not None  # strategy has an alg
         rows.append((float(result.grads["theta"]), float(result.moving["theta"])))
     total, moving = np.array(rows).T
@@ -162,24 +191,32 @@ def gradients(anchors: np.ndarray, blocks: int, draws: int) -> pd.DataFrame:
             exact = central(objective, anchor)
             rows.append(
                 {
-                    "noise": kind, "anchor": anchor, "draws": blocks * draws, "exact": exact, "estimate": mean,
-                    "standard_error": error, "z": (mean - exact) / error, "moving": moving,
+                    "noise": kind,
+                    "anchor": anchor,
+                    "draws": blocks * draws,
+                    "exact": exact,
+                    "estimate": mean,
+                    "standard_error": error,
+                    "z": (mean - exact) / error,
+                    "moving": moving,
                 }
-            )  # fmt: skip
+            )
         part = pd.DataFrame(rows).query("noise == @kind")
         print(
-            f"{kind}: largest |z| {part['z'].abs().max():.2f} over {len(part)} anchors; the implicit part alone is off by "
-            f"{(part['moving'] - part['exact']).abs().mean():.3f} on average, of gradients of size "
-            f"{part['exact'].abs().mean():.3f}",
+            f"{kind}: largest |z| {part['z'].abs().max():.2f} over {len(part)} anchors; the "
+            f"implicit part alone is off by {(part['moving'] - part['exact']).abs().mean():.3f} "
+            f"on average, of gradients of size {part['exact'].abs().mean():.3f}",
             flush=True,
         )
     return pd.DataFrame(rows)
 
 
 def variance(seeds: int, draws: int, steps: list[int], anchor: float = 0.7) -> pd.DataFrame:
-    """For each estimator and length of the walk: mean, standard error of one draw, and that of 1,000 gradient evaluations.
+    """For each estimator and length of the walk: mean, standard error of one draw, and that of
+    1,000 gradient evaluations.
 
-    exact: of the objective that `Unrolled` has; `Implicit` goes on to the minimum and has another one.
+    exact: of the objective that `Unrolled` has; `Implicit` goes on to the minimum and has another
+        one.
     """
     model, tasks = one_function()
     rows = []
@@ -193,12 +230,16 @@ def variance(seeds: int, draws: int, steps: list[int], anchor: float = 0.7) -> p
             per_draw = float(np.std(found, ddof=1)) * math.sqrt(draws)
             rows.append(
                 {
-                    "estimator": name, "steps": count, "mean": float(np.mean(found)),
+                    "estimator": name,
+                    "steps": count,
+                    "mean": float(np.mean(found)),
                     "exact": math.nan if isinstance(strategy, vm.Implicit) else exact,
-                    "standard_error": per_draw / math.sqrt(seeds * draws), "evaluations_per_draw": cost / draws,
-                    "sd_per_draw": per_draw, "error_per_1000_evaluations": per_draw / math.sqrt(1000 / (cost / draws)),
+                    "standard_error": per_draw / math.sqrt(seeds * draws),
+                    "evaluations_per_draw": cost / draws,
+                    "sd_per_draw": per_draw,
+                    "error_per_1000_evaluations": per_draw / math.sqrt(1000 / (cost / draws)),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 
@@ -207,7 +248,11 @@ def estimators(steps: int, draws: int) -> list[tuple[str, Strategy, bool]]:
     score = vm.Unrolled("delta", "query", alg=alg)
     minimum = vm.Implicit("delta", "query", alg=alg, on_unconverged="ignore")
     return [
-        ("through the steps", vm.Unrolled("delta", "query", alg=replace(alg, estimator="pathwise")), True),
+        (
+            "through the steps",
+            vm.Unrolled("delta", "query", alg=replace(alg, estimator="pathwise")),
+            True,
+        ),
         ("score, no baseline", score, False),
         ("score, leave one out (default)", score, True),
         ("score and minimum, leave one out (Implicit)", minimum, True),
@@ -215,7 +260,12 @@ def estimators(steps: int, draws: int) -> list[tuple[str, Strategy, bool]]:
 
 
 def one_gradient(
-    model: vm.TaskModel, tasks: vm.TaskSet, strategy: Strategy, seed: int, anchor: float, baseline: bool
+    model: vm.TaskModel,
+    tasks: vm.TaskSet,
+    strategy: Strategy,
+    seed: int,
+    anchor: float,
+    baseline: bool,
 ) -> tuple[float, float]:
     """The estimate of dM/dtheta0 from one block of draws, and its cost in gradient evaluations."""
     problem, batch = strategy.problem(model, tasks, seed), tasks.batch()
@@ -226,14 +276,16 @@ def one_gradient(
         # what the baseline took away: the mean loss times the mean score
         assert strategy.alg is not None
         walk = strategy.alg.walk(problem, batch, eta, state.step - 1, graph=False)
-        losses = problem.losses("query", batch.repeat(strategy.alg.num_draws), 0)(walk[-1], eta).detach()
+        losses = problem.losses("query", batch.repeat(strategy.alg.num_draws), 0)(
+            walk[-1], eta
+        ).detach()
         weights = torch.full_like(losses, float(losses.mean()) / len(losses))
         score = strategy.alg.score(problem, batch, eta, state.step - 1, walk, weights)["theta"]
         value = value * (len(losses) - 1) / len(losses) + float(score)
     return value, float(stats.evaluations)
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 def figures(table: pd.DataFrame, errors: pd.DataFrame, out: Path) -> dict[str, Any]:
@@ -244,16 +296,26 @@ def figures(table: pd.DataFrame, errors: pd.DataFrame, out: Path) -> dict[str, A
     piecewise = landscape.meta_objective(torch.tensor(anchors))[:, 0].numpy()
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True, layout="constrained")
     levels: dict[str, dict[float, Callable[[float], float]]] = {
-        "random start, sd": {s: lambda a, s=s: smoothed_by_start(a, s, 60) for s in (0.3, 0.6, 1.2)},  # type: ignore[misc]
-        "Langevin noise, temperature": {t: lambda a, t=t: smoothed_by_langevin(a, t, 60) for t in (0.1, 0.5, 1.0)},  # type: ignore[misc]
+        "random start, sd": {
+            s: lambda a, s=s: smoothed_by_start(a, s, 60)  # type: ignore[misc]
+            for s in (0.3, 0.6, 1.2)
+        },
+        "Langevin noise, temperature": {
+            t: lambda a, t=t: smoothed_by_langevin(a, t, 60)  # type: ignore[misc]
+            for t in (0.1, 0.5, 1.0)
+        },
     }
     numbers: dict[str, Any] = {}
     for ax, (what, curves) in zip(axes, levels.items(), strict=True):
         ax.plot(anchors, piecewise, color=MUTED, lw=1, label="none (global argmin)")
         for shade, (level, objective) in zip((0.45, 0.7, 1.0), curves.items(), strict=True):
             values = [objective(a) for a in anchors[::4]]
-            ax.plot(anchors[::4], values, color=INK, alpha=shade, lw=0.8 + shade, label=f"{level:g}")
-            numbers[f"minima of M, {what} {level:g}"] = int((np.diff(np.sign(np.diff(values))) > 0).sum())
+            ax.plot(
+                anchors[::4], values, color=INK, alpha=shade, lw=0.8 + shade, label=f"{level:g}"
+            )
+            numbers[f"minima of M, {what} {level:g}"] = int(
+                (np.diff(np.sign(np.diff(values))) > 0).sum()
+            )
         ax.set_xlabel(r"anchor $\theta_0$")
         ax.legend(title=what, fontsize=8, title_fontsize=8, frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
@@ -262,26 +324,50 @@ def figures(table: pd.DataFrame, errors: pd.DataFrame, out: Path) -> dict[str, A
     figure.savefig(out / "smoothed_objective.png", dpi=150)
 
     kinds_shown = list(dict.fromkeys(table["noise"]))
-    figure, axes = plt.subplots(1, len(kinds_shown), figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(kinds_shown), figsize=(11, 3.4), sharey=True, layout="constrained"
+    )
     for ax, kind in zip(axes, kinds_shown, strict=True):
         part = table[table["noise"] == kind]
         ax.axhline(0, color="#e3e6ea", lw=0.8)
-        ax.plot(part["anchor"], part["exact"], color=BAND, lw=3, label="central differences of the quadrature")
+        ax.plot(
+            part["anchor"],
+            part["exact"],
+            color=BAND,
+            lw=3,
+            label="central differences of the quadrature",
+        )
         ax.errorbar(
-            part["anchor"], part["estimate"], yerr=3 * part["standard_error"], fmt="o", ms=3, color=INK, lw=1,
+            part["anchor"],
+            part["estimate"],
+            yerr=3 * part["standard_error"],
+            fmt="o",
+            ms=3,
+            color=INK,
+            lw=1,
             label="estimate, 3 standard errors",
-        )  # fmt: skip
-        ax.plot(part["anchor"], part["moving"], color=MUTED, ls="--", lw=1.2, label="moving minima only")
+        )
+        ax.plot(
+            part["anchor"], part["moving"], color=MUTED, ls="--", lw=1.2, label="moving minima only"
+        )
         ax.set_title(kind, fontsize=9)
         ax.set_xlabel(r"anchor $\theta_0$")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(r"$dM/d\theta_0$")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(out / "stochastic_gradient.png", dpi=150)
 
     figure, ax = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     styles = [(MUTED, "-"), (BAND, ":"), (INK, "-"), (INK, "--")]
-    for (color, style), (name, part) in zip(styles, errors.groupby("estimator", sort=False), strict=True):
+    for (color, style), (name, part) in zip(
+        styles, errors.groupby("estimator", sort=False), strict=True
+    ):
         # a mean that is many of its own standard errors off has missed the rare draws that carry it
         missed = ((part["mean"] - part["exact"]).abs() > 5 * part["standard_error"]).to_numpy()
         x, y = part["steps"].to_numpy(), part["error_per_1000_evaluations"].to_numpy()
@@ -289,9 +375,14 @@ def figures(table: pd.DataFrame, errors: pd.DataFrame, out: Path) -> dict[str, A
         ax.plot(x[missed], y[missed], "o", ms=5, mfc="white", color=color)
         for at, value in zip(x[missed], y[missed], strict=True):
             ax.annotate(
-                "an estimate of 0: every draw that matters was missed", (at, value), (-8, -3), fontsize=7, color=color,
-                textcoords="offset points", ha="right",
-            )  # fmt: skip
+                "an estimate of 0: every draw that matters was missed",
+                (at, value),
+                (-8, -3),
+                fontsize=7,
+                color=color,
+                textcoords="offset points",
+                ha="right",
+            )
     ax.set_yscale("log")
     ax.set_xlabel("noisy steps K")
     ax.set_ylabel("standard error per\n1,000 gradient evaluations")
@@ -303,9 +394,13 @@ def figures(table: pd.DataFrame, errors: pd.DataFrame, out: Path) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/stochastic"))
-    parser.add_argument("--seeds", type=int, help="blocks of draws behind each standard error of part (c)")
+    parser.add_argument(
+        "--seeds", type=int, help="blocks of draws behind each standard error of part (c)"
+    )
     parser.add_argument("--size", choices=SIZES, default="full")
     arguments = parser.parse_args()
     size = SIZES[arguments.size]
@@ -320,7 +415,9 @@ def main() -> None:
     errors.to_csv(arguments.out / "estimator_variance.csv", index=False)
     print(errors.round(4).to_string(index=False))
     numbers = figures(table, errors, arguments.out)
-    numbers["largest |z|"] = {kind: float(part["z"].abs().max()) for kind, part in table.groupby("noise", sort=False)}
+    numbers["largest |z|"] = {
+        kind: float(part["z"].abs().max()) for kind, part in table.groupby("noise", sort=False)
+    }
     (arguments.out / "stochastic.json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(json.dumps(numbers, indent=1))
     print(f"written to {arguments.out}/ in {perf_counter() - begin:.0f} s")

@@ -1,4 +1,6 @@
-"""What the tests of this folder share: losses of a model under a guide, and data with junk in the padding."""
+"""What the tests of this folder share: losses of a model under a guide, and data with junk in the
+padding.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def problem(model: vm.TaskModel, guide: Any = "normal", expectation: Any = "auto", num_particles: int = 4) -> Problem:
+def problem(
+    model: vm.TaskModel, guide: Any = "normal", expectation: Any = "auto", num_particles: int = 4
+) -> Problem:
     made = make_guide(guide).bound(model)
     rule = (
         Point()
@@ -38,7 +42,9 @@ def start(model: vm.TaskModel) -> dict[str, Tensor]:
 
 def moved(tree: dict[str, Tensor], seed: int = 1, by: float = 0.2) -> dict[str, Tensor]:
     """A point away from the start, so that nothing holds by symmetry."""
-    return {name: value.detach() + by * randn(*value.shape, seed=seed) for name, value in tree.items()}
+    return {
+        name: value.detach() + by * randn(*value.shape, seed=seed) for name, value in tree.items()
+    }
 
 
 def with_grad(tree: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,10 +56,16 @@ def junk(batch: Batch, y_junk: float | None, size: float = 1e3) -> Batch:
 
     def spoil(data: Data) -> Data:
         mask = data.mask
-        x = torch.where(mask.reshape(*mask.shape, *(1,) * (data.x.dim() - 2)), data.x, torch.full_like(data.x, size))
+        x = torch.where(
+            mask.reshape(*mask.shape, *(1,) * (data.x.dim() - 2)),
+            data.x,
+            torch.full_like(data.x, size),
+        )
         y = data.y
         if y_junk is not None:
-            y = torch.where(mask.reshape(*mask.shape, *(1,) * (y.dim() - 2)), y, torch.full_like(y, y_junk))
+            y = torch.where(
+                mask.reshape(*mask.shape, *(1,) * (y.dim() - 2)), y, torch.full_like(y, y_junk)
+            )
         return Data(x, y, mask)
 
     query = None if batch.query is None else spoil(batch.query)

@@ -1,8 +1,10 @@
-"""Kill, interrupt and flip: does a saved fit survive?  `python -m tests.kill_saves --kills 200 --interrupts 60 --flips 1200`.
+"""Kill, interrupt and flip: does a saved fit survive?  `python -m tests.kill_saves --kills 200
+--interrupts 60 --flips 1200`.
 
-Kills and interrupts come at random moments while a process saves again and again over a good file.  Afterwards the file must be
-one of the two that were saved, whole, and of interrupts nothing else may be left in the folder.  A file with one bit turned must
-be refused, or load with the very numbers that were saved.
+Kills and interrupts come at random moments while a process saves again and again over a good file.
+Afterwards the file must be one of the two that were saved, whole, and of interrupts nothing else
+may be left in the folder.  A file with one bit turned must be refused, or load with the very
+numbers that were saved.
 """
 
 from __future__ import annotations
@@ -25,12 +27,21 @@ SIZE = 4000  # points a task: a file of a megabyte takes long enough to be met w
 
 
 def fit(shift: float) -> vm.Fit:
-    tasks = [vm.Task((torch.full((SIZE, 1), shift), torch.full((SIZE,), shift)), name=f"task {i}") for i in range(10)]
-    return known(linear_model(vm.GaussianPrior(3.0)), vm.TaskSet(tasks, dtype=torch.float64), vm.Joint())
+    tasks = [
+        vm.Task((torch.full((SIZE, 1), shift), torch.full((SIZE,), shift)), name=f"task {i}")
+        for i in range(10)
+    ]
+    return known(
+        linear_model(vm.GaussianPrior(3.0)), vm.TaskSet(tasks, dtype=torch.float64), vm.Joint()
+    )
 
 
 def small_fit() -> vm.Fit:
-    return known(linear_model(vm.GaussianPrior(3.0)), vm.datasets.lines(3, num_support=4, noise=0.3), vm.Joint())
+    return known(
+        linear_model(vm.GaussianPrior(3.0)),
+        vm.datasets.lines(3, num_support=4, noise=0.3),
+        vm.Joint(),
+    )
 
 
 def save_for_ever(fits: list[vm.Fit], path: Path) -> None:
@@ -50,7 +61,9 @@ def state(path: Path) -> str:
         found = vm.load(path, linear_model(vm.GaussianPrior(3.0)))
     except Exception as error:  # anything at all is a file that cannot be read
         return f"unreadable ({type(error).__name__})"
-    values = {float(value) for task in found.tasks if task.support for value in task.support[1].unique()}
+    values = {
+        float(value) for task in found.tasks if task.support for value in task.support[1].unique()
+    }
     return "whole" if values in ({1.0}, {2.0}) else f"other numbers {values}"
 
 
@@ -75,14 +88,19 @@ def strike(number: int, how: signal.Signals, seed: int) -> dict[str, int]:
 
 
 def flip(number: int, seed: int) -> dict[str, int]:
-    """What becomes of a file with one bit turned: every bit of the header first, then bits at random."""
+    """What becomes of a file with one bit turned: every bit of the header first, then bits at
+    random.
+    """
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         path, good = Path(folder) / "fit.pt", small_fit()
         good.save(path)
         data = path.read_bytes()
         chance = random.Random(seed)
-        bits = [chance.randrange(8 * 97) if i % 4 == 0 else chance.randrange(8 * len(data)) for i in range(number)]
+        bits = [
+            chance.randrange(8 * 97) if i % 4 == 0 else chance.randrange(8 * len(data))
+            for i in range(number)
+        ]
         for bit in bits:
             turned = bytearray(data)
             turned[bit // 8] ^= 1 << bit % 8

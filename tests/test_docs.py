@@ -1,4 +1,6 @@
-"""The Python in the README and in docs/ runs as it stands, each file from top to bottom, and prints what is shown."""
+"""The Python in the README and in docs/ runs as it stands, each file from top to bottom, and prints
+what is shown.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_run_and_print_what_is_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run_and_print_what_is_shown(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # some of them write files
     names: dict[str, object] = {}
     printed, wrong = "", []
@@ -33,11 +37,16 @@ def test_the_examples_run_and_print_what_is_shown(page: Path, tmp_path: Path, mo
                 printed = output.getvalue()
             elif block.language == "text" and block.compared != "not compared":
                 found = difference(block.body, printed, numbers=block.compared == "all")
-                wrong += [f"{page.name}:{block.line}: {found}\nprinted was\n{printed}"] if found else []
+                wrong += (
+                    [f"{page.name}:{block.line}: {found}\nprinted was\n{printed}"] if found else []
+                )
     assert not wrong, "\n".join(wrong)
 
 
-SHOWN = "converged after 10 Newton steps: it can fall by 1.4e-19 nats more\nfloor  -0.60465 of 821, k-hat 0.68\n"
+SHOWN = (
+    "converged after 10 Newton steps: it can fall by 1.4e-19 nats more\nfloor  -0.60465 of 821, "
+    "k-hat 0.68\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +76,10 @@ def test_of_words_only_the_numbers_are_not_compared() -> None:
     assert difference("fell by 51 nats", "fell by 3e-2 nats", numbers=False) is None
     assert difference("fell by 51 nats", "rose by 51 nats", numbers=False) is not None
     with pytest.raises(ValueError, match="with its reason"):
-        blocks("<!-- output: not compared -->\n\n```text\n1\n```\n<!-- output: later (no) -->\n```text\n1\n```\n")
+        blocks(
+            "<!-- output: not compared -->\n\n```text\n1\n```\n<!-- output: later (no) "
+            "-->\n```text\n1\n```\n"
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,8 @@
-"""The house: no import runs up, none runs in a circle, and the top level holds two files and the public names.
+"""The house: no import runs up, none runs in a circle, and the top level holds two files and the
+public names.
 
-Every import counts, also inside functions and under TYPE_CHECKING: what a reader must know of a file is what it names.
+Every import counts, also inside functions and under TYPE_CHECKING: what a reader must know of a
+file is what it names.
 """
 
 from __future__ import annotations
@@ -17,13 +19,32 @@ import varmeta
 ROOT = Path(varmeta.__file__).parent
 # From the ground up; CONTRIBUTING.md says in a sentence what each is.
 ROOMS = (
-    "_checks", "files", "graphs", "numerics", "tasks", "datasets", "priors", "likelihoods", "models", "guides", "strategies",
-    "fitting", "posteriors", "hyper", "results", "landscape", "plot", "verbs", "__init__",
-)  # fmt: skip
+    "_checks",
+    "files",
+    "graphs",
+    "numerics",
+    "tasks",
+    "datasets",
+    "priors",
+    "likelihoods",
+    "models",
+    "guides",
+    "strategies",
+    "fitting",
+    "posteriors",
+    "hyper",
+    "results",
+    "landscape",
+    "plot",
+    "verbs",
+    "__init__",
+)
 
 
 def modules_of(root: Path) -> dict[str, Path]:
-    """Every file by its dotted name below the package; a folder's `__init__` by the folder's name."""
+    """Every file by its dotted name below the package; a folder's `__init__` by the folder's
+    name.
+    """
     found = {}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
@@ -32,10 +53,14 @@ def modules_of(root: Path) -> dict[str, Path]:
 
 
 def imports_of(root: Path) -> dict[str, dict[str, int]]:
-    """For every file the files of the package that it imports from, wherever in it, each with a line."""
+    """For every file the files of the package that it imports from, wherever in it, each with a
+    line.
+    """
     modules = modules_of(root)
     return {
-        name: {target: line for target, line in _imports(path, root.name, modules) if target != name}
+        name: {
+            target: line for target, line in _imports(path, root.name, modules) if target != name
+        }
         for name, path in modules.items()
     }
 
@@ -45,7 +70,9 @@ def _imports(path: Path, package: str, modules: Mapping[str, Path]) -> Iterator[
         if isinstance(node, ast.Import):
             named = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: imports name their room, not a number of dots"
+            assert node.level == 0, (
+                f"{path}:{node.lineno}: imports name their room, not a number of dots"
+            )
             named = [(node.module or "", alias.name) for alias in node.names]
         else:
             continue
@@ -86,7 +113,10 @@ def test_no_imports_in_a_circle() -> None:
 
 
 def test_two_files_at_the_top_level() -> None:
-    assert {path.name for path in ROOT.iterdir() if path.suffix == ".py"} == {"__init__.py", "_checks.py"}
+    assert {path.name for path in ROOT.iterdir() if path.suffix == ".py"} == {
+        "__init__.py",
+        "_checks.py",
+    }
     rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms == set(ROOMS) - {"__init__", "_checks"}
 
@@ -106,7 +136,10 @@ def test_the_door_shows_the_public_names_and_nothing_else() -> None:
 )
 def test_every_kind_of_import_is_counted(lazy: str, tmp_path: Path) -> None:
     root = tmp_path / "varmeta"
-    for name, text in {"numerics/tree.py": lazy, "verbs/fit.py": "from varmeta.numerics.tree import Tree"}.items():
+    for name, text in {
+        "numerics/tree.py": lazy,
+        "verbs/fit.py": "from varmeta.numerics.tree import Tree",
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     (root / "__init__.py").write_text("from varmeta.verbs.fit import fit")

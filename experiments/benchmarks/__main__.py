@@ -5,10 +5,12 @@
 a  iMAML meta-gradient, 16 gradient steps + 5 of CG           d  time to a given accuracy of an exact fit
 b  second-order MAML, 5 steps                                 e  growth of time and peak memory
 c  joint mean-field step, analytic KL, Adam                   f  fraction of the machine's limit
-                                                              g  what compiling costs, and "auto" beside eager
+                                                              g  what compiling costs, and "auto"
+                                                              beside eager
 
-With --device cuda a, b, c and e run there, peers in torch too.  Every row is a process of its own.  Peers come with the
-extra `bench`; who is not installed gets a row that says so.  Written after every row, so an interrupted run keeps what it has.
+With --device cuda a, b, c and e run there, peers in torch too.  Every row is a process of its own.
+Peers come with the extra `bench`; who is not installed gets a row that says so.  Written after
+every row, so an interrupted run keeps what it has.
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     if "d" in letters:
         collect(accurate(run, full), report.ACCURACY_COLUMNS, chosen.out, "accuracy")
     if "e" in letters:
-        labels = {name: ("weights" if name == "width" else name, label) for name, (label, _, _) in growth.GRID.items()}
+        labels = {
+            name: ("weights" if name == "width" else name, label)
+            for name, (label, _, _) in growth.GRID.items()
+        }
         collect(
             grown(run, full),
             report.GROWTH_COLUMNS,
@@ -78,7 +83,13 @@ def main(arguments: list[str] | None = None) -> None:
     if "f" in letters:
         collect(limited(run, full), report.LIMIT_COLUMNS, chosen.out, "limit")
     if "g" in letters:
-        collect(first_calls(run, full), report.OVERHEAD_COLUMNS, chosen.out, "overhead", report.plot_overhead)
+        collect(
+            first_calls(run, full),
+            report.OVERHEAD_COLUMNS,
+            chosen.out,
+            "overhead",
+            report.plot_overhead,
+        )
 
 
 def _check_device(parser: argparse.ArgumentParser, device: str, letters: list[str]) -> None:
@@ -89,17 +100,33 @@ def _check_device(parser: argparse.ArgumentParser, device: str, letters: list[st
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         parser.error(f"torch has no device {device!r} here: {str(error).partition(chr(10))[0]}")
     if not set(letters) <= set("abce"):
-        parser.error("on another device than the cpu only a, b, c and e are measured: give --only a,b,c,e")
+        parser.error(
+            "on another device than the cpu only a, b, c and e are measured: give --only a,b,c,e"
+        )
 
 
-def pairs(run: Run, cases: list[str], full: bool, only: str | None, seconds: float) -> Iterable[dict[str, Any]]:
+def pairs(
+    run: Run, cases: list[str], full: bool, only: str | None, seconds: float
+) -> Iterable[dict[str, Any]]:
     for case in cases:
-        peers = PEERS[case] if only is None else [peer for peer in only.split(",") if peer in PEERS[case]]
+        peers = (
+            PEERS[case]
+            if only is None
+            else [peer for peer in only.split(",") if peer in PEERS[case]]
+        )
         for peer in peers:
             exact = run("pairs", {"case": case, "peer": peer, **EXACT})
             for tasks in TASKS[case] if full else (5,):
                 # on 5 tasks nothing is worth timing long
-                row = run("pairs", {"case": case, "peer": peer, "tasks": tasks, "seconds": seconds if full else 0.5})
+                row = run(
+                    "pairs",
+                    {
+                        "case": case,
+                        "peer": peer,
+                        "tasks": tasks,
+                        "seconds": seconds if full else 0.5,
+                    },
+                )
                 yield row | {"gradient_gap_float64": exact.get("gradient_gap")}
 
 
@@ -131,15 +158,32 @@ def first_calls(run: Run, full: bool) -> Iterable[dict[str, Any]]:
             eager = None
             for mode in overhead.MODES:
                 row = run(
-                    "overhead", {"strategy": strategy, "compile": mode, "steps": steps, "tasks": 100 if full else 5}
+                    "overhead",
+                    {
+                        "strategy": strategy,
+                        "compile": mode,
+                        "steps": steps,
+                        "tasks": 100 if full else 5,
+                    },
                 )
                 eager = row.get("first_s") if mode is False else eager
-                yield row | ({"over_eager": row["first_s"] / eager} if eager and "first_s" in row else {})
+                yield row | (
+                    {"over_eager": row["first_s"] / eager} if eager and "first_s" in row else {}
+                )
 
 
 def in_process(module: str, asked: dict[str, Any], limit: float) -> Any:
-    """What `python -m experiments.benchmarks.<module>` prints last; what goes wrong is a note in the row."""
-    command = [sys.executable, "-W", "ignore", "-m", f"experiments.benchmarks.{module}", json.dumps(asked)]
+    """What `python -m experiments.benchmarks.<module>` prints last; what goes wrong is a note in
+    the row.
+    """
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        f"experiments.benchmarks.{module}",
+        json.dumps(asked),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -171,10 +215,14 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "processor": _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def _processor() -> str:
@@ -182,7 +230,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

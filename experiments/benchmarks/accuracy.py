@@ -1,11 +1,13 @@
-"""Time to a given accuracy: the exact maximum-likelihood fit of y ~ x + (x | task), against MixedLM and NUTS.
+"""Time to a given accuracy: the exact maximum-likelihood fit of y ~ x + (x | task), against MixedLM
+and NUTS.
 
     python -m experiments.benchmarks.accuracy '{"data": "radon_all", "method": "varmeta"}'
 
-Every answer is judged by the same numbers: the exact log likelihood at what was found, and how far theta0, the sds and the
-residual sd are from lme4's.  NUTS samples a posterior under wide priors, whose means are not the maximum of the likelihood;
-its time is that to 400 effective samples of the worst of the six numbers.  MixedLM is run as its documentation does, and
-by Powell's method, since its default search may end short of the maximum.
+Every answer is judged by the same numbers: the exact log likelihood at what was found, and how far
+theta0, the sds and the residual sd are from lme4's.  NUTS samples a posterior under wide priors,
+whose means are not the maximum of the likelihood; its time is that to 400 effective samples of the
+worst of the six numbers.  MixedLM is run as its documentation does, and by Powell's method, since
+its default search may end short of the maximum.
 """
 
 from __future__ import annotations
@@ -62,7 +64,12 @@ def load(name: str) -> tuple[pd.DataFrame, tuple[Any, Any, float]]:
     if name == "radon":
         import varmeta as vm
 
-        rows = [(t.name, x, y) for t in vm.datasets.radon() if t.support for x, y in zip(*t.support, strict=True)]
+        rows = [
+            (t.name, x, y)
+            for t in vm.datasets.radon()
+            if t.support
+            for x, y in zip(*t.support, strict=True)
+        ]
         frame = pd.DataFrame(rows, columns=["task", "x", "y"])
         return frame.astype({"x": float, "y": float}), SHIPPED
     task, x, y, key = COLUMNS[name]
@@ -91,11 +98,14 @@ def measure(data: str, method: str) -> dict[str, Any]:
         return {"note": "not installed"}
     found = np.sqrt(np.diag(answer.covariance))
     return {
-        "tasks": frame["task"].nunique(), "rows": len(frame), "s": seconds,
+        "tasks": frame["task"].nunique(),
+        "rows": len(frame),
+        "s": seconds,
         "theta0_gap": float(np.abs(answer.theta0 - np.asarray(theta0)).max()),
-        "sd_gap": float(np.abs(found / np.asarray(sds) - 1).max()), "sigma_gap": abs(answer.sigma / sigma - 1),
+        "sd_gap": float(np.abs(found / np.asarray(sds) - 1).max()),
+        "sigma_gap": abs(answer.sigma / sigma - 1),
         "loglik": log_likelihood(frame, answer),
-    } | extra  # fmt: skip
+    } | extra
 
 
 def log_likelihood(frame: pd.DataFrame, at: Answer) -> float:
@@ -107,7 +117,9 @@ def log_likelihood(frame: pd.DataFrame, at: Answer) -> float:
         inside = np.eye(2) + at.covariance @ (x.T @ x) / at.sigma**2
         pull = x.T @ r / at.sigma**2
         squares = r @ r / at.sigma**2 - pull @ np.linalg.solve(inside, at.covariance @ pull)
-        total -= 0.5 * (squares + np.linalg.slogdet(inside)[1] + len(r) * np.log(2 * np.pi * at.sigma**2))
+        total -= 0.5 * (
+            squares + np.linalg.slogdet(inside)[1] + len(r) * np.log(2 * np.pi * at.sigma**2)
+        )
     return float(total)
 
 
@@ -168,10 +180,16 @@ def nuts(frame: pd.DataFrame) -> tuple[Answer, dict[str, Any]]:
     chain.run(jax.random.PRNGKey(0))
     blocks: list[dict[str, np.ndarray]] = []
     while True:
-        blocks.append({name: np.asarray(value) for name, value in chain.get_samples().items() if name != "z"})
+        blocks.append(
+            {name: np.asarray(value) for name, value in chain.get_samples().items() if name != "z"}
+        )
         draws = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        numbers = np.column_stack([draws["theta0"], draws["sds"], draws["factor"][:, 1, 0], draws["sigma"]])
-        effective = float(min(effective_sample_size(numbers[None, :, j]) for j in range(numbers.shape[1])))
+        numbers = np.column_stack(
+            [draws["theta0"], draws["sds"], draws["factor"][:, 1, 0], draws["sigma"]]
+        )
+        effective = float(
+            min(effective_sample_size(numbers[None, :, j]) for j in range(numbers.shape[1]))
+        )
         if effective >= EFFECTIVE or len(numbers) >= MAX_DRAWS:
             break
         chain.post_warmup_state = chain.last_state

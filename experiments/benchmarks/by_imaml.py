@@ -1,4 +1,5 @@
-"""The iMAML meta-gradient by the code of its paper (Rajeswaran et al. 2019), where `implicit_maml` can be imported.
+"""The iMAML meta-gradient by the code of its paper (Rajeswaran et al. 2019), where `implicit_maml`
+can be imported.
 
 It is no package: clone https://github.com/aravindr93/imaml_dev and put the clone on PYTHONPATH.
 """
@@ -9,7 +10,15 @@ import numpy as np
 import torch
 
 from experiments.benchmarks.torch_module import each_task, misfit, network
-from experiments.benchmarks.work import CG_STEPS, INNER_STEPS, LR, PRECISION, Step, Unavailable, Work
+from experiments.benchmarks.work import (
+    CG_STEPS,
+    INNER_STEPS,
+    LR,
+    PRECISION,
+    Step,
+    Unavailable,
+    Work,
+)
 
 try:
     from implicit_maml.learner_model import Learner
@@ -27,7 +36,9 @@ def imaml(work: Work) -> list[Step]:
         total, gradient = 0.0, torch.zeros_like(theta0)
         for task in tasks:
             learner.set_params(theta0.clone())
-            learner.learn_task(task, INNER_STEPS, add_regularization=True, w_0=theta0, lam=PRECISION)
+            learner.learn_task(
+                task, INNER_STEPS, add_regularization=True, w_0=theta0, lam=PRECISION
+            )
             loss = learner.get_loss(task["x_val"], task["y_val"])
             found = torch.autograd.grad(loss, learner.model.parameters())
             b = torch.cat([g.reshape(-1) for g in found])

@@ -1,6 +1,7 @@
 """The shared work written by hand in JAX, jitted: one task's function under vmap.
 
-ways: the inner loop unrolled or a scan; the Hessian product as a jvp of the gradient at every step, or linearised once.
+ways: the inner loop unrolled or a scan; the Hessian product as a jvp of the gradient at every step,
+or linearised once.
 """
 
 from __future__ import annotations
@@ -62,9 +63,13 @@ def dot(a: Tree, b: Tree) -> Any:
 def imaml_of_task(scan: bool, linearize: bool) -> Callable[..., Any]:
     def of_task(theta0: Tree, x: Any, y: Any, u: Any, v: Any) -> Any:
         slope = jax.grad(lambda w: inner(w, theta0, x, y))
-        w = repeat(lambda w: jax.tree.map(lambda a, g: a - LR * g, w, slope(w)), theta0, INNER_STEPS, scan)
+        w = repeat(
+            lambda w: jax.tree.map(lambda a, g: a - LR * g, w, slope(w)), theta0, INNER_STEPS, scan
+        )
         loss, b = jax.value_and_grad(outer)(w, u, v)
-        product = jax.linearize(slope, w)[1] if linearize else lambda p: jax.jvp(slope, (w,), (p,))[1]
+        product = (
+            jax.linearize(slope, w)[1] if linearize else lambda p: jax.jvp(slope, (w,), (p,))[1]
+        )
 
         def cg(carry: Any) -> Any:
             solution, r, p, rr = carry
@@ -85,7 +90,12 @@ def maml_of_task(scan: bool) -> Callable[..., Any]:
     def of_task(theta0: Tree, x: Any, y: Any, u: Any, v: Any) -> Any:
         def loss(theta0: Tree) -> Any:
             slope = jax.grad(lambda w: inner(w, theta0, x, y))
-            w = repeat(lambda w: jax.tree.map(lambda a, g: a - LR * g, w, slope(w)), theta0, MAML_STEPS, scan)
+            w = repeat(
+                lambda w: jax.tree.map(lambda a, g: a - LR * g, w, slope(w)),
+                theta0,
+                MAML_STEPS,
+                scan,
+            )
             return outer(w, u, v)
 
         return jax.value_and_grad(loss)(theta0)
@@ -99,25 +109,43 @@ def maml_of_sum(scan: bool) -> Callable[..., Any]:
     def whole(theta0: Tree, x: Any, y: Any, u: Any, v: Any) -> Any:
         def of_task(start: Tree, x: Any, y: Any, u: Any, v: Any) -> Any:
             slope = jax.grad(lambda w: inner(w, start, x, y))
-            w = repeat(lambda w: jax.tree.map(lambda a, g: a - LR * g, w, slope(w)), start, MAML_STEPS, scan)
+            w = repeat(
+                lambda w: jax.tree.map(lambda a, g: a - LR * g, w, slope(w)),
+                start,
+                MAML_STEPS,
+                scan,
+            )
             return outer(w, u, v)
 
-        return jax.value_and_grad(lambda t: jax.vmap(of_task, (None, 0, 0, 0, 0))(t, x, y, u, v).sum())(theta0)
+        return jax.value_and_grad(
+            lambda t: jax.vmap(of_task, (None, 0, 0, 0, 0))(t, x, y, u, v).sum()
+        )(theta0)
 
     return whole
 
 
 def imaml(work: Work) -> list[Step]:
-    ways = {(scan, once): over_tasks(imaml_of_task(scan, once)) for scan in (True, False) for once in (True, False)}
+    ways = {
+        (scan, once): over_tasks(imaml_of_task(scan, once))
+        for scan in (True, False)
+        for once in (True, False)
+    }
     return [
-        step_of(work, whole, f"{'scan' if scan else 'unrolled'}, {'linearised once' if once else 'jvp of grad'}")
+        step_of(
+            work,
+            whole,
+            f"{'scan' if scan else 'unrolled'}, {'linearised once' if once else 'jvp of grad'}",
+        )
         for (scan, once), whole in ways.items()
     ]
 
 
 def maml(work: Work) -> list[Step]:
     steps = [step_of(work, over_tasks(maml_of_task(scan)), _name(scan)) for scan in (True, False)]
-    return steps + [step_of(work, maml_of_sum(scan), _name(scan) + ", gradient of the sum") for scan in (True, False)]
+    return steps + [
+        step_of(work, maml_of_sum(scan), _name(scan) + ", gradient of the sum")
+        for scan in (True, False)
+    ]
 
 
 def _name(scan: bool) -> str:
@@ -141,6 +169,8 @@ def step_of(work: Work, whole: Callable[..., Any], way: str) -> Step:
     jitted = jax.jit(whole)
 
     def values(found: Any) -> tuple[float, np.ndarray]:
-        return float(found[0]), flat({name: np.asarray(found[1][name]) for name in work.theta0})  # JAX sorts the names
+        return float(found[0]), flat(
+            {name: np.asarray(found[1][name]) for name in work.theta0}
+        )  # JAX sorts the names
 
     return Step(lambda: jax.block_until_ready(jitted(theta0, *data)), values, way=way)

@@ -1,4 +1,6 @@
-"""The iMAML meta-gradient by jaxopt: its gradient descent, differentiated implicitly with its CG; jitted, vmap over tasks."""
+"""The iMAML meta-gradient by jaxopt: its gradient descent, differentiated implicitly with its CG;
+jitted, vmap over tasks.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,23 @@
-"""The joint mean-field step by NumPyro's SVI, jitted: TraceMeanField_ELBO, two particles, a hand-written guide."""
+"""The joint mean-field step by NumPyro's SVI, jitted: TraceMeanField_ELBO, two particles, a
+hand-written guide.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from experiments.benchmarks.work import ADAM_LR, LOG_SD, PRECISION, SHAPES, Step, Unavailable, Work, flat, split
+from experiments.benchmarks.work import (
+    ADAM_LR,
+    LOG_SD,
+    PRECISION,
+    SHAPES,
+    Step,
+    Unavailable,
+    Work,
+    flat,
+    split,
+)
 
 try:
     import jax
@@ -25,7 +37,11 @@ def net(w: dict[str, Any], x: Any) -> Any:
 
 
 def joint(work: Work) -> list[Step]:
-    return [_step(work, one_site, vectorize) for one_site in (True, False) for vectorize in (True, False)]
+    return [
+        _step(work, one_site, vectorize)
+        for one_site in (True, False)
+        for vectorize in (True, False)
+    ]
 
 
 def _step(work: Work, one_site: bool, vectorize: bool) -> Step:
@@ -33,7 +49,11 @@ def _step(work: Work, one_site: bool, vectorize: bool) -> Step:
     x, y, tasks = jnp.asarray(work.x_support), jnp.asarray(work.y_support), work.tasks
     if one_site:
         theta0 = {"theta": jnp.asarray(flat(work.theta0), x.dtype)}
-        loc = {"theta": jnp.concatenate([jnp.asarray(work.loc[n]).reshape(tasks, -1) for n in SHAPES], -1)}
+        loc = {
+            "theta": jnp.concatenate(
+                [jnp.asarray(work.loc[n]).reshape(tasks, -1) for n in SHAPES], -1
+            )
+        }
     else:
         theta0 = {name: jnp.asarray(value) for name, value in work.theta0.items()}
         loc = {name: jnp.asarray(value) for name, value in work.loc.items()}
@@ -46,7 +66,9 @@ def _step(work: Work, one_site: bool, vectorize: bool) -> Step:
         with numpyro.plate("tasks", tasks, dim=-1):
             for name, start in theta0.items():
                 centre = numpyro.param(f"theta0.{name}", start)
-                prior = dist.Normal(centre, jnp.broadcast_to(sd, centre.shape)).to_event(centre.ndim)
+                prior = dist.Normal(centre, jnp.broadcast_to(sd, centre.shape)).to_event(
+                    centre.ndim
+                )
                 drawn[name] = numpyro.sample(name, prior)
             out = net(split(drawn["theta"]) if one_site else drawn, x)
             numpyro.sample("y", dist.Normal(out, jnp.exp(log_scale)).to_event(1), obs=y)
@@ -72,5 +94,7 @@ def _step(work: Work, one_site: bool, vectorize: bool) -> Step:
         state, loss = update(state)
         return float(jax.block_until_ready(loss))
 
-    way = ("one site" if one_site else "a site for each array") + (", vmap over particles" if vectorize else ", map")
+    way = ("one site" if one_site else "a site for each array") + (
+        ", vmap over particles" if vectorize else ", map"
+    )
     return Step(run, expected=lambda: float(evaluate(begin, next(keys))), way=way)

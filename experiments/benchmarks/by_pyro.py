@@ -1,4 +1,6 @@
-"""The joint mean-field step by Pyro's SVI: TraceMeanField_ELBO, two particles, a hand-written guide under the tasks' plate."""
+"""The joint mean-field step by Pyro's SVI: TraceMeanField_ELBO, two particles, a hand-written guide
+under the tasks' plate.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ def joint(work: Work) -> list[Step]:
 def _step(work: Work, vectorize: bool) -> Step:
     x, y = torch.as_tensor(work.x_support), torch.as_tensor(work.y_support)
     start = {
-        name: torch.as_tensor(value).to(x) for name, value in (("theta0", flat(work.theta0)), ("loc", _rows(work)))
+        name: torch.as_tensor(value).to(x)
+        for name, value in (("theta0", flat(work.theta0)), ("loc", _rows(work)))
     }
 
     def model() -> None:

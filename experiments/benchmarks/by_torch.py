@@ -1,8 +1,11 @@
-"""The shared work written by hand in torch: `torch.func`, run as it stands and captured and compiled as ours is.
+"""The shared work written by hand in torch: `torch.func`, run as it stands and captured and
+compiled as ours is.
 
-ways of imaml and maml: "eager" (vmap over tasks of a task's own function), "compiled" (the same, one graph).
-ways of joint: "eager" (a loss with autograd and torch.optim.Adam), "compiled" (value, gradients and both Adam steps as
-one graph), "torch.compile" (the loss compiled as most users do it, autograd and fused Adam outside).
+ways of imaml and maml: "eager" (vmap over tasks of a task's own function), "compiled" (the same,
+one graph).
+ways of joint: "eager" (a loss with autograd and torch.optim.Adam), "compiled" (value, gradients and
+both Adam steps as one graph), "torch.compile" (the loss compiled as most users do it, autograd and
+fused Adam outside).
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ Tree = dict[str, Tensor]
 
 
 def net(w: Tree, x: Tensor) -> Tensor:
-    """Outputs `(points,)` of one task, x `(points,)`; further axes in front of the weights' are batched over."""
+    """Outputs `(points,)` of one task, x `(points,)`; further axes in front of the weights' are
+    batched over.
+    """
     h = torch.relu(x.unsqueeze(-1) * w["0.weight"].mT + w["0.bias"].unsqueeze(-2))
     h = torch.relu(h @ w["2.weight"].mT + w["2.bias"].unsqueeze(-2))
     return (h @ w["4.weight"].mT).squeeze(-1) + w["4.bias"]
@@ -114,7 +119,9 @@ def _over_tasks(of_task: Callable[..., tuple[Tree, Tensor]]) -> Callable[..., tu
 
 def _ways(work: Work, whole: Callable[..., tuple[Tree, Tensor]], how: str = "") -> list[Step]:
     theta0 = {name: torch.as_tensor(value) for name, value in work.theta0.items()}
-    data = [torch.as_tensor(a) for a in (work.x_support, work.y_support, work.x_query, work.y_query)]
+    data = [
+        torch.as_tensor(a) for a in (work.x_support, work.y_support, work.x_query, work.y_query)
+    ]
 
     def step(function: Callable[..., Any], way: str) -> Step:
         def run() -> tuple[float, Tree]:
@@ -130,11 +137,13 @@ def _values(found: tuple[float, Tree]) -> tuple[float, np.ndarray]:
     return found[0], flat({name: g.cpu().numpy() for name, g in found[1].items()})
 
 
-# -- joint ---------------------------------------------------------------------------------------------------------------
+# -- joint -----------------------------------------------------------------------------------------
 
 
 def negative_elbo(phi: Tree, eta: Tree, noise: Tree, x: Tensor, y: Tensor) -> Tensor:
-    """Summed over tasks; phi "loc.<name>" and "log_sd.<name>" `(tasks, ...)`, noise `(draws, tasks, ...)`."""
+    """Summed over tasks; phi "loc.<name>" and "log_sd.<name>" `(tasks, ...)`, noise `(draws, tasks,
+    ...)`.
+    """
     log_precision, log_scale = eta["log_precision"], eta["log_scale"]
     theta, divergence = {}, torch.zeros_like(log_scale)
     for name in noise:
@@ -142,7 +151,10 @@ def negative_elbo(phi: Tree, eta: Tree, noise: Tree, x: Tensor, y: Tensor) -> Te
         sd = log_sd.exp()
         theta[name] = loc + sd * noise[name]
         squares = sd.square() + (loc - eta[name]).square()
-        divergence = divergence + (0.5 * (squares * log_precision.exp() - 1.0 - log_precision) - log_sd).sum()
+        divergence = (
+            divergence
+            + (0.5 * (squares * log_precision.exp() - 1.0 - log_precision) - log_sd).sum()
+        )
     r = (net(theta, x) - y) * torch.exp(-log_scale)
     nll = (0.5 * r.square() + log_scale + HALF_LOG_2PI).sum((-1, -2)).mean(0)
     return divergence + nll
@@ -152,12 +164,17 @@ def adam(x: Tree, g: Tree, mean: Tree, square: Tree, count: Tensor) -> tuple[Tre
     mean = {name: 0.9 * mean[name] + 0.1 * g[name] for name in x}
     square = {name: 0.999 * square[name] + 0.001 * g[name] * g[name] for name in x}
     first, second = 1 - 0.9**count, 1 - 0.999**count
-    new = {name: x[name] - ADAM_LR * (mean[name] / first) / ((square[name] / second).sqrt() + 1e-8) for name in x}
+    new = {
+        name: x[name] - ADAM_LR * (mean[name] / first) / ((square[name] / second).sqrt() + 1e-8)
+        for name in x
+    }
     return new, mean, square
 
 
 class _Joint:
-    """The state of one hand-written run; given_noise `(2, tasks, SIZE)` for the first step, later ones draw anew."""
+    """The state of one hand-written run; given_noise `(2, tasks, SIZE)` for the first step, later
+    ones draw anew.
+    """
 
     def __init__(self, work: Work, given_noise: np.ndarray | None) -> None:
         self.x, self.y = torch.as_tensor(work.x_support), torch.as_tensor(work.y_support)
@@ -165,8 +182,13 @@ class _Joint:
         self.names = list(self.eta)
         like = self.x.new_zeros(())
         self.eta |= {"log_precision": like + math.log(PRECISION), "log_scale": like.clone()}
-        self.phi = {f"loc.{name}": torch.as_tensor(value).clone() for name, value in work.loc.items()}
-        self.phi |= {f"log_sd.{name}": torch.full_like(self.phi[f"loc.{name}"], LOG_SD) for name in self.names}
+        self.phi = {
+            f"loc.{name}": torch.as_tensor(value).clone() for name, value in work.loc.items()
+        }
+        self.phi |= {
+            f"log_sd.{name}": torch.full_like(self.phi[f"loc.{name}"], LOG_SD)
+            for name in self.names
+        }
         self.given = None if given_noise is None else split(torch.as_tensor(given_noise))
 
     def noise(self) -> Tree:
@@ -194,7 +216,12 @@ def _compiled(run: _Joint) -> Step:
 
         g, value = grad_and_value(loss)(state["x"])
         new, mean, square = adam(state["x"], g, state["mean"], state["square"], count + 1)
-        return {"x": new, "mean": mean, "square": square}, count + 1, value, [g[f"eta.{name}"] for name in noise]
+        return (
+            {"x": new, "mean": mean, "square": square},
+            count + 1,
+            value,
+            [g[f"eta.{name}"] for name in noise],
+        )
 
     captured = Captured(whole)
 
@@ -206,7 +233,9 @@ def _compiled(run: _Joint) -> Step:
     return Step(step, _joint_values, way="compiled")
 
 
-def _eager(run: _Joint, function: Callable[..., Tensor] = negative_elbo, way: str = "eager") -> Step:
+def _eager(
+    run: _Joint, function: Callable[..., Tensor] = negative_elbo, way: str = "eager"
+) -> Step:
     leaves = [value.requires_grad_() for value in (*run.phi.values(), *run.eta.values())]
     optimizer = torch.optim.Adam(leaves, lr=ADAM_LR, fused=True)
 
@@ -225,4 +254,6 @@ def _torch_compile(run: _Joint) -> Step:
 
 
 def _joint_values(found: Any) -> tuple[float, np.ndarray]:
-    return found[0], np.concatenate([g.cpu().numpy().astype(np.float64).reshape(-1) for g in found[1]])
+    return found[0], np.concatenate(
+        [g.cpu().numpy().astype(np.float64).reshape(-1) for g in found[1]]
+    )

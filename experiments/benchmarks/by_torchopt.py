@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.torch_module import away, each_task, gradient_of, misfit, network
-from experiments.benchmarks.work import CG_STEPS, INNER_STEPS, LR, MAML_STEPS, Step, Unavailable, Work
+from experiments.benchmarks.work import (
+    CG_STEPS,
+    INNER_STEPS,
+    LR,
+    MAML_STEPS,
+    Step,
+    Unavailable,
+    Work,
+)
 
 try:
     import torchopt
@@ -56,7 +64,11 @@ def imaml(work: Work) -> list[Step]:
             total += float(loss.detach())
         return total, gradient_of(meta)
 
-    return [Step(run, lambda found: found, way="ImplicitMetaGradientModule, solve_cg, a loop over tasks")]
+    return [
+        Step(
+            run, lambda found: found, way="ImplicitMetaGradientModule, solve_cg, a loop over tasks"
+        )
+    ]
 
 
 def maml(work: Work) -> list[Step]:
@@ -67,7 +79,10 @@ def maml(work: Work) -> list[Step]:
         theta0 = list(net.parameters())
         for value in theta0:
             value.grad = None
-        begin = torchopt.extract_state_dict(net, by="reference"), torchopt.extract_state_dict(optimizer, by="reference")
+        begin = (
+            torchopt.extract_state_dict(net, by="reference"),
+            torchopt.extract_state_dict(optimizer, by="reference"),
+        )
         total = 0.0
         for x, y, u, v in tasks:
             for _ in range(MAML_STEPS):

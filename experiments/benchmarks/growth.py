@@ -1,10 +1,11 @@
 """How time and peak memory of the iMAML meta-gradient grow with tasks, weights and inner steps.
 
-    python -m experiments.benchmarks.growth '{"tasks": 100, "width": 40, "inner_steps": 16, "compiled": true}'
+    python -m experiments.benchmarks.growth '{"tasks": 100, "width": 40, "inner_steps": 16,
+    "compiled": true}'
 
-prints one line of JSON.  A fresh process for each point: peak memory is the largest the process ever had, less what it had
-once everything was imported; on a GPU ("device": "cuda") the most that torch had allocated there.  Compiling needs memory of its
-own, the same at every size.
+prints one line of JSON.  A fresh process for each point: peak memory is the largest the process
+ever had, less what it had once everything was imported; on a GPU ("device": "cuda") the most that
+torch had allocated there.  Compiling needs memory of its own, the same at every size.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def main() -> None:
     print(json.dumps(asked | measure(**asked)))
 
 
-def measure(tasks: int, width: int, inner_steps: int, compiled: bool, device: str = "cpu") -> dict[str, Any]:
+def measure(
+    tasks: int, width: int, inner_steps: int, compiled: bool, device: str = "cpu"
+) -> dict[str, Any]:
     """Seconds of the first call and of a later one, and peak memory in MB."""
     import torch
 
@@ -57,9 +60,13 @@ def measure(tasks: int, width: int, inner_steps: int, compiled: bool, device: st
         if times[0] > 20.0:
             break
     return {
-        "weights": sum(a.size for a in work.theta0.values()), "first_s": first, "s": statistics.median(times),
-        "peak_mb": _peak(), "above_import_mb": _peak() - imported, "data_mb": data - imported,
-    }  # fmt: skip
+        "weights": sum(a.size for a in work.theta0.values()),
+        "first_s": first,
+        "s": statistics.median(times),
+        "peak_mb": _peak(),
+        "above_import_mb": _peak() - imported,
+        "data_mb": data - imported,
+    }
 
 
 def _peak() -> float:

@@ -2,10 +2,11 @@
 
     python -m experiments.benchmarks.limit '{"tasks": 1000}'
 
-Needed: floating-point operations of the matrix products, counted on the eager step by `torch.utils.flop_counter` (what is
-elementwise is not counted), and the bytes that must pass through memory if nothing is read or written twice.  The
-machine's rates are measured beside it, in turns: a batched product of the same shapes, and a large copy.  The limit is the
-longer of the two times; the fraction is that over the time that was measured.
+Needed: floating-point operations of the matrix products, counted on the eager step by
+`torch.utils.flop_counter` (what is elementwise is not counted), and the bytes that must pass
+through memory if nothing is read or written twice.  The machine's rates are measured beside it, in
+turns: a batched product of the same shapes, and a large copy.  The limit is the longer of the two
+times; the fraction is that over the time that was measured.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks import ours
 from experiments.benchmarks.pairs import alternate, quartiles
-from experiments.benchmarks.work import CG_STEPS, INNER_STEPS, MAML_STEPS, POINTS, SIZE, WIDTH, make_work
+from experiments.benchmarks.work import (
+    CG_STEPS,
+    INNER_STEPS,
+    MAML_STEPS,
+    POINTS,
+    SIZE,
+    WIDTH,
+    make_work,
+)
 
-# Vectors of D numbers a task that are read or written.  A gradient step reads and writes theta.  A step of CG reads
-# theta and p and writes A p, reads x, p, r, A p and writes x and r, reads r and p and writes p.
+# Vectors of D numbers a task that are read or written.  A gradient step reads and writes theta.  A
+# step of CG reads theta and p and writes A p, reads x, p, r, A p and writes x and r, reads r and p
+# and writes p.
 GRADIENT_PASSES, CG_PASSES = 2, 12
 PASSES = {
     "imaml": INNER_STEPS * GRADIENT_PASSES + CG_STEPS * CG_PASSES,
@@ -56,10 +66,16 @@ def measure(case: str, tasks: int, seconds: float = 6.0) -> dict[str, Any]:
     byte_rate = 2.0 * 4.0 * source.numel() / moved
     limit = max(flops / flop_rate, needed / byte_rate)
     return {
-        "gflop": flops / 1e9, "gb": needed / 1e9, "bmm_gflop_per_s": flop_rate / 1e9, "copy_gb_per_s": byte_rate / 1e9,
-        "flop_ms": 1e3 * flops / flop_rate, "byte_ms": 1e3 * needed / byte_rate, "limit_ms": 1e3 * limit, "ours_ms": 1e3 * step,
+        "gflop": flops / 1e9,
+        "gb": needed / 1e9,
+        "bmm_gflop_per_s": flop_rate / 1e9,
+        "copy_gb_per_s": byte_rate / 1e9,
+        "flop_ms": 1e3 * flops / flop_rate,
+        "byte_ms": 1e3 * needed / byte_rate,
+        "limit_ms": 1e3 * limit,
+        "ours_ms": 1e3 * step,
         "fraction": limit / step,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

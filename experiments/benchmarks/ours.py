@@ -1,4 +1,6 @@
-"""varmeta on the shared work: the strategy's step, captured and compiled, called as `fit` calls it."""
+"""varmeta on the shared work: the strategy's step, captured and compiled, called as `fit` calls
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +32,35 @@ from varmeta.tasks import Batch
 
 def imaml(work: Work, compiled: bool = True, inner_steps: int = INNER_STEPS) -> Step:
     strategy = vm.Implicit(
-        "delta", "query", inner_steps, vm.GradientDescent(LR), vm.CG(max_steps=CG_STEPS, rtol=1e-30), "ignore"
+        "delta",
+        "query",
+        inner_steps,
+        vm.GradientDescent(LR),
+        vm.CG(max_steps=CG_STEPS, rtol=1e-30),
+        "ignore",
     )
     return _meta_gradient(work, strategy, compiled)
 
 
 def maml(work: Work, compiled: bool = True, inner_steps: int = MAML_STEPS) -> Step:
-    return _meta_gradient(work, vm.Unrolled("delta", "query", inner_steps, vm.GradientDescent(LR)), compiled)
+    return _meta_gradient(
+        work, vm.Unrolled("delta", "query", inner_steps, vm.GradientDescent(LR)), compiled
+    )
 
 
 def joint(work: Work, compiled: bool = True) -> Step:
-    model = model_of(work, vm.likelihoods.Gaussian(), vm.GaussianPrior(PRECISION, learn_precision="shared"))
+    model = model_of(
+        work, vm.likelihoods.Gaussian(), vm.GaussianPrior(PRECISION, learn_precision="shared")
+    )
     strategy = vm.Joint("normal", minimizer=vm.Adam(lr=ADAM_LR))
     problem, batch, eta = _start(model, tasks_of(work), strategy)
     leaves = list(eta.values())
     optimizer = torch.optim.Adam(leaves, lr=ADAM_LR, fused=True)
     fast = OuterStep(strategy, compiled, 1)
     state = strategy.init(problem, batch, eta)
-    loc = torch.cat([torch.as_tensor(value).reshape(work.tasks, -1) for value in work.loc.values()], -1)
+    loc = torch.cat(
+        [torch.as_tensor(value).reshape(work.tasks, -1) for value in work.loc.values()], -1
+    )
     state = begin = replace(state, phi={"loc": loc, "log_scale": torch.full_like(loc, LOG_SD)})
 
     def run() -> tuple[float, dict[str, Tensor]]:
@@ -68,14 +81,18 @@ def joint(work: Work, compiled: bool = True) -> Step:
 
 def joint_noise(work: Work, step: int = 0) -> np.ndarray:
     """The standardised draws `(2, tasks, SIZE)` that the joint step of that number uses."""
-    model = model_of(work, vm.likelihoods.Gaussian(), vm.GaussianPrior(PRECISION, learn_precision="shared"))
+    model = model_of(
+        work, vm.likelihoods.Gaussian(), vm.GaussianPrior(PRECISION, learn_precision="shared")
+    )
     problem, batch, _ = _start(model, tasks_of(work), vm.Joint("normal"))
     return problem.noise("elbo", batch, step).cpu().numpy()
 
 
 def model_of(work: Work, likelihood: Any, prior: vm.GaussianPrior) -> vm.TaskModel:
     width = len(work.theta0["0.bias"])
-    net = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+    net = nn.Sequential(
+        nn.Linear(1, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+    )
     net.to(torch.as_tensor(work.x_support).dtype)
     net.load_state_dict({name: torch.as_tensor(value) for name, value in work.theta0.items()})
     return vm.TaskModel(net, likelihood, prior)
@@ -83,18 +100,24 @@ def model_of(work: Work, likelihood: Any, prior: vm.GaussianPrior) -> vm.TaskMod
 
 def tasks_of(work: Work) -> vm.TaskSet:
     parts = zip(work.x_support, work.y_support, work.x_query, work.y_query, strict=True)
-    tasks = vm.TaskSet([vm.Task(support=(x[:, None], y), query=(u[:, None], v)) for x, y, u, v in parts])
+    tasks = vm.TaskSet(
+        [vm.Task(support=(x[:, None], y), query=(u[:, None], v)) for x, y, u, v in parts]
+    )
     return tasks.to(device=torch.get_default_device())
 
 
-def _start(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Strategy) -> tuple[Problem, Batch, dict[str, Tensor]]:
+def _start(
+    model: vm.TaskModel, tasks: vm.TaskSet, strategy: Strategy
+) -> tuple[Problem, Batch, dict[str, Tensor]]:
     problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     return problem, batch, {name: value.requires_grad_() for name, value in eta.items()}
 
 
 def _meta_gradient(work: Work, strategy: Strategy, compiled: bool) -> Step:
-    model = model_of(work, vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(PRECISION))
+    model = model_of(
+        work, vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(PRECISION)
+    )
     problem, batch, eta = _start(model, tasks_of(work), strategy)
     fast = OuterStep(strategy, compiled, 1)
     state = strategy.init(problem, batch, eta)

@@ -1,8 +1,10 @@
 """What capturing and compiling costs, and whether compile="auto" ever loses to running eagerly.
 
-    python -m experiments.benchmarks.overhead '{"strategy": "joint", "compile": "auto", "steps": 100, "tasks": 100}'
+    python -m experiments.benchmarks.overhead '{"strategy": "joint", "compile": "auto", "steps":
+    100, "tasks": 100}'
 
-A fresh process for each point, with a compiler cache of its own, so that nothing is compiled already.  The same fit is then
+A fresh process for each point, with a compiler cache of its own, so that nothing is compiled
+already.  The same fit is then
 run a second time: what was captured must not be captured again.
 """
 
@@ -39,26 +41,37 @@ def measure(strategy: str, compile: str | bool, steps: int, tasks: int) -> dict[
     work = make_work(tasks)
     model = ours.model_of(work, vm.likelihoods.Gaussian(), vm.GaussianPrior(PRECISION))
     chosen = (
-        vm.Joint("normal") if strategy == "joint" else vm.Unrolled("delta", "query", MAML_STEPS, vm.GradientDescent(LR))
+        vm.Joint("normal")
+        if strategy == "joint"
+        else vm.Unrolled("delta", "query", MAML_STEPS, vm.GradientDescent(LR))
     )
 
     def fit() -> tuple[float, list[float]]:
         seconds: list[float] = []
         begin = perf_counter()
         vm.fit(
-            model, ours.tasks_of(work), chosen, steps, lambda p: torch.optim.Adam(p, lr=ADAM_LR), compile=compile, progress=False,
+            model,
+            ours.tasks_of(work),
+            chosen,
+            steps,
+            lambda p: torch.optim.Adam(p, lr=ADAM_LR),
+            compile=compile,
+            progress=False,
             callback=lambda row: seconds.append(row["seconds"]),
-        )  # fmt: skip
+        )
         return perf_counter() - begin, seconds
 
     first, record = fit()
     second, again = fit()
     between = sorted(b - a for a, b in pairwise(record))
     return {
-        "first_s": first, "second_s": second, "step_ms": 1e3 * between[len(between) // 2],
+        "first_s": first,
+        "second_s": second,
+        "step_ms": 1e3 * between[len(between) // 2],
         # what the first fit took beyond the second: tracing, compiling, and what torch loads
-        "overhead_s": first - second, "slowest_step_second_ms": 1e3 * max(b - a for a, b in pairwise(again)),
-    }  # fmt: skip
+        "overhead_s": first - second,
+        "slowest_step_second_ms": 1e3 * max(b - a for a, b in pairwise(again)),
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Ours beside one peer, on the same work in one process: first the same values, then times, alternating.
+"""Ours beside one peer, on the same work in one process: first the same values, then times,
+alternating.
 
     python -m experiments.benchmarks.pairs '{"case": "imaml", "peer": "jax", "tasks": 100}'
 
-prints one line of JSON.  A process for each pair, so that thread pools and memory of the others do not disturb it.  The two
-sides take turns in short blocks, so a machine that slows down slows both; the first call of a block is not counted,
-since the other side has just used the caches.
+prints one line of JSON.  A process for each pair, so that thread pools and memory of the others do
+not disturb it.  The two sides take turns in short blocks, so a machine that slows down slows both;
+the first call of a block is not counted, since the other side has just used the caches.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from experiments.benchmarks.work import Step, Unavailable, make_work
 PEERS = {
     "imaml": ("jax", "jaxopt", "torchopt", "paper", "torch compiled", "torch eager", "ours eager"),
     "maml": ("jax", "torchopt", "higher", "torch compiled", "torch eager", "ours eager"),
-    "joint": ("pyro", "numpyro", "torch compiled", "torch torch.compile", "torch eager", "ours eager"),
+    "joint": (
+        "pyro",
+        "numpyro",
+        "torch compiled",
+        "torch torch.compile",
+        "torch eager",
+        "ours eager",
+    ),
 }
 MODULES = {"paper": "by_imaml"}
 BLOCK_SECONDS, MIN_BLOCKS = 0.15, 3
@@ -46,7 +54,8 @@ def compare(
     compiled: bool = True,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """One pair: the gaps between the values, then medians and quartiles of both in milliseconds and their ratio.
+    """One pair: the gaps between the values, then medians and quartiles of both in milliseconds and
+    their ratio.
 
     device: of ours and of the peers that run on torch; JAX takes the one that it was installed for.
     """
@@ -76,7 +85,11 @@ def compare(
     }
     # block by block, so that what slows both cancels
     ratios = [b / a for a, b in zip(_medians(mine), _medians(other), strict=True)]
-    return found | {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return found | {
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
 
 
 def on(device: str) -> None:
@@ -90,7 +103,9 @@ def on(device: str) -> None:
 def alternate(
     ours: Callable[[], Any], theirs: Callable[[], Any], seconds: float
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds per call of both, block by block; at least MIN_BLOCKS blocks each, about `seconds` in all."""
+    """Seconds per call of both, block by block; at least MIN_BLOCKS blocks each, about `seconds` in
+    all.
+    """
     begin = perf_counter()
     mine: list[list[float]] = []
     other: list[list[float]] = []
@@ -137,7 +152,9 @@ def _peer(case: str, peer: str, tasks: int, dtype: str) -> list[Step]:
     library, _, way = peer.partition(" ")
     if library == "ours":
         return [_ours(case, tasks, dtype, compiled=False)]
-    module = importlib.import_module(f"experiments.benchmarks.{MODULES.get(library, 'by_' + library)}")
+    module = importlib.import_module(
+        f"experiments.benchmarks.{MODULES.get(library, 'by_' + library)}"
+    )
     work = make_work(tasks, dtype)
     if library == "torch" and case == "joint":
         from experiments.benchmarks import ours
@@ -149,7 +166,9 @@ def _peer(case: str, peer: str, tasks: int, dtype: str) -> list[Step]:
 
 
 def _gaps(case: str, ours: Step, first: Any, step: Step) -> dict[str, Any]:
-    """How far the peer's loss and gradient are from ours, relative; of noisy losses, in standard errors of the mean."""
+    """How far the peer's loss and gradient are from ours, relative; of noisy losses, in standard
+    errors of the mean.
+    """
     try:
         found = step.run() if step.values is not None else None
         if step.values is not None and ours.values is not None:
@@ -159,7 +178,9 @@ def _gaps(case: str, ours: Step, first: Any, step: Step) -> dict[str, Any]:
                 "gradient_gap": float(np.linalg.norm(gradient - peers) / np.linalg.norm(gradient)),
             }
         assert ours.expected is not None and step.expected is not None
-        mine, theirs = [np.array([draw() for _ in range(24)]) for draw in (ours.expected, step.expected)]
+        mine, theirs = [
+            np.array([draw() for _ in range(24)]) for draw in (ours.expected, step.expected)
+        ]
         error = float(np.sqrt(mine.var() / len(mine) + theirs.var() / len(theirs)))
         gap = abs(float(mine.mean() - theirs.mean()))
         return {"loss_gap": gap / abs(float(mine.mean())), "standard_errors": gap / error}
@@ -167,7 +188,8 @@ def _gaps(case: str, ours: Step, first: Any, step: Step) -> dict[str, Any]:
         return {"error": f"fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"}
 
 
-# Relative, in float32 and float64; iMAML's five steps of CG magnify float32's rounding.  Noisy losses in standard errors alone.
+# Relative, in float32 and float64; iMAML's five steps of CG magnify float32's rounding.  Noisy
+# losses in standard errors alone.
 LARGEST = {
     "loss_gap": {"float32": 1e-4, "float64": 1e-8},
     "gradient_gap": {"float32": 1e-3, "float64": 1e-6},
@@ -179,7 +201,9 @@ def _disagrees(gap: dict[str, Any], dtype: str) -> dict[str, Any]:
     """An error where the two do not do the same work, which is then not timed."""
     judged = ("standard_errors",) if "standard_errors" in gap else ("gradient_gap", "loss_gap")
     for name in judged:
-        if name in gap and not gap[name] <= LARGEST[name][dtype]:  # what is not a number is no agreement
+        if (
+            name in gap and not gap[name] <= LARGEST[name][dtype]
+        ):  # what is not a number is no agreement
             return {"error": f"does other work: {name} {gap[name]:.1e}"}
     return {}
 

@@ -1,4 +1,6 @@
-"""The network and losses as an ordinary torch module, for the libraries that take one and loop over tasks."""
+"""The network and losses as an ordinary torch module, for the libraries that take one and loop over
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from experiments.benchmarks.work import HALF_LOG_2PI, PRECISION, WIDTH, Work, fl
 
 
 def network(work: Work) -> nn.Sequential:
-    made = nn.Sequential(nn.Linear(1, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
+    made = nn.Sequential(
+        nn.Linear(1, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)
+    )
     made.to(torch.as_tensor(work.x_support).dtype)
     made.load_state_dict({name: torch.as_tensor(value) for name, value in work.theta0.items()})
     return made
@@ -28,7 +32,10 @@ def away(own: Any, theta0: Any) -> Tensor:
 
 
 def each_task(work: Work) -> list[tuple[Tensor, ...]]:
-    parts = [torch.as_tensor(a).unsqueeze(-1) for a in (work.x_support, work.y_support, work.x_query, work.y_query)]
+    parts = [
+        torch.as_tensor(a).unsqueeze(-1)
+        for a in (work.x_support, work.y_support, work.x_query, work.y_query)
+    ]
     return list(zip(*(part.unbind() for part in parts), strict=True))
 
 

@@ -1,8 +1,10 @@
-"""Does varmeta give the answers of lme4, and of long runs of MCMC, on real nested data?  One table, ours beside theirs.
+"""Does varmeta give the answers of lme4, and of long runs of MCMC, on real nested data?  One table,
+ours beside theirs.
 
 classical: maximum likelihood and REML with standard errors, beside lme4, and radon's 386 counties.
 bayesian: the posterior of eta and of every task, beside reference posteriors.
-generalised: binomial and Poisson models under each guide, beside lme4's Laplace and adaptive quadrature (a table of its own).
+generalised: binomial and Poisson models under each guide, beside lme4's Laplace and adaptive
+quadrature (a table of its own).
 
     python -m experiments.mixed_models --out results/mixed_models --size full --part all
 """
@@ -29,11 +31,18 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (part, data, model), group in rows.groupby(["part", "data", "model"], sort=False):
         parts.append(
             {
-                "part": part, "data": data, "model": model, "quantities": len(group), "worst_error": group.error.max(),
-                "sd_ratio_low": group.sd_ratio.min(), "sd_ratio_high": group.sd_ratio.max(), "k_hat": group.k_hat.max(),
-                "ess": group.ess.min(), "seconds": group.seconds.max(),
+                "part": part,
+                "data": data,
+                "model": model,
+                "quantities": len(group),
+                "worst_error": group.error.max(),
+                "sd_ratio_low": group.sd_ratio.min(),
+                "sd_ratio_high": group.sd_ratio.max(),
+                "k_hat": group.k_hat.max(),
+                "ess": group.ess.min(),
+                "seconds": group.seconds.max(),
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(parts)
 
 
@@ -48,7 +57,10 @@ def compared(options: argparse.Namespace) -> None:
     if options.part in ("classical", "all"):
         jobs += [case.rows for case in (CLASSICAL[:2] if small else CLASSICAL)]
     if options.part in ("bayesian", "all"):
-        jobs += [lambda case=case: case.rows(options.seed) for case in (BAYESIAN[:1] if small else BAYESIAN)]  # type: ignore[misc]
+        jobs += [
+            lambda case=case: case.rows(options.seed)  # type: ignore[misc]
+            for case in (BAYESIAN[:1] if small else BAYESIAN)
+        ]
     if options.part in ("classical", "all"):
         jobs += [] if small else [radon_all]
     for job in jobs:
@@ -81,7 +93,9 @@ def generalised_models(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/mixed_models"))
     parser.add_argument("--size", choices=("smoke", "full"), default="full")
     parser.add_argument("--part", choices=PARTS, default="all")

@@ -1,6 +1,8 @@
-"""The posterior of eta and of every task (`hyperguide="multivariate_normal"`), beside reference posteriors.
+"""The posterior of eta and of every task (`hyperguide="multivariate_normal"`), beside reference
+posteriors.
 
-Eight schools, five models of radon, rats, surgical, seeds with effects as they are and centred, sitecounts, peregrine, pilots.
+Eight schools, five models of radon, rats, surgical, seeds with effects as they are and centred,
+sitecounts, peregrine, pilots.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from varmeta.models.eta import natural
 
 @dataclass(frozen=True)
 class Bayesian:
-    """A reference posterior: `names` of ours by theirs for what all tasks share, `effects` of a task's weights."""
+    """A reference posterior: `names` of ours by theirs for what all tasks share, `effects` of a
+    task's weights.
+    """
 
     data: str
     file: str
@@ -38,14 +42,19 @@ class Bayesian:
     derived: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda draws: {}
 
     def fit(self, seed: int = 0) -> vm.Fit:
-        return vm.fit(self.model(), self.tasks(), hyperguide="multivariate_normal", seed=seed, progress=False)
+        return vm.fit(
+            self.model(), self.tasks(), hyperguide="multivariate_normal", seed=seed, progress=False
+        )
 
     def rows(self, seed: int = 0) -> list[dict[str, Any]]:
         theirs = reference(self.data, f"posterior_{self.file}.json")["params"]
         begin = perf_counter()
         fit = self.fit(seed)
         assert fit.hyper is not None
-        draws, weight = natural(fit.model, fit.hyper.points, fit.tasks.x_names), fit.hyper.log_weights.exp()
+        draws, weight = (
+            natural(fit.model, fit.hyper.points, fit.tasks.x_names),
+            fit.hyper.log_weights.exp(),
+        )
         compared = {their: draws[our] for our, their in self.names.items()} | self.derived(draws)
         moments = {}
         for name, value in compared.items():
@@ -69,27 +78,44 @@ class Bayesian:
             effects[their] = own - middle[:, None]
         for their, away in effects.items():
             for number in range(len(posterior.names)):
-                moments[f"{their}[{number + 1}]"] = (float(away[:, number].mean()), float(away[:, number].std()))
+                moments[f"{their}[{number + 1}]"] = (
+                    float(away[:, number].mean()),
+                    float(away[:, number].std()),
+                )
         seconds = perf_counter() - begin
         return [
             {
-                "part": "posterior", "data": self.data, "model": self.file, "quantity": name, "varmeta": mean,
-                "reference": theirs[name]["mean"], "error": abs(mean - theirs[name]["mean"]) / theirs[name]["sd"],
-                "sd_ratio": sd / theirs[name]["sd"], "k_hat": fit.hyper.pareto_k, "ess": fit.hyper.ess, "seconds": seconds,
+                "part": "posterior",
+                "data": self.data,
+                "model": self.file,
+                "quantity": name,
+                "varmeta": mean,
+                "reference": theirs[name]["mean"],
+                "error": abs(mean - theirs[name]["mean"]) / theirs[name]["sd"],
+                "sd_ratio": sd / theirs[name]["sd"],
+                "k_hat": fit.hyper.pareto_k,
+                "ess": fit.hyper.ess,
+                "seconds": seconds,
             }
             for name, (mean, sd) in moments.items()
-        ]  # fmt: skip
+        ]
 
 
-def _radon(file: str, x: list[str], shared: list[str], names: dict[str, str], effects: dict[str, str]) -> Bayesian:
+def _radon(
+    file: str, x: list[str], shared: list[str], names: dict[str, str], effects: dict[str, str]
+) -> Bayesian:
     def model() -> vm.TaskModel:
         prior = vm.GaussianPrior(
             learn_precision="per_parameter", scale_hyperprior=dist.HalfNormal(1.0),
             loc_hyperprior=dict.fromkeys([INTERCEPT, *x], dist.Normal(0.0, 10.0)),
         )  # fmt: skip
-        return regression(x, vm.likelihoods.Gaussian(scale_hyperprior=dist.HalfNormal(1.0)), prior, shared)
+        return regression(
+            x, vm.likelihoods.Gaussian(scale_hyperprior=dist.HalfNormal(1.0)), prior, shared
+        )
 
-    return Bayesian("radon_mn", file, lambda: radon(x), model, names | {"noise scale": "sigma_y"}, effects)
+    return Bayesian(
+        "radon_mn", file, lambda: radon(x), model, names | {"noise scale": "sigma_y"}, effects
+    )
 
 
 def _known_sd(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -98,7 +124,9 @@ def _known_sd(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
 
 def _eight_schools() -> vm.TaskModel:
     prior = vm.GaussianPrior(
-        learn_precision="shared", loc_hyperprior=dist.Normal(0.0, 5.0), scale_hyperprior=dist.HalfCauchy(5.0)
+        learn_precision="shared",
+        loc_hyperprior=dist.Normal(0.0, 5.0),
+        scale_hyperprior=dist.HalfCauchy(5.0),
     )
     return vm.TaskModel.from_pyro(_known_sd, {"effect": ()}, prior)
 
@@ -115,7 +143,9 @@ def _peregrine() -> vm.TaskSet:
 
 
 def _binomial(columns: Sequence[str]) -> vm.TaskModel:
-    """sigma^-2 ~ Gamma(0.001, 0.001), BUGS's old favourite; flat coefficients but for N(0, 1000)."""
+    """sigma^-2 ~ Gamma(0.001, 0.001), BUGS's old favourite; flat coefficients but for N(0,
+    1000).
+    """
     prior = vm.GaussianPrior(
         learn_precision="shared", hyperprior=dist.Gamma(0.001, 0.001),
         loc_hyperprior=dict.fromkeys([INTERCEPT, *columns], dist.Normal(0.0, 1000.0)),
@@ -124,10 +154,12 @@ def _binomial(columns: Sequence[str]) -> vm.TaskModel:
 
 
 def _seeds_centred() -> vm.TaskModel:
-    """Effects b = c - mean(c) with alpha0 ~ N(0, 1) beside them couple the plates beyond eta; but c's mean is independent of b.
+    """Effects b = c - mean(c) with alpha0 ~ N(0, 1) beside them couple the plates beyond eta; but
+    c's mean is independent of b.
 
-    So ours, alpha_i = theta0 + c_i with theta0 ~ N(0, 1), is theirs with the mean of the alpha_i as alpha0: its prior variance is
-    1 + sigma^2 / 21 instead of 1, less than 1 % more where sigma has its mass.
+    So ours, alpha_i = theta0 + c_i with theta0 ~ N(0, 1), is theirs with the mean of the alpha_i as
+    alpha0: its prior variance is 1 + sigma^2 / 21 instead of 1, less than 1 % more where sigma has
+    its mass.
     """
     names = [INTERCEPT, "x1", "x2", "x12"]
     prior = vm.GaussianPrior(
@@ -138,12 +170,16 @@ def _seeds_centred() -> vm.TaskModel:
 
 
 def _poisson(columns: Sequence[str], loc: dict[str, Any]) -> vm.TaskModel:
-    prior = vm.GaussianPrior(learn_precision="shared", scale_hyperprior=dist.Uniform(0.0, 5.0), loc_hyperprior=loc)
+    prior = vm.GaussianPrior(
+        learn_precision="shared", scale_hyperprior=dist.Uniform(0.0, 5.0), loc_hyperprior=loc
+    )
     return regression(columns, vm.likelihoods.Poisson(), prior, columns)
 
 
 def _pilots(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
-    """Crossed effects: the second grouping's are shared parameters, standardised, with a scale of their own."""
+    """Crossed effects: the second grouping's are shared parameters, standardised, with a scale of
+    their own.
+    """
     own = 10.0 * params["mu_a"] + params["log_sigma_a"].exp() * params["z"]
     mean = params["b"] + (x * own).sum(-1)
     return pyro.sample("y", dist.Normal(mean, params["log_sigma_y"].exp()), obs=y)
@@ -151,7 +187,9 @@ def _pilots(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
 
 def _log_uniform_scale(high: float) -> Any:
     """Of log sd, where sd is uniform below `high`."""
-    return dist.TransformedDistribution(dist.Uniform(0.0, high), [dist.transforms.ExpTransform().inv])
+    return dist.TransformedDistribution(
+        dist.Uniform(0.0, high), [dist.transforms.ExpTransform().inv]
+    )
 
 
 def _pilots_model() -> vm.TaskModel:
@@ -163,9 +201,15 @@ def _pilots_model() -> vm.TaskModel:
         },
     )  # fmt: skip
     params: dict[str, Any] = {
-        "b": (), "z": (5,), "mu_a": (), "log_sigma_a": torch.tensor(-1.0), "log_sigma_y": torch.tensor(-1.0)
-    }  # fmt: skip
-    return vm.TaskModel.from_pyro(_pilots, params, prior, shared=["z", "mu_a", "log_sigma_a", "log_sigma_y"])
+        "b": (),
+        "z": (5,),
+        "mu_a": (),
+        "log_sigma_a": torch.tensor(-1.0),
+        "log_sigma_y": torch.tensor(-1.0),
+    }
+    return vm.TaskModel.from_pyro(
+        _pilots, params, prior, shared=["z", "mu_a", "log_sigma_a", "log_sigma_y"]
+    )
 
 
 def _pilots_tasks() -> vm.TaskSet:
@@ -179,7 +223,11 @@ def _pilots_tasks() -> vm.TaskSet:
 def _pilots_effects(draws: dict[str, Tensor]) -> dict[str, Tensor]:
     sigma = draws["log_sigma_a"].exp()
     effects = {f"a[{k + 1}]": 10.0 * draws["mu_a"] + sigma * draws[f"z[{k}]"] for k in range(5)}
-    return effects | {"sigma_a": sigma, "sigma_y": draws["log_sigma_y"].exp(), "mu_b": draws["b"] / 10.0}
+    return effects | {
+        "sigma_a": sigma,
+        "sigma_y": draws["log_sigma_y"].exp(),
+        "mu_b": draws["b"] / 10.0,
+    }
 
 
 def _flat(low: float) -> Any:
@@ -188,66 +236,142 @@ def _flat(low: float) -> Any:
 
 BAYESIAN = (
     Bayesian(
-        "eight_schools", "eight_schools",
-        lambda: vm.TaskSet.from_frame(table("eight_schools"), task="school", x="std_err", y="effect").to(dtype=torch.float64),
-        _eight_schools, {"effect": "mu", "sd(effect)": "tau"}, {"effect": "theta"},
-    ),
-    _radon("partially_pooled", [], [], {INTERCEPT: "mu_alpha", "sd(intercept)": "sigma_alpha"}, {INTERCEPT: "alpha"}),
-    _radon(
-        "variable_intercept", ["floor"], ["floor"],
-        {INTERCEPT: "mu_alpha", "floor": "beta", "sd(intercept)": "sigma_alpha"}, {INTERCEPT: "alpha"},
-    ),
-    _radon(
-        "variable_slope", ["floor"], [INTERCEPT],
-        {INTERCEPT: "alpha", "floor": "mu_beta", "sd(floor)": "sigma_beta"}, {"floor": "beta"},
+        "eight_schools",
+        "eight_schools",
+        lambda: vm.TaskSet.from_frame(
+            table("eight_schools"), task="school", x="std_err", y="effect"
+        ).to(dtype=torch.float64),
+        _eight_schools,
+        {"effect": "mu", "sd(effect)": "tau"},
+        {"effect": "theta"},
     ),
     _radon(
-        "variable_intercept_slope", ["floor"], [],
-        {INTERCEPT: "mu_alpha", "floor": "mu_beta", "sd(intercept)": "sigma_alpha", "sd(floor)": "sigma_beta"},
+        "partially_pooled",
+        [],
+        [],
+        {INTERCEPT: "mu_alpha", "sd(intercept)": "sigma_alpha"},
+        {INTERCEPT: "alpha"},
+    ),
+    _radon(
+        "variable_intercept",
+        ["floor"],
+        ["floor"],
+        {INTERCEPT: "mu_alpha", "floor": "beta", "sd(intercept)": "sigma_alpha"},
+        {INTERCEPT: "alpha"},
+    ),
+    _radon(
+        "variable_slope",
+        ["floor"],
+        [INTERCEPT],
+        {INTERCEPT: "alpha", "floor": "mu_beta", "sd(floor)": "sigma_beta"},
+        {"floor": "beta"},
+    ),
+    _radon(
+        "variable_intercept_slope",
+        ["floor"],
+        [],
+        {
+            INTERCEPT: "mu_alpha",
+            "floor": "mu_beta",
+            "sd(intercept)": "sigma_alpha",
+            "sd(floor)": "sigma_beta",
+        },
         {INTERCEPT: "alpha", "floor": "beta"},
     ),
     _radon(
-        "hierarchical_intercept", ["log_uppm", "floor"], ["log_uppm", "floor"],
-        {INTERCEPT: "mu_alpha", "log_uppm": "beta[1]", "floor": "beta[2]", "sd(intercept)": "sigma_alpha"},
+        "hierarchical_intercept",
+        ["log_uppm", "floor"],
+        ["log_uppm", "floor"],
+        {
+            INTERCEPT: "mu_alpha",
+            "log_uppm": "beta[1]",
+            "floor": "beta[2]",
+            "sd(intercept)": "sigma_alpha",
+        },
         {INTERCEPT: "alpha"},
     ),
     Bayesian(
-        "rats", "rats", rats,
-        lambda: regression(["day"], vm.likelihoods.Gaussian(), vm.GaussianPrior(
-            learn_precision="per_parameter", loc_hyperprior=dist.Normal(0.0, 100.0))),
-        {INTERCEPT: "mu_alpha", "day": "mu_beta", "sd(intercept)": "sigma_alpha", "sd(day)": "sigma_beta",
-         "noise scale": "sigma_y"},
+        "rats",
+        "rats",
+        rats,
+        lambda: regression(
+            ["day"],
+            vm.likelihoods.Gaussian(),
+            vm.GaussianPrior(
+                learn_precision="per_parameter", loc_hyperprior=dist.Normal(0.0, 100.0)
+            ),
+        ),
+        {
+            INTERCEPT: "mu_alpha",
+            "day": "mu_beta",
+            "sd(intercept)": "sigma_alpha",
+            "sd(day)": "sigma_beta",
+            "noise scale": "sigma_y",
+        },
         {INTERCEPT: "alpha", "day": "beta"},
     ),
     Bayesian(
-        "surgical", "surgical", lambda: vm.TaskSet.from_frame(table("surgical"), task="hospital", x=[], y=["r", "n"]),
-        lambda: _binomial([]), {INTERCEPT: "mu", "sd(intercept)": "sigma"}, {INTERCEPT: "b"},
+        "surgical",
+        "surgical",
+        lambda: vm.TaskSet.from_frame(table("surgical"), task="hospital", x=[], y=["r", "n"]),
+        lambda: _binomial([]),
+        {INTERCEPT: "mu", "sd(intercept)": "sigma"},
+        {INTERCEPT: "b"},
     ),
     Bayesian(
-        "seeds", "seeds_tau_gamma", _seeds, lambda: _binomial(["x1", "x2", "x12"]),
-        {INTERCEPT: "alpha0", "x1": "alpha1", "x2": "alpha2", "x12": "alpha12", "sd(intercept)": "sigma"},
+        "seeds",
+        "seeds_tau_gamma",
+        _seeds,
+        lambda: _binomial(["x1", "x2", "x12"]),
+        {
+            INTERCEPT: "alpha0",
+            "x1": "alpha1",
+            "x2": "alpha2",
+            "x12": "alpha12",
+            "sd(intercept)": "sigma",
+        },
         deviations={INTERCEPT: "b"},
     ),
     Bayesian(
-        "seeds", "seeds_sigma_cauchy_centred", _seeds, _seeds_centred,
-        {"x1": "alpha1", "x2": "alpha2", "x12": "alpha12", "sd(intercept)": "sigma"}, centred={INTERCEPT: ("alpha0", "b")},
+        "seeds",
+        "seeds_sigma_cauchy_centred",
+        _seeds,
+        _seeds_centred,
+        {"x1": "alpha1", "x2": "alpha2", "x12": "alpha12", "sd(intercept)": "sigma"},
+        centred={INTERCEPT: ("alpha0", "b")},
     ),
     Bayesian(
-        "sitecounts", "glmm_site", lambda: vm.TaskSet.from_frame(table("sitecounts"), task="site", x=[], y="count"),
-        lambda: _poisson([], {INTERCEPT: dist.Normal(0.0, 10.0)}), {INTERCEPT: "mu_alpha", "sd(intercept)": "sd_alpha"},
+        "sitecounts",
+        "glmm_site",
+        lambda: vm.TaskSet.from_frame(table("sitecounts"), task="site", x=[], y="count"),
+        lambda: _poisson([], {INTERCEPT: dist.Normal(0.0, 10.0)}),
+        {INTERCEPT: "mu_alpha", "sd(intercept)": "sd_alpha"},
         {INTERCEPT: "alpha"},
     ),
     Bayesian(
-        "peregrine", "glmm_poisson", _peregrine,
+        "peregrine",
+        "glmm_poisson",
+        _peregrine,
         lambda: _poisson(
             ["year", "year2", "year3"],
             {INTERCEPT: _flat(20.0)} | dict.fromkeys(["year", "year2", "year3"], _flat(10.0)),
         ),
-        {INTERCEPT: "alpha", "year": "beta1", "year2": "beta2", "year3": "beta3", "sd(intercept)": "sigma"},
+        {
+            INTERCEPT: "alpha",
+            "year": "beta1",
+            "year2": "beta2",
+            "year3": "beta3",
+            "sd(intercept)": "sigma",
+        },
         deviations={INTERCEPT: "eps"},
     ),
     Bayesian(
-        "pilots", "pilots", _pilots_tasks, _pilots_model, {"sd(b)": "sigma_b", "mu_a": "mu_a"}, {"b": "b"},
+        "pilots",
+        "pilots",
+        _pilots_tasks,
+        _pilots_model,
+        {"sd(b)": "sigma_b", "mu_a": "mu_a"},
+        {"b": "b"},
         derived=_pilots_effects,
     ),
-)  # fmt: skip
+)

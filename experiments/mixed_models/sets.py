@@ -1,4 +1,6 @@
-"""The data sets with their references, which lie beside a checkout (VARMETA_SHARED names their place), not in it."""
+"""The data sets with their references, which lie beside a checkout (VARMETA_SHARED names their
+place), not in it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import pandas as pd
 
 import varmeta as vm
 
-SHARED = Path(os.environ.get("VARMETA_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
+SHARED = (
+    Path(os.environ.get("VARMETA_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data"
+)
 INTERCEPT = "intercept"
 
 
@@ -47,4 +51,16 @@ def dyestuff() -> vm.TaskSet:
     return vm.TaskSet.from_frame(table("dyestuff"), task="Batch", x=[], y="Yield")
 
 
-COLUMNS = ["part", "data", "model", "quantity", "varmeta", "reference", "error", "sd_ratio", "k_hat", "ess", "seconds"]
+COLUMNS = [
+    "part",
+    "data",
+    "model",
+    "quantity",
+    "varmeta",
+    "reference",
+    "error",
+    "sd_ratio",
+    "k_hat",
+    "ess",
+    "seconds",
+]

@@ -8,7 +8,12 @@ import torch
 from tests.conftest import shared_data
 from varmeta import datasets
 
-FOLDERS = {"radon": "radon_mn", "rats": "rats", "eight_schools": "eight_schools", "gapminder": "gapminder"}
+FOLDERS = {
+    "radon": "radon_mn",
+    "rats": "rats",
+    "eight_schools": "eight_schools",
+    "gapminder": "gapminder",
+}
 GENERATORS = [datasets.sinusoids, datasets.lines, datasets.polynomials]
 
 
@@ -52,7 +57,9 @@ def test_rats_have_the_known_marginal_likelihood():
     # weeks instead of days: multiply the prior's second row and column by 7
     tasks = datasets.rats()
     cov = np.diag([10.049**2, (10.049 / 7) ** 2])
-    assert marginal_log_likelihood(tasks, [242.65333, 43.3 / 7], cov, 6.0445) == pytest.approx(-573.4739, abs=1e-4)
+    assert marginal_log_likelihood(tasks, [242.65333, 43.3 / 7], cov, 6.0445) == pytest.approx(
+        -573.4739, abs=1e-4
+    )
 
 
 def test_rats_can_keep_their_days():
@@ -79,7 +86,9 @@ def test_gapminder_has_the_known_baseline():
     errors = [
         np.mean(y) - target
         for (_, y), (_, target) in zip(
-            numpy_parts(datasets.gapminder("test")), numpy_parts(datasets.gapminder("test"), "query"), strict=True
+            numpy_parts(datasets.gapminder("test")),
+            numpy_parts(datasets.gapminder("test"), "query"),
+            strict=True,
         )
     ]
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(11.8738, abs=1e-4)
@@ -125,7 +134,9 @@ def test_sinusoids_follow_their_formula():
     for task in tasks:
         x, y = (torch.cat(both).numpy() for both in zip(task.support, task.query, strict=True))
         # a sin(x - b) = (a cos b) sin x - (a sin b) cos x is linear in two numbers
-        (p, q), residual, *_ = np.linalg.lstsq(np.column_stack([np.sin(x[:, 0]), -np.cos(x[:, 0])]), y, rcond=None)
+        (p, q), residual, *_ = np.linalg.lstsq(
+            np.column_stack([np.sin(x[:, 0]), -np.cos(x[:, 0])]), y, rcond=None
+        )
         assert residual < 1e-20
         amplitude.append(np.hypot(p, q))
         phase.append(np.arctan2(q, p))
@@ -136,9 +147,15 @@ def test_sinusoids_follow_their_formula():
 
 def test_polynomials_have_the_stated_prior_and_noise():
     loc, scale = np.array([1.0, -2.0, 0.5]), np.array([0.3, 2.0, 1.0])
-    exact = datasets.polynomials(1000, 6, seed=1, loc=loc, scale=scale, noise=0.0, dtype=torch.float64)
-    noisy = datasets.polynomials(1000, 6, seed=1, loc=loc, scale=scale, noise=0.2, dtype=torch.float64)
-    coefficients = np.array([np.linalg.solve(np.vander(x[:3, 0], 3, True), y[:3]) for x, y in numpy_parts(exact)])
+    exact = datasets.polynomials(
+        1000, 6, seed=1, loc=loc, scale=scale, noise=0.0, dtype=torch.float64
+    )
+    noisy = datasets.polynomials(
+        1000, 6, seed=1, loc=loc, scale=scale, noise=0.2, dtype=torch.float64
+    )
+    coefficients = np.array(
+        [np.linalg.solve(np.vander(x[:3, 0], 3, True), y[:3]) for x, y in numpy_parts(exact)]
+    )
     for values, mean, sd in zip(coefficients.T, loc, scale, strict=True):
         assert scipy.stats.kstest(values, "norm", (mean, sd)).pvalue > 1e-3
     noise = [b[1] - a[1] for a, b in zip(numpy_parts(exact), numpy_parts(noisy), strict=True)]
@@ -195,7 +212,9 @@ def test_generators_refuse_nonsense(make, change, message):
         make(**{"num_tasks": 2, "num_support": 3, **change})
 
 
-@pytest.mark.parametrize("change", [{"scale": -1.0}, {"scale": [1.0, 2.0]}, {"loc": ()}, {"loc": (float("inf"),)}])
+@pytest.mark.parametrize(
+    "change", [{"scale": -1.0}, {"scale": [1.0, 2.0]}, {"loc": ()}, {"loc": (float("inf"),)}]
+)
 def test_polynomials_refuse_a_prior_that_makes_no_sense(change):
     with pytest.raises(ValueError, match=r"scale|loc|sds"):
         datasets.polynomials(2, 3, **change)

@@ -1,4 +1,6 @@
-"""The benchmarks do the same work on both sides, and their tables have the same columns whatever failed."""
+"""The benchmarks do the same work on both sides, and their tables have the same columns whatever
+failed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from experiments.benchmarks import accuracy, pairs, report
 from experiments.benchmarks.work import Unavailable
 
 EXACT: dict[str, Any] = {"tasks": 3, "dtype": "float64", "timed": False, "compiled": False}
-LIBRARIES = {"jax": "jax", "jaxopt": "jaxopt", "torchopt": "torchopt", "higher": "higher", "paper": "implicit_maml"}
+LIBRARIES = {
+    "jax": "jax",
+    "jaxopt": "jaxopt",
+    "torchopt": "torchopt",
+    "higher": "higher",
+    "paper": "implicit_maml",
+}
 
 
 @pytest.mark.parametrize("case", ["imaml", "maml", "joint"])
@@ -28,7 +36,8 @@ def test_the_same_values_as_by_hand(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "peer"), [(case, peer) for case in ("imaml", "maml") for peer in pairs.PEERS[case] if peer in LIBRARIES]
+    ("case", "peer"),
+    [(case, peer) for case in ("imaml", "maml") for peer in pairs.PEERS[case] if peer in LIBRARIES],
 )
 def test_the_same_values_as_a_library(case: str, peer: str) -> None:
     pytest.importorskip(LIBRARIES[peer])
@@ -44,8 +53,13 @@ def test_the_same_values_on_a_gpu(case: str) -> None:
     assert command.in_process("pairs", asked, 300)["gradient_gap"] < 1e-10
 
 
-def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for device, letters, says in (("xpu", "a", "no device 'xpu'"), ("meta", "f", "only a, b, c and e")):
+def test_a_device_that_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for device, letters, says in (
+        ("xpu", "a", "no device 'xpu'"),
+        ("meta", "f", "only a, b, c and e"),
+    ):
         with pytest.raises(SystemExit):
             command.main(["--out", str(tmp_path), "--device", device, "--only", letters])
         assert says in capsys.readouterr().err
@@ -62,9 +76,13 @@ def test_other_work_is_seen_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 
     with monkeypatch.context() as patch:
         patch.setattr(by_torch, "LR", 0.011)
-        assert pairs.compare("imaml", "torch eager", **EXACT)["note"].startswith("does other work: gradient_gap")
+        assert pairs.compare("imaml", "torch eager", **EXACT)["note"].startswith(
+            "does other work: gradient_gap"
+        )
     monkeypatch.setattr(by_torch, "HALF_LOG_2PI", 1.0)  # a constant, which no gradient shows
-    assert pairs.compare("maml", "torch eager", **EXACT)["note"].startswith("does other work: loss_gap")
+    assert pairs.compare("maml", "torch eager", **EXACT)["note"].startswith(
+        "does other work: loss_gap"
+    )
 
 
 def test_both_sides_are_timed() -> None:
@@ -76,7 +94,10 @@ def test_both_sides_are_timed() -> None:
 @pytest.mark.parametrize("module", ["by_jax", "by_torchopt", "by_higher", "by_imaml", "by_numpyro"])
 def test_a_peer_that_is_missing_is_said(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = {*LIBRARIES.values(), "numpyro"}
-    for name in {*libraries, *(name for name in sys.modules if name.partition(".")[0] in libraries)}:
+    for name in {
+        *libraries,
+        *(name for name in sys.modules if name.partition(".")[0] in libraries),
+    }:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"experiments.benchmarks.{module}", raising=False)
     with pytest.raises(Unavailable, match="not installed"):
@@ -96,14 +117,21 @@ def test_rows_without_numbers_keep_the_columns(tmp_path: Path) -> None:
 def test_a_row_that_fails_or_takes_too_long_is_a_note() -> None:
     assert (
         "fails: "
-        in command.in_process("pairs", {"case": "no such case", "peer": "torch eager", "tasks": 1}, 60)["note"]
+        in command.in_process(
+            "pairs", {"case": "no such case", "peer": "torch eager", "tasks": 1}, 60
+        )["note"]
     )
-    assert "not done within" in command.in_process("pairs", {"case": "maml", "peer": "jax", "tasks": 1}, 0.01)["note"]
+    assert (
+        "not done within"
+        in command.in_process("pairs", {"case": "maml", "peer": "jax", "tasks": 1}, 0.01)["note"]
+    )
 
 
 def test_log_likelihood_is_that_of_the_dense_normal() -> None:
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"task": ["a"] * 3 + ["b"] * 2, "x": rng.normal(size=5), "y": rng.normal(size=5)})
+    frame = pd.DataFrame(
+        {"task": ["a"] * 3 + ["b"] * 2, "x": rng.normal(size=5), "y": rng.normal(size=5)}
+    )
     at = accuracy.Answer(np.array([0.3, -0.2]), np.array([[1.0, 0.2], [0.2, 0.5]]), 0.7)
     expected = 0.0
     for _, rows in frame.groupby("task"):

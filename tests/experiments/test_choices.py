@@ -24,7 +24,9 @@ def test_the_list_and_one_in_smoke_size(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_in_the_priors_sds_the_gradient_is_nearer_to_algebra() -> None:
     """What docs/choices.md says of 80 weights."""
-    known, plain, single, plain_single = (row["relative error"] for row in MEASURES["precision"](False))
+    known, plain, single, plain_single = (
+        row["relative error"] for row in MEASURES["precision"](False)
+    )
     assert known < 1e-12 < 1e-8 < plain
     assert single < 1e-5 < 1e-4 < plain_single
 

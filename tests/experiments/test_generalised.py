@@ -1,4 +1,6 @@
-"""The binomial and Poisson models of experiments/mixed_models: lme4's log likelihoods by quadrature, and where guides fail."""
+"""The binomial and Poisson models of experiments/mixed_models: lme4's log likelihoods by
+quadrature, and where guides fail.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,22 @@ def test_the_log_likelihood_is_lme4s_by_quadrature(name: str, error: float) -> N
     """With the constant that glmer leaves out, that of the saturated model."""
     case = case_of(name)
     theirs = case.references()["lme4, quadrature"]
-    eta = {key: torch.tensor([theirs[key]], dtype=torch.float64) for key in ("intercept", *case.columns)}
+    eta = {
+        key: torch.tensor([theirs[key]], dtype=torch.float64)
+        for key in ("intercept", *case.columns)
+    }
     eta["log_precision"] = -2.0 * torch.tensor([theirs["sd"]], dtype=torch.float64).log()
-    assert log_likelihood(case.model(), case.tasks(), eta) == pytest.approx(theirs["objective"], abs=error)
+    assert log_likelihood(case.model(), case.tasks(), eta) == pytest.approx(
+        theirs["objective"], abs=error
+    )
 
 
 def test_cbpp_under_each_guide() -> None:
     rows = {row["method"]: row for row in case_of("cbpp").rows(("multivariate_normal", "laplace"))}
-    assert rows["lme4, Laplace"]["worst_fixed"] < 0.005 and rows["lme4, quadrature"]["worst_fixed"] == 0.0
+    assert (
+        rows["lme4, Laplace"]["worst_fixed"] < 0.005
+        and rows["lme4, quadrature"]["worst_fixed"] == 0.0
+    )
     for method in ("multivariate_normal", "laplace"):
         row = rows[method]
         assert row["worst_fixed"] < 0.005 and abs(row["sd_error"]) < 0.01
@@ -44,7 +54,9 @@ def test_cbpp_under_each_guide() -> None:
 
 
 def test_toenail_shows_in_the_diagnostics() -> None:
-    """Laplace's objective lies above the log likelihood, cubature's "bound" far above; with 64 points it is a bound."""
+    """Laplace's objective lies above the log likelihood, cubature's "bound" far above; with 64
+    points it is a bound.
+    """
     case = case_of("toenail")
     found: dict[str, Any] = {}
     for name, strategy in {
@@ -55,14 +67,19 @@ def test_toenail_shows_in_the_diagnostics() -> None:
         said = "nats (above|below) -log evidence" if name != "laplace" else None
         with pytest.warns(RuntimeWarning, match=said) if said else contextlib.nullcontext():
             fit = vm.fit(case.model(), case.tasks(), strategy, compile=False, progress=False)
-        found[name] = {**fit.posterior().evidence(20_000).loc["all"], "sd": float(fit.prior.sd["intercept"])}
+        found[name] = {
+            **fit.posterior().evidence(20_000).loc["all"],
+            "sd": float(fit.prior.sd["intercept"]),
+        }
     exact = case.references()["lme4, quadrature"]
     for name in ("laplace", "cubature"):
         assert found[name]["objective"] > found[name]["evidence"] + 4 * found[name]["se"]
         assert found[name]["sd"] > 1.1 * exact["sd"]
     assert found["quantiles"]["objective"] < exact["objective"]
     assert 0.85 * exact["sd"] < found["quantiles"]["sd"] < exact["sd"]
-    assert found["quantiles"]["evidence"] > max(found["laplace"]["evidence"], found["cubature"]["evidence"])
+    assert found["quantiles"]["evidence"] > max(
+        found["laplace"]["evidence"], found["cubature"]["evidence"]
+    )
 
 
 def test_bank_on_a_few_persons() -> None:

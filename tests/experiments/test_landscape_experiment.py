@@ -22,7 +22,9 @@ def test_descent_rests_where_the_slope_turns() -> None:
 
 
 def test_jumps_are_no_slope() -> None:
-    """A bowl, cut and moved up by 3 at the right: descent walks over the step, and the gradient does not know of it."""
+    """A bowl, cut and moved up by 3 at the right: descent walks over the step, and the gradient
+    does not know of it.
+    """
     bowl, slope = 0.5 * ANCHOR**2, ANCHOR
     cut = bowl + 3.0 * (ANCHOR > 1.005)
     numbers = landscape_sums._numbers(bowl, slope, bowl)

@@ -1,4 +1,6 @@
-"""Chen et al. (2019): where joint MAP collapses and stops, and what the other estimates of the prior's variance find."""
+"""Chen et al. (2019): where joint MAP collapses and stops, and what the other estimates of the
+prior's variance find.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,18 @@ from experiments.per_module import basins, head, many_weights, thresholds
 
 
 def error_of_predictive(variance: float, num_tasks: int, half: int = 5) -> float:
-    """sd of the predictive estimate: that of the slope w = sigma^2 / (sigma^2 + 1/n) of one half's mean on the other's, turned
-    into one of sigma^2 by d sigma^2 / d w = (1/n) / (1 - w)^2."""
+    """sd of the predictive estimate: that of the slope w = sigma^2 / (sigma^2 + 1/n) of one half's
+    mean on the other's, turned into one of sigma^2 by d sigma^2 / d w = (1/n) / (1 - w)^2.
+    """
     w = variance / (variance + 1 / half)
     slope = math.sqrt(((1 - w) * variance + 1 / half) / (num_tasks * (variance + 1 / half)))
     return slope / half / (1 - w) ** 2
 
 
 def test_collapse_thresholds() -> None:
-    """Gradient flow on the joint MAP objective ends where Corollary 1 says, for the S of the data; a Gaussian guide's optimum is
-    S - 1/N."""
+    """Gradient flow on the joint MAP objective ends where Corollary 1 says, for the S of the data;
+    a Gaussian guide's optimum is S - 1/N.
+    """
     for row in thresholds(num_tasks=500, seeds=1):
         assert row["joint_map"] == pytest.approx(row["corollary"], rel=1e-5)
         assert row["gaussian_guide"] == pytest.approx(row["marginal"], rel=1e-4)
@@ -41,7 +45,10 @@ def test_per_module_precision_finds_the_module_that_differs() -> None:
 
 def test_predictive_estimates_recover_the_linear_experiments_scales() -> None:
     only = ("predictive, per weight", "predictive, one", "ELBO, dense, per weight")
-    rows = {row["method"]: row for row in many_weights("linear", num_tasks=300, seeds=1, held_out=200, only=only)}
+    rows = {
+        row["method"]: row
+        for row in many_weights("linear", num_tasks=300, seeds=1, held_out=200, only=only)
+    }
     for method in ("predictive, per weight", "ELBO, dense, per weight"):
         sds = [rows[method][f"sd_{i}"] for i in range(8)]
         assert sum(sds[:4]) / 4 == pytest.approx(8.0, rel=0.12), method

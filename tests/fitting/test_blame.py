@@ -1,4 +1,6 @@
-"""One bad task ends a fit: whatever strategy, guide and kind of bad data, what is said names the task."""
+"""One bad task ends a fit: whatever strategy, guide and kind of bad data, what is said names the
+task.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,13 @@ def tasks(kind: str) -> vm.TaskSet:
         y = x[:, 0] + 0.3 * torch.randn(6, generator=generator, dtype=torch.float64)
         y = (3 * y.abs()).round() + 1 if likelihood is POISSON else y
         part = (x * by_x, y * by_y) if i == 2 else (x, y)
-        made.append(vm.Task(part, (part[0] + 0.1 * part[0].abs(), part[1]), name="bad" if i == 2 else f"good {i}"))
+        made.append(
+            vm.Task(
+                part,
+                (part[0] + 0.1 * part[0].abs(), part[1]),
+                name="bad" if i == 2 else f"good {i}",
+            )
+        )
     return vm.TaskSet(made)
 
 
@@ -102,7 +110,11 @@ def test_the_bad_task_is_named(call: str, kind: str) -> None:
     if (call, kind) == SLOW:
         pytest.skip("the same as a huge count, in half a minute")
     strategy, options = CALLS[call]
-    prior = vm.GaussianPrior(learn_precision="shared") if "hyperguide" in options else vm.GaussianPrior(1.0)
+    prior = (
+        vm.GaussianPrior(learn_precision="shared")
+        if "hyperguide" in options
+        else vm.GaussianPrior(1.0)
+    )
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), KINDS[kind][0](), prior)
     said = told(model, tasks(kind), strategy, options)
     if (call, kind) in FINE:
@@ -111,9 +123,13 @@ def test_the_bad_task_is_named(call: str, kind: str) -> None:
 
 
 def test_a_gradient_that_overflows_names_its_task() -> None:
-    """The losses are finite, the gradient through the inner steps is not: 'eta is not finite at step 0' before."""
+    """The losses are finite, the gradient through the inner steps is not: 'eta is not finite at
+    step 0' before.
+    """
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), POISSON(), vm.GaussianPrior(1.0))
-    with pytest.raises(ValueError, match="the gradient of task 'bad' is not finite at step 0: standardise"):
+    with pytest.raises(
+        ValueError, match="the gradient of task 'bad' is not finite at step 0: standardise"
+    ):
         vm.fit(model, tasks("a rate that overflows"), vm.Unrolled("delta"), 10)
 
 
@@ -128,18 +144,23 @@ def test_nan_in_the_middle_of_training_names_its_task() -> None:
         def forward(self, x: Tensor) -> Tensor:
             out = self.line(x)
             # beyond |x| = 3 the root of what is left falls below 0 once the weight has moved
-            return out + torch.where(x.abs() > 3.0, (1.05 - self.line.weight).sqrt() - 1.0, torch.zeros_like(x))
+            return out + torch.where(
+                x.abs() > 3.0, (1.05 - self.line.weight).sqrt() - 1.0, torch.zeros_like(x)
+            )
 
     net = Edge()
     net.line.weight.data.fill_(0.0)
     x = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)[:, None]
     wide = torch.linspace(-4.0, 4.0, 5, dtype=torch.float64)[:, None]
-    data = vm.TaskSet([vm.Task((x, 3 * x[:, 0]), name="good")] * 1 + [vm.Task((wide, 3 * wide[:, 0]), name="bad")])
+    data = vm.TaskSet(
+        [vm.Task((x, 3 * x[:, 0]), name="good")] * 1 + [vm.Task((wide, 3 * wide[:, 0]), name="bad")]
+    )
     model = vm.TaskModel(net, GAUSSIAN(), vm.GaussianPrior(1.0))
     optimizer = lambda params: torch.optim.SGD(params, lr=5e-2)  # noqa: E731
     strategy = vm.Joint("delta", minimizer=vm.GradientDescent(lr=5e-2))
     with pytest.warns(
-        RuntimeWarning, match="the loss of task 'bad' is not finite at step [1-9].*last step at which it was"
+        RuntimeWarning,
+        match="the loss of task 'bad' is not finite at step [1-9].*last step at which it was",
     ):
         fit = vm.fit(model, data, strategy, 40, optimizer)
     assert torch.isfinite(fit.eta["line.weight"]).all()
@@ -149,7 +170,8 @@ def test_one_task_in_whose_rounding_the_others_are_lost() -> None:
     """It was called converged, without a word, at a loss of 4e303 nats."""
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), POISSON(), vm.GaussianPrior(1.0))
     with pytest.warns(
-        RuntimeWarning, match=r"the loss of task 'bad' is \d.*e\+30\d nats, in whose rounding the other tasks"
+        RuntimeWarning,
+        match=r"the loss of task 'bad' is \d.*e\+30\d nats, in whose rounding the other tasks",
     ):
         vm.fit(model, tasks("a huge count"), vm.Joint("normal"), 60, first_order)
 
@@ -176,6 +198,10 @@ def test_inner_steps_that_diverge_name_a_task() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 6, 1, generator=generator, dtype=torch.float64)
     x[1] *= 30.0
-    data = vm.TaskSet([vm.Task((one, one[:, 0]), (one, one[:, 0]), name=f"task {i}") for i, one in enumerate(x)])
-    with pytest.warns(RuntimeWarning, match="the inner steps diverge for 1 task, 'task 1', whose loss they raise"):
+    data = vm.TaskSet(
+        [vm.Task((one, one[:, 0]), (one, one[:, 0]), name=f"task {i}") for i, one in enumerate(x)]
+    )
+    with pytest.warns(
+        RuntimeWarning, match="the inner steps diverge for 1 task, 'task 1', whose loss they raise"
+    ):
         vm.meta_gradient(model, data, vm.Unrolled("delta", minimizer=vm.GradientDescent(lr=0.05)))

@@ -17,7 +17,10 @@ from varmeta.fitting.compiled_step import Step, eager
 PRIOR = vm.GaussianPrior(3.0, learn_precision="shared", hyperprior=dist.Gamma(2.0, 1.0))
 NOISY = {
     "maml, Langevin": lambda guide: vm.Unrolled(
-        guide, inner_steps=2, minimizer=vm.GradientDescent(0.01), alg=vm.StochasticAlg(temperature=0.1, num_steps=3)
+        guide,
+        inner_steps=2,
+        minimizer=vm.GradientDescent(0.01),
+        alg=vm.StochasticAlg(temperature=0.1, num_steps=3),
     ),
     "implicit, Langevin": lambda guide: vm.Implicit(
         guide, "query", on_unconverged="ignore", alg=vm.StochasticAlg(temperature=0.1, num_steps=3)
@@ -32,7 +35,11 @@ NOISY = {
     ("strategy", "guide"),
     [(name, "normal") for name in STRATEGIES]
     + [("joint", guide) for guide in GUIDES if guide != "laplace"]
-    + [(name, guide) for name in ("maml", "implicit query, cg") for guide in ("delta", "multivariate_normal")]
+    + [
+        (name, guide)
+        for name in ("maml", "implicit query, cg")
+        for guide in ("delta", "multivariate_normal")
+    ]
     + [(name, "delta") for name in NOISY],
     ids=str,
 )
@@ -45,9 +52,15 @@ def test_a_step_in_chunks_is_the_step(strategy: str, guide: Any, rows: Any) -> N
     parts = steps(Step(chosen, False, 1, 3), model, tasks, chosen, count=2, rows=rows)
     assert_same(whole, parts, 1e-12)
     for one, other in zip(whole, parts, strict=True):
-        assert float(one.stats.evaluations) == pytest.approx(float(other.stats.evaluations), rel=1e-12)
+        assert float(one.stats.evaluations) == pytest.approx(
+            float(other.stats.evaluations), rel=1e-12
+        )
         if one.stats.linear is not None and one.stats.inner is not None:
-            for name in ("gradient_norm", "products", "linear_result"):  # bounds far from a minimum can be any size
+            for name in (
+                "gradient_norm",
+                "products",
+                "linear_result",
+            ):  # bounds far from a minimum can be any size
                 numbers = one.stats.linear[name]
                 torch.testing.assert_close(numbers, other.stats.linear[name], rtol=1e-9, atol=1e-9)
             assert bool((one.stats.inner.result == other.stats.inner.result).all())
@@ -64,10 +77,14 @@ def test_a_captured_step_in_chunks_is_the_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", [vm.Joint("normal", adapt_steps=50), vm.Implicit("delta", "query"), vm.Unrolled("delta")], ids=repr
+    "strategy",
+    [vm.Joint("normal", adapt_steps=50), vm.Implicit("delta", "query"), vm.Unrolled("delta")],
+    ids=repr,
 )
 def test_adaptation_in_chunks(strategy: vm.Strategy) -> None:
-    fit = vm.fit(net_model(vm.GaussianPrior(3.0)), ragged_tasks(7), strategy, 5, adam, progress=False)
+    fit = vm.fit(
+        net_model(vm.GaussianPrior(3.0)), ragged_tasks(7), strategy, 5, adam, progress=False
+    )
     whole, parts = fit.adapt(fit.tasks), fit.adapt(fit.tasks, task_chunk_size=2)
     for name, value in whole.q.phi.items():
         torch.testing.assert_close(value, parts.q.phi[name], rtol=1e-9, atol=1e-9)
@@ -75,7 +92,15 @@ def test_adaptation_in_chunks(strategy: vm.Strategy) -> None:
 
 def test_a_fit_in_chunks_is_the_fit() -> None:
     fits = [
-        vm.fit(net_model(PRIOR), ragged_tasks(7), vm.Joint("normal"), 20, adam, task_chunk_size=size, progress=False)
+        vm.fit(
+            net_model(PRIOR),
+            ragged_tasks(7),
+            vm.Joint("normal"),
+            20,
+            adam,
+            task_chunk_size=size,
+            progress=False,
+        )
         for size in (None, 1, 4)
     ]
     for other in fits[1:]:
@@ -116,15 +141,21 @@ def test_many_tasks_are_taken_in_chunks_by_themselves(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("tasks", "sizes"), [(60, [20] * 3), (59, [19, 20, 20]), (40, [40])])
-def test_chunks_of_a_compiled_step(tasks: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_a_compiled_step(
+    tasks: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, all_tasks = net_model(PRIOR), ragged_tasks(tasks)
     strategy, batch = vm.Unrolled(), all_tasks.batch()
     problem, eta = strategy.problem(model, all_tasks, 0), model.init(batch.support.x.new_zeros(()))
     monkeypatch.setattr(chunks, "CACHE", 20 * 8 * model.weights.size)
     size = chunks.in_cache(strategy, problem, batch, eta)
     assert [len(part) for part in chunks.split(batch, size)] == sizes
-    assert [name for part in chunks.split(batch, size) for name in part.names] == list(all_tasks.names)
-    assert chunks.in_cache(vm.Joint(), problem, batch, eta) == tasks  # one gradient: nothing to keep
+    assert [name for part in chunks.split(batch, size) for name in part.names] == list(
+        all_tasks.names
+    )
+    assert (
+        chunks.in_cache(vm.Joint(), problem, batch, eta) == tasks
+    )  # one gradient: nothing to keep
     monkeypatch.setattr(chunks, "FEW", 0)
     monkeypatch.setattr(
         chunks, "in_memory", lambda *args: 20
@@ -135,14 +166,18 @@ def test_chunks_of_a_compiled_step(tasks: int, sizes: list[int], monkeypatch: py
     assert chunks.in_cache(strategy, problem, batch, eta) <= 7
 
 
-@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (2.5, ValueError), ("all", TypeError)])
+@pytest.mark.parametrize(
+    ("size", "error"), [(0, ValueError), (-1, ValueError), (2.5, ValueError), ("all", TypeError)]
+)
 def test_a_chunk_size_is_a_whole_number(size: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="task_chunk_size"):
         vm.fit(net_model(PRIOR), ragged_tasks(3), task_chunk_size=size)
 
 
 def test_features_go_with_their_tasks() -> None:
-    tasks = vm.TaskSet([vm.Task(t.support, t.query, t.name, {"z": k / 7}) for k, t in enumerate(ragged_tasks(7))])
+    tasks = vm.TaskSet(
+        [vm.Task(t.support, t.query, t.name, {"z": k / 7}) for k, t in enumerate(ragged_tasks(7))]
+    )
     model = net_model(vm.GaussianPrior(3.0, covariates=["z"]))
     strategy = vm.Implicit("delta", "query")
     whole = vm.meta_gradient(model, tasks, strategy)

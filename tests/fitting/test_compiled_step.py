@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 import varmeta as vm
-from tests.cases import GUIDES, OUTERS, check, large_model, linear_model, net_model, ragged_tasks, scalar_model
+from tests.cases import (
+    GUIDES,
+    OUTERS,
+    check,
+    large_model,
+    linear_model,
+    net_model,
+    ragged_tasks,
+    scalar_model,
+)
 from varmeta.fitting import chunks
 from varmeta.fitting import compiled_step as fast
 from varmeta.fitting.compiled_step import Outcome, Step, eager
@@ -24,7 +33,9 @@ GD = vm.GradientDescent(0.01)
 
 
 def strategies(steps: int) -> dict[str, Any]:
-    """Each kind of step by the name of its inner loop, derivative and outer objective, with so many inner and linear steps."""
+    """Each kind of step by the name of its inner loop, derivative and outer objective, with so many
+    inner and linear steps.
+    """
     cg = vm.CG(max_steps=steps)
     return {
         "joint": lambda guide: vm.Joint(guide),
@@ -35,17 +46,24 @@ def strategies(steps: int) -> dict[str, Any]:
         "fomaml": lambda guide: vm.FirstOrder(guide, inner_steps=steps, minimizer=GD),
         "reptile": lambda guide: vm.Reptile(guide, inner_steps=steps, minimizer=GD),
         **{
-            f"implicit {outer}, cg": lambda guide, outer=outer: vm.Implicit(guide, outer, steps, GD, cg)
+            f"implicit {outer}, cg": lambda guide, outer=outer: vm.Implicit(
+                guide, outer, steps, GD, cg
+            )
             for outer in OUTERS
         },
         "implicit, direct": lambda guide: vm.Implicit(guide, "query", steps, GD, vm.Direct()),
-        "implicit, neumann": lambda guide: vm.Implicit(guide, "query", steps, GD, vm.Neumann(steps, step=0.01)),
+        "implicit, neumann": lambda guide: vm.Implicit(
+            guide, "query", steps, GD, vm.Neumann(steps, step=0.01)
+        ),
         "implicit, ignored": lambda guide: vm.Implicit(guide, "query", steps, GD, cg, "ignore"),
-        "implicit, warm": lambda guide: vm.Implicit(guide, "query", steps, vm.Adam(0.01), cg, warm_start=True),
+        "implicit, warm": lambda guide: vm.Implicit(
+            guide, "query", steps, vm.Adam(0.01), cg, warm_start=True
+        ),
     }
 
 
-# Compiling takes in proportion to the steps in a graph; captured alone, two show what one hands on to the next.
+# Compiling takes in proportion to the steps in a graph; captured alone, two show what one hands on
+# to the next.
 STRATEGIES, COMPILED = strategies(2), strategies(1)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -59,7 +77,12 @@ def in_dtype(model: vm.TaskModel, dtype: torch.dtype) -> vm.TaskModel:
 
 
 def steps(
-    step: Any, model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, count: int = 3, rows: Any = None
+    step: Any,
+    model: vm.TaskModel,
+    tasks: vm.TaskSet,
+    strategy: Any,
+    count: int = 3,
+    rows: Any = None,
 ) -> list[Outcome]:
     """Outcomes of some steps in a row, eta moved by plain gradient descent between them."""
     problem = strategy.problem(model, tasks, 7)
@@ -79,12 +102,18 @@ def steps(
 
 
 def assert_same(
-    mine: list[Outcome], its: list[Outcome], tolerance: float, slack: float | None = None, with_phi: bool = True,
+    mine: list[Outcome],
+    its: list[Outcome],
+    tolerance: float,
+    slack: float | None = None,
+    with_phi: bool = True,
     terms: float = 1.0,
-) -> None:  # fmt: skip
-    """slack: by how much the numbers of evaluations may differ, relative; None: the second may need more, not fewer.
+) -> None:
+    """slack: by how much the numbers of evaluations may differ, relative; None: the second may need
+    more, not fewer.
 
-    terms: of how many numbers of order one the derivative in a shared precision is the sum, however small that sum is.
+    terms: of how many numbers of order one the derivative in a shared precision is the sum, however
+        small that sum is.
     """
 
     def close(a: Tensor, b: Tensor, what: str) -> None:
@@ -102,25 +131,40 @@ def assert_same(
             for name in (tree or {}) if with_phi else {}:
                 close(tree[name], same[name], name)
         for known in fields(Stats):
-            assert (getattr(one.stats, known.name) is None) == (getattr(other.stats, known.name) is None)
+            assert (getattr(one.stats, known.name) is None) == (
+                getattr(other.stats, known.name) is None
+            )
         close(one.stats.losses, other.stats.losses, "losses")
         if one.stats.inner is not None:
             assert torch.equal(one.stats.inner.result, other.stats.inner.result)
         if one.stats.linear is not None:
-            assert torch.equal(one.stats.linear["linear_result"], other.stats.linear["linear_result"])
-            close(one.stats.linear["gradient_norm"], other.stats.linear["gradient_norm"], "gradient_norm")
+            assert torch.equal(
+                one.stats.linear["linear_result"], other.stats.linear["linear_result"]
+            )
+            close(
+                one.stats.linear["gradient_norm"],
+                other.stats.linear["gradient_norm"],
+                "gradient_norm",
+            )
         first, second = float(one.stats.evaluations), float(other.stats.evaluations)
         if slack is None:
-            # a traced loop runs to its limit, masked, where the eager one stops once all tasks are done
+            # a traced loop runs to its limit, masked, where the eager one stops once all tasks are
+            # done
             assert first <= second * (1 + 1e-12)
         else:
             assert abs(first - second) <= slack * first
 
 
 def both(
-    strategy: Any, model: vm.TaskModel, dtype: torch.dtype, tolerance: float | None = None, slack: float | None = None,
-    with_phi: bool = True, terms: float = 1.0, **choices: Any,
-) -> None:  # fmt: skip
+    strategy: Any,
+    model: vm.TaskModel,
+    dtype: torch.dtype,
+    tolerance: float | None = None,
+    slack: float | None = None,
+    with_phi: bool = True,
+    terms: float = 1.0,
+    **choices: Any,
+) -> None:
     tasks = ragged_tasks(5).to(dtype=dtype)
     step = Step(strategy, True, 1)
     found = steps(step, model, tasks, strategy, **choices)
@@ -132,7 +176,9 @@ def both(
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The captured graphs run operation by operation: nobody waits for a compiler.  What cannot be captured fails the test."""
+    """The captured graphs run operation by operation: nobody waits for a compiler.  What cannot be
+    captured fails the test.
+    """
 
     def refuse(reason: str) -> None:
         raise AssertionError(f"fell back: {reason}")
@@ -145,7 +191,11 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "guide"),
     [(name, "normal") for name in STRATEGIES]
-    + [(name, guide) for name in ("joint", "maml", "implicit query, cg") for guide in ("delta", "multivariate_normal")],
+    + [
+        (name, guide)
+        for name in ("joint", "maml", "implicit query, cg")
+        for guide in ("delta", "multivariate_normal")
+    ],
 )
 def test_a_captured_step_is_the_eager_step(strategy: str, guide: str) -> None:
     both(
@@ -156,8 +206,9 @@ def test_a_captured_step_is_the_eager_step(strategy: str, guide: str) -> None:
     )
 
 
-# With this many weights a task's row stays in parts in the graph (numerics/rewrite_parts.py); shorter rows are left whole.
-# One inner step, as where they are compiled: what two hand on is seen with few weights above.
+# With this many weights a task's row stays in parts in the graph (numerics/rewrite_parts.py);
+# shorter rows are left whole. One inner step, as where they are compiled: what two hand on is seen
+# with few weights above.
 MANY = [
     ("joint", "normal"),
     ("maml", "delta"),
@@ -173,16 +224,20 @@ def many_weights(learned: str) -> vm.TaskModel:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("learned", ["shared", "per_parameter"])
 @pytest.mark.parametrize(("strategy", "guide"), MANY)
-def test_a_captured_step_of_many_weights_is_the_eager_step(strategy: str, guide: str, learned: str) -> None:
+def test_a_captured_step_of_many_weights_is_the_eager_step(
+    strategy: str, guide: str, learned: str
+) -> None:
     both(COMPILED[strategy](guide), many_weights(learned), torch.float64, count=2)
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("strategy", "guide"), MANY)
-def test_a_compiled_step_of_many_weights_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
-    # The derivative in a shared precision is a sum over all weights of all tasks, which is 0 where guide and prior agree: in
-    # float32 nothing but the order of summation would be compared.
+def test_a_compiled_step_of_many_weights_is_the_eager_step(
+    strategy: str, guide: str, dtype: torch.dtype
+) -> None:
+    # The derivative in a shared precision is a sum over all weights of all tasks, which is 0 where
+    # guide and prior agree: in float32 nothing but the order of summation would be compared.
     model = in_dtype(many_weights("shared" if dtype == torch.float64 else "per_parameter"), dtype)
     both(COMPILED[strategy](guide), model, dtype, terms=5 * model.weights.size / 2)
 
@@ -196,25 +251,39 @@ def goes_together(strategy: str, guide: Any) -> bool:
 
 
 def precision(strategy: str, guide: Any) -> float:
-    """Of the prior, so strong that after the inner steps the Hessian is positive definite and magnifies no rounding."""
+    """Of the prior, so strong that after the inner steps the Hessian is positive definite and
+    magnifies no rounding.
+    """
     if guide == "laplace":
         return 100.0
-    # CG stops before it has solved; what is solved in full must be well conditioned, as a factor's Hessian is under no prior
-    return 10.0 if strategy == "implicit, direct" and not isinstance(guide, vm.guides.LowRank) else 3.0
+    # CG stops before it has solved; what is solved in full must be well conditioned, as a factor's
+    # Hessian is under no prior
+    return (
+        10.0 if strategy == "implicit, direct" and not isinstance(guide, vm.guides.LowRank) else 3.0
+    )
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     ("strategy", "guide"),
-    [(strategy, guide) for strategy in COMPILED for guide in GUIDES if goes_together(strategy, guide)],
+    [
+        (strategy, guide)
+        for strategy in COMPILED
+        for guide in GUIDES
+        if goes_together(strategy, guide)
+    ],
     ids=str,
 )
 def test_a_compiled_step_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
     nearly_singular = strategy == "implicit, direct" and isinstance(guide, vm.guides.LowRank)
     if nearly_singular and dtype == torch.float32:
-        pytest.skip("float32 itself is up to 0.3 away from float64: after one step this Hessian is nearly singular")
-    # After one step that Hessian magnifies rounding: eta moved by 4e-16 moves the eager gradient by up to 7e-12.
+        pytest.skip(
+            "float32 itself is up to 0.3 away from float64: after one step this Hessian is nearly "
+            "singular"
+        )
+    # After one step that Hessian magnifies rounding: eta moved by 4e-16 moves the eager gradient by
+    # up to 7e-12.
     both(
         COMPILED[strategy](guide),
         model_of(dtype, precision(strategy, guide)),
@@ -231,11 +300,17 @@ def test_one_compiled_step_is_the_eager_step() -> None:
 IN_PIECES: dict[str, Any] = {
     "newton": lambda guide: vm.Implicit(guide, "query"),
     "newton, elbo": lambda guide: vm.Implicit(guide, on_unconverged="ignore"),
-    "newton, predictive": lambda guide: vm.Implicit(guide, "query_predictive", linear_solver=vm.CG()),
-    "truncated newton": lambda guide: vm.Implicit(guide, "query_elbo", minimizer=vm.NewtonCG(dense_size=0)),
+    "newton, predictive": lambda guide: vm.Implicit(
+        guide, "query_predictive", linear_solver=vm.CG()
+    ),
+    "truncated newton": lambda guide: vm.Implicit(
+        guide, "query_elbo", minimizer=vm.NewtonCG(dense_size=0)
+    ),
     "warm": lambda guide: vm.Implicit(guide, "query", warm_start=True),
     "warm, cg": lambda guide: vm.Implicit(guide, "query", linear_solver=vm.CG(), warm_start=True),
-    "long": lambda guide: vm.Implicit(guide, "query", 60, vm.GradientDescent(0.05), on_unconverged="ignore"),
+    "long": lambda guide: vm.Implicit(
+        guide, "query", 60, vm.GradientDescent(0.05), on_unconverged="ignore"
+    ),
     "long fomaml": lambda guide: vm.FirstOrder(guide, inner_steps=60, minimizer=GD),
     "long reptile": lambda guide: vm.Reptile(guide, inner_steps=60, minimizer=GD),
 }
@@ -251,7 +326,9 @@ IN_PIECES: dict[str, Any] = {
 def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
     chosen = IN_PIECES[strategy](guide)
     model = linear_model(vm.GaussianPrior(3.0, learn_precision="shared"))
-    assert chosen.traits(chosen.problem(model, ragged_tasks(5), 0)).not_captured is not None  # not as one graph
+    assert (
+        chosen.traits(chosen.problem(model, ragged_tasks(5), 0)).not_captured is not None
+    )  # not as one graph
     both(chosen, model, torch.float64, slack=0.0, count=2)
 
 
@@ -259,12 +336,16 @@ def test_a_step_in_pieces_is_the_eager_step(strategy: str, guide: str) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("guide", GUIDES, ids=str)
 @pytest.mark.parametrize("strategy", IN_PIECES)
-def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, dtype: torch.dtype) -> None:
+def test_a_step_in_compiled_pieces_is_the_eager_step(
+    strategy: str, guide: str, dtype: torch.dtype
+) -> None:
     chosen, model = IN_PIECES[strategy](guide), model_of(dtype)
-    # A factor that is nearly 0 leaves directions of hardly any curvature: less so under a strong prior, and what is left along
-    # them at the usual tolerance shows in the gradient.
+    # A factor that is nearly 0 leaves directions of hardly any curvature: less so under a strong
+    # prior, and what is left along them at the usual tolerance shows in the gradient.
     nearly_flat = (
-        isinstance(guide, vm.guides.LowRank) and isinstance(chosen, vm.Implicit) and chosen.inner_steps is None
+        isinstance(guide, vm.guides.LowRank)
+        and isinstance(chosen, vm.Implicit)
+        and chosen.inner_steps is None
     )
     if nearly_flat:
         chosen = replace(chosen, tolerance=1e-11 if dtype == torch.float64 else None)
@@ -274,8 +355,9 @@ def test_a_step_in_compiled_pieces_is_the_eager_step(strategy: str, guide: str, 
         model,
         dtype,
         tolerance={torch.float64: 1e-8, torch.float32: 1e-3}[dtype],
-        # When a loop to a tolerance ends is up to rounding: where the factor is nearly 0, theta0 moved in its last bit moves the
-        # eager loop's own count by up to 15 % in float32, by 7 in float64.
+        # When a loop to a tolerance ends is up to rounding: where the factor is nearly 0, theta0
+        # moved in its last bit moves the eager loop's own count by up to 15 % in float32, by 7 in
+        # float64.
         slack=0.2 if nearly_flat else 0.1 if dtype == torch.float32 else 0.02,
         # float32 leaves the factor undetermined: 3e-3 away from float64, and a log by 16
         with_phi=not (nearly_flat and chosen.warm_start and dtype == torch.float32),
@@ -298,12 +380,16 @@ def test_adapting_in_pieces_is_adapting(guide: str, expectation: str) -> None:
 def test_a_compiled_meta_gradient_is_the_same_with_its_certificate() -> None:
     model, tasks = linear_model(vm.GaussianPrior(2.0)), ragged_tasks(5)
     for strategy in (vm.Implicit(outer="query"), vm.Unrolled(inner_steps=2, minimizer=GD)):
-        one, other = (vm.meta_gradient(model, tasks, strategy, compile=how) for how in (True, False))
+        one, other = (
+            vm.meta_gradient(model, tasks, strategy, compile=how) for how in (True, False)
+        )
         for name, gradient in other.grads.items():
             torch.testing.assert_close(gradient, one.grads[name], rtol=1e-12, atol=1e-12)
         assert (one.certificate is None) == (other.certificate is None)
         if one.certificate is not None and other.certificate is not None:
-            assert one.certificate.ok and torch.equal(one.certificate.inner_result, other.certificate.inner_result)
+            assert one.certificate.ok and torch.equal(
+                one.certificate.inner_result, other.certificate.inner_result
+            )
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -321,7 +407,9 @@ def test_another_seed_needs_no_other_graph_and_sees_other_noise() -> None:
     model, tasks = scalar_model(vm.GaussianPrior(2.0)), ragged_tasks(5)
     strategy = vm.Joint("normal", expectation="monte_carlo")
     losses = [
-        vm.fit(model, tasks, strategy, 3, seed=seed, optimizer=adam, compile=True).history["loss"].tolist()
+        vm.fit(model, tasks, strategy, 3, seed=seed, optimizer=adam, compile=True)
+        .history["loss"]
+        .tolist()
         for seed in (0, 1, 0)
     ]
     assert losses[0] == losses[2] != losses[1]
@@ -336,10 +424,14 @@ def adam(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.usefixtures("uncompiled")
 def test_a_fit_is_the_same_by_either_way() -> None:
     tasks = ragged_tasks(5)
-    for strategy in (vm.Joint("normal", expectation="monte_carlo"), vm.Unrolled(inner_steps=2, minimizer=GD)):
+    for strategy in (
+        vm.Joint("normal", expectation="monte_carlo"),
+        vm.Unrolled(inner_steps=2, minimizer=GD),
+    ):
         model = scalar_model(vm.GaussianPrior(2.0))
         one, other = (
-            vm.fit(model, tasks, strategy, 30, adam, batch_size=2, seed=3, compile=how) for how in (False, True)
+            vm.fit(model, tasks, strategy, 30, adam, batch_size=2, seed=3, compile=how)
+            for how in (False, True)
         )
         for name, value in one.eta.items():
             torch.testing.assert_close(value, other.eta[name], rtol=1e-10, atol=1e-12)
@@ -352,14 +444,18 @@ def test_what_compiling_took_is_said_and_not_paid_twice(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(capture, "compile_graph", slow)
     model, tasks = scalar_model(vm.GaussianPrior(2.0)), ragged_tasks(5)
-    first, second = (vm.fit(model, tasks, vm.Joint("normal"), 3, adam, compile=True) for _ in range(2))
+    first, second = (
+        vm.fit(model, tasks, vm.Joint("normal"), 3, adam, compile=True) for _ in range(2)
+    )
     assert (first.seconds_compiling, second.seconds_compiling) == (1.5, 0.0)
     assert "; compiling took 1.5 s" in str(first) and "compiling" not in str(second)
 
 
 def test_auto_compiles_long_runs_alone_and_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: compiled.append(1) or graph)
+    monkeypatch.setattr(
+        capture, "compile_graph", lambda graph, examples: compiled.append(1) or graph
+    )
     tasks = ragged_tasks(5)
     for num_steps, expected in ((100, False), (2_000, False), (10_000_000, True)):
         model = model_of(torch.float64)
@@ -371,22 +467,30 @@ def test_auto_compiles_long_runs_alone_and_reads_no_clock(monkeypatch: pytest.Mo
 
 
 def branching(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
-    sign = 1.0 if bool((x > -100.0).all()) else -1.0  # control flow on numbers: Pyro runs it, a graph cannot hold it
+    sign = (
+        1.0 if bool((x > -100.0).all()) else -1.0
+    )  # control flow on numbers: Pyro runs it, a graph cannot hold it
     return pyro.sample("y", dist.Normal(sign * params["w"] * x[..., 0], 1.0), obs=y)
 
 
-def test_a_program_that_cannot_be_captured_runs_eagerly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_program_that_cannot_be_captured_runs_eagerly_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     start = {"w": torch.tensor(0.4, dtype=torch.float64)}
     model = vm.TaskModel.from_pyro(branching, start, vm.GaussianPrior(1.0))
     tasks = ragged_tasks(5)
     with caplog.at_level(logging.WARNING, "varmeta"):
-        fits = [vm.fit(model, tasks, vm.Joint("normal"), 5, adam, compile=how) for how in (True, False)]
+        fits = [
+            vm.fit(model, tasks, vm.Joint("normal"), 5, adam, compile=how) for how in (True, False)
+        ]
     (record,) = caplog.records
     assert "without compilation" in record.message and "cannot be traced" in record.message
     assert fits[0].loss == fits[1].loss
 
 
-def test_what_cannot_be_captured_is_not_taken_in_a_graphs_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_is_not_taken_in_a_graphs_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(chunks, "CACHE", 32)
     start = {"w": torch.tensor(0.4, dtype=torch.float64)}
     model = vm.TaskModel.from_pyro(branching, start, vm.GaussianPrior(1.0))
@@ -397,9 +501,15 @@ def test_what_cannot_be_captured_is_not_taken_in_a_graphs_chunks(monkeypatch: py
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_a_compiled_step_that_is_not_finite_is_taken_eagerly_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_step_that_is_not_finite_is_taken_eagerly_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     strategy = vm.Unrolled(inner_steps=4, minimizer=vm.GradientDescent(1e200))
-    step, tasks, model = Step(strategy, True, 1), ragged_tasks(3), linear_model(vm.GaussianPrior(1.0))
+    step, tasks, model = (
+        Step(strategy, True, 1),
+        ragged_tasks(3),
+        linear_model(vm.GaussianPrior(1.0)),
+    )
     with caplog.at_level(logging.WARNING, "varmeta"):
         found = steps(step, model, tasks, strategy, count=2)
     expected = steps(lambda *args: eager(strategy, *args), model, tasks, strategy, count=2)

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM, wherever they come: what has been learned is kept, and nothing is claimed that was not."""
+"""Ctrl-C and SIGTERM, wherever they come: what has been learned is kept, and nothing is claimed
+that was not.
+"""
 
 from __future__ import annotations
 
@@ -62,16 +64,26 @@ def test_the_bar_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capture.watcher.get() is None
 
 
-def test_a_bar_is_closed_after_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_is_closed_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(row: dict[str, float]) -> None:
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="disk is full"):
-        vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 3, adam, callback=fails, progress=True)
+        vm.fit(
+            linear_model(PRIOR),
+            ragged_tasks(2),
+            vm.Joint("normal"),
+            3,
+            adam,
+            callback=fails,
+            progress=True,
+        )
     assert capture.watcher.get() is None
 
 
-# -- SIGTERM ------------------------------------------------------------------------------------------------------------
+# -- SIGTERM ---------------------------------------------------------------------------------------
 
 
 def terminate_at(step: int) -> Any:
@@ -80,11 +92,20 @@ def terminate_at(step: int) -> Any:
 
 def test_sigterm_ends_a_fit_and_the_block_goes_on() -> None:
     ended: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))  # what comes after the block
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: ended.append(number)
+    )  # what comes after the block
     mine = signal.getsignal(signal.SIGTERM)
     try:
         with vm.sigterm_ends_fit():
-            fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 50, adam, callback=terminate_at(4))
+            fit = vm.fit(
+                linear_model(PRIOR),
+                ragged_tasks(2),
+                vm.Joint("normal"),
+                50,
+                adam,
+                callback=terminate_at(4),
+            )
             assert fit.stop.startswith("interrupted after 4 steps") and not ended
         assert ended == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is mine
     finally:
@@ -140,11 +161,13 @@ print("never")
     assert vm.load(tmp_path / "fit.pt", model).stop.startswith("interrupted after 3 steps")
 
 
-# -- small things -------------------------------------------------------------------------------------------------------
+# -- small things ----------------------------------------------------------------------------------
 
 
 def test_strategies_that_hold_a_tensor_can_be_compared() -> None:
-    """`fit` refuses one, but a file of an older version may hold it: `==` of its entries ended in a RuntimeError."""
+    """`fit` refuses one, but a file of an older version may hold it: `==` of its entries ended in a
+    RuntimeError.
+    """
 
     def holding(*betas: float) -> vm.Joint:
         minimizer = vm.Adam()
@@ -163,5 +186,7 @@ def test_an_eta_that_is_not_finite_is_refused(value: float) -> None:
     model = linear_model(vm.GaussianPrior(3.0))
     eta = model.init(torch.zeros((), dtype=torch.float64))
     eta["bias"] = torch.full_like(eta["bias"], value)
-    with pytest.raises(ValueError, match=r"eta\['bias'\] is not finite: a gradient is taken at finite numbers"):
+    with pytest.raises(
+        ValueError, match=r"eta\['bias'\] is not finite: a gradient is taken at finite numbers"
+    ):
         vm.meta_gradient(model, ragged_tasks(2), vm.Implicit(), eta=eta)

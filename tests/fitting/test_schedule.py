@@ -1,4 +1,6 @@
-"""The step size of a run: a factor by the way that is left, on top of whatever rate the optimizer holds."""
+"""The step size of a run: a factor by the way that is left, on top of whatever rate the optimizer
+holds.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def rates(
     lr: float = GIVEN,
     **options: Any,
 ) -> tuple[list[float], vm.Fit]:
-    """The rate of each step of a run under the schedule and a scheduler, stepped in the callback."""
+    """The rate of each step of a run under the schedule and a scheduler, stepped in the
+    callback.
+    """
     met: list[float] = []
     schedulers: list[Any] = []
 
@@ -76,7 +80,9 @@ def test_the_factors_of_schedule_and_scheduler_multiply() -> None:
     assert rates(linear)[0] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert rates(linear, halving)[0] == pytest.approx([0.01, 0.0075 / 2, 0.005 / 4, 0.0025 / 8])
     assert rates(linear, by_hand)[0] == pytest.approx([0.01, 0.0075 / 2, 0.005 / 3, 0.0025 / 4])
-    assert rates("cosine")[0] == pytest.approx([0.01, 0.01 * (2 + 2**0.5) / 4, 0.005, 0.01 * (2 - 2**0.5) / 4])
+    assert rates("cosine")[0] == pytest.approx(
+        [0.01, 0.01 * (2 + 2**0.5) / 4, 0.005, 0.01 * (2 - 2**0.5) / 4]
+    )
 
 
 def test_a_rate_that_is_a_tensor_is_scaled_too() -> None:
@@ -84,11 +90,18 @@ def test_a_rate_that_is_a_tensor_is_scaled_too() -> None:
 
     def factory(params: Any) -> torch.optim.Optimizer:
         optimizer = torch.optim.Adam(params, lr=torch.tensor(GIVEN), foreach=False)
-        optimizer.register_step_pre_hook(lambda one, *_: met.append(float(one.param_groups[0]["lr"])))
+        optimizer.register_step_pre_hook(
+            lambda one, *_: met.append(float(one.param_groups[0]["lr"]))
+        )
         return optimizer
 
     vm.fit(
-        linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 2, factory, schedule=lambda fraction: 1.0 - fraction
+        linear_model(PRIOR),
+        ragged_tasks(2),
+        vm.Joint("normal"),
+        2,
+        factory,
+        schedule=lambda fraction: 1.0 - fraction,
     )
     assert met == pytest.approx([0.01, 0.005])
 
@@ -108,13 +121,17 @@ def test_an_interrupted_run_under_an_own_schedule_goes_on(stored: bool, tmp_path
 def test_resuming_goes_on_at_the_rate_that_a_scheduler_had_reached() -> None:
     """Where the optimizer is made as before; a new rate is taken as it is."""
     _, half = rates("constant", halving, num_steps=2)
-    assert rates("constant", halving, num_steps=4, resume=half)[0] == pytest.approx([0.0025, 0.00125])
+    assert rates("constant", halving, num_steps=4, resume=half)[0] == pytest.approx(
+        [0.0025, 0.00125]
+    )
     assert rates("constant", halving, num_steps=3, lr=0.3, resume=half)[0] == pytest.approx([0.3])
 
 
 def test_a_run_whose_schedule_had_fallen_warns_when_it_starts_high_again() -> None:
     _, half = rates(lambda fraction: 1.0 - 0.9 * fraction, num_steps=2)
-    with pytest.warns(RuntimeWarning, match=r"had fallen to 0\.1 of its full size by its last step, 2"):
+    with pytest.warns(
+        RuntimeWarning, match=r"had fallen to 0\.1 of its full size by its last step, 2"
+    ):
         rates(lambda fraction: 1.0 - 0.9 * fraction, num_steps=4, resume=half)
 
 
@@ -125,5 +142,7 @@ def test_a_scheduler_in_a_hook_is_refused() -> None:
         optimizer.register_step_post_hook(lambda *_: scheduler.step())
         return optimizer
 
-    with pytest.raises(ValueError, match=r"a hook changed the learning rate within optimizer\.step \(to 0\.005\)"):
+    with pytest.raises(
+        ValueError, match=r"a hook changed the learning rate within optimizer\.step \(to 0\.005\)"
+    ):
         vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 2, factory)

@@ -1,4 +1,6 @@
-"""Odd data: sizes from nothing, offsets and units by powers of ten, columns that repeat each other."""
+"""Odd data: sizes from nothing, offsets and units by powers of ten, columns that repeat each
+other.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,15 @@ class Rows:
     @property
     def tasks(self) -> vm.TaskSet:
         pairs = zip(self.xs, self.ys, strict=True)
-        return vm.TaskSet([vm.Task((x, y) if len(y) else None, name=f"t{i}") for i, (x, y) in enumerate(pairs)])
+        return vm.TaskSet(
+            [vm.Task((x, y) if len(y) else None, name=f"t{i}") for i, (x, y) in enumerate(pairs)]
+        )
 
     def describe(self) -> str:
-        return f"sizes {[len(y) for y in self.ys]}, first x {self.xs[0].tolist()}, y {self.ys[0].tolist()}"
+        return (
+            f"sizes {[len(y) for y in self.ys]}, first x {self.xs[0].tolist()}, y "
+            f"{self.ys[0].tolist()}"
+        )
 
 
 @st.composite

@@ -21,7 +21,11 @@ class GaussianTask:
 
 def matrix(values: np.ndarray) -> mp.matrix:
     values = np.atleast_2d(np.asarray(values, np.float64))
-    return mp.matrix([[mp.mpf(float(v)) for v in row] for row in values]) if values.size else mp.matrix(*values.shape)
+    return (
+        mp.matrix([[mp.mpf(float(v)) for v in row] for row in values])
+        if values.size
+        else mp.matrix(*values.shape)
+    )
 
 
 def gaussian_task(
@@ -46,14 +50,18 @@ def gaussian_task(
     covariance = posterior**-1
     mean = [float(centre[i] + shift[i]) for i in range(weights)]
     return GaussianTask(
-        np.array(mean), np.array([float(mp.sqrt(covariance[i, i])) for i in range(weights)]), float(log_evidence)
+        np.array(mean),
+        np.array([float(mp.sqrt(covariance[i, i])) for i in range(weights)]),
+        float(log_evidence),
     )
 
 
 def least_squares_centre(
     designs: list[np.ndarray], ys: list[np.ndarray], precision: np.ndarray, scale: float
 ) -> np.ndarray | None:
-    """theta0 of greatest marginal likelihood where precision and scale are given; None where the data leave it open."""
+    """theta0 of greatest marginal likelihood where precision and scale are given; None where the
+    data leave it open.
+    """
     weights = len(precision)
     information, right = mp.matrix(weights, weights), mp.matrix(weights, 1)
     prior_covariance = mp.diag([1 / mp.mpf(float(p)) for p in precision])
@@ -68,7 +76,9 @@ def least_squares_centre(
     size = [mp.sqrt(information[i, i]) for i in range(weights)]
     if any(s == 0 for s in size):
         return None
-    scaled = mp.matrix([[information[i, j] / size[i] / size[j] for j in range(weights)] for i in range(weights)])
+    scaled = mp.matrix(
+        [[information[i, j] / size[i] / size[j] for j in range(weights)] for i in range(weights)]
+    )
     if mp.eigsy(scaled, eigvals_only=True)[0] < mp.mpf("1e-12"):
         return None
     found = mp.lu_solve(scaled, mp.matrix([right[i] / size[i] for i in range(weights)]))

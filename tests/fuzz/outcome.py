@@ -54,7 +54,9 @@ def attempt(work: Callable[[], Value], where: str) -> Outcome[Value]:
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
-    return Outcome(value, [str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)])
+    return Outcome(
+        value, [str(one.message) for one in caught if issubclass(one.category, RuntimeWarning)]
+    )
 
 
 def is_ours(complaint: BaseException) -> bool:

@@ -50,7 +50,9 @@ def kept(stored: Any, given_values: Any) -> bool:
     # a whole number beyond 2^53 is the nearest float; one beyond int64 would turn negative
     whole = not stored.is_floating_point() and expected.dtype.kind == "u" and expected.size
     fits = not whole or int(expected.max()) < 2**63
-    return bool(np.array_equal(stored.numpy(), nearest)) and fits and bool(np.isfinite(nearest).all())
+    return (
+        bool(np.array_equal(stored.numpy(), nearest)) and fits and bool(np.isfinite(nearest).all())
+    )
 
 
 @examples(0.35)
@@ -82,13 +84,17 @@ COLUMNS = {
 
 
 @examples(0.35)
-@given(st.data(), st.integers(0, 6), st.sampled_from(sorted(COLUMNS)), st.sampled_from(sorted(COLUMNS)))
+@given(
+    st.data(), st.integers(0, 6), st.sampled_from(sorted(COLUMNS)), st.sampled_from(sorted(COLUMNS))
+)
 def test_tables(data: st.DataObject, size: int, x_kind: str, y_kind: str) -> None:
     def column(kind: str) -> list[Any]:
         return data.draw(st.lists(COLUMNS[kind], min_size=size, max_size=size))
 
     keys = data.draw(st.lists(st.sampled_from(["a", "b", 3, None]), min_size=size, max_size=size))
-    frame = pd.DataFrame({"g": pd.Series(keys, dtype=object), "x": column(x_kind), "y": column(y_kind)})
+    frame = pd.DataFrame(
+        {"g": pd.Series(keys, dtype=object), "x": column(x_kind), "y": column(y_kind)}
+    )
     if data.draw(st.booleans()):
         frame = frame.astype({"g": "category"})
     outcome = attempt(lambda: vm.TaskSet.from_frame(frame, task="g", x=["x"], y="y"), "table")

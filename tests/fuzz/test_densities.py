@@ -27,20 +27,30 @@ def log_sigmoid(f: float) -> float:
 
 
 # name -> (likelihood of a scale, log density of y at the output f and that scale, what y may be)
-CASES: dict[str, tuple[Callable[[float], object], Callable[[float, float, float], float], st.SearchStrategy]] = {
+CASES: dict[
+    str, tuple[Callable[[float], object], Callable[[float, float, float], float], st.SearchStrategy]
+] = {
     "Gaussian": (
-        lambda s: L.Gaussian(s, learn_scale=False), lambda y, f, s: stats.norm(f, s).logpdf(y), st.floats(-1e6, 1e6)
+        lambda s: L.Gaussian(s, learn_scale=False),
+        lambda y, f, s: stats.norm(f, s).logpdf(y),
+        st.floats(-1e6, 1e6),
     ),
     "StudentT": (
-        lambda s: L.StudentT(scale=s, learn_scale=False), lambda y, f, s: stats.t(4.0, f, s).logpdf(y), outputs
+        lambda s: L.StudentT(scale=s, learn_scale=False),
+        lambda y, f, s: stats.t(4.0, f, s).logpdf(y),
+        outputs,
     ),
     "Bernoulli": (
-        lambda s: L.Bernoulli(), lambda y, f, s: log_sigmoid(f if y else -f), st.integers(0, 1)
+        lambda s: L.Bernoulli(),
+        lambda y, f, s: log_sigmoid(f if y else -f),
+        st.integers(0, 1),
     ),
     "Poisson": (
-        lambda s: L.Poisson(), lambda y, f, s: y * f - np.exp(f) - special.gammaln(y + 1.0), counts
+        lambda s: L.Poisson(),
+        lambda y, f, s: y * f - np.exp(f) - special.gammaln(y + 1.0),
+        counts,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -54,15 +64,22 @@ def test_log_densities(name: str, data: st.DataObject, f: float, scale: float) -
         net.weight.fill_(0.0)
         net.bias.fill_(f)
     model = vm.TaskModel(net, make(scale), vm.GaussianPrior(1.0), shared=["bias"])
-    tasks = vm.TaskSet([vm.Task((np.zeros((1, 1)), np.array([y])), (np.zeros((1, 1)), np.array([y])))])
+    tasks = vm.TaskSet(
+        [vm.Task((np.zeros((1, 1)), np.array([y])), (np.zeros((1, 1)), np.array([y])))]
+    )
 
     def density() -> float:
-        still = vm.fit(model, tasks, vm.Joint("delta"), 1, lambda params: torch.optim.SGD(params, lr=0.0))
+        still = vm.fit(
+            model, tasks, vm.Joint("delta"), 1, lambda params: torch.optim.SGD(params, lr=0.0)
+        )
         return float(still.posterior().log_prob(num_samples=1)[0])
 
     outcome = attempt(density, name)
     if outcome.value is not None:
         exact = right(y, f, scale)
         # exp(f) loses as many digits as f has before the point
-        close = abs(outcome.value - exact) <= 1e-9 * (abs(exact) + abs(y * f) + np.exp(min(f, 700.0))) + 1e-12
+        close = (
+            abs(outcome.value - exact)
+            <= 1e-9 * (abs(exact) + abs(y * f) + np.exp(min(f, 700.0))) + 1e-12
+        )
         outcome.must_be(bool(close), name)

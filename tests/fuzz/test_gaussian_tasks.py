@@ -16,7 +16,9 @@ GUIDE = "multivariate_normal"
 powers = st.sampled_from([0, 0, 0, -4, -2, 2, 4])
 
 
-def model_of(data: Rows, prior: vm.GaussianPrior, scale: float = 1.0, learn_scale: bool = False) -> vm.TaskModel:
+def model_of(
+    data: Rows, prior: vm.GaussianPrior, scale: float = 1.0, learn_scale: bool = False
+) -> vm.TaskModel:
     torch.manual_seed(0)
     net = torch.nn.Linear(data.xs[0].shape[1], 1).double()
     return vm.TaskModel(net, vm.likelihoods.Gaussian(scale, learn_scale=learn_scale), prior)
@@ -57,15 +59,21 @@ def test_theta0_is_generalised_least_squares(data: Rows, precision: int, scale: 
 
 @examples(0.04)
 @given(rows(), st.sampled_from(["shared", "per_parameter", "full"]), st.booleans())
-def test_a_log_likelihood_is_that_of_the_estimates(data: Rows, learn: str, learn_scale: bool) -> None:
+def test_a_log_likelihood_is_that_of_the_estimates(
+    data: Rows, learn: str, learn_scale: bool
+) -> None:
     model = model_of(data, vm.GaussianPrior(learn_precision=learn), 0.5, learn_scale)
-    outcome = attempt(lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), f"learned {learn}")
+    outcome = attempt(
+        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), f"learned {learn}"
+    )
     if outcome.value is None or outcome.value.log_likelihood is None or learn == "full":
         return
     found = outcome.value
     scale = 0.5 if found.prior.scale is None else float(found.prior.scale)
     exact = log_evidence(data, vector(found.prior.loc), vector(found.prior.precision), scale)
-    outcome.must_be(abs(found.log_likelihood - exact) <= 1e-5 + 1e-7 * abs(exact), f"learned {learn}")
+    outcome.must_be(
+        abs(found.log_likelihood - exact) <= 1e-5 + 1e-7 * abs(exact), f"learned {learn}"
+    )
 
 
 @examples(0.02)
@@ -74,7 +82,9 @@ def test_adapt_is_the_conjugate_posterior(data: Rows, new: Rows, precision: int)
     if new.xs[0].shape[1] != data.xs[0].shape[1]:
         new = data
     model = model_of(data, vm.GaussianPrior(10.0**precision))
-    learned = attempt(lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "before adapt")
+    learned = attempt(
+        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "before adapt"
+    )
     if learned.value is None:
         return
     outcome = attempt(lambda: learned.value.adapt(new.tasks), "adapt")
@@ -87,7 +97,9 @@ def test_adapt_is_the_conjugate_posterior(data: Rows, new: Rows, precision: int)
         exact = oracles.gaussian_task(x, y, theta0, lambdas, 1.0)
         ours = vector({name: value[i] for name, value in mean.items()})
         width = vector({name: value[i] for name, value in sd.items()})
-        right &= bool(np.all(np.abs(ours - exact.mean) <= 1e-4 * exact.sd + 1e-9 * np.abs(exact.mean)))
+        right &= bool(
+            np.all(np.abs(ours - exact.mean) <= 1e-4 * exact.sd + 1e-9 * np.abs(exact.mean))
+        )
         right &= bool(np.all(np.abs(width / exact.sd - 1.0) <= 1e-4))
     outcome.must_be(right, "adapt")
 
@@ -95,7 +107,9 @@ def test_adapt_is_the_conjugate_posterior(data: Rows, new: Rows, precision: int)
 @examples(0.02)
 @given(rows(most_tasks=4), powers)
 def test_the_meta_gradient_is_that_of_the_closed_form(data: Rows, precision: int) -> None:
-    """G = sum_i lambda/2 |theta_i* - theta0|^2 + f_i(theta_i*), so dG/dtheta0 = lambda sum_i (theta0 - theta_i*)."""
+    """G = sum_i lambda/2 |theta_i* - theta0|^2 + f_i(theta_i*), so dG/dtheta0 = lambda sum_i
+    (theta0 - theta_i*).
+    """
     model = model_of(data, vm.GaussianPrior(10.0**precision))
     strategy = vm.Implicit("delta", "elbo")
     outcome = attempt(lambda: vm.meta_gradient(model, data.tasks, strategy), "meta-gradient")
@@ -118,13 +132,20 @@ def test_the_meta_gradient_is_that_of_the_closed_form(data: Rows, precision: int
 def test_neighbours_do_not_matter(data: Rows, precision: int) -> None:
     """A task's posterior is the same alone and in company."""
     model = model_of(data, vm.GaussianPrior(10.0**precision))
-    learned = attempt(lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "before neighbours")
+    learned = attempt(
+        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "before neighbours"
+    )
     if learned.value is None:
         return
     together = attempt(lambda: learned.value.adapt(data.tasks), "together")
-    alone = [attempt(lambda i=i: learned.value.adapt(data.tasks[[i]]), "alone") for i in range(len(data.ys))]
+    alone = [
+        attempt(lambda i=i: learned.value.adapt(data.tasks[[i]]), "alone")
+        for i in range(len(data.ys))
+    ]
     if together.value is None or any(one.value is None for one in alone):
-        assert together.value is None and together.refused, "some are refused alone but not in company"
+        assert together.value is None and together.refused, (
+            "some are refused alone but not in company"
+        )
         return
     for i, one in enumerate(alone):
         for name, value in one.value.mean.items():

@@ -1,4 +1,6 @@
-"""Compiled graphs are kept, in the process and on disk for the next one, and are made by one wrapper if not by another."""
+"""Compiled graphs are kept, in the process and on disk for the next one, and are made by one
+wrapper if not by another.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The options of each attempt to compile."""
     real, found = capture._compiled_by, []
 
-    def compiled_by(options: dict[str, Any], graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+    def compiled_by(
+        options: dict[str, Any], graph: torch.fx.GraphModule, examples: list[Tensor]
+    ) -> Any:
         found.append(options)
         return real(options, graph, examples)
 
@@ -42,10 +46,14 @@ def test_what_is_compiled_is_found_again_by_the_next_process(
     assert counters["inductor"]["fxgraph_cache_hit"] == before + 1
 
 
-def test_python_calls_the_kernels_where_no_other_wrapper_can(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_calls_the_kernels_where_no_other_wrapper_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tried = []
 
-    def compiled_by(options: dict[str, object], graph: torch.fx.GraphModule, examples: list[Tensor]) -> object:
+    def compiled_by(
+        options: dict[str, object], graph: torch.fx.GraphModule, examples: list[Tensor]
+    ) -> object:
         tried.append(options)
         if options["cpp_wrapper"]:
             raise RuntimeError("no such wrapper")
@@ -58,7 +66,9 @@ def test_python_calls_the_kernels_where_no_other_wrapper_can(monkeypatch: pytest
     assert [options["cpp_wrapper"] for options in tried] == [True, False]
 
 
-def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said(tried: list[dict[str, Any]]) -> None:
+def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said(
+    tried: list[dict[str, Any]],
+) -> None:
     def solve(a: Tensor, b: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(torch.linalg.cholesky(a), b, upper=False).sin()
 
@@ -71,7 +81,9 @@ def test_operations_that_cpp_calls_by_a_longer_way_are_right_and_nothing_is_said
     root, b = (torch.randn(5, 3, size, generator=generator, dtype=torch.float64) for size in (3, 2))
     a = root @ root.mT + torch.eye(3, dtype=torch.float64)
     try:
-        torch.testing.assert_close(capture.Captured(solve)(a, b), solve(a, b), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(
+            capture.Captured(solve)(a, b), solve(a, b), rtol=1e-14, atol=1e-14
+        )
     finally:
         lowering.removeHandler(listener)
     assert not said and [options["cpp_wrapper"] for options in tried] == [True]

@@ -18,9 +18,13 @@ from varmeta.numerics.tree import Tree
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The captured graphs run operation by operation: nobody waits for a compiler.  What would have been compiled."""
+    """The captured graphs run operation by operation: nobody waits for a compiler.  What would have
+    been compiled.
+    """
     graphs: list[Any] = []
-    monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: graphs.append(graph) or graph)
+    monkeypatch.setattr(
+        capture, "compile_graph", lambda graph, examples: graphs.append(graph) or graph
+    )
     return graphs
 
 
@@ -35,14 +39,21 @@ def graphed(numbers: Tensor) -> Graphed:
 
 
 NUMBERS = torch.tensor([0.3, -1.0, 2.5], dtype=torch.float64)
-START = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.full((3, 1), 0.7, dtype=torch.float64)}
+START = {
+    "a": torch.zeros(3, dtype=torch.float64),
+    "b": torch.full((3, 1), 0.7, dtype=torch.float64),
+}
 
 
 @pytest.mark.parametrize("how", [{"steps": 7}, {"steps": None}, {"steps": 0}], ids=str)
 @pytest.mark.parametrize(
-    "rule", [GradientDescent(0.2), Adam(0.1), NewtonCG(), NewtonCG(dense_size=0)], ids=lambda rule: str(rule)[:24]
+    "rule",
+    [GradientDescent(0.2), Adam(0.1), NewtonCG(), NewtonCG(dense_size=0)],
+    ids=lambda rule: str(rule)[:24],
 )
-def test_minimising_in_pieces_changes_no_digit(rule: Any, how: dict[str, Any], compiled: list[Any]) -> None:
+def test_minimising_in_pieces_changes_no_digit(
+    rule: Any, how: dict[str, Any], compiled: list[Any]
+) -> None:
     plain = minimize(lambda phi: wells(NUMBERS, phi), START, rule, tolerance=1e-6, **how)
     pieces = minimize(graphed(NUMBERS), START, rule, tolerance=1e-6, **how)
     assert compiled
@@ -61,7 +72,9 @@ def test_the_steps_of_a_loop_share_one_graph(compiled: list[Any]) -> None:
     other = Graphed(wells, NUMBERS + 1.0, fn.graphs)
     moved = minimize(other, START, GradientDescent(0.01), steps=50)
     assert len(compiled) == count
-    expected = minimize(lambda phi: wells(NUMBERS + 1.0, phi), START, GradientDescent(0.01), steps=50)
+    expected = minimize(
+        lambda phi: wells(NUMBERS + 1.0, phi), START, GradientDescent(0.01), steps=50
+    )
     assert torch.equal(moved.value["a"], expected.value["a"])
 
 
@@ -88,7 +101,11 @@ def curved(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[
 
 
 def test_a_linearised_piece_does_its_constant_work_once(compiled: list[Any]) -> None:
-    fn = Graphed(lambda known, x: (known * x.exp() * x.roll(1).sin()).sum(-1), torch.tensor([2.0, 3.0]).double(), {})
+    fn = Graphed(
+        lambda known, x: (known * x.exp() * x.roll(1).sin()).sum(-1),
+        torch.tensor([2.0, 3.0]).double(),
+        {},
+    )
     x = torch.tensor([0.3, -0.2], dtype=torch.float64)
     value, product = linearize(fn, curved, x)
     expected, eager = linearize(lambda x: fn(x), curved, x)
@@ -98,14 +115,22 @@ def test_a_linearised_piece_does_its_constant_work_once(compiled: list[Any]) -> 
         assert torch.equal(run(product, call, 2 * v), 2 * eager(v))
     primal, tangent = compiled
     names = [{str(node.target) for node in graph.graph.nodes} for graph in (primal, tangent)]
-    assert "aten.exp.default" in names[0] and "aten.exp.default" not in names[1] and "aten.sin.default" not in names[1]
+    assert (
+        "aten.exp.default" in names[0]
+        and "aten.exp.default" not in names[1]
+        and "aten.sin.default" not in names[1]
+    )
 
 
 def test_a_product_that_does_not_depend_on_its_argument_and_a_value_that_is_an_input() -> None:
-    def piece(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def piece(
+        fn: Callable[[Tensor], Tensor], x: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return x, lambda v: torch.zeros_like(x)
 
-    value, product = linearize(Graphed(lambda known, x: x, torch.ones(1), {}), piece, torch.tensor([3.0]))
+    value, product = linearize(
+        Graphed(lambda known, x: x, torch.ones(1), {}), piece, torch.tensor([3.0])
+    )
     assert value.tolist() == [3.0] and run(product, call, torch.tensor([5.0])).tolist() == [0.0]
 
 

@@ -22,7 +22,9 @@ def draws(*shape: int, seed: int = 0) -> Tensor:
 
 
 def losses(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
-    """A network 1-40-6 whose weights are the parts of rows, with a quadratic prior on the whole row, `(tasks,)`."""
+    """A network 1-40-6 whose weights are the parts of rows, with a quadratic prior on the whole
+    row, `(tasks,)`.
+    """
     w, b, v, c = rows.split(SIZES, -1)
     h = torch.tanh(x @ w.reshape(-1, 40, 1).mT + b.unsqueeze(1))
     out = h @ v.reshape(-1, 6, 40).mT + c.unsqueeze(1)
@@ -55,10 +57,22 @@ def arithmetic(rows: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, ...]:
     row = torch.cat([2 * part for part in rows.split(SIZES, -1)], -1)
     wide = row.unsqueeze(0).expand(2, TASKS, SIZE) + centre
     return (
-        wide.sum((0, -1)), wide.sum(0), wide.mean(-1), row[:, 40:80], row[:, 30:90], row[1:], row.flip(-1), row.mT @ row,
-        torch.zeros_like(row), (row.exp() + 1).log().reshape(TASKS, 1, SIZE).squeeze(1), row.pow(2).sum(-1, keepdim=True),
-        row.reshape(-1, 2), row * rows.sum(-1, keepdim=True), row.cumsum(-1), torch.stack([row, rows]).sum(0),
-    )  # fmt: skip
+        wide.sum((0, -1)),
+        wide.sum(0),
+        wide.mean(-1),
+        row[:, 40:80],
+        row[:, 30:90],
+        row[1:],
+        row.flip(-1),
+        row.mT @ row,
+        torch.zeros_like(row),
+        (row.exp() + 1).log().reshape(TASKS, 1, SIZE).squeeze(1),
+        row.pow(2).sum(-1, keepdim=True),
+        row.reshape(-1, 2),
+        row * rows.sum(-1, keepdim=True),
+        row.cumsum(-1),
+        torch.stack([row, rows]).sum(0),
+    )
 
 
 def traced(function: Callable[..., Any], *args: Tensor) -> torch.fx.GraphModule:
@@ -75,7 +89,9 @@ def test_the_numbers_stay(function: Callable[..., Any]) -> None:
     for seed in (0, 5):
         args = draws(TASKS, SIZE, seed=seed), *args[1:]
         expected, found = function(*args), graph(*args)
-        for one, other in zip(*([x] if isinstance(x, Tensor) else list(x) for x in (expected, found)), strict=True):
+        for one, other in zip(
+            *([x] if isinstance(x, Tensor) else list(x) for x in (expected, found)), strict=True
+        ):
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -86,29 +102,42 @@ def test_steps_neither_join_their_parts_nor_copy_a_transpose() -> None:
     rewrite(graph)
     after = Counter(str(node.target) for node in graph.graph.nodes)
     assert before["aten.cat.default"] == 3 and after["aten.cat.default"] == 1  # the output
-    assert before["aten.split_with_sizes.default"] == 3 and after["aten.split_with_sizes.default"] == 0
+    assert (
+        before["aten.split_with_sizes.default"] == 3 and after["aten.split_with_sizes.default"] == 0
+    )
     written = [
         node
         for node in graph.graph.nodes
         if str(node.target) == "aten.transpose.int"
-        and any(str(user.target) in ("aten.clone.default", "aten.reshape.default") for user in node.users)
+        and any(
+            str(user.target) in ("aten.clone.default", "aten.reshape.default")
+            for user in node.users
+        )
         and node.meta["val"].shape[-2:] == (6, 40)
     ]
     assert not written
 
 
 def deep(rows: Tensor, x: Tensor, centre: Tensor) -> Tensor:
-    """Like `curvature`, of a network with a layer in the middle, whose weights and inputs both have derivatives."""
+    """Like `curvature`, of a network with a layer in the middle, whose weights and inputs both have
+    derivatives.
+    """
 
     def value(rows: Tensor) -> Tensor:
-        w, v, u = rows[..., :40], rows[..., 40:280].reshape(-1, 6, 40), rows[..., 280:286].reshape(-1, 1, 6)
+        w, v, u = (
+            rows[..., :40],
+            rows[..., 40:280].reshape(-1, 6, 40),
+            rows[..., 280:286].reshape(-1, 1, 6),
+        )
         h = torch.tanh(torch.tanh(x * w.unsqueeze(1)) @ v.mT)
         return ((h @ u.mT).square().sum((1, 2)) + (rows - centre).square().sum(-1)).sum()
 
     point = rows.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(value(point), point, create_graph=True)
-    (whole,) = torch.cat([torch.autograd.grad(gradient, point, centre.expand_as(point))[0]], -1).split([SIZE], -1)
+    (whole,) = torch.cat(
+        [torch.autograd.grad(gradient, point, centre.expand_as(point))[0]], -1
+    ).split([SIZE], -1)
     return whole
 
 
@@ -150,18 +179,33 @@ ODD: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda a: torch.cat([x * 1.0 for x in a.split((100, 100, 100), -1)], -1).sum(-1),
         (torch.tensor([660.0, 0.0, -660.0]).repeat_interleave(100).half().repeat(3, 1),),
     ),
-    "memory as it lies": (lambda a, b: (a.mT @ b.mT).as_strided((2, 3), (1, 2)), (draws(2, 4, 5), draws(2, 6, 4))),
-    "numbers read as others": (lambda a, b: (a.mT @ b.mT).view(torch.int64), (draws(2, 4, 5), draws(2, 6, 4))),
+    "memory as it lies": (
+        lambda a, b: (a.mT @ b.mT).as_strided((2, 3), (1, 2)),
+        (draws(2, 4, 5), draws(2, 6, 4)),
+    ),
+    "numbers read as others": (
+        lambda a, b: (a.mT @ b.mT).view(torch.int64),
+        (draws(2, 4, 5), draws(2, 6, 4)),
+    ),
     "complex": (lambda a: a * torch.full((3, 1), 1j), (draws(3, 4),)),
     "nothing": (lambda a, b: torch.bmm(a.mT, b.mT), (draws(0, 4, 5), draws(0, 6, 4))),
-    "doubled": (lambda a, b: ((a @ b.mT) + (a @ b.mT)).mT.reshape(2, -1), (draws(2, 4, 5), draws(2, 6, 5))),
-    "integers": (lambda a, b: torch.bmm(a.mT, b.mT), (torch.arange(40).reshape(2, 4, 5), torch.arange(48).reshape(2, 6, 4))),
+    "doubled": (
+        lambda a, b: ((a @ b.mT) + (a @ b.mT)).mT.reshape(2, -1),
+        (draws(2, 4, 5), draws(2, 6, 5)),
+    ),
+    "integers": (
+        lambda a, b: torch.bmm(a.mT, b.mT),
+        (torch.arange(40).reshape(2, 4, 5), torch.arange(48).reshape(2, 6, 4)),
+    ),
     "several readers": (
         lambda a, b: (lambda c: (c.mT.reshape(2, -1), c.mT, c))(torch.bmm(a, b.mT)),
         (draws(2, 4, 5), draws(2, 6, 5)),
     ),
-    "a scaled sum": (lambda a, b: torch.add(a.mT @ b, b.mT @ a, alpha=3).mT.reshape(2, -1), (draws(2, 4, 5), draws(2, 4, 5))),
-}  # fmt: skip
+    "a scaled sum": (
+        lambda a, b: torch.add(a.mT @ b, b.mT @ a, alpha=3).mT.reshape(2, -1),
+        (draws(2, 4, 5), draws(2, 4, 5)),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -170,7 +214,9 @@ def test_odd_graphs_keep_their_numbers_and_dtypes(name: str) -> None:
     graph = traced(function, *args)
     rewrite(graph)
     expected, found = function(*args), graph(*args)
-    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (expected, found)), strict=True):
+    for one, other in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (expected, found)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -236,9 +282,17 @@ def test_a_graph_that_writes_into_its_tensors_is_left_alone() -> None:
 def neutral(rows: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, ...]:
     zeros, ones = torch.zeros_like(rows), torch.ones_like(rows)
     return (
-        (rows + zeros) * 2, (zeros + rows) - 1, (rows - zeros) * centre, (rows * ones).exp(), (rows / ones).sin(),
-        zeros - rows, ones / rows, centre * ones, centre + zeros.unsqueeze(0), zeros * ones + rows,
-    )  # fmt: skip
+        (rows + zeros) * 2,
+        (zeros + rows) - 1,
+        (rows - zeros) * centre,
+        (rows * ones).exp(),
+        (rows / ones).sin(),
+        zeros - rows,
+        ones / rows,
+        centre * ones,
+        centre + zeros.unsqueeze(0),
+        zeros * ones + rows,
+    )
 
 
 def test_plus_zero_and_times_one_are_nothing() -> None:
@@ -250,7 +304,10 @@ def test_plus_zero_and_times_one_are_nothing() -> None:
         assert torch.equal(found, expected)
     left = Counter(node.target for node in graph.graph.nodes)
     aten = torch.ops.aten
-    assert left[aten.add.Tensor] == 0 and left[aten.zeros_like.default] == left[aten.ones_like.default] == 0
+    assert (
+        left[aten.add.Tensor] == 0
+        and left[aten.zeros_like.default] == left[aten.ones_like.default] == 0
+    )
     assert left[aten.mul.Tensor] == 2 and left[aten.div.Tensor] == 1  # those by what is no constant
 
 
@@ -307,12 +364,27 @@ def padded(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     corner = back(back(y, [1, 1, SIZE], 2, 0, 1, 1), [TASKS, 1, SIZE], 0, 0, 1, 1)
     last = back(x, [TASKS, 1, SIZE], 0, 2, 3, 1)  # not the first
     return (
-        first.sum(0), first.sum([0, 1], True), first.sum([0, 2]), first.sum(2), first.sum(), first * 2.0, (first + first).sum(0),
-        (first + corner).sum(0), corner.sum([0, 1], True).reshape(SIZE), corner.sum([0, 1], True).reshape(1, SIZE).sum(1),
-        corner.sum([0, 1]), corner.sum(0).sum(-1), (corner + corner).sum([0, 2], True), last.sum(0), (last + first).sum(0),
-        first.sum(0, dtype=torch.float32), first.float().sum(0, dtype=torch.float64),
-        (first + 1.0).sum(0), torch.add(first, first, alpha=2.0).sum(0), corner.reshape(TASKS, SIZE).sum(0),
-    )  # fmt: skip
+        first.sum(0),
+        first.sum([0, 1], True),
+        first.sum([0, 2]),
+        first.sum(2),
+        first.sum(),
+        first * 2.0,
+        (first + first).sum(0),
+        (first + corner).sum(0),
+        corner.sum([0, 1], True).reshape(SIZE),
+        corner.sum([0, 1], True).reshape(1, SIZE).sum(1),
+        corner.sum([0, 1]),
+        corner.sum(0).sum(-1),
+        (corner + corner).sum([0, 2], True),
+        last.sum(0),
+        (last + first).sum(0),
+        first.sum(0, dtype=torch.float32),
+        first.float().sum(0, dtype=torch.float64),
+        (first + 1.0).sum(0),
+        torch.add(first, first, alpha=2.0).sum(0),
+        corner.reshape(TASKS, SIZE).sum(0),
+    )
 
 
 def test_sums_over_what_is_zero_but_for_the_first() -> None:

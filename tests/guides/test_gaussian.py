@@ -20,7 +20,9 @@ BATCH = (3, 1)
 def low_rank(rank: int = 2, length: float = 1.0, dense: bool = False) -> LowRankNormal:
     spread = (0.5 * randn(*BATCH, SIZE, seed=1)).exp()
     root = (
-        torch.eye(SIZE, dtype=F64) + 0.4 * randn(SIZE, SIZE, seed=10).tril(-1) if dense else randn(SIZE, seed=10).exp()
+        torch.eye(SIZE, dtype=F64) + 0.4 * randn(SIZE, SIZE, seed=10).tril(-1)
+        if dense
+        else randn(SIZE, seed=10).exp()
     )
     parts = spread, length * randn(*BATCH, SIZE, rank, seed=3)
     return LowRankNormal(randn(*BATCH, SIZE, seed=2), parts, root)
@@ -55,9 +57,13 @@ def dense(q: StructuredNormal) -> dist.MultivariateNormal:
     """From the definition of the family, by inverting matrices."""
     if isinstance(q, LowRankNormal):
         eye = torch.eye(SIZE, dtype=F64)
-        precision = (eye + q.factor @ q.factor.mT) / (q.spread.unsqueeze(-1) * q.spread.unsqueeze(-2))
+        precision = (eye + q.factor @ q.factor.mT) / (
+            q.spread.unsqueeze(-1) * q.spread.unsqueeze(-2)
+        )
         root = torch.diag(q.root) if q.root.dim() == 1 else q.root
-        return dist.MultivariateNormal(q.loc, covariance_matrix=root @ precision.inverse() @ root.mT)
+        return dist.MultivariateNormal(
+            q.loc, covariance_matrix=root @ precision.inverse() @ root.mT
+        )
     assert isinstance(q, BlockNormal)
     a = torch.eye(SIZE, dtype=F64).expand(*BATCH, SIZE, SIZE).clone()
     for i, row in enumerate(q.block.tolist()):
@@ -88,7 +94,9 @@ def test_moments_density_and_products(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_divergence_from_the_prior(name: str, prior: str) -> None:
     q, p = CASES[name](), PRIORS[prior]
-    gaussian = p if prior == "dense" else dist.MultivariateNormal(p.mean, scale_tril=torch.diag(p.stddev))
+    gaussian = (
+        p if prior == "dense" else dist.MultivariateNormal(p.mean, scale_tril=torch.diag(p.stddev))
+    )
     torch.testing.assert_close(kl(q, p), kl_divergence(dense(q), gaussian.expand(BATCH)))
 
 
@@ -106,9 +114,13 @@ def test_draws_and_divergence_are_differentiable_twice(name: str) -> None:
     if isinstance(q, BlockNormal):  # its ones and zeros are no parameters
         parts = parts[:2]
         inputs = [part.detach().clone().requires_grad_() for part in parts]
-        assert torch.autograd.gradgradcheck(lambda loc, spread: function(loc, spread, q.triangle), inputs)
+        assert torch.autograd.gradgradcheck(
+            lambda loc, spread: function(loc, spread, q.triangle), inputs
+        )
         return
-    assert torch.autograd.gradgradcheck(function, [part.detach().clone().requires_grad_() for part in parts])
+    assert torch.autograd.gradgradcheck(
+        function, [part.detach().clone().requires_grad_() for part in parts]
+    )
 
 
 def test_draws_have_the_covariance() -> None:

@@ -1,4 +1,6 @@
-"""Guides: one factor per task, nothing shared, nothing aliased; a user's own Pyro guide; what mixes tasks is refused."""
+"""Guides: one factor per task, nothing shared, nothing aliased; a user's own Pyro guide; what mixes
+tasks is refused.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ class Own(PyroModule):
         if not self.ready:
             mean = self.model.prior_distribution(eta).mean
             size = len(mean)
-            self.setup(mean.expand(len(data), 1, size), torch.eye(size, dtype=mean.dtype).expand(len(data), 1, -1, -1))
+            self.setup(
+                mean.expand(len(data), 1, size),
+                torch.eye(size, dtype=mean.dtype).expand(len(data), 1, -1, -1),
+            )
             self.ready = True
         with pyro.plate("tasks", len(data), dim=-2):
             return pyro.sample("theta", self.q())
@@ -92,9 +97,12 @@ def same(a: Any, b: Any, tolerance: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "prior", [LEARNED, vm.GaussianPrior(learn_precision="full", covariance=[[2.0, 0.5], [0.5, 1.0]])]
+    "prior",
+    [LEARNED, vm.GaussianPrior(learn_precision="full", covariance=[[2.0, 0.5], [0.5, 1.0]])],
 )
-def test_built_in_guides_start_at_the_prior_and_stay_differentiable(prior: vm.GaussianPrior) -> None:
+def test_built_in_guides_start_at_the_prior_and_stay_differentiable(
+    prior: vm.GaussianPrior,
+) -> None:
     model, batch = linear_model(prior), ragged_tasks(3).batch()
     eta = with_grad(moved(start(model)))
     p = model.prior_distribution(eta)
@@ -106,14 +114,18 @@ def test_built_in_guides_start_at_the_prior_and_stay_differentiable(prior: vm.Ga
             torch.testing.assert_close(q.stddev.squeeze(-2), p.stddev.expand(3, -1))
         if isinstance(guide, Dense):
             covariance = p.covariance_matrix if prior.dense else torch.diag(p.variance)
-            torch.testing.assert_close(q.covariance_matrix.squeeze(-3), covariance.expand(3, -1, -1))
+            torch.testing.assert_close(
+                q.covariance_matrix.squeeze(-3), covariance.expand(3, -1, -1)
+            )
         gradient = torch.autograd.grad(phi["loc"].sum(), [eta["weight"], eta["bias"]])
         assert [float(g) for g in gradient] == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_guides_do_not_alias_the_prior_nor_each_other(name: str) -> None:
-    """Autoguides' init_to_mean hands out the prior's own memory, so that a step on the guide moves the prior."""
+    """Autoguides' init_to_mean hands out the prior's own memory, so that a step on the guide moves
+    the prior.
+    """
     model, batch = linear_model(LEARNED), ragged_tasks(3).batch()
     eta = start(model)
     kept = {key: value.clone() for key, value in eta.items()}
@@ -124,7 +136,12 @@ def test_guides_do_not_alias_the_prior_nor_each_other(name: str) -> None:
     for value in phi.values():
         value += 1.0
         assert not torch.equal(value[0], value[0] - 1.0)
-    for tree, old in ((eta, kept), (other, before), (again, before), (made.start(batch, eta), before)):
+    for tree, old in (
+        (eta, kept),
+        (other, before),
+        (again, before),
+        (made.start(batch, eta), before),
+    ):
         assert all(torch.equal(tree[key], old[key]) for key in old)
     rows = {key: value.clone() for key, value in other.items()}
     rows_of_first = {key: value[0].clone() for key, value in rows.items()}
@@ -144,7 +161,9 @@ def test_no_random_number_is_drawn(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_subset_of_tasks_uses_exactly_its_own_rows(name: str) -> None:
-    """https://github.com/pyro-ppl/pyro/issues/3468: an autoguide given a subsample silently used the first rows."""
+    """https://github.com/pyro-ppl/pyro/issues/3468: an autoguide given a subsample silently used
+    the first rows.
+    """
     model, tasks = linear_model(LEARNED), ragged_tasks(5)
     made, eta, whole = problem(model, EVERY[name]), moved(start(model)), tasks.batch()
     phi = moved(made.start(whole, eta), seed=4)
@@ -152,13 +171,18 @@ def test_a_subset_of_tasks_uses_exactly_its_own_rows(name: str) -> None:
     for rows in ([3, 1], [4], [0, 2, 4], [2, 1]):
         batch = tasks.batch(rows)
         part = {key: value[rows] for key, value in phi.items()}
-        # a minibatch of a size that was never started: as Joint takes it from its stored phi.  Vector units round the last
-        # rows of an array, which fill none, otherwise than those before; other rows would be off by the rows themselves
+        # a minibatch of a size that was never started: as Joint takes it from its stored phi.
+        # Vector units round the last rows of an array, which fill none, otherwise than those
+        # before; other rows would be off by the rows themselves
         own = [m if m is None else m[rows] for m in moments(made, phi, eta, whole)]
         same(moments(made, part, eta, batch), own, tolerance=1e-14)
-        torch.testing.assert_close(made.losses("elbo", batch, 0)(part, eta), whole_losses[rows], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            made.losses("elbo", batch, 0)(part, eta), whole_losses[rows], rtol=1e-12, atol=1e-12
+        )
         alone = tasks[rows].batch()
-        torch.testing.assert_close(made.losses("elbo", alone, 0)(part, eta), whole_losses[rows], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            made.losses("elbo", alone, 0)(part, eta), whole_losses[rows], rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -203,13 +227,17 @@ def test_a_random_start_is_the_same_every_time() -> None:
     phis = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        made = problem(model, lambda m: autoguide.AutoDelta(m, init_loc_fn=autoguide.init_to_sample))
+        made = problem(
+            model, lambda m: autoguide.AutoDelta(m, init_loc_fn=autoguide.init_to_sample)
+        )
         phis.append(next(iter(made.start(batch, eta).values())))
     assert torch.equal(*phis)
     assert not torch.equal(phis[0][0], phis[0][1])
 
 
-@pytest.mark.parametrize("name", ["own normal", "own dense", "own delta", "AutoNormal", "AutoDelta"])
+@pytest.mark.parametrize(
+    "name", ["own normal", "own dense", "own delta", "AutoNormal", "AutoDelta"]
+)
 def test_own_guides_through_fit_and_meta_gradient(name: str) -> None:
     """Also in minibatches, whose last one is smaller."""
     tasks = ragged_tasks(5)
@@ -222,8 +250,14 @@ def test_own_guides_through_fit_and_meta_gradient(name: str) -> None:
     assert fit.posterior().draws(3).shape == (3, 5, 2)
     assert fit.adapt(tasks[[0, 1]]).draws(3).shape == (3, 2, 2)
     strategy = vm.Implicit(PER_TASK[name], "query")
-    built_in = {"own normal": "normal", "AutoNormal": "normal", "own dense": "multivariate_normal"}.get(name, "delta")
-    mine, theirs = (vm.meta_gradient(model, tasks, s) for s in (strategy, vm.Implicit(built_in, "query")))
+    built_in = {
+        "own normal": "normal",
+        "AutoNormal": "normal",
+        "own dense": "multivariate_normal",
+    }.get(name, "delta")
+    mine, theirs = (
+        vm.meta_gradient(model, tasks, s) for s in (strategy, vm.Implicit(built_in, "query"))
+    )
     # the minimum does not know how the guide is parametrised
     assert mine.value == pytest.approx(theirs.value, rel=1e-6)
     for key, gradient in theirs.grads.items():
@@ -237,7 +271,9 @@ def test_one_own_guide_for_two_models() -> None:
     for model in (small, large, small):  # interleaved
         made = problem(model, guide)
         phi = made.start(tasks.batch(), start(model))
-        values.append((made, phi, start(model), made.losses("elbo", tasks.batch(), 0)(phi, start(model))))
+        values.append(
+            (made, phi, start(model), made.losses("elbo", tasks.batch(), 0)(phi, start(model)))
+        )
     for made, phi, eta, losses in values:
         assert torch.equal(made.losses("elbo", tasks.batch(), 0)(phi, eta), losses)
     guide.init(small, start(small), tasks.batch().support)
@@ -245,7 +281,7 @@ def test_one_own_guide_for_two_models() -> None:
         guide.init(large, start(large), tasks.batch().support)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 class NoTaskAxis(Own):

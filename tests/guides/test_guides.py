@@ -1,4 +1,6 @@
-"""Guides between mean-field and dense, and Laplace's: exact posteriors, sizes, graphs, and what is refused."""
+"""Guides between mean-field and dense, and Laplace's: exact posteriors, sizes, graphs, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def regression(prior: vm.GaussianPrior, features: int = FEATURES) -> vm.TaskMode
     return vm.TaskModel(net, vm.likelihoods.Gaussian(scale=0.4, learn_scale=False), prior)
 
 
-def exact(model: vm.TaskModel, tasks: vm.TaskSet, eta: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def exact(
+    model: vm.TaskModel, tasks: vm.TaskSet, eta: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Means, covariances and log evidences of the tasks' posteriors, from the normal equations."""
     p = model.prior_distribution(eta)
     covariance = p.covariance_matrix if model.prior.dense else torch.diag(p.variance)
@@ -65,13 +69,17 @@ def test_posteriors_of_linear_gaussian_tasks_are_exact(guide: Any, prior: vm.Gau
     posterior = fit.posterior()
     mean, covariance, evidence = exact(model, tasks, fit.eta)
     torch.testing.assert_close(model.weights.flatten(posterior.mean), mean, rtol=0, atol=1e-5)
-    torch.testing.assert_close(posterior.distribution.covariance_matrix.squeeze(1), covariance, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        posterior.distribution.covariance_matrix.squeeze(1), covariance, rtol=1e-5, atol=1e-5
+    )
     losses = posterior.q.problem.losses("elbo", tasks.batch(), 0)(posterior.q.phi, fit.eta)
     torch.testing.assert_close(-losses, evidence, rtol=0, atol=1e-6)
 
 
 def test_structured_is_dense_inside_its_block_and_mean_field_outside() -> None:
-    """With independent halves of the weights the family holds the posterior exactly; otherwise it is a lower bound."""
+    """With independent halves of the weights the family holds the posterior exactly; otherwise it
+    is a lower bound.
+    """
     generator = torch.Generator().manual_seed(0)
     design = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     design[:20, 3:], design[20:, :3] = 0.0, 0.0
@@ -129,7 +137,10 @@ def test_low_rank_starts_near_the_prior() -> None:
     for prior in (vm.GaussianPrior(3.0), vm.GaussianPrior(covariance=DENSE_PRIOR)):
         model, batch = regression(prior), ragged_tasks(3, features=FEATURES).batch()
         made, eta = problem(model, "low_rank"), start(model)
-        q, p = made.guide.distribution(made.start(batch, eta), eta, batch.support), model.prior_distribution(eta)
+        q, p = (
+            made.guide.distribution(made.start(batch, eta), eta, batch.support),
+            model.prior_distribution(eta),
+        )
         torch.testing.assert_close(q.mean, p.mean.expand_as(q.mean), rtol=0, atol=0)
         torch.testing.assert_close(q.stddev, p.stddev.expand_as(q.mean), rtol=0.1, atol=0)
         spread = q.stddev.unsqueeze(-1) * q.stddev.unsqueeze(-2)
@@ -142,18 +153,25 @@ def test_low_rank_starts_near_the_prior() -> None:
 @pytest.mark.parametrize("outer", ["elbo", "query", "query_predictive"])
 @pytest.mark.parametrize("guide", GUIDES, ids=str)
 def test_gradients_can_be_captured(guide: Any, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a graph of plain tensor operations, whose numbers at another point are those of the eager run."""
+    """As a graph of plain tensor operations, whose numbers at another point are those of the eager
+    run.
+    """
     model, batch = net_model(vm.GaussianPrior(2.0, "shared")), ragged_tasks(3).batch()
     made, eta = problem(model, guide), start(model)
     losses = made.losses(outer, batch, 0)
     batch.support.filled, batch.query.filled  # noqa: B018 (outside of the graph)
 
     def gradient(inputs: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-        leaves = {kind: {n: v.detach().requires_grad_() for n, v in tree.items()} for kind, tree in inputs.items()}
+        leaves = {
+            kind: {n: v.detach().requires_grad_() for n, v in tree.items()}
+            for kind, tree in inputs.items()
+        }
         with torch.enable_grad():
             flat = [*leaves["phi"].values(), *leaves["eta"].values()]
             value = losses(leaves["phi"], leaves["eta"])
-            found = torch.autograd.grad(value.sum(), flat, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                value.sum(), flat, allow_unused=True, materialize_grads=True
+            )
         return {"value": value.detach(), "gradients": list(found)}
 
     monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: graph)
@@ -163,7 +181,9 @@ def test_gradients_can_be_captured(guide: Any, outer: str, monkeypatch: pytest.M
         eager, traced = gradient(point), captured(point)
         torch.testing.assert_close(traced["value"], eager["value"], rtol=1e-10, atol=1e-10)
         for a, b in zip(traced["gradients"], eager["gradients"], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)  # H is nearly singular at some points
+            torch.testing.assert_close(
+                a, b, rtol=1e-8, atol=1e-10
+            )  # H is nearly singular at some points
     assert len(captured._made) == 1
 
 
@@ -172,7 +192,9 @@ def test_through_fit_adapt_and_disk(guide: Any, tmp_path: Any) -> None:
     tasks = ragged_tasks(5)
     net = seeded(lambda: nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)))
     # with a noise scale to learn, Laplace's evidence of so few rows has no maximum
-    model = vm.TaskModel(net, vm.likelihoods.Gaussian(0.5, learn_scale=False), vm.GaussianPrior(2.0, "shared"))
+    model = vm.TaskModel(
+        net, vm.likelihoods.Gaussian(0.5, learn_scale=False), vm.GaussianPrior(2.0, "shared")
+    )
     strategy = vm.Implicit(guide) if guide == "laplace" else vm.Joint(guide, expectation="cubature")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # so few steps
@@ -185,7 +207,9 @@ def test_through_fit_adapt_and_disk(guide: Any, tmp_path: Any) -> None:
     new = ragged_tasks(3, seed=4)
     same = torch.testing.assert_close
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # under such a prior a task may end at a saddle
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # under such a prior a task may end at a saddle
         same(loaded.adapt(new).draws(5), fit.adapt(new).draws(5), rtol=0, atol=0)
     same(loaded.posterior().draws(5), fit.posterior().draws(5), rtol=0, atol=0)
     assert str(guide).partition("(")[0] in str(fit)
@@ -201,7 +225,7 @@ def test_a_task_without_data_gets_the_prior() -> None:
         torch.testing.assert_close(q.covariance_matrix.squeeze(), expected, rtol=0, atol=1e-5)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -221,9 +245,14 @@ def test_bad_options(make: Any, error: Any, match: str) -> None:
 
 def test_a_pattern_without_a_match_is_refused_before_any_work() -> None:
     with pytest.raises(
-        ValueError, match=r"dense='head.\*' matches none of the weights that vary, \['bias', 'weight'\]"
+        ValueError,
+        match=r"dense='head.\*' matches none of the weights that vary, \['bias', 'weight'\]",
     ):
-        vm.fit(linear_model(vm.GaussianPrior(1.0)), ragged_tasks(2), vm.Joint(vm.guides.Structured(("head.*",))))
+        vm.fit(
+            linear_model(vm.GaussianPrior(1.0)),
+            ragged_tasks(2),
+            vm.Joint(vm.guides.Structured(("head.*",))),
+        )
 
 
 def test_a_guide_that_is_not_bound_says_so() -> None:
@@ -235,21 +264,35 @@ def test_guides_with_other_options_are_told_apart() -> None:
     """A graph that was made under one is not used under another."""
     model = net_model(vm.GaussianPrior(1.0))
     options = [
-        vm.guides.LowRank(1), vm.guides.LowRank(2), vm.guides.Laplace("exact"), vm.guides.Laplace("gauss_newton"),
-        vm.guides.Structured(("0.*",)), vm.guides.Structured(("2.*",)), vm.guides.Dense(), vm.guides.MeanField(),
-    ]  # fmt: skip
+        vm.guides.LowRank(1),
+        vm.guides.LowRank(2),
+        vm.guides.Laplace("exact"),
+        vm.guides.Laplace("gauss_newton"),
+        vm.guides.Structured(("0.*",)),
+        vm.guides.Structured(("2.*",)),
+        vm.guides.Dense(),
+        vm.guides.MeanField(),
+    ]
     assert len({guide.bound(model).key for guide in options}) == len(options)
     again = vm.guides.Laplace("exact").bound(net_model(vm.GaussianPrior(2.0)))
     assert again.key == options[2].key
 
 
-@pytest.mark.parametrize("guide", ["multivariate_normal", vm.guides.Structured(("*",)), vm.guides.LowRank(4)])
+@pytest.mark.parametrize(
+    "guide", ["multivariate_normal", vm.guides.Structured(("*",)), vm.guides.LowRank(4)]
+)
 def test_memory_of_correlated_guides_grows_with_the_square_of_the_weights(guide: Any) -> None:
-    """Of a gradient by cubature, all operations counted: per task and squared weight it does not grow."""
+    """Of a gradient by cubature, all operations counted: per task and squared weight it does not
+    grow.
+    """
 
     def bytes_of(size: int, count: int) -> float:
         tasks = ragged_tasks(count, features=size)
-        model = vm.TaskModel(nn.Linear(size, 1, bias=False).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
+        model = vm.TaskModel(
+            nn.Linear(size, 1, bias=False).double(),
+            vm.likelihoods.Gaussian(),
+            vm.GaussianPrior(2.0),
+        )
         built = vm.Joint(guide, expectation="cubature").problem(model, tasks, 0)
         batch = tasks.batch()
         graph = built.gradient_graph("elbo", batch, model.init(batch.support.x.new_zeros(())))

@@ -1,4 +1,6 @@
-"""One weight per task under a likelihood that is not Gaussian: the evidence by quadrature, by default, and a word elsewhere."""
+"""One weight per task under a likelihood that is not Gaussian: the evidence by quadrature, by
+default, and a word elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +30,26 @@ def coins(num_tasks: int = 40, tosses: int = 6, sd: float = 3.0) -> vm.TaskSet:
     rng = np.random.default_rng(0)
     chance = special.expit(0.5 + sd * rng.normal(size=num_tasks))
     return vm.TaskSet(
-        [vm.Task(support=(np.zeros((tosses, 0)), (rng.random(tosses) < p).astype(float))) for p in chance]
+        [
+            vm.Task(support=(np.zeros((tosses, 0)), (rng.random(tosses) < p).astype(float)))
+            for p in chance
+        ]
     )
 
 
 def intercepts() -> vm.TaskModel:
     return vm.TaskModel(
-        vm.LinearPredictor([]), vm.likelihoods.Bernoulli(), vm.GaussianPrior(learn_precision="per_parameter")
+        vm.LinearPredictor([]),
+        vm.likelihoods.Bernoulli(),
+        vm.GaussianPrior(learn_precision="per_parameter"),
     )
 
 
 @pytest.mark.parametrize(("name", "loss"), [("toenail", 625.3977), ("cbpp", 91.98337)])
 def test_lme4s_estimates_by_default(name: str, loss: float) -> None:
-    """lme4 by adaptive quadrature: sd 4.0066 and -625.3973 (toenail, 50 nodes), 0.64752 and -50.0050 (cbpp)."""
+    """lme4 by adaptive quadrature: sd 4.0066 and -625.3973 (toenail, 50 nodes), 0.64752 and
+    -50.0050 (cbpp).
+    """
     case = case_of(name)
     theirs = case.references()["lme4, quadrature"]
     fit = vm.fit(case.model(), case.tasks(), progress=False)
@@ -53,7 +62,8 @@ def test_lme4s_estimates_by_default(name: str, loss: float) -> None:
         assert found == pytest.approx(theirs[column], abs=5e-3 * error)
     assert fit.standard_errors is not None
     for column, error in zip(("intercept", *case.columns), theirs["errors"], strict=True):
-        # glmer's are those of the joint Hessian, ours given the sd: smaller where the two go together
+        # glmer's are those of the joint Hessian, ours given the sd: smaller where the two go
+        # together
         assert 0.8 * error < float(fit.standard_errors[column]) < 1.01 * error
     assert fit.loss == pytest.approx(loss, abs=2e-3)
 
@@ -68,12 +78,22 @@ def test_the_evidence_and_the_moments_are_those_of_an_integral() -> None:
 
         def density(z: float, power: int = 0, k: float = ones, n: int = tosses) -> float:
             theta = loc + sd * z
-            return theta**power * stats.norm.pdf(z) * special.expit(theta) ** k * special.expit(-theta) ** (n - k)
+            return (
+                theta**power
+                * stats.norm.pdf(z)
+                * special.expit(theta) ** k
+                * special.expit(-theta) ** (n - k)
+            )
 
-        zero, one, two = (integrate.quad(density, -10, 10, (power,), epsabs=1e-13, limit=200)[0] for power in range(3))
+        zero, one, two = (
+            integrate.quad(density, -10, 10, (power,), epsabs=1e-13, limit=200)[0]
+            for power in range(3)
+        )
         total -= math.log(zero)
         assert float(posterior.mean[i]) == pytest.approx(one / zero, abs=1e-4)
-        assert float(posterior.variance[i]) == pytest.approx(two / zero - (one / zero) ** 2, rel=1e-3)
+        assert float(posterior.variance[i]) == pytest.approx(
+            two / zero - (one / zero) ** 2, rel=1e-3
+        )
     assert fit.loss == pytest.approx(total, abs=1e-5)
 
 
@@ -88,7 +108,15 @@ def test_its_meta_gradient_is_that_of_the_evidence() -> None:
             eta[name] = eta[name] + step
             strategy = vm.Implicit("quadrature")
             problem = strategy.problem(moved, tasks, 0)
-            at.append(chunks.value(strategy, problem, tasks.batch(), eta, strategy.init(problem, tasks.batch(), eta)))
+            at.append(
+                chunks.value(
+                    strategy,
+                    problem,
+                    tasks.batch(),
+                    eta,
+                    strategy.init(problem, tasks.batch(), eta),
+                )
+            )
         assert float(found.grads[name]) == pytest.approx((at[0] - at[1]) / 2e-4, rel=1e-5)
 
 
@@ -100,7 +128,9 @@ def test_gauss_hermite_is_taken_where_log_p_is_no_parabola() -> None:
     with pytest.raises(ValueError, match="up to 3 weights per task, and this has 4"):
         make_expectation("quadrature", 4, 2, True, False)
     with pytest.raises(ValueError, match="up to 3 weights per task, and this model has 4 weights"):
-        vm.guides.Quadrature().bound(vm.TaskModel(torch.nn.Linear(3, 1), vm.likelihoods.Bernoulli()))
+        vm.guides.Quadrature().bound(
+            vm.TaskModel(torch.nn.Linear(3, 1), vm.likelihoods.Bernoulli())
+        )
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -109,15 +139,25 @@ def test_a_gaussian_on_binary_answers_says_how_far_its_bound_is(compile: bool) -
     options = {"num_steps": 30, "optimizer": lambda p: torch.optim.Adam(p, 1e-2)} if compile else {}
     if compile:  # weights of the points are constants of the graph
         two = [
-            vm.fit(intercepts(), coins(4), vm.Joint("normal"), compile=how, progress=False, **options).loss
+            vm.fit(
+                intercepts(), coins(4), vm.Joint("normal"), compile=how, progress=False, **options
+            ).loss
             for how in (True, False)
         ]
         assert two[0] == pytest.approx(two[1], rel=1e-9)
         return
-    with pytest.warns(RuntimeWarning, match=r"nats above -log evidence .*may be too small.*Implicit\('quadrature'\)"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"nats above -log evidence .*may be too small.*Implicit\('quadrature'\)",
+    ):
         bound = vm.fit(intercepts(), coins(80, 4, 6.0), vm.Joint("normal"), progress=False)
     with pytest.warns(RuntimeWarning, match="nats below -log evidence .*may be too large"):
-        rough = vm.fit(intercepts(), coins(80, 4, 6.0), vm.Joint("normal", expectation="cubature"), progress=False)
+        rough = vm.fit(
+            intercepts(),
+            coins(80, 4, 6.0),
+            vm.Joint("normal", expectation="cubature"),
+            progress=False,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         exact = vm.fit(intercepts(), coins(80, 4, 6.0), progress=False)
@@ -139,12 +179,19 @@ def test_steps_that_stop_short_of_the_mode_have_no_evidence(strategy: type) -> N
 
 def test_nodes_that_leave_one_with_all_the_mass_have_the_hessians_covariance() -> None:
     """Where the start is far from the mode: sqrt(1 / 6), and no error from within Pyro."""
-    tasks = vm.TaskSet([vm.Task((np.zeros((5, 1)), np.full(5, 5e8)), name=f"t{i}") for i in range(2)])
+    tasks = vm.TaskSet(
+        [vm.Task((np.zeros((5, 1)), np.full(5, 5e8)), name=f"t{i}") for i in range(2)]
+    )
     net = torch.nn.Linear(1, 1).double()
     with torch.no_grad():
         net.weight.zero_()
         net.bias.zero_()
-    model = vm.TaskModel(net, vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(1.0), shared=["weight"])
+    model = vm.TaskModel(
+        net,
+        vm.likelihoods.Gaussian(1.0, learn_scale=False),
+        vm.GaussianPrior(1.0),
+        shared=["weight"],
+    )
     short = vm.Implicit("quadrature", inner_steps=1, minimizer=vm.GradientDescent(1e-12))
     with pytest.warns(RuntimeWarning, match="not certified"):
         found = vm.fit(model, tasks, short, 1, lambda p: torch.optim.SGD(p, 1e-30), progress=False)
@@ -154,9 +201,13 @@ def test_nodes_that_leave_one_with_all_the_mass_have_the_hessians_covariance() -
 
 
 def test_a_precision_that_runs_away_under_quadrature_is_not_blamed_on_the_guide() -> None:
-    """Counts that do not differ between tasks: the guide is the posterior, and no other guide would change that."""
+    """Counts that do not differ between tasks: the guide is the posterior, and no other guide would
+    change that.
+    """
     y = torch.tensor([1, 2, 3, 2, 1, 3, 2, 2])
-    tasks = vm.TaskSet([vm.Task((torch.zeros(8, 0, dtype=torch.float64), y.roll(i))) for i in range(10)])
+    tasks = vm.TaskSet(
+        [vm.Task((torch.zeros(8, 0, dtype=torch.float64), y.roll(i))) for i in range(10)]
+    )
     prior = vm.GaussianPrior(learn_precision="per_parameter")
     model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Poisson(), prior)
     with pytest.warns(RuntimeWarning, match="runs away") as said:

@@ -1,4 +1,6 @@
-"""The posterior of eta: against grids, analysis of variance, lme4 and reference posteriors; and what one does with it."""
+"""The posterior of eta: against grids, analysis of variance, lme4 and reference posteriors; and
+what one does with it.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +28,38 @@ def one_way_data(between: float = 1.5, seed: int = 3) -> np.ndarray:
 
 
 def one_way_tasks(y: np.ndarray) -> vm.TaskSet:
-    return vm.TaskSet([vm.Task(support=(np.zeros((len(row), 0)), row), name=f"t{i}") for i, row in enumerate(y)])
+    return vm.TaskSet(
+        [vm.Task(support=(np.zeros((len(row), 0)), row), name=f"t{i}") for i, row in enumerate(y)]
+    )
 
 
 def one_way_model(**prior: Any) -> vm.TaskModel:
     return vm.TaskModel(
-        vm.LinearPredictor([]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared", **prior)
+        vm.LinearPredictor([]),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(learn_precision="shared", **prior),
     )
 
 
 @pytest.fixture(scope="module")
 def one_way() -> vm.Fit:
-    return vm.fit(one_way_model(), one_way_tasks(one_way_data()), hyperguide="multivariate_normal", progress=False)
+    return vm.fit(
+        one_way_model(),
+        one_way_tasks(one_way_data()),
+        hyperguide="multivariate_normal",
+        progress=False,
+    )
 
 
 def grid(y: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Means and sds under flat priors on mu, sd and noise scale: mu and the tasks' effects in closed form, the rest on a grid."""
+    """Means and sds under flat priors on mu, sd and noise scale: mu and the tasks' effects in
+    closed form, the rest on a grid.
+    """
     means, within = y.mean(1), ((y - y.mean(1, keepdims=True)) ** 2).sum()
     number, rows = y.shape
-    log_tau, log_sigma = np.meshgrid(np.linspace(-7, 4, 1400), np.linspace(-1.2, 1.2, 500), indexing="ij")
+    log_tau, log_sigma = np.meshgrid(
+        np.linspace(-7, 4, 1400), np.linspace(-1.2, 1.2, 500), indexing="ij"
+    )
     tau, sigma = np.exp(log_tau), np.exp(log_sigma)
     total = tau**2 + sigma**2 / rows
     centre = means.mean()
@@ -69,7 +84,10 @@ def grid(y: np.ndarray) -> dict[str, tuple[float, float]]:
 
 
 def compare(
-    found: dict[str, tuple[float, float]], expected: dict[str, tuple[float, float]], sds: float, ratio: float
+    found: dict[str, tuple[float, float]],
+    expected: dict[str, tuple[float, float]],
+    sds: float,
+    ratio: float,
 ) -> None:
     for name, (mean, sd) in expected.items():
         assert abs(found[name][0] - mean) <= sds * sd, (name, found[name], (mean, sd))
@@ -102,14 +120,18 @@ def test_draws_agree_with_the_moments(one_way: vm.Fit) -> None:
 
 
 def test_a_mean_field_guide_is_mended_by_the_weights() -> None:
-    """Two correlated weights per task: the guide's bound is loose, the importance weights do not use it."""
+    """Two correlated weights per task: the guide's bound is loose, the importance weights do not
+    use it.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(10, 6, 1)) + 2.0
     w = rng.normal(size=(10, 2)) @ np.array([[1.0, 0.5], [0.0, 0.7]])
     y = w[:, :1] + w[:, 1:] * x[..., 0] + 0.5 * rng.normal(size=(10, 6))
     tasks = vm.TaskSet([vm.Task(support=(a, b)) for a, b in zip(x, y, strict=True)])
     model = vm.TaskModel(
-        vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="per_parameter")
+        vm.LinearPredictor(["x"]),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(learn_precision="per_parameter"),
     )
     fits = [
         vm.fit(model, tasks, vm.Joint(guide), hyperguide="multivariate_normal", progress=False)
@@ -134,11 +156,15 @@ def test_reml_is_the_analysis_of_variance() -> None:
     between = ROWS * y.mean(1).var(ddof=1)
     assert fit.prior.scale is not None and fit.hyper is not None and fit.converged
     assert float(fit.prior.scale) == pytest.approx(math.sqrt(within), rel=1e-6)
-    assert float(fit.prior.sd["intercept"]) == pytest.approx(math.sqrt((between - within) / ROWS), rel=1e-6)
+    assert float(fit.prior.sd["intercept"]) == pytest.approx(
+        math.sqrt((between - within) / ROWS), rel=1e-6
+    )
     assert float(fit.prior.loc["intercept"]) == pytest.approx(y.mean(), abs=1e-9)
     assert float(fit.hyper.factor[0, 0]) == pytest.approx(math.sqrt(between / y.size), rel=1e-6)
     assert fit.hyper.pareto_k == -math.inf  # the Gaussian is the posterior
-    assert fit.hyper.log_evidence == pytest.approx(-fit.loss, abs=1e-8)  # with no Jacobian of the sds in it
+    assert fit.hyper.log_evidence == pytest.approx(
+        -fit.loss, abs=1e-8
+    )  # with no Jacobian of the sds in it
 
 
 def test_maximum_likelihood_has_standard_errors() -> None:
@@ -146,20 +172,27 @@ def test_maximum_likelihood_has_standard_errors() -> None:
     fit = vm.fit(one_way_model(), one_way_tasks(y), vm.Joint("normal"), progress=False)
     assert fit.standard_errors is not None and fit.prior.scale is not None
     variance = float(fit.prior.sd["intercept"]) ** 2 + float(fit.prior.scale) ** 2 / ROWS
-    assert float(fit.standard_errors["intercept"]) == pytest.approx(math.sqrt(variance / TASKS), rel=1e-6)
+    assert float(fit.standard_errors["intercept"]) == pytest.approx(
+        math.sqrt(variance / TASKS), rel=1e-6
+    )
     assert fit.log_likelihood == -fit.loss
     assert "std. error" in str(fit) and f"log likelihood is {-fit.loss:.4f}" in str(fit)
 
 
 def test_points_and_unfinished_fits_have_no_standard_errors() -> None:
-    tasks, fixed = one_way_tasks(one_way_data()), vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.Gaussian())
+    tasks, fixed = (
+        one_way_tasks(one_way_data()),
+        vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.Gaussian()),
+    )
     assert vm.fit(fixed, tasks, vm.Joint("delta"), progress=False).standard_errors is None
     short = vm.fit(one_way_model(), tasks, vm.Joint("normal"), num_steps=1, progress=False)
     assert short.standard_errors is None and "std. error" not in str(short)
 
 
 def test_new_tasks_feel_the_uncertainty_of_theta0(one_way: vm.Fit) -> None:
-    """A task without data has the posterior predictive of its weight: variance E[tau^2] + Var[mu]."""
+    """A task without data has the posterior predictive of its weight: variance E[tau^2] +
+    Var[mu].
+    """
     assert one_way.hyper is not None
     new = one_way.adapt(vm.TaskSet([vm.Task(support=(np.zeros((0, 0)), np.zeros(0)), name="new")]))
     draws = natural(one_way.model, one_way.hyper.draws)
@@ -190,10 +223,23 @@ def test_saved_and_resumed(one_way: vm.Fit, tmp_path: Path) -> None:
     loaded = vm.load(tmp_path / "fit.pt", one_way_model())
     assert loaded.hyperparameters().equals(one_way.hyperparameters())
     assert torch.equal(loaded.posterior().draws(10), one_way.posterior().draws(10))
-    more = vm.fit(one_way_model(), one_way.tasks, resume=loaded, progress=False, num_steps=one_way.run.step + 50)
+    more = vm.fit(
+        one_way_model(),
+        one_way.tasks,
+        resume=loaded,
+        progress=False,
+        num_steps=one_way.run.step + 50,
+    )
     assert more.hyper is not None and more.hyper.hyperguide == "multivariate_normal"
     assert more.loss == pytest.approx(one_way.loss, abs=1e-4)
-    back = vm.fit(one_way_model(), one_way.tasks, resume=loaded, hyperguide="delta", progress=False, num_steps=500)
+    back = vm.fit(
+        one_way_model(),
+        one_way.tasks,
+        resume=loaded,
+        hyperguide="delta",
+        progress=False,
+        num_steps=500,
+    )
     assert back.hyper is None and back.converged
 
 
@@ -209,14 +255,23 @@ def test_export(one_way: vm.Fit) -> None:
 
 def test_the_seed_decides(one_way: vm.Fit) -> None:
     again = vm.fit(one_way_model(), one_way.tasks, hyperguide="multivariate_normal", progress=False)
-    other = vm.fit(one_way_model(), one_way.tasks, hyperguide="multivariate_normal", progress=False, seed=1)
+    other = vm.fit(
+        one_way_model(), one_way.tasks, hyperguide="multivariate_normal", progress=False, seed=1
+    )
     assert again.hyperparameters().equals(one_way.hyperparameters())
     assert not other.hyperparameters().equals(one_way.hyperparameters())
 
 
 def test_print(one_way: vm.Fit) -> None:
     text = str(one_way)
-    for part in ("eta integrated out", "k-hat", "effective draws", "sd(intercept)", "noise scale", "95 %"):
+    for part in (
+        "eta integrated out",
+        "k-hat",
+        "effective draws",
+        "sd(intercept)",
+        "noise scale",
+        "95 %",
+    ):
         assert part in text
     assert "multivariate_normal" in repr(one_way.hyper)
 
@@ -237,7 +292,11 @@ def net_model() -> vm.TaskModel:
     [
         ({"hyperguide": "dense"}, ValueError, "hyperguide must be one of"),
         ({"hyperguide": 3}, TypeError, "hyperguide must be one of"),
-        ({"hyperguide": "normal", "strategy": vm.Implicit("normal")}, ValueError, "goes with vm.Joint"),
+        (
+            {"hyperguide": "normal", "strategy": vm.Implicit("normal")},
+            ValueError,
+            "goes with vm.Joint",
+        ),
         ({"hyperguide": "normal", "budget": 10.0}, ValueError, "leave out optimizer"),
         ({"hyperguide": "reml", "batch_size": 2}, ValueError, "leave out optimizer"),
     ],
@@ -257,19 +316,24 @@ def test_what_has_no_posterior_of_eta_is_refused() -> None:
     lines = vm.datasets.lines(4, num_support=3)
     with pytest.raises(ValueError, match="needs an expectation without noise"):
         vm.fit(net_model(), lines, hyperguide="multivariate_normal")
-    counts = vm.TaskSet([vm.Task((torch.zeros(3, 0), torch.tensor([1.0, 4.0, i]))) for i in range(4)])
+    counts = vm.TaskSet(
+        [vm.Task((torch.zeros(3, 0), torch.tensor([1.0, 4.0, i]))) for i in range(4)]
+    )
     negative = vm.TaskModel(
-        vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior(learn_precision="shared")
+        vm.LinearPredictor([]),
+        vm.likelihoods.NegativeBinomial(),
+        vm.GaussianPrior(learn_precision="shared"),
     )
     with pytest.raises(
-        ValueError, match="no posterior of NegativeBinomial's concentration .* learn_concentration=False"
+        ValueError,
+        match="no posterior of NegativeBinomial's concentration .* learn_concentration=False",
     ):
         vm.fit(negative, counts, hyperguide="normal")
     with pytest.raises(ValueError, match="eta is a point"):
         vm.fit(fixed, tasks, progress=False).hyperparameters()
 
 
-# -- reference data ------------------------------------------------------------------------------------------------------
+# -- reference data --------------------------------------------------------------------------------
 
 REML = [
     "dyestuff REML",
@@ -279,7 +343,13 @@ REML = [
     "radon_mn intercept_REML",
 ]
 REML += ["radon_mn uranium_REML", "radon_mn intercept_slope_REML"]
-ML = ["dyestuff ML", "sleepstudy ML", "rats ML", "radon_mn intercept_ML", "radon_mn intercept_slope_ML"]
+ML = [
+    "dyestuff ML",
+    "sleepstudy ML",
+    "rats ML",
+    "radon_mn intercept_ML",
+    "radon_mn intercept_slope_ML",
+]
 # lme4 stopped a little early there: see test_exact_fits
 LOOSE = {"rats ML": 3e-4}
 
@@ -295,7 +365,14 @@ def test_fits_and_standard_errors_of_lme4(name: str) -> None:
 
 
 # those that take a few seconds each; experiments/mixed_models has the others
-POSTERIORS = ["eight_schools", "rats", "surgical", "seeds_tau_gamma", "seeds_sigma_cauchy_centred", "glmm_poisson"]
+POSTERIORS = [
+    "eight_schools",
+    "rats",
+    "surgical",
+    "seeds_tau_gamma",
+    "seeds_sigma_cauchy_centred",
+    "glmm_poisson",
+]
 
 
 @pytest.mark.parametrize("file", POSTERIORS)
@@ -313,8 +390,12 @@ def test_reference_posteriors(file: str) -> None:
 
 
 def test_k_hat_says_where_a_gaussian_does_not_reach() -> None:
-    """Eight schools: the posterior of log tau is skewed, and the Gaussian's own answer is off where the weights mend it."""
-    theirs = json.loads((shared_data("eight_schools") / "posterior_eight_schools.json").read_text())["params"]
+    """Eight schools: the posterior of log tau is skewed, and the Gaussian's own answer is off where
+    the weights mend it.
+    """
+    theirs = json.loads(
+        (shared_data("eight_schools") / "posterior_eight_schools.json").read_text()
+    )["params"]
     from experiments.mixed_models.bayesian import BAYESIAN
 
     (case,) = [case for case in BAYESIAN if case.data == "eight_schools"]

@@ -34,57 +34,132 @@ def sigmoid(out: Any) -> Any:
     return special.expit(out)
 
 
-# name: likelihood, y of seven rows, outputs of the network, log density of row by scipy, junk for y in the padding
+# name: likelihood, y of seven rows, outputs of the network, log density of row by scipy, junk for y
+# in the padding
 CASES: dict[str, tuple[Any, Tensor, int, Callable[[Any, Any], Any], float]] = {
-    "gaussian": (L.Gaussian(0.7), randn(7, seed=4), 1, lambda y, f: stats.norm(f[..., 0], 0.7).logpdf(y), 1e6),
+    "gaussian": (
+        L.Gaussian(0.7),
+        randn(7, seed=4),
+        1,
+        lambda y, f: stats.norm(f[..., 0], 0.7).logpdf(y),
+        1e6,
+    ),
     "gaussian_fixed": (
-        L.Gaussian(0.7, False), randn(7, seed=4), 1, lambda y, f: stats.norm(f[..., 0], 0.7).logpdf(y), 1e6,
+        L.Gaussian(0.7, False),
+        randn(7, seed=4),
+        1,
+        lambda y, f: stats.norm(f[..., 0], 0.7).logpdf(y),
+        1e6,
     ),
     "two_responses": (
-        L.Gaussian(0.7), randn(7, 2, seed=4), 2, lambda y, f: stats.norm(f, 0.7).logpdf(y).sum(-1), 1e6,
+        L.Gaussian(0.7),
+        randn(7, 2, seed=4),
+        2,
+        lambda y, f: stats.norm(f, 0.7).logpdf(y).sum(-1),
+        1e6,
     ),
     "one_response_column": (
-        L.Gaussian(0.7), randn(7, 1, seed=4), 1, lambda y, f: stats.norm(f, 0.7).logpdf(y).sum(-1), 1e6,
+        L.Gaussian(0.7),
+        randn(7, 1, seed=4),
+        1,
+        lambda y, f: stats.norm(f, 0.7).logpdf(y).sum(-1),
+        1e6,
     ),
-    "student": (L.StudentT(3.0, 0.7), randn(7, seed=4), 1, lambda y, f: stats.t(3.0, f[..., 0], 0.7).logpdf(y), 1e6),
+    "student": (
+        L.StudentT(3.0, 0.7),
+        randn(7, seed=4),
+        1,
+        lambda y, f: stats.t(3.0, f[..., 0], 0.7).logpdf(y),
+        1e6,
+    ),
     "bernoulli": (
-        L.Bernoulli(), COUNTS % 2, 1, lambda y, f: stats.bernoulli(sigmoid(f[..., 0])).logpmf(y), 7,
+        L.Bernoulli(),
+        COUNTS % 2,
+        1,
+        lambda y, f: stats.bernoulli(sigmoid(f[..., 0])).logpmf(y),
+        7,
     ),
     "categorical": (
-        L.Categorical(3), COUNTS % 3, 3,
-        lambda y, f: np.take_along_axis(special.log_softmax(f, -1), y[..., None], -1)[..., 0], 9,
+        L.Categorical(3),
+        COUNTS % 3,
+        3,
+        lambda y, f: np.take_along_axis(special.log_softmax(f, -1), y[..., None], -1)[..., 0],
+        9,
     ),
-    "poisson": (L.Poisson(), COUNTS, 1, lambda y, f: stats.poisson(np.exp(f[..., 0])).logpmf(y), 10**6),
+    "poisson": (
+        L.Poisson(),
+        COUNTS,
+        1,
+        lambda y, f: stats.poisson(np.exp(f[..., 0])).logpmf(y),
+        10**6,
+    ),
     "lognormal": (
-        L.LogNormal(0.7), randn(7, seed=4).exp(), 1,
-        lambda y, f: stats.lognorm(0.7, scale=np.exp(f[..., 0])).logpdf(y), 1e6,
+        L.LogNormal(0.7),
+        randn(7, seed=4).exp(),
+        1,
+        lambda y, f: stats.lognorm(0.7, scale=np.exp(f[..., 0])).logpdf(y),
+        1e6,
     ),
     "negative_binomial": (
-        L.NegativeBinomial(1.7), COUNTS, 1,
-        lambda y, f: stats.nbinom(1.7, 1.7 / (1.7 + np.exp(f[..., 0]))).logpmf(y), 10**6,
+        L.NegativeBinomial(1.7),
+        COUNTS,
+        1,
+        lambda y, f: stats.nbinom(1.7, 1.7 / (1.7 + np.exp(f[..., 0]))).logpmf(y),
+        10**6,
     ),
-    "ordinal": (L.Ordinal(4), COUNTS, 1, lambda y, f: np.log(ordered(y, f[..., 0], [0.0, 1.0, 2.0])), 99),
-    "ordinal of two": (L.Ordinal(2), COUNTS % 2, 1, lambda y, f: stats.bernoulli(sigmoid(f[..., 0])).logpmf(y), 99),
+    "ordinal": (
+        L.Ordinal(4),
+        COUNTS,
+        1,
+        lambda y, f: np.log(ordered(y, f[..., 0], [0.0, 1.0, 2.0])),
+        99,
+    ),
+    "ordinal of two": (
+        L.Ordinal(2),
+        COUNTS % 2,
+        1,
+        lambda y, f: stats.bernoulli(sigmoid(f[..., 0])).logpmf(y),
+        99,
+    ),
     "weighted": (
-        L.Weighted(L.Poisson()), torch.stack([COUNTS, WEIGHTS], -1), 1,
-        lambda y, f: y[..., 1] * stats.poisson(np.exp(f[..., 0])).logpmf(y[..., 0]), 99,
+        L.Weighted(L.Poisson()),
+        torch.stack([COUNTS, WEIGHTS], -1),
+        1,
+        lambda y, f: y[..., 1] * stats.poisson(np.exp(f[..., 0])).logpmf(y[..., 0]),
+        99,
     ),
     "weighted trials": (
-        L.Weighted(L.Binomial()), torch.cat([TRIALS, WEIGHTS[:, None]], -1), 1,
-        lambda y, f: y[..., 2] * stats.binom(y[..., 1], sigmoid(f[..., 0])).logpmf(y[..., 0]), 99,
+        L.Weighted(L.Binomial()),
+        torch.cat([TRIALS, WEIGHTS[:, None]], -1),
+        1,
+        lambda y, f: y[..., 2] * stats.binom(y[..., 1], sigmoid(f[..., 0])).logpmf(y[..., 0]),
+        99,
     ),
-    "binomial": (L.Binomial(4), COUNTS, 1, lambda y, f: stats.binom(4, sigmoid(f[..., 0])).logpmf(y), 99),
+    "binomial": (
+        L.Binomial(4),
+        COUNTS,
+        1,
+        lambda y, f: stats.binom(4, sigmoid(f[..., 0])).logpmf(y),
+        99,
+    ),
     "binomial_trials": (
-        L.Binomial(), TRIALS, 1,
-        lambda y, f: stats.binom(y[..., 1], sigmoid(f[..., 0])).logpmf(y[..., 0]), 99,
+        L.Binomial(),
+        TRIALS,
+        1,
+        lambda y, f: stats.binom(y[..., 1], sigmoid(f[..., 0])).logpmf(y[..., 0]),
+        99,
     ),
-}  # fmt: skip
+}
 
 
 def case(name: str, features: int | None = 2) -> tuple[vm.TaskModel, vm.TaskSet, nn.Linear]:
     likelihood, y, channels, _, _ = CASES[name]
     x = randn(7) if features is None else randn(7, features)
-    tasks = [vm.Task((x[:4], y[:4])), vm.Task((x[4:6], y[4:6]), query=(x[:2], y[:2])), vm.Task((x[6:], y[6:]))]
+    tasks = [
+        vm.Task((x[:4], y[:4])),
+        vm.Task((x[4:6], y[4:6]), query=(x[:2], y[:2])),
+        vm.Task((x[6:], y[6:])),
+    ]
     net = seeded(lambda: nn.Linear(features or 1, channels))
     assert isinstance(net, nn.Linear)
     return vm.TaskModel(net, likelihood, vm.GaussianPrior(2.0)), vm.TaskSet(tasks), net
@@ -93,13 +168,17 @@ def case(name: str, features: int | None = 2) -> tuple[vm.TaskModel, vm.TaskSet,
 @pytest.mark.parametrize("features", [None, 2])
 @pytest.mark.parametrize("name", CASES)
 def test_log_density_is_scipys(name: str, features: int | None) -> None:
-    """A delta guide at theta0: -log prior density is known, the rest is the likelihood summed over rows."""
+    """A delta guide at theta0: -log prior density is known, the rest is the likelihood summed over
+    rows.
+    """
     model, tasks, net = case(name, features)
     check_model(model, tasks)
     eta, density = start(model), CASES[name][3]
     made = problem(model, "delta")
     batch = tasks.batch()
-    nll = made.objective.terms(made.start(batch, eta), eta, batch.support, torch.zeros(1, 1, 1, dtype=F64))[1][0]
+    nll = made.objective.terms(
+        made.start(batch, eta), eta, batch.support, torch.zeros(1, 1, 1, dtype=F64)
+    )[1][0]
     for index, task in enumerate(tasks):
         assert task.support is not None
         x, y = task.support
@@ -110,7 +189,9 @@ def test_log_density_is_scipys(name: str, features: int | None) -> None:
 @pytest.mark.parametrize("guide", ["delta", "normal", "multivariate_normal"])
 @pytest.mark.parametrize("name", CASES)
 def test_padding_changes_nothing_and_tasks_do_not_meet(name: str, guide: str) -> None:
-    """Junk in the padding changes loss and every gradient by exactly 0; a set is the loop over its tasks to 1e-12."""
+    """Junk in the padding changes loss and every gradient by exactly 0; a set is the loop over its
+    tasks to 1e-12.
+    """
     model, tasks, _ = case(name)
     made, batch = problem(model, guide), tasks.batch()
     eta = moved(start(model))
@@ -120,15 +201,21 @@ def test_padding_changes_nothing_and_tasks_do_not_meet(name: str, guide: str) ->
         point, shared = with_grad({key: value[rows] for key, value in phi.items()}), with_grad(eta)
         losses = made.losses(objective, some, 0)(point, shared)
         leaves = [*point.values(), *shared.values()]
-        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            losses.sum(), leaves, allow_unused=True, materialize_grads=True
+        )
         return [losses.detach(), *gradients]
 
     for objective in ("elbo", "query", "query_predictive"):
-        clean, spoiled = (evaluate(some, slice(None), objective) for some in (batch, junk(batch, CASES[name][4])))
+        clean, spoiled = (
+            evaluate(some, slice(None), objective) for some in (batch, junk(batch, CASES[name][4]))
+        )
         for a, b in zip(clean, spoiled, strict=True):
             assert torch.equal(a, b)
     whole = evaluate(batch, slice(None))
-    parts = [evaluate(tasks[[index]].batch(), slice(index, index + 1)) for index in range(len(tasks))]
+    parts = [
+        evaluate(tasks[[index]].batch(), slice(index, index + 1)) for index in range(len(tasks))
+    ]
     for position, together in enumerate(whole):
         apart = [part[position] for part in parts]
         joined = torch.cat(apart) if position <= len(phi) else torch.stack(apart).sum(0)
@@ -145,13 +232,23 @@ def test_second_derivative_where_the_network_puts_out_zero(name: str) -> None:
         value = value if channels > 1 else value.squeeze(-1)
         return -likelihood.distribution(value, {}, y).log_prob(likelihood.observed(y).to(F64)).sum()
 
-    curvature = torch.autograd.functional.hessian(nll, out).reshape(7 * channels, -1).diagonal().reshape(7, channels)
+    curvature = (
+        torch.autograd.functional.hessian(nll, out)
+        .reshape(7 * channels, -1)
+        .diagonal()
+        .reshape(7, channels)
+    )
     step = 1e-4
     for channel in range(channels):
         shift = np.zeros((7, channels))
         shift[:, channel] = step
         numeric = (
-            -(density(y.numpy(), shift) - 2 * density(y.numpy(), 0 * shift) + density(y.numpy(), -shift)) / step**2
+            -(
+                density(y.numpy(), shift)
+                - 2 * density(y.numpy(), 0 * shift)
+                + density(y.numpy(), -shift)
+            )
+            / step**2
         )
         np.testing.assert_allclose(curvature[:, channel], numeric, rtol=1e-5, atol=1e-6)
 
@@ -173,11 +270,15 @@ def test_second_derivative_where_the_network_puts_out_zero(name: str) -> None:
         (L.Binomial(), [[0, 1], [1, 1], [2, 1]], "successes <= trials"),
     ],
 )
-def test_outside_the_support_names_task_and_row(likelihood: Any, y: list[Any], expected: str) -> None:
+def test_outside_the_support_names_task_and_row(
+    likelihood: Any, y: list[Any], expected: str
+) -> None:
     x = torch.zeros(3, 1)
     good = (x[:1], torch.as_tensor(y[:1]))
     tasks = vm.TaskSet([vm.Task(good, name="a"), vm.Task((x, torch.as_tensor(y)), name="b")])
-    channels = 3 if isinstance(likelihood, L.Categorical) else 2 if torch.as_tensor(y).dim() == 2 else 1
+    channels = (
+        3 if isinstance(likelihood, L.Categorical) else 2 if torch.as_tensor(y).dim() == 2 else 1
+    )
     model = vm.TaskModel(nn.Linear(1, channels), likelihood)
     with pytest.raises(ValueError, match=f"task 'b', row 2: y = .*{expected}"):
         check_model(model, tasks)
@@ -205,8 +306,13 @@ def test_a_network_may_leave_out_its_only_channel(points: int) -> None:
     tasks = vm.TaskSet([vm.Task((randn(points, 2), randn(points))) for _ in range(3)])
     flat = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)).double()
     check_model(vm.TaskModel(flat, L.Gaussian()), tasks)
-    made = [problem(vm.TaskModel(net, L.Gaussian()), "delta") for net in (flat, nn.Sequential(flat[0]))]
-    values = [p.losses("elbo", tasks.batch(), 0)(p.start(tasks.batch(), start(p.model)), start(p.model)) for p in made]
+    made = [
+        problem(vm.TaskModel(net, L.Gaussian()), "delta") for net in (flat, nn.Sequential(flat[0]))
+    ]
+    values = [
+        p.losses("elbo", tasks.batch(), 0)(p.start(tasks.batch(), start(p.model)), start(p.model))
+        for p in made
+    ]
     assert torch.equal(*values)
 
 
@@ -264,7 +370,12 @@ def test_what_a_likelihood_learned_in_readable_numbers() -> None:
     assert {name: value.tolist() for name, value in found.items()} == {
         "cutpoint 1": pytest.approx([1.0, 2.0]), "cutpoint 2": pytest.approx([1.5, 4.0]),
     }  # fmt: skip
-    assert L.Ordinal(2).learned({}) == L.Gaussian(1.0, False).learned({}) == L.Poisson().learned({}) == {}
+    assert (
+        L.Ordinal(2).learned({})
+        == L.Gaussian(1.0, False).learned({})
+        == L.Poisson().learned({})
+        == {}
+    )
 
 
 @pytest.mark.parametrize("name", ["concentration", "gaps"])
@@ -276,17 +387,25 @@ def test_learned_numbers_are_recovered(name: str) -> None:
         level = 1.0 + 0.5 * float(torch.randn((), generator=generator))
         u = torch.rand(60, generator=generator, dtype=F64)
         if name == "gaps":  # cutpoints 0, 1.5, 2
-            y = (u.unsqueeze(-1) < torch.sigmoid(level - torch.tensor([0.0, 1.5, 2.0], dtype=F64))).sum(-1)
+            y = (
+                u.unsqueeze(-1) < torch.sigmoid(level - torch.tensor([0.0, 1.5, 2.0], dtype=F64))
+            ).sum(-1)
         else:
-            y = torch.from_numpy(stats.nbinom(2.0, 2.0 / (2.0 + np.exp(level))).ppf(u.numpy())).long()
+            y = torch.from_numpy(
+                stats.nbinom(2.0, 2.0 / (2.0 + np.exp(level))).ppf(u.numpy())
+            ).long()
         tasks.append(vm.Task((torch.zeros(60, 0, dtype=F64), y)))
     likelihood = L.Ordinal(4) if name == "gaps" else L.NegativeBinomial()
-    model = vm.TaskModel(vm.LinearPredictor([]).double(), likelihood, vm.GaussianPrior(learn_precision="shared"))
+    model = vm.TaskModel(
+        vm.LinearPredictor([]).double(), likelihood, vm.GaussianPrior(learn_precision="shared")
+    )
     fit = vm.fit(model, vm.TaskSet(tasks), vm.Implicit("laplace"))
     assert fit.converged
     if name == "gaps":
         found = likelihood.cutpoints(fit.eta, fit.eta["log_gaps"])
-        torch.testing.assert_close(found, torch.tensor([0.0, 1.5, 2.0], dtype=F64), rtol=0, atol=0.35)
+        torch.testing.assert_close(
+            found, torch.tensor([0.0, 1.5, 2.0], dtype=F64), rtol=0, atol=0.35
+        )
     else:
         assert float(fit.eta["log_concentration"]) == pytest.approx(np.log(2.0), abs=0.25)
     assert float(fit.prior.sd["intercept"]) == pytest.approx(0.5, abs=0.2)
@@ -294,16 +413,27 @@ def test_learned_numbers_are_recovered(name: str) -> None:
 
 @pytest.mark.parametrize("c", [1e-3, 0.5, 29.99, 30.01, 1e4, 1e9])
 def test_the_negative_binomial_and_its_derivatives_in_any_concentration(c: float) -> None:
-    """Against Gamma(c + y) / (Gamma(c) c^y) = prod_{k < y} (1 + k / c), whose derivatives lose no digits."""
+    """Against Gamma(c + y) / (Gamma(c) c^y) = prod_{k < y} (1 + k / c), whose derivatives lose no
+    digits.
+    """
     y, log_mean = torch.arange(40, dtype=F64), torch.tensor(1.3, dtype=F64)
 
     def product(log_c: Tensor) -> Tensor:
         k = torch.arange(40, dtype=F64)
         rising = torch.where(k < y[:, None], (k / log_c.exp()).log1p(), 0.0).sum(-1)
-        return rising - (y + 1).lgamma() + y * log_mean - (log_c.exp() + y) * (log_mean.exp() / log_c.exp()).log1p()
+        return (
+            rising
+            - (y + 1).lgamma()
+            + y * log_mean
+            - (log_c.exp() + y) * (log_mean.exp() / log_c.exp()).log1p()
+        )
 
     def ours(log_c: Tensor) -> Tensor:
-        return L.NegativeBinomial().distribution(log_mean.expand(40), {"log_concentration": log_c}).log_prob(y)
+        return (
+            L.NegativeBinomial()
+            .distribution(log_mean.expand(40), {"log_concentration": log_c})
+            .log_prob(y)
+        )
 
     at = torch.tensor(np.log(c), dtype=F64)
     for mine, its in ((ours, product), (torch.func.jacfwd(ours), torch.func.jacfwd(product))):

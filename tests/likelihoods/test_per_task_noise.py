@@ -1,4 +1,6 @@
-"""A noise scale of each task's own, drawn from the prior: the network with `per_task=True` is the program that says the same."""
+"""A noise scale of each task's own, drawn from the prior: the network with `per_task=True` is the
+program that says the same.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from tests.cases import seeded
 
 Params = dict[str, Tensor]
 STRATEGIES = {
-    "dense": vm.Implicit("multivariate_normal"), "laplace": vm.Implicit("laplace"), "mean-field": vm.Joint("normal"),
-}  # fmt: skip
+    "dense": vm.Implicit("multivariate_normal"),
+    "laplace": vm.Implicit("laplace"),
+    "mean-field": vm.Joint("normal"),
+}
 
 
 def noisy_lines(number: int, rows: int, seed: int = 0) -> vm.TaskSet:
@@ -34,10 +38,15 @@ def noisy_lines(number: int, rows: int, seed: int = 0) -> vm.TaskSet:
 
 
 def line(
-    per_task: bool = True, shared: tuple[str, ...] = (), learn: str = "per_parameter", **options: Any
+    per_task: bool = True,
+    shared: tuple[str, ...] = (),
+    learn: str = "per_parameter",
+    **options: Any,
 ) -> vm.TaskModel:
     likelihood = options.pop("likelihood", None) or vm.likelihoods.Gaussian(0.5, per_task=per_task)
-    return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(learn_precision=learn), shared)
+    return vm.TaskModel(
+        seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(learn_precision=learn), shared
+    )
 
 
 def said_by_hand(params: Params, x: Tensor, y: Tensor | None) -> Any:
@@ -45,8 +54,12 @@ def said_by_hand(params: Params, x: Tensor, y: Tensor | None) -> Any:
     return pyro.sample("y", dist.Normal(mean, params["log_noise"].exp()), obs=y)
 
 
-def by_hand(model: vm.TaskModel, shared: tuple[str, ...] = (), learn: str = "per_parameter") -> vm.TaskModel:
-    return vm.TaskModel.from_pyro(said_by_hand, model.start, vm.GaussianPrior(learn_precision=learn), shared)
+def by_hand(
+    model: vm.TaskModel, shared: tuple[str, ...] = (), learn: str = "per_parameter"
+) -> vm.TaskModel:
+    return vm.TaskModel.from_pyro(
+        said_by_hand, model.start, vm.GaussianPrior(learn_precision=learn), shared
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
@@ -67,7 +80,9 @@ def test_truth_is_recovered_and_the_fit_is_that_of_the_program() -> None:
     twin = vm.fit(by_hand(own, ("weight",)), tasks, vm.Joint("multivariate_normal"), compile=False)
     assert fit.converged and fit.loss == pytest.approx(twin.loss, rel=1e-9)
     assert fit.standard_errors is not None
-    assert abs(float(fit.prior.loc["log_noise"]) + 1.0) <= 3 * float(fit.standard_errors["log_noise"])
+    assert abs(float(fit.prior.loc["log_noise"]) + 1.0) <= 3 * float(
+        fit.standard_errors["log_noise"]
+    )
     # n rows know log noise to 1 / sqrt(2 n), which adds to what the tasks differ by
     spread = math.sqrt(0.6**2 + 1 / 20) / 0.6 / math.sqrt(2 * 80)
     assert float(fit.prior.sd["log_noise"]) == pytest.approx(0.6, rel=4 * spread)
@@ -80,7 +95,9 @@ def test_truth_is_recovered_and_the_fit_is_that_of_the_program() -> None:
     # a task's draws scatter by the task's own noise
     posterior = fit.posterior()
     drawn = posterior.predict([[0.0]], num_samples=4000)
-    expected = (posterior.draws(4000)[..., 1].mul(2).exp().mean(0) + posterior.sd["bias"].square().flatten()).sqrt()
+    expected = (
+        posterior.draws(4000)[..., 1].mul(2).exp().mean(0) + posterior.sd["bias"].square().flatten()
+    ).sqrt()
     assert torch.allclose(drawn.sd.flatten(), expected, rtol=0.1)
 
 
@@ -97,7 +114,10 @@ def test_it_scores_better_where_tasks_differ_in_noise() -> None:
 def test_padding_counts_for_nothing() -> None:
     tasks, own = noisy_lines(2, 5), line()
     together = vm.meta_gradient(own, tasks, vm.Implicit("multivariate_normal"))
-    alone = [float(vm.meta_gradient(own, tasks[i : i + 1], vm.Implicit("multivariate_normal")).value) for i in range(2)]
+    alone = [
+        float(vm.meta_gradient(own, tasks[i : i + 1], vm.Implicit("multivariate_normal")).value)
+        for i in range(2)
+    ]
     assert float(together.value) == pytest.approx(sum(alone), rel=1e-12)
 
 
@@ -107,13 +127,32 @@ def test_several_responses_and_other_likelihoods() -> None:
     two = vm.TaskSet([vm.Task((x, torch.cat([x, 2 * x + i], -1))) for i in range(3)])
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 2)), vm.likelihoods.Gaussian(per_task=True))
     eta = model.init(torch.zeros((), dtype=torch.float64))
-    theta = torch.randn(7, 3, 1, model.weights.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theta = torch.randn(
+        7, 3, 1, model.weights.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     parts = model.weights.unflatten(theta.squeeze(-2))
-    mean = torch.einsum("stij,tnj->stni", parts["weight"], two.batch().support.x) + parts["bias"][..., None, :]
-    density = dist.Normal(mean, parts["log_noise"].exp()[..., None, None]).log_prob(two.batch().support.y).sum((-1, -2))
-    fit = vm.fit(model, two, vm.Implicit("multivariate_normal"), 1, lambda p: torch.optim.SGD(p, lr=0.0), compile=False)
+    mean = (
+        torch.einsum("stij,tnj->stni", parts["weight"], two.batch().support.x)
+        + parts["bias"][..., None, :]
+    )
+    density = (
+        dist.Normal(mean, parts["log_noise"].exp()[..., None, None])
+        .log_prob(two.batch().support.y)
+        .sum((-1, -2))
+    )
+    fit = vm.fit(
+        model,
+        two,
+        vm.Implicit("multivariate_normal"),
+        1,
+        lambda p: torch.optim.SGD(p, lr=0.0),
+        compile=False,
+    )
     assert torch.allclose(fit.posterior().log_likelihood(theta, eta), density)
-    for likelihood in (vm.likelihoods.StudentT(per_task=True), vm.likelihoods.LogNormal(per_task=True)):
+    for likelihood in (
+        vm.likelihoods.StudentT(per_task=True),
+        vm.likelihoods.LogNormal(per_task=True),
+    ):
         assert line(likelihood=likelihood).weights.names == ("weight", "bias", "log_noise")
     heavy = line(likelihood=vm.likelihoods.Weighted(vm.likelihoods.Gaussian(0.5, per_task=True)))
     tasks = noisy_lines(4, 5)
@@ -124,7 +163,10 @@ def test_several_responses_and_other_likelihoods() -> None:
             if t.support
         ]
     )
-    found = [float(vm.meta_gradient(m, d, vm.Joint("normal")).value) for m, d in ((heavy, once), (line(), tasks))]
+    found = [
+        float(vm.meta_gradient(m, d, vm.Joint("normal")).value)
+        for m, d in ((heavy, once), (line(), tasks))
+    ]
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
@@ -141,13 +183,20 @@ def test_raw_units() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     for options in ({"learn_scale": False}, {"scale_hyperprior": dist.HalfNormal(1.0)}):
-        with pytest.raises(ValueError, match="the scale of each task comes from the prior, as the weight 'log_noise'"):
+        with pytest.raises(
+            ValueError,
+            match="the scale of each task comes from the prior, as the weight 'log_noise'",
+        ):
             vm.likelihoods.Gaussian(per_task=True, **options)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="noise of each task's own has no output of which to take a Jacobian"):
+    with pytest.raises(
+        ValueError, match="noise of each task's own has no output of which to take a Jacobian"
+    ):
         vm.fit(line(), noisy_lines(3, 5), vm.Implicit(vm.guides.Laplace("gauss_newton")))
     with pytest.raises(ValueError, match="says nothing about .'log_noise'"):
         vm.TaskModel(
-            nn.Linear(1, 1), vm.likelihoods.Gaussian(per_task=True), vm.GaussianPrior({"weight": 1.0, "bias": 1.0})
+            nn.Linear(1, 1),
+            vm.likelihoods.Gaussian(per_task=True),
+            vm.GaussianPrior({"weight": 1.0, "bias": 1.0}),
         )
 
 

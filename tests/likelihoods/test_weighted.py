@@ -1,4 +1,6 @@
-"""A likelihood around another one: it forwards everything, and its weights mean what they are said to mean."""
+"""A likelihood around another one: it forwards everything, and its weights mean what they are said
+to mean.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,19 @@ class Strange(L.Likelihood):
 
 for _name in public(L.Likelihood):
     if _name != "distribution":
-        _attribute = not callable(getattr(L.Likelihood, _name)) or isinstance(vars(L.Likelihood)[_name], property)
+        _attribute = not callable(getattr(L.Likelihood, _name)) or isinstance(
+            vars(L.Likelihood)[_name], property
+        )
         _answer: Any = f"strange {_name}"
-        setattr(Strange, _name, _answer if _attribute else (lambda self, *args, _answer=_answer: _answer))
+        setattr(
+            Strange,
+            _name,
+            _answer if _attribute else (lambda self, *args, _answer=_answer: _answer),
+        )
 
 
-# These a wrapper has to answer by itself, since y has a column more; their answers are tested below.
+# These a wrapper has to answer by itself, since y has a column more; their answers are tested
+# below.
 OWN = {"distribution", "observed", "weights", "invalid"}
 
 
@@ -71,17 +80,21 @@ def test_a_member_that_is_new_is_forwarded_too(monkeypatch: pytest.MonkeyPatch) 
 def test_a_hyperprior_of_the_scale_counts_under_weights() -> None:
     """HalfNormal(0.01) at a scale of 1: 1 / (2 * 0.01^2) = 5000, less the constants."""
     gaussian = L.Gaussian(scale_hyperprior=dist.HalfNormal(torch.tensor(0.01, dtype=F64)))
-    plain, weighted = (vm.TaskModel(nn.Linear(1, 1), one) for one in (gaussian, L.Weighted(gaussian)))
+    plain, weighted = (
+        vm.TaskModel(nn.Linear(1, 1), one) for one in (gaussian, L.Weighted(gaussian))
+    )
     expected = -stats.halfnorm(scale=0.01).logpdf(1.0)
     assert float(plain.penalty(start(plain))) == pytest.approx(expected, rel=1e-12)
     assert float(weighted.penalty(start(weighted))) == pytest.approx(expected, rel=1e-12)
     assert weighted.has_hyperprior
 
 
-# -- a density has no weight ----------------------------------------------------------------------------------------------
+# -- a density has no weight -----------------------------------------------------------------------
 
 
-def weighted_lines(seed: int = 0, tasks: int = 25, rows: int = 12) -> list[tuple[Tensor, Tensor, Tensor]]:
+def weighted_lines(
+    seed: int = 0, tasks: int = 25, rows: int = 12
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """x, y and weights of 1 and 4, y's variance being 1 / w: what lmer's weights say."""
     found = []
     for i in range(tasks):
@@ -105,7 +118,9 @@ def task_set(lines: list[tuple[Tensor, Tensor, Tensor]], part: int = 6) -> vm.Ta
 
 @pytest.mark.parametrize("precision", [False, True])
 def test_scores_and_exports_are_densities(precision: bool) -> None:
-    """Of a delta guide the predictive density of a row is Normal(mean, sigma or sigma / sqrt(w)) itself, whatever its weight."""
+    """Of a delta guide the predictive density of a row is Normal(mean, sigma or sigma / sqrt(w))
+    itself, whatever its weight.
+    """
     lines = weighted_lines(tasks=4)
     tasks = task_set(lines)
     likelihood = L.Weighted(L.Gaussian(0.7, learn_scale=False), precision=precision)
@@ -123,7 +138,9 @@ def test_the_export_holds_densities_and_its_log_joint_the_weights() -> None:
     lines = weighted_lines(tasks=4)
     likelihood = L.Weighted(L.Gaussian(0.7, learn_scale=False))
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(2.0))
-    posterior = vm.fit(model, task_set(lines), vm.Joint("multivariate_normal"), num_steps=2).posterior()
+    posterior = vm.fit(
+        model, task_set(lines), vm.Joint("multivariate_normal"), num_steps=2
+    ).posterior()
     data = posterior.to_arviz(num_samples=200, seed=1)
     theta = data["posterior"]["theta"].values[0]  # (draws, tasks, weight and bias)
     x, y, w = (np.stack([line[k].numpy()[:6] for line in lines]) for k in range(3))
@@ -140,20 +157,27 @@ def test_a_program_that_scales_its_site_is_scored_by_the_density_too() -> None:
             return pyro.sample("y", dist.Normal(params["level"] + 0 * x, 1.0), obs=y)
 
     tasks = vm.TaskSet(
-        [vm.Task((randn(4, seed=i), randn(4, seed=9 + i)), (randn(3), randn(3, seed=5))) for i in range(3)]
+        [
+            vm.Task((randn(4, seed=i), randn(4, seed=9 + i)), (randn(3), randn(3, seed=5)))
+            for i in range(3)
+        ]
     )
     model = vm.TaskModel.from_pyro(heavy, {"level": ()}, vm.GaussianPrior(1.0))
     posterior = vm.fit(model, tasks, vm.Joint("delta"), num_steps=2).posterior()
     mean = posterior.mean["level"].reshape(3, 1).numpy()
     expected = stats.norm(mean, 1.0).logpdf(np.stack([task.query[1].numpy() for task in tasks]))
-    assert float(posterior.score(num_samples=2).loc["all", "log_density"]) == pytest.approx(expected.mean(), rel=1e-10)
+    assert float(posterior.score(num_samples=2).loc["all", "log_density"]) == pytest.approx(
+        expected.mean(), rel=1e-10
+    )
 
 
-# -- two meanings of a weight ---------------------------------------------------------------------------------------------
+# -- two meanings of a weight ----------------------------------------------------------------------
 
 
 def lmer(lines: list[tuple[Tensor, Tensor, Tensor]]) -> Any:
-    """ML of (1 + x | g) with variance sigma^2 / w by scipy: a task's y is Gaussian with covariance Z S Z' + sigma^2 / w."""
+    """ML of (1 + x | g) with variance sigma^2 / w by scipy: a task's y is Gaussian with covariance
+    Z S Z' + sigma^2 / w.
+    """
 
     def loss(p: np.ndarray) -> float:
         factor = np.array([[np.exp(p[2]), 0.0], [p[3], np.exp(p[4])]])
@@ -164,27 +188,36 @@ def lmer(lines: list[tuple[Tensor, Tensor, Tensor]]) -> Any:
             total -= stats.multivariate_normal(z @ p[:2], covariance).logpdf(y.numpy())
         return total
 
-    return optimize.minimize(loss, [1.0, 2.0, -0.5, 0.0, -0.5, 0.0], method="BFGS", options={"gtol": 1e-5})
+    return optimize.minimize(
+        loss, [1.0, 2.0, -0.5, 0.0, -0.5, 0.0], method="BFGS", options={"gtol": 1e-5}
+    )
 
 
 def test_precision_weights_are_lmers() -> None:
-    """Joint Newton under precision=True is GLS maximum likelihood, and its log likelihood is claimed."""
+    """Joint Newton under precision=True is GLS maximum likelihood, and its log likelihood is
+    claimed.
+    """
     lines = weighted_lines()
     best = lmer(lines)
     tasks = task_set(lines, part=12)
     prior = vm.GaussianPrior(learn_precision="full")
     fits = {
         precision: vm.fit(
-            vm.TaskModel(vm.LinearPredictor(["x"]), L.Weighted(L.Gaussian(), precision=precision), prior), tasks,
+            vm.TaskModel(
+                vm.LinearPredictor(["x"]), L.Weighted(L.Gaussian(), precision=precision), prior
+            ),
+            tasks,
             vm.Joint("multivariate_normal"),
         )
         for precision in (True, False)
-    }  # fmt: skip
+    }
     exact = fits[True]
     assert exact.converged
     assert exact.log_likelihood == pytest.approx(-best.fun, abs=1e-5)
     assert float(exact.prior.scale) == pytest.approx(np.exp(best.x[5]), rel=1e-4)
-    assert [float(exact.prior.loc[name]) for name in ("x", "intercept")] == pytest.approx(best.x[:2].tolist(), abs=1e-4)
+    assert [float(exact.prior.loc[name]) for name in ("x", "intercept")] == pytest.approx(
+        best.x[:2].tolist(), abs=1e-4
+    )
     # sigma is 1; under p^w sigma^2 is sum w (y - mean)^2 / sum w, of expectation 1 / mean(w) = 0.4
     assert float(exact.prior.scale) == pytest.approx(1.0, abs=0.1)
     assert float(fits[False].prior.scale) == pytest.approx(0.4**0.5, abs=0.07)
@@ -221,12 +254,15 @@ def test_precision_weights_divide_the_squared_scale(likelihood: Any) -> None:
     )
     scale = np.array([0.35, 0.7])
     rule = stats.t(3.0, 0.0, scale) if isinstance(likelihood, L.StudentT) else stats.lognorm(scale)
-    assert found.log_prob(y[:, 0]).tolist() == pytest.approx(rule.logpdf(y[:, 0].numpy()).tolist(), rel=1e-12)
+    assert found.log_prob(y[:, 0]).tolist() == pytest.approx(
+        rule.logpdf(y[:, 0].numpy()).tolist(), rel=1e-12
+    )
 
 
 def test_precision_weights_need_a_scale() -> None:
     with pytest.raises(
-        ValueError, match=r"precision=True divides a squared scale by the weight, and Poisson\(\) has none"
+        ValueError,
+        match=r"precision=True divides a squared scale by the weight, and Poisson\(\) has none",
     ):
         L.Weighted(L.Poisson(), precision=True)
     assert repr(L.Weighted(L.Gaussian(), precision=True)).endswith(", precision=True)")

@@ -21,7 +21,9 @@ GAUSSIAN = vm.likelihoods.Gaussian(0.7)
 class Net(nn.Module):
     """A linear layer and another module, in a function of their own."""
 
-    def __init__(self, function: Callable[[Any, Tensor], Any], layer: nn.Module | None = None) -> None:
+    def __init__(
+        self, function: Callable[[Any, Tensor], Any], layer: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.out, self.layer, self.function = nn.Linear(4, 1), layer, function
 
@@ -46,7 +48,10 @@ class Table(nn.Module):
 
 
 def tasks_of(*sizes: int, dtype: torch.dtype = F64) -> vm.TaskSet:
-    return vm.TaskSet([vm.Task((randn(n, 4, seed=i), randn(n, seed=9 + i))) for i, n in enumerate(sizes)], dtype=dtype)
+    return vm.TaskSet(
+        [vm.Task((randn(n, 4, seed=i), randn(n, seed=9 + i))) for i, n in enumerate(sizes)],
+        dtype=dtype,
+    )
 
 
 # -- images --------------------------------------------------------------------------------------------------------------
@@ -66,7 +71,12 @@ def episodes(number: int, wrong: int | None = None) -> vm.TaskSet:
 
 def conv() -> vm.TaskModel:
     net = nn.Sequential(
-        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 5)
+        nn.Conv2d(1, 32, 3),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2048, 5),
     )
     return vm.TaskModel(net, vm.likelihoods.Categorical())
 
@@ -91,15 +101,15 @@ def test_the_work_does_not_grow_with_the_episodes(rows_run: list[int]) -> None:
     rows_run.clear()
     check_model(conv(), episodes(60))
     assert rows_run == few
-    assert max(rows_run) <= 2 * 12  # one task of each size; the gradient's test takes two of at most 16 rows
+    assert (
+        max(rows_run) <= 2 * 12
+    )  # one task of each size; the gradient's test takes two of at most 16 rows
 
 
 @pytest.mark.parametrize("number", [2, 60])
 def test_every_class_is_looked_at(number: int) -> None:
     """Both where all tasks are run and where the network is run on some only."""
-    match = (
-        rf"task 'episode {number - 1}', row 4: y = 5 is outside the support of Categorical: expected a class 0, ..., 4"
-    )
+    match = rf"task 'episode {number - 1}', row 4: y = 5 is outside the support of Categorical: expected a class 0, ..., 4"
     with pytest.raises(ValueError, match=match):
         check_model(conv(), episodes(number, wrong=5))
 
@@ -112,19 +122,30 @@ def test_a_cheap_network_is_run_on_every_row(rows_run: list[int]) -> None:
 def test_every_weighted_count_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("varmeta.models.check.EVERYONE", 0)
     for likelihood, y, bad in (
-        (vm.likelihoods.Weighted(vm.likelihoods.Poisson()), [[1.0, 1.0], [2.0, 0.5], [0.0, 1.0]], [-1.0, 1.0]),
+        (
+            vm.likelihoods.Weighted(vm.likelihoods.Poisson()),
+            [[1.0, 1.0], [2.0, 0.5], [0.0, 1.0]],
+            [-1.0, 1.0],
+        ),
         (vm.likelihoods.Binomial(), [[1, 3], [2, 2], [0, 4]], [5, 4]),
         (vm.likelihoods.Gaussian(per_task=True), [1.0, 2.0, 3.0], None),
         (vm.likelihoods.Gaussian(), [[1.0], [2.0], [3.0]], None),
     ):
         model = vm.TaskModel(nn.Linear(4, 1), likelihood)
-        values = torch.tensor(y, dtype=F64 if isinstance(likelihood, vm.likelihoods.Weighted) else None)
+        values = torch.tensor(
+            y, dtype=F64 if isinstance(likelihood, vm.likelihoods.Weighted) else None
+        )
         x = randn(3, 4).to(values.dtype if values.is_floating_point() else F64)
         check_model(model, vm.TaskSet([vm.Task((x, values)), vm.Task((x[:2], values[:2]))]))
         if bad is not None:
             values[1] = torch.tensor(bad)
             with pytest.raises(ValueError, match="task 'task 1', row 1: y = "):
-                check_model(model, vm.TaskSet([vm.Task((x, torch.tensor(y).to(values))), vm.Task((x[:2], values[:2]))]))
+                check_model(
+                    model,
+                    vm.TaskSet(
+                        [vm.Task((x, torch.tensor(y).to(values))), vm.Task((x[:2], values[:2]))]
+                    ),
+                )
 
 
 # -- what does not run ---------------------------------------------------------------------------------------------------
@@ -165,7 +186,9 @@ REFUSED_ON_DATA: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated", "ignore:.*torch.jit.script. is deprecated")
+@pytest.mark.filterwarnings(
+    "ignore:.*weight_norm. is deprecated", "ignore:.*torch.jit.script. is deprecated"
+)
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize("name", REFUSED_WHEN_MADE)
 def test_layers_that_are_refused_by_name(name: str) -> None:
@@ -183,13 +206,17 @@ def test_networks_that_are_refused_on_data(name: str) -> None:
     with pytest.raises(ValueError, match=match):
         check_model(vm.TaskModel(seeded(make), GAUSSIAN), tasks)
     assert all(torch.equal(task.support[0], x) for task, x in zip(tasks, before, strict=True))
-    assert all(torch.equal(tasks.batch().support.filled[0][i, : len(x)], x) for i, x in enumerate(before))
+    assert all(
+        torch.equal(tasks.batch().support.filled[0][i, : len(x)], x) for i, x in enumerate(before)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_refused(dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=rf"in half precision \({name}\).*tasks.to\(torch.float32\)"):
+    with pytest.raises(
+        ValueError, match=rf"in half precision \({name}\).*tasks.to\(torch.float32\)"
+    ):
         check_model(vm.TaskModel(nn.Linear(4, 1), GAUSSIAN), tasks_of(3, 5, dtype=dtype))
     check_model(vm.TaskModel(nn.Linear(4, 1).to(dtype), GAUSSIAN), tasks_of(3, 5))
 
@@ -210,12 +237,16 @@ NEW: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented"
+)
 @pytest.mark.parametrize("name", NEW)
 def test_what_the_refusals_advise_runs_and_is_the_network(name: str) -> None:
     net, tasks = seeded(NEW[name]), tasks_of(3, 5)
     model = vm.TaskModel(net, GAUSSIAN)
     check_model(model, tasks)  # no warning: it can be differentiated twice
     eta = model.init(torch.zeros((), dtype=F64))
-    out = model.output(model.weights.flatten(eta).expand(2, 1, -1), eta, tasks.batch().support.filled[0])
+    out = model.output(
+        model.weights.flatten(eta).expand(2, 1, -1), eta, tasks.batch().support.filled[0]
+    )
     torch.testing.assert_close(out[1], net(tasks[1].support[0]), rtol=1e-10, atol=1e-12)

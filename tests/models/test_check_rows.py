@@ -1,4 +1,6 @@
-"""Models whose rows depend on each other: refused where a task would meet its padding, and only there."""
+"""Models whose rows depend on each other: refused where a task would meet its padding, and only
+there.
+"""
 
 from __future__ import annotations
 
@@ -49,25 +51,47 @@ def started_at_zero() -> nn.Module:
 
 
 MEET: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "batch_norm": (lambda: nn.Sequential(nn.Linear(4, 2), nn.Sequential(Norm()), nn.Linear(2, 1)), r"layer '1.0' \(Norm\)"),
+    "batch_norm": (
+        lambda: nn.Sequential(nn.Linear(4, 2), nn.Sequential(Norm()), nn.Linear(2, 1)),
+        r"layer "
+        r"'1.0' \(Norm\)",
+    ),
     "zero_head": (started_at_zero, r"layer '1' \(Norm\)"),
     "mean": (lambda: Net(lambda net, x: net.a(x) + x.mean(0)[:1]), "the network"),
-    "mean_of_words": (lambda: Net(lambda net, x: net.a(x) + net.table((x[:, 0] > 0).long()).mean(0)), "the network"),
+    "mean_of_words": (
+        lambda: Net(lambda net, x: net.a(x) + net.table((x[:, 0] > 0).long()).mean(0)),
+        "the network",
+    ),
     "attention": (lambda: Net(attention), r"the network, before layer 'a' \(Linear\)"),
     "number_of_rows": (lambda: Net(lambda net, x: net.a(x) / len(x)), "the network"),
-    "last_row": (lambda: Net(lambda net, x: net.a(x - 0.01 * x[-1])), "the network, before layer 'a'.*"),
-    "cumulated": (lambda: Net(lambda net, x: net.a(x.flip(0).cumsum(0).flip(0))), "the network, before layer 'a'.*"),
-}  # fmt: skip
+    "last_row": (
+        lambda: Net(lambda net, x: net.a(x - 0.01 * x[-1])),
+        "the network, before layer 'a'.*",
+    ),
+    "cumulated": (
+        lambda: Net(lambda net, x: net.a(x.flip(0).cumsum(0).flip(0))),
+        "the network, before layer 'a'.*",
+    ),
+}
 APART: dict[str, Callable[[], nn.Module]] = {
     "within_a_row": lambda: nn.Sequential(
-        nn.Unflatten(1, (2, 2)), nn.TransformerEncoderLayer(2, 1, 3, batch_first=True), nn.Flatten(), nn.Linear(4, 1)
+        nn.Unflatten(1, (2, 2)),
+        nn.TransformerEncoderLayer(2, 1, 3, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(4, 1),
     ),
-    "conv": lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 2), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 1)),
+    "conv": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4)),
+        nn.Conv1d(1, 3, 2),
+        nn.GroupNorm(1, 3),
+        nn.Flatten(),
+        nn.Linear(9, 1),
+    ),
     "single_precision": lambda: Net(lambda net, x: net.a(x) + (x.float() @ torch.ones(4, 1)).to(x)),
     "words": lambda: Net(lambda net, x: net.a(x) + net.table((x[:, 0] > 0).long())),
     # a row sees those before it: padding comes after
     "causal": lambda: Net(lambda net, x: net.a(x.cumsum(0))),
-}  # fmt: skip
+}
 
 
 def tasks_of(*sizes: int, query: int = 0, dtype: torch.dtype = F64) -> vm.TaskSet:
@@ -75,7 +99,8 @@ def tasks_of(*sizes: int, query: int = 0, dtype: torch.dtype = F64) -> vm.TaskSe
         return randn(n, 4, seed=seed), randn(n, seed=seed + 50)
 
     return vm.TaskSet(
-        [vm.Task(part(n, i), part(query, 20 + i) if query else None) for i, n in enumerate(sizes)], dtype=dtype
+        [vm.Task(part(n, i), part(query, 20 + i) if query else None) for i, n in enumerate(sizes)],
+        dtype=dtype,
     )
 
 
@@ -88,9 +113,13 @@ def model_of(make: Callable[[], nn.Module]) -> vm.TaskModel:
 def test_rows_that_meet_are_refused_where_tasks_are_padded(name: str, dtype: torch.dtype) -> None:
     make, where = MEET[name]
     model = model_of(make)
-    with pytest.raises(ValueError, match=f"^{where}: a row's result depends on the task's other rows.* 2 to 5 rows"):
+    with pytest.raises(
+        ValueError, match=f"^{where}: a row's result depends on the task's other rows.* 2 to 5 rows"
+    ):
         check_model(model, tasks_of(2, 5, dtype=dtype))
-    check_model(model, tasks_of(4, 4, query=3, dtype=dtype))  # supports alike and queries alike: no padding
+    check_model(
+        model, tasks_of(4, 4, query=3, dtype=dtype)
+    )  # supports alike and queries alike: no padding
     check_model(model, tasks_of(4, 0, dtype=dtype))  # a task without data has no rows to meet
 
 
@@ -99,11 +128,15 @@ def test_rows_that_meet_are_refused_where_tasks_are_padded(name: str, dtype: tor
 def test_rows_that_stand_alone_pass(name: str, dtype: torch.dtype) -> None:
     model = model_of(APART[name])
     check_model(model, tasks_of(2, 5, 1, dtype=dtype))
-    assert (rows_meet(model, tasks_of(2, 5).batch().support, reorder=True) is None) == (name != "causal")
+    assert (rows_meet(model, tasks_of(2, 5).batch().support, reorder=True) is None) == (
+        name != "causal"
+    )
 
 
 def test_what_is_refused_was_wrong_and_what_passes_is_right() -> None:
-    """`a(x) + x.mean(0)` on tasks of 2 and 5 rows: padded, the first task's loss is of other data; apart both are right."""
+    """`a(x) + x.mean(0)` on tasks of 2 and 5 rows: padded, the first task's loss is of other data;
+    apart both are right.
+    """
     model = model_of(MEET["mean"][0])
     together, eta = tasks_of(2, 5), model.init(torch.zeros((), dtype=F64))
 
@@ -119,7 +152,9 @@ def test_what_is_refused_was_wrong_and_what_passes_is_right() -> None:
         value = vm.meta_gradient(
             model, together[[row]], vm.Unrolled("delta", "elbo", 1, vm.GradientDescent(1e-12))
         ).value
-        constant = 0.5 * model.weights.size * math.log(2 * math.pi)  # of the prior's density at theta0
+        constant = (
+            0.5 * model.weights.size * math.log(2 * math.pi)
+        )  # of the prior's density at theta0
         assert value == pytest.approx(float(alone[row]) + constant, abs=1e-6)
 
 
@@ -158,10 +193,14 @@ def plain(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
 
 def test_programs_too() -> None:
     model = vm.TaskModel.from_pyro(centred, {"slope": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match="the program: a row's result depends on the task's other rows"):
+    with pytest.raises(
+        ValueError, match="the program: a row's result depends on the task's other rows"
+    ):
         check_model(model, tasks_of(2, 5))
     fit = vm.fit(model, tasks_of(3, 3), num_steps=2, progress=False)
-    with pytest.raises(ValueError, match="the program: a row's result depends on the task's other rows"):
+    with pytest.raises(
+        ValueError, match="the program: a row's result depends on the task's other rows"
+    ):
         fit.posterior().predict([torch.zeros(2, 4), torch.ones(3, 4)])
     counts = vm.TaskSet([vm.Task((randn(n, 4), torch.arange(n))) for n in (2, 5)])
     fit = vm.fit(vm.TaskModel.from_pyro(plain, {"slope": ()}), counts, num_steps=2, progress=False)
@@ -169,9 +208,13 @@ def test_programs_too() -> None:
 
 
 def test_a_minibatch_of_rows_needs_rows_that_stand_alone() -> None:
-    """Also in order: a row that sees those before it is right where tasks are padded, and not in a minibatch."""
+    """Also in order: a row that sees those before it is right where tasks are padded, and not in a
+    minibatch.
+    """
     tasks = tasks_of(4, 4, query=3)
     for make in (MEET["mean"][0], APART["causal"]):
-        strategy = vm.Implicit("delta", "query", alg=vm.StochasticAlg(3, 0.01, batch_size=2))
-        with pytest.raises(ValueError, match="so that a minibatch of them is another problem: leave out"):
+        strategy = vm.Unrolled("delta", "query", alg=vm.StochasticAlg(3, 0.01, batch_size=2))
+        with pytest.raises(
+            ValueError, match="so that a minibatch of them is another problem: leave out"
+        ):
             vm.meta_gradient(model_of(make), tasks, strategy)

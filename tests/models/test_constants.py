@@ -1,4 +1,6 @@
-"""Parameters with `requires_grad=False` and an embedding's padding row are constants, whatever the strategy."""
+"""Parameters with `requires_grad=False` and an embedding's padding row are constants, whatever the
+strategy.
+"""
 
 from __future__ import annotations
 
@@ -40,26 +42,38 @@ def half_frozen() -> nn.Module:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_frozen_parameters_are_constants(name: str) -> None:
-    """A frozen first layer is a head on fixed features: the same fit as of the head alone on those features."""
+    """A frozen first layer is a head on fixed features: the same fit as of the head alone on those
+    features.
+    """
     net, tasks = half_frozen(), tasks_of()
 
     def features(part: Any) -> tuple[Tensor, Tensor]:
         return net[1](net[0](part[0])), part[1]
 
     alone = vm.TaskSet([vm.Task(features(t.support), features(t.query), t.name) for t in tasks])
-    model, head = vm.TaskModel(net, GAUSSIAN), vm.TaskModel(nn.Sequential(copy.deepcopy(net[2])), GAUSSIAN)
+    model, head = (
+        vm.TaskModel(net, GAUSSIAN),
+        vm.TaskModel(nn.Sequential(copy.deepcopy(net[2])), GAUSSIAN),
+    )
     assert model.weights.names == ("2.weight", "2.bias")
     assert set(model.init(torch.zeros(()))) == {"2.weight", "2.bias", "log_scale"}
     options: dict[str, Any] = {
-        "num_steps": 5, "optimizer": lambda p: torch.optim.Adam(p, 0.1), "compile": False, "progress": False,
-    }  # fmt: skip
+        "num_steps": 5,
+        "optimizer": lambda p: torch.optim.Adam(p, 0.1),
+        "compile": False,
+        "progress": False,
+    }
     found = vm.fit(model, tasks, STRATEGIES[name], **options)
     expected = vm.fit(head, alone, STRATEGIES[name], **options)
     assert found.loss == pytest.approx(expected.loss, rel=1e-10)
-    torch.testing.assert_close(found.eta["2.weight"], expected.eta["0.weight"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        found.eta["2.weight"], expected.eta["0.weight"], rtol=1e-9, atol=1e-12
+    )
     posterior = found.adapt(tasks)
     assert posterior.mean.keys() == {"2.weight", "2.bias"}
-    torch.testing.assert_close(posterior.mean["2.bias"], expected.adapt(alone).mean["0.bias"], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        posterior.mean["2.bias"], expected.adapt(alone).mean["0.bias"], rtol=1e-7, atol=1e-9
+    )
 
 
 def test_frozen_parameters_follow_the_precision_of_the_data() -> None:
@@ -73,14 +87,18 @@ def test_shared_leaves_constants_alone() -> None:
     net = half_frozen()
     net[0].bias.requires_grad_(True)
     assert vm.TaskModel(net, GAUSSIAN, shared=["0.*"]).shared == ("0.bias",)
-    with pytest.raises(ValueError, match=r"pattern '0.weight' matches only parameters with requires_grad=False"):
+    with pytest.raises(
+        ValueError, match=r"pattern '0.weight' matches only parameters with requires_grad=False"
+    ):
         vm.TaskModel(net, GAUSSIAN, shared=["0.weight"])
     with pytest.raises(ValueError, match="every parameter of the network has requires_grad=False"):
         vm.TaskModel(net.requires_grad_(False), GAUSSIAN)
 
 
 def test_a_fit_is_of_its_constants(tmp_path: Path) -> None:
-    """Loaded, and resumed, only with the frozen numbers that it was fitted with, in any precision."""
+    """Loaded, and resumed, only with the frozen numbers that it was fitted with, in any
+    precision.
+    """
     net, tasks = half_frozen(), tasks_of()
     fit = vm.fit(vm.TaskModel(net, GAUSSIAN), tasks, num_steps=2, progress=False, compile=False)
     fit.save(tmp_path / "fit")
@@ -107,13 +125,23 @@ def test_a_regression_with_a_constant_coefficient() -> None:
     prior = vm.GaussianPrior(learn_precision="shared")
     fit = vm.fit(vm.TaskModel(net, GAUSSIAN, prior), tasks, vm.Joint("normal"), progress=False)
     assert fit.prior.labels == ("intercept",)
-    left = vm.TaskSet([vm.Task((task.support[0], task.support[1] - task.support[0].squeeze(-1))) for task in tasks])
+    left = vm.TaskSet(
+        [
+            vm.Task((task.support[0], task.support[1] - task.support[0].squeeze(-1)))
+            for task in tasks
+        ]
+    )
     only = vm.TaskModel(vm.LinearPredictor(["x"], offset="x").double(), GAUSSIAN, prior)
-    alone = vm.fit(vm.TaskModel(vm.LinearPredictor([]).double(), GAUSSIAN, prior), _without_x(left), progress=False)
+    alone = vm.fit(
+        vm.TaskModel(vm.LinearPredictor([]).double(), GAUSSIAN, prior),
+        _without_x(left),
+        progress=False,
+    )
     assert fit.loss == pytest.approx(alone.loss, abs=1e-6)
     assert fit.loss == pytest.approx(vm.fit(only, tasks, progress=False).loss, abs=1e-6)
     with pytest.raises(
-        ValueError, match="raw_prior needs a model whose coefficients are all learned, but 'weight' is a"
+        ValueError,
+        match="raw_prior needs a model whose coefficients are all learned, but 'weight' is a",
     ):
         scaling.raw_prior(fit)
 
@@ -156,8 +184,12 @@ def words_model() -> vm.TaskModel:
 @pytest.mark.parametrize("guide", ["delta", "normal"])
 @pytest.mark.parametrize("kind", [vm.Unrolled, vm.Implicit])
 def test_the_padding_row_is_a_constant(kind: Any, guide: Any, outer: str) -> None:
-    """Its gradient is 0, as in plain PyTorch, and what the other rows' is, differences of the value say."""
-    steps: dict[str, Any] = {"inner_steps": 1, "minimizer": vm.GradientDescent(0.05)} if kind is vm.Unrolled else {}
+    """Its gradient is 0, as in plain PyTorch, and what the other rows' is, differences of the value
+    say.
+    """
+    steps: dict[str, Any] = (
+        {"inner_steps": 1, "minimizer": vm.GradientDescent(0.05)} if kind is vm.Unrolled else {}
+    )
     strategy, model, tasks = kind(guide, outer, **steps), words_model(), sentences()
     eta = {name: value.to(F64) for name, value in model.init(torch.zeros((), dtype=F64)).items()}
     found = vm.meta_gradient(model, tasks, strategy, eta=eta).grads["table.weight"]
@@ -167,7 +199,9 @@ def test_the_padding_row_is_a_constant(kind: Any, guide: Any, outer: str) -> Non
         moved["table.weight"][row] += by
         return vm.meta_gradient(model, tasks, strategy, eta=moved).value
 
-    differences = torch.tensor([(value(row, 1e-4) - value(row, -1e-4)) / 2e-4 for row in range(4)], dtype=F64)
+    differences = torch.tensor(
+        [(value(row, 1e-4) - value(row, -1e-4)) / 2e-4 for row in range(4)], dtype=F64
+    )
     assert float(found[0]) == pytest.approx(0.0, abs=1e-12)
     torch.testing.assert_close(found.squeeze(-1), differences, rtol=1e-5, atol=1e-6)
 
@@ -180,7 +214,13 @@ def test_the_padding_row_of_every_task_is_plain_pytorchs() -> None:
     net.load_state_dict(theta0)
     strategy = vm.Unrolled("delta", "elbo", 1, vm.GradientDescent(lr))
     posterior = vm.fit(
-        model, tasks, strategy, num_steps=1, optimizer=lambda p: torch.optim.SGD(p, 0.0), progress=False, compile=False
+        model,
+        tasks,
+        strategy,
+        num_steps=1,
+        optimizer=lambda p: torch.optim.SGD(p, 0.0),
+        progress=False,
+        compile=False,
     ).adapt(tasks)
     for index, task in enumerate(tasks):
         assert task.support is not None

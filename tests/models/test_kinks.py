@@ -1,4 +1,6 @@
-"""A density with a kink has no curvature that a second derivative sees: found, descended by Adam, refused where it cannot be."""
+"""A density with a kink has no curvature that a second derivative sees: found, descended by Adam,
+refused where it cannot be.
+"""
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +13,9 @@ from varmeta.models.kinks import kinked
 
 
 def line(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
-    return pyro.sample("y", dist.Laplace(params["a"] + params["b"] * x, params["log_b"].exp()), obs=y)
+    return pyro.sample(
+        "y", dist.Laplace(params["a"] + params["b"] * x, params["log_b"].exp()), obs=y
+    )
 
 
 def tasks() -> vm.TaskSet:
@@ -54,7 +58,13 @@ def test_which_densities_have_one(density: object, kink: bool) -> None:
         return pyro.sample("y", fn, obs=y.unsqueeze(-1) if y is not None and fn.event_shape else y)
 
     one = vm.TaskModel.from_pyro(program, {"a": ()})
-    data = vm.TaskSet([vm.Task((torch.linspace(0, 1, 5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)))])
+    data = vm.TaskSet(
+        [
+            vm.Task(
+                (torch.linspace(0, 1, 5, dtype=torch.float64), torch.ones(5, dtype=torch.float64))
+            )
+        ]
+    )
     found = kinked(one, data.batch(), one.init(torch.zeros((), dtype=torch.float64)))
     assert (found is not None) == kink
 
@@ -69,7 +79,9 @@ def test_the_default_descends_where_newton_stands_still(guide: str) -> None:
     assert torch.allclose(again.mean["b"], fit.posterior().mean["b"][:2], atol=0.03)
 
 
-@pytest.mark.parametrize("strategy", [vm.Implicit("laplace"), vm.Implicit("normal"), vm.Implicit("delta")])
+@pytest.mark.parametrize(
+    "strategy", [vm.Implicit("laplace"), vm.Implicit("normal"), vm.Implicit("delta")]
+)
 def test_what_rests_on_the_curvature_is_refused(strategy: vm.Implicit) -> None:
     learned = (
         model()

@@ -20,7 +20,9 @@ COLUMNS = ["age", "dose"]
 
 def table(rows: int = 24) -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"clinic": np.arange(rows) % 4, "age": rng.normal(size=rows), "dose": rng.normal(size=rows)})
+    frame = pd.DataFrame(
+        {"clinic": np.arange(rows) % 4, "age": rng.normal(size=rows), "dose": rng.normal(size=rows)}
+    )
     return frame.assign(y=frame["age"] + rng.normal(size=rows), later=frame.index % 3 == 0)
 
 
@@ -32,7 +34,7 @@ def regression(net: nn.Module | None = None, **options: list[str]) -> vm.TaskMod
     return vm.TaskModel(net or nn.Linear(2, 1), vm.likelihoods.Gaussian(), PRIOR, **options)
 
 
-# -- on the tasks ------------------------------------------------------------------------------------------------------
+# -- on the tasks ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("x", "names"), [(COLUMNS, ("age", "dose")), ("age", ("age",)), ([], ())])
@@ -44,11 +46,19 @@ def test_names_survive_whatever_is_done_to_the_tasks() -> None:
     tasks = tasks_of(query="later")
     standard, scaling = tasks.standardized()
     derived = {
-        "slice": tasks[1:3], "positions": tasks[[2, 0]], "mask": tasks[np.arange(4) > 1], "merged": tasks.merged(),
-        "split": tasks.merged().split(2), "dtype": tasks.to(dtype=torch.float32), "standardized": standard,
-        "scaled": scaling.apply(tasks[:1]), "nothing left": tasks.merged().split(0),
-    }  # fmt: skip
-    assert {name: part.x_names for name, part in derived.items()} == dict.fromkeys(derived, ("age", "dose"))
+        "slice": tasks[1:3],
+        "positions": tasks[[2, 0]],
+        "mask": tasks[np.arange(4) > 1],
+        "merged": tasks.merged(),
+        "split": tasks.merged().split(2),
+        "dtype": tasks.to(dtype=torch.float32),
+        "standardized": standard,
+        "scaled": scaling.apply(tasks[:1]),
+        "nothing left": tasks.merged().split(0),
+    }
+    assert {name: part.x_names for name, part in derived.items()} == dict.fromkeys(
+        derived, ("age", "dose")
+    )
 
 
 def test_arrays_may_be_given_names() -> None:
@@ -66,7 +76,7 @@ def test_names_come_back_from_a_file(tmp_path: Path) -> None:
     assert back.tasks.x_names == ("age", "dose") and str(back) == str(fit)
 
 
-# -- on the weights ----------------------------------------------------------------------------------------------------
+# -- on the weights --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,10 +84,16 @@ def test_names_come_back_from_a_file(tmp_path: Path) -> None:
     [
         (nn.Linear(2, 1), ["age", "dose", "intercept"]),
         (nn.Linear(2, 1, bias=False), ["age", "dose"]),
-        (nn.Linear(2, 2), ["age[0]", "dose[0]", "age[1]", "dose[1]", "intercept[0]", "intercept[1]"]),
+        (
+            nn.Linear(2, 2),
+            ["age[0]", "dose[0]", "age[1]", "dose[1]", "intercept[0]", "intercept[1]"],
+        ),
         (nn.Sequential(nn.Dropout(), nn.Linear(2, 1), nn.Softplus()), ["age", "dose", "intercept"]),
         # no number of these belongs to a column alone
-        (nn.Sequential(nn.Linear(2, 1), nn.PReLU()), ["0.weight[0,0]", "0.weight[0,1]", "0.bias", "1.weight"]),
+        (
+            nn.Sequential(nn.Linear(2, 1), nn.PReLU()),
+            ["0.weight[0,0]", "0.weight[0,1]", "0.bias", "1.weight"],
+        ),
         (nn.Sequential(nn.Tanh(), nn.Linear(2, 1)), ["1.weight[0,0]", "1.weight[0,1]", "1.bias"]),
         (nn.Linear(3, 1), ["weight[0,0]", "weight[0,1]", "weight[0,2]", "bias"]),
     ],
@@ -86,7 +102,9 @@ def test_labels_of_a_net(net: nn.Module, labels: list[str]) -> None:
     named = parameter_labels(regression(net), ("age", "dose"))
     assert [label for part in named.values() for label in part] == labels
     plain = parameter_labels(regression(net), None)
-    assert tuple(label for part in plain.values() for label in part) == regression(net).weights.labels
+    assert (
+        tuple(label for part in plain.values() for label in part) == regression(net).weights.labels
+    )
 
 
 def test_a_column_called_intercept_does_not_make_two() -> None:
@@ -106,22 +124,29 @@ def test_the_export_is_labelled() -> None:
     assert fit.to_arviz(30)["posterior"]["weight"].values.tolist() == ["age", "dose", "intercept"]
     unseen = fit.adapt(vm.TaskSet([vm.Task(name="new")]))  # does not know its columns itself
     assert unseen.labels == ("age", "dose", "intercept")
-    assert unseen.to_arviz(30)["posterior"]["weight"].values.tolist() == ["age", "dose", "intercept"]
+    assert unseen.to_arviz(30)["posterior"]["weight"].values.tolist() == [
+        "age",
+        "dose",
+        "intercept",
+    ]
 
 
 def test_tasks_with_their_columns_in_another_order_are_refused() -> None:
     fit = known(regression(), tasks_of(), vm.Joint())
     turned = tasks_of(["dose", "age"])
     with pytest.raises(
-        ValueError, match=r"these tasks' x are \['dose', 'age'\], but \['age', 'dose'\] in the training"
+        ValueError,
+        match=r"these tasks' x are \['dose', 'age'\], but \['age', 'dose'\] in the training",
     ):
         fit.adapt(turned)
     with pytest.raises(ValueError, match="the same columns in the same order"):
         fit.posterior().score(turned)
-    assert len(fit.adapt(vm.TaskSet([vm.Task((np.zeros((1, 2)), np.zeros(1)))])).names) == 1  # no names: on trust
+    assert (
+        len(fit.adapt(vm.TaskSet([vm.Task((np.zeros((1, 2)), np.zeros(1)))])).names) == 1
+    )  # no names: on trust
 
 
-# -- print -------------------------------------------------------------------------------------------------------------
+# -- print -----------------------------------------------------------------------------------------
 
 
 def test_print_has_names_values_and_says_what_was_fixed() -> None:
@@ -130,7 +155,10 @@ def test_print_has_names_values_and_says_what_was_fixed() -> None:
     age, dose = fit.prior.shared["weight"].flatten().tolist()
     sd = 3.0**-0.5
     assert f"{'intercept':<11} {float(fit.prior.loc['bias']):>12.5g} {sd:>12.5g} (fixed)" in lines
-    assert f"{'age':<11} {age:>12.5g} {'shared':>12}" in lines and f"{'dose':<11} {dose:>12.5g} {'shared':>12}" in lines
+    assert (
+        f"{'age':<11} {age:>12.5g} {'shared':>12}" in lines
+        and f"{'dose':<11} {dose:>12.5g} {'shared':>12}" in lines
+    )
     assert "tensor" not in str(fit)
     learned = linear_model(vm.GaussianPrior(3.0, "shared"))
     assert "(fixed)" not in str(vm.fit(learned, ragged_tasks(3), vm.Joint("normal"), 2, adam))
@@ -146,7 +174,9 @@ def test_print_of_a_shared_network_is_short() -> None:
 def test_print_of_a_point_says_that_nothing_is_a_bound(outer: str) -> None:
     fit = known(linear_model(PRIOR), ragged_tasks(2), vm.Implicit("delta", outer))
     assert "no bound" in str(fit).splitlines()[1]
-    assert "no bound" not in str(known(linear_model(PRIOR), ragged_tasks(2), vm.Implicit("normal", outer)))
+    assert "no bound" not in str(
+        known(linear_model(PRIOR), ragged_tasks(2), vm.Implicit("normal", outer))
+    )
 
 
 def test_repr_of_a_prior_is_one_short_line() -> None:

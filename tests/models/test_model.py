@@ -20,7 +20,9 @@ GAUSSIAN = vm.likelihoods.Gaussian(0.7)
 
 
 def tasks_of(*shape: int, sizes: tuple[int, ...] = (3, 1, 2)) -> vm.TaskSet:
-    return vm.TaskSet([vm.Task((randn(n, *shape, seed=i), randn(n, seed=9 + i))) for i, n in enumerate(sizes)])
+    return vm.TaskSet(
+        [vm.Task((randn(n, *shape, seed=i), randn(n, seed=9 + i))) for i, n in enumerate(sizes)]
+    )
 
 
 class Attention(nn.Module):
@@ -36,7 +38,10 @@ class Attention(nn.Module):
 class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.out = nn.TransformerEncoderLayer(2, 1, 3, batch_first=True), nn.Linear(4, 1)
+        self.layer, self.out = (
+            nn.TransformerEncoderLayer(2, 1, 3, batch_first=True),
+            nn.Linear(4, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.layer(x.reshape(-1, 2, 2)).reshape(-1, 4))
@@ -54,35 +59,53 @@ class Tied(nn.Module):
 
 def frozen() -> nn.Module:
     norm = nn.BatchNorm1d(3)
-    norm.running_mean, norm.running_var = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0])
+    norm.running_mean, norm.running_var = (
+        torch.tensor([0.1, 0.2, 0.3]),
+        torch.tensor([1.0, 2.0, 3.0]),
+    )
     return nn.Sequential(nn.Linear(4, 3), norm, nn.Tanh(), nn.Linear(3, 1))
 
 
 # name: network, features of a row, options
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "conv": (
-        lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.GroupNorm(1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1)),
-        (1, 3, 3), {},
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 2), nn.GroupNorm(1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 1)
+        ),
+        (1, 3, 3),
+        {},
     ),
-    "layer_norm": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 1)), (4,), {}),
+    "layer_norm": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.GELU(), nn.Linear(3, 1)),
+        (4,),
+        {},
+    ),
     "dropout": (lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9), nn.Linear(3, 1)), (4,), {}),
     "shared_body": (
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), (4,), {"shared": ["0.*"]},
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)),
+        (4,),
+        {"shared": ["0.*"]},
     ),
     "tied": (Tied, (4,), {}),
     "attention": (Attention, (4,), {}),
     "transformer": (Transformer, (4,), {}),
     "frozen_batch_norm": (frozen, (4,), {"batch_norm": "frozen"}),
-}  # fmt: skip
+}
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented"
+)
 @pytest.mark.parametrize("name", NETS)
 def test_a_network_under_vmap_is_the_network(name: str) -> None:
-    """Outputs of all tasks at once against the network itself, task by task; and Hessian products exist."""
+    """Outputs of all tasks at once against the network itself, task by task; and Hessian products
+    exist.
+    """
     make, features, options = NETS[name]
     net, tasks = seeded(make), tasks_of(*features)
-    model = vm.TaskModel(net, vm.likelihoods.Gaussian(0.7, learn_scale=False), vm.GaussianPrior(2.0), **options)
+    model = vm.TaskModel(
+        net, vm.likelihoods.Gaussian(0.7, learn_scale=False), vm.GaussianPrior(2.0), **options
+    )
     check_model(model, tasks)  # no warning: it can be differentiated twice
     batch, eta = tasks.batch(), start(model)
     made = problem(model, "delta")
@@ -101,7 +124,9 @@ def test_a_network_under_vmap_is_the_network(name: str) -> None:
     ends = []
     for sign in (1, -1):
         point = {"loc": (phi["loc"] + sign * step * direction).detach().requires_grad_()}
-        loss = made.objective.terms(point, eta, batch.support, torch.zeros(1, 1, 1, dtype=F64))[1].sum()
+        loss = made.objective.terms(point, eta, batch.support, torch.zeros(1, 1, 1, dtype=F64))[
+            1
+        ].sum()
         ends.append(torch.autograd.grad(loss, point["loc"])[0])
     torch.testing.assert_close(product, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
 
@@ -119,7 +144,13 @@ def test_shared_parameters_are_no_weights() -> None:
     model = vm.TaskModel(net, GAUSSIAN, shared=["0.*", "2.bias"])
     assert model.shared == ("0.weight", "0.bias", "2.bias")
     assert model.weights.names == ("2.weight",)
-    assert set(model.init(torch.zeros(()))) == {"0.weight", "0.bias", "2.weight", "2.bias", "log_scale"}
+    assert set(model.init(torch.zeros(()))) == {
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        "2.bias",
+        "log_scale",
+    }
 
 
 @pytest.mark.parametrize(
@@ -130,11 +161,15 @@ def test_shared_parameters_are_no_weights() -> None:
             lambda: vm.TaskModel(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), GAUSSIAN, batch_norm="frozen"),
             ValueError, "layer '0' keeps no running statistics",
         ),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, batch_norm="keep"), ValueError, "batch_norm must be"),
+        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, batch_norm="keep"), ValueError, "batch_norm "
+            "must be"),
         (lambda: vm.TaskModel(nn.Tanh(), GAUSSIAN), ValueError, "no parameters"),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared=["nose"]), ValueError, "matches none"),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared=["*"]), ValueError, "every parameter is shared"),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared="bias"), TypeError, "list of patterns"),
+        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared=["nose"]), ValueError, "matches "
+            "none"),
+        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared=["*"]), ValueError, "every "
+            "parameter is shared"),
+        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared="bias"), TypeError, "list of "
+            "patterns"),
         (lambda: vm.TaskModel(lambda x: x, GAUSSIAN), TypeError, "from_pyro"),
         (lambda: vm.TaskModel(nn.Linear(1, 1), "gaussian"), TypeError, "varmeta.likelihoods"),
         (lambda: vm.TaskModel.from_pyro(None, {"a": ()}), TypeError, "callable"),
@@ -160,7 +195,9 @@ def test_the_layer_that_does_not_run_is_named() -> None:
 
     with pytest.raises(ValueError, match="layer 'memory' is recurrent .LSTM.*no batching rule"):
         vm.TaskModel(Recurrent().double(), GAUSSIAN)
-    wrong = vm.TaskModel(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(5, 1)).double(), GAUSSIAN)
+    wrong = vm.TaskModel(
+        nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(5, 1)).double(), GAUSSIAN
+    )
     with pytest.raises(ValueError, match="layer '2' takes 5 columns, its input has 3$"):
         check_model(wrong, tasks_of(4))
     conv = vm.TaskModel(nn.Sequential(nn.Tanh(), nn.Conv1d(5, 2, 1)).double(), GAUSSIAN)
@@ -169,19 +206,23 @@ def test_the_layer_that_does_not_run_is_named() -> None:
     assert "Trace Shapes" not in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented"
+)
 def test_the_layer_without_a_second_derivative_is_named() -> None:
     class Fused(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             h = x.reshape(1, 1, -1, 2)
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(h, h, h)[0].reshape(-1, 2)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(h, h, h)[0].reshape(
+                -1, 2
+            )
 
     net = nn.Sequential(nn.Linear(4, 2), nn.Sequential(Fused()), nn.Linear(2, 1)).double()
     with pytest.warns(RuntimeWarning, match="layer '1.0' .Fused. cannot be differentiated twice"):
         check_model(vm.TaskModel(net, GAUSSIAN), tasks_of(4, sizes=(3, 3)))
 
 
-# -- programs ------------------------------------------------------------------------------------------------------------
+# -- programs --------------------------------------------------------------------------------------
 
 
 def linear(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -198,12 +239,16 @@ def test_a_program_with_scalar_vector_and_shared_params() -> None:
     assert model.weights.labels == ("intercept", "slopes[0]", "slopes[1]", "slopes[2]")
     batch, eta = tasks.batch(), start(model)
     made = problem(model, "delta")
-    nll = made.objective.terms(made.start(batch, eta), eta, batch.support, torch.zeros(1, 1, 1, dtype=F64))[1][0]
+    nll = made.objective.terms(
+        made.start(batch, eta), eta, batch.support, torch.zeros(1, 1, 1, dtype=F64)
+    )[1][0]
     sd = float(torch.tensor(0.3).exp())
     for index, task in enumerate(tasks):
         assert task.support is not None
         x, y = task.support
-        assert float(nll[index]) == pytest.approx(-float(dist.Normal(x @ slopes, sd).log_prob(y).sum()), rel=1e-6)
+        assert float(nll[index]) == pytest.approx(
+            -float(dist.Normal(x @ slopes, sd).log_prob(y).sum()), rel=1e-6
+        )
 
 
 def positive(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -225,9 +270,13 @@ def test_padding_need_not_be_in_the_support_of_a_program() -> None:
 
 
 def test_a_program_outside_its_support_names_task_and_row() -> None:
-    tasks = vm.TaskSet([vm.Task((randn(2).exp(), torch.tensor(y, dtype=F64))) for y in ([1.0, 2.0], [1.0, -2.0])])
+    tasks = vm.TaskSet(
+        [vm.Task((randn(2).exp(), torch.tensor(y, dtype=F64))) for y in ([1.0, 2.0], [1.0, -2.0])]
+    )
     model = vm.TaskModel.from_pyro(positive, {"shape": ()})
-    with pytest.raises(ValueError, match=r"task 'task 1', row 1: y = -2.0 is outside the support of Gamma"):
+    with pytest.raises(
+        ValueError, match=r"task 'task 1', row 1: y = -2.0 is outside the support of Gamma"
+    ):
         check_model(model, tasks)
 
 

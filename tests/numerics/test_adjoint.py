@@ -1,4 +1,6 @@
-"""Implicit gradients against closed forms, central differences of the re-solved problem, and unrolling."""
+"""Implicit gradients against closed forms, central differences of the re-solved problem, and
+unrolling.
+"""
 
 import math
 
@@ -12,7 +14,11 @@ from varmeta.numerics.solution import Result
 
 torch.set_num_threads(1)
 
-LINEAR_SOLVERS = {"cg": CG(rtol=1e-13), "neumann": Neumann(num_terms=5000, rtol=1e-13), "direct": Direct()}
+LINEAR_SOLVERS = {
+    "cg": CG(rtol=1e-13),
+    "neumann": Neumann(num_terms=5000, rtol=1e-13),
+    "direct": Direct(),
+}
 ALL = pytest.mark.parametrize("solver", LINEAR_SOLVERS)
 
 
@@ -30,7 +36,9 @@ def gradients(losses, eta):
 
 
 def newton(inner, start, eta, steps=50):
-    """The inner minimum of each task by dense Newton steps: slow, and independent of the solvers under test."""
+    """The inner minimum of each task by dense Newton steps: slow, and independent of the solvers
+    under test.
+    """
     eta = {name: x.detach() for name, x in eta.items()}
     flat = tree.flatten(start).detach()
     for _ in range(steps):
@@ -49,7 +57,12 @@ def newton(inner, start, eta, steps=50):
 
 # Ridge regression: inner = |y - X w|^2 / 2 + lambda / 2 |w - theta0|^2, all in closed form
 
-X, Y, XQ, YQ = normal(4, 6, 3, seed=0), normal(4, 6, seed=1), normal(4, 5, 3, seed=2), normal(4, 5, seed=3)
+X, Y, XQ, YQ = (
+    normal(4, 6, 3, seed=0),
+    normal(4, 6, seed=1),
+    normal(4, 5, 3, seed=2),
+    normal(4, 5, seed=3),
+)
 
 
 def ridge_loss(w, x, y):
@@ -119,7 +132,9 @@ def test_imaml_is_the_envelope_gradient_preconditioned(solver):
     adjoint = ImplicitAdjoint(LINEAR_SOLVERS[solver], certify=False)
 
     losses, stats = adjoint(ridge_inner, ridge_inner, phi, eta)
-    torch.testing.assert_close(gradients(losses, eta)["theta0"], pull.sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gradients(losses, eta)["theta0"], pull.sum(0), rtol=1e-12, atol=1e-12
+    )
     assert stats["residual"].tolist() == [0] * 4
     assert stats["products"].tolist() == [0] * 4
     assert bool(stats["curvature"].isnan().all())
@@ -136,7 +151,9 @@ def test_the_envelope_theorem_gives_what_the_linear_system_gives():
     eta = ridge_eta()
     phi = {"w": ridge_minimum(eta)}
     short, _ = ImplicitAdjoint()(ridge_inner, ridge_inner, phi, eta)
-    long, _ = ImplicitAdjoint(Direct())(ridge_inner, lambda phi, eta: ridge_inner(phi, eta), phi, eta)
+    long, _ = ImplicitAdjoint(Direct())(
+        ridge_inner, lambda phi, eta: ridge_inner(phi, eta), phi, eta
+    )
     for a, b in zip(gradients(short, eta).values(), gradients(long, eta).values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -154,7 +171,8 @@ def proximal(phi, eta):
 
 @ALL
 @pytest.mark.parametrize(
-    ("theta0", "start", "envelope", "imaml"), [(0.7, -0.3, 1.0822, 0.1127), (-2.0, -0.6, -1.3521, -0.1382)]
+    ("theta0", "start", "envelope", "imaml"),
+    [(0.7, -0.3, 1.0822, 0.1127), (-2.0, -0.6, -1.3521, -0.1382)],
 )
 def test_one_scalar_parameter(solver, theta0, start, envelope, imaml):
     eta = {"theta0": number(theta0), "precision": number(1.0)}
@@ -173,10 +191,13 @@ def test_one_scalar_parameter(solver, theta0, start, envelope, imaml):
     assert stats["curvature"].item() == pytest.approx(1 + bend)
 
 
-# Small and nonlinear, several tensors: Poisson regression with curved coefficients, and a 0-d parameter per task
+# Small and nonlinear, several tensors: Poisson regression with curved coefficients, and a 0-d
+# parameter per task
 
 Z = normal(3, 8, 2, seed=5)
-COUNTS = torch.poisson(torch.full((3, 8), 2.0, dtype=torch.float64), generator=torch.Generator().manual_seed(6))
+COUNTS = torch.poisson(
+    torch.full((3, 8), 2.0, dtype=torch.float64), generator=torch.Generator().manual_seed(6)
+)
 
 
 def poisson(phi, eta, z=Z, counts=COUNTS):
@@ -208,12 +229,17 @@ def poisson_eta():
 
 
 def poisson_start():
-    return {"weight": torch.zeros(3, 2, 2, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)}
+    return {
+        "weight": torch.zeros(3, 2, 2, dtype=torch.float64),
+        "bias": torch.zeros(3, dtype=torch.float64),
+    }
 
 
 @ALL
 @pytest.mark.parametrize(
-    "outer", [poisson_query, poisson_inner, lambda phi, eta: poisson(phi, eta)], ids=["query", "elbo", "fit"]
+    "outer",
+    [poisson_query, poisson_inner, lambda phi, eta: poisson(phi, eta)],
+    ids=["query", "elbo", "fit"],
 )
 def test_against_central_differences_of_the_solved_problem(solver, outer):
     eta = poisson_eta()
@@ -238,7 +264,9 @@ def test_equals_unrolling_to_convergence(solver):
     eta = poisson_eta()
     phi = {"weight": eta["weight"].expand(3, 2, 2), "bias": eta["bias"].expand(3)}
     for _ in range(300):
-        found = torch.autograd.grad(poisson_inner(phi, eta).sum(), list(phi.values()), create_graph=True)
+        found = torch.autograd.grad(
+            poisson_inner(phi, eta).sum(), list(phi.values()), create_graph=True
+        )
         phi = {name: x - 0.03 * g for (name, x), g in zip(phi.items(), found, strict=True)}
     expected = gradients(unrolled(poisson_query, phi, eta), eta)
     losses, stats = ImplicitAdjoint(LINEAR_SOLVERS[solver])(poisson_inner, poisson_query, phi, eta)
@@ -255,15 +283,25 @@ def test_detached_leaves_only_the_direct_part():
     assert not found["weight"].any()
     assert not found["bias"].any()
     losses = poisson_query(phi, eta)
-    torch.testing.assert_close(found["temperature"], -losses.sum().detach() / eta["temperature"].detach())
+    torch.testing.assert_close(
+        found["temperature"], -losses.sum().detach() / eta["temperature"].detach()
+    )
 
 
 # Dependences that are not there
 
 
 def test_objectives_may_ignore_entries_of_eta_and_phi():
-    eta = {"inner": number(0.5), "outer": number(2.0), "neither": number(1.0), "constant": torch.tensor(3.0)}
-    phi = {"a": torch.tensor([0.5, 0.5], dtype=torch.float64), "b": torch.zeros(2, 3, dtype=torch.float64)}
+    eta = {
+        "inner": number(0.5),
+        "outer": number(2.0),
+        "neither": number(1.0),
+        "constant": torch.tensor(3.0),
+    }
+    phi = {
+        "a": torch.tensor([0.5, 0.5], dtype=torch.float64),
+        "b": torch.zeros(2, 3, dtype=torch.float64),
+    }
 
     def inner(phi, eta):
         return 0.5 * (phi["a"] - eta["inner"]) ** 2 + 0.5 * phi["b"].square().sum(-1)
@@ -271,7 +309,9 @@ def test_objectives_may_ignore_entries_of_eta_and_phi():
     losses, _ = ImplicitAdjoint()(inner, lambda phi, eta: eta["outer"] * phi["a"], phi, eta)
     found = gradients(losses, {name: eta[name] for name in ("inner", "outer", "neither")})
     # a* = inner, hence outer = eta_outer eta_inner for each of two tasks
-    assert {name: x.item() for name, x in found.items()} == pytest.approx({"inner": 4.0, "outer": 1.0, "neither": 0.0})
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(
+        {"inner": 4.0, "outer": 1.0, "neither": 0.0}
+    )
 
 
 def test_an_outer_objective_without_phi_has_only_its_direct_gradient():
@@ -287,7 +327,9 @@ def test_an_outer_objective_without_phi_has_only_its_direct_gradient():
     assert found["log_precision"].item() == 4
     assert stats["residual"].tolist() == [0] * 4
     # nor need it depend on anything
-    losses, _ = ImplicitAdjoint()(ridge_inner, lambda phi, eta: torch.ones(4, dtype=torch.float64), phi, eta)
+    losses, _ = ImplicitAdjoint()(
+        ridge_inner, lambda phi, eta: torch.ones(4, dtype=torch.float64), phi, eta
+    )
     assert not any(x.any() for x in gradients(losses, eta).values())
 
 
@@ -372,13 +414,17 @@ def test_float32():
 
 
 def test_units_precondition_cg_alone():
-    """40 weights, 6 points and precisions from 1 to 1e4: in the prior's units H is 1 but for 6 directions."""
+    """40 weights, 6 points and precisions from 1 to 1e4: in the prior's units H is 1 but for 6
+    directions.
+    """
     x, y, query = normal(4, 6, 40, seed=0), normal(4, 6, seed=1), normal(4, 40, seed=2)
     precision = torch.logspace(0, 4, 40, dtype=torch.float64)
     eta = {"theta0": normal(40, seed=4).requires_grad_()}
 
     def inner(phi, eta):
-        return ridge_loss(phi["w"], x, y) + 0.5 * (precision * (phi["w"] - eta["theta0"]).square()).sum(-1)
+        return ridge_loss(phi["w"], x, y) + 0.5 * (
+            precision * (phi["w"] - eta["theta0"]).square()
+        ).sum(-1)
 
     def outer(phi, eta):
         return (query * phi["w"]).sum(-1)
@@ -391,11 +437,16 @@ def test_units_precondition_cg_alone():
     given = CG(preconditioner=lambda v: v)
     products = {}
     for name, solver, known in (
-        ("plain", CG(), None), ("units", CG(), units), ("own", given, units), ("direct", Direct(), units)
-    ):  # fmt: skip
+        ("plain", CG(), None),
+        ("units", CG(), units),
+        ("own", given, units),
+        ("direct", Direct(), units),
+    ):
         losses, stats = ImplicitAdjoint(solver, certify=False)(inner, outer, phi, eta, units=known)
         products[name] = int(stats["products"].max())
-        torch.testing.assert_close(gradients(losses, eta)["theta0"], expected.sum(0), rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            gradients(losses, eta)["theta0"], expected.sum(0), rtol=1e-7, atol=1e-9
+        )
     assert products["units"] <= 8 + 1 < 20 <= products["plain"]
     assert products["own"] == products["plain"]  # a preconditioner of the caller's is kept
 

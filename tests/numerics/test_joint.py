@@ -22,13 +22,19 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -- linear mixed models, whose ELBO is tight -----------------------------------------------------------------------------
+# -- linear mixed models, whose ELBO is tight ------------------------------------------------------
 
 
 def unit_lower(entries, size):
     rows, columns = torch.tril_indices(size, size, -1)
-    flat = torch.eye(size, dtype=entries.dtype).expand(*entries.shape[:-1], size, size).reshape(*entries.shape[:-1], -1)
-    return flat.scatter(-1, (rows * size + columns).expand(entries.shape), entries).unflatten(-1, (size, size))
+    flat = (
+        torch.eye(size, dtype=entries.dtype)
+        .expand(*entries.shape[:-1], size, size)
+        .reshape(*entries.shape[:-1], -1)
+    )
+    return flat.scatter(-1, (rows * size + columns).expand(entries.shape), entries).unflatten(
+        -1, (size, size)
+    )
 
 
 def prior_scale(eta):
@@ -40,20 +46,28 @@ def kl(phi, eta):
     size = len(eta["theta0"])
     factor = phi["log_scale"].exp().unsqueeze(-1) * unit_lower(phi["tril"], size)
     prior = prior_scale(eta)
-    off = torch.linalg.solve_triangular(prior, (phi["loc"] - eta["theta0"]).unsqueeze(-1), upper=False)
+    off = torch.linalg.solve_triangular(
+        prior, (phi["loc"] - eta["theta0"]).unsqueeze(-1), upper=False
+    )
     ratio = torch.linalg.solve_triangular(prior, factor, upper=False)
     quadratic = ratio.square().sum((-1, -2)) + off.square().sum((-1, -2)) - size
     return 0.5 * quadratic + prior.diagonal().log().sum() - phi["log_scale"].sum(-1), factor
 
 
 def negative_elbo(x, y, mask, noise=None):
-    """Of y = x theta + noise under a dense Gaussian guide; `noise` a known sd per row, else exp(eta["log_noise"])."""
+    """Of y = x theta + noise under a dense Gaussian guide; `noise` a known sd per row, else
+    exp(eta["log_noise"]).
+    """
 
     def fn(phi, eta):
         divergence, factor = kl(phi, eta)
         sd = eta["log_noise"].exp().expand(y.shape) if noise is None else noise
-        square = (y - (x @ phi["loc"].unsqueeze(-1)).squeeze(-1)).square() + (x @ factor).square().sum(-1)
-        return divergence + (mask * (0.5 * square / sd**2 + sd.log() + 0.5 * math.log(2 * math.pi))).sum(-1)
+        square = (y - (x @ phi["loc"].unsqueeze(-1)).squeeze(-1)).square() + (
+            x @ factor
+        ).square().sum(-1)
+        return divergence + (
+            mask * (0.5 * square / sd**2 + sd.log() + 0.5 * math.log(2 * math.pi))
+        ).sum(-1)
 
     return fn
 
@@ -69,7 +83,9 @@ def start(tasks, size, full=True, log_noise=True):
 
 
 def negative_log_likelihood(x, y, mask, eta):
-    """The closed form.  Padding is 0 in x and y, so it adds independent noise terms at 0, which are taken off again."""
+    """The closed form.  Padding is 0 in x and y, so it adds independent noise terms at 0, which are
+    taken off again.
+    """
     root, variance = x @ prior_scale(eta), torch.exp(2 * eta["log_noise"])
     covariance = root @ root.mT + variance * torch.eye(x.shape[1], dtype=x.dtype)
     total = torch.distributions.MultivariateNormal(x @ eta["theta0"], covariance).log_prob(y).sum()
@@ -77,7 +93,9 @@ def negative_log_likelihood(x, y, mask, eta):
 
 
 def maximum_likelihood(x, y, mask, full):
-    """By scipy: theta0 by least squares for a start, then L-BFGS with torch's gradient, then Newton's polish."""
+    """By scipy: theta0 by least squares for a start, then L-BFGS with torch's gradient, then
+    Newton's polish.
+    """
     size = x.shape[-1]
     _, eta = start(1, size, full)
     rows, targets = x[mask.bool()], y[mask.bool()]
@@ -99,7 +117,11 @@ def maximum_likelihood(x, y, mask, full):
 
     begin = torch.cat([v.reshape(-1) for v in eta.values()]) / scale
     found = scipy.optimize.minimize(
-        lambda v: float(value(torch.as_tensor(v))), begin.numpy(), jac=gradient, method="BFGS", options={"gtol": 1e-5}
+        lambda v: float(value(torch.as_tensor(v))),
+        begin.numpy(),
+        jac=gradient,
+        method="BFGS",
+        options={"gtol": 1e-5},
     )
     root = scipy.optimize.root(gradient, found.x, tol=1e-12)
     return unpack(torch.as_tensor(root.x)), float(value(torch.as_tensor(root.x)))
@@ -120,7 +142,10 @@ def padded(name, task, features, target):
 
 
 def synthetic(tasks=25, points=6, seed=1):
-    x = torch.cat([torch.ones(tasks, points, 1, dtype=torch.float64), 5 * randn(tasks, points, 1, seed=seed)], -1)
+    x = torch.cat(
+        [torch.ones(tasks, points, 1, dtype=torch.float64), 5 * randn(tasks, points, 1, seed=seed)],
+        -1,
+    )
     theta = double(250.0, -8.0) + randn(tasks, 2, seed=seed + 1) @ double([20.0, 1.0], [0.0, 4.0])
     y = (x @ theta.unsqueeze(-1)).squeeze(-1) + 12 * randn(tasks, points, seed=seed + 2)
     mask = torch.ones_like(y)
@@ -130,10 +155,14 @@ def synthetic(tasks=25, points=6, seed=1):
 
 SETS = {
     "synthetic": synthetic,
-    "sleepstudy": lambda: padded("sleepstudy", "Subject", lambda r: (1.0, float(r["Days"])), "Reaction"),
+    "sleepstudy": lambda: padded(
+        "sleepstudy", "Subject", lambda r: (1.0, float(r["Days"])), "Reaction"
+    ),
     "rats": lambda: padded("rats", "rat", lambda r: (1.0, float(r["day"]) - 22), "weight"),
     "rats, day raw": lambda: padded("rats", "rat", lambda r: (1.0, float(r["day"])), "weight"),
-    "machines": lambda: padded("machines", "Worker", lambda r: [float(r["Machine"] == k) for k in "ABC"], "score"),
+    "machines": lambda: padded(
+        "machines", "Worker", lambda r: [float(r["Machine"] == k) for k in "ABC"], "score"
+    ),
     "dyestuff": lambda: padded("dyestuff", "Batch", lambda r: (1.0,), "Yield"),
 }
 
@@ -151,13 +180,18 @@ def test_reaches_maximum_likelihood_from_zero(name, full):
         torch.testing.assert_close(found, expected[entry], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("log_precision", "log_noise", "theta0"), [(-6, 4, 0), (6, -2, 0), (-3, -3, 100), (4, 3, 0)])
+@pytest.mark.parametrize(
+    ("log_precision", "log_noise", "theta0"), [(-6, 4, 0), (6, -2, 0), (-3, -3, 100), (4, 3, 0)]
+)
 def test_absurd_starts_end_in_the_same_place(log_precision, log_noise, theta0):
     x, y, mask = synthetic()
     expected = minimize_jointly(negative_elbo(x, y, mask), *start(len(x), 2, False))
     phi, eta = start(len(x), 2, False)
     phi["loc"], eta["theta0"] = phi["loc"] + theta0, eta["theta0"] + theta0
-    phi["log_scale"], eta["log_precision"] = phi["log_scale"] - log_precision / 2, eta["log_precision"] + log_precision
+    phi["log_scale"], eta["log_precision"] = (
+        phi["log_scale"] - log_precision / 2,
+        eta["log_precision"] + log_precision,
+    )
     eta["log_noise"] = eta["log_noise"] + log_noise
     solution = minimize_jointly(negative_elbo(x, y, mask), phi, eta)
     assert solution.result == Result.CONVERGED
@@ -170,9 +204,15 @@ def test_a_variance_whose_best_value_is_zero(log_precision, theta0):
     # eight schools: the marginal likelihood is maximal at tau = 0, where everything is pooled
     effect, sd = (double(*numbers).unsqueeze(-1) for numbers in SCHOOLS)
     phi, eta = start(8, 1, full=False, log_noise=False)
-    phi = {"loc": phi["loc"] + theta0, "log_scale": phi["log_scale"] - log_precision / 2, "tril": phi["tril"]}
+    phi = {
+        "loc": phi["loc"] + theta0,
+        "log_scale": phi["log_scale"] - log_precision / 2,
+        "tril": phi["tril"],
+    }
     eta = {"theta0": eta["theta0"] + theta0, "log_precision": eta["log_precision"] + log_precision}
-    solution = minimize_jointly(negative_elbo(torch.ones(8, 1, 1).double(), effect, torch.ones_like(sd), sd), phi, eta)
+    solution = minimize_jointly(
+        negative_elbo(torch.ones(8, 1, 1).double(), effect, torch.ones_like(sd), sd), phi, eta
+    )
     weight = sd**-2
     pooled = (weight * effect).sum() / weight.sum()
     infimum = -torch.distributions.Normal(pooled, sd).log_prob(effect).sum()
@@ -180,10 +220,12 @@ def test_a_variance_whose_best_value_is_zero(log_precision, theta0):
     assert solution.stats["steps"] <= 40
     assert solution.stats["loss"][-1] == pytest.approx(float(infimum), abs=1e-6)
     torch.testing.assert_close(solution.eta["theta0"], pooled.reshape(1), rtol=1e-6, atol=0.0)
-    assert float(torch.exp(-0.5 * solution.eta["log_precision"])) < 1e-2  # beside standard deviations of 10 to 18
+    assert (
+        float(torch.exp(-0.5 * solution.eta["log_precision"])) < 1e-2
+    )  # beside standard deviations of 10 to 18
 
 
-# -- other problems -------------------------------------------------------------------------------------------------------
+# -- other problems --------------------------------------------------------------------------------
 
 
 def poisson_problem(tasks=20, points=5):
@@ -196,13 +238,17 @@ def poisson_problem(tasks=20, points=5):
     def fn(phi, eta):
         divergence, factor = kl(phi, eta)
         mean = (x @ phi["loc"].unsqueeze(-1)).squeeze(-1)
-        return divergence + (torch.exp(mean + 0.5 * (x @ factor).square().sum(-1)) - y * mean).sum(-1)
+        return divergence + (torch.exp(mean + 0.5 * (x @ factor).square().sum(-1)) - y * mean).sum(
+            -1
+        )
 
     return fn, *start(tasks, 2, full=True, log_noise=False)
 
 
 def quadratic_problem(tasks=4, seed=0):
-    """A convex quadratic coupling a matrix and a number per task with a vector; its Hessian and gradient at 0."""
+    """A convex quadratic coupling a matrix and a number per task with a vector; its Hessian and
+    gradient at 0.
+    """
     sizes = (7, 3)
     root = randn(tasks, 10, 12, seed=seed)
     blocks, slope = root @ root.mT, randn(tasks, 10, seed=seed + 1)
@@ -213,9 +259,14 @@ def quadratic_problem(tasks=4, seed=0):
         return 0.5 * (z * (blocks @ z.unsqueeze(-1)).squeeze(-1)).sum(-1) + (slope * z).sum(-1)
 
     m, p = sizes
-    hessian, gradient = torch.zeros(tasks * m + p, tasks * m + p).double(), torch.zeros(tasks * m + p).double()
+    hessian, gradient = (
+        torch.zeros(tasks * m + p, tasks * m + p).double(),
+        torch.zeros(tasks * m + p).double(),
+    )
     for i in range(tasks):
-        index = torch.cat([torch.arange(i * m, (i + 1) * m), torch.arange(tasks * m, tasks * m + p)])
+        index = torch.cat(
+            [torch.arange(i * m, (i + 1) * m), torch.arange(tasks * m, tasks * m + p)]
+        )
         hessian[index.unsqueeze(-1), index] += blocks[i]
         gradient[index] += slope[i]
     phi = {"matrix": torch.zeros(tasks, 2, 3).double(), "number": torch.zeros(tasks).double()}
@@ -227,12 +278,18 @@ def test_a_quadratic_is_solved_by_one_step():
     one = minimize_jointly(fn, phi, eta, max_steps=1)
     whole = minimize_jointly(fn, phi, eta)
     for solution in (one, whole):
-        found = torch.cat([solution.phi["matrix"].flatten(1), solution.phi["number"].unsqueeze(-1)], -1)
-        torch.testing.assert_close(torch.cat([found.reshape(-1), solution.eta["v"]]), expected, rtol=1e-10, atol=1e-10)
+        found = torch.cat(
+            [solution.phi["matrix"].flatten(1), solution.phi["number"].unsqueeze(-1)], -1
+        )
+        torch.testing.assert_close(
+            torch.cat([found.reshape(-1), solution.eta["v"]]), expected, rtol=1e-10, atol=1e-10
+        )
     assert one.result == Result.STEP_LIMIT
     assert whole.result == Result.CONVERGED
     assert whole.stats["gradient_norm"] < 1e-10
-    assert all(float(value.abs().max()) == 0 for value in (*phi.values(), *eta.values()))  # the start is left alone
+    assert all(
+        float(value.abs().max()) == 0 for value in (*phi.values(), *eta.values())
+    )  # the start is left alone
 
 
 def test_a_poisson_model_against_scipy():
@@ -241,8 +298,13 @@ def test_a_poisson_model_against_scipy():
     shapes = [value.shape for value in (*phi.values(), *eta.values())]
 
     def value(flat):
-        parts = [part.reshape(s) for part, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
-        return fn(dict(zip(phi, parts, strict=False)), dict(zip(eta, parts[len(phi) :], strict=True))).sum()
+        parts = [
+            part.reshape(s)
+            for part, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
+        return fn(
+            dict(zip(phi, parts, strict=False)), dict(zip(eta, parts[len(phi) :], strict=True))
+        ).sum()
 
     size = sum(s.numel() for s in shapes)
     found = scipy.optimize.minimize(
@@ -261,9 +323,13 @@ def test_a_poisson_model_against_scipy():
 def test_converges_quadratically():
     fn, phi, eta = poisson_problem()
     steps = minimize_jointly(fn, phi, eta).stats["steps"]
-    decrements = [minimize_jointly(fn, phi, eta, max_steps=k).stats["decrement"] for k in range(steps - 4, steps + 1)]
+    decrements = [
+        minimize_jointly(fn, phi, eta, max_steps=k).stats["decrement"]
+        for k in range(steps - 4, steps + 1)
+    ]
     small = [d for d in decrements if d < 0.1]
-    # the decrement is a square of a distance, so quadratic convergence squares it; rounding ends the sequence
+    # the decrement is a square of a distance, so quadratic convergence squares it; rounding ends
+    # the sequence
     assert len(small) >= 2
     assert all(after <= 10 * before**2 + 1e-20 for before, after in pairwise(small))
 
@@ -276,7 +342,9 @@ def test_units_do_not_matter():
     def rescale(values, power):
         return {name: value * units[name] ** power for name, value in values.items()}
 
-    other = minimize_jointly(lambda p, e: fn(rescale(p, 1), rescale(e, 1)), rescale(phi, -1), rescale(eta, -1))
+    other = minimize_jointly(
+        lambda p, e: fn(rescale(p, 1), rescale(e, 1)), rescale(phi, -1), rescale(eta, -1)
+    )
     assert other.stats["steps"] == plain.stats["steps"]
     torch.testing.assert_close(other.stats["loss"], plain.stats["loss"], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(rescale(other.eta, 1), plain.eta, rtol=1e-7, atol=1e-7)
@@ -284,14 +352,17 @@ def test_units_do_not_matter():
 
 def test_without_eta_the_tasks_are_independent():
     target = double(1.0, -2.0, 5.0)
-    solution = minimize_jointly(lambda phi, eta: (phi["w"] - target).cosh(), {"w": torch.zeros(3).double()}, {})
+    solution = minimize_jointly(
+        lambda phi, eta: (phi["w"] - target).cosh(), {"w": torch.zeros(3).double()}, {}
+    )
     assert solution.result == Result.CONVERGED
     assert solution.eta == {}
     torch.testing.assert_close(solution.phi["w"], target, rtol=0, atol=1e-12)
 
 
 def test_the_penalty_counts_once():
-    # sum_i (w_i - t)^2 + (w_i - y_i)^2 leaves n/2 (t - mean)^2 + const for t; the penalty adds 3 t^2
+    # sum_i (w_i - t)^2 + (w_i - y_i)^2 leaves n/2 (t - mean)^2 + const for t; the penalty adds 3
+    # t^2
     y = double(1.0, 2.0, 6.0)
     solution = minimize_jointly(
         lambda phi, eta: (phi["w"] - eta["t"]) ** 2 + (phi["w"] - y) ** 2,
@@ -317,7 +388,9 @@ def test_numbers_that_do_not_matter_are_left_alone():
     for after, before in ((solution.phi["idle"], phi["idle"]), (solution.eta["idle"], eta["idle"])):
         torch.testing.assert_close(after, before, rtol=0, atol=0)
     assert float(solution.eta["t"][1]) == 4.0
-    assert float(solution.eta["t"][0]) == pytest.approx(float(solution.phi["w"][:, 0].mean()), rel=1e-9)
+    assert float(solution.eta["t"][0]) == pytest.approx(
+        float(solution.phi["w"][:, 0].mean()), rel=1e-9
+    )
 
 
 def test_only_a_difference_matters():
@@ -418,7 +491,9 @@ def test_single_precision():
 def test_the_callback_sees_every_step():
     fn, phi, eta = poisson_problem()
     seen = []
-    solution = minimize_jointly(fn, phi, eta, callback=lambda step: seen.append((step.number, step.loss)))
+    solution = minimize_jointly(
+        fn, phi, eta, callback=lambda step: seen.append((step.number, step.loss))
+    )
     assert [step for step, _ in seen] == list(range(1, solution.stats["steps"] + 1))
     assert [loss for _, loss in seen] == solution.stats["loss"][1:]
     assert all(after <= before + 1e-9 for before, after in pairwise(solution.stats["loss"]))
@@ -451,7 +526,10 @@ def test_wrong_arguments_are_refused(phi, eta, options, error, words):
 
 @pytest.mark.parametrize(
     ("fn", "words"),
-    [(lambda phi, eta: phi["w"].sum(), "one loss per task"), (lambda phi, eta: phi["w"].detach(), "no derivative")],
+    [
+        (lambda phi, eta: phi["w"].sum(), "one loss per task"),
+        (lambda phi, eta: phi["w"].detach(), "no derivative"),
+    ],
 )
 def test_wrong_functions_are_refused(fn, words):
     with pytest.raises(ValueError, match=words):
@@ -459,7 +537,9 @@ def test_wrong_functions_are_refused(fn, words):
 
 
 class _NoSlopeBeyond(torch.autograd.Function):
-    """The identity, whose derivative is lost beyond 2: an exponential that overflows inside a curve that has levelled off."""
+    """The identity, whose derivative is lost beyond 2: an exponential that overflows inside a curve
+    that has levelled off.
+    """
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -475,7 +555,10 @@ def test_the_loss_of_a_run_that_breaks_off_is_that_of_the_point_returned() -> No
     def fn(phi: dict[str, torch.Tensor], eta: dict[str, torch.Tensor]) -> torch.Tensor:
         return (_NoSlopeBeyond.apply(phi["w"]) - 3.0) ** 2 + (eta["e"] - 1.0) ** 2
 
-    start = {"w": torch.tensor([0.0], dtype=torch.float64)}, {"e": torch.tensor(0.0, dtype=torch.float64)}
+    start = (
+        {"w": torch.tensor([0.0], dtype=torch.float64)},
+        {"e": torch.tensor(0.0, dtype=torch.float64)},
+    )
     solution = minimize_jointly(fn, *start)
     assert solution.result == Result.DIVERGED
     assert solution.stats["loss"][-1] == float(fn(solution.phi, solution.eta).sum())
@@ -496,19 +579,25 @@ def test_a_step_of_phi_to_where_a_derivative_is_lost_is_shortened() -> None:
     assert solution.result == Result.CONVERGED and not solution.stats["failed"].any()
     torch.testing.assert_close(solution.phi["w"], torch.full_like(start, 1.5), rtol=0, atol=1e-8)
     history = solution.stats["loss"]
-    assert all(after <= before for before, after in pairwise(history)) and math.isfinite(sum(history))
+    assert all(after <= before for before, after in pairwise(history)) and math.isfinite(
+        sum(history)
+    )
 
 
 def test_a_step_of_eta_to_where_a_derivative_is_lost_is_shortened() -> None:
     start = {"w": double(5.0, -3.0)}, {"t": double(0.55)}
-    solution = minimize_jointly(lambda phi, eta: _root(_wall(eta["t"]) - 1.5) + (phi["w"] - eta["t"]) ** 2, *start)
+    solution = minimize_jointly(
+        lambda phi, eta: _root(_wall(eta["t"]) - 1.5) + (phi["w"] - eta["t"]) ** 2, *start
+    )
     assert solution.result == Result.CONVERGED
     torch.testing.assert_close(solution.eta["t"], double(1.5), rtol=0, atol=1e-8)
     torch.testing.assert_close(solution.phi["w"], double(1.5, 1.5), rtol=0, atol=1e-8)
 
 
 def test_a_minimum_beyond_a_wall_ends_at_the_wall_with_its_task_named() -> None:
-    """The second task's best point is 3, and no derivative is finite beyond 2; the others are not held up by it."""
+    """The second task's best point is 3, and no derivative is finite beyond 2; the others are not
+    held up by it.
+    """
     calls, best = [], double(1.0, 3.0, -4.0)
 
     def fn(phi: dict[str, torch.Tensor], eta: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -526,7 +615,9 @@ def test_a_minimum_beyond_a_wall_ends_at_the_wall_with_its_task_named() -> None:
 
 
 def test_a_thin_wall_is_stepped_over() -> None:
-    """A derivative is lost between 2 and 2.001 alone: a shorter step that does not end there is as good as any."""
+    """A derivative is lost between 2 and 2.001 alone: a shorter step that does not end there is as
+    good as any.
+    """
     x = double(0.0)
 
     class Band(torch.autograd.Function):

@@ -15,7 +15,9 @@ SOLVERS = {"cg": CG(), "neumann": Neumann(num_terms=3000), "direct": Direct()}
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def spd(tasks, size, seed=0, floor=0.5, dtype=torch.float64):
@@ -35,11 +37,17 @@ def diagonal(*rows, dtype=torch.float64):
 CASES = {
     "one parameter": (torch.tensor([[[2.0]], [[0.5]]], dtype=torch.float64), normal(2, 1)),
     "identity": (torch.eye(4, dtype=torch.float64).expand(3, 4, 4), normal(3, 4)),
-    "multiple of the identity": (3 * torch.eye(4, dtype=torch.float64).expand(3, 4, 4), normal(3, 4)),
+    "multiple of the identity": (
+        3 * torch.eye(4, dtype=torch.float64).expand(3, 4, 4),
+        normal(3, 4),
+    ),
     "two": (spd(5, 2, seed=1), normal(5, 2, seed=2)),
     "random": (spd(6, 9, seed=3), normal(6, 9, seed=4)),
     "immediate": (spd(2, 3, seed=5), torch.zeros(2, 3, dtype=torch.float64)),
-    "tiny and huge b": (spd(2, 3, seed=6), normal(2, 3) * torch.tensor([[1e-200], [1e200]], dtype=torch.float64)),
+    "tiny and huge b": (
+        spd(2, 3, seed=6),
+        normal(2, 3) * torch.tensor([[1e-200], [1e200]], dtype=torch.float64),
+    ),
 }
 
 
@@ -63,7 +71,10 @@ def test_agrees_with_dense_solve(solver, case):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_one_number_per_task(solver):
     # the setting in which two other libraries return 0 or 1e18
-    h, b = torch.tensor([2.0, 9.5, 0.3], dtype=torch.float64), torch.tensor([1.0, -4.0, 2.0], dtype=torch.float64)
+    h, b = (
+        torch.tensor([2.0, 9.5, 0.3], dtype=torch.float64),
+        torch.tensor([1.0, -4.0, 2.0], dtype=torch.float64),
+    )
     solution = SOLVERS[solver].solve(lambda v: {"w": h * v["w"]}, {"w": b})
     assert solution.value["w"].shape == (3,)
     torch.testing.assert_close(solution.value["w"], b / h, rtol=1e-9, atol=0)
@@ -89,10 +100,17 @@ def test_several_tensors_in_any_order(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_empty_tensor_beside_others(solver):
-    b = {"slopes": torch.zeros(2, 0, dtype=torch.float64), "intercept": torch.ones(2, dtype=torch.float64)}
-    solution = SOLVERS[solver].solve(lambda v: {"slopes": v["slopes"], "intercept": 4 * v["intercept"]}, b)
+    b = {
+        "slopes": torch.zeros(2, 0, dtype=torch.float64),
+        "intercept": torch.ones(2, dtype=torch.float64),
+    }
+    solution = SOLVERS[solver].solve(
+        lambda v: {"slopes": v["slopes"], "intercept": 4 * v["intercept"]}, b
+    )
     assert solution.value["slopes"].shape == (2, 0)
-    torch.testing.assert_close(solution.value["intercept"], torch.full((2,), 0.25, dtype=torch.float64))
+    torch.testing.assert_close(
+        solution.value["intercept"], torch.full((2,), 0.25, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -103,7 +121,9 @@ def test_a_task_does_not_see_its_batch(solver):
     together = SOLVERS[solver].solve(product(a), {"w": b})
     for i in range(5):
         alone = SOLVERS[solver].solve(product(a[i : i + 1]), {"w": b[i : i + 1]})
-        torch.testing.assert_close(alone.value["w"][0], together.value["w"][i], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            alone.value["w"][0], together.value["w"][i], rtol=1e-12, atol=1e-14
+        )
         assert alone.stats["steps"][0] == together.stats["steps"][i]
 
 
@@ -117,7 +137,9 @@ def test_float32(solver):
     assert solution.value["w"].dtype == torch.float32
     scale = b.abs().amax(-1, keepdim=True)
     expected = torch.linalg.solve(a.double(), b.double())
-    torch.testing.assert_close(solution.value["w"].double() / scale, expected / scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        solution.value["w"].double() / scale, expected / scale, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -149,7 +171,13 @@ def test_indefinite_is_said(solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_mixed_batch(solver):
-    a = torch.stack([spd(1, 6, seed=14)[0], -torch.eye(6, dtype=torch.float64), spd(1, 6, seed=15, floor=0.05)[0]])
+    a = torch.stack(
+        [
+            spd(1, 6, seed=14)[0],
+            -torch.eye(6, dtype=torch.float64),
+            spd(1, 6, seed=15, floor=0.05)[0],
+        ]
+    )
     a = torch.cat([a, torch.full((1, 6, 6), float("nan"), dtype=torch.float64), a[:1]])
     b = normal(5, 6, seed=16)
     b[0], b[4, 2] = 0, float("inf")
@@ -163,7 +191,9 @@ def test_mixed_batch(solver):
     ]
     assert not solution.value["w"][0].any()
     assert solution.stats["residual"][0] == 0
-    torch.testing.assert_close(solution.value["w"][2], torch.linalg.solve(a[2], b[2]), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        solution.value["w"][2], torch.linalg.solve(a[2], b[2]), rtol=1e-7, atol=1e-7
+    )
     assert bool(torch.isfinite(solution.value["w"]).all())
     assert solution.stats["residual"][3:].isnan().all()
     assert solution.worst == Result.NON_FINITE
@@ -197,7 +227,9 @@ def test_cg_agrees_with_scipy_step_by_step():
         assert solution.stats["steps"].tolist() == [steps] * 3
         for i in range(3):
             x, _ = scipy.sparse.linalg.cg(a[i].numpy(), b[i].numpy(), rtol=0, atol=0, maxiter=steps)
-            torch.testing.assert_close(solution.value["w"][i], torch.from_numpy(x), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(
+                solution.value["w"][i], torch.from_numpy(x), rtol=1e-9, atol=1e-11
+            )
 
 
 def test_cg_with_a_preconditioner_agrees_with_scipy_step_by_step():
@@ -209,7 +241,9 @@ def test_cg_with_a_preconditioner_agrees_with_scipy_step_by_step():
     for i in range(2):
         m = np.diag(jacobi[i].numpy())
         x, _ = scipy.sparse.linalg.cg(a[i].numpy(), b[i].numpy(), rtol=0, atol=0, maxiter=4, M=m)
-        torch.testing.assert_close(solution.value["w"][i], torch.from_numpy(x), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(
+            solution.value["w"][i], torch.from_numpy(x), rtol=1e-8, atol=1e-12
+        )
 
 
 def test_cg_starts_at_a_guess_where_that_is_better_than_zero():
@@ -246,9 +280,12 @@ def test_cg_badly_scaled():
     assert plain.stats["residual"].item() <= 1e-8
 
 
-@pytest.mark.parametrize(("max_steps", "steps", "result"), [(4, 4, Result.CONVERGED), (3, 3, Result.STEP_LIMIT)])
+@pytest.mark.parametrize(
+    ("max_steps", "steps", "result"), [(4, 4, Result.CONVERGED), (3, 3, Result.STEP_LIMIT)]
+)
 def test_cg_refines_an_iterate_that_its_recursion_overrates(max_steps, steps, result):
-    # drift made to order, so that no BLAS decides the test: the first task's products are off by 1e-6 for one run
+    # drift made to order, so that no BLAS decides the test: the first task's products are off by
+    # 1e-6 for one run
     d, calls = torch.tensor([[2.0, 3.0], [2.0, 3.0]], dtype=torch.float64), []
     drift = torch.tensor([[1 + 1e-6], [1.0]], dtype=torch.float64)
 
@@ -278,7 +315,9 @@ def test_cg_returns_zero_where_the_first_direction_has_negative_curvature():
     assert not solution.value["w"][0].any()
     assert solution.stats["curvature"][0].item() == -1
     # the second task took one step of steepest descent first: alpha = 2 / 3.75
-    torch.testing.assert_close(solution.value["w"][1], torch.full((2,), 2 / 3.75, dtype=torch.float64))
+    torch.testing.assert_close(
+        solution.value["w"][1], torch.full((2,), 2 / 3.75, dtype=torch.float64)
+    )
     assert solution.stats["steps"].tolist() == [0, 1]
 
 
@@ -319,13 +358,17 @@ def test_neumann_is_the_truncated_series():
 
 def test_neumann_says_that_it_diverges_and_keeps_the_best_iterate():
     # P3: h = 6.68 with step 1 returned 3.7e18 elsewhere
-    solution = Neumann(step=1.0).solve(lambda v: {"w": 6.68 * v["w"]}, {"w": torch.ones(1, dtype=torch.float64)})
+    solution = Neumann(step=1.0).solve(
+        lambda v: {"w": 6.68 * v["w"]}, {"w": torch.ones(1, dtype=torch.float64)}
+    )
     assert solution.worst == Result.DIVERGED
     assert solution.value["w"].item() == 0
     assert solution.stats["residual"].item() == 1
     # grows only after a while: the bad component is small at first
     a = diagonal([1.0, 2.5])
-    late = Neumann(step=1.0).solve(product(a), {"w": torch.tensor([[1.0, 1e-4]], dtype=torch.float64)})
+    late = Neumann(step=1.0).solve(
+        product(a), {"w": torch.tensor([[1.0, 1e-4]], dtype=torch.float64)}
+    )
     assert late.worst == Result.DIVERGED
     assert late.stats["residual"].item() < 1e-3
 
@@ -336,7 +379,9 @@ def test_neumann_does_not_draw_from_the_global_generator():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("a", [torch.zeros(1, 2, 2, dtype=torch.float64), diagonal([1.0, 0.0])], ids=["zero", "flat"])
+@pytest.mark.parametrize(
+    "a", [torch.zeros(1, 2, 2, dtype=torch.float64), diagonal([1.0, 0.0])], ids=["zero", "flat"]
+)
 def test_neumann_singular_is_not_divergence(a):
     solution = Neumann().solve(product(a), {"w": torch.ones(1, 2, dtype=torch.float64)})
     assert solution.worst == Result.STEP_LIMIT
@@ -359,7 +404,9 @@ def test_direct_singular_gives_the_shortest_least_squares_solution():
     solution = Direct().solve(product(a), {"w": b})
     assert solution.worst == Result.STAGNATED  # b is outside A's range
     assert solution.stats["curvature"].tolist() == [2.0]  # the smallest that is not 0
-    torch.testing.assert_close(solution.value["w"], torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64))
+    torch.testing.assert_close(
+        solution.value["w"], torch.tensor([[0.0, 1.0, 0.5]], dtype=torch.float64)
+    )
     b[0, 0] = 0.0
     assert Direct().solve(product(a), {"w": b}).worst == Result.CONVERGED
 
@@ -386,7 +433,9 @@ def test_bad_right_hand_sides(solver, b, error, words):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("out", [{"v": torch.ones(2, 3)}, {"w": torch.ones(2, 1)}], ids=["name", "shape"])
+@pytest.mark.parametrize(
+    "out", [{"v": torch.ones(2, 3)}, {"w": torch.ones(2, 1)}], ids=["name", "shape"]
+)
 def test_bad_products(solver, out):
     with pytest.raises(ValueError, match="matvec must return"):
         SOLVERS[solver].solve(lambda v: out, {"w": torch.ones(2, 3)})

@@ -20,7 +20,10 @@ def start(tasks=3, seed=0):
     """A matrix, a vector and a number per task."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"weight": (tasks, 2, 3), "bias": (tasks, 2), "scale": (tasks,)}
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
 
 
 def bowl(phi):
@@ -35,7 +38,10 @@ def bowl(phi):
     [
         (GradientDescent(lr=0.03), lambda p: torch.optim.SGD(p, lr=0.03)),
         (Adam(lr=0.03), lambda p: torch.optim.Adam(p, lr=0.03)),
-        (Adam(0.1, (0.5, 0.8), 1e-3), lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.8), eps=1e-3)),
+        (
+            Adam(0.1, (0.5, 0.8), 1e-3),
+            lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.8), eps=1e-3),
+        ),
     ],
 )
 def test_the_rule_is_torchs(rule, optimizer):
@@ -54,7 +60,9 @@ def test_the_rule_is_torchs(rule, optimizer):
     by_step, by_update = (phi, rule.init(phi)), (phi, rule.init(phi))
     for _ in range(40):
         by_step = rule.step(bowl, *by_step)
-        by_update = rule.update(by_update[0], value_and_gradient(bowl, by_update[0])[2], by_update[1])
+        by_update = rule.update(
+            by_update[0], value_and_gradient(bowl, by_update[0])[2], by_update[1]
+        )
     for name, value in solution.value.items():
         assert torch.equal(by_step[0][name], value)
         assert torch.equal(by_update[0][name], value)
@@ -69,11 +77,15 @@ def test_adam_moves_in_every_dtype(dtype):
     for _ in range(2):
         phi, state = rule.update(phi, gradient, state)
     assert phi["w"].dtype == dtype
-    assert torch.allclose(phi["w"].double(), torch.full((2, 3), 0.75, dtype=torch.float64), atol=0.02)
+    assert torch.allclose(
+        phi["w"].double(), torch.full((2, 3), 0.75, dtype=torch.float64), atol=0.02
+    )
 
 
 def test_adam_where_the_gradient_is_tiny():
-    """The term that keeps the root differentiable must not be seen beside eps, even where the gradient is far below."""
+    """The term that keeps the root differentiable must not be seen beside eps, even where the
+    gradient is far below.
+    """
     phi = {"w": double(1.0, 1.0, 1.0)}
     leaves = tree.leaves(phi)
     optimizer = torch.optim.Adam(leaves.values(), lr=0.1)
@@ -100,8 +112,12 @@ def test_to_tolerance_agrees_with_scipy(rule):
             value, _, gradient = value_and_gradient(bowl, padded)
             return value[i].item(), tree.flatten(gradient)[i].numpy()
 
-        expected = scipy.optimize.minimize(loss, tree.flatten(row)[0].numpy(), jac=True, options={"gtol": 1e-9})
-        assert torch.allclose(tree.flatten(solution.value)[i], torch.tensor(expected.x), rtol=0, atol=1e-6)
+        expected = scipy.optimize.minimize(
+            loss, tree.flatten(row)[0].numpy(), jac=True, options={"gtol": 1e-9}
+        )
+        assert torch.allclose(
+            tree.flatten(solution.value)[i], torch.tensor(expected.x), rtol=0, atol=1e-6
+        )
     initial, final = (tree.norm(value_and_gradient(bowl, at)[2]) for at in (phi, solution.value))
     assert (final <= 1e-8 * (1 + initial)).all()
     assert torch.allclose(final, solution.stats["gradient_norm"])
@@ -119,7 +135,11 @@ def test_finished_tasks_do_not_move(rule):
 
     begin = {"w": double(0.0, 3.0, 0.0)}
     alone = [
-        minimize(lambda phi, i=i: fn({"w": phi["w"].expand(3)})[i : i + 1], {"w": begin["w"][i : i + 1]}, rule)
+        minimize(
+            lambda phi, i=i: fn({"w": phi["w"].expand(3)})[i : i + 1],
+            {"w": begin["w"][i : i + 1]},
+            rule,
+        )
         for i in range(2)
     ]
     together = minimize(fn, begin, rule)
@@ -144,7 +164,9 @@ def test_exactly_k_steps(rule):
 
 
 def test_a_rule_that_climbs_has_diverged():
-    """Steps beyond 2 / curvature: the second task, of curvature 10, ends above its start, however few the steps."""
+    """Steps beyond 2 / curvature: the second task, of curvature 10, ends above its start, however
+    few the steps.
+    """
     scale = double(1.0, 10.0)
     for steps, graph in ((3, False), (3, True), (None, False)):
         phi = {"w": double(1.0, 1.0)}
@@ -164,7 +186,11 @@ def test_gradient_descent_closed_form_through_the_graph():
     """K steps on c/2 (w - t)^2 give w = t + (1 - lr c)^K (w0 - t): value and derivatives."""
     w0, t, c = (x.requires_grad_() for x in (double(2.0, -1.0), double(0.5), double(1.3)))
     solution = minimize(
-        lambda phi: 0.5 * c * (phi["w"] - t) ** 2, {"w": w0}, GradientDescent(lr=0.1), steps=6, create_graph=True
+        lambda phi: 0.5 * c * (phi["w"] - t) ** 2,
+        {"w": w0},
+        GradientDescent(lr=0.1),
+        steps=6,
+        create_graph=True,
     )
     expected = t + (1 - 0.1 * c) ** 6 * (w0 - t)
     assert torch.allclose(solution.value["w"], expected, rtol=0, atol=1e-14)
@@ -181,8 +207,13 @@ def test_unrolled_derivative_against_finite_differences(rule, options):
     phi = start(tasks=2)
 
     def outer(shift, create_graph):
-        value = minimize(lambda phi: bowl(tree.map_tree(lambda x: x - shift, phi)), phi, rule, **options,
-                         create_graph=create_graph).value  # fmt: skip
+        value = minimize(
+            lambda phi: bowl(tree.map_tree(lambda x: x - shift, phi)),
+            phi,
+            rule,
+            **options,
+            create_graph=create_graph,
+        ).value
         return tree.flatten(value).square().sum()
 
     shift = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
@@ -194,9 +225,13 @@ def test_unrolled_derivative_against_finite_differences(rule, options):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_unrolled_adam_at_a_zero_gradient(dtype):
-    """Where the gradient is 0 the first step's derivative is that of lr g / eps: 1 - lr f'' / eps."""
+    """Where the gradient is 0 the first step's derivative is that of lr g / eps: 1 - lr f'' /
+    eps.
+    """
     w = torch.zeros(2, dtype=dtype, requires_grad=True)
-    solution = minimize(lambda phi: phi["w"] ** 2, {"w": w}, Adam(lr=0.01, eps=0.1), steps=1, create_graph=True)
+    solution = minimize(
+        lambda phi: phi["w"] ** 2, {"w": w}, Adam(lr=0.01, eps=0.1), steps=1, create_graph=True
+    )
     (found,) = torch.autograd.grad(solution.value["w"].sum(), w)
     assert torch.allclose(found, torch.full_like(w, 1 - 0.01 * 2 / 0.1), rtol=1e-5)
 
@@ -204,7 +239,11 @@ def test_unrolled_adam_at_a_zero_gradient(dtype):
 def test_a_start_without_a_graph_can_be_unrolled():
     eta = double(3.0).requires_grad_()
     solution = minimize(
-        lambda phi: (phi["w"] - eta) ** 2, {"w": double(0.0)}, GradientDescent(lr=0.25), steps=1, create_graph=True
+        lambda phi: (phi["w"] - eta) ** 2,
+        {"w": double(0.0)},
+        GradientDescent(lr=0.25),
+        steps=1,
+        create_graph=True,
     )
     assert torch.autograd.grad(solution.value["w"].sum(), eta)[0].item() == 0.5
 
@@ -214,7 +253,9 @@ def test_a_task_that_breaks_keeps_its_last_finite_point(options):
     def fn(phi):
         # log(0) and below from the second task's fourth step on; the third starts there
         w = phi["w"]
-        return torch.where(torch.tensor([True, False, False]), (w - 1) ** 2, w + 0 * (w - 0.65).log())
+        return torch.where(
+            torch.tensor([True, False, False]), (w - 1) ** 2, w + 0 * (w - 0.65).log()
+        )
 
     solution = minimize(fn, {"w": double(0.0, 1.0, 0.0)}, GradientDescent(lr=0.1), **options)
     assert solution.result[1:].tolist() == [Result.NON_FINITE, Result.NON_FINITE]
@@ -223,7 +264,11 @@ def test_a_task_that_breaks_keeps_its_last_finite_point(options):
     assert solution.value["w"][2] == 0
     assert solution.stats["steps"][1:].tolist() == [3, 0]
     # after a fixed number of steps nobody has asked for the gradient
-    assert solution.stats["gradient_norm"][1].isnan() if options else solution.stats["gradient_norm"][1] == 1
+    assert (
+        solution.stats["gradient_norm"][1].isnan()
+        if options
+        else solution.stats["gradient_norm"][1] == 1
+    )
     assert "finite" in solution.worst.sentence
 
 

@@ -46,7 +46,7 @@ def brown(x):
     return (x[0] - 1e6) ** 2 + (x[1] - 2e-6) ** 2 + (x[0] * x[1] - 2) ** 2
 
 
-# -- quadratics: the answer is a linear solve ------------------------------------------------------------------------------
+# -- quadratics: the answer is a linear solve ------------------------------------------------------
 
 
 def quadratic(tasks=4, size=6):
@@ -67,8 +67,12 @@ def test_a_quadratic_is_a_linear_solve(newton):
     fn, phi, a, b = quadratic()
     solution = minimize(fn, phi, newton, tolerance=1e-13)
     assert solution.worst == Result.CONVERGED
-    assert torch.allclose(tree.flatten(solution.value), torch.linalg.solve(a, b), rtol=1e-11, atol=1e-12)
-    assert {name: x.shape for name, x in solution.value.items()} == {name: x.shape for name, x in phi.items()}
+    assert torch.allclose(
+        tree.flatten(solution.value), torch.linalg.solve(a, b), rtol=1e-11, atol=1e-12
+    )
+    assert {name: x.shape for name, x in solution.value.items()} == {
+        name: x.shape for name, x in phi.items()
+    }
     assert not any(x.requires_grad for x in solution.value.values())
 
 
@@ -97,7 +101,7 @@ def test_limited_cg_is_steepest_descent_with_the_exact_step():
     assert solution.stats["evaluations"].tolist() == [2 + 2] * 4
 
 
-# -- other functions: scipy, closed forms ----------------------------------------------------------------------------------
+# -- other functions: scipy, closed forms ----------------------------------------------------------
 
 
 @NEWTONS
@@ -120,7 +124,9 @@ def test_agrees_with_scipy(newton, function, start, minimum):
         value, _, gradient = value_and_gradient(of_vector(function), {"x": torch.tensor(x)[None]})
         return value.item(), gradient["x"][0].numpy()
 
-    reference = scipy.optimize.minimize(numpy_loss, start, jac=True, method="BFGS", options={"gtol": 1e-8})
+    reference = scipy.optimize.minimize(
+        numpy_loss, start, jac=True, method="BFGS", options={"gtol": 1e-8}
+    )
     assert of_vector(function)(solution.value).item() <= reference.fun + 1e-12
     assert torch.allclose(solution.value["x"], double(minimum), rtol=1e-9)
     if function is not brown:  # scipy stops short of its minimum
@@ -131,10 +137,18 @@ def test_agrees_with_scipy(newton, function, start, minimum):
 @pytest.mark.parametrize(
     ("function", "start", "minimum"),
     [
-        (lambda w: w.exp() - 0.01 * w, (300.0, -300.0, 20.0), math.log(0.01)),  # Newton: 300 steps of -1, or overflow
+        (
+            lambda w: w.exp() - 0.01 * w,
+            (300.0, -300.0, 20.0),
+            math.log(0.01),
+        ),  # Newton: 300 steps of -1, or overflow
         (lambda w: (1 + w**2).log() + 1e-3 * w**2, (400.0, -3.0, 1.1), 0.0),  # concave far out
         (lambda w: 0.5 * (2 * w).exp() - w, (5.0, -5.0, -20.0), 0.0),  # a log scale in a KL
-        (lambda w: (1 + w**2).sqrt(), (100.0, 1.0, -1.01), 0.0),  # Newton's own step diverges for |w| >= 1
+        (
+            lambda w: (1 + w**2).sqrt(),
+            (100.0, 1.0, -1.01),
+            0.0,
+        ),  # Newton's own step diverges for |w| >= 1
     ],
 )
 def test_far_starts(newton, function, start, minimum):
@@ -148,7 +162,12 @@ def test_units_do_not_matter():
     units = double(1e-5, 1.0, 1e4, 1e-2, 1e3, 1.0)
     phi = {"x": double((-1.2, 1.0) * 3)}
     plain = minimize(of_vector(rosenbrock), phi, DENSE)
-    scaled = minimize(lambda phi: rosenbrock((phi["x"] * units).T), {"x": phi["x"] / units}, DENSE, tolerance=1e-12)
+    scaled = minimize(
+        lambda phi: rosenbrock((phi["x"] * units).T),
+        {"x": phi["x"] / units},
+        DENSE,
+        tolerance=1e-12,
+    )
     assert torch.allclose(scaled.value["x"] * units, plain.value["x"], rtol=1e-7)
     assert scaled.stats["steps"] <= 2 * plain.stats["steps"]
 
@@ -160,10 +179,17 @@ def test_directions_in_given_units_take_fewer_products():
 
     def fn(phi):
         residual = y - (x @ phi["a"][..., None])[..., 0] - phi["b"][:, None]
-        return 0.5 * residual.square().sum(-1) + 0.5 * (precision * phi["a"].square()).sum(-1) + phi["b"].square()
+        return (
+            0.5 * residual.square().sum(-1)
+            + 0.5 * (precision * phi["a"].square()).sum(-1)
+            + phi["b"].square()
+        )
 
     start = {"b": y.new_zeros(4), "a": y.new_zeros(4, 100)}
-    units = {"a": precision.rsqrt().expand(4, -1), "b": y.new_ones(4)}  # found by name, whatever the order
+    units = {
+        "a": precision.rsqrt().expand(4, -1),
+        "b": y.new_ones(4),
+    }  # found by name, whatever the order
     plain, scaled = (minimize(fn, start, CG, units=given) for given in (None, units))
     assert plain.worst == scaled.worst == Result.CONVERGED
     for name, value in plain.value.items():
@@ -187,7 +213,9 @@ def test_units_do_not_undo_the_damping_or_the_look_at_signs():
     phi = {"x": torch.zeros(1, 4, dtype=torch.float64)}
     units = {"x": stiff.rsqrt().expand(1, -1)}
     solution = minimize(fn, phi, NewtonCG(dense_size=0, damping=2.0), steps=1, units=units)
-    assert torch.allclose(solution.value["x"], (2 * root / (2 * stiff + 2)).expand(1, -1), rtol=1e-6)
+    assert torch.allclose(
+        solution.value["x"], (2 * root / (2 * stiff + 2)).expand(1, -1), rtol=1e-6
+    )
 
     start = {"x": double(1.0, 0.0, 1.0, 1.0)[None]}
     end = minimize(saddle, start, CG, units={"x": double(1.0, 1e3, 1.0, 1e-3)[None]})
@@ -216,7 +244,9 @@ def test_only_the_ratios_of_units_matter(size):
 def test_a_minimiser_that_knows_no_units_is_not_given_any():
     class Jump(GradientDescent):
         def solve(self, fn, phi, *, steps, tolerance, max_steps, create_graph):
-            return super().solve(fn, phi, steps=1, tolerance=tolerance, max_steps=1, create_graph=create_graph)
+            return super().solve(
+                fn, phi, steps=1, tolerance=tolerance, max_steps=1, create_graph=create_graph
+            )
 
     phi = {"x": double(1.0)}
     solution = minimize(lambda phi: phi["x"] ** 2, phi, Jump(0.5), units={"x": double(3.0)})
@@ -224,7 +254,9 @@ def test_a_minimiser_that_knows_no_units_is_not_given_any():
 
 
 def gaussian_elbo(x, y, prior_precision):
-    """-ELBO of y ~ N(x theta, 1), theta ~ N(0, 1 / precision), q dense: phi = (loc, log_scale, tril), by cubature."""
+    """-ELBO of y ~ N(x theta, 1), theta ~ N(0, 1 / precision), q dense: phi = (loc, log_scale,
+    tril), by cubature.
+    """
     size = x.shape[-1]
     axes = math.sqrt(size) * torch.eye(size, dtype=x.dtype)
     points = torch.cat([axes, -axes])
@@ -255,7 +287,8 @@ def test_variational_posterior_from_a_poor_start(newton, units):
     y = 300 + (x @ draw(3, seed=1)) + draw(tasks, points, seed=2)
     phi = {
         "loc": 300 * draw(tasks, 3, seed=3),
-        "log_scale": 5 * (2 * torch.rand(tasks, 3, generator=torch.Generator().manual_seed(4)).double() - 1),
+        "log_scale": 5
+        * (2 * torch.rand(tasks, 3, generator=torch.Generator().manual_seed(4)).double() - 1),
         "tril": draw(tasks, 3, seed=5),
     }
     solution = minimize(gaussian_elbo(x, y, 0.01), phi, newton, tolerance=1e-12)
@@ -265,7 +298,9 @@ def test_variational_posterior_from_a_poor_start(newton, units):
     factor = solution.value["log_scale"].exp()[..., None] * unit_lower(solution.value["tril"], 3)
     assert torch.allclose(solution.value["loc"], loc, rtol=1e-8)
     assert torch.allclose(factor @ factor.mT, torch.linalg.inv(precision), rtol=1e-6, atol=1e-12)
-    assert (solution.stats["gradient_norm"] <= 1e-11 * (1 + solution.stats["start_gradient_norm"])).all()
+    assert (
+        solution.stats["gradient_norm"] <= 1e-11 * (1 + solution.stats["start_gradient_norm"])
+    ).all()
     assert (solution.stats["curvature"] > 0).all()
 
 
@@ -299,13 +334,17 @@ def test_networks_to_the_last_digits(sizes):
     assert torch.allclose(tree.norm(gradient), solution.stats["gradient_norm"], atol=1e-12)
     # a minimum: no nearby point is lower
     for seed in range(10):
-        nearby = tree.map_tree(lambda w, seed=seed: w + 1e-3 * draw(*w.shape, seed=seed), solution.value)
+        nearby = tree.map_tree(
+            lambda w, seed=seed: w + 1e-3 * draw(*w.shape, seed=seed), solution.value
+        )
         assert (fn(nearby) > fn(solution.value)).all()
 
 
 @pytest.mark.parametrize("newton", [DENSE, CG], ids=["dense", "cg"])
 def test_kinks_end_soon(newton):
-    """A ReLU network has its minima at kinks, where no gradient vanishes: lower than where Adam gets, and no creeping."""
+    """A ReLU network has its minima at kinks, where no gradient vanishes: lower than where Adam
+    gets, and no creeping.
+    """
     fn, phi = network((1, 12, 1), torch.relu)
     solution = minimize(fn, phi, newton)
     assert solution.stats["steps"].max() < 300
@@ -313,7 +352,7 @@ def test_kinks_end_soon(newton):
     assert (fn(solution.value) < 0.6 * fn(phi)).all()
 
 
-# -- ends ------------------------------------------------------------------------------------------------------------------
+# -- ends ------------------------------------------------------------------------------------------
 
 
 @NEWTONS
@@ -350,8 +389,11 @@ def test_finished_tasks_are_frozen_bit_for_bit(newton):
 
 @pytest.mark.parametrize("newton", [DENSE, CG], ids=["dense", "cg"])
 def test_a_saddle_is_not_called_a_minimum(newton):
-    # on the ridge: what is to be gained across it is below the loss's rounding, the curvature is not
-    solution = minimize(of_vector(lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4), {"x": double((1.0, 1e-8))}, newton)
+    # on the ridge: what is to be gained across it is below the loss's rounding, the curvature is
+    # not
+    solution = minimize(
+        of_vector(lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4), {"x": double((1.0, 1e-8))}, newton
+    )
     assert solution.worst == Result.NEGATIVE_CURVATURE
     assert solution.stats["curvature"].item() == pytest.approx(-2)
 
@@ -359,7 +401,9 @@ def test_a_saddle_is_not_called_a_minimum(newton):
 @NEWTONS
 def test_leaves_a_ridge(newton):
     solution = minimize(
-        of_vector(lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4), {"x": double((1.0, 1e-3), (2.0, -0.1))}, newton
+        of_vector(lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4),
+        {"x": double((1.0, 1e-3), (2.0, -0.1))},
+        newton,
     )
     assert solution.worst == Result.CONVERGED
     assert torch.allclose(solution.value["x"].abs(), double((0.0, 0.5**0.5)), atol=1e-7)
@@ -368,7 +412,9 @@ def test_leaves_a_ridge(newton):
 @NEWTONS
 @pytest.mark.parametrize("constant", [0.0, 1e9, -1e12])
 def test_rounding_noise_is_no_loop(newton, constant):
-    """With tolerance 0 nothing but rounding ends the iteration; a large constant hides the loss's last digits."""
+    """With tolerance 0 nothing but rounding ends the iteration; a large constant hides the loss's
+    last digits.
+    """
 
     def fn(phi):
         x, y = phi["x"].T
@@ -377,7 +423,9 @@ def test_rounding_noise_is_no_loop(newton, constant):
     solution = minimize(fn, {"x": double((50.0, 4.0), (3.0, 1.0))}, newton, tolerance=0.0)
     assert solution.stats["steps"].max() < 40
     assert solution.stats["gradient_norm"].max() < 1e-10
-    assert minimize(fn, {"x": double((50.0, 4.0))}, newton, tolerance=1e-11).worst == Result.CONVERGED
+    assert (
+        minimize(fn, {"x": double((50.0, 4.0))}, newton, tolerance=1e-11).worst == Result.CONVERGED
+    )
 
 
 @NEWTONS
@@ -385,14 +433,21 @@ def test_float32(newton):
     fn, phi = network((1, 12, 1), torch.tanh, dtype=torch.float32)
     solution = minimize(fn, phi, newton)
     assert solution.worst == Result.CONVERGED
-    assert all(x.dtype == torch.float32 for x in [*solution.value.values(), solution.stats["gradient_norm"]])
-    assert (solution.stats["gradient_norm"] <= 1e-4 * (1 + solution.stats["start_gradient_norm"])).all()
+    assert all(
+        x.dtype == torch.float32
+        for x in [*solution.value.values(), solution.stats["gradient_norm"]]
+    )
+    assert (
+        solution.stats["gradient_norm"] <= 1e-4 * (1 + solution.stats["start_gradient_norm"])
+    ).all()
     assert minimize(fn, phi, newton, tolerance=0.0).stats["steps"].max() < 100
 
 
 @NEWTONS
 def test_a_poor_start_does_not_buy_a_loose_end(newton):
-    """|g| starts at 1e13: relative to that a gradient of 1e5 would pass, with a loss a million above the minimum."""
+    """|g| starts at 1e13: relative to that a gradient of 1e5 would pass, with a loss a million
+    above the minimum.
+    """
 
     def fn(phi):
         x, y = phi["x"].T
@@ -405,7 +460,9 @@ def test_a_poor_start_does_not_buy_a_loose_end(newton):
 
 @NEWTONS
 def test_a_hessian_that_is_not_finite(newton):
-    solution = minimize(lambda phi: phi["w"].abs() ** 1.5 + phi["w"], {"w": double(0.0, -2.0)}, newton, steps=5)
+    solution = minimize(
+        lambda phi: phi["w"].abs() ** 1.5 + phi["w"], {"w": double(0.0, -2.0)}, newton, steps=5
+    )
     assert solution.result[0] == Result.NON_FINITE
     assert solution.value["w"][0] == 0
     assert torch.allclose(solution.value["w"][1], double(-4 / 9), rtol=1e-3)
@@ -422,9 +479,16 @@ def test_unbounded_below_ends(newton):
 @NEWTONS
 def test_entries_that_are_unused_or_linear_or_numbers(newton):
     def fn(phi):
-        return (phi["number"] - 2) ** 2 + phi["flat"].sum(-1) * 0 + (phi["pair"] - 1).square().sum(-1)
+        return (
+            (phi["number"] - 2) ** 2 + phi["flat"].sum(-1) * 0 + (phi["pair"] - 1).square().sum(-1)
+        )
 
-    phi = {"number": double(0.0), "unused": double((1.0, 2.0)), "flat": double((3.0,)), "pair": double((0.0, 9.0))}
+    phi = {
+        "number": double(0.0),
+        "unused": double((1.0, 2.0)),
+        "flat": double((3.0,)),
+        "pair": double((0.0, 9.0)),
+    }
     solution = minimize(fn, phi, newton)
     assert solution.worst == Result.CONVERGED
     assert torch.equal(solution.value["unused"], phi["unused"])
@@ -489,7 +553,9 @@ def test_functions_that_cannot_be_batched():
     def loss(square):
         return lambda phi: (square(phi["x"]) + (phi["x"] - 1).exp()).sum(-1) + phi["x"].prod(-1)
 
-    found, expected = (minimize(loss(square), phi, DENSE) for square in (Square.apply, torch.square))
+    found, expected = (
+        minimize(loss(square), phi, DENSE) for square in (Square.apply, torch.square)
+    )
     assert found.worst == Result.CONVERGED
     assert torch.allclose(found.value["x"], expected.value["x"], rtol=1e-8)
 
@@ -507,7 +573,9 @@ def test_a_task_does_not_depend_on_its_company():
             return fn(tree.put(phi, torch.tensor([i]), row))[i : i + 1]
 
         solution = minimize(alone, tree.take(phi, torch.tensor([i])), DENSE, tolerance=1e-12)
-        assert torch.allclose(tree.flatten(solution.value)[0], tree.flatten(together.value)[i], rtol=1e-10)
+        assert torch.allclose(
+            tree.flatten(solution.value)[0], tree.flatten(together.value)[i], rtol=1e-10
+        )
         assert solution.stats["steps"] == together.stats["steps"][i]
 
 

@@ -11,14 +11,19 @@ SHAPES = {"bias": (), "weight": (3,), "matrix": (2, 5)}
 
 def random_tree(seed, shapes=SHAPES, tasks=TASKS):
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(tasks, *s, generator=generator, dtype=torch.float64) for name, s in shapes.items()}
+    return {
+        name: torch.randn(tasks, *s, generator=generator, dtype=torch.float64)
+        for name, s in shapes.items()
+    }
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("alpha", [-1.5, torch.tensor(2.0), torch.tensor([1.0, 0.0, -2.0, 3.0])], ids=repr)
+@pytest.mark.parametrize(
+    "alpha", [-1.5, torch.tensor(2.0), torch.tensor([1.0, 0.0, -2.0, 3.0])], ids=repr
+)
 def test_add_and_scale_act_row_by_row(alpha):
     a, b = random_tree(0), random_tree(1)
     total, scaled = tree.add(a, b, alpha), tree.scale(b, alpha)
@@ -38,7 +43,9 @@ def test_dot_and_norm_are_those_of_each_task():
     torch.testing.assert_close(tree.norm(a), torch.tensor(squares, dtype=torch.float64).sqrt())
 
 
-@pytest.mark.parametrize("shapes", [SHAPES, {"only": ()}, {"only": (1,)}], ids=["mixed", "0-d", "1-d"])
+@pytest.mark.parametrize(
+    "shapes", [SHAPES, {"only": ()}, {"only": (1,)}], ids=["mixed", "0-d", "1-d"]
+)
 def test_flatten_and_unflatten_are_inverse(shapes):
     a = random_tree(4, shapes)
     flat = tree.flatten(a)

@@ -13,7 +13,9 @@ F64 = torch.float64
 
 
 def far_columns(offset: float) -> Tensor:
-    """I + A'A of a column far from 0 beside the intercept: curvatures from about 1 to about offset^2."""
+    """I + A'A of a column far from 0 beside the intercept: curvatures from about 1 to about
+    offset^2.
+    """
     a = torch.tensor([[offset - 1.0, 1.0], [offset, 1.0], [offset + 2.0, 1.0]], dtype=F64)
     return torch.eye(2, dtype=F64) + a.mT @ a
 
@@ -27,7 +29,9 @@ def test_the_root_of_an_inverse_keeps_flat_directions_beside_steep_ones(offset: 
     factor = root_of_inverse(h[None], 0.01)[0]
     assert factor[0, 1] == 0
     # what rounding of H itself allows: the columns' correlation is 1 - 1 / offset^2
-    torch.testing.assert_close(factor.norm(dim=-1), torch.tensor(sds, dtype=F64), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(
+        factor.norm(dim=-1), torch.tensor(sds, dtype=F64), rtol=1e-6, atol=0.0
+    )
 
 
 def test_a_saddle_gets_absolute_curvatures_and_what_is_not_finite_nan() -> None:
@@ -41,7 +45,9 @@ def test_a_saddle_gets_absolute_curvatures_and_what_is_not_finite_nan() -> None:
 
 
 def test_curvatures_too_far_apart_for_a_double_still_have_a_root() -> None:
-    """Twice the same column in units of 1e10: rounding has lost the prior's part, and the product was no covariance."""
+    """Twice the same column in units of 1e10: rounding has lost the prior's part, and the product
+    was no covariance.
+    """
     a = torch.tensor([[1e10, 1e10, 1.0], [-3e10, -3e10, 1.0]], dtype=F64)
     factor = root_of_inverse((torch.eye(3, dtype=F64) + a.mT @ a)[None], 0.01)
     assert bool(factor.isfinite().all()) and bool((factor.diagonal(dim1=-2, dim2=-1) > 0).all())

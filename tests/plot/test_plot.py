@@ -1,4 +1,6 @@
-"""Figures show what they say: the numbers behind them, in one order, with their intervals and their words."""
+"""Figures show what they say: the numbers behind them, in one order, with their intervals and their
+words.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,15 @@ def closed() -> Iterator[None]:
     plt.close("all")
 
 
-# -- comparison --------------------------------------------------------------------------------------------------------
+# -- comparison ------------------------------------------------------------------------------------
 
-METHODS = ["first", "a method with a long name in many words", "last", "failed by far", "failed in every run"]
+METHODS = [
+    "first",
+    "a method with a long name in many words",
+    "last",
+    "failed by far",
+    "failed in every run",
+]
 
 
 def table() -> pd.DataFrame:
@@ -41,7 +49,11 @@ def table() -> pd.DataFrame:
     columns = {}
     for metric, values in means.items():
         spread = 0.1 * np.abs(values)
-        columns |= {metric: values, f"{metric}_low": values - spread, f"{metric}_high": values + spread}
+        columns |= {
+            metric: values,
+            f"{metric}_low": values - spread,
+            f"{metric}_high": values + spread,
+        }
     return pd.DataFrame(columns, index=pd.Index(METHODS, name="method"))
 
 
@@ -58,7 +70,12 @@ def test_without_a_log_density_the_score_itself_orders() -> None:
     others = table().drop(columns=[name for name in table() if name.startswith("log_density")])
     assert names_on(plot_comparison(others, "rmse"))[:2] == ["last", "first"]
     # coverage by its distance from the nominal level
-    assert names_on(plot_comparison(others, "coverage", level=0.9))[:4] == ["last", "first", METHODS[1], METHODS[3]]
+    assert names_on(plot_comparison(others, "coverage", level=0.9))[:4] == [
+        "last",
+        "first",
+        METHODS[1],
+        METHODS[3],
+    ]
     assert names_on(plot_comparison(others, "coverage", level=0.6))[0] == METHODS[1]
 
 
@@ -68,9 +85,13 @@ def test_points_and_intervals_are_the_tables() -> None:
     line, caps, (bars,) = container.lines
     order = [METHODS.index(name) for name in names_on(ax)][::-1]
     assert np.allclose(line.get_xdata(), numbers["rmse"].iloc[order], equal_nan=True)
-    segments = [segment for segment in bars.get_segments() if len(segment)]  # none for the method without a score
+    segments = [
+        segment for segment in bars.get_segments() if len(segment)
+    ]  # none for the method without a score
     for ((left, _), (right, _)), row in zip(segments, order[1:], strict=True):
-        assert (left, right) == pytest.approx((numbers["rmse_low"].iloc[row], numbers["rmse_high"].iloc[row]))
+        assert (left, right) == pytest.approx(
+            (numbers["rmse_low"].iloc[row], numbers["rmse_high"].iloc[row])
+        )
     assert len(caps) == 2
     assert "mean and 95 % interval over seeds and tasks" in ax.get_xlabel()
 
@@ -86,34 +107,51 @@ def test_a_method_that_failed_by_far_stands_at_the_edge_with_its_interval() -> N
 
 def test_labels_are_wrapped_and_coverage_has_its_level() -> None:
     ax = plot_comparison(table(), "coverage", level=0.8)
-    assert max(len(line) for label in ax.get_yticklabels() for line in label.get_text().split("\n")) <= 26
+    assert (
+        max(len(line) for label in ax.get_yticklabels() for line in label.get_text().split("\n"))
+        <= 26
+    )
     assert ax.get_xlabel().startswith("coverage of the 80 % interval")
     assert any(np.allclose(line.get_xdata(), 0.8) for line in ax.lines)
-    left, right = plot_comparison(table().assign(coverage_low=-2.0, coverage_high=3.0), "coverage").get_xlim()
+    left, right = plot_comparison(
+        table().assign(coverage_low=-2.0, coverage_high=3.0), "coverage"
+    ).get_xlim()
     assert left >= -0.05 and right <= 1.05
 
 
 def test_it_knows_its_scores() -> None:
-    with pytest.raises(ValueError, match=r"unknown score 'error_rate': the table has \['log_density', 'rmse', 'cov"):
+    with pytest.raises(
+        ValueError, match=r"unknown score 'error_rate': the table has \['log_density', 'rmse', 'cov"
+    ):
         plot_comparison(table(), "error_rate")
 
 
-# -- curves ------------------------------------------------------------------------------------------------------------
+# -- curves ----------------------------------------------------------------------------------------
 
 
 def test_bands_of_numbers_are_exact_and_smooth() -> None:
-    """A normal posterior and normal noise: quantiles by the formula, with draws enough only for the weights."""
+    """A normal posterior and normal noise: quantiles by the formula, with draws enough only for the
+    weights.
+    """
     tasks = ragged_tasks(2)
-    posterior = known(linear_model(vm.GaussianPrior(3.0)), tasks, vm.Joint("multivariate_normal")).posterior()
+    posterior = known(
+        linear_model(vm.GaussianPrior(3.0)), tasks, vm.Joint("multivariate_normal")
+    ).posterior()
     few = GRID[::10]
     drawn = curves(posterior, few.unsqueeze(-1), 20_000, 0)
     assert not drawn.of_mean and len(drawn.band.samples) == 20_000 * NOISE_POINTS
     q = posterior.distribution
     design = torch.stack([few, torch.ones_like(few)], -1)  # weight, bias
     mean = (design @ q.mean.squeeze(1).mT).mT
-    sd = torch.einsum("pi,tij,pj->tp", design, q.covariance_matrix.squeeze(1), design).add(0.7**2).sqrt()
+    sd = (
+        torch.einsum("pi,tij,pj->tp", design, q.covariance_matrix.squeeze(1), design)
+        .add(0.7**2)
+        .sqrt()
+    )
     low, high = drawn.band.interval(0.9)
-    torch.testing.assert_close(low, mean - 1.645 * sd, rtol=0, atol=0.05)  # of 20,000 draws of the weights
+    torch.testing.assert_close(
+        low, mean - 1.645 * sd, rtol=0, atol=0.05
+    )  # of 20,000 draws of the weights
     torch.testing.assert_close(high, mean + 1.645 * sd, rtol=0, atol=0.05)
     # a random number for each point of the grid would move each by some 0.05 from its neighbours
     low, _ = curves(posterior, GRID.unsqueeze(-1), 500, 0).band.interval(0.9)
@@ -122,7 +160,9 @@ def test_bands_of_numbers_are_exact_and_smooth() -> None:
     assert float(jagged.diff(n=2).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("likelihood", [vm.likelihoods.Bernoulli(), vm.likelihoods.Poisson()], ids=repr)
+@pytest.mark.parametrize(
+    "likelihood", [vm.likelihoods.Bernoulli(), vm.likelihoods.Poisson()], ids=repr
+)
 def test_bands_of_counts_are_of_the_mean(likelihood: Any) -> None:
     posterior = discrete(likelihood, [0, 1, 1, 0, 1])
     drawn = curves(posterior, GRID.unsqueeze(-1), 50, 0)
@@ -132,36 +172,60 @@ def test_bands_of_counts_are_of_the_mean(likelihood: Any) -> None:
 
 def discrete(likelihood: Any, y: Any, outputs: int = 1) -> vm.Posterior:
     x = np.linspace(-1, 1, len(y))[:, None]
-    tasks = vm.TaskSet([vm.Task((x, y), (x[:2], y[:2]), "a"), vm.Task((x[:3], y[:3]), name="b")], x_names=["dose"])
+    tasks = vm.TaskSet(
+        [vm.Task((x, y), (x[:2], y[:2]), "a"), vm.Task((x[:3], y[:3]), name="b")], x_names=["dose"]
+    )
     return known(
-        vm.TaskModel(seeded(lambda: nn.Linear(1, outputs)), likelihood, vm.GaussianPrior(1.0)), tasks, vm.Joint()
+        vm.TaskModel(seeded(lambda: nn.Linear(1, outputs)), likelihood, vm.GaussianPrior(1.0)),
+        tasks,
+        vm.Joint(),
     ).posterior()
 
 
 def legend_of(axes: Any) -> list[str]:
     figure = np.ravel(axes)[0].figure
-    return [text.get_text() for text in (figure.legends or [np.ravel(axes)[0].get_legend()])[0].get_texts()]
+    return [
+        text.get_text()
+        for text in (figure.legends or [np.ravel(axes)[0].get_legend()])[0].get_texts()
+    ]
 
 
 def test_the_legend_says_what_bands_and_dots_are() -> None:
     axes = plot_curves(
-        discrete(vm.likelihoods.Gaussian(), np.array([0.0, 0.5, 1.0])), GRID, ["a", "b"], labels=(None, "weight (g)")
+        discrete(vm.likelihoods.Gaussian(), np.array([0.0, 0.5, 1.0])),
+        GRID,
+        ["a", "b"],
+        labels=(None, "weight (g)"),
     )
     assert legend_of(axes) == [
-        "90 % interval of observations", "50 % interval of observations", "mean", "adapted to", "held out",
-    ]  # fmt: skip
+        "90 % interval of observations",
+        "50 % interval of observations",
+        "mean",
+        "adapted to",
+        "held out",
+    ]
     figure = axes[0, 0].figure
     assert figure.get_supxlabel() == "dose" and figure.get_supylabel() == "weight (g)"
     assert [ax.get_title() for ax in axes[0]] == ["a", "b"]
     axes = plot_curves(discrete(vm.likelihoods.Poisson(), [0, 3, 1]), GRID, ["b"])
-    assert legend_of(axes) == ["90 % interval of the mean", "50 % interval of the mean", "mean", "adapted to"]
+    assert legend_of(axes) == [
+        "90 % interval of the mean",
+        "50 % interval of the mean",
+        "mean",
+        "adapted to",
+    ]
 
 
 def test_on_axes_of_ones_own() -> None:
     import matplotlib.pyplot as plt
 
     ax = plt.subplots()[1]
-    assert plot_curves(discrete(vm.likelihoods.Poisson(), [0, 3, 1]), GRID, ["a"], ax, labels=("mg", "n")) is ax
+    assert (
+        plot_curves(
+            discrete(vm.likelihoods.Poisson(), [0, 3, 1]), GRID, ["a"], ax, labels=("mg", "n")
+        )
+        is ax
+    )
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("mg", "n") and "held out" in legend_of(ax)
 
 
@@ -197,7 +261,11 @@ def test_curves_come_back_in_the_datas_units() -> None:
             r"tasks must name some of \['a', 'b'\], ...; not \['c'\]",
         ),
         (lambda: discrete(vm.likelihoods.Poisson(), [0, 1]), [], "tasks must name some of"),
-        (lambda: discrete(vm.likelihoods.Categorical(3), [0, 2], 3), ["a"], r"an observation has \(3,\) numbers"),
+        (
+            lambda: discrete(vm.likelihoods.Categorical(3), [0, 2], 3),
+            ["a"],
+            r"an observation has \(3,\) numbers",
+        ),
         (
             lambda: known(net_of_two(), ragged_tasks(2, features=2), vm.Joint()).posterior(),
             ["sine 0"],
@@ -211,11 +279,15 @@ def test_what_has_no_curve(make: Any, tasks: list[str], match: str) -> None:
 
 
 def net_of_two() -> vm.TaskModel:
-    return vm.TaskModel(seeded(lambda: nn.Linear(2, 1)), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0))
+    return vm.TaskModel(
+        seeded(lambda: nn.Linear(2, 1)), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0)
+    )
 
 
 def test_some_tasks_of_a_posterior_are_as_among_all() -> None:
-    posterior = known(linear_model(vm.GaussianPrior(3.0)), ragged_tasks(4), vm.Joint("normal")).posterior()
+    posterior = known(
+        linear_model(vm.GaussianPrior(3.0)), ragged_tasks(4), vm.Joint("normal")
+    ).posterior()
     some = posterior.take(["sine 3", "sine 1"])
     assert some.names == ("sine 3", "sine 1")
     torch.testing.assert_close(some.draws(5), posterior.draws(5)[:, [3, 1]], rtol=0, atol=0)
@@ -223,11 +295,13 @@ def test_some_tasks_of_a_posterior_are_as_among_all() -> None:
         posterior.take(["sine 9"])
 
 
-# -- prior -------------------------------------------------------------------------------------------------------------
+# -- prior -----------------------------------------------------------------------------------------
 
 
 def test_the_prior_is_drawn_with_its_intervals_and_the_tasks() -> None:
-    fit = vm.fit(linear_model(vm.GaussianPrior(3.0)), vm.datasets.rats(), vm.Joint("multivariate_normal"))
+    fit = vm.fit(
+        linear_model(vm.GaussianPrior(3.0)), vm.datasets.rats(), vm.Joint("multivariate_normal")
+    )
     axes = plot_prior(fit)
     assert [ax.get_yticklabels()[0].get_text() for ax in axes[:, 0]] == ["day", "intercept"]
     assert legend_of(axes) == ["prior, 90 %", "prior, 50 %", "tasks' posterior means", "theta0"]
@@ -235,7 +309,9 @@ def test_the_prior_is_drawn_with_its_intervals_and_the_tasks() -> None:
     loc, sd = float(fit.prior.loc["weight"]), float(fit.prior.sd["weight"])
     assert wide.get_segments()[0][:, 0] == pytest.approx([loc - 1.645 * sd, loc + 1.645 * sd])
     assert narrow.get_segments()[0][:, 0] == pytest.approx([loc - 0.674 * sd, loc + 0.674 * sd])
-    assert dots.get_offsets()[:, 0].data == pytest.approx(fit.posterior().mean["weight"].flatten().numpy())
+    assert dots.get_offsets()[:, 0].data == pytest.approx(
+        fit.posterior().mean["weight"].flatten().numpy()
+    )
     assert np.ptp(dots.get_offsets()[:, 1]) > 0.5 and bar.get_offsets()[0, 0] == pytest.approx(loc)
 
 

@@ -40,7 +40,9 @@ def test_arrows_go_from_the_tasks_own_estimates_to_their_posteriors() -> None:
     loc = fit.model.weights.flatten(fit.prior.loc).numpy()
     # pooling draws towards theta0, in the prior's units
     inverse = np.linalg.inv(fit.prior.covariance.numpy())
-    distance = [np.einsum("td,de,te->t", points - loc, inverse, points - loc) for points in (own, pooled)]
+    distance = [
+        np.einsum("td,de,te->t", points - loc, inverse, points - loc) for points in (own, pooled)
+    ]
     assert (distance[1] < distance[0]).mean() > 0.95
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("intercept", "day")
     assert len(ax.texts) == len(fit.tasks)
@@ -49,9 +51,16 @@ def test_arrows_go_from_the_tasks_own_estimates_to_their_posteriors() -> None:
 
 
 def test_one_weight_and_tasks_without_data() -> None:
-    tasks = vm.TaskSet([vm.Task(([0.0, 0.0], [float(k), k + 1.0])) for k in range(3)] + [vm.Task(name="empty")])
+    tasks = vm.TaskSet(
+        [vm.Task(([0.0, 0.0], [float(k), k + 1.0])) for k in range(3)] + [vm.Task(name="empty")]
+    )
     model = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0))
-    data = vm.TaskSet([vm.Task((torch.zeros(2, 0), t.support[1]) if t.support else None, name=t.name) for t in tasks])
+    data = vm.TaskSet(
+        [
+            vm.Task((torch.zeros(2, 0), t.support[1]) if t.support else None, name=t.name)
+            for t in tasks
+        ]
+    )
     fit = known(model, data, vm.Implicit("normal"))
     ax = plot_shrinkage(fit)
     assert len(ax.texts) == 3 and ax.get_ylabel() == "intercept"
@@ -64,7 +73,9 @@ def test_densities_integrate_to_one() -> None:
     for line in ax.lines:
         assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1.0, abs=2e-2)
     prior = ax.lines[-1]
-    assert prior.get_xdata()[np.argmax(prior.get_ydata())] == pytest.approx(float(fit.prior.loc["day"]), abs=0.05)
+    assert prior.get_xdata()[np.argmax(prior.get_ydata())] == pytest.approx(
+        float(fit.prior.loc["day"]), abs=0.05
+    )
 
 
 def test_curves_of_the_prior_have_its_spread() -> None:

@@ -1,5 +1,7 @@
-"""The export under whichever ArviZ is installed.  `make test-arviz1` runs this file under 1.x, where there is no torch:
-`varmeta/__init__.py` would need it, so there the package is entered beside it."""
+"""The export under whichever ArviZ is installed.  `make test-arviz1` runs this file under 1.x,
+where there is no torch: `varmeta/__init__.py` would need it, so there the package is entered beside
+it.
+"""
 
 import importlib
 import importlib.metadata
@@ -70,10 +72,19 @@ def export(**attrs):
         },
         {"task": NAMES, "weight": ["bias", "slope"], "feature": ["a", "b"]},
         {
-            **dict.fromkeys(("posterior_predictive", "log_likelihood", "observed_data", "constant_data"), TASK_OF),
+            **dict.fromkeys(
+                ("posterior_predictive", "log_likelihood", "observed_data", "constant_data"),
+                TASK_OF,
+            ),
             **dict.fromkeys(("predictions", "predictions_constant_data"), QUERY_OF),
         },
-        {"objective": "joint", "seed": np.int64(3), "precision": 0.5, "config": {"steps": 10, "flag": True}, **attrs},
+        {
+            "objective": "joint",
+            "seed": np.int64(3),
+            "precision": 0.5,
+            "config": {"steps": 10, "flag": True},
+            **attrs,
+        },
     )
 
 
@@ -138,7 +149,9 @@ def test_loo_by_task():
     # exact leave-one-out: N(y | mean without y, 1 + 1 / precision without y)
     left = precision[index] - 1
     spread = 1 + 1 / left
-    exact = -0.5 * (y - (mean[index] * precision[index] - y) / left) ** 2 / spread - 0.5 * np.log(2 * np.pi * spread)
+    exact = -0.5 * (y - (mean[index] * precision[index] - y) / left) ** 2 / spread - 0.5 * np.log(
+        2 * np.pi * spread
+    )
     # Monte Carlo error of 2,000 draws, some 0.01 an observation
     assert np.allclose(elpd.values, np.bincount(index, exact), atol=0.1)
     total = arviz.loo(export(), reff=1.0)
@@ -155,7 +168,8 @@ def test_loo_needs_a_log_likelihood_with_tasks():
         loo_elpd(to_arviz({"posterior": {"m": np.zeros(5)}}))
     log_likelihood = gaussian()[3]
     data = to_arviz(
-        {"posterior": {"m": np.zeros(DRAWS)}, "log_likelihood": {"y": log_likelihood[:, 2:7]}}, {"y": ["obs"]}
+        {"posterior": {"m": np.zeros(DRAWS)}, "log_likelihood": {"y": log_likelihood[:, 2:7]}},
+        {"y": ["obs"]},
     )
     with pytest.raises(ValueError, match="task_id"):
         loo_elpd(data)
@@ -172,13 +186,16 @@ def test_pareto_k_of_pareto_weights(index):
 
 
 def test_pareto_k_distinguishes_the_sign():
-    # uniform weights have a bounded tail (k < 0), their inverses an infinite mean (k = 1): a sign error would swap them
+    # uniform weights have a bounded tail (k < 0), their inverses an infinite mean (k = 1): a sign
+    # error would swap them
     u = np.random.default_rng(2).uniform(size=(1, 4000))
     assert pareto_k(np.log(u))[0] < 0 < 0.7 < pareto_k(-np.log(u))[0]
 
 
 def test_pareto_k_by_row_and_up_to_a_constant():
-    weights = np.random.default_rng(3).normal(size=(4, 500)) * np.array([[0.1], [1.0], [3.0], [10.0]])
+    weights = np.random.default_rng(3).normal(size=(4, 500)) * np.array(
+        [[0.1], [1.0], [3.0], [10.0]]
+    )
     k = pareto_k(weights)
     assert (np.diff(k) > 0).all()
     assert np.allclose(pareto_k(weights - 50.0), k, atol=1e-6)
@@ -215,11 +232,17 @@ def test_pareto_k_refuses(weights, message):
     [
         ({"dims": {}}, r"posterior/m has shape \(5, 3\)"),
         ({"groups": {"observed_data": {"m": np.zeros((5, 3))}}}, "observed_data/m"),
-        ({"groups": {"posterior": {"m": np.zeros((5, 3)), "n": np.zeros((6, 3))}}}, "'posterior' disagree"),
+        (
+            {"groups": {"posterior": {"m": np.zeros((5, 3)), "n": np.zeros((6, 3))}}},
+            "'posterior' disagree",
+        ),
         ({"coords": {"task": ["a"]}}, r"coords\['task'\] has 1 labels"),
         ({"obs_task": {"prior": NAMES}}, "not given"),
         ({"obs_task": {"posterior": NAMES}}, "call one 'obs'"),
-        ({"dims": {"m": ["obs"]}, "obs_task": {"posterior": NAMES[:2]}}, r"obs_task\['posterior'\]"),
+        (
+            {"dims": {"m": ["obs"]}, "obs_task": {"posterior": NAMES[:2]}},
+            r"obs_task\['posterior'\]",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(arguments, message):
@@ -241,6 +264,8 @@ def test_attributes_that_a_file_cannot_hold_are_refused(value):
 
 def test_the_exporter_alone_imports_nothing_heavy():
     code = f"import runpy, sys; runpy.run_path({str(FILE)!r}); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.split()
     assert "numpy" in loaded
     assert not {"torch", "pyro", "varmeta", "arviz", "xarray", "pandas"} & set(loaded)

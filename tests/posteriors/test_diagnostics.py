@@ -32,25 +32,41 @@ def exact_evidence(fit: vm.Fit) -> list[float]:
         assert task.support is not None
         x, y = task.support
         design = torch.cat([x, torch.ones_like(x)], -1)
-        covariance = design @ torch.diag(p.variance) @ design.T + sigma**2 * torch.eye(len(y), dtype=y.dtype)
-        out.append(float(stats.multivariate_normal((design @ p.mean).numpy(), covariance.numpy()).logpdf(y.numpy())))
+        covariance = design @ torch.diag(p.variance) @ design.T + sigma**2 * torch.eye(
+            len(y), dtype=y.dtype
+        )
+        out.append(
+            float(
+                stats.multivariate_normal((design @ p.mean).numpy(), covariance.numpy()).logpdf(
+                    y.numpy()
+                )
+            )
+        )
     return out
 
 
 def test_an_exact_guide_has_constant_weights() -> None:
-    fit = known(regression(vm.GaussianPrior(2.0)), ragged_tasks(5), vm.Implicit("multivariate_normal", tolerance=1e-12))
+    fit = known(
+        regression(vm.GaussianPrior(2.0)),
+        ragged_tasks(5),
+        vm.Implicit("multivariate_normal", tolerance=1e-12),
+    )
     table = fit.posterior().diagnose(200)
     exact = exact_evidence(fit)
     for column in ("objective", "elbo", "evidence"):
         assert table[column].tolist() == pytest.approx(exact, abs=1e-6)
-    assert (table["se"] < 1e-8).all() and (table["gap"] < 1e-8).all() and (table["k_hat"] < 0.5).all()
+    assert (
+        (table["se"] < 1e-8).all() and (table["gap"] < 1e-8).all() and (table["k_hat"] < 0.5).all()
+    )
     assert table["ess"].tolist() == pytest.approx([200.0] * 5)
     total = fit.posterior().evidence(200).loc["all"]
     assert total["evidence"] == pytest.approx(sum(exact), abs=1e-6)
 
 
 def test_a_mean_field_guide_is_told_from_the_posterior() -> None:
-    """Strong correlations: the bound is loose by a known amount, and the evidence right within its own error."""
+    """Strong correlations: the bound is loose by a known amount, and the evidence right within its
+    own error.
+    """
     x = torch.linspace(4.0, 5.0, 6, dtype=torch.float64).unsqueeze(-1)
     tasks = vm.TaskSet([vm.Task((x, 0.3 * x[:, 0] + 0.1 * k)) for k in range(4)])
     fit = known(regression(vm.GaussianPrior(1.0)), tasks, vm.Implicit("normal"))
@@ -58,11 +74,14 @@ def test_a_mean_field_guide_is_told_from_the_posterior() -> None:
     dense = known(regression(vm.GaussianPrior(1.0)), tasks, vm.Implicit("multivariate_normal"))
     divergence = torch.distributions.kl_divergence(
         torch.distributions.MultivariateNormal(
-            fit.posterior().distribution.mean, scale_tril=torch.diag_embed(fit.posterior().distribution.stddev)
+            fit.posterior().distribution.mean,
+            scale_tril=torch.diag_embed(fit.posterior().distribution.stddev),
         ),
         dense.posterior().distribution,
     )
-    assert (np.array(exact) - table["elbo"]).tolist() == pytest.approx(divergence.flatten().tolist(), abs=0.1)
+    assert (np.array(exact) - table["elbo"]).tolist() == pytest.approx(
+        divergence.flatten().tolist(), abs=0.1
+    )
     assert float(divergence.min()) > 0.3
     assert (table["gap"] > 0.1).all() and (table["k_hat"] > 0.5).all()
     assert not (table["reading"] == "good").any()
@@ -70,8 +89,13 @@ def test_a_mean_field_guide_is_told_from_the_posterior() -> None:
 
 def test_the_error_of_the_evidence_is_honest() -> None:
     """Over seeds, errors against the exact evidence have the size that `se` says."""
-    posterior = known(linear_model(vm.GaussianPrior(3.0)), ragged_tasks(3), vm.Implicit("normal")).posterior()
-    assert set(posterior.diagnose()["reading"]) <= {"good", "usable"}  # elsewhere se promises nothing
+    posterior = known(
+        linear_model(vm.GaussianPrior(3.0)), ragged_tasks(3), vm.Implicit("normal")
+    ).posterior()
+    assert set(posterior.diagnose()["reading"]) <= {
+        "good",
+        "usable",
+    }  # elsewhere se promises nothing
     tables = [posterior.evidence(400, seed) for seed in range(100)]
     values, errors = (np.array([t[c].iloc[:3] for t in tables]) for c in ("evidence", "se"))
     spread = values.std(0, ddof=1)
@@ -80,10 +104,13 @@ def test_the_error_of_the_evidence_is_honest() -> None:
 
 
 def test_toenail_shows_that_laplace_fails() -> None:
-    """At glmer's own estimates Laplace's log likelihood is 1 nat above the true one (quadrature), which the evidence shows; the
-    same table on sitecounts shows nothing of the kind."""
+    """At glmer's own estimates Laplace's log likelihood is 1 nat above the true one (quadrature),
+    which the evidence shows; the same table on sitecounts shows nothing of the kind.
+    """
     model, tasks, x = glmm(toenail)
-    expected = json.loads((shared_data("toenail") / "reference.json").read_text())["fits"]["laplace"]
+    expected = json.loads((shared_data("toenail") / "reference.json").read_text())["fits"][
+        "laplace"
+    ]
     beta, variance = np.array(expected["fixed"]["estimate"]), expected["random"][0]["vcov"]
     model = _at(model, ["intercept", *x], beta, variance)
     posterior = known(model, tasks, vm.Implicit("laplace")).posterior()
@@ -120,7 +147,11 @@ def test_smoothing_is_arvizs(draws: int) -> None:
         pytest.skip("ArviZ 1.x takes other arguments")
     rng = np.random.default_rng(draws)
     weights = np.concatenate(
-        [rng.standard_t(3, (3, draws)), 3 * rng.normal(size=(3, draws)), -0.9 * np.log(rng.uniform(size=(3, draws)))]
+        [
+            rng.standard_t(3, (3, draws)),
+            3 * rng.normal(size=(3, draws)),
+            -0.9 * np.log(rng.uniform(size=(3, draws))),
+        ]
     )
     found, k = psis.smooth(weights)
     for row in range(len(weights)):
@@ -131,21 +162,31 @@ def test_smoothing_is_arvizs(draws: int) -> None:
 
 def test_readings() -> None:
     assert [psis.reading(k, 1000) for k in (-1.0, 0.5, 0.6, 0.68, 1.0, 1.1, math.inf)] == [
-        "good", "good", "usable", "unreliable", "unreliable", "misses the posterior", "misses the posterior",
-    ]  # fmt: skip
+        "good",
+        "good",
+        "usable",
+        "unreliable",
+        "unreliable",
+        "misses the posterior",
+        "misses the posterior",
+    ]
 
 
-# -- leaving a task out ----------------------------------------------------------------------------------------------------
+# -- leaving a task out ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_leaving_a_task_out_is_refitting_without_it() -> None:
-    """Twelve tasks with a learned prior; the refits integrate over their own uncertainty of eta with draws of their own."""
+    """Twelve tasks with a learned prior; the refits integrate over their own uncertainty of eta
+    with draws of their own.
+    """
     generator = torch.Generator().manual_seed(3)
     tasks = []
     for index in range(12):
         x = torch.randn(6, 1, generator=generator, dtype=torch.float64)
-        weights = torch.tensor([1.0, -0.5]) + 0.8 * torch.randn(2, generator=generator, dtype=torch.float64)
+        weights = torch.tensor([1.0, -0.5]) + 0.8 * torch.randn(
+            2, generator=generator, dtype=torch.float64
+        )
         noise = 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
         tasks.append(vm.Task((x, x[:, 0] * weights[0] + weights[1] + noise), name=f"{index}"))
     every = vm.TaskSet(tasks)
@@ -161,11 +202,15 @@ def test_leaving_a_task_out_is_refitting_without_it() -> None:
     assert (table["k_hat"] < 0.7).all()
     for left in (0, 5, 11):
         others = fitted(every[[i for i in range(12) if i != left]])
-        assert table["left_out"].iloc[left] == pytest.approx(_predictive(others, every[[left]]), abs=0.05)
+        assert table["left_out"].iloc[left] == pytest.approx(
+            _predictive(others, every[[left]]), abs=0.05
+        )
 
 
 def _predictive(fit: vm.Fit, task: vm.TaskSet) -> float:
-    """log int p(y | eta) p(eta | the fit's tasks) d eta, all evidences in closed form, by importance sampling from a wide t."""
+    """log int p(y | eta) p(eta | the fit's tasks) d eta, all evidences in closed form, by
+    importance sampling from a wide t.
+    """
     names = list(fit.eta)
     flat = torch.cat([fit.eta[name].reshape(-1) for name in names])
 
@@ -199,7 +244,10 @@ def _predictive(fit: vm.Fit, task: vm.TaskSet) -> float:
         (lambda fit: fit.posterior().evidence(), "delta guide has no density"),
         (lambda fit: fit.posterior().diagnose(), "delta guide has no density"),
         (lambda fit: fit.leave_one_task_out(), "delta guide has no density"),
-        (lambda fit: fit.posterior().evidence(50), "num_samples must be a whole number of at least 100"),
+        (
+            lambda fit: fit.posterior().evidence(50),
+            "num_samples must be a whole number of at least 100",
+        ),
     ],
 )
 def test_what_has_no_evidence(call: Any, match: str) -> None:
@@ -224,9 +272,15 @@ def test_too_few_tasks_and_too_many_numbers() -> None:
 def test_a_posterior_of_eta_is_not_diagnosed_as_one_guide() -> None:
     tasks = vm.datasets.lines(6, num_support=5, noise=0.3)
     model = vm.TaskModel(
-        torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(0.3, learn_scale=False), vm.GaussianPrior(1.0)
+        torch.nn.Linear(1, 1).double(),
+        vm.likelihoods.Gaussian(0.3, learn_scale=False),
+        vm.GaussianPrior(1.0),
     )
     result = vm.fit(model, tasks, hyperguide="multivariate_normal")
-    for ask in (result.posterior().evidence, result.posterior().diagnose, result.leave_one_task_out):
+    for ask in (
+        result.posterior().evidence,
+        result.posterior().diagnose,
+        result.leave_one_task_out,
+    ):
         with pytest.raises(ValueError, match="hyperguide='delta'"):
             ask()

@@ -19,9 +19,13 @@ from varmeta.posteriors.prediction import Prediction
 X = torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64)
 
 
-def posterior_of(likelihood: Any, y: Any, outputs: int = 1, guide: str = "multivariate_normal") -> vm.Posterior:
+def posterior_of(
+    likelihood: Any, y: Any, outputs: int = 1, guide: str = "multivariate_normal"
+) -> vm.Posterior:
     x = np.linspace(-1.0, 1.0, len(y))[:, None]
-    tasks = vm.TaskSet([vm.Task((x, np.asarray(y)), name="a"), vm.Task((x[:2], np.asarray(y)[:2]), name="b")])
+    tasks = vm.TaskSet(
+        [vm.Task((x, np.asarray(y)), name="a"), vm.Task((x[:2], np.asarray(y)[:2]), name="b")]
+    )
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, outputs)), likelihood, vm.GaussianPrior(1.0))
     return known(model, tasks, vm.Joint(guide)).adapt(tasks)
 
@@ -47,7 +51,9 @@ def predictor(posterior: vm.Posterior, draws: int) -> Tensor:
 def test_expected_is_the_mean_given_the_weights(likelihood: Any, y: Any, mean: Any) -> None:
     posterior = posterior_of(likelihood, y)
     expected = posterior.expected(X, 40)
-    torch.testing.assert_close(expected.samples, mean(predictor(posterior, 40)).squeeze(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        expected.samples, mean(predictor(posterior, 40)).squeeze(-1), rtol=1e-12, atol=1e-12
+    )
     assert expected.mask.all() and expected.names == ("a", "b")
     # the observations scatter around it
     many = posterior.predict(X, 40_000)
@@ -58,9 +64,14 @@ def test_expected_is_the_mean_given_the_weights(likelihood: Any, y: Any, mean: A
 def test_classes_have_probabilities() -> None:
     posterior = posterior_of(vm.likelihoods.Categorical(3), [0, 2, 1], outputs=3)
     expected = posterior.expected(X, 40)
-    torch.testing.assert_close(expected.samples, predictor(posterior, 40).softmax(-1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        expected.samples, predictor(posterior, 40).softmax(-1), rtol=1e-12, atol=1e-12
+    )
     frame = expected.frame()
-    assert list(frame.columns) == ["task", "point", "response", "mean", "sd", "low", "high"] and len(frame) == 2 * 3 * 3
+    assert (
+        list(frame.columns) == ["task", "point", "response", "mean", "sd", "low", "high"]
+        and len(frame) == 2 * 3 * 3
+    )
     assert frame.groupby(["task", "point"])["mean"].sum().to_numpy() == pytest.approx(np.ones(6))
 
 
@@ -75,19 +86,25 @@ def test_a_distribution_without_a_mean_says_so() -> None:
         return pyro.sample("y", dist.Cauchy(params["a"] * x, 1.0), obs=y)
 
     tasks = vm.TaskSet([vm.Task((np.ones(2), np.ones(2)))])
-    posterior = known(vm.TaskModel.from_pyro(program, {"a": ()}), tasks, vm.Joint("delta")).posterior()
+    posterior = known(
+        vm.TaskModel.from_pyro(program, {"a": ()}), tasks, vm.Joint("delta")
+    ).posterior()
     with pytest.raises(ValueError, match="a Cauchy observation has no mean here: use predict"):
         posterior.expected(np.ones(2))
 
 
-# -- what x may be -----------------------------------------------------------------------------------------------------
+# -- what x may be ---------------------------------------------------------------------------------
 
 
 def named(x: list[str] | str) -> vm.Posterior:
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame(rng.normal(size=(12, 3)), columns=["age", "dose", "y"]).assign(g=np.arange(12) % 3)
+    frame = pd.DataFrame(rng.normal(size=(12, 3)), columns=["age", "dose", "y"]).assign(
+        g=np.arange(12) % 3
+    )
     tasks = vm.TaskSet.from_frame(frame, task="g", x=x, y="y")
-    model = vm.TaskModel(nn.Linear(1 if isinstance(x, str) else len(x), 1), vm.likelihoods.Gaussian())
+    model = vm.TaskModel(
+        nn.Linear(1 if isinstance(x, str) else len(x), 1), vm.likelihoods.Gaussian()
+    )
     return known(model, tasks, vm.Joint()).posterior()
 
 
@@ -97,10 +114,14 @@ def test_tables_are_read_by_the_names_of_their_columns() -> None:
     by_hand = posterior.expected(np.array([[2.0, 0.0], [3.0, 1.0]]), 10).samples
     assert torch.equal(posterior.expected(grid, 10).samples, by_hand)
     assert named("dose").expected(grid, 10).samples.shape == (10, 3, 2)
-    with pytest.raises(ValueError, match=r"the table has no columns \['age'\]; its columns are \['dose'\]"):
+    with pytest.raises(
+        ValueError, match=r"the table has no columns \['age'\]; its columns are \['dose'\]"
+    ):
         posterior.predict(grid[["dose"]])
     tasks = ragged_tasks(2)
-    with pytest.raises(TypeError, match="x is a table, but the training tasks do not know .*from_frame"):
+    with pytest.raises(
+        TypeError, match="x is a table, but the training tasks do not know .*from_frame"
+    ):
         known(linear_model(vm.GaussianPrior()), tasks, vm.Joint()).posterior().predict(grid)
 
 
@@ -108,9 +129,15 @@ def test_a_task_without_data_knows_the_columns_of_the_training_tasks() -> None:
     tasks = ragged_tasks(2)
     fit = known(linear_model(vm.GaussianPrior()), tasks, vm.Joint())
     unseen = fit.adapt(vm.TaskSet([vm.Task(name="new")]))
-    with pytest.raises(ValueError, match=r"x of task 'new': a row has shape \(2,\), but \(1,\) in the training tasks"):
+    with pytest.raises(
+        ValueError,
+        match=r"x of task 'new': a row has shape \(2,\), but \(1,\) in the training tasks",
+    ):
         unseen.predict(np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"a row of these tasks' x has shape \(\), but \(1,\) in the training tasks"):
+    with pytest.raises(
+        ValueError,
+        match=r"a row of these tasks' x has shape \(\), but \(1,\) in the training tasks",
+    ):
         fit.adapt(vm.TaskSet([vm.Task(query=(np.zeros(2), np.zeros(2)))]))
 
 
@@ -123,11 +150,13 @@ def test_a_set_of_tasks_is_no_array(ask: str) -> None:
 
 
 def test_a_table_is_not_scored() -> None:
-    with pytest.raises(TypeError, match="query is a table: make tasks of it first, by TaskSet.from_frame"):
+    with pytest.raises(
+        TypeError, match="query is a table: make tasks of it first, by TaskSet.from_frame"
+    ):
         named(["age"]).score(pd.DataFrame({"age": [1.0], "y": [1.0]}))
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
 
 
 def test_a_prediction_as_a_table() -> None:
@@ -156,7 +185,9 @@ def test_a_posterior_as_a_table() -> None:
     assert list(frame.index) == ["0", "1", "2"] and frame.index.name == "task"
     weights = posterior.model.weights
     assert np.allclose(frame["mean"], weights.flatten(posterior.mean))
-    assert np.allclose(frame["sd"], weights.flatten(posterior.sd)) and frame["sd"].equals(deviations["sd"])
+    assert np.allclose(frame["sd"], weights.flatten(posterior.sd)) and frame["sd"].equals(
+        deviations["sd"]
+    )
     theta0 = weights.flatten({name: posterior.q.eta[name] for name in weights.names})
     assert np.allclose(frame["mean"] - deviations["mean"], theta0)
 
@@ -164,8 +195,14 @@ def test_a_posterior_as_a_table() -> None:
 def test_reprs_are_one_short_line() -> None:
     posterior = named(["age", "dose"])
     assert repr(posterior) == "<Posterior: 3 tasks, 3 weights each, normal guide>"
-    assert repr(posterior.predict(np.zeros((2, 2)), 10)) == "<Prediction: 10 draws for 3 tasks at 2 points>"
+    assert (
+        repr(posterior.predict(np.zeros((2, 2)), 10))
+        == "<Prediction: 10 draws for 3 tasks at 2 points>"
+    )
     ragged = [np.zeros((n, 2)) for n in (1, 3, 2)]
-    assert repr(posterior.expected(ragged, 10)) == "<Prediction: 10 draws for 3 tasks at 1 to 3 points>"
+    assert (
+        repr(posterior.expected(ragged, 10))
+        == "<Prediction: 10 draws for 3 tasks at 1 to 3 points>"
+    )
     classes = Prediction(torch.zeros(2, 1, 1, 3), torch.ones(1, 1, dtype=torch.bool), ("a",))
     assert repr(classes) == "<Prediction: 2 draws for 1 task at 1 point of shape (3,)>"

@@ -24,13 +24,22 @@ PRIOR = vm.GaussianPrior(3.0)
 
 
 def groups_of(data: Any) -> set[str]:
-    return set(data.groups()) if hasattr(data, "groups") and callable(data.groups) else set(data.children)
+    return (
+        set(data.groups())
+        if hasattr(data, "groups") and callable(data.groups)
+        else set(data.children)
+    )
 
 
 def log_weights(data: Any) -> np.ndarray:
     """log p(theta, y) - log q(theta), `(task, draw)`."""
     sample_stats = data["sample_stats"]
-    return (sample_stats["log_joint"] - sample_stats["log_q"]).isel(chain=0).transpose("task", "draw").to_numpy()
+    return (
+        (sample_stats["log_joint"] - sample_stats["log_q"])
+        .isel(chain=0)
+        .transpose("task", "draw")
+        .to_numpy()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +54,14 @@ def data(fit: vm.Fit) -> Any:
 
 def test_groups_of_a_fit(data: Any, fit: vm.Fit) -> None:
     assert groups_of(data) == {
-        "posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data", "fit",
-    }  # fmt: skip
+        "posterior",
+        "posterior_predictive",
+        "log_likelihood",
+        "sample_stats",
+        "observed_data",
+        "constant_data",
+        "fit",
+    }
     posterior = fit.posterior()
     assert groups_of(posterior.to_arviz(10)) == groups_of(data) - {"fit"}
     assert dict(data["posterior"].sizes) == {"chain": 1, "draw": 400, "task": 4, "weight": 2}
@@ -55,7 +70,9 @@ def test_groups_of_a_fit(data: Any, fit: vm.Fit) -> None:
     draws = posterior.draws(400, seed=2)
     assert np.array_equal(data["posterior"]["theta"].values[0], draws.numpy())
     theta0 = fit.model.weights.flatten(fit.prior.loc)
-    assert np.allclose(data["posterior"]["distance"].values[0], (draws - theta0).norm(dim=-1).numpy(), rtol=1e-12)
+    assert np.allclose(
+        data["posterior"]["distance"].values[0], (draws - theta0).norm(dim=-1).numpy(), rtol=1e-12
+    )
     assert np.array_equal(data["constant_data"]["theta0"].values, theta0.numpy())
     assert np.allclose(data["constant_data"]["prior_sd"].values, 3.0**-0.5)
 
@@ -69,7 +86,11 @@ def test_observations_are_flat_with_their_tasks(data: Any, fit: vm.Fit) -> None:
     y = torch.cat([task.support[1] for task in fit.tasks if task.support is not None])
     assert np.array_equal(data["observed_data"]["y"].values, y.numpy())
     # the log likelihood by scipy, from the exported draws themselves
-    x = torch.cat([task.support[0] for task in fit.tasks if task.support is not None]).flatten().numpy()
+    x = (
+        torch.cat([task.support[0] for task in fit.tasks if task.support is not None])
+        .flatten()
+        .numpy()
+    )
     theta = data["posterior"]["theta"].isel(chain=0).values[:, np.repeat(range(4), sizes)]
     labels = list(fit.model.weights.labels)
     mean = theta[..., labels.index("weight")] * x + theta[..., labels.index("bias")]
@@ -86,7 +107,10 @@ def test_the_record_of_the_run(data: Any, fit: vm.Fit) -> None:
     assert facts["objective"] == "negative ELBO" and facts["loss"] == pytest.approx(fit.loss)
     assert facts["converged"] == "True" and facts["stop"] == fit.stop and facts["seed"] == 0
     assert facts["guide"] == "multivariate_normal" and facts["posterior_kind"] == "gaussian"
-    assert facts["inference_library"] == "varmeta" and facts["inference_library_version"] == vm.__version__
+    assert (
+        facts["inference_library"] == "varmeta"
+        and facts["inference_library_version"] == vm.__version__
+    )
     assert json.loads(facts["config"])["strategy"] == repr(fit.strategy)
 
 
@@ -95,9 +119,13 @@ def test_arviz_summarises_it(data: Any, fit: vm.Fit) -> None:
     summary = az.summary(data, var_names=["theta"], kind="stats", round_to=6)
     assert len(summary) == 8
     draws = fit.posterior().draws(400, seed=2)
-    assert np.allclose(summary["mean"].to_numpy(dtype=float), draws.mean(0).flatten().numpy(), atol=1e-5)
+    assert np.allclose(
+        summary["mean"].to_numpy(dtype=float), draws.mean(0).flatten().numpy(), atol=1e-5
+    )
     elpd = inference_data.loo_elpd(data)
-    assert elpd["task_id"].values.tolist() == list(fit.tasks.names) and np.isfinite(elpd.values).all()
+    assert (
+        elpd["task_id"].values.tolist() == list(fit.tasks.names) and np.isfinite(elpd.values).all()
+    )
 
 
 def test_files_round_trip(data: Any, tmp_path: Path) -> None:
@@ -113,12 +141,13 @@ def test_files_round_trip(data: Any, tmp_path: Path) -> None:
     assert dict(back.attrs) == dict(data.attrs)
 
 
-# -- how far the guide is from the posterior -------------------------------------------------------------------------------
+# -- how far the guide is from the posterior -------------------------------------------------------
 
 
 def test_weights_of_an_exact_guide_are_constant(data: Any) -> None:
-    """In a linear-Gaussian model the dense guide is the posterior, of ragged tasks too: log p(theta, y) - log q(theta) is the
-    log evidence, whatever theta."""
+    """In a linear-Gaussian model the dense guide is the posterior, of ragged tasks too: log
+    p(theta, y) - log q(theta) is the log evidence, whatever theta.
+    """
     weights = log_weights(data)
     assert np.ptp(weights, axis=1).max() <= 1e-6
     assert (inference_data.pareto_k(weights) <= 0.1).all()
@@ -136,29 +165,41 @@ def test_weights_of_a_guide_that_is_too_narrow_show() -> None:
     tasks = vm.TaskSet([vm.Task((a, b)) for a, b in zip(x, y, strict=True)])
     model = linear_model(vm.GaussianPrior(0.1))
     k = {
-        guide: inference_data.pareto_k(log_weights(known(model, tasks, vm.Joint(guide)).adapt(tasks).to_arviz(1000)))
+        guide: inference_data.pareto_k(
+            log_weights(known(model, tasks, vm.Joint(guide)).adapt(tasks).to_arviz(1000))
+        )
         for guide in ("normal", "multivariate_normal")
     }
     assert (k["normal"] > 0.7).all() and (k["multivariate_normal"] < 0.1).all()
 
 
-# -- points ----------------------------------------------------------------------------------------------------------------
+# -- points ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [vm.Joint("delta"), vm.Implicit(), vm.Reptile(), vm.Joint(AutoDelta)], ids=repr)
+@pytest.mark.parametrize(
+    "strategy", [vm.Joint("delta"), vm.Implicit(), vm.Reptile(), vm.Joint(AutoDelta)], ids=repr
+)
 def test_a_point_has_no_log_likelihood_and_no_bound(strategy: vm.Joint) -> None:
     fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), strategy, 2, adam)
     data = fit.to_arviz(30)
-    assert groups_of(data) == {"posterior", "posterior_predictive", "observed_data", "constant_data", "fit"}
+    assert groups_of(data) == {
+        "posterior",
+        "posterior_predictive",
+        "observed_data",
+        "constant_data",
+        "fit",
+    }
     assert data.attrs["posterior_kind"] == "delta"
     assert data.attrs["objective"] == "penalised loss (MAP; no bound)"
-    facts = {name: value for name, value in data.attrs.items() if name != "config"}  # there, "elbo" is an argument
+    facts = {
+        name: value for name, value in data.attrs.items() if name != "config"
+    }  # there, "elbo" is an argument
     assert "elbo" not in str(facts).lower()
     with pytest.raises(ValueError, match="delta posterior has no leave-one-out density"):
         inference_data.loo_elpd(data)
 
 
-# -- other shapes ------------------------------------------------------------------------------------------------------------
+# -- other shapes ----------------------------------------------------------------------------------
 
 
 def test_tasks_without_data_have_a_posterior_alone(fit: vm.Fit) -> None:
@@ -169,7 +210,9 @@ def test_tasks_without_data_have_a_posterior_alone(fit: vm.Fit) -> None:
 
 def test_several_responses() -> None:
     rng = np.random.default_rng(0)
-    tasks = vm.TaskSet([vm.Task((rng.normal(size=(n, 1)), rng.normal(size=(n, 2))), name=f"t{n}") for n in (2, 3)])
+    tasks = vm.TaskSet(
+        [vm.Task((rng.normal(size=(n, 1)), rng.normal(size=(n, 2))), name=f"t{n}") for n in (2, 3)]
+    )
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 2)), vm.likelihoods.Gaussian(), PRIOR)
     data = known(model, tasks, vm.Joint()).adapt(tasks).to_arviz(40)
     assert data["posterior_predictive"]["y"].dims == ("chain", "draw", "obs", "response")
@@ -180,7 +223,9 @@ def test_several_responses() -> None:
 
 def test_counts_out_of_trials() -> None:
     y = np.array([[1, 4], [2, 5], [0, 3]])
-    tasks = vm.TaskSet([vm.Task((np.ones((3, 1)), y), name="a"), vm.Task((np.ones((2, 1)), y[:2]), name="b")])
+    tasks = vm.TaskSet(
+        [vm.Task((np.ones((3, 1)), y), name="a"), vm.Task((np.ones((2, 1)), y[:2]), name="b")]
+    )
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Binomial(), PRIOR)
     data = known(model, tasks, vm.Joint()).adapt(tasks).to_arviz(200)
     assert data["observed_data"]["y"].values.tolist() == [1, 2, 0, 1, 2]
@@ -190,18 +235,26 @@ def test_counts_out_of_trials() -> None:
 
 def test_a_program_of_the_users_own() -> None:
     def program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
-        return pyro.sample("y", dist.StudentT(4.0, params["a"] + params["b"] * x, params["log_sd"].exp()), obs=y)
+        return pyro.sample(
+            "y", dist.StudentT(4.0, params["a"] + params["b"] * x, params["log_sd"].exp()), obs=y
+        )
 
     rng = np.random.default_rng(0)
-    tasks = vm.TaskSet([vm.Task((rng.normal(size=n), rng.normal(size=n)), name=f"t{n}") for n in (3, 5)])
-    model = vm.TaskModel.from_pyro(program, {"a": (), "b": (), "log_sd": ()}, PRIOR, shared=["log_sd"])
+    tasks = vm.TaskSet(
+        [vm.Task((rng.normal(size=n), rng.normal(size=n)), name=f"t{n}") for n in (3, 5)]
+    )
+    model = vm.TaskModel.from_pyro(
+        program, {"a": (), "b": (), "log_sd": ()}, PRIOR, shared=["log_sd"]
+    )
     data = known(model, tasks, vm.Joint("multivariate_normal")).adapt(tasks).to_arviz(100)
     assert data["posterior"]["weight"].values.tolist() == ["a", "b"]
     assert data["log_likelihood"]["task_id"].values.tolist() == ["t3"] * 3 + ["t5"] * 5
     assert np.isfinite(log_weights(data)).all()
 
 
-def test_many_weights_are_left_out_but_their_distance_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_weights_are_left_out_but_their_distance_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("varmeta.posteriors.export.MAX_WEIGHT_NUMBERS", 100)
     tasks = ragged_tasks(2)
     data = known(net_model(PRIOR), tasks, vm.Joint()).adapt(tasks).to_arviz(50)

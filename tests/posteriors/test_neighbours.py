@@ -1,4 +1,6 @@
-"""A task's predictions and scores are its own: the same alone, beside other tasks, in any order, in any slices of draws."""
+"""A task's predictions and scores are its own: the same alone, beside other tasks, in any order, in
+any slices of draws.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def mixture(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
     """Draws of its own besides y's, when y is not known."""
     fn = dist.MixtureSameFamily(
         dist.Categorical(
-            torch.tensor([0.3, 0.7], dtype=F64).expand(*torch.broadcast_shapes(params["w"].shape, x.shape[:2]), 2)
+            torch.tensor([0.3, 0.7], dtype=F64).expand(
+                *torch.broadcast_shapes(params["w"].shape, x.shape[:2]), 2
+            )
         ),
         dist.Normal(torch.stack([params["w"] + x[..., 0], params["w"] - x[..., 0]], -1), 0.3),
     )
@@ -40,7 +44,10 @@ NUMBERS = lambda x: x.sum(-1) + 1.0  # noqa: E731
 COUNTS = lambda x: torch.arange(len(x), dtype=F64)  # noqa: E731
 LIKELIHOODS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
     "gaussian": (vm.likelihoods.Gaussian(0.5), NUMBERS),
-    "two responses": (vm.likelihoods.Gaussian(0.5), lambda x: torch.stack([x[:, 0], x[:, 0] ** 2], -1)),
+    "two responses": (
+        vm.likelihoods.Gaussian(0.5),
+        lambda x: torch.stack([x[:, 0], x[:, 0] ** 2], -1),
+    ),
     "student": (vm.likelihoods.StudentT(3.0), NUMBERS),
     "lognormal": (vm.likelihoods.LogNormal(0.5), lambda x: x[:, 0].exp()),
     "bernoulli": (vm.likelihoods.Bernoulli(), lambda x: (x[:, 0] > 0).to(F64)),
@@ -56,7 +63,9 @@ WIDTH = {"two responses": 2, "categorical": 3}
 def tasks_of(kind: str) -> vm.TaskSet:
     generator = torch.Generator().manual_seed(0)
     y = LIKELIHOODS[kind][1]
-    parts = {name: torch.randn(2 * n, 1, generator=generator, dtype=F64) for name, n in SIZES.items()}
+    parts = {
+        name: torch.randn(2 * n, 1, generator=generator, dtype=F64) for name, n in SIZES.items()
+    }
     return vm.TaskSet(
         [
             vm.Task((x[: SIZES[n]], y(x[: SIZES[n]])), (x[SIZES[n] :], y(x[SIZES[n] :])), name=n)
@@ -81,12 +90,18 @@ def fitted(kind: str, guide: str) -> tuple[vm.Fit, vm.TaskSet]:
 
 @pytest.mark.parametrize("guide", ["delta", "normal"])
 @pytest.mark.parametrize("kind", LIKELIHOODS)
-def test_a_task_alone_permuted_and_in_slices(kind: str, guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_alone_permuted_and_in_slices(
+    kind: str, guide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit, tasks = fitted(kind, guide)
     posterior = fit.adapt(tasks)
     x = [task.query[0] for task in tasks]  # type: ignore[index]
     names = list(tasks.names)
-    table, drawn, mean = posterior.score(num_samples=40), posterior.predict(x, 40), posterior.expected(x, 40)
+    table, drawn, mean = (
+        posterior.score(num_samples=40),
+        posterior.predict(x, 40),
+        posterior.expected(x, 40),
+    )
     others: list[list[str]] = [["b"], ["d", "a", "c", "b"], ["c", "b"]]
     for some in others:
         if some == others[-1]:
@@ -94,10 +109,17 @@ def test_a_task_alone_permuted_and_in_slices(kind: str, guide: str, monkeypatch:
         part = posterior.take(some)
         at = [x[names.index(name)] for name in some]
         np.testing.assert_allclose(
-            part.score(num_samples=40).loc["b"].to_numpy(float), table.loc["b"].to_numpy(float), rtol=1e-12, atol=1e-12
+            part.score(num_samples=40).loc["b"].to_numpy(float),
+            table.loc["b"].to_numpy(float),
+            rtol=1e-12,
+            atol=1e-12,
         )
-        torch.testing.assert_close(part.predict(at, 40).task("b"), drawn.task("b"), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(part.expected(at, 40).task("b"), mean.task("b"), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            part.predict(at, 40).task("b"), drawn.task("b"), rtol=1e-12, atol=1e-12
+        )
+        torch.testing.assert_close(
+            part.expected(at, 40).task("b"), mean.task("b"), rtol=1e-12, atol=1e-12
+        )
     # more rows behind leave those in front alone
     if kind not in ("student", "poisson", "negative binomial", "binomial"):
         more = posterior.take(["b"]).predict([torch.cat([x[1], x[3]])], 40).task("b")[:, :5]
@@ -126,7 +148,14 @@ def test_the_noise_has_the_distribution(fn: Any, cdf: Callable[[Any], Any]) -> N
         stream.at(0, 200)
         drawn = fn.expand((200, 2, 50)).sample().double()
     assert stats.kstest(drawn.flatten().numpy(), cdf).pvalue > 1e-3
-    assert abs(np.corrcoef(drawn[:, 0].flatten().clamp(-9, 9), drawn[:, 1].flatten().clamp(-9, 9))[0, 1]) < 0.05
+    assert (
+        abs(
+            np.corrcoef(drawn[:, 0].flatten().clamp(-9, 9), drawn[:, 1].flatten().clamp(-9, 9))[
+                0, 1
+            ]
+        )
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +183,7 @@ def test_discrete_noise_has_the_distribution(fn: Any, mass: Callable[[Any], Any]
     assert np.all(np.abs(share - exact) <= 4.5 * np.sqrt(exact * (1 - exact) / len(drawn)))
 
 
-# -- a point is one draw -------------------------------------------------------------------------------------------------
+# -- a point is one draw ---------------------------------------------------------------------------
 
 
 def test_a_point_takes_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,16 +215,20 @@ def test_rmse_of_a_point_has_no_noise_of_draws() -> None:
     mean = posterior.take(["d"]).expected(x).mean[0]
     exact = float((mean - y).square().mean().sqrt())
     for draws in (1, 7):
-        assert posterior.score(num_samples=draws).loc["d", "rmse"] == pytest.approx(exact, abs=1e-12)
+        assert posterior.score(num_samples=draws).loc["d", "rmse"] == pytest.approx(
+            exact, abs=1e-12
+        )
 
 
-# -- exact where it is known ---------------------------------------------------------------------------------------------
+# -- exact where it is known -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guide", ["normal", "multivariate_normal"])
 def test_a_linear_gaussian_score_is_exact(guide: str) -> None:
     tasks = tasks_of("gaussian")
-    model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Gaussian(0.5), vm.GaussianPrior(2.0))
+    model = vm.TaskModel(
+        seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Gaussian(0.5), vm.GaussianPrior(2.0)
+    )
     eta = model.init(torch.zeros((), dtype=F64))
     posterior = vm.Fit(model, tasks, vm.Joint(guide), 0, Run(eta, State())).adapt(tasks)
     table = posterior.score(num_samples=1)
@@ -210,7 +243,9 @@ def test_a_linear_gaussian_score_is_exact(guide: str) -> None:
         assert table.loc[task.name, "log_density"] == pytest.approx(
             stats.norm(mean, sd).logpdf(y.numpy()).mean(), abs=1e-10
         )
-        assert table.loc[task.name, "rmse"] == pytest.approx(np.sqrt(np.mean((mean - y.numpy()) ** 2)), abs=1e-10)
+        assert table.loc[task.name, "rmse"] == pytest.approx(
+            np.sqrt(np.mean((mean - y.numpy()) ** 2)), abs=1e-10
+        )
         inside = np.abs(stats.norm(mean, sd).cdf(y.numpy()) - 0.5) <= 0.45
         assert table.loc[task.name, "coverage"] == pytest.approx(inside.mean())
 

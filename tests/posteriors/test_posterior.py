@@ -25,7 +25,9 @@ def line_model(learn: bool = False) -> vm.TaskModel:
     """y = bias + weight x + noise under the true prior, or one that has to be learned."""
     likelihood = vm.likelihoods.Gaussian(scale=NOISE, learn_scale=learn)
     if learn:
-        return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(1.0, "per_parameter"))
+        return vm.TaskModel(
+            seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(1.0, "per_parameter")
+        )
     precision = {"bias": SDS[0] ** -2, "weight": SDS[1] ** -2}
     prior = vm.GaussianPrior(precision, loc={"bias": LOC[0], "weight": LOC[1]})
     return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), likelihood, prior)
@@ -43,7 +45,11 @@ def line_tasks(num_tasks: int, points: int, query: int, seed: int) -> tuple[vm.T
     y = theta[:, :1] + theta[:, 1:] * x + NOISE * normal(num_tasks, points + query)
     parts = [(x[i].unsqueeze(-1), y[i]) for i in range(num_tasks)]
     tasks = [
-        vm.Task(support=(a[:points], b[:points]), query=(a[points:], b[points:]), name=f"line {seed}.{i}")
+        vm.Task(
+            support=(a[:points], b[:points]),
+            query=(a[points:], b[points:]),
+            name=f"line {seed}.{i}",
+        )
         for i, (a, b) in enumerate(parts)
     ]
     return vm.TaskSet(tasks), theta
@@ -69,7 +75,9 @@ def exact_predictive(task: vm.Task, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_intervals_of_a_thousand_tasks_cover() -> None:
-    """With the prior learned from other tasks, 90 % intervals for weights and for new observations hold what they say."""
+    """With the prior learned from other tasks, 90 % intervals for weights and for new observations
+    hold what they say.
+    """
     train, _ = line_tasks(300, 4, 0, seed=0)
     tasks, theta = line_tasks(1000, 3, 1, seed=1)
     fit = vm.fit(line_model(learn=True), train, vm.Joint("multivariate_normal"))
@@ -86,7 +94,9 @@ def test_intervals_of_a_thousand_tasks_cover() -> None:
     assert len(table) == 1001 and table.loc["all", "n"] == 1000
     assert 0.87 <= table.loc["all", "coverage"] <= 0.93
     assert table.loc["all", "calibration_error"] <= 0.03
-    low, high = posterior.predict([task.query[0] for task in tasks if task.query is not None]).interval(0.9)
+    low, high = posterior.predict(
+        [task.query[0] for task in tasks if task.query is not None]
+    ).interval(0.9)
     y = torch.stack([task.query[1] for task in tasks if task.query is not None])
     assert 0.87 <= float(((low <= y) & (y <= high)).double().mean()) <= 0.93
 
@@ -117,20 +127,29 @@ def test_score_is_the_exact_predictive_density() -> None:
         assert table.loc[task.name, "rmse"] == pytest.approx(math.sqrt(error), abs=0.02)
         z = (task.query[1] - mean) / sd
         unit = torch.distributions.Normal(0.0, 1.0)
-        crps = sd * (z * (2 * unit.cdf(z) - 1) + 2 * unit.log_prob(z).exp() - 1 / math.sqrt(math.pi))
+        crps = sd * (
+            z * (2 * unit.cdf(z) - 1) + 2 * unit.log_prob(z).exp() - 1 / math.sqrt(math.pi)
+        )
         assert table.loc[task.name, "crps"] == pytest.approx(float(crps.mean()), abs=0.02)
         total.append(exact)
         squares.append(error)
-    assert table.loc["all", "log_density"] == pytest.approx(float(torch.cat(total).mean()), abs=0.02)
+    assert table.loc["all", "log_density"] == pytest.approx(
+        float(torch.cat(total).mean()), abs=0.02
+    )
     assert table.loc["all", "rmse"] == pytest.approx(math.sqrt(sum(squares) / 6), abs=0.02)
 
 
-# -- no data yet -------------------------------------------------------------------------------------------------------
+# -- no data yet -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "strategy",
-    [vm.Joint("normal"), vm.Joint("multivariate_normal"), vm.Implicit("normal"), vm.Unrolled("normal", inner_steps=3)],
+    [
+        vm.Joint("normal"),
+        vm.Joint("multivariate_normal"),
+        vm.Implicit("normal"),
+        vm.Unrolled("normal", inner_steps=3),
+    ],
     ids=lambda strategy: strategy.describe(),
 )
 def test_without_data_the_posterior_is_the_prior(strategy: vm.Joint) -> None:
@@ -151,9 +170,13 @@ def test_without_data_the_posterior_is_the_prior(strategy: vm.Joint) -> None:
 
 def test_without_data_the_predictive_is_the_prior_predictive_of_counts() -> None:
     tasks = count_tasks()
-    model = vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Poisson(), vm.GaussianPrior(2.0))
+    model = vm.TaskModel(
+        seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Poisson(), vm.GaussianPrior(2.0)
+    )
     fit = known(model, tasks, vm.Joint("normal"))
-    samples = fit.adapt(vm.TaskSet([vm.Task(name="new")])).predict([[0.7]], 4000).samples[:, 0, 0].numpy()
+    samples = (
+        fit.adapt(vm.TaskSet([vm.Task(name="new")])).predict([[0.7]], 4000).samples[:, 0, 0].numpy()
+    )
     rng = np.random.default_rng(0)
     loc = fit.model.weights.flatten(fit.prior.loc).numpy()
     theta = loc + rng.normal(size=(4000, 2)) / math.sqrt(2.0)
@@ -170,7 +193,7 @@ def test_some_tasks_with_data_and_some_without() -> None:
     assert list(posterior.score().index) == ["line 5.0", "line 5.1", "all"]
 
 
-# -- sample ------------------------------------------------------------------------------------------------------------
+# -- sample ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guide", ["delta", "normal", "multivariate_normal"])
@@ -179,11 +202,17 @@ def test_sample_by_name(guide: str) -> None:
     posterior = known(net_model(vm.GaussianPrior(3.0)), tasks, vm.Implicit(guide)).adapt(tasks)
     draws = posterior.sample(7)
     shapes = {"0.weight": (3, 1), "0.bias": (3,), "2.weight": (1, 3), "2.bias": (1,)}
-    assert {name: tuple(value.shape) for name, value in draws.items()} == {n: (7, 3, *s) for n, s in shapes.items()}
-    torch.testing.assert_close(posterior.model.weights.flatten(draws), posterior.draws(7), rtol=0, atol=0)
+    assert {name: tuple(value.shape) for name, value in draws.items()} == {
+        n: (7, 3, *s) for n, s in shapes.items()
+    }
+    torch.testing.assert_close(
+        posterior.model.weights.flatten(draws), posterior.draws(7), rtol=0, atol=0
+    )
     for name, value in posterior.sample(7).items():
         assert torch.equal(value, draws[name])
-    same = all(torch.equal(value, draws[name]) for name, value in posterior.sample(7, seed=1).items())
+    same = all(
+        torch.equal(value, draws[name]) for name, value in posterior.sample(7, seed=1).items()
+    )
     assert same == (guide == "delta")
     if guide == "delta":
         assert all(not value.any() for value in posterior.sd.values())
@@ -197,7 +226,11 @@ def test_sample_has_the_posteriors_moments(guide: str) -> None:
     draws = posterior.draws(20_000)
     q = posterior.distribution
     covariance = torch.stack([torch.cov(draws[:, i].T) for i in range(2)])
-    exact = torch.diag_embed(q.variance.squeeze(1)) if guide == "normal" else q.covariance_matrix.squeeze(1)
+    exact = (
+        torch.diag_embed(q.variance.squeeze(1))
+        if guide == "normal"
+        else q.covariance_matrix.squeeze(1)
+    )
     torch.testing.assert_close(draws.mean(0), q.mean.squeeze(1), rtol=0, atol=0.02)
     torch.testing.assert_close(covariance, exact, rtol=0.05, atol=0.005)
 
@@ -206,7 +239,8 @@ def test_draws_of_a_task_do_not_depend_on_the_other_tasks() -> None:
     tasks = ragged_tasks(5)
     fit = known(linear_model(vm.GaussianPrior(3.0)), tasks, vm.Joint("multivariate_normal"))
     whole, part = fit.adapt(tasks).draws(50), fit.adapt(tasks[[3, 1]]).draws(50)
-    # the posterior itself is found by an iteration, whose sums differ in the last bits with the padding
+    # the posterior itself is found by an iteration, whose sums differ in the last bits with the
+    # padding
     torch.testing.assert_close(part, whole[:, [3, 1]], rtol=0, atol=1e-8)
     few = fit.adapt(tasks).draws(20)
     torch.testing.assert_close(few, whole[:20], rtol=0, atol=0)
@@ -224,11 +258,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
     tasks = ragged_tasks(2)
     posterior = known(linear_model(vm.GaussianPrior()), tasks, vm.Joint()).posterior()
     assert torch.equal(posterior.draws(np.int64(5)), posterior.draws(5))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="num_samples must be a whole number of at least 1, not 'five'"):
+    with pytest.raises(
+        TypeError, match="num_samples must be a whole number of at least 1, not 'five'"
+    ):
         posterior.sample("five")  # type: ignore[arg-type]
 
 
-# -- predict -----------------------------------------------------------------------------------------------------------
+# -- predict ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -254,22 +290,32 @@ def test_predict_at_common_points(lines: vm.Posterior) -> None:
 def test_predict_at_points_of_each_task(lines: vm.Posterior) -> None:
     parts = [torch.full((n, 1), float(n), dtype=torch.float64) for n in (1, 3, 2)]
     prediction = lines.predict(parts, num_samples=5000)
-    assert prediction.mask.tolist() == [[True, False, False], [True, True, True], [True, True, False]]
+    assert prediction.mask.tolist() == [
+        [True, False, False],
+        [True, True, True],
+        [True, True, False],
+    ]
     for index, (name, part) in enumerate(zip(lines.names, parts, strict=True)):
         draws = prediction.task(name)
         assert draws.shape == (5000, len(part))
-        torch.testing.assert_close(draws.mean(0), exact_predictive(lines.tasks[index], part)[0], rtol=0, atol=0.1)
+        torch.testing.assert_close(
+            draws.mean(0), exact_predictive(lines.tasks[index], part)[0], rtol=0, atol=0.1
+        )
     with pytest.raises(KeyError, match="no task is called 'line'"):
         prediction.task("line")
 
 
-def test_predictions_of_many_numbers_come_in_slices(lines: vm.Posterior, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_of_many_numbers_come_in_slices(
+    lines: vm.Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.zeros(2, 1, dtype=torch.float64)
     whole = lines.score(num_samples=100, query=[(x, x[:, 0])] * 3)
     monkeypatch.setattr("varmeta.posteriors.slices.CHUNK", 1000)
     parts = lines.score(num_samples=100, query=[(x, x[:, 0])] * 3)
     assert lines.predict(x, 100).samples.shape == (100, 3, 2)
-    assert parts["log_density"].to_numpy() == pytest.approx(whole["log_density"].to_numpy(), abs=1e-12)
+    assert parts["log_density"].to_numpy() == pytest.approx(
+        whole["log_density"].to_numpy(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,7 +324,10 @@ def test_predictions_of_many_numbers_come_in_slices(lines: vm.Posterior, monkeyp
         ([np.zeros((2, 1))] * 2, "x lists 2 arrays, but there are 3 tasks"),
         (np.zeros(4), r"a row has shape \(\), but \(1,\)"),
         (np.zeros((4, 2)), r"a row has shape \(2,\), but \(1,\)"),
-        ([np.zeros((2, 1)), np.zeros((2, 1)), np.zeros(2)], "x of task 'line 6.2': a row has shape"),
+        (
+            [np.zeros((2, 1)), np.zeros((2, 1)), np.zeros(2)],
+            "x of task 'line 6.2': a row has shape",
+        ),
         (np.array([[0.0], [np.nan]]), r"row 1 \(counted from 0\), is nan"),
         (1.5, "is a single number"),
     ],
@@ -289,10 +338,14 @@ def test_predict_refuses(lines: vm.Posterior, x: Any, message: str) -> None:
 
 
 def test_nested_lists_of_numbers_are_rows(lines: vm.Posterior) -> None:
-    """As in numpy; only a list of arrays is one per task.  Three rows for three tasks are where the two could be mixed up."""
+    """As in numpy; only a list of arrays is one per task.  Three rows for three tasks are where the
+    two could be mixed up.
+    """
     rows = [[0.0], [5.0], [10.0]]
     assert torch.equal(lines.predict(rows, 10).samples, lines.predict(np.array(rows), 10).samples)
-    assert lines.predict([np.array(rows), np.array(rows[:1]), rows[:2]], 10).mask.sum(-1).tolist() == [3, 1, 2]
+    assert lines.predict([np.array(rows), np.array(rows[:1]), rows[:2]], 10).mask.sum(
+        -1
+    ).tolist() == [3, 1, 2]
 
 
 def test_predict_refuses_words(lines: vm.Posterior) -> None:
@@ -305,7 +358,7 @@ def test_the_level_is_a_probability(lines: vm.Posterior) -> None:
         lines.predict(np.zeros((1, 1))).interval(90)
 
 
-# -- score: which columns, which rows ------------------------------------------------------------------------------------
+# -- score: which columns, which rows --------------------------------------------------------------
 
 NUMBERS = ["n", "log_density", "rmse", "coverage", "calibration_error", "crps"]
 CLASSES = ["n", "log_density", "error_rate", "calibration_error"]
@@ -316,7 +369,10 @@ def tasks_with(y: Any) -> vm.TaskSet:
     rng = np.random.default_rng(0)
     xs = [(rng.normal(size=(4, 1)), rng.normal(size=(3, 1))) for _ in range(3)]
     return vm.TaskSet(
-        [vm.Task(support=(a, y(rng, a[:, 0])), query=(b, y(rng, b[:, 0])), name=f"t{i}") for i, (a, b) in enumerate(xs)]
+        [
+            vm.Task(support=(a, y(rng, a[:, 0])), query=(b, y(rng, b[:, 0])), name=f"t{i}")
+            for i, (a, b) in enumerate(xs)
+        ]
     )
 
 
@@ -338,18 +394,42 @@ def net(outputs: int, likelihood: Any) -> vm.TaskModel:
 
 
 KINDS: dict[str, tuple[Any, Any, list[str]]] = {
-    "gaussian": (lambda: net(1, vm.likelihoods.Gaussian()), lambda rng, x: x + rng.normal(size=len(x)), NUMBERS),
+    "gaussian": (
+        lambda: net(1, vm.likelihoods.Gaussian()),
+        lambda rng, x: x + rng.normal(size=len(x)),
+        NUMBERS,
+    ),
     "several responses": (
         lambda: net(2, vm.likelihoods.Gaussian()),
         lambda rng, x: rng.normal(size=(len(x), 2)),
         NUMBERS,
     ),
-    "student": (lambda: net(1, vm.likelihoods.StudentT()), lambda rng, x: x + rng.normal(size=len(x)), NUMBERS),
-    "counts": (lambda: net(1, vm.likelihoods.Poisson()), lambda rng, x: rng.poisson(1.5, size=len(x)), NUMBERS),
+    "student": (
+        lambda: net(1, vm.likelihoods.StudentT()),
+        lambda rng, x: x + rng.normal(size=len(x)),
+        NUMBERS,
+    ),
+    "counts": (
+        lambda: net(1, vm.likelihoods.Poisson()),
+        lambda rng, x: rng.poisson(1.5, size=len(x)),
+        NUMBERS,
+    ),
     "binomial": (lambda: net(1, vm.likelihoods.Binomial()), binomial, NUMBERS),
-    "binomial of 5": (lambda: net(1, vm.likelihoods.Binomial(5)), lambda rng, x: rng.binomial(5, 0.4, len(x)), NUMBERS),
-    "binary": (lambda: net(1, vm.likelihoods.Bernoulli()), lambda rng, x: rng.integers(2, size=len(x)), CLASSES),
-    "classes": (lambda: net(3, vm.likelihoods.Categorical(3)), lambda rng, x: rng.integers(3, size=len(x)), CLASSES),
+    "binomial of 5": (
+        lambda: net(1, vm.likelihoods.Binomial(5)),
+        lambda rng, x: rng.binomial(5, 0.4, len(x)),
+        NUMBERS,
+    ),
+    "binary": (
+        lambda: net(1, vm.likelihoods.Bernoulli()),
+        lambda rng, x: rng.integers(2, size=len(x)),
+        CLASSES,
+    ),
+    "classes": (
+        lambda: net(3, vm.likelihoods.Categorical(3)),
+        lambda rng, x: rng.integers(3, size=len(x)),
+        CLASSES,
+    ),
     "binary program": (
         lambda: TaskModel.from_pyro(bernoulli_program, {"a": (), "b": ()}),
         lambda rng, x: rng.integers(2, size=len(x)).astype(float),
@@ -369,7 +449,9 @@ def test_columns_of_the_score(kind: str, guide: str) -> None:
     assert list(table.index) == ["t0", "t1", "t2", "all"] and table.index.name == "task"
     assert table["n"].tolist() == [3, 3, 3, 9]
     assert np.isfinite(table.to_numpy(dtype=float)).all()
-    assert table.loc["all", "log_density"] == pytest.approx(table["log_density"][:3].mean(), abs=1e-12)
+    assert table.loc["all", "log_density"] == pytest.approx(
+        table["log_density"][:3].mean(), abs=1e-12
+    )
     # the mean density over draws of the weights, taken by hand
     # a linear Gaussian model needs no draws, so that only many of them agree
     draws, close = (20_000, 0.02) if (kind, guide) == ("gaussian", "normal") else (50, 1e-10)
@@ -387,7 +469,10 @@ def test_probabilities_of_binomial_trials_count() -> None:
     for index, task in enumerate(tasks):
         assert task.query is not None
         x, y = (part.numpy() for part in task.query)
-        weight, bias = posterior.mean["weight"][index, 0, 0].item(), posterior.mean["bias"][index, 0].item()
+        weight, bias = (
+            posterior.mean["weight"][index, 0, 0].item(),
+            posterior.mean["bias"][index, 0].item(),
+        )
         exact = stats.binom.logpmf(y[:, 0], y[:, 1], 1 / (1 + np.exp(-weight * x[:, 0] - bias)))
         assert table.loc[task.name, "log_density"] == pytest.approx(exact.mean(), abs=1e-10)
 
@@ -400,7 +485,9 @@ def test_padding_is_not_scored() -> None:
     for index, name in enumerate(tasks.names):
         alone = fit.adapt(tasks[[index]]).score(num_samples=200)
         assert alone.loc[name, "n"] == together.loc[name, "n"]
-        assert alone.loc[name, "log_density"] == pytest.approx(together.loc[name, "log_density"], abs=1e-7)
+        assert alone.loc[name, "log_density"] == pytest.approx(
+            together.loc[name, "log_density"], abs=1e-7
+        )
     log_prob, mask = fit.adapt(tasks).log_prob(num_samples=3)
     assert not mask.all() and not log_prob[:, ~mask].any()
 
@@ -413,7 +500,9 @@ def test_what_is_scored() -> None:
     assert posterior.score(tasks, 20).equals(own)
     assert posterior.score(pairs, 20).equals(own)
     assert posterior.score([vm.Task(support=pair) for pair in pairs], 20).equals(own)
-    assert posterior.score(vm.TaskSet([vm.Task(query=t.query, name=t.name) for t in tasks]), 20).equals(own)
+    assert posterior.score(
+        vm.TaskSet([vm.Task(query=t.query, name=t.name) for t in tasks]), 20
+    ).equals(own)
 
 
 def test_a_task_without_query_data_is_not_scored_on_its_support() -> None:
@@ -427,7 +516,11 @@ def test_a_task_without_query_data_is_not_scored_on_its_support() -> None:
 def test_a_task_called_all_keeps_its_row() -> None:
     tasks = ragged_tasks(2)
     named = vm.TaskSet([vm.Task(tasks[0].support, tasks[0].query, "all"), tasks[1]])
-    table = known(linear_model(vm.GaussianPrior(3.0)), named, vm.Joint()).adapt(named).score(num_samples=5)
+    table = (
+        known(linear_model(vm.GaussianPrior(3.0)), named, vm.Joint())
+        .adapt(named)
+        .score(num_samples=5)
+    )
     assert list(table.index) == ["all", "sine 1", "all"] and table["n"].tolist() == [2, 3, 5]
 
 
@@ -435,7 +528,11 @@ def test_a_task_called_all_keeps_its_row() -> None:
     ("query", "error", "message"),
     [
         (lambda tasks: tasks[:2], ValueError, "query has 2 tasks, but the posterior has 3"),
-        (lambda tasks: tasks[[1, 0, 2]], ValueError, "lists task 'sine 1' where the posterior has 'sine 0'"),
+        (
+            lambda tasks: tasks[[1, 0, 2]],
+            ValueError,
+            "lists task 'sine 1' where the posterior has 'sine 0'",
+        ),
         (lambda tasks: [tasks[1], tasks[0], tasks[2]], ValueError, "lists task 'sine 1' where"),
         (
             lambda tasks: [(np.zeros((2, 1)), np.zeros(3))] * 3,
@@ -443,7 +540,11 @@ def test_a_task_called_all_keeps_its_row() -> None:
             "task 'sine 0': support x has 2 rows but y has 3",
         ),
         (lambda tasks: [(np.zeros((2, 1)), [0.0, np.nan])] * 3, ValueError, "task 'sine 0'.*row 1"),
-        (lambda tasks: [(np.zeros(2), np.zeros(2))] * 3, ValueError, "query x of task 'sine 0': a row has shape"),
+        (
+            lambda tasks: [(np.zeros(2), np.zeros(2))] * 3,
+            ValueError,
+            "query x of task 'sine 0': a row has shape",
+        ),
         (lambda tasks: [None] * 3, ValueError, "nothing to score"),
         (lambda tasks: 3, TypeError, "query must be a TaskSet or a list"),
     ],
@@ -470,7 +571,7 @@ def test_score_refuses_observations_outside_the_support() -> None:
         posterior.score([(np.zeros((2, 1)), [0, 2])] * 3)
 
 
-# -- adapt -------------------------------------------------------------------------------------------------------------
+# -- adapt -----------------------------------------------------------------------------------------
 
 
 def test_adapt_refuses_other_columns_and_other_things() -> None:
@@ -498,7 +599,8 @@ def test_adaptation_that_breaks_off_says_so() -> None:
     fit = known(model, tasks, vm.Joint("delta"))
     with pytest.warns(
         RuntimeWarning,
-        match="did not end well for 1 of 2 tasks, 'wild' first: a loss or gradient is not finite on the way.*not its posterior",
+        match="did not end well for 1 of 2 tasks, 'wild' first: a loss or gradient is not finite "
+        "on the way.*not its posterior",
     ):
         fit.adapt(wild)
 
@@ -507,7 +609,9 @@ def test_a_guide_of_the_users_own_that_is_a_point() -> None:
     """AutoDelta is a delta guide whatever its class: no spread, no bound."""
     tasks = ragged_tasks(2)
     model = linear_model(vm.GaussianPrior(3.0))
-    own, built_in = (vm.fit(model, tasks, vm.Joint(guide), optimizer=None) for guide in (AutoDelta, "delta"))
+    own, built_in = (
+        vm.fit(model, tasks, vm.Joint(guide), optimizer=None) for guide in (AutoDelta, "delta")
+    )
     assert own.loss == pytest.approx(built_in.loss, rel=1e-9)
     assert own.loss_name == built_in.loss_name == "penalised loss (MAP; no bound)"
     posterior = own.posterior()

@@ -1,4 +1,6 @@
-"""Pareto smoothing against distributions with a known tail, and at its edges; test_diagnostics.py holds it against ArviZ."""
+"""Pareto smoothing against distributions with a known tail, and at its edges; test_diagnostics.py
+holds it against ArviZ.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_smoothing_keeps_the_order_and_the_bulk() -> None:
     order = raw[0].argsort()
     assert np.array_equal(smoothed[0].argsort(), order)
     small = order[:800]
-    np.testing.assert_allclose(smoothed[0, small] - smoothed[0, small[0]], raw[0, small] - raw[0, small[0]])
+    np.testing.assert_allclose(
+        smoothed[0, small] - smoothed[0, small[0]], raw[0, small] - raw[0, small[0]]
+    )
 
 
 def test_equal_weights_and_tails_of_too_few() -> None:
@@ -41,7 +45,9 @@ def test_equal_weights_and_tails_of_too_few() -> None:
 
 
 def test_weights_that_are_alike_are_good_whatever_the_shape_of_their_tail() -> None:
-    """Weights of a guide that is almost right have a local maximum, which makes a light tail look heavy until draws abound."""
+    """Weights of a guide that is almost right have a local maximum, which makes a light tail look
+    heavy until draws abound.
+    """
     rng = np.random.default_rng(0)
 
     def weights(draws: int) -> np.ndarray:

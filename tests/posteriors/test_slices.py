@@ -34,20 +34,32 @@ class Largest(TorchDispatchMode):
 def posterior(guide: str) -> vm.Posterior:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TASKS, POINTS, 1, LENGTH, generator=generator, dtype=torch.float64)
-    tasks = vm.TaskSet([vm.Task(query=(one, one.mean((-2, -1)))) for one in x])  # whose posterior is the prior
+    tasks = vm.TaskSet(
+        [vm.Task(query=(one, one.mean((-2, -1)))) for one in x]
+    )  # whose posterior is the prior
     net = seeded(
         lambda: nn.Sequential(
-            nn.Conv1d(1, CHANNELS, 1), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(CHANNELS, 1)
+            nn.Conv1d(1, CHANNELS, 1),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(CHANNELS, 1),
         )
     )
     model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(precision=4.0))
-    return vm.Fit(model, tasks, vm.Joint(guide), 0, Run(model.init(x.new_zeros(())), State())).adapt(tasks)
+    return vm.Fit(
+        model, tasks, vm.Joint(guide), 0, Run(model.init(x.new_zeros(())), State())
+    ).adapt(tasks)
 
 
 @pytest.mark.parametrize("guide", ["delta", "normal"])
-def test_a_wide_network_is_run_on_some_draws_and_some_tasks(guide: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wide_network_is_run_on_some_draws_and_some_tasks(
+    guide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = posterior(guide)
-    x = torch.randn(POINTS, 1, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(
+        POINTS, 1, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     whole, mean = found.score(num_samples=3), found.expected(x, 3).samples
     monkeypatch.setattr("varmeta.posteriors.slices.CHUNK", ALL // 2)
     with Largest() as largest:

@@ -1,4 +1,6 @@
-"""A prior moved by the tasks' features is the model that has the same features as columns: exact identities, and lme4."""
+"""A prior moved by the tasks' features is the model that has the same features as columns: exact
+identities, and lme4.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,22 @@ def radon(x: list[str], features: list[str]) -> vm.TaskSet:
     return vm.TaskSet.from_frame(frame, task="county", x=x, y="log_radon", features=features)
 
 
-def regression(columns: list[str], learn: str, shared: list[str], covariates: Any = None, **more: Any) -> vm.TaskModel:
+def regression(
+    columns: list[str], learn: str, shared: list[str], covariates: Any = None, **more: Any
+) -> vm.TaskModel:
     prior = vm.GaussianPrior(learn_precision=learn, covariates=covariates, **more)
-    return vm.TaskModel(vm.LinearPredictor(columns), vm.likelihoods.Gaussian(), prior, shared=shared)
+    return vm.TaskModel(
+        vm.LinearPredictor(columns), vm.likelihoods.Gaussian(), prior, shared=shared
+    )
 
 
 @pytest.fixture(scope="module")
 def moved() -> vm.Fit:
     """Radon with the county's uranium moving its intercept."""
     tasks = radon(["floor"], ["log_uppm"])
-    return vm.fit(regression(["floor"], "shared", ["floor"], URANIUM), tasks, vm.Joint("multivariate_normal"))
+    return vm.fit(
+        regression(["floor"], "shared", ["floor"], URANIUM), tasks, vm.Joint("multivariate_normal")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,9 @@ def column() -> vm.Fit:
 
 
 def with_features(tasks: vm.TaskSet, *names: str) -> vm.TaskSet:
-    """The tasks with features that are functions of their names, so that no order of tasks can make them right."""
+    """The tasks with features that are functions of their names, so that no order of tasks can make
+    them right.
+    """
     from dataclasses import replace
 
     def of(task: vm.Task) -> dict[str, float]:
@@ -68,17 +78,26 @@ def with_features(tasks: vm.TaskSet, *names: str) -> vm.TaskSet:
     return vm.TaskSet([replace(task, features=of(task)) for task in tasks], x_names=tasks.x_names)
 
 
-# -- identities ----------------------------------------------------------------------------------------------------------
+# -- identities ------------------------------------------------------------------------------------
 
 
 def test_a_feature_of_the_intercept_is_a_shared_column(moved: vm.Fit, column: vm.Fit) -> None:
     assert moved.converged and column.converged
     assert moved.log_likelihood == pytest.approx(column.log_likelihood, abs=1e-8)
-    pairs = {"intercept:log_uppm": "log_uppm", "intercept": "intercept", "floor": "floor", "log_scale": "log_scale"}
+    pairs = {
+        "intercept:log_uppm": "log_uppm",
+        "intercept": "intercept",
+        "floor": "floor",
+        "log_scale": "log_scale",
+    }
     for ours, theirs in pairs.items():
         assert float(moved.eta[ours]) == pytest.approx(float(column.eta[theirs]), abs=1e-6)
-    assert float(moved.prior.coefficients["intercept:log_uppm"]) == float(moved.eta["intercept:log_uppm"])
-    assert moved.prior.sd["intercept"] == pytest.approx(float(column.prior.sd["intercept"]), abs=1e-6)
+    assert float(moved.prior.coefficients["intercept:log_uppm"]) == float(
+        moved.eta["intercept:log_uppm"]
+    )
+    assert moved.prior.sd["intercept"] == pytest.approx(
+        float(column.prior.sd["intercept"]), abs=1e-6
+    )
     errors, others = moved.standard_errors, column.standard_errors
     assert errors is not None and others is not None
     assert float(errors["intercept:log_uppm"]) == pytest.approx(float(others["log_uppm"]), rel=1e-6)
@@ -104,10 +123,16 @@ def test_a_feature_of_the_slope_is_a_shared_product(learn: str) -> None:
     fit = vm.fit(model, radon(["floor"], ["log_uppm"]), vm.Joint("multivariate_normal"))
     columns = ["floor", "log_uppm", "product"]
     other = vm.fit(
-        regression(columns, learn, ["log_uppm", "product"]), radon(columns, []), vm.Joint("multivariate_normal")
+        regression(columns, learn, ["log_uppm", "product"]),
+        radon(columns, []),
+        vm.Joint("multivariate_normal"),
     )
     assert fit.loss == pytest.approx(other.loss, abs=1e-7)
-    for ours, theirs in {"intercept:log_uppm": "log_uppm", "floor:log_uppm": "product", "floor": "floor"}.items():
+    for ours, theirs in {
+        "intercept:log_uppm": "log_uppm",
+        "floor:log_uppm": "product",
+        "floor": "floor",
+    }.items():
         assert float(fit.eta[ours]) == pytest.approx(float(other.eta[theirs]), abs=2e-6)
     assert torch.allclose(fit.prior.covariance, other.prior.covariance, atol=1e-6)
 
@@ -115,20 +140,27 @@ def test_a_feature_of_the_slope_is_a_shared_product(learn: str) -> None:
 def test_a_list_moves_all_weights() -> None:
     fit = vm.fit(regression(["floor"], "full", [], ["log_uppm"]), radon(["floor"], ["log_uppm"]))
     by_name = {"intercept": ["log_uppm"], "floor": ["log_uppm"]}
-    assert fit.loss == vm.fit(regression(["floor"], "full", [], by_name), radon(["floor"], ["log_uppm"])).loss
+    assert (
+        fit.loss
+        == vm.fit(regression(["floor"], "full", [], by_name), radon(["floor"], ["log_uppm"])).loss
+    )
 
 
 @pytest.mark.parametrize("covariates", [[], {}, {"intercept": []}], ids=str)
 def test_no_features_are_no_covariates(covariates: Any) -> None:
     tasks = radon(["floor"], [])
-    fit, plain = (vm.fit(regression(["floor"], "full", [], some), tasks) for some in (covariates, None))
+    fit, plain = (
+        vm.fit(regression(["floor"], "full", [], some), tasks) for some in (covariates, None)
+    )
     assert fit.loss == plain.loss
     assert all(torch.equal(fit.eta[name], value) for name, value in plain.eta.items())
 
 
 def test_features_of_zero_leave_the_fit_as_it_is() -> None:
     frame = vm.datasets.radon(as_frame=True).assign(nothing=0.0)
-    tasks = vm.TaskSet.from_frame(frame, task="county", x=["floor"], y="log_radon", features=["nothing"])
+    tasks = vm.TaskSet.from_frame(
+        frame, task="county", x=["floor"], y="log_radon", features=["nothing"]
+    )
     optimizer = lambda params: torch.optim.Adam(params, 1e-2)  # noqa: E731
     model = regression(["floor"], "shared", ["floor"], {"intercept": ["nothing"]})
     fit, plain = (
@@ -138,32 +170,43 @@ def test_features_of_zero_leave_the_fit_as_it_is() -> None:
     assert fit.loss == plain.loss and float(fit.eta["intercept:nothing"]) == 0.0
 
 
-# -- references ----------------------------------------------------------------------------------------------------------
+# -- references ------------------------------------------------------------------------------------
 
 
 def test_lme4s_reml(moved: vm.Fit) -> None:
-    theirs = json.loads((shared_data("radon_mn") / "reference.json").read_text())["fits"]["uranium_REML"]
+    theirs = json.loads((shared_data("radon_mn") / "reference.json").read_text())["fits"][
+        "uranium_REML"
+    ]
     fit = vm.fit(moved.model, moved.tasks, hyperguide="reml")
     errors = fit.standard_errors
     assert errors is not None
     for k, name in enumerate(["intercept", "floor", "intercept:log_uppm"]):
         assert float(fit.eta[name]) == pytest.approx(theirs["fixed"]["estimate"][k], rel=1e-4)
         assert float(errors[name]) == pytest.approx(theirs["fixed"]["std_error"][k], rel=1e-4)
-    assert float(fit.prior.sd["intercept"]) == pytest.approx(theirs["random"][0]["sd_or_corr"], rel=1e-4)
+    assert float(fit.prior.sd["intercept"]) == pytest.approx(
+        theirs["random"][0]["sd_or_corr"], rel=1e-4
+    )
     assert float(fit.prior.scale) == pytest.approx(theirs["sigma"], rel=1e-4)  # type: ignore[arg-type]
     assert fit.log_likelihood == pytest.approx(theirs["logLik"], abs=1e-4)
 
 
 def test_the_reference_posterior_of_radon() -> None:
-    theirs = json.loads((shared_data("radon_mn") / "posterior_hierarchical_intercept.json").read_text())["params"]
+    theirs = json.loads(
+        (shared_data("radon_mn") / "posterior_hierarchical_intercept.json").read_text()
+    )["params"]
     normal, half = dist.Normal(0.0, 10.0), dist.HalfNormal(1.0)
     names = {"intercept": "mu_alpha", "intercept:log_uppm": "beta[1]", "floor": "beta[2]"}
     prior = vm.GaussianPrior(
-        learn_precision="shared", covariates=URANIUM, scale_hyperprior=half, loc_hyperprior=dict.fromkeys(names, normal)
+        learn_precision="shared",
+        covariates=URANIUM,
+        scale_hyperprior=half,
+        loc_hyperprior=dict.fromkeys(names, normal),
     )
     likelihood = vm.likelihoods.Gaussian(scale_hyperprior=half)
     model = vm.TaskModel(vm.LinearPredictor(["floor"]), likelihood, prior, shared=["floor"])
-    fit = vm.fit(model, radon(["floor"], ["log_uppm"]), hyperguide="multivariate_normal", progress=False)
+    fit = vm.fit(
+        model, radon(["floor"], ["log_uppm"]), hyperguide="multivariate_normal", progress=False
+    )
     found = fit.hyperparameters()
     for ours, their in {**names, "sd(intercept)": "sigma_alpha", "noise scale": "sigma_y"}.items():
         expected = theirs[their]
@@ -172,7 +215,10 @@ def test_the_reference_posterior_of_radon() -> None:
     # a county's weight is alpha_j + beta_1 z_j in their words
     posterior, batch = fit.posterior(), fit.tasks.batch()
     uranium = batch.support.features["log_uppm"]
-    centred = posterior.draws(2000)[..., 0] - posterior.q.etas(2000)["intercept:log_uppm"][:, None] * uranium  # type: ignore[attr-defined]
+    centred = (
+        posterior.draws(2000)[..., 0]
+        - posterior.q.etas(2000)["intercept:log_uppm"][:, None] * uranium
+    )  # type: ignore[attr-defined]
     for position, name in enumerate(fit.tasks.names[:20]):
         expected = theirs[f"alpha[{name}]"]
         assert abs(float(centred[:, position].mean()) - expected["mean"]) < 0.15 * expected["sd"]
@@ -185,20 +231,30 @@ def test_the_reference_posterior_of_radon() -> None:
 
 @pytest.mark.parametrize("hyperguide", ["normal", "multivariate_normal"])
 def test_the_posterior_of_eta_of_counts_is_that_with_a_shared_column(hyperguide: str) -> None:
-    """The same random numbers in the same coordinates, so that all but rounding agrees; a task's own weight holds its feature."""
+    """The same random numbers in the same coordinates, so that all but rounding agrees; a task's
+    own weight holds its feature.
+    """
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"site": np.repeat(np.arange(12), 3), "z": np.repeat(rng.normal(size=12), 3)})
-    frame["count"] = rng.poisson(np.exp(1.0 + 0.8 * frame.z + 0.4 * np.repeat(rng.normal(size=12), 3)))
+    frame = pd.DataFrame(
+        {"site": np.repeat(np.arange(12), 3), "z": np.repeat(rng.normal(size=12), 3)}
+    )
+    frame["count"] = rng.poisson(
+        np.exp(1.0 + 0.8 * frame.z + 0.4 * np.repeat(rng.normal(size=12), 3))
+    )
     half = dist.HalfNormal(1.0)
     fits = [
         vm.fit(
             vm.TaskModel(
                 vm.LinearPredictor(x).double(),
                 vm.likelihoods.Poisson(),
-                vm.GaussianPrior(learn_precision="shared", scale_hyperprior=half, covariates=covariates),
+                vm.GaussianPrior(
+                    learn_precision="shared", scale_hyperprior=half, covariates=covariates
+                ),
                 shared=x,
             ),
-            vm.TaskSet.from_frame(frame, task="site", x=x, y="count", features=features).to(dtype=torch.float64),
+            vm.TaskSet.from_frame(frame, task="site", x=x, y="count", features=features).to(
+                dtype=torch.float64
+            ),
             hyperguide=hyperguide,
             progress=False,
         )
@@ -218,7 +274,7 @@ def test_the_posterior_of_eta_of_counts_is_that_with_a_shared_column(hyperguide:
     assert torch.allclose(rates, columns, rtol=1e-4)
 
 
-# -- gradients -----------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outer", OUTERS)
@@ -227,21 +283,31 @@ def test_the_posterior_of_eta_of_counts_is_that_with_a_shared_column(hyperguide:
 def test_meta_gradients_equal_central_differences(
     adjoint: str, guide: Any, outer: str, minima: defaultdict[str, Minima]
 ) -> None:
-    model = linear_model(vm.GaussianPrior(3.0, "shared", covariates={"weight": ["a"], "bias": ["a", "b"]}))
+    model = linear_model(
+        vm.GaussianPrior(3.0, "shared", covariates={"weight": ["a"], "bias": ["a", "b"]})
+    )
     tasks = with_features(ragged_tasks(3), "a", "b")
     names = list(model.coefficients)
     assert names == ["weight:a", "bias:a", "bias:b"]
     one = torch.ones((), dtype=torch.float64)
     ways = {name: {name: one.expand(model.start[name].shape)} for name in names}
     ways["theta0"] = {name: one.expand(model.start[name].shape) for name in ("weight", "bias")}
-    errors = directional_errors(model, tasks, strategies(guide, outer)[adjoint], ways, minima[str(guide)])
+    errors = directional_errors(
+        model, tasks, strategies(guide, outer)[adjoint], ways, minima[str(guide)]
+    )
     assert max(errors.values()) <= 1e-6, errors
 
 
 def test_joint_gradients_equal_central_differences() -> None:
-    model, tasks = net_model(vm.GaussianPrior(3.0, covariates=["a"])), with_features(ragged_tasks(3), "a")
+    model, tasks = (
+        net_model(vm.GaussianPrior(3.0, covariates=["a"])),
+        with_features(ragged_tasks(3), "a"),
+    )
     strategy, batch = vm.Joint("normal", expectation="cubature"), tasks.batch()
-    problem, start = strategy.problem(model, tasks, 0), model.init(torch.zeros((), dtype=torch.float64))
+    problem, start = (
+        strategy.problem(model, tasks, 0),
+        model.init(torch.zeros((), dtype=torch.float64)),
+    )
     state = strategy.init(problem, batch, start)
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     outcome = eager(strategy, problem, batch, leaves, state)
@@ -251,18 +317,26 @@ def test_joint_gradients_equal_central_differences() -> None:
             chunks.value(strategy, problem, batch, start | {key: start[key] + step * way}, state)
             for step in (1e-5, -1e-5)
         )
-        assert float((outcome.gradient[key] * way).sum()) == pytest.approx((up - down) / 2e-5, rel=1e-6, abs=1e-8)
+        assert float((outcome.gradient[key] * way).sum()) == pytest.approx(
+            (up - down) / 2e-5, rel=1e-6, abs=1e-8
+        )
 
 
 def test_implicit_and_unrolled_fits_find_the_joint_ones(moved: vm.Fit) -> None:
     for strategy in (vm.Implicit("multivariate_normal", "elbo"), vm.Implicit("laplace")):
         fit = vm.fit(moved.model, moved.tasks, strategy, compile=False)
-        assert float(fit.eta["intercept:log_uppm"]) == pytest.approx(float(moved.eta["intercept:log_uppm"]), abs=1e-4)
-        assert torch.allclose(fit.posterior().mean["intercept"], moved.posterior().mean["intercept"], atol=1e-3)
+        assert float(fit.eta["intercept:log_uppm"]) == pytest.approx(
+            float(moved.eta["intercept:log_uppm"]), abs=1e-4
+        )
+        assert torch.allclose(
+            fit.posterior().mean["intercept"], moved.posterior().mean["intercept"], atol=1e-3
+        )
     # one MAML step from the prior serves a known feature at once
     unrolled = vm.Unrolled("delta", "query", inner_steps=1, minimizer=vm.GradientDescent(1e-6))
     prior = vm.GaussianPrior(1.0, covariates=URANIUM)
-    fixed = vm.TaskModel(vm.LinearPredictor(["floor"]), vm.likelihoods.Gaussian(), prior, shared=["floor"])
+    fixed = vm.TaskModel(
+        vm.LinearPredictor(["floor"]), vm.likelihoods.Gaussian(), prior, shared=["floor"]
+    )
     counties = radon(["floor"], ["log_uppm"])
     tasks = counties[[len(task.support[1]) > 1 for task in counties]].split(0.5)  # type: ignore[index]
     fit = vm.fit(fixed, tasks, unrolled, compile=False)
@@ -274,15 +348,18 @@ def test_implicit_and_unrolled_fits_find_the_joint_ones(moved: vm.Fit) -> None:
     assert np.allclose(found, expected, atol=1e-4)
 
 
-# -- the tasks' ways -----------------------------------------------------------------------------------------------------
+# -- the tasks' ways -------------------------------------------------------------------------------
 
 
 def test_padding_and_minibatches_take_each_task_its_own_features() -> None:
     model = net_model(vm.GaussianPrior(3.0, covariates=["a", "b"]))
     tasks = with_features(ragged_tasks(5), "a", "b")
     eta = model.init(torch.zeros((), dtype=torch.float64))
-    eta |= {name: 0.3 + torch.arange(eta[name].numel(), dtype=torch.float64).reshape(eta[name].shape) / 7
-            for name in model.coefficients}  # fmt: skip
+    eta |= {
+        name: 0.3
+        + torch.arange(eta[name].numel(), dtype=torch.float64).reshape(eta[name].shape) / 7
+        for name in model.coefficients
+    }
     strategy = vm.Joint("normal", adapt_steps=50)
     problem, batch = strategy.problem(model, tasks, 3), tasks.batch()
 
@@ -297,19 +374,26 @@ def test_padding_and_minibatches_take_each_task_its_own_features() -> None:
     # the minimum of a task does not depend on who stands beside it either
     fit = vm.fit(model, tasks, strategy, 3, adam, batch_size=2, compile=False)
     assert torch.allclose(
-        fit.adapt(tasks[[2, 0]]).mean["0.weight"], fit.adapt(tasks).mean["0.weight"][[2, 0]], atol=1e-6
+        fit.adapt(tasks[[2, 0]]).mean["0.weight"],
+        fit.adapt(tasks).mean["0.weight"][[2, 0]],
+        atol=1e-6,
     )
     assert not torch.equal(fit.eta["0.weight:a"], torch.zeros_like(fit.eta["0.weight:a"]))
 
 
 def test_a_new_task_brings_its_features(moved: vm.Fit, column: vm.Fit) -> None:
     new = vm.TaskSet(
-        [vm.Task(name="low", features={"log_uppm": -0.5}), vm.Task(name="high", features={"log_uppm": 0.5})]
+        [
+            vm.Task(name="low", features={"log_uppm": -0.5}),
+            vm.Task(name="high", features={"log_uppm": 0.5}),
+        ]
     )
     posterior = moved.adapt(new)
     step = float(moved.eta["intercept:log_uppm"])
     theta0 = float(moved.prior.loc["intercept"])
-    assert posterior.mean["intercept"].tolist() == pytest.approx([theta0 - step / 2, theta0 + step / 2])
+    assert posterior.mean["intercept"].tolist() == pytest.approx(
+        [theta0 - step / 2, theta0 + step / 2]
+    )
     expected = posterior.expected([[0.0]], num_samples=4000).mean[:, 0]
     assert torch.allclose(expected, posterior.mean["intercept"], atol=0.01)
     some = moved.tasks[:6].split(0.5)
@@ -324,10 +408,13 @@ def test_a_new_task_brings_its_features(moved: vm.Fit, column: vm.Fit) -> None:
 def test_leaving_a_task_out(moved: vm.Fit, column: vm.Fit) -> None:
     few = slice(30, 42)
     here, there = (
-        vm.fit(fit.model, fit.tasks[few], fit.strategy).leave_one_task_out(500, 200) for fit in (moved, column)
+        vm.fit(fit.model, fit.tasks[few], fit.strategy).leave_one_task_out(500, 200)
+        for fit in (moved, column)
     )
     # the same random numbers in the same places
-    assert np.allclose(here[["log_evidence", "left_out"]], there[["log_evidence", "left_out"]], atol=1e-5)
+    assert np.allclose(
+        here[["log_evidence", "left_out"]], there[["log_evidence", "left_out"]], atol=1e-5
+    )
 
 
 def test_a_guide_of_ones_own(moved: vm.Fit) -> None:
@@ -338,13 +425,19 @@ def test_a_guide_of_ones_own(moved: vm.Fit) -> None:
 
         def forward(self, eta: dict[str, Tensor], data: Any) -> Tensor:
             if self.loc is None:
-                self.loc = nn.Parameter(self.model.prior_distribution(eta).mean.repeat(len(data), 1, 1))
+                self.loc = nn.Parameter(
+                    self.model.prior_distribution(eta).mean.repeat(len(data), 1, 1)
+                )
             with pyro.plate("tasks", len(data), dim=-2):
                 return pyro.sample("theta", dist.Delta(self.loc, event_dim=1))
 
-    own, delta = (vm.Joint(guide).problem(moved.model, moved.tasks, 0) for guide in (Points, "delta"))
+    own, delta = (
+        vm.Joint(guide).problem(moved.model, moved.tasks, 0) for guide in (Points, "delta")
+    )
     batch = moved.tasks.batch()
-    losses = [p.losses("elbo", batch, 0)(p.start(batch, moved.eta), moved.eta) for p in (own, delta)]
+    losses = [
+        p.losses("elbo", batch, 0)(p.start(batch, moved.eta), moved.eta) for p in (own, delta)
+    ]
     assert torch.allclose(*losses, atol=1e-12)
 
 
@@ -356,7 +449,9 @@ def test_saved_and_loaded(moved: vm.Fit, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model: prior.covariates was"):
         vm.load(tmp_path / "fit", regression(["floor"], "shared", ["floor"]))
     frame = vm.datasets.radon(as_frame=True).assign(log_uppm=lambda d: 2 * d.log_uppm)
-    other = vm.TaskSet.from_frame(frame, task="county", x=["floor"], y="log_radon", features=["log_uppm"])
+    other = vm.TaskSet.from_frame(
+        frame, task="county", x=["floor"], y="log_radon", features=["log_uppm"]
+    )
     with pytest.raises(ValueError, match="the features of"):
         vm.fit(moved.model, other, moved.strategy, resume=again)
 
@@ -365,12 +460,16 @@ def test_shown_by_name(moved: vm.Fit) -> None:
     line = next(line for line in str(moved).splitlines() if line.startswith("intercept:log_uppm"))
     assert line.split()[-1] == "covariate"
     assert moved.standard_errors is not None
-    assert float(line.split()[2]) == pytest.approx(float(moved.standard_errors["intercept:log_uppm"]), rel=1e-4)
+    assert float(line.split()[2]) == pytest.approx(
+        float(moved.standard_errors["intercept:log_uppm"]), rel=1e-4
+    )
     assert "intercept:log_uppm 0.7879 (covariate)" in repr(moved.prior)
     assert "features log_uppm" in repr(moved.tasks)
     # a linear layer's weights are called as the columns are
     linear = vm.TaskModel(
-        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, covariates={"bias": ["log_uppm"]})
+        nn.Linear(1, 1),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(1.0, covariates={"bias": ["log_uppm"]}),
     )
     fit = vm.fit(linear, moved.tasks, vm.Joint("normal"), 1)
     assert "intercept:log_uppm" in str(fit) and "bias:log_uppm" in fit.eta
@@ -378,9 +477,9 @@ def test_shown_by_name(moved: vm.Fit) -> None:
 
 def test_exported(moved: vm.Fit) -> None:
     data = moved.to_arviz(200)
-    assert data.constant_data["coefficients"].sel(coefficient="intercept:log_uppm").item() == pytest.approx(
-        float(moved.eta["intercept:log_uppm"])
-    )
+    assert data.constant_data["coefficients"].sel(
+        coefficient="intercept:log_uppm"
+    ).item() == pytest.approx(float(moved.eta["intercept:log_uppm"]))
     drawn = data.posterior["theta"].mean(("chain", "draw")).sel(weight="intercept")
     assert np.allclose(drawn, moved.posterior().mean["intercept"], atol=0.05)
     # distances are from where the features put the prior
@@ -389,7 +488,9 @@ def test_exported(moved: vm.Fit) -> None:
     assert float(data.posterior["distance"].mean()) < 0.3
 
 
-@pytest.mark.parametrize("covariates", [{"intercept": ["log_uppm"]}, ["log_uppm"]], ids=["intercept", "all"])
+@pytest.mark.parametrize(
+    "covariates", [{"intercept": ["log_uppm"]}, ["log_uppm"]], ids=["intercept", "all"]
+)
 def test_standardised_and_back(covariates: Any) -> None:
     tasks = radon(["floor"], ["log_uppm"])
     scaled, scaling = tasks.standardized()
@@ -402,7 +503,9 @@ def test_standardised_and_back(covariates: Any) -> None:
     back = scaling.raw_prior(vm.fit(model, scaled, vm.Joint("multivariate_normal")))
     assert set(back.coefficients) == set(raw.coefficients)
     for name in raw.coefficients:
-        assert float(back.coefficients[name]) == pytest.approx(float(raw.coefficients[name]), abs=1e-5)
+        assert float(back.coefficients[name]) == pytest.approx(
+            float(raw.coefficients[name]), abs=1e-5
+        )
     for name in raw.loc:
         assert float(back.loc[name]) == pytest.approx(float(raw.loc[name]), abs=1e-5)
     assert back.coefficient_labels == raw.coefficient_labels
@@ -410,7 +513,11 @@ def test_standardised_and_back(covariates: Any) -> None:
 
 def test_a_feature_of_the_scaled_slope_moves_the_raw_intercept() -> None:
     tasks, scaling = radon(["floor"], ["log_uppm"]).standardized()
-    fit = vm.fit(regression(["floor"], "full", [], {"floor": ["log_uppm"]}), tasks, vm.Joint("multivariate_normal"))
+    fit = vm.fit(
+        regression(["floor"], "full", [], {"floor": ["log_uppm"]}),
+        tasks,
+        vm.Joint("multivariate_normal"),
+    )
     back = scaling.raw_prior(fit)
     assert list(back.coefficients) == ["intercept:log_uppm", "floor:log_uppm"]
     # x = 1 in a county of log_uppm 0.2, by both roads
@@ -418,8 +525,13 @@ def test_a_feature_of_the_scaled_slope_moves_the_raw_intercept() -> None:
     x = (1.0 - float(scaling.x_loc)) / float(scaling.x_scale)
     eta = {name: float(value) for name, value in fit.eta.items() if value.dim() == 0}
     inside = eta["intercept"] + x * (eta["floor"] + z * eta["floor:log_uppm"])
-    outside = sum(float(back.loc[n]) + 0.2 * float(back.coefficients[f"{n}:log_uppm"]) for n in ("intercept", "floor"))
-    assert outside == pytest.approx(float(scaling.y_inverse(torch.tensor(inside, dtype=torch.float64))), abs=1e-9)
+    outside = sum(
+        float(back.loc[n]) + 0.2 * float(back.coefficients[f"{n}:log_uppm"])
+        for n in ("intercept", "floor")
+    )
+    assert outside == pytest.approx(
+        float(scaling.y_inverse(torch.tensor(inside, dtype=torch.float64))), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,11 +542,21 @@ def test_a_feature_of_the_scaled_slope_moves_the_raw_intercept() -> None:
     ],
     ids=["joint", "unrolled"],
 )
-def test_captured_steps_are_the_same(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "compile_graph", lambda graph, inputs: graph)  # traced; the compiler has its own tests
-    model, tasks = net_model(vm.GaussianPrior(3.0, covariates=["a"])), with_features(ragged_tasks(4), "a")
+def test_captured_steps_are_the_same(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        capture, "compile_graph", lambda graph, inputs: graph
+    )  # traced; the compiler has its own tests
+    model, tasks = (
+        net_model(vm.GaussianPrior(3.0, covariates=["a"])),
+        with_features(ragged_tasks(4), "a"),
+    )
     strategy, batch = make(), tasks.batch([2, 0])
-    problem, start = strategy.problem(model, tasks, 7), model.init(torch.zeros((), dtype=torch.float64))
+    problem, start = (
+        strategy.problem(model, tasks, 7),
+        model.init(torch.zeros((), dtype=torch.float64)),
+    )
     eta = {name: (value + 0.1).requires_grad_() for name, value in start.items()}
     state = strategy.init(problem, tasks.batch(), eta)
     step = Step(strategy, True, 1)
@@ -448,7 +570,7 @@ def test_captured_steps_are_the_same(make: Callable[[], Any], monkeypatch: pytes
     assert len(graphs.captured._made) == 1
 
 
-# -- what cannot be --------------------------------------------------------------------------------------------------------
+# -- what cannot be --------------------------------------------------------------------------------
 
 
 def test_bad_features_of_tasks() -> None:
@@ -461,7 +583,9 @@ def test_bad_features_of_tasks() -> None:
     with pytest.raises(TypeError, match="features must be a dict of numbers by name"):
         vm.TaskSet([vm.Task(name="a", features=[1.0])])  # type: ignore[arg-type]
     frame = vm.datasets.radon(as_frame=True)
-    with pytest.raises(ValueError, match=r"the feature 'floor' is 1 in row 3 .*, but 0 in row 0 .*belongs to x"):
+    with pytest.raises(
+        ValueError, match=r"the feature 'floor' is 1 in row 3 .*, but 0 in row 0 .*belongs to x"
+    ):
         vm.TaskSet.from_frame(frame, task="county", x=[], y="log_radon", features=["floor"])
     with pytest.raises(TypeError, match=r"features must list column names, .*write \['log_uppm'\]"):
         vm.TaskSet.from_frame(frame, task="county", x=[], y="log_radon", features="log_uppm")  # type: ignore[arg-type]
@@ -469,7 +593,9 @@ def test_bad_features_of_tasks() -> None:
 
 def test_bad_covariates(moved: vm.Fit) -> None:
     tasks = radon(["floor"], [])
-    with pytest.raises(ValueError, match=r"need the features \['log_uppm'\], but these tasks have none"):
+    with pytest.raises(
+        ValueError, match=r"need the features \['log_uppm'\], but these tasks have none"
+    ):
         vm.fit(moved.model, tasks)
     with pytest.raises(ValueError, match=r"need the features \['log_uppm'\]"):
         moved.adapt(tasks)
@@ -486,37 +612,58 @@ def test_bad_covariates(moved: vm.Fit) -> None:
     with pytest.raises(ValueError, match="these tasks have the features"):
         radon(["floor"], ["log_uppm"]).standardized()[1].apply(tasks)
     scalar = vm.TaskModel(
-        vm.LinearPredictor([]), vm.likelihoods.Gaussian(learn_scale=False), vm.GaussianPrior(1.0, covariates=URANIUM)
+        vm.LinearPredictor([]),
+        vm.likelihoods.Gaussian(learn_scale=False),
+        vm.GaussianPrior(1.0, covariates=URANIUM),
     )
     with pytest.raises(ValueError, match="a landscape is drawn over one theta0"):
         vm.Landscape(scalar, moved.tasks)
 
 
-# -- what stands on a fit ------------------------------------------------------------------------------------------------
+# -- what stands on a fit --------------------------------------------------------------------------
 
 
 def test_compared_with_baselines_that_know_the_features_too() -> None:
     tasks = radon(["floor"], ["log_uppm"])[:20]
     counties = tasks[[len(task.support[1]) > 1 for task in tasks]].split(0.5)  # type: ignore[index]
     model = regression(["floor"], "shared", ["floor"], URANIUM)
-    report = vm.compare({"joint": vm.Joint("normal")}, model, counties, counties, 1, budget=20, compile=False)
-    assert not report.runs["failed"].any() and set(report.runs["method"]) == {"joint", "pooled", "no pooling"}
+    report = vm.compare(
+        {"joint": vm.Joint("normal")}, model, counties, counties, 1, budget=20, compile=False
+    )
+    assert not report.runs["failed"].any() and set(report.runs["method"]) == {
+        "joint",
+        "pooled",
+        "no pooling",
+    }
     assert report.fits["pooled", 0].eta["intercept:log_uppm"] != 0.0
 
 
 def test_figures_draw_the_prior_at_the_features_mean(moved: vm.Fit, column: vm.Fit) -> None:
     import matplotlib.pyplot as plt
 
-    from varmeta.plot import no_pooling, plot_posteriors, plot_prior, plot_prior_curves, plot_shrinkage
+    from varmeta.plot import (
+        no_pooling,
+        plot_posteriors,
+        plot_prior,
+        plot_prior_curves,
+        plot_shrinkage,
+    )
 
     uranium = moved.tasks.batch().support.features["log_uppm"]
     middle = float(moved.eta["intercept"] + moved.eta["intercept:log_uppm"] * uranium.mean())
     ax = plot_shrinkage(moved)
     assert ax.lines[0].get_ydata()[0] == pytest.approx(middle)
     # a task on its own is where it is with the feature as a column
-    own, other = no_pooling(moved)[:, 0], no_pooling(column)[:, 0] + column.eta["log_uppm"] * uranium
+    own, other = (
+        no_pooling(moved)[:, 0],
+        no_pooling(column)[:, 0] + column.eta["log_uppm"] * uranium,
+    )
     assert torch.allclose(own, other, atol=0.02)  # the two baselines' weak priors differ
-    prior = next(line for line in plot_posteriors(moved, "intercept").lines if line.get_label() == "learned prior")
+    prior = next(
+        line
+        for line in plot_posteriors(moved, "intercept").lines
+        if line.get_label() == "learned prior"
+    )
     assert prior.get_xdata()[np.argmax(prior.get_ydata())] == pytest.approx(middle, abs=0.01)
     dots = plot_prior(moved)[0, 0].collections[-1].get_offsets()
     assert float(dots[0, 0]) == pytest.approx(middle)
@@ -526,7 +673,9 @@ def test_figures_draw_the_prior_at_the_features_mean(moved: vm.Fit, column: vm.F
 
 
 @pytest.mark.parametrize(
-    "guide", [vm.guides.LowRank(1), vm.guides.Structured(dense=("*weight",)), "laplace", "delta"], ids=str
+    "guide",
+    [vm.guides.LowRank(1), vm.guides.Structured(dense=("*weight",)), "laplace", "delta"],
+    ids=str,
 )
 def test_every_guides_posterior_is_moved(guide: Any) -> None:
     tasks = with_features(ragged_tasks(3), "a")
@@ -536,7 +685,9 @@ def test_every_guides_posterior_is_moved(guide: Any) -> None:
     sgd = lambda params: torch.optim.SGD(params, lr=0.0)  # noqa: E731
     posterior = vm.fit(fixed, tasks, strategy, 1, sgd, compile=False).posterior()
     by = 0.5 * tasks.batch().support.features["a"]
-    inside = posterior.q.guide.distribution(posterior.q.phi, posterior.q.eta, posterior.q.batch.support)
+    inside = posterior.q.guide.distribution(
+        posterior.q.phi, posterior.q.eta, posterior.q.batch.support
+    )
     moved_mean = posterior.distribution.mean - inside.mean
     assert torch.allclose(moved_mean[:, 0, -1], by, atol=1e-12) and not moved_mean[..., :-1].any()
     error = (posterior.sample(2000)["2.bias"].mean(0) - posterior.mean["2.bias"]).abs()

@@ -20,7 +20,9 @@ COLUMNS = ["a", "b"]
 
 
 def model(prior: vm.GaussianPrior, shared: tuple[str, ...] = (), **noise: Any) -> vm.TaskModel:
-    return vm.TaskModel(vm.LinearPredictor(COLUMNS), vm.likelihoods.Gaussian(**noise), prior, shared=shared)
+    return vm.TaskModel(
+        vm.LinearPredictor(COLUMNS), vm.likelihoods.Gaussian(**noise), prior, shared=shared
+    )
 
 
 def moved(made: vm.TaskModel, seed: int = 0) -> dict[str, Tensor]:
@@ -58,13 +60,17 @@ def test_one_distribution_of_theta0_leaves_shared_parameters_alone() -> None:
 
 
 def test_sds_of_a_dense_prior_are_marginal() -> None:
-    made = model(vm.GaussianPrior(learn_precision="full", scale_hyperprior=dist.HalfNormal(1.5), lkj=3.0))
+    made = model(
+        vm.GaussianPrior(learn_precision="full", scale_hyperprior=dist.HalfNormal(1.5), lkj=3.0)
+    )
     eta = moved(made)
     prior = made.prior_distribution(eta)
     covariance = prior.covariance_matrix
     sd = covariance.diagonal().sqrt()
     correlation = covariance / torch.outer(sd, sd)
-    expected = stats.halfnorm(scale=1.5).logpdf(sd.numpy()).sum() + 2.0 * float(torch.logdet(correlation))
+    expected = stats.halfnorm(scale=1.5).logpdf(sd.numpy()).sum() + 2.0 * float(
+        torch.logdet(correlation)
+    )
     assert float(made.penalty(eta)) == pytest.approx(-expected)
 
 
@@ -85,7 +91,9 @@ def test_coordinates_and_back(learn: str) -> None:
 
 @pytest.mark.parametrize("learn", ["shared", "per_parameter", "full"])
 def test_flat_densities_become_the_jacobian(learn: str) -> None:
-    """Flat in theta0, sds, correlations and noise scale: the density of the coordinates is |d natural / d coordinates|."""
+    """Flat in theta0, sds, correlations and noise scale: the density of the coordinates is |d
+    natural / d coordinates|.
+    """
     made = model(vm.GaussianPrior(learn_precision=learn))
     coordinates = Coordinates(made, made.init(LIKE))
 
@@ -93,7 +101,12 @@ def test_flat_densities_become_the_jacobian(learn: str) -> None:
         eta = coordinates.eta(coordinates.named(vector))
         parts = [made.weights.flatten(eta), eta["log_scale"].exp().reshape(1)]
         if learn != "full":
-            return torch.cat([*parts, *(v.reshape(-1) for v in made.prior.learned_sds(made.weights, eta).values())])
+            return torch.cat(
+                [
+                    *parts,
+                    *(v.reshape(-1) for v in made.prior.learned_sds(made.weights, eta).values()),
+                ]
+            )
         covariance = made.prior_distribution(eta).covariance_matrix
         sd = covariance.diagonal().sqrt()
         rows, columns = torch.tril_indices(3, 3, -1)
@@ -102,20 +115,27 @@ def test_flat_densities_become_the_jacobian(learn: str) -> None:
     found = []
     for seed in range(3):
         vector = coordinates.vector(coordinates.of(moved(made, seed)))
-        log_det = torch.linalg.slogdet(torch.autograd.functional.jacobian(natural, vector)).logabsdet
+        log_det = torch.linalg.slogdet(
+            torch.autograd.functional.jacobian(natural, vector)
+        ).logabsdet
         found.append(float(coordinates.log_density(coordinates.named(vector)) - log_det))
     assert found == pytest.approx([found[0]] * 3, abs=1e-10)
 
 
 def test_a_density_of_the_precision_has_the_precisions_jacobian() -> None:
-    """The same belief said of the precision and of the sd is the same density of the coordinates."""
-    of_precision = model(vm.GaussianPrior(learn_precision="shared", hyperprior=dist.Gamma(2.0, 3.0)))
+    """The same belief said of the precision and of the sd is the same density of the
+    coordinates.
+    """
+    of_precision = model(
+        vm.GaussianPrior(learn_precision="shared", hyperprior=dist.Gamma(2.0, 3.0))
+    )
     # sd = precision^(-1/2)
     of_sd = model(
         vm.GaussianPrior(
             learn_precision="shared",
             scale_hyperprior=dist.TransformedDistribution(
-                dist.Gamma(2.0, 3.0), [dist.transforms.PowerTransform(torch.tensor(-0.5, dtype=F64))]
+                dist.Gamma(2.0, 3.0),
+                [dist.transforms.PowerTransform(torch.tensor(-0.5, dtype=F64))],
             ),
         )
     )
@@ -131,22 +151,50 @@ def test_a_density_of_the_precision_has_the_precisions_jacobian() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: vm.GaussianPrior(scale_hyperprior=dist.HalfNormal(1.0)), ValueError, "needs a standard deviation"),
+        (
+            lambda: vm.GaussianPrior(scale_hyperprior=dist.HalfNormal(1.0)),
+            ValueError,
+            "needs a standard deviation",
+        ),
         (
             lambda: vm.GaussianPrior(
-                learn_precision="shared", hyperprior=dist.Gamma(1.0, 1.0), scale_hyperprior=dist.HalfNormal(1.0)
+                learn_precision="shared",
+                hyperprior=dist.Gamma(1.0, 1.0),
+                scale_hyperprior=dist.HalfNormal(1.0),
             ),
             ValueError,
             "not both",
         ),
-        (lambda: vm.GaussianPrior(learn_precision="full", scale_hyperprior=2.0), TypeError, "must be a distribution"),
-        (lambda: vm.GaussianPrior(loc_hyperprior={"a": "wide"}), TypeError, "loc_hyperprior of 'a'"),
-        (lambda: vm.GaussianPrior(learn_precision="full", lkj=0.0), ValueError, "lkj must be a positive"),
-        (lambda: vm.GaussianPrior(lkj=2.0), ValueError, "lkj=2 is a density of learned correlations"),
-        (lambda: vm.GaussianPrior(learn_precision="per_parameter", lkj=2.0), ValueError, "'per_parameter' learns none"),
+        (
+            lambda: vm.GaussianPrior(learn_precision="full", scale_hyperprior=2.0),
+            TypeError,
+            "must be a distribution",
+        ),
+        (
+            lambda: vm.GaussianPrior(loc_hyperprior={"a": "wide"}),
+            TypeError,
+            "loc_hyperprior of 'a'",
+        ),
+        (
+            lambda: vm.GaussianPrior(learn_precision="full", lkj=0.0),
+            ValueError,
+            "lkj must be a positive",
+        ),
+        (
+            lambda: vm.GaussianPrior(lkj=2.0),
+            ValueError,
+            "lkj=2 is a density of learned correlations",
+        ),
+        (
+            lambda: vm.GaussianPrior(learn_precision="per_parameter", lkj=2.0),
+            ValueError,
+            "'per_parameter' learns none",
+        ),
         (
             lambda: vm.TaskModel(
-                vm.LinearPredictor([]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full", lkj=2.0)
+                vm.LinearPredictor([]),
+                vm.likelihoods.Gaussian(),
+                vm.GaussianPrior(learn_precision="full", lkj=2.0),
             ),
             ValueError,
             "one weight per task has none",
@@ -156,19 +204,31 @@ def test_a_density_of_the_precision_has_the_precisions_jacobian() -> None:
             ValueError,
             "all of which learn_loc=False holds fixed",
         ),
-        (lambda: model(vm.GaussianPrior(loc_hyperprior={"c": dist.Normal(0.0, 1.0)})), ValueError, "names \\['c'\\]"),
         (
-            lambda: model(vm.GaussianPrior(learn_precision="full", scale_hyperprior={"c": dist.HalfNormal(1.0)})),
+            lambda: model(vm.GaussianPrior(loc_hyperprior={"c": dist.Normal(0.0, 1.0)})),
+            ValueError,
+            "names \\['c'\\]",
+        ),
+        (
+            lambda: model(
+                vm.GaussianPrior(
+                    learn_precision="full", scale_hyperprior={"c": dist.HalfNormal(1.0)}
+                )
+            ),
             ValueError,
             "scale_hyperprior names \\['c'\\]",
         ),
         (
-            lambda: vm.GaussianPrior(learn_precision="shared", scale_hyperprior={"a": dist.HalfNormal(1.0)}),
+            lambda: vm.GaussianPrior(
+                learn_precision="shared", scale_hyperprior={"a": dist.HalfNormal(1.0)}
+            ),
             ValueError,
             "there is one sd",
         ),
         (
-            lambda: vm.likelihoods.Gaussian(learn_scale=False, scale_hyperprior=dist.HalfNormal(1.0)),
+            lambda: vm.likelihoods.Gaussian(
+                learn_scale=False, scale_hyperprior=dist.HalfNormal(1.0)
+            ),
             ValueError,
             "a scale that is learned",
         ),

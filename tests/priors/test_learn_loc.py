@@ -1,4 +1,6 @@
-"""theta0 that is held fixed: a random effect without a fixed effect, under every strategy; and a start that stays."""
+"""theta0 that is held fixed: a random effect without a fixed effect, under every strategy; and a
+start that stays.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,16 @@ def tasks(query: bool = False) -> vm.TaskSet:
     return vm.TaskSet(found, x_names=("x",))
 
 
-def model(learn_loc: Any = ("intercept",), learn: str | None = "per_parameter", loc: Any = None) -> vm.TaskModel:
+def model(
+    learn_loc: Any = ("intercept",), learn: str | None = "per_parameter", loc: Any = None
+) -> vm.TaskModel:
     prior = vm.GaussianPrior(1.0 if learn is None else None, learn, learn_loc=learn_loc, loc=loc)
     return vm.TaskModel(vm.LinearPredictor(["x"]).double(), vm.likelihoods.Gaussian(), prior)
 
 
-def marginal(intercept: float, slope: float, sds: np.ndarray, noise: float, given: vm.TaskSet | None = None) -> float:
+def marginal(
+    intercept: float, slope: float, sds: np.ndarray, noise: float, given: vm.TaskSet | None = None
+) -> float:
     """-log p(y) with the weights integrated out, by scipy."""
     total = 0.0
     for task in given or tasks():
@@ -49,16 +55,24 @@ def marginal(intercept: float, slope: float, sds: np.ndarray, noise: float, give
 def test_tasks_of_unequal_sizes(learn_loc: Any) -> None:
     """Padded tasks are checked at theta0, also where it is held; the evidence is scipy's."""
     ragged = vm.TaskSet(
-        [vm.Task((t.support[0][: 2 + i % 4], t.support[1][: 2 + i % 4]), name=t.name) for i, t in enumerate(tasks())],
+        [
+            vm.Task((t.support[0][: 2 + i % 4], t.support[1][: 2 + i % 4]), name=t.name)
+            for i, t in enumerate(tasks())
+        ],
         x_names=("x",),
     )
     found = vm.fit(model(learn_loc), ragged, vm.Joint("multivariate_normal"))
-    loc, sds = ([float(values[name]) for name in ("intercept", "x")] for values in (found.prior.loc, found.prior.sd))
+    loc, sds = (
+        [float(values[name]) for name in ("intercept", "x")]
+        for values in (found.prior.loc, found.prior.sd)
+    )
     exact = marginal(*loc, np.array(sds), float(found.prior.scale), ragged)
     assert abs(found.loss - exact) <= 1e-6
 
 
-@pytest.mark.parametrize(("learn_loc", "at"), [(("intercept",), 0.0), (("intercept",), 0.25), (False, 0.0)])
+@pytest.mark.parametrize(
+    ("learn_loc", "at"), [(("intercept",), 0.0), (("intercept",), 0.25), (False, 0.0)]
+)
 def test_the_exact_marginal_likelihood_with_theta0_given(learn_loc: Any, at: float) -> None:
     found = vm.fit(model(learn_loc, loc={"x": at}), tasks(), vm.Joint("multivariate_normal"))
     assert found.converged
@@ -78,10 +92,16 @@ def test_the_exact_marginal_likelihood_with_theta0_given(learn_loc: Any, at: flo
 
 
 STRATEGIES = {
-    "joint": vm.Joint("normal"), "joint, points": vm.Joint("delta"), "reinit": vm.Reinit("normal", every=5),
-    "implicit": vm.Implicit("multivariate_normal"), "laplace": vm.Implicit("laplace"), "imaml": vm.Implicit(outer="query"),
-    "unrolled": vm.Unrolled(inner_steps=2), "fomaml": vm.FirstOrder(inner_steps=2), "reptile": vm.Reptile(inner_steps=2),
-}  # fmt: skip
+    "joint": vm.Joint("normal"),
+    "joint, points": vm.Joint("delta"),
+    "reinit": vm.Reinit("normal", every=5),
+    "implicit": vm.Implicit("multivariate_normal"),
+    "laplace": vm.Implicit("laplace"),
+    "imaml": vm.Implicit(outer="query"),
+    "unrolled": vm.Unrolled(inner_steps=2),
+    "fomaml": vm.FirstOrder(inner_steps=2),
+    "reptile": vm.Reptile(inner_steps=2),
+}
 
 
 @pytest.mark.parametrize("optimizer", [None, lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1)])
@@ -89,13 +109,20 @@ STRATEGIES = {
 def test_every_strategy_leaves_it_where_it_is(name: str, optimizer: Any) -> None:
     data = tasks(query=True)
     found = vm.fit(
-        model(learn=None, loc={"x": 0.25}), data, STRATEGIES[name], num_steps=3, optimizer=optimizer, compile=False
+        model(learn=None, loc={"x": 0.25}),
+        data,
+        STRATEGIES[name],
+        num_steps=3,
+        optimizer=optimizer,
+        compile=False,
     )
     assert float(found.prior.loc["x"]) == 0.25
     assert "x" not in found.eta
     assert float(found.prior.loc["intercept"]) != 0.0
     nothing = vm.TaskSet(
-        [vm.Task((torch.zeros(0, 1), torch.zeros(0)), name="new")], dtype=torch.float64, x_names=("x",)
+        [vm.Task((torch.zeros(0, 1), torch.zeros(0)), name="new")],
+        dtype=torch.float64,
+        x_names=("x",),
     )
     assert float(found.adapt(nothing).mean["x"]) == 0.25
 
@@ -160,7 +187,9 @@ def test_it_is_said_in_the_table_and_kept_in_files(tmp_path: Path) -> None:
             lambda: vm.TaskModel(
                 vm.LinearPredictor(["x"]),
                 vm.likelihoods.Gaussian(),
-                vm.GaussianPrior(1.0, learn_loc=False, loc_hyperprior={"x": torch.distributions.Normal(0.0, 1.0)}),
+                vm.GaussianPrior(
+                    1.0, learn_loc=False, loc_hyperprior={"x": torch.distributions.Normal(0.0, 1.0)}
+                ),
             ),
             ValueError,
             "learn_loc holds fixed",
@@ -173,10 +202,14 @@ def test_what_is_refused(make: Any, error: type[Exception], match: str) -> None:
 
 
 def test_a_loc_that_is_learned_starts_where_it_was_given() -> None:
-    """The pooled start moves what the user said nothing about: the intercept and the noise, given the slope."""
+    """The pooled start moves what the user said nothing about: the intercept and the noise, given
+    the slope.
+    """
     one, data = model(True, loc={"x": 7.0}), tasks()
     batch = data.batch()
-    start = pooled_start(vm.Joint("normal").problem(one, data, 0), batch, one.init(batch.support.x.new_zeros(())))
+    start = pooled_start(
+        vm.Joint("normal").problem(one, data, 0), batch, one.init(batch.support.x.new_zeros(()))
+    )
     assert float(start["x"]) == 7.0
     left = batch.support.y - 7.0 * batch.support.x[..., 0]
     assert abs(float(start["intercept"]) - float(left.mean())) <= 1e-6
@@ -187,7 +220,9 @@ def test_a_loc_that_is_learned_starts_where_it_was_given() -> None:
 
 @pytest.mark.parametrize("learn_loc", [("intercept",), False])
 def test_a_dense_prior_with_theta0_given(learn_loc: Any) -> None:
-    """`(1 + x | g)` without one fixed effect, or both: the maximum of scipy's marginal likelihood."""
+    """`(1 + x | g)` without one fixed effect, or both: the maximum of scipy's marginal
+    likelihood.
+    """
     found = vm.fit(model(learn_loc, "full"), tasks(), vm.Joint("multivariate_normal"))
     assert found.converged
     assert float(found.prior.loc["x"]) == 0.0
@@ -210,10 +245,14 @@ def test_a_dense_prior_with_theta0_given(learn_loc: Any) -> None:
 
 @pytest.mark.parametrize("learn_loc", [False, ("intercept",), True])
 def test_the_pooled_baseline_fits_all_weights(learn_loc: Any) -> None:
-    """One set of weights for all tasks is least squares, whatever of theta0 the model holds; held at 0 it predicted 0."""
+    """One set of weights for all tasks is least squares, whatever of theta0 the model holds; held
+    at 0 it predicted 0.
+    """
     x, y = (torch.cat([task.support[part] for task in tasks()]) for part in (0, 1))
     design = torch.cat([torch.ones_like(x), x], 1)
     exact = torch.linalg.lstsq(design, y.unsqueeze(-1)).solution.flatten()
     alone, pooled = baseline("pooled", model(learn_loc), tasks(), [])
     loc = vm.fit(alone, tasks(), pooled).prior.loc
-    assert torch.allclose(torch.stack([loc["intercept"].reshape(()), loc["x"].reshape(())]), exact, atol=1e-5)
+    assert torch.allclose(
+        torch.stack([loc["intercept"].reshape(()), loc["x"].reshape(())]), exact, atol=1e-5
+    )

@@ -15,7 +15,9 @@ from tests.common import F64, moved, randn
 from varmeta.priors.prior import unit_lower
 from varmeta.priors.weights import Weights
 
-WEIGHTS = Weights({"0.weight": torch.Size([2, 1]), "0.bias": torch.Size([2]), "head": torch.Size([])})
+WEIGHTS = Weights(
+    {"0.weight": torch.Size([2, 1]), "0.bias": torch.Size([2]), "head": torch.Size([])}
+)
 LOC = {"0.weight": randn(2, 1), "0.bias": randn(2, seed=1), "head": randn(seed=2)}
 LIKE = torch.zeros((), dtype=F64)
 
@@ -30,7 +32,9 @@ LIKE = torch.zeros((), dtype=F64)
         ("full", ["log_precision", "prior_tril"]),
     ],
 )
-def test_every_kind_starts_at_the_given_precision_and_moves_with_eta(kind: str | None, names: list[str]) -> None:
+def test_every_kind_starts_at_the_given_precision_and_moves_with_eta(
+    kind: str | None, names: list[str]
+) -> None:
     prior = vm.GaussianPrior(4.0, kind)
     eta = prior.init(WEIGHTS, LIKE)
     assert list(eta) == names
@@ -41,7 +45,9 @@ def test_every_kind_starts_at_the_given_precision_and_moves_with_eta(kind: str |
     p = prior.distribution(WEIGHTS, eta | LOC)
     theta = randn(5, seed=5)
     if kind == "full":
-        scale = torch.diag(torch.exp(-0.5 * eta["log_precision"])) @ unit_lower(eta["prior_tril"], 5)
+        scale = torch.diag(torch.exp(-0.5 * eta["log_precision"])) @ unit_lower(
+            eta["prior_tril"], 5
+        )
         expected = stats.multivariate_normal(WEIGHTS.flatten(LOC), scale @ scale.T).logpdf(theta)
     else:
         sizes = {"0.weight": 2, "0.bias": 2, "head": 1}
@@ -68,7 +74,9 @@ def test_a_covariance_is_the_covariance(learn: str | None) -> None:
     torch.testing.assert_close(p.covariance_matrix, covariance, rtol=1e-12, atol=1e-12)
     given = prior.log_precision(WEIGHTS, prior.init(WEIGHTS, LIKE), LIKE)
     # of the last weight given all others: the last diagonal entry of the precision matrix
-    assert float(given[-1].exp()) == pytest.approx(float(torch.linalg.inv(covariance)[-1, -1]), rel=1e-10)
+    assert float(given[-1].exp()) == pytest.approx(
+        float(torch.linalg.inv(covariance)[-1, -1]), rel=1e-10
+    )
 
 
 def test_precisions_by_name_and_module() -> None:
@@ -103,13 +111,27 @@ def test_a_precision_that_is_none(bad: Any) -> None:
         (lambda: vm.GaussianPrior(covariance=torch.ones(2, 3)), "square"),
         (lambda: vm.GaussianPrior(covariance=-torch.eye(2)), "positive definite"),
         (lambda: vm.GaussianPrior(covariance=torch.tensor([[2.0, 0.0], [1.0, 2.0]])), "symmetric"),
-        (lambda: vm.GaussianPrior(covariance=torch.eye(2), learn_precision="shared"), "dense covariance goes with"),
+        (
+            lambda: vm.GaussianPrior(covariance=torch.eye(2), learn_precision="shared"),
+            "dense covariance goes with",
+        ),
         (lambda: vm.GaussianPrior(hyperprior=dist.Gamma(1.0, 1.0)), "needs a precision"),
-        (lambda: vm.GaussianPrior(learn_precision="full", hyperprior=dist.Gamma(1.0, 1.0)), "dense covariance"),
+        (
+            lambda: vm.GaussianPrior(learn_precision="full", hyperprior=dist.Gamma(1.0, 1.0)),
+            "dense covariance",
+        ),
         (lambda: vm.GaussianPrior({"nose": 1.0}).init(WEIGHTS, LIKE), "names \\['nose'\\]"),
         (lambda: vm.GaussianPrior({"head": 1.0}).init(WEIGHTS, LIKE), "says nothing about"),
-        (lambda: vm.GaussianPrior({"0": torch.ones(3), "head": 1.0}, "shared").init(WEIGHTS, LIKE), "has shape"),
-        (lambda: vm.GaussianPrior(covariance=torch.eye(2)).init(WEIGHTS, LIKE), "a task has 5 weights"),
+        (
+            lambda: vm.GaussianPrior({"0": torch.ones(3), "head": 1.0}, "shared").init(
+                WEIGHTS, LIKE
+            ),
+            "has shape",
+        ),
+        (
+            lambda: vm.GaussianPrior(covariance=torch.eye(2)).init(WEIGHTS, LIKE),
+            "a task has 5 weights",
+        ),
     ],
 )
 def test_what_is_refused(make: Any, match: str) -> None:
@@ -122,7 +144,10 @@ def test_what_is_refused(make: Any, match: str) -> None:
     [
         (vm.GaussianPrior(), "GaussianPrior()"),
         (vm.GaussianPrior(0.1, "full"), "GaussianPrior(precision=0.1, learn_precision='full')"),
-        (vm.GaussianPrior({"a": 1.0, "b": 2.0}, loc={"a": 1.0}), "GaussianPrior(precision of a, b, loc of a)"),
+        (
+            vm.GaussianPrior({"a": 1.0, "b": 2.0}, loc={"a": 1.0}),
+            "GaussianPrior(precision of a, b, loc of a)",
+        ),
         (vm.GaussianPrior(covariance=torch.eye(2)), "GaussianPrior(covariance (2, 2))"),
         (
             vm.GaussianPrior(learn_precision="shared", hyperprior=dist.Gamma(2.0, 1.0)),
@@ -146,7 +171,9 @@ def test_loc_keeps_its_precision_and_is_checked() -> None:
     with pytest.raises(ValueError, match="loc names"):
         vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(loc={"nose": 0.1}))
     with pytest.raises(ValueError, match="loc of 'weight' has shape"):
-        vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(loc={"weight": torch.ones(3)}))
+        vm.TaskModel(
+            net, vm.likelihoods.Gaussian(), vm.GaussianPrior(loc={"weight": torch.ones(3)})
+        )
 
 
 def test_weights_go_to_a_vector_and_back() -> None:
@@ -158,10 +185,14 @@ def test_weights_go_to_a_vector_and_back() -> None:
 
 
 def test_a_covariance_that_is_definite_in_float64_alone_serves_float32_data() -> None:
-    """[[1, r], [r, 1]] with r = 1 - 1e-9 has the factor [[1, 0], [r, sqrt(1 - r^2)]]; rounded to float32 it is singular."""
+    """[[1, r], [r, 1]] with r = 1 - 1e-9 has the factor [[1, 0], [r, sqrt(1 - r^2)]]; rounded to
+    float32 it is singular.
+    """
     r = 1.0 - 1e-9
     covariance = torch.tensor([[1.0, r], [r, 1.0]], dtype=torch.float64)
-    model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(covariance=covariance))
+    model = vm.TaskModel(
+        torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(covariance=covariance)
+    )
     prior = model.prior_distribution(model.init(torch.zeros(())))
     expected = torch.tensor([[1.0, 0.0], [r, (1.0 - r * r) ** 0.5]])
     torch.testing.assert_close(prior.scale_tril, expected, atol=1e-7, rtol=1e-4)

@@ -11,7 +11,11 @@ from varmeta.priors.validation import validation_enabled
 
 
 def state() -> tuple[bool, ...]:
-    return dist.is_validation_enabled(), infer.is_validation_enabled(), poutine.is_validation_enabled()
+    return (
+        dist.is_validation_enabled(),
+        infer.is_validation_enabled(),
+        poutine.is_validation_enabled(),
+    )
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -1,4 +1,6 @@
-"""What a fit claims to be exact is exact: linear by construction, converged and tight; elsewhere nothing is claimed."""
+"""What a fit claims to be exact is exact: linear by construction, converged and tight; elsewhere
+nothing is claimed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def lines(num_tasks: int = 12, rows: int = 5, seed: int = 0) -> vm.TaskSet:
     for _ in range(num_tasks):
         x = rng.uniform(-1, 1, (rows, 1))
         slope, intercept = 2 + 0.5 * rng.normal(), 1 + 0.7 * rng.normal()
-        tasks.append(vm.Task(support=(x, intercept + slope * x[:, 0] + 0.3 * rng.normal(size=rows))))
+        tasks.append(
+            vm.Task(support=(x, intercept + slope * x[:, 0] + 0.3 * rng.normal(size=rows)))
+        )
     return vm.TaskSet(tasks)
 
 
@@ -56,7 +60,9 @@ def tied() -> nn.Module:
 
 
 def deep(*after: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), *after)
+    return nn.Sequential(
+        nn.Linear(1, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), *after
+    )
 
 
 LAST = ("2.1.weight", "2.1.bias")
@@ -75,7 +81,11 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], bool]] = {
     "hook": (hooked, ("weight", "bias"), False),
     "hook within": (lambda: nn.Sequential(nn.Tanh(), hooked()), ("1.weight", "1.bias"), False),
     "tied": (tied, ("0.weight", "0.bias"), False),
-    "tied without a bend": (lambda: nn.Sequential(*2 * [nn.Linear(3, 3)]), ("0.weight", "0.bias"), False),
+    "tied without a bend": (
+        lambda: nn.Sequential(*2 * [nn.Linear(3, 3)]),
+        ("0.weight", "0.bias"),
+        False,
+    ),
     "parametrised": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)),
         ("bias", "parametrizations.weight.original0", "parametrizations.weight.original1"),
@@ -101,15 +111,21 @@ def test_what_is_linear_depends_on_what_is_shared() -> None:
 
 
 def test_a_relu_far_from_its_kink_is_not_called_linear() -> None:
-    """The evidence of the same estimates is more than a nat away from the objective that used to be called it."""
+    """The evidence of the same estimates is more than a nat away from the objective that used to be
+    called it.
+    """
     net = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
     with torch.no_grad():
         net[0].weight.fill_(0.1)
         net[0].bias.fill_(20.0)
-    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, learn_precision="per_parameter"))
+    model = vm.TaskModel(
+        net, vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, learn_precision="per_parameter")
+    )
     tasks = lines()
     assert not model.is_linear and not model.looks_linear(tasks) and not model.is_linear_gaussian
-    fit = vm.fit(model, tasks, vm.Implicit("multivariate_normal", "elbo"), num_steps=3, progress=False)
+    fit = vm.fit(
+        model, tasks, vm.Implicit("multivariate_normal", "elbo"), num_steps=3, progress=False
+    )
     assert fit.log_likelihood is None and "log likelihood" not in str(fit)
 
 
@@ -120,19 +136,28 @@ def test_an_unfinished_fit_has_no_log_likelihood() -> None:
     prior = vm.GaussianPrior(1.0, learn_precision="full")
     model = vm.TaskModel(seeded(make), vm.likelihoods.Gaussian(), prior, shared=["0.*"])
     assert model.is_linear
-    fit = vm.fit(model, lines(), vm.Joint("multivariate_normal"), num_steps=50, compile=False, progress=False)
+    fit = vm.fit(
+        model, lines(), vm.Joint("multivariate_normal"), num_steps=50, compile=False, progress=False
+    )
     assert fit.log_likelihood is None and "log likelihood" not in str(fit)
 
 
 def test_a_settled_fit_that_is_not_tight_has_no_log_likelihood() -> None:
-    """Where eta is at rest but the tasks' posteriors have not been reached, the objective is not the evidence."""
+    """Where eta is at rest but the tasks' posteriors have not been reached, the objective is not
+    the evidence.
+    """
     model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0))
     fit = vm.fit(model, lines(), vm.Joint("multivariate_normal"), progress=False)
     assert fit.converged and fit.log_likelihood == -fit.loss
     slow = vm.fit(
-        model, lines(), vm.Joint("multivariate_normal", minimizer=vm.Adam(lr=1e-6)), num_steps=60, compile=False,
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.0), progress=False,
-    )  # fmt: skip
+        model,
+        lines(),
+        vm.Joint("multivariate_normal", minimizer=vm.Adam(lr=1e-6)),
+        num_steps=60,
+        compile=False,
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.0),
+        progress=False,
+    )
     slow.run.converged = True
     assert slow.log_likelihood is None and "log likelihood" not in str(slow)
 
@@ -140,7 +165,9 @@ def test_a_settled_fit_that_is_not_tight_has_no_log_likelihood() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_log_likelihood_is_that_of_the_marginal_normal(dtype: torch.dtype) -> None:
     tasks = lines().to(dtype=dtype)
-    model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, "full"))
+    model = vm.TaskModel(
+        vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, "full")
+    )
     fit = vm.fit(model, tasks, vm.Joint(vm.guides.Dense()), progress=False)
     assert fit.converged and fit.log_likelihood is not None and fit.prior.scale is not None
     mean = torch.cat([value.reshape(1) for value in fit.prior.loc.values()]).double().numpy()
@@ -155,12 +182,16 @@ def test_the_log_likelihood_is_that_of_the_marginal_normal(dtype: torch.dtype) -
 
 
 def test_a_regression_gets_the_guide_that_is_exact_for_it() -> None:
-    """sleepstudy, `(Days || Subject)`: lme4 has sds of 24.17 and 5.80 and a log likelihood of -876.0."""
+    """sleepstudy, `(Days || Subject)`: lme4 has sds of 24.17 and 5.80 and a log likelihood of
+    -876.0.
+    """
     expected = reference("sleepstudy", "uncorrelated_ML")
     model = regression(1, "per_parameter")
     fit = vm.fit(model, sleepstudy(), progress=False)
     assert fit.strategy == vm.Joint("multivariate_normal")
-    sds = {row["var1"]: row["sd_or_corr"] for row in expected["random"] if row["group"] != "Residual"}
+    sds = {
+        row["var1"]: row["sd_or_corr"] for row in expected["random"] if row["group"] != "Residual"
+    }
     assert float(fit.prior.sd["bias"]) == pytest.approx(sds["(Intercept)"], rel=1e-4)
     assert float(fit.prior.sd["weight"]) == pytest.approx(sds["Days"], rel=1e-4)
     assert fit.log_likelihood == pytest.approx(expected["logLik"], abs=1e-4)
@@ -170,9 +201,13 @@ def test_a_regression_gets_the_guide_that_is_exact_for_it() -> None:
     assert "the guide costs" in str(field) and "'multivariate_normal'" in str(field)
 
 
-@pytest.mark.parametrize(("size", "guide"), [(1, "multivariate_normal"), (20, "multivariate_normal"), (21, "normal")])
+@pytest.mark.parametrize(
+    ("size", "guide"), [(1, "multivariate_normal"), (20, "multivariate_normal"), (21, "normal")]
+)
 def test_the_default_guide_goes_by_the_number_of_weights(size: int, guide: str) -> None:
     net = nn.Linear(size, 1, bias=False)
     assert default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian())) == guide
     dense = vm.GaussianPrior(learn_precision="full")
-    assert default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian(), dense)) == "multivariate_normal"
+    assert (
+        default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian(), dense)) == "multivariate_normal"
+    )

@@ -1,4 +1,6 @@
-"""Files of fits that are cut, changed, made up or of an older version; and saves that the system stops."""
+"""Files of fits that are cut, changed, made up or of an older version; and saves that the system
+stops.
+"""
 
 from __future__ import annotations
 
@@ -32,22 +34,35 @@ def saved(path: Path) -> vm.Fit:
     return fit
 
 
-# -- what is written is what is read -----------------------------------------------------------------------------------
+# -- what is written is what is read ---------------------------------------------------------------
 
 
 def test_plain_values_and_tensors_come_back() -> None:
-    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8)
+    kinds = (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.bool,
+        torch.uint8,
+    )
     content = {
-        "tensors": [torch.arange(6).reshape(2, 3).to(kind) for kind in kinds] + [torch.tensor(1.5), torch.zeros(3, 0)],
+        "tensors": [torch.arange(6).reshape(2, 3).to(kind) for kind in kinds]
+        + [torch.tensor(1.5), torch.zeros(3, 0)],
         "plain": (None, True, -3, 0.1, 1e300, float("inf"), "text\n\u00e9", [], (), {}),
         0: {"nested": ({"deep": [torch.ones(2)[::1]]},)},
         "strided": torch.arange(12.0).reshape(3, 4).T[::2],
     }
-    assert_same(unpacked(b"".join(packed(content))), {**content, "strided": content["strided"].contiguous()})
+    assert_same(
+        unpacked(b"".join(packed(content))), {**content, "strided": content["strided"].contiguous()}
+    )
 
 
 def test_what_is_no_plain_value_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"\['a'\]\[0\] is a function, which is neither a tensor nor a plain value"):
+    with pytest.raises(
+        TypeError, match=r"\['a'\]\[0\] is a function, which is neither a tensor nor a plain value"
+    ):
         packed({"a": [saved]})
 
 
@@ -55,7 +70,7 @@ def test_a_view_takes_its_own_numbers_only() -> None:
     assert sum(map(len, packed({"a": torch.zeros(10**6)[:2]}))) < 300
 
 
-# -- changed, cut, made up ---------------------------------------------------------------------------------------------
+# -- changed, cut, made up -------------------------------------------------------------------------
 
 
 def test_every_flipped_bit_is_refused() -> None:
@@ -99,7 +114,9 @@ def test_made_up_words_end_in_one_kind_of_error(words: bytes, tmp_path: Path) ->
 
 
 def test_a_small_file_gets_little_memory(tmp_path: Path) -> None:
-    (tmp_path / "fit.pt").write_bytes(signed(json.dumps({"tensor": ["float64", [600_000_000]]}).encode(), bytes(6500)))
+    (tmp_path / "fit.pt").write_bytes(
+        signed(json.dumps({"tensor": ["float64", [600_000_000]]}).encode(), bytes(6500))
+    )
     tracemalloc.start()
     with pytest.raises(ValueError, match="is not a varmeta fit"):
         vm.load(tmp_path / "fit.pt", linear_model(PRIOR))
@@ -125,7 +142,9 @@ ODD = [
 
 
 def test_whatever_stands_in_a_field_is_read_or_refused(tmp_path: Path) -> None:
-    """Every field in turn is another value, and every part of a field: a fit, or a ValueError with the path."""
+    """Every field in turn is another value, and every part of a field: a fit, or a ValueError with
+    the path.
+    """
     fit = known(linear_model(PRIOR), ragged_tasks(3), vm.Implicit("normal", warm_start=True))
     fit.save(tmp_path / "fit.pt")
     good = unpacked((tmp_path / "fit.pt").read_bytes())
@@ -135,8 +154,13 @@ def test_whatever_stands_in_a_field_is_read_or_refused(tmp_path: Path) -> None:
             made = [{**good, name: odd}]
             if isinstance(good[name], dict):
                 made += [{**good, name: {**good[name], key: odd}} for key in good[name]]
-                made += [{**good, name: {k: v for k, v in good[name].items() if k != key}} for key in good[name]]
-            if name in ("strategy", "weights", "model", "constants") and not isinstance(odd, torch.Tensor):
+                made += [
+                    {**good, name: {k: v for k, v in good[name].items() if k != key}}
+                    for key in good[name]
+                ]
+            if name in ("strategy", "weights", "model", "constants") and not isinstance(
+                odd, torch.Tensor
+            ):
                 words = json.loads(good[name])
                 made += [{**good, name: json.dumps({**words, key: odd})} for key in words]
                 made += [{**good, name: json.dumps(odd)}, {**good, name: "[" * 10**5}]
@@ -149,12 +173,14 @@ def test_whatever_stands_in_a_field_is_read_or_refused(tmp_path: Path) -> None:
                     assert "fit.pt'" in str(error) or "pass load(path" in str(error), error  # noqa: PT017
                 else:
                     str(found), found.history
-                    with contextlib.suppress(ValueError):  # an option out of range, which the constructor lets pass too
+                    with contextlib.suppress(
+                        ValueError
+                    ):  # an option out of range, which the constructor lets pass too
                         found.posterior()
     assert tried > 500
 
 
-# -- the format before -------------------------------------------------------------------------------------------------
+# -- the format before -----------------------------------------------------------------------------
 
 
 def write_old(fit: vm.Fit, path: Path, **changes: Any) -> None:
@@ -163,18 +189,25 @@ def write_old(fit: vm.Fit, path: Path, **changes: Any) -> None:
     content = unpacked(path.read_bytes())
     for name in ("version", "model", "constants", "numbers"):
         del content[name]
-    torch.save(content | {"format": "varmeta fit 3", "likelihood": _settings(fit.model)} | changes, path)
+    torch.save(
+        content | {"format": "varmeta fit 3", "likelihood": _settings(fit.model)} | changes, path
+    )
 
 
 def test_the_format_before_still_loads(tmp_path: Path) -> None:
     fit = known(linear_model(PRIOR), ragged_tasks(3), vm.Joint())
     write_old(fit, tmp_path / "fit.pt")
-    with pytest.warns(RuntimeWarning, match="fit.pt' has the format of an older version .* which has no checksum"):
+    with pytest.warns(
+        RuntimeWarning, match="fit.pt' has the format of an older version .* which has no checksum"
+    ):
         back = vm.load(tmp_path / "fit.pt", fit.model)
     assert_same(back.eta, fit.eta)
     assert_same(back.run.history, fit.run.history)
     with pytest.raises(ValueError, match="is a fit with the likelihood Gaussian"):
-        vm.load(tmp_path / "fit.pt", vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.StudentT(), PRIOR))
+        vm.load(
+            tmp_path / "fit.pt",
+            vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.StudentT(), PRIOR),
+        )
     with pytest.raises(ValueError, match="is a fit under another prior"):
         vm.load(tmp_path / "fit.pt", linear_model(vm.GaussianPrior(4.0)))
 
@@ -211,7 +244,7 @@ def test_made_up_files_of_the_format_before(changes: dict[str, Any], tmp_path: P
         vm.load(tmp_path / "fit.pt", fit.model)
 
 
-# -- what stops a save --------------------------------------------------------------------------------------------------
+# -- what stops a save -----------------------------------------------------------------------------
 
 
 def other(folder: Path) -> list[str]:
@@ -220,7 +253,9 @@ def other(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("unnamed", [True, False], ids=["without a name", "beside"])
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full", "ctrl-c"]
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()],
+    ids=["full", "ctrl-c"],
 )
 @pytest.mark.parametrize("at", ["fsync", "replace"])
 def test_a_save_that_is_stopped_leaves_the_old_file(
@@ -239,9 +274,9 @@ def test_a_save_that_is_stopped_leaves_the_old_file(
         fit.save(tmp_path / "fit.pt")
     monkeypatch.undo()
     if isinstance(error, OSError):
-        assert str(tmp_path / "fit.pt") in str(caught.value) and "what stood there before still does" in str(
+        assert str(tmp_path / "fit.pt") in str(
             caught.value
-        )
+        ) and "what stood there before still does" in str(caught.value)
         assert caught.value.errno == errno.ENOSPC  # type: ignore[attr-defined]
     assert (tmp_path / "fit.pt").read_bytes() == before and other(tmp_path) == []
 
@@ -253,9 +288,13 @@ def test_a_device_is_no_file() -> None:
         fit.save("/dev/full")
 
 
-def test_a_file_that_may_not_be_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = saved(tmp_path / "fit.pt")
-    monkeypatch.setattr(_write.os, "access", lambda *_: False)  # the tests may run as root, who may write anything
+    monkeypatch.setattr(
+        _write.os, "access", lambda *_: False
+    )  # the tests may run as root, who may write anything
     with pytest.raises(PermissionError, match="may not be written.*fit.pt"):
         fit.save(tmp_path / "fit.pt")
 
@@ -265,11 +304,15 @@ def test_mode_and_link_stay(tmp_path: Path) -> None:
     (tmp_path / "fit.pt").chmod(0o640)
     (tmp_path / "link.pt").symlink_to(tmp_path / "fit.pt")
     fit.save(tmp_path / "link.pt")
-    assert (tmp_path / "link.pt").is_symlink() and (tmp_path / "fit.pt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "link.pt").is_symlink() and (
+        tmp_path / "fit.pt"
+    ).stat().st_mode & 0o777 == 0o640
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no such file: Fit.save writes one: '.*missing.pt'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no such file: Fit.save writes one: '.*missing.pt'"
+    ):
         vm.load(tmp_path / "missing.pt", linear_model(PRIOR))
 
 
@@ -297,7 +340,8 @@ def test_files_that_another_writer_makes(tmp_path: Path) -> None:
             with _write.replacing(tmp_path / "table.csv") as beside:
                 write(fail)(beside)
         except OSError as error:
-            assert "No space left" in str(error) and "table.csv'" in str(error) and ".part" not in str(error)  # noqa: PT017
+            said = str(error)
+            assert "No space left" in said and "table.csv'" in said and ".part" not in said
             assert (tmp_path / "table.csv").read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
     assert (tmp_path / "table.csv").read_text() == "half"

@@ -1,4 +1,6 @@
-"""A saved fit knows its model: whatever a constructor takes is changed in turn, and `load` must refuse it."""
+"""A saved fit knows its model: whatever a constructor takes is changed in turn, and `load` must
+refuse it.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,11 @@ def line(activation: Callable[[], nn.Module] = nn.Tanh, last: bool = True) -> nn
 
 
 def norm(momentum: float) -> nn.Module:
-    return seeded(lambda: nn.Sequential(nn.Linear(1, 2), nn.BatchNorm1d(2, momentum=momentum), nn.Linear(2, 1)))
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(1, 2), nn.BatchNorm1d(2, momentum=momentum), nn.Linear(2, 1)
+        )
+    )
 
 
 MODEL: dict[str, Change] = {
@@ -84,11 +90,17 @@ def all_arguments(made: Any) -> set[str]:
 
 def classes_of_likelihoods() -> list[str]:
     named = {name: getattr(vm.likelihoods, name) for name in vm.likelihoods.__all__}
-    return [name for name, one in named.items() if issubclass(one, Likelihood) and not inspect.isabstract(one)]
+    return [
+        name
+        for name, one in named.items()
+        if issubclass(one, Likelihood) and not inspect.isabstract(one)
+    ]
 
 
 def remembered(made: Remembers, name: str) -> None:
-    """An argument that has no other value in the tables above, where it belongs: at least that it is kept."""
+    """An argument that has no other value in the tables above, where it belongs: at least that it
+    is kept.
+    """
     assert name in made.constructed_with
     assert name in configuration(made) if isinstance(made, vm.TaskModel) else name in plain(made)
 
@@ -104,7 +116,10 @@ def test_every_argument_of_the_prior_is_known_again(name: str) -> None:
         prior = vm.GaussianPrior(**others, **{name: value})
         return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Gaussian(), prior)
 
-    assert difference(configuration(model(before)), configuration(model(before)), model(before)) is None
+    assert (
+        difference(configuration(model(before)), configuration(model(before)), model(before))
+        is None
+    )
     found = difference(configuration(model(before)), configuration(model(after)), model(after))
     assert found is not None and found.startswith(f"prior.{name}")
 
@@ -115,14 +130,19 @@ def test_every_argument_of_a_likelihood_is_known_again(kind: str) -> None:
     own = all_arguments(make) if make.__init__ is not object.__init__ else set()
     for name in own:
         if name not in table:
-            remembered(make(**{n: change[1] for n, change in table.items() if n == "num_classes"}), name)
+            remembered(
+                make(**{n: change[1] for n, change in table.items() if n == "num_classes"}), name
+            )
             continue
         others, before, after = table[name]
 
         def model(value: Any, others: Any = others, name: str = name) -> vm.TaskModel:
             return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), make(**others, **{name: value}))
 
-        assert difference(configuration(model(before)), configuration(model(before)), model(before)) is None
+        assert (
+            difference(configuration(model(before)), configuration(model(before)), model(before))
+            is None
+        )
         found = difference(configuration(model(before)), configuration(model(after)), model(after))
         assert found is not None and found.startswith(f"likelihood.{name}"), (name, found)
 
@@ -158,7 +178,9 @@ def test_every_argument_of_a_program_is_known_again(name: str) -> None:
     if name not in changes:
         remembered(vm.TaskModel.from_pyro(**usual), name)
         return
-    before, after = (vm.TaskModel.from_pyro(**each) for each in (usual, usual | {name: changes[name]}))
+    before, after = (
+        vm.TaskModel.from_pyro(**each) for each in (usual, usual | {name: changes[name]})
+    )
     if name == "params":  # their shapes are compared apart, where they start may differ
         assert before.weights.shapes != after.weights.shapes
         return
@@ -166,7 +188,7 @@ def test_every_argument_of_a_program_is_known_again(name: str) -> None:
     assert found is not None and found.startswith(name)
 
 
-# -- the whole way, through a file --------------------------------------------------------------------------------------
+# -- the whole way, through a file -----------------------------------------------------------------
 
 
 def tasks() -> vm.TaskSet:
@@ -189,18 +211,34 @@ def gaussian(prior: vm.GaussianPrior, likelihood: Likelihood | None = None) -> v
         ({"lkj": 2.0}, {"lkj": 3.0}, "prior.lkj was 2.0, but is 3.0"),
     ],
 )
-def test_another_hyperprior_is_refused(before: Any, after: Any, message: str, tmp_path: Path) -> None:
-    fit = vm.fit(gaussian(vm.GaussianPrior(2.0, "full", **before)), tasks(), vm.Joint("multivariate_normal"), 3, adam)
+def test_another_hyperprior_is_refused(
+    before: Any, after: Any, message: str, tmp_path: Path
+) -> None:
+    fit = vm.fit(
+        gaussian(vm.GaussianPrior(2.0, "full", **before)),
+        tasks(),
+        vm.Joint("multivariate_normal"),
+        3,
+        adam,
+    )
     fit.save(tmp_path / "fit.pt")
-    assert vm.load(tmp_path / "fit.pt", gaussian(vm.GaussianPrior(2.0, "full", **before))).loss == fit.loss
+    assert (
+        vm.load(tmp_path / "fit.pt", gaussian(vm.GaussianPrior(2.0, "full", **before))).loss
+        == fit.loss
+    )
     with pytest.raises(ValueError, match=rf"fit.pt' is a fit of another model: {message}"):
         vm.load(tmp_path / "fit.pt", gaussian(vm.GaussianPrior(2.0, "full", **after)))
 
 
 def test_another_scale_hyperprior_of_the_noise_is_refused(tmp_path: Path) -> None:
     likelihood = vm.likelihoods.Gaussian(scale_hyperprior=dist.HalfNormal(0.01))
-    known(gaussian(vm.GaussianPrior(2.0), likelihood), tasks(), vm.Joint()).save(tmp_path / "fit.pt")
-    with pytest.raises(ValueError, match=r"likelihood.scale_hyperprior was HalfNormal\(scale=0.00999.*, but is None"):
+    known(gaussian(vm.GaussianPrior(2.0), likelihood), tasks(), vm.Joint()).save(
+        tmp_path / "fit.pt"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"likelihood.scale_hyperprior was HalfNormal\(scale=0.00999.*, but is None",
+    ):
         vm.load(tmp_path / "fit.pt", gaussian(vm.GaussianPrior(2.0)))
 
 
@@ -212,7 +250,9 @@ def test_code_is_known_by_what_it_computes(tmp_path: Path) -> None:
     make = vm.TaskModel.from_pyro
     known(make(program, {"a": (), "b": ()}), tasks(), vm.Joint()).save(tmp_path / "fit.pt")
     assert vm.load(tmp_path / "fit.pt", make(program, {"a": (), "b": ()})).run.step == 1
-    with pytest.raises(ValueError, match="of the same numbers and rows this one makes other densities"):
+    with pytest.raises(
+        ValueError, match="of the same numbers and rows this one makes other densities"
+    ):
         vm.load(tmp_path / "fit.pt", make(shifted, {"a": (), "b": ()}))
 
 
@@ -220,7 +260,8 @@ def test_where_the_weights_start_may_differ(tmp_path: Path) -> None:
     fit = vm.fit(vm.TaskModel(line(), vm.likelihoods.Gaussian()), tasks(), vm.Joint(), 3, adam)
     fit.save(tmp_path / "fit.pt")
     other = vm.TaskModel(
-        line().apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None), vm.likelihoods.Gaussian()
+        line().apply(lambda m: m.reset_parameters() if isinstance(m, nn.Linear) else None),
+        vm.likelihoods.Gaussian(),
     )
     assert torch.equal(vm.load(tmp_path / "fit.pt", other).eta["0.weight"], fit.eta["0.weight"])
 
@@ -244,4 +285,6 @@ def test_an_argument_that_came_later_had_its_default() -> None:
     other = gaussian(vm.GaussianPrior(2.0, "full", lkj=3.0))
     assert difference(saved, configuration(other), other) == "prior.lkj was 1.0, but is 3.0"
     saved["prior"]["tempered"] = 2.0
-    assert difference(saved, configuration(model), model) == "prior.tempered was 2.0, but is not there"
+    assert (
+        difference(saved, configuration(model), model) == "prior.tempered was 2.0, but is not there"
+    )

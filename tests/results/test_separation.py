@@ -1,4 +1,6 @@
-"""Likelihoods without a maximum are named, whatever else is found, in float32 too; those with one are not."""
+"""Likelihoods without a maximum are named, whatever else is found, in float32 too; those with one
+are not.
+"""
 
 import math
 import warnings
@@ -28,7 +30,11 @@ def tasks(kind: str, dtype: torch.dtype = torch.float64) -> vm.TaskSet:
         elif kind == "quasi":  # of the exposed all have it, of the others half
             y = torch.where(x[:, 0] > 0, 1.0, coin)
         elif kind == "zero cell":  # no events among the exposed
-            y = torch.where(x[:, 0] > 0, 0.0, torch.poisson(torch.ones(ROWS, dtype=torch.float64), generator=generator))
+            y = torch.where(
+                x[:, 0] > 0,
+                0.0,
+                torch.poisson(torch.ones(ROWS, dtype=torch.float64), generator=generator),
+            )
         elif kind == "almost":  # of the exposed all but one
             y = torch.where(x[:, 0] > 0, 1.0, coin)
             y[0] = 0.0 if not found else y[0]
@@ -39,10 +45,15 @@ def tasks(kind: str, dtype: torch.dtype = torch.float64) -> vm.TaskSet:
     return vm.TaskSet(found, x_names=("exposed",), dtype=dtype)
 
 
-def fitted(kind: str, dtype: torch.dtype, strategy: vm.Joint, **settings: Any) -> tuple[vm.Fit, list[str]]:
+def fitted(
+    kind: str, dtype: torch.dtype, strategy: vm.Joint, **settings: Any
+) -> tuple[vm.Fit, list[str]]:
     likelihood = vm.likelihoods.Poisson() if kind == "zero cell" else vm.likelihoods.Bernoulli()
     model = vm.TaskModel(
-        vm.LinearPredictor(["exposed"]).to(dtype), likelihood, vm.GaussianPrior(**settings), shared=["exposed"]
+        vm.LinearPredictor(["exposed"]).to(dtype),
+        likelihood,
+        vm.GaussianPrior(**settings),
+        shared=["exposed"],
     )
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -53,16 +64,23 @@ def fitted(kind: str, dtype: torch.dtype, strategy: vm.Joint, **settings: Any) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("settings", [{"precision": 1.0}, {"learn_precision": "shared"}])
 @pytest.mark.parametrize("kind", ["complete", "quasi", "zero cell"])
-def test_separation_is_said_with_the_coefficient(kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+def test_separation_is_said_with_the_coefficient(
+    kind: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
     fit, said = fitted(kind, dtype, vm.Joint("normal"), **settings)
     (sentence,) = [one for one in said if "has no maximum" in one]
     assert f"as exposed = {float(fit.eta['exposed']):.4g} grows" in sentence
-    assert not any("leave one out" in one for one in said)  # the estimates rest on nothing, not on each other
+    assert not any(
+        "leave one out" in one for one in said
+    )  # the estimates rest on nothing, not on each other
 
 
 def test_every_doubt_is_said() -> None:
     _, said = fitted("quasi", torch.float64, vm.Joint("normal"), learn_precision="shared")
-    assert [("runs away" in one, "has no maximum" in one) for one in said] == [(True, False), (False, True)]
+    assert [("runs away" in one, "has no maximum" in one) for one in said] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 @pytest.mark.parametrize("strategy", [vm.Implicit("laplace"), vm.Joint("delta")])
@@ -80,18 +98,26 @@ def test_one_exception_is_enough_for_a_maximum(kind: str) -> None:
 
 def test_a_hyperprior_makes_a_maximum() -> None:
     fit, said = fitted(
-        "quasi", torch.float64, vm.Joint("normal"), precision=1.0, loc_hyperprior={"exposed": dist.Normal(0.0, 2.5)}
+        "quasi",
+        torch.float64,
+        vm.Joint("normal"),
+        precision=1.0,
+        loc_hyperprior={"exposed": dist.Normal(0.0, 2.5)},
     )
     assert said == []
     assert 1.0 < float(fit.eta["exposed"]) < 8.0
 
 
 def test_rare_events_are_no_separation() -> None:
-    """Ten in 20,000: the curvature is a thousandth of that at even odds, and log odds of -7.6 +- 0.3 are determined."""
+    """Ten in 20,000: the curvature is a thousandth of that at even odds, and log odds of -7.6 +-
+    0.3 are determined.
+    """
     y = torch.zeros(4, 5000, dtype=torch.float64)
     y[:, 0] = y[:2, 1] = y[:2, 2] = y[:2, 3] = 1.0
     data = vm.TaskSet([vm.Task((torch.zeros(5000, 0, dtype=torch.float64), row)) for row in y])
-    model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(100.0))
+    model = vm.TaskModel(
+        vm.LinearPredictor([]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(100.0)
+    )
     fit = vm.fit(model, data)
     assert separated(fit) == {}
     assert abs(float(fit.eta["intercept"]) - math.log(10 / 19990)) < 0.05
@@ -99,10 +125,14 @@ def test_rare_events_are_no_separation() -> None:
 
 def test_collinear_predictors_are_no_separation() -> None:
     data = vm.TaskSet(
-        [vm.Task((torch.cat([t.support[0]] * 2, -1), t.support[1])) for t in tasks("coin")], x_names=("a", "b")
+        [vm.Task((torch.cat([t.support[0]] * 2, -1), t.support[1])) for t in tasks("coin")],
+        x_names=("a", "b"),
     )
     model = vm.TaskModel(
-        vm.LinearPredictor(["a", "b"]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(), shared=["a", "b"]
+        vm.LinearPredictor(["a", "b"]).double(),
+        vm.likelihoods.Bernoulli(),
+        vm.GaussianPrior(),
+        shared=["a", "b"],
     )
     with pytest.warns(RuntimeWarning, match="hardly tell a and b apart"):
         fit = vm.fit(model, data, vm.Joint("multivariate_normal"))
@@ -123,7 +153,10 @@ def test_a_class_that_one_group_never_has() -> None:
         return vm.Task((x, y))
 
     model = vm.TaskModel(
-        torch.nn.Linear(1, 3).double(), vm.likelihoods.Categorical(), vm.GaussianPrior(1.0), shared=["weight"]
+        torch.nn.Linear(1, 3).double(),
+        vm.likelihoods.Categorical(),
+        vm.GaussianPrior(1.0),
+        shared=["weight"],
     )
     with pytest.warns(RuntimeWarning, match="has no maximum"):
         vm.fit(model, vm.TaskSet([one() for _ in range(5)]))
@@ -138,7 +171,9 @@ def test_one_observation_a_task_tells_sd_and_noise_not_apart(dtype: torch.dtype)
 
     data = vm.TaskSet([vm.Task((draw(1, 1), draw(1))) for _ in range(40)], dtype=dtype)
     prior = vm.GaussianPrior(learn_precision="shared")
-    model = vm.TaskModel(torch.nn.Linear(1, 1).to(dtype), vm.likelihoods.Gaussian(), prior, shared=["weight"])
+    model = vm.TaskModel(
+        torch.nn.Linear(1, 1).to(dtype), vm.likelihoods.Gaussian(), prior, shared=["weight"]
+    )
     with pytest.warns(RuntimeWarning, match="hardly tell log_precision and log_scale apart"):
         fit = vm.fit(model, data)
     assert all(value.dtype == dtype for value in (*fit.eta.values(), *fit.run.state.phi.values()))

@@ -27,11 +27,15 @@ def test_the_direction_that_is_lost_is_named_not_the_largest_correlation() -> No
     """a + b + c is the same in every task, though no two of them correlate by more than -1/2."""
     prior = vm.GaussianPrior(1.0, "full")
     model = vm.TaskModel(
-        vm.LinearPredictor(["a", "b", "c"], intercept=False).double(), vm.likelihoods.Gaussian(), prior
+        vm.LinearPredictor(["a", "b", "c"], intercept=False).double(),
+        vm.likelihoods.Gaussian(),
+        prior,
     )
     fit = vm.fit(model, tasks(3, 0.5), num_steps=1)
     covariance = torch.eye(3, dtype=torch.float64) - (1.0 - 1e-7) / 3.0
-    fit.run.eta["log_precision"], fit.run.eta["prior_tril"] = log_precision_and_tril(torch.linalg.cholesky(covariance))
+    fit.run.eta["log_precision"], fit.run.eta["prior_tril"] = log_precision_and_tril(
+        torch.linalg.cholesky(covariance)
+    )
     fit.__dict__.pop("prior", None)  # cached
     (sentence,) = [one for one in doubts(fit, own_end=True) if "singular" in one]
     assert "combination" in sentence
@@ -54,7 +58,10 @@ def test_reml_at_a_boundary_warns() -> None:
 
 def test_laplace_says_why_it_has_no_standard_errors() -> None:
     model = vm.TaskModel(
-        vm.LinearPredictor(["a"]).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(), shared=["a"]
+        vm.LinearPredictor(["a"]).double(),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(),
+        shared=["a"],
     )
     fit = vm.fit(model, tasks(1, 1.0), vm.Implicit("laplace"), num_steps=1, compile=False)
     assert fit.standard_errors is None
@@ -63,18 +70,25 @@ def test_laplace_says_why_it_has_no_standard_errors() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "dtype", "covariate"),
-    [(vm.Joint, dtype, covariate) for dtype in (torch.float64, torch.float32) for covariate in (False, True)]
+    [
+        (vm.Joint, dtype, covariate)
+        for dtype in (torch.float64, torch.float32)
+        for covariate in (False, True)
+    ]
     + [(vm.Implicit, torch.float64, False)],
 )
 def test_adaptation_reaches_the_posterior_under_a_singular_prior(
     strategy: type[vm.Joint | vm.Implicit], dtype: torch.dtype, covariate: bool
 ) -> None:
-    """Counts whose log rate is (0.1 + 0.5 z) + (0.4 - 0.02 z) dose: one number z per task, integrated on a grid."""
+    """Counts whose log rate is (0.1 + 0.5 z) + (0.4 - 0.02 z) dose: one number z per task,
+    integrated on a grid.
+    """
     dose = torch.linspace(0, 2, 8, dtype=torch.float64)
     counts = torch.tensor([3.0, 1, 4, 1, 5, 9, 2, 6], dtype=torch.float64)
     x = torch.stack([torch.ones_like(dose), dose], -1)
     few = vm.TaskSet(
-        [vm.Task((x, counts + k), features={"size": 0.3}, name=f"task {k}") for k in range(3)], dtype=dtype
+        [vm.Task((x, counts + k), features={"size": 0.3}, name=f"task {k}") for k in range(3)],
+        dtype=dtype,
     )
     prior = vm.GaussianPrior(1.0, "full", covariates={"a": ["size"]} if covariate else None)
     net = vm.LinearPredictor(["a", "dose"], intercept=False).to(dtype)

@@ -1,4 +1,6 @@
-"""The gradient through Adam's inner steps where a weight's own gradient is 0: a slope of lr / eps that must cancel."""
+"""The gradient through Adam's inner steps where a weight's own gradient is 0: a slope of lr / eps
+that must cancel.
+"""
 
 import pytest
 import torch
@@ -32,18 +34,25 @@ def dead_unit(dtype: torch.dtype) -> tuple[nn.Module, vm.TaskSet]:
     return net.to(dtype), tasks.to(dtype)
 
 
-# in single precision the rounding of a normal guide's gradient is above Adam's eps, so that it moves
+# in single precision the rounding of a normal guide's gradient is above Adam's eps, so that it
+# moves
 @pytest.mark.parametrize(
-    ("guide", "dtype"), [("delta", torch.float64), ("normal", torch.float64), ("delta", torch.float32)], ids=str
+    ("guide", "dtype"),
+    [("delta", torch.float64), ("normal", torch.float64), ("delta", torch.float32)],
+    ids=str,
 )
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("made", [column_of_zeros, no_support, dead_unit])
-def test_equals_central_differences(made: object, guide: str, steps: int, dtype: torch.dtype) -> None:
+def test_equals_central_differences(
+    made: object, guide: str, steps: int, dtype: torch.dtype
+) -> None:
     """Differences in double precision, whatever the gradient is taken in."""
 
     def model_and_tasks(dtype: torch.dtype) -> tuple[vm.TaskModel, vm.TaskSet]:
         net, tasks = made(dtype)  # type: ignore[operator]
-        return vm.TaskModel(net, vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(2.0)), tasks
+        return vm.TaskModel(
+            net, vm.likelihoods.Gaussian(1.0, learn_scale=False), vm.GaussianPrior(2.0)
+        ), tasks
 
     strategy = vm.Unrolled(guide, inner_steps=steps, minimizer=vm.Adam(lr=0.01))
     found = vm.meta_gradient(*model_and_tasks(dtype), strategy).grads
@@ -52,7 +61,9 @@ def test_equals_central_differences(made: object, guide: str, steps: int, dtype:
     size = max(float(g.abs().max()) for g in found.values())
 
     def value(name: str, move: Tensor) -> float:
-        return vm.meta_gradient(model, tasks, strategy, eta={**start, name: start[name] + move}).value
+        return vm.meta_gradient(
+            model, tasks, strategy, eta={**start, name: start[name] + move}
+        ).value
 
     for name, gradient in found.items():
         for i in range(gradient.numel()):

@@ -1,4 +1,6 @@
-"""Which hyperpriors bound a delta guide's objective: told before any work, and by the objective itself far out."""
+"""Which hyperpriors bound a delta guide's objective: told before any work, and by the objective
+itself far out.
+"""
 
 from typing import Any
 
@@ -13,7 +15,9 @@ TASKS, WEIGHTS = 4, 10  # two modules of nine weights and one
 
 
 def model(prior: vm.GaussianPrior) -> vm.TaskModel:
-    net = torch.nn.Sequential(torch.nn.Linear(9, 1, bias=False), torch.nn.Linear(1, 1, bias=False)).double()
+    net = torch.nn.Sequential(
+        torch.nn.Linear(9, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    ).double()
     return vm.TaskModel(net, vm.likelihoods.Gaussian(scale=1.0, learn_scale=False), prior)
 
 
@@ -53,7 +57,9 @@ FAMILIES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("where", "density"), FAMILIES, ids=lambda value: str(value).split("(")[0])
 def test_refused_where_the_objective_falls_for_ever(learn: str, where: str, density: Any) -> None:
     prior = vm.GaussianPrior(1.0, learn, **{where: density})
-    entries = [name for name in model(prior).init(torch.zeros(())) if name.startswith("log_precision")]
+    entries = [
+        name for name in model(prior).init(torch.zeros(())) if name.startswith("log_precision")
+    ]
     bounded = all(total(prior, entry, 280.0) > total(prior, entry, 140.0) for entry in entries)
     if bounded:
         check(vm.Joint("delta"), model(prior), tasks())
@@ -78,13 +84,17 @@ def test_a_sd_left_without_a_hyperprior_is_not_bounded() -> None:
     with pytest.raises(ValueError, match="does not bound the precision"):
         check(vm.Joint("delta"), model(half), tasks())
     both = vm.GaussianPrior(
-        1.0, "per_module", scale_hyperprior={"0": dist.InverseGamma(2.0, 1.0), "1": dist.InverseGamma(2.0, 1.0)}
+        1.0,
+        "per_module",
+        scale_hyperprior={"0": dist.InverseGamma(2.0, 1.0), "1": dist.InverseGamma(2.0, 1.0)},
     )
     check(vm.Joint("delta"), model(both), tasks())
 
 
 @pytest.mark.parametrize(("lkj", "bounded"), [(1.0, False), (2.9, False), (3.1, True)])
-def test_correlations_of_points_need_an_lkj_that_grows_with_the_tasks(lkj: float, bounded: bool) -> None:
+def test_correlations_of_points_need_an_lkj_that_grows_with_the_tasks(
+    lkj: float, bounded: bool
+) -> None:
     prior = vm.GaussianPrior(1.0, "full", scale_hyperprior=dist.InverseGamma(2.0, 1.0), lkj=lkj)
     one, data = model(prior), tasks()
     problem = vm.Joint("delta").problem(one, data, 0)
@@ -105,10 +115,14 @@ def test_correlations_of_points_need_an_lkj_that_grows_with_the_tasks(lkj: float
 
 def test_one_weight_of_one_task_also_gains_from_a_precision_of_zero() -> None:
     """lambda^-0.7 of Gamma(0.3) outweighs lambda^0.5 of the only weight."""
-    data = vm.TaskSet([vm.Task((torch.ones(3, 1, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))])
+    data = vm.TaskSet(
+        [vm.Task((torch.ones(3, 1, dtype=torch.float64), torch.ones(3, dtype=torch.float64)))]
+    )
     prior = vm.GaussianPrior(1.0, "shared", hyperprior=dist.Gamma(0.3, 1.0))
     one = vm.TaskModel(
-        torch.nn.Linear(1, 1, bias=False).double(), vm.likelihoods.Gaussian(1.0, learn_scale=False), prior
+        torch.nn.Linear(1, 1, bias=False).double(),
+        vm.likelihoods.Gaussian(1.0, learn_scale=False),
+        prior,
     )
     with pytest.raises(ValueError, match="does not bound the precision"):
         check(vm.Joint("delta"), one, data)

@@ -1,4 +1,6 @@
-"""What the certificate says is true: bounds where f_i is convex by construction, estimates in the energy norm elsewhere."""
+"""What the certificate says is true: bounds where f_i is convex by construction, estimates in the
+energy norm elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,12 @@ from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 
 F64 = torch.float64
-# Half of the curvatures are next to nothing, and so is the gradient along them, where nearly all is to be gained.
+# Half of the curvatures are next to nothing, and so is the gradient along them, where nearly all is
+# to be gained.
 CURVATURE = torch.cat([torch.ones(20, dtype=F64), torch.full((20,), 1e-8, dtype=F64)]).unsqueeze(0)
-SLOPE = torch.cat([torch.full((20,), 2e-6, dtype=F64), torch.full((20,), 1e-7, dtype=F64)]).unsqueeze(0)
+SLOPE = torch.cat(
+    [torch.full((20,), 2e-6, dtype=F64), torch.full((20,), 1e-7, dtype=F64)]
+).unsqueeze(0)
 
 
 def bowl(phi, eta):
@@ -50,10 +55,15 @@ def test_the_decrement_is_not_read_off_a_small_residual() -> None:
 
 
 def test_under_a_ceiling_the_linear_error_is_a_bound() -> None:
-    """The solve ends after one step; by the curvature that it met, 1, its error would be a ten-thousandth of what it is."""
+    """The solve ends after one step; by the curvature that it met, 1, its error would be a
+    ten-thousandth of what it is.
+    """
     exact = SLOPE / CURVATURE
     found = CG(rtol=0.1).solve(lambda v: {"w": CURVATURE * v["w"]}, {"w": SLOPE}).value["w"]
-    true = float((CURVATURE * (found - exact).square()).sum().sqrt() / (CURVATURE * exact.square()).sum().sqrt())
+    true = float(
+        (CURVATURE * (found - exact).square()).sum().sqrt()
+        / (CURVATURE * exact.square()).sum().sqrt()
+    )
     phi = {"w": torch.zeros_like(SLOPE)}
     _, guessed = ImplicitAdjoint(CG(rtol=0.1))(bowl, along, phi, eta())
     assert true > 0.99 and float(guessed["linear_error"]) < true  # an estimate, and a poor one here
@@ -69,22 +79,32 @@ def counts() -> tuple[vm.TaskModel, vm.TaskSet]:
         y = torch.poisson((0.5 + x.sum(-1)).clamp(max=3).exp(), generator=generator)
         tasks.append(vm.Task(support=(x[:6], y[:6]), query=(x[6:], y[6:]), name=f"task {k}"))
     net = nn.Linear(2, 1).double()
-    return vm.TaskModel(net, vm.likelihoods.Poisson(), vm.GaussianPrior(precision=0.5)), vm.TaskSet(tasks)
+    return vm.TaskModel(net, vm.likelihoods.Poisson(), vm.GaussianPrior(precision=0.5)), vm.TaskSet(
+        tasks
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4, None])
 def test_a_convex_task_lies_no_higher_than_the_bound(steps: int | None) -> None:
-    """Poisson counts are far from quadratic, so that the decrement by the Hessian at hand falls short of the truth."""
+    """Poisson counts are far from quadratic, so that the decrement by the Hessian at hand falls
+    short of the truth.
+    """
     model, tasks = counts()
     batch = tasks.batch()
     descent = vm.GradientDescent(lr=1e-3)
     strategy = (
-        vm.Implicit("delta", "query", inner_steps=steps, minimizer=descent, on_unconverged="ignore") if steps else None
+        vm.Implicit("delta", "query", inner_steps=steps, minimizer=descent, on_unconverged="ignore")
+        if steps
+        else None
     )
     strategy = vm.Implicit("delta", "query", on_unconverged="ignore") if steps is None else strategy
     if strategy is None:  # the start itself
         strategy = vm.Implicit(
-            "delta", "query", inner_steps=1, minimizer=vm.GradientDescent(lr=1e-12), on_unconverged="ignore"
+            "delta",
+            "query",
+            inner_steps=1,
+            minimizer=vm.GradientDescent(lr=1e-12),
+            on_unconverged="ignore",
         )
     start = model.init(batch.support.x.new_zeros(()))
     problem = strategy.problem(model, tasks, 0)
@@ -95,7 +115,9 @@ def test_a_convex_task_lies_no_higher_than_the_bound(steps: int | None) -> None:
     assert bool((certificate.decrement_bound >= here - lowest - 1e-12).all())
     assert certificate.ok == (steps is None)
     words = str(certificate)
-    assert ("at most" if steps is None else "an estimated") in words and ("linear error at most" in words)
+    assert ("at most" if steps is None else "an estimated") in words and (
+        "linear error at most" in words
+    )
 
 
 def test_elsewhere_it_is_called_an_estimate() -> None:
@@ -103,15 +125,21 @@ def test_elsewhere_it_is_called_an_estimate() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     gaussian = vm.likelihoods.Gaussian(0.3, learn_scale=False)
-    curved = vm.meta_gradient(vm.TaskModel(net, gaussian, vm.GaussianPrior(10.0)), tasks, vm.Implicit("delta", "query"))
+    curved = vm.meta_gradient(
+        vm.TaskModel(net, gaussian, vm.GaussianPrior(10.0)), tasks, vm.Implicit("delta", "query")
+    )
     assert curved.certificate.ok and bool(curved.certificate.decrement_bound.isnan().all())
-    assert "an estimated" in str(curved.certificate) and "linear error about" in str(curved.certificate)
+    assert "an estimated" in str(curved.certificate) and "linear error about" in str(
+        curved.certificate
+    )
     # with the body shared, the last layer's weights enter linearly
     head = vm.TaskModel(net, gaussian, vm.GaussianPrior(10.0), shared=["0.*"])
     convex = vm.meta_gradient(head, tasks, vm.Implicit("delta", "query")).certificate
     assert convex.ok and float(convex.decrement_bound.max()) <= 1e-10
     heavy = vm.TaskModel(net, vm.likelihoods.StudentT(4.0), vm.GaussianPrior(10.0), shared=["0.*"])
-    found = vm.meta_gradient(heavy, tasks, vm.Implicit("delta", "query", on_unconverged="ignore")).certificate
+    found = vm.meta_gradient(
+        heavy, tasks, vm.Implicit("delta", "query", on_unconverged="ignore")
+    ).certificate
     assert bool(found.decrement_bound.isnan().all())
 
 
@@ -120,16 +148,24 @@ UNITS = torch.tensor([1e-5, 1.0, 1e3], dtype=F64)
 PRIORS = {
     "one": (vm.GaussianPrior(precision=0.5), 2.0 * torch.eye(3, dtype=F64)),
     "diagonal": (
-        vm.GaussianPrior(precision={"weight": UNITS[:2].pow(-2).reshape(1, 2), "bias": UNITS[2:].pow(-2)}),
+        vm.GaussianPrior(
+            precision={"weight": UNITS[:2].pow(-2).reshape(1, 2), "bias": UNITS[2:].pow(-2)}
+        ),
         UNITS.square().diag(),
     ),
     "dense": (vm.GaussianPrior(covariance=COVARIANCE), COVARIANCE),
 }
 
 
-@pytest.mark.parametrize(("name", "compile"), [*((name, False) for name in PRIORS), ("dense", True)])
-def test_the_bound_is_in_the_metric_of_the_prior(name: str, compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1/2 g' Lambda^-1 g, whichever the units: one number for all weights would be off by the square of their ratio."""
+@pytest.mark.parametrize(
+    ("name", "compile"), [*((name, False) for name in PRIORS), ("dense", True)]
+)
+def test_the_bound_is_in_the_metric_of_the_prior(
+    name: str, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1/2 g' Lambda^-1 g, whichever the units: one number for all weights would be off by the
+    square of their ratio.
+    """
     monkeypatch.setattr(
         capture, "compile_graph", lambda graph, examples: graph
     )  # traced; the compiler has its own tests
@@ -137,7 +173,9 @@ def test_the_bound_is_in_the_metric_of_the_prior(name: str, compile: bool, monke
     _, tasks = counts()
     model = vm.TaskModel(nn.Linear(2, 1).double(), vm.likelihoods.Poisson(), prior)
     descent = vm.GradientDescent(lr=1e-20)
-    strategy = vm.Implicit("delta", "query", inner_steps=3, minimizer=descent, on_unconverged="ignore")
+    strategy = vm.Implicit(
+        "delta", "query", inner_steps=3, minimizer=descent, on_unconverged="ignore"
+    )
     found = vm.meta_gradient(model, tasks, strategy, compile=compile).certificate
     gradient = []
     for task in tasks:  # by hand, at the start: the steps are next to nothing
@@ -151,7 +189,9 @@ def test_the_bound_is_in_the_metric_of_the_prior(name: str, compile: bool, monke
 
 
 def test_weights_in_units_apart_by_orders_are_certified() -> None:
-    """Precisions of 1e-8 and 1e12: by the smallest of them the linear error was at most 8e-6, with nothing wrong."""
+    """Precisions of 1e-8 and 1e12: by the smallest of them the linear error was at most 8e-6, with
+    nothing wrong.
+    """
     generator = torch.Generator().manual_seed(1)
     units = torch.tensor([1.0, 1e6], dtype=F64)
     tasks = []
@@ -167,7 +207,9 @@ def test_weights_in_units_apart_by_orders_are_certified() -> None:
 
 
 def test_a_bound_that_is_far_too_large_is_no_alarm() -> None:
-    """Eighty rows weigh 1e8 times what a precision of 1e-6 does, so the bound in the prior's metric is 1e4 times too large."""
+    """Eighty rows weigh 1e8 times what a precision of 1e-6 does, so the bound in the prior's metric
+    is 1e4 times too large.
+    """
     generator = torch.Generator().manual_seed(0)
     tasks = []
     for _ in range(3):

@@ -1,4 +1,6 @@
-"""The per-task objectives against exact posteriors, Pyro's own ELBOs, quadrature and difference quotients."""
+"""The per-task objectives against exact posteriors, Pyro's own ELBOs, quadrature and difference
+quotients.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def gaussian(kind: str, seed: int, size: int = 3) -> dist.TorchDistribution:
     return dist.MultivariateNormal(loc, scale_tril=sd.unsqueeze(-1) * lower)
 
 
-# -- divergence ----------------------------------------------------------------------------------------------------------
+# -- divergence ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("q_kind", ["diagonal", "dense"])
@@ -51,7 +53,9 @@ def test_kl_is_torchs_and_monte_carlos(q_kind: str, p_kind: str) -> None:
             return d
         return torch.distributions.MultivariateNormal(d.mean, torch.diag_embed(d.variance))
 
-    torch.testing.assert_close(value, torch.distributions.kl_divergence(dense(q), dense(p)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        value, torch.distributions.kl_divergence(dense(q), dense(p)), rtol=1e-12, atol=1e-12
+    )
     theta = move(q, randn(200_000, 1, 1, 3, seed=9))
     sampled = (q.log_prob(theta) - p.log_prob(theta)).double()
     error = sampled.std(0) / math.sqrt(len(sampled))
@@ -61,7 +65,9 @@ def test_kl_is_torchs_and_monte_carlos(q_kind: str, p_kind: str) -> None:
 @pytest.mark.parametrize("kind", ["diagonal", "dense"])
 def test_points_have_the_moments_of_the_guide(kind: str) -> None:
     q = gaussian(kind, 1)
-    theta = move(q, Cubature().points(3, torch.zeros((), dtype=F64), torch.zeros(1), 0, 0).unsqueeze(-2))
+    theta = move(
+        q, Cubature().points(3, torch.zeros((), dtype=F64), torch.zeros(1), 0, 0).unsqueeze(-2)
+    )
     torch.testing.assert_close(theta.mean(0), q.mean, rtol=1e-13, atol=1e-13)
     centred = theta - q.mean
     covariance = torch.einsum("ptud,ptue->tude", centred, centred) / len(theta)
@@ -74,13 +80,15 @@ def test_points_have_the_moments_of_the_guide(kind: str) -> None:
 def test_a_family_without_closed_form_raises() -> None:
     p = gaussian("diagonal", 1)
     heavy = dist.StudentT(torch.tensor(3.0, dtype=F64), p.mean, 1.0).to_event(1)
-    low_rank = dist.LowRankMultivariateNormal(p.mean, torch.ones(3, 1, dtype=F64), torch.ones(3, dtype=F64))
+    low_rank = dist.LowRankMultivariateNormal(
+        p.mean, torch.ones(3, 1, dtype=F64), torch.ones(3, dtype=F64)
+    )
     for q in (heavy, low_rank, dist.Normal(p.mean, 1.0)):
         with pytest.raises(TypeError, match="no closed form"):
             kl(q, p)
 
 
-# -- expectation -----------------------------------------------------------------------------------------------------------
+# -- expectation -----------------------------------------------------------------------------------
 
 
 def test_monte_carlo_is_antithetic_standard_normal_and_follows_the_task() -> None:
@@ -107,12 +115,18 @@ def test_a_minibatch_in_any_order_has_the_losses_of_the_whole(expectation: str) 
     phi = moved(made.start(batch, eta))
     for name in OUTERS:
         whole = made.losses(name, batch, 5)(phi, eta)
-        assert torch.equal(whole, problem(model, "normal", expectation).losses(name, tasks.batch(), 5)(phi, eta))
+        assert torch.equal(
+            whole, problem(model, "normal", expectation).losses(name, tasks.batch(), 5)(phi, eta)
+        )
         for rows in ([3, 0], [2]):
-            part = made.losses(name, tasks.batch(rows), 5)({key: value[rows] for key, value in phi.items()}, eta)
+            part = made.losses(name, tasks.batch(rows), 5)(
+                {key: value[rows] for key, value in phi.items()}, eta
+            )
             torch.testing.assert_close(part, whole[rows], rtol=1e-12, atol=1e-12)
     noisy = made.losses("elbo", batch, 6)(phi, eta)
-    assert torch.equal(noisy, made.losses("elbo", batch, 5)(phi, eta)) == (expectation == "cubature")
+    assert torch.equal(noisy, made.losses("elbo", batch, 5)(phi, eta)) == (
+        expectation == "cubature"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,10 +148,14 @@ def test_quantiles_integrate_smooth_functions(function: Any, expected: float, er
 
 
 def test_two_points_are_no_bound_for_binary_data_and_many_are() -> None:
-    """Four equal answers with intercepts of sd 5: the optimal two-point "bound" exceeds the log likelihood."""
+    """Four equal answers with intercepts of sd 5: the optimal two-point "bound" exceeds the log
+    likelihood.
+    """
     y = torch.ones(4, dtype=F64)
     tasks = vm.TaskSet([vm.Task((torch.zeros(4, 0, dtype=F64), y))])
-    model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(1 / 25))
+    model = vm.TaskModel(
+        vm.LinearPredictor([]).double(), vm.likelihoods.Bernoulli(), vm.GaussianPrior(1 / 25)
+    )
     z, w = np.polynomial.hermite_e.hermegauss(80)
     exact = float(np.log((w / np.sqrt(2 * np.pi)) @ (1 / (1 + np.exp(-5 * z))) ** 4))
     found = {rule: _best(model, tasks, rule) for rule in ("cubature", "quantiles")}
@@ -173,7 +191,9 @@ def test_which_rule_is_taken() -> None:
         make_expectation(3, 3, 2, True, False)  # type: ignore[arg-type]
 
 
-def test_the_predictive_objective_is_one_function_at_every_step_where_the_problem_is_deterministic() -> None:
+def test_the_predictive_objective_is_one_function_at_every_step_where_the_problem_is_deterministic() -> (
+    None
+):
     model, batch = linear_model(vm.GaussianPrior(1.0)), ragged_tasks(3).batch()
     for expectation, fixed in (("cubature", True), ("monte_carlo", False)):
         made, eta = problem(model, "normal", expectation), start(model)
@@ -182,13 +202,21 @@ def test_the_predictive_objective_is_one_function_at_every_step_where_the_proble
         assert torch.equal(first, second) == fixed == made.deterministic
 
 
-# -- exact answers ---------------------------------------------------------------------------------------------------------
+# -- exact answers ---------------------------------------------------------------------------------
 
 
-def exact(model: vm.TaskModel, eta: dict[str, Tensor], data: Any, sd: float) -> list[tuple[Tensor, Tensor, float]]:
-    """Posterior mean, covariance and -log evidence of every task of a linear regression with intercept, by scipy."""
+def exact(
+    model: vm.TaskModel, eta: dict[str, Tensor], data: Any, sd: float
+) -> list[tuple[Tensor, Tensor, float]]:
+    """Posterior mean, covariance and -log evidence of every task of a linear regression with
+    intercept, by scipy.
+    """
     p = model.prior_distribution(eta)
-    root = p.scale_tril if isinstance(p, torch.distributions.MultivariateNormal) else torch.diag(p.stddev)
+    root = (
+        p.scale_tril
+        if isinstance(p, torch.distributions.MultivariateNormal)
+        else torch.diag(p.stddev)
+    )
     prior = root @ root.T
     answers = []
     for x, y, mask in zip(data.x, data.y, data.mask, strict=True):
@@ -198,7 +226,9 @@ def exact(model: vm.TaskModel, eta: dict[str, Tensor], data: Any, sd: float) -> 
         evidence = 0.0
         if len(design):
             marginal = design @ prior @ design.T + sd**2 * torch.eye(len(design), dtype=F64)
-            evidence = float(stats.multivariate_normal(design @ p.mean, marginal).logpdf(y[mask].numpy()))
+            evidence = float(
+                stats.multivariate_normal(design @ p.mean, marginal).logpdf(y[mask].numpy())
+            )
         answers.append((mean, covariance, -evidence))
     return answers
 
@@ -222,9 +252,12 @@ def test_dense_guide_at_the_exact_posterior_has_the_log_evidence(kind: str) -> N
     losses = made.losses("elbo", batch, 0)(dense, eta)
     torch.testing.assert_close(losses, evidence, rtol=1e-10, atol=1e-10)
     phi = with_grad(dense)
-    for gradient in torch.autograd.grad(made.losses("elbo", batch, 0)(phi, eta).sum(), list(phi.values())):
+    for gradient in torch.autograd.grad(
+        made.losses("elbo", batch, 0)(phi, eta).sum(), list(phi.values())
+    ):
         assert float(gradient.abs().max()) < 1e-10
-    # the best mean-field guide: exact mean, 1 / diagonal of the posterior precision; its bound is below
+    # the best mean-field guide: exact mean, 1 / diagonal of the posterior precision; its bound is
+    # below
     precisions = torch.stack([torch.linalg.inv(answer[1]).diagonal() for answer in answers])
     best = {"loc": dense["loc"], "log_scale": -0.5 * precisions.log()}
     mean_field = problem(model, "normal", "cubature").losses("elbo", batch, 0)(best, eta)
@@ -233,7 +266,8 @@ def test_dense_guide_at_the_exact_posterior_has_the_log_evidence(kind: str) -> N
     gap = 0.5 * (precisions.log().sum(-1) + torch.logdet(covariances))
     torch.testing.assert_close(mean_field, evidence + gap, rtol=1e-10, atol=1e-10)
     assert bool((gap[:3] > 1e-4).all())
-    # everything but the mean is off by the KL to the posterior, which only a sampled expectation would blur
+    # everything but the mean is off by the KL to the posterior, which only a sampled expectation
+    # would blur
     wrong = moved(dense)
     assert bool((made.losses("elbo", batch, 0)(wrong, eta) > evidence).all())
 
@@ -241,7 +275,8 @@ def test_dense_guide_at_the_exact_posterior_has_the_log_evidence(kind: str) -> N
 def test_monte_carlo_agrees_with_quadrature() -> None:
     """One weight, a nonlinear mean: E_q f by Gauss-Hermite."""
     model = vm.TaskModel.from_pyro(
-        lambda params, x, y: pyro.sample("y", dist.Normal(torch.sin(params["w"] * x), 0.5), obs=y), {"w": ()}
+        lambda params, x, y: pyro.sample("y", dist.Normal(torch.sin(params["w"] * x), 0.5), obs=y),
+        {"w": ()},
     )
     x, y = randn(5), randn(5, seed=2)
     batch, eta = vm.TaskSet([vm.Task((x, y), query=(x, y))]).batch(), start(model)
@@ -282,7 +317,9 @@ def test_losses_sum_to_pyros_own_elbo(guide: str, kind: str) -> None:
     else:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            theta = pyro.poutine.trace(run_guide).get_trace(eta, batch.support).nodes["theta"]["value"]
+            theta = (
+                pyro.poutine.trace(run_guide).get_trace(eta, batch.support).nodes["theta"]["value"]
+            )
             torch.manual_seed(0)
             expected = TraceMeanField_ELBO().loss(model, run_guide, eta, batch.support)
         q = made.guide.distribution(phi, eta, batch.support)
@@ -296,7 +333,9 @@ def test_losses_sum_to_pyros_own_elbo(guide: str, kind: str) -> None:
 
 
 def test_theta0s_gradient_is_exact_whatever_the_noise() -> None:
-    """d sum_i F_i / d theta0 = lambda sum_i (theta0 - loc_i): no variance, for the KL is analytic."""
+    """d sum_i F_i / d theta0 = lambda sum_i (theta0 - loc_i): no variance, for the KL is
+    analytic.
+    """
     model, batch = net_model(vm.GaussianPrior(1.3)), ragged_tasks(4).batch()
     for guide in ("normal", "multivariate_normal"):
         made = problem(model, guide, "monte_carlo", 2)
@@ -307,8 +346,12 @@ def test_theta0s_gradient_is_exact_whatever_the_noise() -> None:
         draws = []
         for step in range(5):
             losses = made.losses("elbo", batch, step)(phi, eta)
-            gradients = torch.autograd.grad(losses.sum(), [eta[name] for name in model.weights.names])
-            draws.append(model.weights.flatten(dict(zip(model.weights.names, gradients, strict=True))))
+            gradients = torch.autograd.grad(
+                losses.sum(), [eta[name] for name in model.weights.names]
+            )
+            draws.append(
+                model.weights.flatten(dict(zip(model.weights.names, gradients, strict=True)))
+            )
             torch.testing.assert_close(draws[-1], expected, rtol=1e-12, atol=1e-12)
         assert all(torch.equal(draw, draws[0]) for draw in draws)
 
@@ -344,7 +387,9 @@ def test_the_four_objectives_are_made_of_one_kl_and_two_losses() -> None:
 def test_tasks_without_support_or_query_count_for_nothing_but_their_kl() -> None:
     model = linear_model(vm.GaussianPrior(2.0))
     full = ragged_tasks(2)
-    tasks = vm.TaskSet([full[0], vm.Task(name="empty"), vm.Task(query=full[1].query, name="query only")])
+    tasks = vm.TaskSet(
+        [full[0], vm.Task(name="empty"), vm.Task(query=full[1].query, name="query only")]
+    )
     batch, eta = tasks.batch(), start(model)
     for guide in GUIDES:
         made = problem(model, guide)
@@ -353,11 +398,13 @@ def test_tasks_without_support_or_query_count_for_nothing_but_their_kl() -> None
         divergence = kl(q, model.prior_distribution(eta)).squeeze(-1)
         torch.testing.assert_close(made.losses("elbo", batch, 0)(phi, eta)[1:], divergence[1:])
         assert float(made.losses("query", batch, 0)(phi, eta)[1]) == 0.0
-        assert float(made.losses("query_predictive", batch, 0)(phi, eta)[1]) == pytest.approx(0.0, abs=1e-15)
+        assert float(made.losses("query_predictive", batch, 0)(phi, eta)[1]) == pytest.approx(
+            0.0, abs=1e-15
+        )
         assert float(made.losses("query", batch, 0)(phi, eta)[2]) > 0.0
 
 
-# -- derivatives -----------------------------------------------------------------------------------------------------------
+# -- derivatives -----------------------------------------------------------------------------------
 
 
 def program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -398,4 +445,6 @@ def test_float32_stays_float32() -> None:
         for expectation in ("cubature", "monte_carlo"):
             made = problem(model, guide, expectation, 2)
             for name in OUTERS:
-                assert made.losses(name, batch, 0)(made.start(batch, eta), eta).dtype == torch.float32
+                assert (
+                    made.losses(name, batch, 0)(made.start(batch, eta), eta).dtype == torch.float32
+                )

@@ -1,4 +1,6 @@
-"""A strategy of the user's own: what `loss` must return, and that it then does all that the shipped ones do."""
+"""A strategy of the user's own: what `loss` must return, and that it then does all that the shipped
+ones do.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,17 @@ class Envelope(Strategy):
         return State()
 
     def loss(self, problem: Any, batch: Any, eta: Any, state: Any) -> Any:
-        phi = self.adapt(problem, batch, {name: value.detach() for name, value in eta.items()}).value
+        phi = self.adapt(
+            problem, batch, {name: value.detach() for name, value in eta.items()}
+        ).value
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
         new = replace(state, step=state.step + 1)
         return self.total(problem, batch, eta, losses), new, Stats(losses.detach(), 5.0)
 
     def adapt(self, problem: Any, batch: Any, eta: Any) -> Any:
-        return minimize(at(problem.losses("inner", batch, 0), eta), problem.start(batch, eta), NewtonCG())
+        return minimize(
+            at(problem.losses("inner", batch, 0), eta), problem.start(batch, eta), NewtonCG()
+        )
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,16 @@ def line() -> tuple[vm.TaskModel, vm.TaskSet]:
 
 def test_it_reaches_the_maximum_of_the_likelihood() -> None:
     model, tasks = line()
-    own, exact = vm.fit(model, tasks, Envelope()), vm.fit(model, tasks, vm.Joint("multivariate_normal"))
+    own, exact = (
+        vm.fit(model, tasks, Envelope()),
+        vm.fit(model, tasks, vm.Joint("multivariate_normal")),
+    )
     assert own.converged
     assert abs(own.loss - exact.loss) < 1e-5
     scores = [fit.adapt(tasks).score()["log_density"] for fit in (own, exact)]
-    torch.testing.assert_close(*(torch.tensor(score.to_numpy()) for score in scores), atol=1e-3, rtol=0.0)
+    torch.testing.assert_close(
+        *(torch.tensor(score.to_numpy()) for score in scores), atol=1e-3, rtol=0.0
+    )
 
 
 def test_a_budget_counts_what_it_says_it_took() -> None:
@@ -70,7 +81,8 @@ def test_a_budget_counts_what_it_says_it_took() -> None:
 def test_stats_of_another_kind_are_refused() -> None:
     model, tasks = line()
     with pytest.raises(
-        TypeError, match=r"Careless.loss returns a dict as its third, expected Stats\(losses, evaluations\)"
+        TypeError,
+        match=r"Careless.loss returns a dict as its third, expected Stats\(losses, evaluations\)",
     ):
         vm.fit(model, tasks, Careless())
     with pytest.raises(TypeError, match="which budgets and reports count"):
@@ -79,6 +91,10 @@ def test_stats_of_another_kind_are_refused() -> None:
 
 @pytest.mark.parametrize("left_out", ["init", "loss", "adapt", "traits"])
 def test_the_whole_contract_is_asked_for(left_out: str) -> None:
-    parts = {name: getattr(Envelope, name) for name in ("init", "loss", "adapt", "traits") if name != left_out}
+    parts = {
+        name: getattr(Envelope, name)
+        for name in ("init", "loss", "adapt", "traits")
+        if name != left_out
+    }
     with pytest.raises(TypeError, match=f"abstract method '?{left_out}"):
         type("Partly", (Strategy,), parts)()

@@ -19,14 +19,18 @@ LR = 0.05
 
 
 def by_hand(task: vm.Task, model: vm.TaskModel, steps: int) -> torch.Tensor:
-    """K steps of lr / n down one task's penalised sum of squares, from theta0: weight and bias, `(2,)`."""
+    """K steps of lr / n down one task's penalised sum of squares, from theta0: weight and bias,
+    `(2,)`.
+    """
     assert task.support is not None
     x, y = task.support
     start = torch.cat([value.detach().reshape(-1) for value in model.net.parameters()])  # type: ignore[union-attr]
     theta = start
     for _ in range(steps):
         residual = x[:, 0] * theta[0] + theta[1] - y
-        gradient = torch.stack([(residual * x[:, 0]).sum(), residual.sum()]) / 0.7**2 + 3.0 * (theta - start)
+        gradient = torch.stack([(residual * x[:, 0]).sum(), residual.sum()]) / 0.7**2 + 3.0 * (
+            theta - start
+        )
         theta = theta - LR / len(x) * gradient
     return theta
 
@@ -72,7 +76,8 @@ def test_the_stored_guides_of_joint_take_steps_per_point() -> None:
     fit = vm.fit(model, tasks, joint, 1, still, schedule="constant")
     assert fit.run.state.phi is not None
     theta0 = torch.cat([value.detach().reshape(-1) for value in model.net.parameters()])  # type: ignore[union-attr]
-    # at the prior's own scale the cubature is exact for the quadratic, so the location moves as a point would
+    # at the prior's own scale the cubature is exact for the quadratic, so the location moves as a
+    # point would
     expected = torch.stack([by_hand(task, model, 1) for task in tasks])
     torch.testing.assert_close(fit.run.state.phi["loc"], expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(expected[0], theta0)
@@ -98,15 +103,22 @@ def test_steps_that_diverge_say_what_they_are_on_the_mean_and_what_to_take() -> 
     tasks = vm.datasets.sinusoids(4, num_support=10, num_query=2)
 
     def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+        return nn.Sequential(
+            nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)
+        )
 
-    model = vm.TaskModel(seeded(make).float(), vm.likelihoods.Gaussian(scale=0.3), vm.GaussianPrior())
+    model = vm.TaskModel(
+        seeded(make).float(), vm.likelihoods.Gaussian(scale=0.3), vm.GaussianPrior()
+    )
     strategy = vm.Implicit("delta", "query", 5, vm.GradientDescent(0.01), on_unconverged="ignore")
     with pytest.warns(
-        RuntimeWarning, match=r"lr=0\.01 on up to 10 points is a step of 0\.1 on their mean.*per_point=True"
+        RuntimeWarning,
+        match=r"lr=0\.01 on up to 10 points is a step of 0\.1 on their mean.*per_point=True",
     ):
         vm.fit(model, tasks, strategy, 1, adam)
-    safe = vm.Implicit("delta", "query", 5, vm.GradientDescent(0.01, per_point=True), on_unconverged="ignore")
+    safe = vm.Implicit(
+        "delta", "query", 5, vm.GradientDescent(0.01, per_point=True), on_unconverged="ignore"
+    )
     vm.fit(model, tasks, safe, 1, adam)
 
 
@@ -117,7 +129,10 @@ def test_steps_that_diverge_say_what_they_are_on_the_mean_and_what_to_take() -> 
             lambda: vm.GradientDescent(lr=torch.tensor(0.05, requires_grad=True)),
             "lr of GradientDescent .* asks for a gradient",
         ),
-        (lambda: vm.GradientDescent(torch.tensor(0.05)), "lr of GradientDescent must be a plain number, not a tensor"),
+        (
+            lambda: vm.GradientDescent(torch.tensor(0.05)),
+            "lr of GradientDescent must be a plain number, not a tensor",
+        ),
         (lambda: vm.Adam(lr=torch.tensor(0.05, requires_grad=True)), "lr of Adam"),
         (lambda: vm.Adam(betas=(torch.tensor(0.9), 0.999)), "betas of Adam"),
         (lambda: vm.Adam(eps=torch.tensor(1e-8)), "eps of Adam"),
@@ -132,7 +147,9 @@ def test_a_tensor_as_a_number_is_refused(make: Callable[[], Any], what: str) -> 
 
 def test_a_tensor_in_a_strategy_is_refused_before_any_work() -> None:
     strategy = vm.Implicit("delta", "query", tolerance=torch.tensor(1e-6))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"tolerance of Implicit must be a plain number, not a tensor"):
+    with pytest.raises(
+        TypeError, match=r"tolerance of Implicit must be a plain number, not a tensor"
+    ):
         vm.fit(linear_model(PRIOR), ragged_tasks(2), strategy, 1, adam)
     solver = vm.Implicit("delta", "query", linear_solver=vm.CG(rtol=torch.tensor(1e-6)))
     with pytest.raises(TypeError, match="rtol of CG"):

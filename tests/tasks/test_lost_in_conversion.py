@@ -1,4 +1,6 @@
-"""Numbers that a conversion would change: under a mask, beyond int64, beyond the dtype asked for.  Each is refused by its row."""
+"""Numbers that a conversion would change: under a mask, beyond int64, beyond the dtype asked for.
+Each is refused by its row.
+"""
 
 from __future__ import annotations
 
@@ -22,34 +24,63 @@ def tasks(x: Any = X, y: Any = X, **kwargs: Any) -> vm.TaskSet:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "masked y": (lambda: tasks(y=MASKED), "task 'a': support y, row 1 .* is masked, 1 of 3 numbers"),
-    "masked x of two columns": (
-        lambda: tasks(x=np.ma.masked_array(np.ones((3, 2)), [[0, 0], [0, 0], [0, 1]])), "support x, row 2 .* is masked",
+    "masked y": (
+        lambda: tasks(y=MASKED),
+        "task 'a': support y, row 1 .* is masked, 1 of 3 numbers",
     ),
-    "a list of masked arrays": (lambda: tasks(x=[MASKED, MASKED, MASKED]), "support x, row 1 .* is masked"),
-    "a masked number in a list": (lambda: tasks(y=[1.0, 2.0, np.ma.masked]), "support y, row 2 .* is masked"),
-    "uint64": (lambda: tasks(y=LARGE), f"task 'a': support y, row 1 .* is {2**63}, beyond the integers that are kept"),
+    "masked x of two columns": (
+        lambda: tasks(x=np.ma.masked_array(np.ones((3, 2)), [[0, 0], [0, 0], [0, 1]])),
+        "support x, row 2 .* is masked",
+    ),
+    "a list of masked arrays": (
+        lambda: tasks(x=[MASKED, MASKED, MASKED]),
+        "support x, row 1 .* is masked",
+    ),
+    "a masked number in a list": (
+        lambda: tasks(y=[1.0, 2.0, np.ma.masked]),
+        "support y, row 2 .* is masked",
+    ),
+    "uint64": (
+        lambda: tasks(y=LARGE),
+        f"task 'a': support y, row 1 .* is {2**63}, beyond the integers that are kept",
+    ),
     "uint64 x": (lambda: tasks(x=LARGE), f"support x, row 1 .* is {2**63}, beyond"),
-    "a torch uint64": (lambda: tasks(y=torch.from_numpy(LARGE)), f"support y, row 1 .* is {2**63}, beyond"),
+    "a torch uint64": (
+        lambda: tasks(y=torch.from_numpy(LARGE)),
+        f"support y, row 1 .* is {2**63}, beyond",
+    ),
     "Python integers": (lambda: tasks(y=[2**63] * 3), f"row 0 .* is {2**63}, beyond"),
     "a column of uint64": (
-        lambda: vm.TaskSet.from_frame(pd.DataFrame({"g": [1, 1, 1], "x": X, "y": LARGE}), "g", "x", "y"),
+        lambda: vm.TaskSet.from_frame(
+            pd.DataFrame({"g": [1, 1, 1], "x": X, "y": LARGE}), "g", "x", "y"
+        ),
         f"column 'y' is {2**63} in row 1",
     ),
     "dtype": (
         lambda: tasks(y=np.array([1.0, 2.0, 1e300]), dtype=torch.float32),
         r"task 'a': support y, row 2 .* is 1e\+300, which float32 cannot hold",
     ),
-    "whole numbers in x": (lambda: tasks(x=[1, 70000, 2], dtype=torch.float16), "support x, row 1 .* is 70000, which float16"),
-    "to": (
-        lambda: tasks(x=np.array([1.0, -1e39, 0.0])).to(torch.float32), r"support x, row 1 .* is -1e\+39, which float32",
+    "whole numbers in x": (
+        lambda: tasks(x=[1, 70000, 2], dtype=torch.float16),
+        "support x, row 1 .* is 70000, which float16",
     ),
-    "a list in the default dtype": (lambda: tasks(y=[1e39, 0.0, 1.0]), r"support y, row 0 .* is 1e\+39, which float32"),
+    "to": (
+        lambda: tasks(x=np.array([1.0, -1e39, 0.0])).to(torch.float32),
+        r"support x, row 1 .* is "
+        r"-1e\+39, which float32",
+    ),
+    "a list in the default dtype": (
+        lambda: tasks(y=[1e39, 0.0, 1.0]),
+        r"support y, row 0 .* is "
+        r"1e\+39, which float32",
+    ),
     "a feature": (
-        lambda: vm.TaskSet([vm.Task((torch.ones(2), torch.ones(2)), features={"dose": 1e300})]).batch(),
+        lambda: vm.TaskSet(
+            [vm.Task((torch.ones(2), torch.ones(2)), features={"dose": 1e300})]
+        ).batch(),
         "feature 'dose' of the tasks, row 0 .* which float32",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -73,7 +104,11 @@ def test_what_loses_nothing_passes() -> None:
     """A mask that hides nothing, the largest int64, the largest float32."""
     free = tasks(y=np.ma.masked_array([1.0, 2.0, 3.0], False))
     assert free[0].support[1].tolist() == [1.0, 2.0, 3.0]
-    assert tasks(y=np.array([0, 2**63 - 1, 1], np.uint64))[0].support[1].tolist() == [0, 2**63 - 1, 1]
+    assert tasks(y=np.array([0, 2**63 - 1, 1], np.uint64))[0].support[1].tolist() == [
+        0,
+        2**63 - 1,
+        1,
+    ]
     largest = float(torch.finfo(torch.float32).max)
     assert tasks(y=np.array([largest, 0.0, -largest])).to(torch.float32)[0].support[1].tolist() == [
         largest,

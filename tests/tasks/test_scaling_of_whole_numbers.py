@@ -28,12 +28,17 @@ WEIGHTS = [RNG.integers(1, 5, 8) for _ in X]
 def grams(kind: Any = None, weights: bool = False) -> vm.TaskSet:
     y = [np.stack([g, w], -1) if weights else g for g, w in zip(GRAMS, WEIGHTS, strict=True)]
     return vm.TaskSet(
-        [vm.Task((x[:, None], one if kind is None else one.astype(kind))) for x, one in zip(X, y, strict=True)]
+        [
+            vm.Task((x[:, None], one if kind is None else one.astype(kind)))
+            for x, one in zip(X, y, strict=True)
+        ]
     )
 
 
 def model(likelihood: L.Likelihood) -> vm.TaskModel:
-    return vm.TaskModel(seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(learn_precision="full"))
+    return vm.TaskModel(
+        seeded(lambda: nn.Linear(1, 1)), likelihood, vm.GaussianPrior(learn_precision="full")
+    )
 
 
 def fixed(likelihood: L.Likelihood) -> vm.TaskModel:
@@ -56,7 +61,14 @@ def test_integers_are_numbers_where_the_likelihood_says_so(likelihood: L.Likelih
 
 @pytest.mark.parametrize(
     "likelihood",
-    [L.Poisson(), L.Categorical(400), L.NegativeBinomial(), L.Binomial(400), L.Ordinal(400), L.LogNormal()],
+    [
+        L.Poisson(),
+        L.Categorical(400),
+        L.NegativeBinomial(),
+        L.Binomial(400),
+        L.Ordinal(400),
+        L.LogNormal(),
+    ],
 )
 @pytest.mark.parametrize("kind", [None, float])
 def test_classes_counts_and_logarithms_stay(likelihood: L.Likelihood, kind: Any) -> None:
@@ -73,10 +85,14 @@ def test_the_column_of_weights_stays(kind: Any) -> None:
     tasks, scaling = grams(kind, weights=True).standardized(likelihood)
     y = tasks.batch().support.y
     assert torch.equal(y[..., 1], torch.as_tensor(np.stack(WEIGHTS)).to(y))
-    torch.testing.assert_close(y[..., 0], grams(float).standardized()[0].batch().support.y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        y[..., 0], grams(float).standardized()[0].batch().support.y, rtol=1e-12, atol=1e-12
+    )
     # two points, which a scaling of both columns would broadcast against
     mean = np.concatenate(GRAMS).mean()
-    assert np.allclose(scaling.y_inverse(torch.zeros(3, 2)).numpy(), np.full((3, 2), mean), rtol=1e-6)
+    assert np.allclose(
+        scaling.y_inverse(torch.zeros(3, 2)).numpy(), np.full((3, 2), mean), rtol=1e-6
+    )
     dense = vm.Joint("multivariate_normal")
     back = scaling.raw_prior(vm.fit(model(likelihood), tasks, dense))
     raw = vm.fit(model(likelihood), grams(float, weights=True), dense).prior
@@ -106,7 +122,8 @@ def test_no_word_where_it_is_right_to_leave_y(likelihood: L.Likelihood) -> None:
 
 def test_only_a_likelihood_says_what_y_is() -> None:
     with pytest.raises(
-        TypeError, match=r"likelihood must be one of varmeta.likelihoods, such as Gaussian\(\) or model.likelihood"
+        TypeError,
+        match=r"likelihood must be one of varmeta.likelihoods, such as Gaussian\(\) or model.likelihood",
     ):
         grams().standardized(model(L.Gaussian()))  # type: ignore[arg-type]
 
@@ -121,7 +138,9 @@ def test_large_float32_numbers_are_standardised_too() -> None:
 
 
 def test_chickweights_whole_grams() -> None:
-    """Told of the likelihood, grams as integers are the tasks that grams as floats are; y's sd is 71 g."""
+    """Told of the likelihood, grams as integers are the tasks that grams as floats are; y's sd is
+    71 g.
+    """
     with (shared_data("chickweight") / "data.csv").open() as file:
         rows = list(csv.DictReader(file))
     chicks = sorted({row["Chick"] for row in rows}, key=int)
@@ -131,7 +150,11 @@ def test_chickweights_whole_grams() -> None:
         for name in chicks:
             own = [row for row in rows if row["Chick"] == name]
             time = np.array([[float(row["Time"])] for row in own])
-            made.append(vm.Task((time, np.array([int(row["weight"]) for row in own]).astype(kind)), name=name))
+            made.append(
+                vm.Task(
+                    (time, np.array([int(row["weight"]) for row in own]).astype(kind)), name=name
+                )
+            )
         return vm.TaskSet(made)
 
     whole, scaling = tasks(np.int64).standardized(L.Gaussian())

@@ -36,7 +36,11 @@ def nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(**changes: Any) -> vm.Fit:
-    arguments: dict[str, Any] = {"model": linear_model(PRIOR), "tasks": ragged_tasks(3), "strategy": vm.Joint("normal")}
+    arguments: dict[str, Any] = {
+        "model": linear_model(PRIOR),
+        "tasks": ragged_tasks(3),
+        "strategy": vm.Joint("normal"),
+    }
     return vm.fit(**{**arguments, "num_steps": 1, **changes})
 
 
@@ -88,14 +92,26 @@ gaussian = vm.likelihoods.Gaussian
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # data
     "no tasks": (lambda: vm.TaskSet([]), ValueError, "no tasks: a TaskSet needs at least one Task"),
-    "lengths": (lambda: tasks_of(ONES, [0.0, 1.0]), ValueError, "task 'north': support x has 3 rows but y has 2"),
+    "lengths": (
+        lambda: tasks_of(ONES, [0.0, 1.0]),
+        ValueError,
+        "task 'north': support x has 3 rows but y has 2",
+    ),
     "NaN in x": (
         lambda: tasks_of([[0.0], [np.nan], [1.0]], np.zeros(3)),
         ValueError,
         "'north': support x, row 1 .* is nan",
     ),
-    "NaN in y": (lambda: tasks_of(ONES, [0.0, 1.0, np.nan]), ValueError, "'north': support y, row 2 .* is nan"),
-    "infinity": (lambda: tasks_of(ONES, [-np.inf, 1.0, 0.0]), ValueError, "'north': support y, row 0 .* is -inf"),
+    "NaN in y": (
+        lambda: tasks_of(ONES, [0.0, 1.0, np.nan]),
+        ValueError,
+        "'north': support y, row 2 .* is nan",
+    ),
+    "infinity": (
+        lambda: tasks_of(ONES, [-np.inf, 1.0, 0.0]),
+        ValueError,
+        "'north': support y, row 0 .* is -inf",
+    ),
     "NaN in the query": (
         lambda: vm.TaskSet([vm.Task(query=(ONES, [0.0, 1.0, np.nan]), name="north")]),
         ValueError,
@@ -107,22 +123,41 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "'north': support y has dtype .*code categories as 0, 1",
     ),
     "complex": (lambda: tasks_of(ONES, [1j, 0, 0]), TypeError, "'north': support y is complex"),
-    "mixed precision": (lambda: tasks_of(ONES.astype(np.float32), np.zeros(3)), ValueError, "floating dtypes differ"),
-    "columns differ": (lambda: tasks_of(np.ones((3, 2)), np.zeros(3)), ValueError, "'north' .*: a row of x has shape"),
-    "a task twice": (lambda: tasks_of(ONES, np.zeros(3), "south"), ValueError, "'south' first: names tell tasks apart"),
+    "mixed precision": (
+        lambda: tasks_of(ONES.astype(np.float32), np.zeros(3)),
+        ValueError,
+        "floating dtypes differ",
+    ),
+    "columns differ": (
+        lambda: tasks_of(np.ones((3, 2)), np.zeros(3)),
+        ValueError,
+        "'north' .*: a row of x has shape",
+    ),
+    "a task twice": (
+        lambda: tasks_of(ONES, np.zeros(3), "south"),
+        ValueError,
+        "'south' first: names tell tasks apart",
+    ),
     # outside the support
     "half a count": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, np.array([0, 0.5, 1]))),
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Poisson()),
+            tasks=tasks_of(ONES, np.array([0, 0.5, 1])),
+        ),
         ValueError,
         "'north', row 1: y = 0.5 is outside the support of Poisson: expected a count",
     ),
     "a negative count": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, [0, 2, -1])),
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Poisson()), tasks=tasks_of(ONES, [0, 2, -1])
+        ),
         ValueError,
         "'north', row 2: y = -1",
     ),
     "binary 2": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Bernoulli()), tasks=tasks_of(ONES, [0, 2, 1])),
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Bernoulli()), tasks=tasks_of(ONES, [0, 2, 1])
+        ),
         ValueError,
         "'north', row 1: y = 2.* expected 0 or 1",
     ),
@@ -135,7 +170,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "'north', row 2: y = 3.* a class 0, ..., 2",
     ),
     "more successes than trials": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Binomial(5)), tasks=tasks_of(ONES, [0, 6, 1])),
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Binomial(5)), tasks=tasks_of(ONES, [0, 6, 1])
+        ),
         ValueError,
         "'north', row 1: y = 6",
     ),
@@ -186,7 +223,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"says nothing about \['weight'\]",
     ),
-    "unknown loc": (lambda: linear_model(vm.GaussianPrior(loc={"w": 1.0})), ValueError, r"loc names \['w'\]"),
+    "unknown loc": (
+        lambda: linear_model(vm.GaussianPrior(loc={"w": 1.0})),
+        ValueError,
+        r"loc names \['w'\]",
+    ),
     "unknown learn_precision": (
         lambda: vm.GaussianPrior(1.0, "diagonal"),
         ValueError,
@@ -203,9 +244,15 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"schedule\(1\) must be a finite number of at least 0",
     ),
-    "unknown on_unconverged": (lambda: vm.Implicit(on_unconverged="log"), ValueError, "on_unconverged must be"),
+    "unknown on_unconverged": (
+        lambda: vm.Implicit(on_unconverged="log"),
+        ValueError,
+        "on_unconverged must be",
+    ),
     "unknown eta": (
-        lambda: vm.meta_gradient(linear_model(PRIOR), ragged_tasks(2), vm.Implicit(), eta={"w": 1.0}),
+        lambda: vm.meta_gradient(
+            linear_model(PRIOR), ragged_tasks(2), vm.Implicit(), eta={"w": 1.0}
+        ),
         ValueError,
         "eta must have the names",
     ),
@@ -230,7 +277,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "layer '1' is a BatchNorm1d.*GroupNorm or LayerNorm",
     ),
-    "no parameters": (lambda: vm.TaskModel(nn.Tanh(), gaussian(), PRIOR), ValueError, "has no parameters"),
+    "no parameters": (
+        lambda: vm.TaskModel(nn.Tanh(), gaussian(), PRIOR),
+        ValueError,
+        "has no parameters",
+    ),
     "everything shared": (
         lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared=["*"]),
         ValueError,
@@ -242,7 +293,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "the model does not run on task 'sine 2' .*: the network takes 2 columns, x has 1$",
     ),
     "columns of the first layer": (
-        lambda: fit(model=vm.TaskModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), gaussian(), PRIOR)),
+        lambda: fit(
+            model=vm.TaskModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), gaussian(), PRIOR)
+        ),
         ValueError,
         "the network takes 3 columns, x has 1$",
     ),
@@ -259,12 +312,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two outputs": (
         lambda: fit(model=of_likelihood(gaussian(), 2)),
         ValueError,
-        r"the network's output for a row, \(2,\), does not fit Gaussian.* of a y with rows of shape \(\)$",
+        r"the network's output for a row, \(2,\), does not fit Gaussian.* of a y with rows of "
+        r"shape \(\)$",
     ),
     "fewer outputs than classes": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Categorical(3), 2), tasks=tasks_of(ONES, [0, 1, 2])),
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Categorical(3), 2), tasks=tasks_of(ONES, [0, 1, 2])
+        ),
         ValueError,
-        r"puts out 2 numbers for a row, but Categorical\(num_classes=3\) needs one for each class, 3$",
+        r"puts out 2 numbers for a row, but Categorical\(num_classes=3\) needs one for each "
+        "class, 3$",
     ),
     "fewer outputs than classes in y": (
         lambda: fit(
@@ -275,7 +332,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "'north', row 2: y = 2 .*expected a class 0, ..., 1, since the network puts out 2 numbers",
     ),
     "one output for classes": (
-        lambda: fit(model=of_likelihood(vm.likelihoods.Categorical()), tasks=vm.TaskSet([vm.Task((ONES, [0, 0, 0]))])),
+        lambda: fit(
+            model=of_likelihood(vm.likelihoods.Categorical()),
+            tasks=vm.TaskSet([vm.Task((ONES, [0, 0, 0]))]),
+        ),
         ValueError,
         r"puts out 1 number for a row, but Categorical\(\) needs one for each class, at least 2$",
     ),
@@ -293,13 +353,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "y is not observed": (
         lambda: fit(model=vm.TaskModel.from_pyro(without_obs, {"a": ()})),
         ValueError,
-        r"samples 'y' without observing it: if that is the data, write pyro.sample\('y', ..., obs=y\); if it is a weight",
+        r"samples 'y' without observing it: if that is the data, write pyro.sample\('y', ..., "
+        r"obs=y\); if it is a weight",
     ),
     **{
         f"a plate called {name}": (
-            lambda name=name: fit(model=vm.TaskModel.from_pyro(partial(with_plate, name), {"a": ()})),
+            lambda name=name: fit(
+                model=vm.TaskModel.from_pyro(partial(with_plate, name), {"a": ()})
+            ),
             ValueError,
-            rf"opens pyro.plate\('{name}'\), but the plates of tasks and of their observations are supplied: leave it out$",
+            rf"opens pyro.plate\('{name}'\), but the plates of tasks and of their observations "
+            "are supplied: leave it out$",
         )
         for name in ("data", "tasks", "rows")
     },
@@ -326,28 +390,49 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "learn_precision as precision": (
         lambda: vm.GaussianPrior("full"),  # type: ignore[arg-type]
         TypeError,
-        r"the precision must be a number, not 'full': write GaussianPrior\(learn_precision='full'\)",
+        r"the precision must be a number, not 'full': write "
+        r"GaussianPrior\(learn_precision='full'\)",
     ),
     "a word for a precision": (
         lambda: vm.GaussianPrior(precision="a"),  # type: ignore[arg-type]
         TypeError,
         "the precision must be a number, not 'a'$",
     ),
-    "a truth value for a precision": (lambda: vm.GaussianPrior(True), TypeError, "must be a number, not True"),
+    "a truth value for a precision": (
+        lambda: vm.GaussianPrior(True),
+        TypeError,
+        "must be a number, not True",
+    ),
     "an object for a precision": (
         lambda: vm.GaussianPrior({"weight": object()}),  # type: ignore[dict-item]
         TypeError,
         "the precision of 'weight' must be a number or a tensor, not an object",
     ),
-    "several precisions": (lambda: vm.GaussianPrior([1.0, 2.0]), ValueError, "must be one number, not 2: give a dict"),  # type: ignore[arg-type]
-    "precision of one weight": (lambda: vm.GaussianPrior(-1), ValueError, "^the precision must be .*, not -1$"),
+    "several precisions": (
+        lambda: vm.GaussianPrior([1.0, 2.0]),
+        ValueError,
+        "must be one number, not 2: give a dict",
+    ),  # type: ignore[arg-type]
+    "precision of one weight": (
+        lambda: vm.GaussianPrior(-1),
+        ValueError,
+        "^the precision must be .*, not -1$",
+    ),
     "precision below 0": (
         lambda: vm.GaussianPrior({"weight": -1.0}),
         ValueError,
         "precision of 'weight' must be positive",
     ),
-    "infinite precision": (lambda: vm.GaussianPrior(float("inf")), ValueError, "must be positive and finite"),
-    "covariance": (lambda: vm.GaussianPrior(covariance=-torch.eye(2)), ValueError, "positive definite"),
+    "infinite precision": (
+        lambda: vm.GaussianPrior(float("inf")),
+        ValueError,
+        "must be positive and finite",
+    ),
+    "covariance": (
+        lambda: vm.GaussianPrior(covariance=-torch.eye(2)),
+        ValueError,
+        "positive definite",
+    ),
     "scale 0": (lambda: gaussian(scale=0.0), ValueError, "scale must be a positive finite number"),
     # guides
     **{
@@ -379,7 +464,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "made already: give AutoNormal itself, or lambda model",
     ),
-    "no guide": (lambda: fit(strategy=strategy_of(3)), TypeError, "guide must be a name or a callable .*not int"),
+    "no guide": (
+        lambda: fit(strategy=strategy_of(3)),
+        TypeError,
+        "guide must be a name or a callable .*not int",
+    ),
     # objectives
     **{
         f"{outer} without query data": (
@@ -389,7 +478,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         )
         for outer in ("query", "query_elbo", "query_predictive")
     },
-    "MAML without query data": (lambda: fit(strategy=vm.Unrolled(), tasks=no_query), ValueError, "needs query data"),
+    "MAML without query data": (
+        lambda: fit(strategy=vm.Unrolled(), tasks=no_query),
+        ValueError,
+        "needs query data",
+    ),
     "meta-gradient without query data": (
         lambda: vm.meta_gradient(linear_model(PRIOR), no_query, vm.Unrolled()),
         ValueError,
@@ -413,8 +506,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         }.items()
     },
     # numbers and kinds of arguments
-    "num_steps": (lambda: fit(num_steps=0), ValueError, "num_steps must be a whole number of at least 1, not 0"),
-    "batch_size": (lambda: fit(batch_size=0), ValueError, "batch_size must be a whole number of at least 1, not 0"),
+    "num_steps": (
+        lambda: fit(num_steps=0),
+        ValueError,
+        "num_steps must be a whole number of at least 1, not 0",
+    ),
+    "batch_size": (
+        lambda: fit(batch_size=0),
+        ValueError,
+        "batch_size must be a whole number of at least 1, not 0",
+    ),
     "budget": (lambda: fit(budget=0.0), ValueError, "budget must be a number of at least 1, not 0"),
     "inner_steps": (
         lambda: vm.Unrolled(inner_steps=0),
@@ -435,7 +536,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             ("seed", -1, 0),
         ]
     },
-    "a word for a budget": (lambda: fit(budget="all"), TypeError, "budget must be a number of at least 1, not 'all'"),
+    "a word for a budget": (
+        lambda: fit(budget="all"),
+        TypeError,
+        "budget must be a number of at least 1, not 'all'",
+    ),
     "half an inner step": (
         lambda: vm.Implicit(inner_steps=2.5),  # type: ignore[arg-type]
         ValueError,
@@ -464,13 +569,21 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "even number",
     ),
-    "unrolling Newton": (lambda: vm.Unrolled(minimizer=vm.NewtonCG()), ValueError, "must be GradientDescent or Adam"),  # type: ignore[arg-type]
+    "unrolling Newton": (
+        lambda: vm.Unrolled(minimizer=vm.NewtonCG()),
+        ValueError,
+        "must be GradientDescent or Adam",
+    ),  # type: ignore[arg-type]
     "an optimizer": (
         lambda: fit(optimizer=torch.optim.Adam([torch.zeros(1, requires_grad=True)])),
         TypeError,
         "must be a factory",
     ),
-    "model": (lambda: fit(model=nn.Linear(1, 1)), TypeError, "model must be a TaskModel, not a Linear"),
+    "model": (
+        lambda: fit(model=nn.Linear(1, 1)),
+        TypeError,
+        "model must be a TaskModel, not a Linear",
+    ),
     "tasks": (
         lambda: fit(tasks=[vm.Task((ONES, np.zeros(3)))]),
         TypeError,
@@ -483,7 +596,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "tasks must be a TaskSet, not a table: make tasks of it, TaskSet.from_frame",
     ),
-    "a table in a TaskSet": (lambda: vm.TaskSet(TABLE), TypeError, "got a table: make tasks of it, TaskSet.from_frame"),
+    "a table in a TaskSet": (
+        lambda: vm.TaskSet(TABLE),
+        TypeError,
+        "got a table: make tasks of it, TaskSet.from_frame",
+    ),
     "tasks with their scaling": (
         lambda: fit(tasks=ragged_tasks(2).standardized()),
         TypeError,
@@ -524,9 +641,21 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"such as Gaussian\(\), not the class Gaussian itself: call it",
     ),
-    "net class": (lambda: vm.TaskModel(nn.Linear, gaussian()), TypeError, "not the class Linear itself: call it"),  # type: ignore[arg-type]
-    "net": (lambda: vm.TaskModel(lambda x: x, gaussian()), TypeError, "net must be an nn.Module.*from_pyro"),  # type: ignore[arg-type]
-    "likelihood": (lambda: vm.TaskModel(nn.Linear(1, 1), "gaussian"), TypeError, "likelihood must be one of"),  # type: ignore[arg-type]
+    "net class": (
+        lambda: vm.TaskModel(nn.Linear, gaussian()),
+        TypeError,
+        "not the class Linear itself: call it",
+    ),  # type: ignore[arg-type]
+    "net": (
+        lambda: vm.TaskModel(lambda x: x, gaussian()),
+        TypeError,
+        "net must be an nn.Module.*from_pyro",
+    ),  # type: ignore[arg-type]
+    "likelihood": (
+        lambda: vm.TaskModel(nn.Linear(1, 1), "gaussian"),
+        TypeError,
+        "likelihood must be one of",
+    ),  # type: ignore[arg-type]
     "a string of shared": (
         lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared="bias"),
         TypeError,
@@ -574,7 +703,12 @@ def test_the_guard_on_work_works() -> None:
 
 @pytest.mark.parametrize(
     "strategy",
-    [vm.Joint("normal"), vm.Implicit("delta", "query"), vm.Implicit("delta", "query_predictive"), vm.Unrolled("delta")],
+    [
+        vm.Joint("normal"),
+        vm.Implicit("delta", "query"),
+        vm.Implicit("delta", "query_predictive"),
+        vm.Unrolled("delta"),
+    ],
     ids=lambda strategy: strategy.describe(),
 )
 def test_the_ways_out_are_open(strategy: vm.Joint) -> None:

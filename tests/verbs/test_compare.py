@@ -26,8 +26,12 @@ STRATEGIES = {
     "joint": vm.Joint("normal", adapt_steps=200),
     "joint, delta": vm.Joint("delta"),
     "reinit": vm.Reinit("normal", every=10, adapt_steps=200),
-    "implicit": vm.Implicit("delta", "elbo", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER),
-    "imaml": vm.Implicit("delta", "query", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER),
+    "implicit": vm.Implicit(
+        "delta", "elbo", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER
+    ),
+    "imaml": vm.Implicit(
+        "delta", "query", on_unconverged="ignore", linear_solver=vm.CG(max_steps=2), **INNER
+    ),
     "maml": vm.Unrolled("delta", **INNER),
     "fomaml": vm.FirstOrder("delta", **INNER),
     "reptile": vm.Reptile("delta", **INNER),
@@ -47,12 +51,16 @@ def comparison() -> tuple[vm.Report, Starts]:
     real = module.fit
 
     def spy(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, **options: Any) -> vm.Fit:
-        starts[f"{strategy!r} {model.prior.start}", options["seed"]] = model.init(torch.zeros((), dtype=tasks.dtype))
+        starts[f"{strategy!r} {model.prior.start}", options["seed"]] = model.init(
+            torch.zeros((), dtype=tasks.dtype)
+        )
         return real(model, tasks, strategy, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "fit", spy)
-        return vm.compare(STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=[3, 5], budget=30, num_samples=50), starts
+        return vm.compare(
+            STRATEGIES, net_model(PRIOR), TRAIN, TEST, seeds=[3, 5], budget=30, num_samples=50
+        ), starts
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +73,21 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
     assert list(report.table.index) == methods
     assert set(report.fits) == {(method, seed) for method in methods for seed in (3, 5)}
     assert list(report.runs.columns) == [
-        "method", "seed", "hyperguide", "solver", "evaluations", "seconds", "failed", "converged", "stop", "warnings",
-    ]  # fmt: skip
+        "method",
+        "seed",
+        "hyperguide",
+        "solver",
+        "evaluations",
+        "seconds",
+        "failed",
+        "converged",
+        "stop",
+        "warnings",
+    ]
     assert set(report.runs["solver"]) == {"budget"}  # a network is not solved exactly
     assert len(report.runs) == 20 and not report.runs["failed"].any()
-    # one row per method, seed and test task: every cell is there, so methods are compared on the same ones
+    # one row per method, seed and test task: every cell is there, so methods are compared on the
+    # same ones
     counts = report.scores.groupby(["method", "seed", "task"]).size()
     assert len(counts) == 20 * len(TEST) and (counts == 1).all()
     assert set(report.scores["task"]) == set(TEST.names)
@@ -77,10 +95,21 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
 
 
 def test_columns_of_the_table(report: vm.Report) -> None:
-    report = replace(report, runs=report.runs.assign(converged=report.runs["method"].str.contains("joint|pooled")))
+    report = replace(
+        report,
+        runs=report.runs.assign(converged=report.runs["method"].str.contains("joint|pooled")),
+    )
     table = report.table
     ends = [column for metric in METRICS for column in (metric, f"{metric}_low", f"{metric}_high")]
-    assert list(table.columns) == [*ends, "evaluations", "seconds", "failed", "settled", "solver", "overspent"]
+    assert list(table.columns) == [
+        *ends,
+        "evaluations",
+        "seconds",
+        "failed",
+        "settled",
+        "solver",
+        "overspent",
+    ]
     settled = table["settled"].astype(bool)
     assert settled.any() and not settled.all()
     for metric in METRICS:
@@ -135,10 +164,15 @@ def test_a_new_initialisation_is_pytorchs_own() -> None:
     fresh = _initialised(model, 7)
     again = seeded(lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), seed=7)
     # drawn in double precision here, in single there; the same layers in the same order
-    assert {n: v.shape for n, v in fresh.start.items()} == {n: v.shape for n, v in again.named_parameters()}
+    assert {n: v.shape for n, v in fresh.start.items()} == {
+        n: v.shape for n, v in again.named_parameters()
+    }
     limit = {"0.weight": 1.0, "0.bias": 1.0, "2.weight": 3**-0.5, "2.bias": 3**-0.5}
     assert all(bool((value.abs() <= limit[name]).all()) for name, value in fresh.start.items())
-    assert all(torch.equal(value, _initialised(model, 7).start[name]) for name, value in fresh.start.items())
+    assert all(
+        torch.equal(value, _initialised(model, 7).start[name])
+        for name, value in fresh.start.items()
+    )
     assert not torch.equal(model.start["0.weight"], fresh.start["0.weight"])
 
 
@@ -161,20 +195,26 @@ def test_programs_start_where_they_start() -> None:
     assert _initialised(model, 3) is model
 
 
-# -- baselines -----------------------------------------------------------------------------------------------------------
+# -- baselines -------------------------------------------------------------------------------------
 
 
 def test_the_pooled_baseline_is_least_squares() -> None:
-    """All tasks as one: with Adam to convergence, ordinary least squares and the residual's maximum-likelihood sd."""
+    """All tasks as one: with Adam to convergence, ordinary least squares and the residual's
+    maximum-likelihood sd.
+    """
     tasks = ragged_tasks(5)
     fit = vm.fit(linear_model(PRIOR), tasks, Pooled(), 1500, lambda p: torch.optim.Adam(p, 5e-2))
-    x, y = (torch.cat([task.support[i] for task in tasks if task.support is not None]) for i in (0, 1))
+    x, y = (
+        torch.cat([task.support[i] for task in tasks if task.support is not None]) for i in (0, 1)
+    )
     design = torch.cat([x, torch.ones_like(x)], -1)
     solution = torch.linalg.lstsq(design, y.unsqueeze(-1)).solution.flatten()
     assert float(fit.eta["weight"]) == pytest.approx(float(solution[0]), abs=1e-4)
     assert float(fit.eta["bias"]) == pytest.approx(float(solution[1]), abs=1e-4)
     residual = y - design @ solution
-    assert float(fit.eta["log_scale"].exp()) == pytest.approx(float(residual.square().mean().sqrt()), rel=1e-3)
+    assert float(fit.eta["log_scale"].exp()) == pytest.approx(
+        float(residual.square().mean().sqrt()), rel=1e-3
+    )
     # nothing is adapted
     assert all(bool((value == value[:1]).all()) for value in fit.adapt(tasks).mean.values())
 
@@ -183,9 +223,17 @@ def test_no_pooling_lets_every_task_go_its_own_way() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 40, 1, generator=generator, dtype=torch.float64)
     slopes = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
-    y = slopes[:, None] * x[..., 0] + 0.1 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
-    tasks = vm.TaskSet([vm.Task((a[:30], b[:30]), (a[30:], b[30:])) for a, b in zip(x, y, strict=True)])
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(scale=0.1, learn_scale=False), vm.GaussianPrior(1e4))
+    y = slopes[:, None] * x[..., 0] + 0.1 * torch.randn(
+        3, 40, generator=generator, dtype=torch.float64
+    )
+    tasks = vm.TaskSet(
+        [vm.Task((a[:30], b[:30]), (a[30:], b[30:])) for a, b in zip(x, y, strict=True)]
+    )
+    model = vm.TaskModel(
+        nn.Linear(1, 1),
+        vm.likelihoods.Gaussian(scale=0.1, learn_scale=False),
+        vm.GaussianPrior(1e4),
+    )
     report = vm.compare({"joint": vm.Joint("normal")}, model, tasks, tasks, seeds=1, budget=50)
     mean = report.fits["no pooling", 0].adapt(tasks).mean["weight"].flatten()
     torch.testing.assert_close(mean, slopes, rtol=0, atol=0.1)
@@ -196,10 +244,12 @@ def test_no_pooling_steps_and_adapts_as_the_first_joint_does() -> None:
     joint = vm.Joint("multivariate_normal", minimizer=vm.Adam(lr=0.3), adapt_steps=7)
     _, own = baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit(), joint, vm.Joint()])
     assert own == joint
-    assert baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit()])[1] == vm.Joint("multivariate_normal")
+    assert baseline("no pooling", net_model(PRIOR), TRAIN, [vm.Implicit()])[1] == vm.Joint(
+        "multivariate_normal"
+    )
 
 
-# -- failures and warnings -----------------------------------------------------------------------------------------------
+# -- failures and warnings -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,10 +265,22 @@ class Broken(vm.Joint):
 def test_failures_are_kept_and_do_not_stop_the_others() -> None:
     strategies = {"broken": Broken("normal"), "joint": vm.Joint("normal")}
     report = vm.compare(
-        strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[0, 1], budget=5, num_samples=5, baselines=False
+        strategies,
+        linear_model(PRIOR),
+        TRAIN,
+        TEST,
+        seeds=[0, 1],
+        budget=5,
+        num_samples=5,
+        baselines=False,
     )
     runs = report.runs.set_index(["method", "seed"])
-    assert runs["failed"].to_dict() == {("broken", 0): 0, ("joint", 0): 0, ("broken", 1): 1, ("joint", 1): 0}
+    assert runs["failed"].to_dict() == {
+        ("broken", 0): 0,
+        ("joint", 0): 0,
+        ("broken", 1): 1,
+        ("joint", 1): 0,
+    }
     assert runs.loc[("broken", 1), "stop"] == "RuntimeError: no luck with this seed"
     assert report.table["failed"].to_dict() == {"broken": 1, "joint": 0}
     assert np.isfinite(report.table.loc["broken", METRICS].to_numpy(dtype=float)).all()
@@ -228,12 +290,29 @@ def test_failures_are_kept_and_do_not_stop_the_others() -> None:
 def test_a_method_that_always_fails_keeps_its_row() -> None:
     strategies = {"broken": Broken("normal"), "joint": vm.Joint("normal")}
     report = vm.compare(
-        strategies, linear_model(PRIOR), TRAIN, TEST, seeds=[1], budget=5, num_samples=5, baselines=False
+        strategies,
+        linear_model(PRIOR),
+        TRAIN,
+        TEST,
+        seeds=[1],
+        budget=5,
+        num_samples=5,
+        baselines=False,
     )
     assert list(report.table.index) == ["broken", "joint"]
     assert np.isnan(report.table.loc["broken", "rmse"]) and "nan" in str(report)
-    with pytest.raises(RuntimeError, match="every strategy failed; the first: RuntimeError: no luck"):
-        vm.compare({"broken": Broken()}, linear_model(PRIOR), TRAIN, TEST, seeds=[1], budget=5, baselines=False)
+    with pytest.raises(
+        RuntimeError, match="every strategy failed; the first: RuntimeError: no luck"
+    ):
+        vm.compare(
+            {"broken": Broken()},
+            linear_model(PRIOR),
+            TRAIN,
+            TEST,
+            seeds=[1],
+            budget=5,
+            baselines=False,
+        )
 
 
 def test_warnings_stand_in_the_report() -> None:
@@ -241,23 +320,36 @@ def test_warnings_stand_in_the_report() -> None:
     short = vm.Implicit("delta", "query", **INNER)
     with warnings.catch_warnings(record=True) as caught:
         report = vm.compare(
-            {"imaml": short}, net_model(PRIOR), TRAIN, TEST, seeds=1, budget=20, num_samples=5, baselines=False
+            {"imaml": short},
+            net_model(PRIOR),
+            TRAIN,
+            TEST,
+            seeds=1,
+            budget=20,
+            num_samples=5,
+            baselines=False,
         )
     assert not caught
     assert "the implicit gradient is not certified for" in report.runs["warnings"].iloc[0]
 
 
-# -- intervals -----------------------------------------------------------------------------------------------------------
+# -- intervals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5, 20])
 def test_the_interval_covers_other_seeds_and_tasks(seeds: int) -> None:
-    """Simulated tables with effects of seeds, tasks and both: 95 % intervals cover the true mean, 0, as often as they say."""
+    """Simulated tables with effects of seeds, tasks and both: 95 % intervals cover the true mean,
+    0, as often as they say.
+    """
     rng = np.random.default_rng(seeds)
     scale = 0.0 if seeds == 1 else 2.0  # a single seed tells nothing about the others
     covered = []
     for _ in range(1000):
-        cells = scale * rng.normal(size=(seeds, 1)) + 3.0 * rng.normal(size=(1, 25)) + rng.normal(size=(seeds, 25))
+        cells = (
+            scale * rng.normal(size=(seeds, 1))
+            + 3.0 * rng.normal(size=(1, 25))
+            + rng.normal(size=(seeds, 25))
+        )
         low, high = interval(cells)
         covered.append(low < 0.0 < high)
     assert 0.93 <= np.mean(covered) <= 0.985
@@ -288,13 +380,18 @@ def test_differences_are_paired(report: vm.Report) -> None:
         report.differences("nobody")
 
 
-# -- what is written and drawn -------------------------------------------------------------------------------------------
+# -- what is written and drawn ---------------------------------------------------------------------
 
 
 def test_save_writes_three_tables(report: vm.Report, tmp_path: Path) -> None:
     report.save(tmp_path / "new" / "folder")
-    read = {name: pd.read_csv(tmp_path / "new" / "folder" / f"{name}.csv") for name in ("scores", "runs", "table")}
-    assert read["scores"]["rmse"].to_numpy() == pytest.approx(report.scores["rmse"].to_numpy(), rel=1e-12)
+    read = {
+        name: pd.read_csv(tmp_path / "new" / "folder" / f"{name}.csv")
+        for name in ("scores", "runs", "table")
+    }
+    assert read["scores"]["rmse"].to_numpy() == pytest.approx(
+        report.scores["rmse"].to_numpy(), rel=1e-12
+    )
     assert read["runs"]["method"].tolist() == report.runs["method"].tolist()
     assert read["table"].set_index("method")["crps"].to_numpy() == pytest.approx(
         report.table["crps"].to_numpy(), rel=1e-12
@@ -304,7 +401,14 @@ def test_save_writes_three_tables(report: vm.Report, tmp_path: Path) -> None:
 def test_the_callback_sees_every_run() -> None:
     rows: list[dict[str, Any]] = []
     report = vm.compare(
-        {"joint": vm.Joint()}, linear_model(PRIOR), TRAIN, TEST, seeds=2, budget=3, num_samples=5, callback=rows.append
+        {"joint": vm.Joint()},
+        linear_model(PRIOR),
+        TRAIN,
+        TEST,
+        seeds=2,
+        budget=3,
+        num_samples=5,
+        callback=rows.append,
     )
     assert pd.DataFrame(rows).equals(report.runs)
 
@@ -324,12 +428,14 @@ def test_print_shows_intervals_of_what_has_settled(report: vm.Report) -> None:
     some = report.runs.assign(converged=report.runs["method"].isin(["maml", "pooled"]))
     assert str(replace(report, runs=some)).endswith(": every method but maml, pooled")
     # one seed is enough
-    one = report.runs.assign(converged=(report.runs["method"] != "maml") | (report.runs["seed"] == 5))
+    one = report.runs.assign(
+        converged=(report.runs["method"] != "maml") | (report.runs["seed"] == 5)
+    )
     assert str(replace(report, runs=one)).endswith("(report.runs): maml")
     assert replace(report, runs=one).differences("maml").filter(like="_low").isna().all(axis=None)
 
 
-# -- what is solved exactly, and what is overspent -------------------------------------------------------------------------
+# -- what is solved exactly, and what is overspent -------------------------------------------------
 
 
 def raw_lines(num: int, seed: int) -> vm.TaskSet:
@@ -338,17 +444,28 @@ def raw_lines(num: int, seed: int) -> vm.TaskSet:
     tasks = []
     for i in range(num):
         x = 10.0 * rng.normal(size=(9, 1))
-        y = 1e4 + 300 * rng.normal() - (40.0 + 30.0 * rng.normal()) * x[:, 0] + 20.0 * rng.normal(size=9)
+        y = (
+            1e4
+            + 300 * rng.normal()
+            - (40.0 + 30.0 * rng.normal()) * x[:, 0]
+            + 20.0 * rng.normal(size=9)
+        )
         tasks.append(vm.Task((x[:5], y[:5]), (x[5:], y[5:]), name=f"{seed}-{i}"))
     return vm.TaskSet(tasks)
 
 
 def test_what_fit_solves_exactly_compare_does_too() -> None:
     train, test = raw_lines(12, 0), raw_lines(6, 1)
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="per_parameter"))
+    model = vm.TaskModel(
+        nn.Linear(1, 1),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(learn_precision="per_parameter"),
+    )
     dense = vm.Joint("multivariate_normal")
     maml = vm.Unrolled("delta", inner_steps=1, minimizer=vm.GradientDescent(lr=1e-9))
-    report = vm.compare({"dense": dense, "maml": maml}, model, train, test, 2, budget=20, num_samples=50)
+    report = vm.compare(
+        {"dense": dense, "maml": maml}, model, train, test, 2, budget=20, num_samples=50
+    )
     fit = vm.fit(model, train.merged(), dense)
     assert report.runs.groupby("method")["solver"].first().to_dict() == {
         "dense": "exact", "maml": "budget", "pooled": "exact", "no pooling": "exact",
@@ -356,13 +473,21 @@ def test_what_fit_solves_exactly_compare_does_too() -> None:
     for seed in (0, 1):
         own = fit.adapt(test).score(num_samples=50, seed=seed).drop(index="all")
         there = report.scores.query(f"method == 'dense' and seed == {seed}").set_index("task")
-        np.testing.assert_allclose(there[["rmse", "log_density"]], own[["rmse", "log_density"]], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            there[["rmse", "log_density"]], own[["rmse", "log_density"]], rtol=0, atol=1e-6
+        )
     # found once: no seed and no start matters
     assert report.fits["dense", 0] is report.fits["dense", 1]
-    assert "solved exactly, outside the budget and alike for every seed: dense, pooled, no pooling" in str(report)
+    assert (
+        "solved exactly, outside the budget and alike for every seed: dense, pooled, no pooling"
+        in str(report)
+    )
     # the others start where fit would: at the pooled fit, not a million steps of Adam away from it
     table = report.table
-    assert table.loc["maml", "rmse"] < 1.5 * table.loc["pooled", "rmse"] and table.loc["dense", "settled"]
+    assert (
+        table.loc["maml", "rmse"] < 1.5 * table.loc["pooled", "rmse"]
+        and table.loc["dense", "settled"]
+    )
     assert table.loc["dense", "log_density"] > table["log_density"].drop("dense").max()
 
 
@@ -376,7 +501,9 @@ def test_an_optimizer_of_ones_own_is_used_for_all() -> None:
 
 def test_what_overspends_its_budget_is_said() -> None:
     to_tolerance = vm.Implicit("delta", "query")
-    report = vm.compare({"imaml": to_tolerance}, net_model(PRIOR), TRAIN, TEST, 1, budget=3, num_samples=5)
+    report = vm.compare(
+        {"imaml": to_tolerance}, net_model(PRIOR), TRAIN, TEST, 1, budget=3, num_samples=5
+    )
     spent = report.runs.set_index("method")["evaluations"]
     assert spent["imaml"] > 3.3
     over = report.table["overspent"]
@@ -385,7 +512,9 @@ def test_what_overspends_its_budget_is_said() -> None:
     assert f"({over['imaml']:.1f} x budget)" in text
     assert "overspent, since one step took more than was left of the budget: imaml" in text
     names = [label.get_text() for label in report.plot().get_yticklabels()]
-    assert any(name.startswith("imaml\n(") and f"{over['imaml']:.1f} x budget" in name for name in names)
+    assert any(
+        name.startswith("imaml\n(") and f"{over['imaml']:.1f} x budget" in name for name in names
+    )
 
 
 def test_the_figure_marks_what_has_not_settled(report: vm.Report) -> None:
@@ -412,52 +541,83 @@ class Stopped(vm.Joint):
 
 def test_ctrl_c_keeps_the_seeds_that_are_complete() -> None:
     few: dict[str, Any] = {"seeds": 3, "budget": 3, "num_samples": 5}
-    with pytest.warns(RuntimeWarning, match="interrupted after 5 of 12 runs: the report holds the first 4"):
-        report = vm.compare({"joint": vm.Joint(), "stopped": Stopped()}, linear_model(PRIOR), TRAIN, TEST, **few)
+    with pytest.warns(
+        RuntimeWarning, match="interrupted after 5 of 12 runs: the report holds the first 4"
+    ):
+        report = vm.compare(
+            {"joint": vm.Joint(), "stopped": Stopped()}, linear_model(PRIOR), TRAIN, TEST, **few
+        )
     assert len(report.runs) == len(report.fits) == 4 and set(report.scores["seed"]) == {0}
     assert np.isfinite(report.table["rmse"]).all()
 
 
 def test_ctrl_c_in_the_first_seed_keeps_the_methods_that_have_run() -> None:
     few: dict[str, Any] = {"seeds": 3, "budget": 3, "num_samples": 5}
-    with pytest.warns(RuntimeWarning, match="interrupted after 1 of 12 runs: the report holds the first 1"):
-        report = vm.compare({"joint": vm.Joint(), "stopped": Stopped(seed=0)}, linear_model(PRIOR), TRAIN, TEST, **few)
+    with pytest.warns(
+        RuntimeWarning, match="interrupted after 1 of 12 runs: the report holds the first 1"
+    ):
+        report = vm.compare(
+            {"joint": vm.Joint(), "stopped": Stopped(seed=0)},
+            linear_model(PRIOR),
+            TRAIN,
+            TEST,
+            **few,
+        )
     assert list(report.table.index) == ["joint"]
 
     def late(row: dict[str, Any]) -> None:
         if row["seed"] == 1:
             raise KeyboardInterrupt
 
-    with pytest.warns(RuntimeWarning, match="interrupted after 4 of 9 runs: the report holds the first 3"):
-        report = vm.compare({"joint": vm.Joint()}, linear_model(PRIOR), TRAIN, TEST, **few, callback=late)
+    with pytest.warns(
+        RuntimeWarning, match="interrupted after 4 of 9 runs: the report holds the first 3"
+    ):
+        report = vm.compare(
+            {"joint": vm.Joint()}, linear_model(PRIOR), TRAIN, TEST, **few, callback=late
+        )
     assert set(report.fits) == {(method, 0) for method in ("joint", *BASELINES)}
     with pytest.raises(KeyboardInterrupt):
         vm.compare({"stopped": Stopped(seed=0)}, linear_model(PRIOR), TRAIN, TEST, **few)
 
 
-# -- bad input -----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no strategies": ({"strategies": {}}, ValueError, "dict of at least one"),
     "a list": ({"strategies": [vm.Joint()]}, ValueError, "strategies must be a dict"),
     "a name": ({"strategies": {"a": "joint"}}, TypeError, "strategy must be one of"),
-    "a baseline's name": ({"strategies": {"pooled": vm.Joint()}}, ValueError, "names of the baselines"),
+    "a baseline's name": (
+        {"strategies": {"pooled": vm.Joint()}},
+        ValueError,
+        "names of the baselines",
+    ),
     "no seeds": ({"seeds": 0}, ValueError, "seeds must be a number of at least 1"),
     "seeds twice": ({"seeds": [1, 1]}, ValueError, "different seeds"),
     "level": ({"level": 90}, ValueError, "level must be a probability"),
     "budget": ({"budget": 0}, ValueError, "budget must be a number of at least 1"),
-    "num_samples": ({"num_samples": 0}, ValueError, "num_samples must be a whole number of at least 1"),
+    "num_samples": (
+        {"num_samples": 0},
+        ValueError,
+        "num_samples must be a whole number of at least 1",
+    ),
     "models": (
         {"models": {"imaml": linear_model(PRIOR)}},
         ValueError,
         r"models names \['imaml'\], but the strategies are",
     ),
-    "no query": ({"test": vm.TaskSet([vm.Task(([[0.0]], [0.0]), name="bare")])}, ValueError, "but 'bare' has none"),
+    "no query": (
+        {"test": vm.TaskSet([vm.Task(([[0.0]], [0.0]), name="bare")])},
+        ValueError,
+        "but 'bare' has none",
+    ),
     "train": ({"train": [1]}, TypeError, "tasks must be a TaskSet, not a list"),
     "test": ({"test": None}, TypeError, "tasks must be a TaskSet, not None"),
     "model": ({"model": nn.Linear(1, 1)}, TypeError, "model must be a TaskModel"),
     "a strategy that cannot work": (
-        {"model": linear_model(vm.GaussianPrior(1.0, "shared")), "strategies": {"a": vm.Joint("delta")}},
+        {
+            "model": linear_model(vm.GaussianPrior(1.0, "shared")),
+            "strategies": {"a": vm.Joint("delta")},
+        },
         ValueError,
         "hyperprior",
     ),
@@ -467,15 +627,23 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused(name: str) -> None:
     change, error, message = BAD[name]
-    arguments = {"strategies": {"joint": vm.Joint()}, "model": linear_model(PRIOR), "train": TRAIN, "test": TEST}
+    arguments = {
+        "strategies": {"joint": vm.Joint()},
+        "model": linear_model(PRIOR),
+        "train": TRAIN,
+        "test": TEST,
+    }
     with pytest.raises(error, match=message):
         vm.compare(**{**arguments, "seeds": 1, "num_samples": 2, **change})
 
 
-# -- a posterior of eta ------------------------------------------------------------------------------------------------------
+# -- a posterior of eta ----------------------------------------------------------------------------
 
 DENSE = vm.Joint("multivariate_normal")
-LINES, UNSEEN = vm.datasets.lines(6, 4, 2, noise=0.3), vm.datasets.lines(30, 3, 4, seed=1, noise=0.3)
+LINES, UNSEEN = (
+    vm.datasets.lines(6, 4, 2, noise=0.3),
+    vm.datasets.lines(30, 3, 4, seed=1, noise=0.3),
+)
 
 
 def learned() -> vm.TaskModel:
@@ -483,20 +651,35 @@ def learned() -> vm.TaskModel:
 
 
 def test_a_posterior_of_eta_for_some_strategies() -> None:
-    """The run is what `fit` makes of it, its scores those of its `adapt`, and the report says who had one."""
+    """The run is what `fit` makes of it, its scores those of its `adapt`, and the report says who
+    had one.
+    """
     both = {"point": DENSE, "posterior": DENSE}
     report = vm.compare(
-        both, learned(), LINES, UNSEEN, 1, hyperguide={"posterior": "multivariate_normal"}, budget=40, num_samples=100,
+        both,
+        learned(),
+        LINES,
+        UNSEEN,
+        1,
+        hyperguide={"posterior": "multivariate_normal"},
+        budget=40,
+        num_samples=100,
         compile=False,
-    )  # fmt: skip
+    )
     assert report.runs["hyperguide"].tolist() == ["delta", "multivariate_normal", "delta", "delta"]
     assert not report.runs["failed"].any()
     fit = report.fits["posterior", 0]
     assert fit.hyper is not None and report.fits["point", 0].hyper is None
-    alone = vm.fit(fit.model, LINES.merged(), DENSE, hyperguide="multivariate_normal", compile=False)
-    assert alone.hyper is not None and alone.hyper.log_evidence == pytest.approx(fit.hyper.log_evidence, rel=1e-6)
+    alone = vm.fit(
+        fit.model, LINES.merged(), DENSE, hyperguide="multivariate_normal", compile=False
+    )
+    assert alone.hyper is not None and alone.hyper.log_evidence == pytest.approx(
+        fit.hyper.log_evidence, rel=1e-6
+    )
     score = fit.adapt(UNSEEN, compile=False).score(num_samples=100, seed=0)
-    assert report.table.loc["posterior", "log_density"] == pytest.approx(score["log_density"].iloc[:-1].mean())
+    assert report.table.loc["posterior", "log_density"] == pytest.approx(
+        score["log_density"].iloc[:-1].mean()
+    )
     assert "outside the budget\n  posterior (multivariate_normal)" in str(report)
     assert "posterior of eta" not in str(
         vm.compare({"point": DENSE}, learned(), LINES, UNSEEN, 1, budget=5, compile=False)
@@ -505,27 +688,47 @@ def test_a_posterior_of_eta_for_some_strategies() -> None:
 
 def test_a_posterior_of_eta_for_all_strategies() -> None:
     report = vm.compare(
-        {"a": DENSE, "b": vm.Joint("normal")}, learned(), LINES, UNSEEN, [4], hyperguide="reml", baselines=False,
-        num_samples=50, compile=False,
-    )  # fmt: skip
+        {"a": DENSE, "b": vm.Joint("normal")},
+        learned(),
+        LINES,
+        UNSEEN,
+        [4],
+        hyperguide="reml",
+        baselines=False,
+        num_samples=50,
+        compile=False,
+    )
     assert report.runs["hyperguide"].tolist() == ["reml", "reml"]
-    assert all(fit.hyper is not None and fit.hyper.hyperguide == "reml" for fit in report.fits.values())
+    assert all(
+        fit.hyper is not None and fit.hyper.hyperguide == "reml" for fit in report.fits.values()
+    )
 
 
 @pytest.mark.parametrize(
     ("hyperguide", "error", "message"),
     [
-        ({"who": "reml"}, ValueError, r"hyperguide names \['who'\], but the strategies are \['imaml', 'joint'\]"),
+        (
+            {"who": "reml"},
+            ValueError,
+            r"hyperguide names \['who'\], but the strategies are \['imaml', 'joint'\]",
+        ),
         (
             "reml",
             ValueError,
-            r"strategy 'imaml': hyperguide='reml' goes with vm.Joint.* give a dict for some strategies only",
+            r"strategy 'imaml': hyperguide='reml' goes with vm.Joint.* give a dict for some "
+            "strategies only",
         ),
-        ({"joint": "full"}, ValueError, "strategy 'joint': hyperguide must be one of .* not 'full'$"),
+        (
+            {"joint": "full"},
+            ValueError,
+            "strategy 'joint': hyperguide must be one of .* not 'full'$",
+        ),
         ({"joint": True}, TypeError, "strategy 'joint': hyperguide must be one of .* not True$"),
     ],
 )
-def test_a_posterior_of_eta_that_there_is_not_is_refused(hyperguide: Any, error: type[Exception], message: str) -> None:
+def test_a_posterior_of_eta_that_there_is_not_is_refused(
+    hyperguide: Any, error: type[Exception], message: str
+) -> None:
     strategies = {"joint": DENSE, "imaml": STRATEGIES["imaml"]}
     with pytest.raises(error, match=message):
         vm.compare(strategies, learned(), LINES, UNSEEN, 1, hyperguide=hyperguide)

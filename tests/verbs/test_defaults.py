@@ -1,4 +1,6 @@
-"""`fit(model, tasks, strategy)` with no other argument ends well on every shipped data set, in raw units, and says why."""
+"""`fit(model, tasks, strategy)` with no other argument ends well on every shipped data set, in raw
+units, and says why.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,13 @@ def test_converges_and_says_why(name: str, strategy: str) -> None:
     if name == "eight schools":
         model = vm.TaskModel.from_pyro(known_sd, {"effect": ()}, vm.GaussianPrior(1.0, learn))
     else:
-        model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, learn))
+        model = vm.TaskModel(
+            nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, learn)
+        )
     if how.outer == "query" and tasks.batch().query is None:
         tasks = vm.TaskSet(
-            [task for task in tasks if task.support is not None and len(task.support[1]) > 1] or [tasks[0]]
+            [task for task in tasks if task.support is not None and len(task.support[1]) > 1]
+            or [tasks[0]]
         )
         if len(tasks) < 2:
             with pytest.raises(ValueError, match="needs query data"):
@@ -63,8 +68,12 @@ def test_converges_and_says_why(name: str, strategy: str) -> None:
         tasks = tasks.split(0.5)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prior precision of", category=RuntimeWarning)
-        if isinstance(how, (vm.FirstOrder, vm.Reptile)):  # a fixed step size is too large for a county of 116 houses
-            warnings.filterwarnings("ignore", message="the inner steps diverge for 1 task,", category=RuntimeWarning)
+        if isinstance(
+            how, (vm.FirstOrder, vm.Reptile)
+        ):  # a fixed step size is too large for a county of 116 houses
+            warnings.filterwarnings(
+                "ignore", message="the inner steps diverge for 1 task,", category=RuntimeWarning
+            )
         fit = vm.fit(model, tasks, how, SHORTER.get((name, strategy)))
     assert fit.converged, fit.stop
     assert "converged after" in fit.stop or "settled" in fit.stop
@@ -73,16 +82,26 @@ def test_converges_and_says_why(name: str, strategy: str) -> None:
     if isinstance(how, vm.Implicit) and how.outer == "elbo":
         # the amortised objective is the joint one with phi at its minimum: one optimum
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the prior precision of", category=RuntimeWarning)
+            warnings.filterwarnings(
+                "ignore", message="the prior precision of", category=RuntimeWarning
+            )
             joint = vm.fit(model, tasks, vm.Joint(how.guide))
         assert fit.loss == pytest.approx(joint.loss, abs=1e-5)
 
 
 def test_a_dense_prior_takes_a_dense_guide() -> None:
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
-    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("multivariate_normal")
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
-    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint("multivariate_normal")
+    model = vm.TaskModel(
+        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
+    )
+    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint(
+        "multivariate_normal"
+    )
+    model = vm.TaskModel(
+        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared")
+    )
+    assert vm.fit(model, vm.datasets.radon()[:20], num_steps=1).strategy == vm.Joint(
+        "multivariate_normal"
+    )
 
 
 def test_a_singular_fit_says_so() -> None:
@@ -93,14 +112,20 @@ def test_a_singular_fit_says_so() -> None:
         x = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
         noise = 0.5 * torch.randn(6, generator=generator, dtype=torch.float64)
         tasks.append(vm.Task((x[:, None], effect * (1.0 + 0.3 * x) + noise)))
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
-    with pytest.warns(RuntimeWarning, match="singular: the prior's correlation of weight and bias is 1.0000"):
+    model = vm.TaskModel(
+        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
+    )
+    with pytest.warns(
+        RuntimeWarning, match="singular: the prior's correlation of weight and bias is 1.0000"
+    ):
         fit = vm.fit(model, vm.TaskSet(tasks))
     assert fit.converged and fit.prior.sd["bias"] > 0.3
 
 
 def test_one_task_alone_is_said_to_tell_nothing_of_how_tasks_differ() -> None:
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    model = vm.TaskModel(
+        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared")
+    )
     with pytest.warns(RuntimeWarning, match="there is one task, '1', .* Check the column"):
         vm.fit(model, vm.datasets.radon()[:1], num_steps=5)
     with pytest.warns(RuntimeWarning) as said:  # also where nothing has settled
@@ -112,23 +137,40 @@ def test_one_task_alone_is_said_to_tell_nothing_of_how_tasks_differ() -> None:
 
 
 def test_weights_under_one_precision_do_not_run_away_one_by_one() -> None:
-    """No task knows anything of the second weight, which is no reason to doubt the precision that all of them share."""
-    tasks = [vm.Task((torch.cat([x, 0 * x], -1), y)) for x, y in (task.support for task in vm.datasets.lines(8))]
-    model = vm.TaskModel(nn.Linear(2, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    """No task knows anything of the second weight, which is no reason to doubt the precision that
+    all of them share.
+    """
+    tasks = [
+        vm.Task((torch.cat([x, 0 * x], -1), y))
+        for x, y in (task.support for task in vm.datasets.lines(8))
+    ]
+    model = vm.TaskModel(
+        nn.Linear(2, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared")
+    )
     with pytest.warns(RuntimeWarning) as said:
         vm.fit(model, vm.TaskSet(tasks), vm.Joint("normal"), num_steps=30)
-    assert ["hardly tell weight apart" in str(one.message) for one in said] == [True]  # theta0 of a column of zeros
+    assert ["hardly tell weight apart" in str(one.message) for one in said] == [
+        True
+    ]  # theta0 of a column of zeros
     (x, y) = vm.datasets.lines(1, num_support=20)[0].support
     alike = vm.TaskSet([vm.Task((x, y + 0.01 * k), name=str(k)) for k in range(8)])
-    line = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    line = vm.TaskModel(
+        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared")
+    )
     with pytest.warns(RuntimeWarning, match=r"precision of weight, bias runs away"):
         vm.fit(line, alike, vm.Joint("normal"), num_steps=20)
 
 
 def test_counts_that_vary_no_more_than_poissons_say_so() -> None:
-    counts = vm.TaskSet([vm.Task((torch.zeros(6, 0), torch.tensor([3, 4, 3, 2, 4, 3]) + k)) for k in range(4)])
-    negative = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior())
-    with pytest.warns(RuntimeWarning, match=r"concentration runs to infinity \(.*\): .* use likelihoods.Poisson"):
+    counts = vm.TaskSet(
+        [vm.Task((torch.zeros(6, 0), torch.tensor([3, 4, 3, 2, 4, 3]) + k)) for k in range(4)]
+    )
+    negative = vm.TaskModel(
+        vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior()
+    )
+    with pytest.warns(
+        RuntimeWarning, match=r"concentration runs to infinity \(.*\): .* use likelihoods.Poisson"
+    ):
         fit = vm.fit(negative, counts, num_steps=60)
     assert fit.converged
     assert f"concentration  {'':>12}" in str(fit)
@@ -137,7 +179,9 @@ def test_counts_that_vary_no_more_than_poissons_say_so() -> None:
 @pytest.mark.parametrize("counts", [[0, 9, 1, 14, 0, 3], [0, 0, 0, 0, 0, 0]])
 def test_other_counts_do_not(counts: list[int]) -> None:
     tasks = vm.TaskSet([vm.Task((torch.zeros(6, 0), torch.tensor(counts))) for _ in range(4)])
-    model = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior())
+    model = vm.TaskModel(
+        vm.LinearPredictor([]), vm.likelihoods.NegativeBinomial(), vm.GaussianPrior()
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of zeros alone there is more to say
         warnings.filterwarnings("error", message="the concentration", category=RuntimeWarning)
@@ -148,14 +192,23 @@ JUDGED: dict[str, tuple[float, float, bool, str]] = {
     # noise of each loss, slope per step, verdict
     "quiet": (0.1, 0.0, True, "which has settled"),
     "noisy": (30.0, 0.0, False, "hides: raise num_steps, num_particles or batch_size"),
-    "falling": (0.1, -1.0, False, "fell by .* so it is still moving: raise num_steps or the learning rate"),
+    "falling": (
+        0.1,
+        -1.0,
+        False,
+        "fell by .* so it is still moving: raise num_steps or the learning rate",
+    ),
     "rising": (0.1, 1.0, False, "rose by .* so it does not descend: lower the learning rate"),
 }
 
 
 @pytest.mark.parametrize(("noise", "slope", "converged", "verdict"), JUDGED.values(), ids=JUDGED)
-def test_whether_a_run_has_settled(noise: float, slope: float, converged: bool, verdict: str) -> None:
-    draws = noise * torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_whether_a_run_has_settled(
+    noise: float, slope: float, converged: bool, verdict: str
+) -> None:
+    draws = noise * torch.randn(
+        200, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     losses = 100.0 + draws + slope * torch.arange(200)
     run = Run({}, State(None, None, 0, 1.0), [{"loss": x} for x in losses.tolist()])
     _judge(run, 10, 1)
@@ -164,8 +217,12 @@ def test_whether_a_run_has_settled(noise: float, slope: float, converged: bool, 
 
 def test_tasks_too_small_to_split_are_named_and_can_be_left_out() -> None:
     tasks = vm.TaskSet([vm.Task(([[0.0]], [1.0]), name="small"), *vm.datasets.lines(3)]).split(0.5)
-    with pytest.raises(ValueError, match=r"1 task of 4 has none, 'small' first: .*tasks.with_query\(\)"):
-        vm.meta_gradient(vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian()), tasks, vm.Unrolled())
+    with pytest.raises(
+        ValueError, match=r"1 task of 4 has none, 'small' first: .*tasks.with_query\(\)"
+    ):
+        vm.meta_gradient(
+            vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian()), tasks, vm.Unrolled()
+        )
     assert tasks.with_query().names == tasks.names[1:]
     with pytest.raises(ValueError, match="none of these tasks has query data"):
         tasks[:1].with_query()

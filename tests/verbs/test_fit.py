@@ -1,4 +1,6 @@
-"""`fit`: repeatable to the last bit, resumable, without side effects, and plain about how it ended."""
+"""`fit`: repeatable to the last bit, resumable, without side effects, and plain about how it
+ended.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "joint by draws": lambda: vm.Joint("normal", expectation="monte_carlo", adapt_steps=20),
     "reinit": lambda: vm.Reinit("normal", every=5),
     "implicit": lambda: vm.Implicit("delta", "query", 3, SHORT, on_unconverged="ignore"),
-    "implicit, warm": lambda: vm.Implicit("delta", "elbo", 3, SHORT, on_unconverged="ignore", warm_start=True),
+    "implicit, warm": lambda: vm.Implicit(
+        "delta", "elbo", 3, SHORT, on_unconverged="ignore", warm_start=True
+    ),
     "unrolled": lambda: vm.Unrolled("delta", inner_steps=2),
     "first order": lambda: vm.FirstOrder("normal", inner_steps=2, expectation="monte_carlo"),
     "reptile": lambda: vm.Reptile(inner_steps=2),
@@ -58,14 +62,15 @@ def stop_at(step: int) -> Callable[[dict[str, float]], None]:
     return callback
 
 
-# -- the same seed, the same result --------------------------------------------------------------------------------------
+# -- the same seed, the same result ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_same_seed_gives_the_same_fit(name: str) -> None:
     tasks = ragged_tasks(5)
     runs = [
-        vm.fit(linear_model(PRIOR), tasks, STRATEGIES[name](), 4, adam, batch_size=2, seed=seed) for seed in (3, 3, 4)
+        vm.fit(linear_model(PRIOR), tasks, STRATEGIES[name](), 4, adam, batch_size=2, seed=seed)
+        for seed in (3, 3, 4)
     ]
     assert_same_fit(runs[0], runs[1])
     assert not torch.equal(runs[0].eta["weight"], runs[2].eta["weight"])  # other minibatches
@@ -75,10 +80,12 @@ def test_the_same_seed_gives_the_same_fit(name: str) -> None:
 
 def test_newton_gives_the_same_fit_twice() -> None:
     tasks = ragged_tasks(5)
-    assert_same_fit(*(vm.fit(linear_model(PRIOR), tasks, vm.Joint("multivariate_normal")) for _ in range(2)))
+    assert_same_fit(
+        *(vm.fit(linear_model(PRIOR), tasks, vm.Joint("multivariate_normal")) for _ in range(2))
+    )
 
 
-# -- 100 steps and 100 more are 200 steps --------------------------------------------------------------------------------
+# -- 100 steps and 100 more are 200 steps ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
@@ -89,7 +96,9 @@ def test_resumed_equals_uninterrupted(name: str, batch_size: int | None) -> None
     whole = vm.fit(model, tasks, STRATEGIES[name](), total, schedule="constant", **options)
     half = vm.fit(model, tasks, STRATEGIES[name](), total // 2, schedule="constant", **options)
     before = {key: value.clone() for key, value in half.eta.items()}
-    rest = vm.fit(model, tasks, STRATEGIES[name](), total, schedule="constant", resume=half, **options)
+    rest = vm.fit(
+        model, tasks, STRATEGIES[name](), total, schedule="constant", resume=half, **options
+    )
     assert_same_fit(rest, whole)
     assert (np.diff(rest.history["seconds"]) >= 0).all()
     # the first half is still what it was
@@ -97,13 +106,20 @@ def test_resumed_equals_uninterrupted(name: str, batch_size: int | None) -> None
     assert all(torch.equal(value, before[key]) for key, value in half.eta.items())
 
 
-@pytest.mark.filterwarnings("ignore:the learned noise scale")  # which a strong prior and a mean-field guide leave there
-@pytest.mark.parametrize(("name", "steps"), [("joint", 200), ("reinit", 200), ("implicit", 20), ("unrolled", 20)])
+@pytest.mark.filterwarnings(
+    "ignore:the learned noise scale"
+)  # which a strong prior and a mean-field guide leave there
+@pytest.mark.parametrize(
+    ("name", "steps"), [("joint", 200), ("reinit", 200), ("implicit", 20), ("unrolled", 20)]
+)
 def test_two_halves_are_a_whole(name: str, steps: int) -> None:
     tasks, model = ragged_tasks(3), linear_model(PRIOR)
     whole = vm.fit(model, tasks, STRATEGIES[name](), steps, adam, schedule="constant")
     half = vm.fit(model, tasks, STRATEGIES[name](), steps // 2, adam, schedule="constant")
-    assert_same_fit(vm.fit(model, tasks, STRATEGIES[name](), steps, adam, schedule="constant", resume=half), whole)
+    assert_same_fit(
+        vm.fit(model, tasks, STRATEGIES[name](), steps, adam, schedule="constant", resume=half),
+        whole,
+    )
 
 
 @pytest.mark.parametrize("name", ["joint", "reinit", "implicit", "unrolled"])
@@ -135,7 +151,11 @@ def test_an_interrupted_newton_run_goes_on() -> None:
     [
         ({"model": net_model(PRIOR)}, ValueError, "a fit of another model"),
         ({"tasks": ragged_tasks(2)}, ValueError, "a fit of other tasks"),
-        ({"tasks": ragged_tasks(3, seed=1)}, ValueError, "the support of 'sine 0' has other numbers"),
+        (
+            {"tasks": ragged_tasks(3, seed=1)},
+            ValueError,
+            "the support of 'sine 0' has other numbers",
+        ),
         ({"strategy": vm.Joint("normal")}, ValueError, "a fit by Implicit, not Joint"),
         (
             {"strategy": vm.Implicit("normal", "query")},
@@ -145,11 +165,17 @@ def test_an_interrupted_newton_run_goes_on() -> None:
         ({"seed": 1}, ValueError, "was run with seed=0"),
         ({"num_steps": 3}, ValueError, "has taken 3 steps already"),
         ({"resume": "fit.pt"}, TypeError, "resume must be a Fit, not str"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}, ValueError, "another kind of optimizer"),
+        (
+            {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+            ValueError,
+            "another kind of optimizer",
+        ),
         ({"optimizer": None}, ValueError, "another kind of optimizer"),  # by default L-BFGS
     ],
 )
-def test_what_cannot_be_resumed(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_what_cannot_be_resumed(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
     first = {
         "model": linear_model(PRIOR),
         "tasks": ragged_tasks(3),
@@ -162,7 +188,7 @@ def test_what_cannot_be_resumed(change: dict[str, Any], error: type[Exception], 
         vm.fit(**{**first, "num_steps": 6, "resume": fit, **change})
 
 
-# -- no side effects -----------------------------------------------------------------------------------------------------
+# -- no side effects -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -179,7 +205,10 @@ def test_two_models_in_one_process_do_not_touch(name: str) -> None:
         if row["step"] == 3:
             fits.append(vm.fit(net_model(PRIOR), others, STRATEGIES[name](), 5, adam))
 
-    assert_same_fit(vm.fit(linear_model(PRIOR), tasks, STRATEGIES[name](), 5, adam, callback=other_runs_now), alone)
+    assert_same_fit(
+        vm.fit(linear_model(PRIOR), tasks, STRATEGIES[name](), 5, adam, callback=other_runs_now),
+        alone,
+    )
     assert_same_fit(fits[0], other_alone)
     assert len(pyro.get_param_store()) == 0
 
@@ -201,7 +230,11 @@ def test_a_fit_leaves_the_model_and_the_data_as_they_were() -> None:
     vm.fit(model, tasks, vm.Joint("normal"), 10, adam)
     vm.fit(model, tasks, vm.Joint("multivariate_normal"))
     assert all(torch.equal(value, model.start[name]) for name, value in start.items())
-    assert all(torch.equal(y, task.support[1]) for y, task in zip(data, tasks, strict=True) if task.support is not None)
+    assert all(
+        torch.equal(y, task.support[1])
+        for y, task in zip(data, tasks, strict=True)
+        if task.support is not None
+    )
 
 
 def test_global_random_states_and_the_default_dtype_stay() -> None:
@@ -240,7 +273,11 @@ def test_dtypes_follow_the_data(name: str, dtype: torch.dtype) -> None:
         *posterior.q.phi.values(),
         *fit.prior.loc.values(),
     ]
-    tensors += [posterior.draws(3), posterior.predict(np.zeros((2, 1)), 3).samples, fit.prior.covariance]
+    tensors += [
+        posterior.draws(3),
+        posterior.predict(np.zeros((2, 1)), 3).samples,
+        fit.prior.covariance,
+    ]
     assert {value.dtype for value in tensors} == {dtype}
 
 
@@ -248,13 +285,16 @@ def test_float32_and_float64_come_to_the_same() -> None:
     tasks = ragged_tasks(5)
     for strategy in (vm.Joint("multivariate_normal"), vm.Implicit("delta", "query")):
         double, single = (
-            vm.fit(linear_model(PRIOR), tasks.to(dtype=d), strategy) for d in (torch.float64, torch.float32)
+            vm.fit(linear_model(PRIOR), tasks.to(dtype=d), strategy)
+            for d in (torch.float64, torch.float32)
         )
         assert single.loss == pytest.approx(double.loss, rel=1e-4)
-        assert single.prior.loc["weight"].item() == pytest.approx(double.prior.loc["weight"].item(), abs=1e-2)
+        assert single.prior.loc["weight"].item() == pytest.approx(
+            double.prior.loc["weight"].item(), abs=1e-2
+        )
 
 
-# -- minibatches and budgets ---------------------------------------------------------------------------------------------
+# -- minibatches and budgets -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -280,14 +320,18 @@ def test_minibatch_gradients_average_to_the_full_gradient(name: str, size: int) 
     assert sorted(itertools.chain(*(batch.rows.tolist() for batch in batches))) == list(range(6))
     parts = [(len(batch) / 6, gradient(batch)) for batch in batches]
     for key, value in full.items():
-        torch.testing.assert_close(sum(weight * part[key] for weight, part in parts), value, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            sum(weight * part[key] for weight, part in parts), value, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_epochs_are_permutations_by_seed() -> None:
     def epoch(seed: int, number: int) -> list[int]:
         return [int(i) for step in range(3) for i in _rows(7, 3, seed, 3 * number + step)]
 
-    assert all(sorted(epoch(seed, number)) == list(range(7)) for seed in range(3) for number in range(3))
+    assert all(
+        sorted(epoch(seed, number)) == list(range(7)) for seed in range(3) for number in range(3)
+    )
     assert len({tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
 
@@ -298,10 +342,12 @@ def test_a_budget_is_kept(name: str) -> None:
     step = spent.diff().max()
     assert 100 <= spent.iloc[-1] < 100 + step
     assert spent.iloc[-2] < 100
-    assert fit.stop.startswith(f"spent its budget of 100 gradient evaluations per task after {len(fit.history)} steps")
+    assert fit.stop.startswith(
+        f"spent its budget of 100 gradient evaluations per task after {len(fit.history)} steps"
+    )
 
 
-# -- how it ended --------------------------------------------------------------------------------------------------------
+# -- how it ended ----------------------------------------------------------------------------------
 
 
 def exploding_program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -312,7 +358,10 @@ def exploding() -> tuple[vm.TaskModel, vm.TaskSet]:
     """Two tasks, the second of which takes off with s."""
     model = vm.TaskModel.from_pyro(exploding_program, {"w": (), "s": ()}, shared=["s"])
     return model, vm.TaskSet(
-        [vm.Task((np.zeros(2), np.ones(2)), name="calm"), vm.Task((np.ones(2), np.zeros(2)), name="hot")]
+        [
+            vm.Task((np.zeros(2), np.ones(2)), name="calm"),
+            vm.Task((np.ones(2), np.zeros(2)), name="hot"),
+        ]
     )
 
 
@@ -332,12 +381,22 @@ def test_a_loss_that_stops_being_finite_gives_the_last_finite_fit() -> None:
     model, tasks = exploding()
     strategy = vm.Joint("delta")
     with pytest.warns(
-        RuntimeWarning, match="eta is not finite at step .* loss of task 'hot' is the largest.*: standardise"
+        RuntimeWarning,
+        match="eta is not finite at step .* loss of task 'hot' is the largest.*: standardise",
     ):
         fit = vm.fit(
-            model, tasks, strategy, 50, lambda p: torch.optim.SGD(p, lr=2.0, maximize=True), schedule="constant"
+            model,
+            tasks,
+            strategy,
+            50,
+            lambda p: torch.optim.SGD(p, lr=2.0, maximize=True),
+            schedule="constant",
         )
-    assert "not finite at step" in fit.stop and "last step at which it was" in fit.stop and not fit.converged
+    assert (
+        "not finite at step" in fit.stop
+        and "last step at which it was" in fit.stop
+        and not fit.converged
+    )
     assert 0 < len(fit.history) < 50
     # what comes back can be used: the loss there is the last of the record
     assert fit.run.state.phi is not None
@@ -380,7 +439,11 @@ def test_the_callback_sees_every_step() -> None:
     rows: list[dict[str, float]] = []
     fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint(), 4, adam, callback=rows.append)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert set(rows[0]) == {"step", "loss", "gradient_norm", "evaluations", "seconds"} == set(fit.history.columns)
+    assert (
+        set(rows[0])
+        == {"step", "loss", "gradient_norm", "evaluations", "seconds"}
+        == set(fit.history.columns)
+    )
     assert fit.history["loss"].tolist() == [row["loss"] for row in rows]
 
 
@@ -448,7 +511,10 @@ def test_a_delta_objective_is_never_called_an_elbo(strategy: Strategy) -> None:
 def test_the_objective_has_its_name(strategy: Strategy, name: str) -> None:
     assert known(linear_model(PRIOR), ragged_tasks(2), strategy).loss_name == name
     hyper = vm.GaussianPrior(3.0, "shared", hyperprior=dist.Gamma(2.0, 1.0))
-    assert known(linear_model(hyper), ragged_tasks(2), strategy).loss_name == f"{name} - log hyperprior"
+    assert (
+        known(linear_model(hyper), ragged_tasks(2), strategy).loss_name
+        == f"{name} - log hyperprior"
+    )
 
 
 def test_a_cubature_that_is_not_exact_is_named() -> None:
@@ -466,13 +532,22 @@ def test_a_precision_that_runs_away_is_called_out() -> None:
     noise -= noise.mean(1, keepdim=True)
     tasks = vm.TaskSet([vm.Task((a, 1.0 + b)) for a, b in zip(x, noise, strict=True)])
     bias = vm.TaskModel(
-        seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0, "shared"), shared=("weight",)
+        seeded(lambda: nn.Linear(1, 1)),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(1.0, "shared"),
+        shared=("weight",),
     )
     said = "precision of bias runs away.*centre the predictors, or give a hyperprior"
-    for guide in ("normal", "multivariate_normal", vm.guides.Dense()):  # of one weight they are one, so none is advised
+    for guide in (
+        "normal",
+        "multivariate_normal",
+        vm.guides.Dense(),
+    ):  # of one weight they are one, so none is advised
         with pytest.warns(RuntimeWarning, match=said):
             fit = vm.fit(bias, tasks, vm.Joint(guide))
         assert len(doubts(fit)) == 1
-    spread = vm.TaskSet([vm.Task((a, 3.0 * i + b)) for i, (a, b) in enumerate(zip(x, noise, strict=True))])
+    spread = vm.TaskSet(
+        [vm.Task((a, 3.0 * i + b)) for i, (a, b) in enumerate(zip(x, noise, strict=True))]
+    )
     fit = vm.fit(bias, spread, vm.Joint("normal"))
     assert doubts(fit) == []

@@ -27,16 +27,22 @@ def flat(model: vm.TaskModel, grads: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def same_data_inside_and_outside(tasks: vm.TaskSet) -> vm.TaskSet:
-    return vm.TaskSet([vm.Task(support=task.support, query=task.support, name=task.name) for task in tasks])
+    return vm.TaskSet(
+        [vm.Task(support=task.support, query=task.support, name=task.name) for task in tasks]
+    )
 
 
 def test_envelope_gradient_is_lambda_times_the_offset() -> None:
-    """outer="elbo": dM/dtheta0 = lambda sum_i (theta0 - theta_i*), no Hessian (Moreau envelope; Reptile's direction)."""
+    """outer="elbo": dM/dtheta0 = lambda sum_i (theta0 - theta_i*), no Hessian (Moreau envelope;
+    Reptile's direction).
+    """
     for make in MODELS.values():
         model, tasks = make(vm.GaussianPrior(3.0)), ragged_tasks(4)
         _, phi, theta0, _ = solved(model, tasks)
         result = vm.meta_gradient(model, tasks, vm.Implicit("delta", "elbo", **TIGHT))
-        torch.testing.assert_close(flat(model, result.grads), 3.0 * (theta0 - phi).sum(0), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(
+            flat(model, result.grads), 3.0 * (theta0 - phi).sum(0), rtol=1e-8, atol=1e-8
+        )
 
 
 def test_imaml_gradient_is_the_envelope_gradient_preconditioned() -> None:
@@ -82,7 +88,9 @@ def test_unrolled_to_convergence_is_implicit() -> None:
 
 
 def test_reptile_pulls_along_the_envelope_direction() -> None:
-    """With phi_K held fixed the elbo's derivative is lambda (theta0 - phi_K), Reptile's own direction."""
+    """With phi_K held fixed the elbo's derivative is lambda (theta0 - phi_K), Reptile's own
+    direction.
+    """
     model, tasks = linear_model(vm.GaussianPrior(3.0)), ragged_tasks(3)
     strategy = vm.Reptile(inner_steps=7)
     problem = strategy.problem(model, tasks, 0)

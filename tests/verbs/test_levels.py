@@ -17,9 +17,13 @@ from varmeta.posteriors import calibration, metrics
 @cache
 def fit(hyperguide: str = "delta") -> vm.Fit:
     model = vm.TaskModel(
-        vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared")
+        vm.LinearPredictor(["x"]),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(learn_precision="shared"),
     )
-    return vm.fit(model, vm.datasets.lines(8, num_query=3, noise=0.3), hyperguide=hyperguide, progress=False)
+    return vm.fit(
+        model, vm.datasets.lines(8, num_query=3, noise=0.3), hyperguide=hyperguide, progress=False
+    )
 
 
 ONE = torch.ones(3)
@@ -30,16 +34,22 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "compare": lambda level: vm.compare(
         {"joint": vm.Joint()}, fit().model, fit().tasks, fit().tasks, seeds=1, budget=2, level=level
     ),
-    "plot_prior_curves": lambda level: vm.plot.plot_prior_curves(fit(), [[0.0], [1.0]], level=level),
+    "plot_prior_curves": lambda level: vm.plot.plot_prior_curves(
+        fit(), [[0.0], [1.0]], level=level
+    ),
     "metrics.normal": lambda level: metrics.normal(ONE, ONE, ONE, level),
-    "calibration.interval_coverage": lambda level: calibration.interval_coverage(ONE[:, None], ONE[:1], level),
+    "calibration.interval_coverage": lambda level: calibration.interval_coverage(
+        ONE[:, None], ONE[:1], level
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ASKED)
 @pytest.mark.parametrize("level", [5, 90, 0, 1, -0.5, math.nan])
 def test_a_level_that_is_no_probability_is_refused(name: str, level: float) -> None:
-    with pytest.raises(ValueError, match=f"level must be a probability between 0 and 1, such as 0.9, not {level}"):
+    with pytest.raises(
+        ValueError, match=f"level must be a probability between 0 and 1, such as 0.9, not {level}"
+    ):
         ASKED[name](level)
 
 

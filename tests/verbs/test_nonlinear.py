@@ -1,4 +1,6 @@
-"""Nonlinear programs: truth recovered, gradients, evidence by quadrature, and what a bad start is told."""
+"""Nonlinear programs: truth recovered, gradients, evidence by quadrature, and what a bad start is
+told.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from torch import Tensor
 
 import varmeta as vm
 from experiments.mixed_models.sets import reference, table
-from experiments.nonlinear import CASES, absorption, beside_nlme, fitted, log_logistic, main, quadrature
+from experiments.nonlinear import (
+    CASES,
+    absorption,
+    beside_nlme,
+    fitted,
+    log_logistic,
+    main,
+    quadrature,
+)
 from tests.cases import scalar_program
 from tests.conftest import shared_data
 from varmeta.fitting.pooled_start import pooled_start
@@ -30,14 +40,18 @@ def real(value: float) -> Tensor:
 
 
 def subjects(number: int, seed: int = 0) -> vm.TaskSet:
-    """Simulated from the program; every third without its last two times, so that there is padding."""
+    """Simulated from the program; every third without its last two times, so that there is
+    padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     tasks = []
     for i in range(number):
         time = torch.tensor(TIMES[: 6 if i % 3 == 2 else 8], dtype=torch.float64)
         x = torch.stack([torch.full_like(time, 3.0 + i % 4), time], -1)
         draws = torch.randn(3, generator=generator, dtype=torch.float64)
-        params = {n: real(TRUTH[n]) + SDS[n] * z for n, z in zip(TRUTH, draws, strict=True)} | {"log_sd": real(-50.0)}
+        params = {n: real(TRUTH[n]) + SDS[n] * z for n, z in zip(TRUTH, draws, strict=True)} | {
+            "log_sd": real(-50.0)
+        }
         with torch.random.fork_rng():
             mean = absorption(params, x, None)
         y = mean + NOISE * torch.randn(len(time), generator=generator, dtype=torch.float64)
@@ -59,10 +73,15 @@ def test_truth_is_recovered() -> None:
     for name, true in TRUTH.items():
         assert abs(float(fit.prior.loc[name]) - true) <= 3 * float(fit.standard_errors[name]), name
         # an sd that is known without error from n tasks has a relative error of 1 / sqrt(2 n)
-        assert float(fit.prior.sd[name]) == pytest.approx(SDS[name], rel=4 / math.sqrt(2 * number)), name
+        assert float(fit.prior.sd[name]) == pytest.approx(
+            SDS[name], rel=4 / math.sqrt(2 * number)
+        ), name
     rows = sum(len(task.support[1]) for task in tasks if task.support)
-    assert float(fit.prior.shared["log_sd"].exp()) == pytest.approx(NOISE, rel=4 / math.sqrt(2 * rows - 6 * number))
-    # a guide can do no better than the posterior: the bound lies below the log likelihood, here by little
+    assert float(fit.prior.shared["log_sd"].exp()) == pytest.approx(
+        NOISE, rel=4 / math.sqrt(2 * rows - 6 * number)
+    )
+    # a guide can do no better than the posterior: the bound lies below the log likelihood, here by
+    # little
     posterior = fit.posterior()
     exact, again = quadrature(posterior), quadrature(posterior, 21)
     assert torch.allclose(exact, again, atol=1e-6)
@@ -73,24 +92,39 @@ def test_truth_is_recovered() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", [vm.Implicit("multivariate_normal"), vm.Implicit("laplace")], ids=["dense", "laplace"]
+    "strategy",
+    [vm.Implicit("multivariate_normal"), vm.Implicit("laplace")],
+    ids=["dense", "laplace"],
 )
 def test_gradients_are_those_of_the_problem_solved_anew(strategy: vm.Implicit) -> None:
     tasks, model = subjects(3), pharmacokinetics(vm.GaussianPrior(learn_precision="full"))
     eta = model.init(real(0.0)) | {n: real(v) for n, v in TRUTH.items()}
-    eta |= {"log_sd": real(-1.0), "log_precision": torch.tensor([4.0, 1.5, 2.5], dtype=torch.float64)}
+    eta |= {
+        "log_sd": real(-1.0),
+        "log_precision": torch.tensor([4.0, 1.5, 2.5], dtype=torch.float64),
+    }
     eta["prior_tril"] = torch.tensor([0.2, 0.5, -0.1], dtype=torch.float64)
     grads = vm.meta_gradient(model, tasks, strategy, eta=eta).grads
     step = 1e-4
-    for name, index in (("lKa", 0), ("lCl", 0), ("log_sd", 0), ("log_precision", 1), ("prior_tril", 1)):
+    for name, index in (
+        ("lKa", 0),
+        ("lCl", 0),
+        ("log_sd", 0),
+        ("log_precision", 1),
+        ("prior_tril", 1),
+    ):
         values = []
         for side in (2, 1, -1, -2):
             moved = eta[name].clone()
             moved.reshape(-1)[index] += side * step
-            values.append(float(vm.meta_gradient(model, tasks, strategy, eta=eta | {name: moved}).value))
+            values.append(
+                float(vm.meta_gradient(model, tasks, strategy, eta=eta | {name: moved}).value)
+            )
         # of fourth order: its own error is about 1e-13 / step = 1e-9
         found = (8 * (values[1] - values[2]) - (values[0] - values[3])) / (12 * step)
-        assert float(grads[name].reshape(-1)[index]) == pytest.approx(found, rel=1e-6, abs=1e-6), name
+        assert float(grads[name].reshape(-1)[index]) == pytest.approx(found, rel=1e-6, abs=1e-6), (
+            name
+        )
 
 
 def test_padding_counts_for_nothing() -> None:
@@ -100,16 +134,21 @@ def test_padding_counts_for_nothing() -> None:
     strategy = vm.Implicit("multivariate_normal")
     together = vm.meta_gradient(model, tasks, strategy)
     alone = [vm.meta_gradient(model, tasks[i : i + 1], strategy) for i in range(2)]
-    assert float(together.value) == pytest.approx(sum(float(part.value) for part in alone), rel=1e-12)
+    assert float(together.value) == pytest.approx(
+        sum(float(part.value) for part in alone), rel=1e-12
+    )
 
 
-# -- starts ----------------------------------------------------------------------------------------------------------------
+# -- starts ----------------------------------------------------------------------------------------
 
 
 def test_a_start_where_the_program_divides_by_zero_is_named() -> None:
-    model = vm.TaskModel.from_pyro(absorption, {"lKe": (), "lKa": (), "lCl": (), "log_sd": ()}, shared=["log_sd"])
+    model = vm.TaskModel.from_pyro(
+        absorption, {"lKe": (), "lKa": (), "lCl": (), "log_sd": ()}, shared=["log_sd"]
+    )
     with pytest.raises(
-        ValueError, match=r"task 'subject 0', row 0: loc of Normal is nan .*lKe = 0.* tensors in params"
+        ValueError,
+        match=r"task 'subject 0', row 0: loc of Normal is nan .*lKe = 0.* tensors in params",
     ):
         vm.fit(model, subjects(3), compile=False)
 
@@ -121,10 +160,13 @@ def _two_responses(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Te
 
 
 def test_a_scale_of_zero_at_the_start_is_named() -> None:
-    tasks = vm.TaskSet([vm.Task(([0.0], [[1.0, 2.0]])), vm.Task(([0.0, 1.0], [[1.0, 2.0], [2.0, 3.0]]))])
+    tasks = vm.TaskSet(
+        [vm.Task(([0.0], [[1.0, 2.0]])), vm.Task(([0.0, 1.0], [[1.0, 2.0], [2.0, 3.0]]))]
+    )
     model = vm.TaskModel.from_pyro(_two_responses, {"loc": (), "scale": ()}, shared=["scale"])
     with pytest.raises(
-        ValueError, match="row 0: scale of Normal is 0, 0 where the fit would start .loc = 0, scale = 0"
+        ValueError,
+        match="row 0: scale of Normal is 0, 0 where the fit would start .loc = 0, scale = 0",
     ):
         vm.fit(model, tasks, compile=False)
 
@@ -137,10 +179,14 @@ def growth(start: dict[str, float]) -> tuple[vm.TaskModel, vm.TaskSet]:
     for _ in range(20):
         z = torch.randn(2, generator=generator, dtype=torch.float64)
         mean = (5.5 + 0.4 * z[0]).exp() * torch.sigmoid((time - 12.0 - 3.0 * z[1]) / 6.0)
-        tasks.append(vm.Task((time, mean + 5.0 * torch.randn(12, generator=generator, dtype=torch.float64))))
+        tasks.append(
+            vm.Task((time, mean + 5.0 * torch.randn(12, generator=generator, dtype=torch.float64)))
+        )
     shared = ["log_scal", "log_sd"]
     prior = vm.GaussianPrior(learn_precision="per_parameter")
-    model = vm.TaskModel.from_pyro(log_logistic, {name: real(v) for name, v in start.items()}, prior, shared=shared)
+    model = vm.TaskModel.from_pyro(
+        log_logistic, {name: real(v) for name, v in start.items()}, prior, shared=shared
+    )
     return model, vm.TaskSet(tasks)
 
 
@@ -149,7 +195,10 @@ NAMES = ("log_Asym", "xmid", "log_scal", "log_sd")
 
 def test_logistic_curves_from_zeros() -> None:
     """Neither units nor signs of the start are near; the pooled fit finds the way."""
-    near = vm.fit(*growth(dict(zip(NAMES, (5.0, 10.0, 1.0, 2.0), strict=True))), vm.Joint("multivariate_normal"))
+    near = vm.fit(
+        *growth(dict(zip(NAMES, (5.0, 10.0, 1.0, 2.0), strict=True))),
+        vm.Joint("multivariate_normal"),
+    )
     far = vm.fit(*growth(dict.fromkeys(NAMES, 0.0)), vm.Joint("multivariate_normal"))
     assert near.converged and far.converged
     assert far.loss == pytest.approx(near.loss, abs=1e-6)
@@ -159,12 +208,17 @@ def test_logistic_curves_from_zeros() -> None:
 def test_a_start_on_a_plateau_is_named() -> None:
     """A step 50 days before the first row, where no derivative leads back."""
     with pytest.warns(RuntimeWarning) as caught:
-        vm.fit(*growth(dict(zip(NAMES, (5.0, -50.0, -1.0, 2.0), strict=True))), vm.Joint("multivariate_normal"))
+        vm.fit(
+            *growth(dict(zip(NAMES, (5.0, -50.0, -1.0, 2.0), strict=True))),
+            vm.Joint("multivariate_normal"),
+        )
     assert any("the data say nothing about xmid" in str(item.message) for item in caught)
 
 
 def test_a_pooled_fit_that_runs_onto_a_plateau_is_not_used() -> None:
-    """Chicks from zeros: the step slides below all data, and a fit from there ended at -4.7e169 and called that converged."""
+    """Chicks from zeros: the step slides below all data, and a fit from there ended at -4.7e169 and
+    called that converged.
+    """
     shared_data("chickweight")
     model, tasks = CASES[3].model(dict.fromkeys(NAMES, 0.0)), CASES[3].tasks()
     with pytest.warns(RuntimeWarning) as caught:
@@ -175,7 +229,9 @@ def test_a_pooled_fit_that_runs_onto_a_plateau_is_not_used() -> None:
 
 
 def test_a_line_search_that_is_stuck_at_a_jump_has_not_converged() -> None:
-    """Tasks whose loss has several minima: which one is found depends on theta0, and the objective jumps."""
+    """Tasks whose loss has several minima: which one is found depends on theta0, and the objective
+    jumps.
+    """
     generator = torch.Generator().manual_seed(6)
     tasks = []
     for _ in range(3):
@@ -192,7 +248,9 @@ def test_a_line_search_that_is_stuck_at_a_jump_has_not_converged() -> None:
 
 
 def raw_logistic(params: dict[str, Tensor], time: Tensor, y: Tensor | None) -> Tensor:
-    """As one writes it by hand: the exponential overflows, and derivatives are lost, where scal is near 0."""
+    """As one writes it by hand: the exponential overflows, and derivatives are lost, where scal is
+    near 0.
+    """
     mean = params["asym"] / (1 + (-(time - params["xmid"]) / params["scal"]).exp())
     return pyro.sample("y", dist.Normal(mean, params["log_sd"].exp()), obs=y)
 
@@ -229,7 +287,9 @@ def test_a_curve_whose_scale_varies_is_fitted_in_its_own_units(
     learn_precision: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     """The prior that one observation's information gives reaches scal = 0."""
-    fit = vm.fit(*raw_growth(RAW_START, learn_precision), vm.Joint("multivariate_normal"), compile=False)
+    fit = vm.fit(
+        *raw_growth(RAW_START, learn_precision), vm.Joint("multivariate_normal"), compile=False
+    )
     assert fit.converged and fit.standard_errors is not None and not recwarn.list
     for name, true in {"asym": 300.0, "xmid": 12.0, "scal": 6.0}.items():
         assert abs(float(fit.prior.loc[name]) - true) <= 3 * float(fit.standard_errors[name]), name
@@ -237,13 +297,17 @@ def test_a_curve_whose_scale_varies_is_fitted_in_its_own_units(
 
 
 def test_chicks_whose_scale_varies_too_beside_nlme() -> None:
-    """nlme's estimates, where Asym and xmid vary, as the start; that model is this one at prior sd(scal) = 0."""
+    """nlme's estimates, where Asym and xmid vary, as the start; that model is this one at prior
+    sd(scal) = 0.
+    """
     shared_data("chickweight")
     there = reference("chickweight", "reference.json")["fits"]["logistic_ML"]
     rows: dict[str, list[tuple[float, float]]] = {}
     for row in table("chickweight").itertuples():
         rows.setdefault(str(row.Chick), []).append((row.Time, row.weight))
-    tasks = vm.TaskSet([vm.Task(torch.tensor(rows[k], dtype=torch.float64).unbind(-1), name=k) for k in rows])
+    tasks = vm.TaskSet(
+        [vm.Task(torch.tensor(rows[k], dtype=torch.float64).unbind(-1), name=k) for k in rows]
+    )
     begin = dict(zip(("asym", "xmid", "scal"), map(real, there["fixed"]["estimate"]), strict=True))
     begin["log_sd"] = real(there["sigma"]).log()
     model = vm.TaskModel.from_pyro(
@@ -264,34 +328,50 @@ def test_a_program_that_does_not_bend_starts_at_the_information_of_one_observati
 
     x = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
     tasks = vm.TaskSet([vm.Task((x, 100 + 7 * x + shift)) for shift in (-1.0, 0.0, 2.0)])
-    model = vm.TaskModel.from_pyro(line, {"a": (), "b": ()}, vm.GaussianPrior(learn_precision="full"))
-    start = pooled_start(vm.Joint("multivariate_normal").problem(model, tasks, 0), tasks.batch(), model.init(x))
+    model = vm.TaskModel.from_pyro(
+        line, {"a": (), "b": ()}, vm.GaussianPrior(learn_precision="full")
+    )
+    start = pooled_start(
+        vm.Joint("multivariate_normal").problem(model, tasks, 0), tasks.batch(), model.init(x)
+    )
     information = torch.tensor([[1.0, 4 / 3], [4 / 3, 10 / 3]], dtype=torch.float64) / 4
     covariance = model.prior_distribution(start).covariance_matrix.squeeze()
     torch.testing.assert_close(covariance, torch.linalg.inv(information), rtol=1e-6, atol=1e-6)
 
 
 def test_a_weight_that_ran_off_is_named() -> None:
-    """From zeros with scal = 1 the step slides to where the curve is an exponential, and so for ever."""
+    """From zeros with scal = 1 the step slides to where the curve is an exponential, and so for
+    ever.
+    """
     zeros = {"asym": 0.0, "xmid": 0.0, "scal": 1.0, "log_sd": 0.0}
     with pytest.warns(
-        RuntimeWarning, match=r"xmid = -[\d.]+e\+\d+, scal = .* ran off, far beyond any number in the data"
+        RuntimeWarning,
+        match=r"xmid = -[\d.]+e\+\d+, scal = .* ran off, far beyond any number in the data",
     ):
-        vm.fit(*raw_growth(zeros, "per_parameter"), vm.Joint("multivariate_normal"), num_steps=5, compile=False)
+        vm.fit(
+            *raw_growth(zeros, "per_parameter"),
+            vm.Joint("multivariate_normal"),
+            num_steps=5,
+            compile=False,
+        )
 
 
-# -- theophylline ----------------------------------------------------------------------------------------------------------
+# -- theophylline ----------------------------------------------------------------------------------
 
 
 def test_theophylline_beside_nlme() -> None:
-    """nlme linearises, so its estimates are a little off the likelihood's maximum: ours has the higher log likelihood."""
+    """nlme linearises, so its estimates are a little off the likelihood's maximum: ours has the
+    higher log likelihood.
+    """
     shared_data("theoph")
     fit, said = fitted(CASES[0], "dense")
     assert fit.converged and not said
     rows = {row["quantity"]: row for row in beside_nlme(CASES[0], {"dense": fit})}
     assert fit.standard_errors is not None
     for name in ("lKa", "lCl", "lKe"):
-        assert abs(rows[name]["dense"] - rows[name]["nlme"]) <= 0.1 * float(fit.standard_errors[name]), name
+        assert abs(rows[name]["dense"] - rows[name]["nlme"]) <= 0.1 * float(
+            fit.standard_errors[name]
+        ), name
     for name in ("sd(lKa)", "sd(lCl)", "noise scale"):
         assert rows[name]["dense"] == pytest.approx(rows[name]["nlme"], rel=0.03), name
     assert rows["log likelihood"]["dense"] > rows["log likelihood"]["nlme"]

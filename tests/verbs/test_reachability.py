@@ -20,7 +20,9 @@ def double_well(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> None:
 
 
 def wells(*tilts: float) -> vm.TaskSet:
-    return vm.TaskSet([vm.Task(support=([[tilt]], [0.0]), name=f"tilt {tilt}") for tilt in tilts], dtype=F64)
+    return vm.TaskSet(
+        [vm.Task(support=([[tilt]], [0.0]), name=f"tilt {tilt}") for tilt in tilts], dtype=F64
+    )
 
 
 def placed(model: vm.TaskModel, tasks: vm.TaskSet, loc: list[float]) -> vm.Fit:
@@ -32,12 +34,17 @@ def placed(model: vm.TaskModel, tasks: vm.TaskSet, loc: list[float]) -> vm.Fit:
 
 
 def test_a_well_on_the_other_side_is_not_reached() -> None:
-    """theta0 = 0.5: gradient descent ends in the right well; the joint solution sits in the left, deeper for tilt -1."""
-    model = vm.TaskModel.from_pyro(double_well, {"theta": torch.tensor(0.5, dtype=F64)}, vm.GaussianPrior(0.1))
+    """theta0 = 0.5: gradient descent ends in the right well; the joint solution sits in the left,
+    deeper for tilt -1.
+    """
+    model = vm.TaskModel.from_pyro(
+        double_well, {"theta": torch.tensor(0.5, dtype=F64)}, vm.GaussianPrior(0.1)
+    )
     tasks = wells(-1.0, 1.0)
     fit = placed(model, tasks, [-1.03, 1.03])
     result = vm.reachability(fit, vm.GradientDescent(0.01))
-    # nats that the left well is better by, with its pull towards theta0: (1 + 1) - 0.05 (1.5^2 - 0.5^2)
+    # nats that the left well is better by, with its pull towards theta0: (1 + 1) - 0.05 (1.5^2 -
+    # 0.5^2)
     assert result.gap[0] == pytest.approx(2.0 - 0.05 * (1.53**2 - 0.47**2), abs=0.05)
     assert abs(float(result.gap[1])) < 0.01
     assert (
@@ -50,13 +57,17 @@ def test_a_well_on_the_other_side_is_not_reached() -> None:
 
 
 def test_a_run_that_stopped_early_can_be_beaten() -> None:
-    model = vm.TaskModel.from_pyro(double_well, {"theta": torch.tensor(0.9, dtype=F64)}, vm.GaussianPrior(0.1))
+    model = vm.TaskModel.from_pyro(
+        double_well, {"theta": torch.tensor(0.9, dtype=F64)}, vm.GaussianPrior(0.1)
+    )
     fit = placed(model, wells(0.0), [0.0])  # on the ridge
     assert float(vm.reachability(fit).gap[0]) < -3.0
 
 
 def test_noisy_expectations_take_first_order_rules() -> None:
-    fit = vm.fit(net_model(vm.GaussianPrior(4.0)), ragged_tasks(3), vm.Joint("normal", adapt_steps=50), 20)
+    fit = vm.fit(
+        net_model(vm.GaussianPrior(4.0)), ragged_tasks(3), vm.Joint("normal", adapt_steps=50), 20
+    )
     result = vm.reachability(fit)
     assert result.alg == "Adam (50 steps)" and bool(torch.isfinite(result.gap).all())
     assert torch.equal(result.gap, vm.reachability(fit).gap)

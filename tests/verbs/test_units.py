@@ -1,4 +1,6 @@
-"""The same data in other units, or from another origin, give the same fit: by default, from where the model starts."""
+"""The same data in other units, or from another origin, give the same fit: by default, from where
+the model starts.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,27 @@ from varmeta.results.doubts import doubts
 
 
 def fit(
-    frame: pd.DataFrame, x: list[str], likelihood: vm.likelihoods.Likelihood, learn: str = "full", **options: list[str]
+    frame: pd.DataFrame,
+    x: list[str],
+    likelihood: vm.likelihoods.Likelihood,
+    learn: str = "full",
+    **options: list[str],
 ) -> vm.Fit:
     tasks = vm.TaskSet.from_frame(frame, task="task", x=x, y="y")
-    model = vm.TaskModel(nn.Linear(len(x), 1), likelihood, vm.GaussianPrior(learn_precision=learn), **options)
+    model = vm.TaskModel(
+        nn.Linear(len(x), 1), likelihood, vm.GaussianPrior(learn_precision=learn), **options
+    )
     return vm.fit(model, tasks, vm.Joint("multivariate_normal"))
 
 
 def frame(name: str) -> pd.DataFrame:
     if name == "rats":
-        return vm.datasets.rats(as_frame=True).rename(columns={"rat": "task", "day": "x", "weight": "y"})
-    return vm.datasets.radon(as_frame=True).rename(columns={"county": "task", "floor": "x", "log_radon": "y"})
+        return vm.datasets.rats(as_frame=True).rename(
+            columns={"rat": "task", "day": "x", "weight": "y"}
+        )
+    return vm.datasets.radon(as_frame=True).rename(
+        columns={"county": "task", "floor": "x", "log_radon": "y"}
+    )
 
 
 @functools.cache
@@ -45,7 +57,9 @@ def test_other_units_of_the_response(name: str, factor: float) -> None:
     scaled = fit(data.assign(y=factor * data["y"]), ["x"], vm.likelihoods.Gaussian())
     assert plain.converged and scaled.converged
     assert scaled.loss - len(data) * math.log(factor) == pytest.approx(plain.loss, abs=1e-6)
-    torch.testing.assert_close(scaled.prior.covariance / factor**2, plain.prior.covariance, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(
+        scaled.prior.covariance / factor**2, plain.prior.covariance, rtol=1e-4, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("change", [(0.01, 0.0), (1e3, 0.0), (1.0, 50.0)])
@@ -55,14 +69,20 @@ def test_other_units_and_origins_of_the_predictor(name: str, change: tuple[float
     scale, shift = change
     moved = fit(data.assign(x=scale * data["x"] + shift), ["x"], vm.likelihoods.Gaussian())
     assert moved.converged and moved.loss == pytest.approx(plain.loss, abs=1e-6)
-    assert scale * float(moved.prior.sd["weight"]) == pytest.approx(float(plain.prior.sd["weight"]), rel=1e-4)
+    assert scale * float(moved.prior.sd["weight"]) == pytest.approx(
+        float(plain.prior.sd["weight"]), rel=1e-4
+    )
 
 
 def counts() -> pd.DataFrame:
-    """Poisson counts with a random slope on a predictor of size 20, where a slope of 1 is an overflow."""
+    """Poisson counts with a random slope on a predictor of size 20, where a slope of 1 is an
+    overflow.
+    """
     generator = torch.Generator().manual_seed(0)
     x = 40 * torch.rand(30, 8, generator=generator, dtype=torch.float64)
-    weights = torch.tensor([0.5, 0.03]) + torch.tensor([0.4, 0.02]) * torch.randn(30, 2, generator=generator)
+    weights = torch.tensor([0.5, 0.03]) + torch.tensor([0.4, 0.02]) * torch.randn(
+        30, 2, generator=generator
+    )
     y = torch.poisson((weights[:, :1] + weights[:, 1:] * x).exp(), generator=generator)
     task = torch.arange(30).repeat_interleave(8)
     return pd.DataFrame({"task": task, "x": x.flatten(), "y": y.flatten().long()})
@@ -80,7 +100,9 @@ def test_counts(factor: float) -> None:
 def test_what_the_data_do_not_tell_apart_is_said() -> None:
     """One row per task: the intercept's spread and the noise are one number."""
     data = counts().groupby("task").head(1).assign(y=lambda d: d["y"] + 0.1 * d["x"] % 1.0)
-    with pytest.warns(RuntimeWarning, match="can hardly tell log_precision.bias and log_scale apart"):
+    with pytest.warns(
+        RuntimeWarning, match="can hardly tell log_precision.bias and log_scale apart"
+    ):
         fit(data, ["x"], vm.likelihoods.Gaussian(), "per_parameter", shared=["weight"])
     twice = frame("radon").assign(z=lambda d: 2 * d["x"])
     with pytest.warns(RuntimeWarning, match="can hardly tell weight apart.*leave one out"):
@@ -89,12 +111,16 @@ def test_what_the_data_do_not_tell_apart_is_said() -> None:
 
 def test_a_fit_that_has_not_converged_warns_unless_the_user_chose_its_end() -> None:
     tasks = vm.datasets.radon()
-    model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
+    model = vm.TaskModel(
+        nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         short = vm.fit(model, tasks, vm.Joint("multivariate_normal"), num_steps=2)
     assert not short.converged and doubts(short, own_end=True) == []
-    assert doubts(short)[0].startswith("the fit has not converged: after 2 Newton steps: give more by num_steps")
+    assert doubts(short)[0].startswith(
+        "the fit has not converged: after 2 Newton steps: give more by num_steps"
+    )
 
 
 def test_noise_that_vanishes_is_called_out() -> None:

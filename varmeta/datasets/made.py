@@ -24,13 +24,15 @@ def sinusoids(
     noise: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> TaskSet:
-    """y = a sin(x - b), with a ~ U(amplitude) and b ~ U(phase) for each task and x ~ U(x_range) for each point.
+    """y = a sin(x - b), with a ~ U(amplitude) and b ~ U(phase) for each task and x ~ U(x_range) for
+    each point.
 
-    The ranges are those of Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017.  x `(points, 1)`,
-    y `(points,)`; `noise` is the sd of normal noise in support and query.  dtype None: torch's default.
+    The ranges are those of Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017.  x
+    `(points, 1)`, y `(points,)`; `noise` is the sd of normal noise in support and query.  dtype
+    None: torch's default.
 
-    The tasks are a function of the seed: more tasks, or more points, begin with those of a smaller call.  Tasks of
-    another seed have other names, so that training and test sets can be told apart.
+    The tasks are a function of the seed: more tasks, or more points, begin with those of a smaller
+    call.  Tasks of another seed have other names, so that training and test sets can be told apart.
 
     Raises ValueError for numbers, ranges or a noise that make no sense.
 
@@ -47,7 +49,9 @@ def sinusoids(
         a, b = uniform(seed, 0, ids, 1, 2)[0].unsqueeze(-1).unbind(1)  # (tasks, 1) each
         return lambda x: _between(a, amplitude) * torch.sin(x - _between(b, phase))
 
-    return _tasks("sinusoid", curves, num_tasks, num_support, num_query, seed, x_range, noise, dtype)
+    return _tasks(
+        "sinusoid", curves, num_tasks, num_support, num_query, seed, x_range, noise, dtype
+    )
 
 
 def polynomials(
@@ -62,11 +66,12 @@ def polynomials(
     noise: float = 0.1,
     dtype: torch.dtype | None = None,
 ) -> TaskSet:
-    """y = sum_k c_k x^k + noise, with c_k ~ N(loc[k], scale[k]^2) for each task: a mixed model whose prior is known.
+    """y = sum_k c_k x^k + noise, with c_k ~ N(loc[k], scale[k]^2) for each task: a mixed model
+    whose prior is known.
 
     loc: the prior mean of every coefficient, constant first, so its length is the degree + 1.
-    scale: the prior sd of every coefficient, or one for all; 0 for a coefficient that all tasks share.
-    The rest as for `sinusoids`; x is `(points, 1)`, not its powers.
+    scale: the prior sd of every coefficient, or one for all; 0 for a coefficient that all tasks
+    share. The rest as for `sinusoids`; x is `(points, 1)`, not its powers.
 
     >>> tasks = polynomials(2, 3, loc=(1.0, 0.0, 2.0), scale=0.0, noise=0.0, dtype=torch.float64)
     >>> x, y = tasks[0].support
@@ -74,7 +79,9 @@ def polynomials(
     True
     """
     curves = _polynomial_curves(seed, loc, scale)
-    return _tasks("polynomial", curves, num_tasks, num_support, num_query, seed, x_range, noise, dtype)
+    return _tasks(
+        "polynomial", curves, num_tasks, num_support, num_query, seed, x_range, noise, dtype
+    )
 
 
 def lines(
@@ -89,7 +96,8 @@ def lines(
     noise: float = 0.1,
     dtype: torch.dtype | None = None,
 ) -> TaskSet:
-    """y = a + b x + noise, with a ~ N(intercept) and b ~ N(slope), each given as (mean, sd): `polynomials` of degree 1.
+    """y = a + b x + noise, with a ~ N(intercept) and b ~ N(slope), each given as (mean, sd):
+    `polynomials` of degree 1.
 
     >>> lines(4, 5).names[0]
     'line 0.0'
@@ -102,15 +110,21 @@ def lines(
 Curves = Callable[[Tensor], Tensor]  # x (tasks, points) -> y (tasks, points)
 
 
-def _polynomial_curves(seed: int, loc: Sequence[float], scale: float | Sequence[float]) -> Callable[[Tensor], Curves]:
+def _polynomial_curves(
+    seed: int, loc: Sequence[float], scale: float | Sequence[float]
+) -> Callable[[Tensor], Curves]:
     means = torch.tensor([float(value) for value in loc], dtype=torch.float64)
     sds = torch.as_tensor(scale, dtype=torch.float64)
     if not len(means):
         raise ValueError("loc is empty: give the mean of at least the constant")
     if sds.dim() > 1 or (sds.dim() == 1 and len(sds) != len(means)):
-        raise ValueError(f"scale must be one number or {len(means)}, as many as loc has, not {scale!r}")
+        raise ValueError(
+            f"scale must be one number or {len(means)}, as many as loc has, not {scale!r}"
+        )
     if not bool(means.isfinite().all() & sds.isfinite().all() & (sds >= 0).all()):
-        raise ValueError(f"prior means must be finite, sds finite and not negative; got {loc!r} and {scale!r}")
+        raise ValueError(
+            f"prior means must be finite, sds finite and not negative; got {loc!r} and {scale!r}"
+        )
 
     def curves(ids: Tensor) -> Curves:
         coefficients = means + sds * _normals(seed, 0, ids, len(means))  # (tasks, degree + 1)
@@ -131,13 +145,19 @@ def _tasks(
     noise: float,
     dtype: torch.dtype | None,
 ) -> TaskSet:
-    """Points on every task's curve.  Curves, inputs and noise of support and query have streams of their own."""
+    """Points on every task's curve.  Curves, inputs and noise of support and query have streams of
+    their own.
+    """
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")
     if num_support < 0 or num_query < 0:
-        raise ValueError(f"num_support and num_query must not be negative, got {num_support} and {num_query}")
+        raise ValueError(
+            f"num_support and num_query must not be negative, got {num_support} and {num_query}"
+        )
     if not 0 <= noise < math.inf:
-        raise ValueError(f"noise is a standard deviation: it must be finite and not negative, not {noise}")
+        raise ValueError(
+            f"noise is a standard deviation: it must be finite and not negative, not {noise}"
+        )
     _check_range("x_range", x_range)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     names = [f"{kind} {seed}.{i}" for i in range(num_tasks)]
@@ -151,15 +171,26 @@ def _tasks(
 
     supports, queries = points(num_support, 1), points(num_query, 2)
     return TaskSet(
-        [Task(*parts) for parts in zip(supports, queries if num_query else [None] * num_tasks, names, strict=True)],
+        [
+            Task(*parts)
+            for parts in zip(
+                supports, queries if num_query else [None] * num_tasks, names, strict=True
+            )
+        ],
         dtype=dtype,
     )
 
 
 def _normals(seed: int, stream: int, ids: Tensor, number: int) -> Tensor:
-    """Draws `(tasks, number)`, of which fewer are the first of more: the two of every pair side by side."""
+    """Draws `(tasks, number)`, of which fewer are the first of more: the two of every pair side by
+    side.
+    """
     pairs = (number + 1) // 2
-    return normal(seed, stream, ids, 1, 2 * pairs)[0].reshape(len(ids), 2, pairs).mT.flatten(1)[:, :number]
+    return (
+        normal(seed, stream, ids, 1, 2 * pairs)[0]
+        .reshape(len(ids), 2, pairs)
+        .mT.flatten(1)[:, :number]
+    )
 
 
 def _between(unit: Tensor, ends: tuple[float, float]) -> Tensor:

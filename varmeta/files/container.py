@@ -1,9 +1,11 @@
 """Plain values and tensors as bytes under a checksum, and back; nothing in them can be run.
 
-    varmeta fit 4\\n  sha256 of all that follows, 64 digits \\n  length of the words, 16 digits \\n  words (JSON)  numbers
+    varmeta fit 4\\n  sha256 of all that follows, 64 digits \\n  length of the words, 16 digits \\n
+    words (JSON)  numbers
 
-The words hold every plain value, and of a tensor its dtype and shape; the tensors' numbers follow in their order, little
-endian.  So a file holds as many numbers as it has bytes for, and no reader need trust it for more.
+The words hold every plain value, and of a tensor its dtype and shape; the tensors' numbers follow
+in their order, little endian.  So a file holds as many numbers as it has bytes for, and no reader
+need trust it for more.
 """
 
 from __future__ import annotations
@@ -22,10 +24,18 @@ HEADER = len(MAGIC) + DIGEST + 1 + LENGTH + 1
 DTYPES: dict[str, torch.dtype] = {
     str(kind).removeprefix("torch."): kind
     for kind in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint8, torch.bool,
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
     )
-}  # fmt: skip
+}
 
 
 class DamagedError(ValueError):
@@ -48,27 +58,46 @@ def packed(content: Any) -> list[bytes]:
 
 
 def unpacked(data: bytes) -> Any:
-    """What was packed.  Raises DamagedError where the bytes differ in anything, or ask for more numbers than there are."""
+    """What was packed.  Raises DamagedError where the bytes differ in anything, or ask for more
+    numbers than there are.
+    """
     view = memoryview(data)
     if bytes(view[: len(MAGIC)]) != MAGIC:
         raise DamagedError("it does not begin as one")
-    digest, rest = bytes(view[len(MAGIC) : len(MAGIC) + DIGEST + 1]), view[len(MAGIC) + DIGEST + 1 :]
+    digest, rest = (
+        bytes(view[len(MAGIC) : len(MAGIC) + DIGEST + 1]),
+        view[len(MAGIC) + DIGEST + 1 :],
+    )
     if digest != hashlib.sha256(rest).hexdigest().encode() + b"\n":
-        raise DamagedError("its checksum does not fit: it was changed or cut short after it was written")
+        raise DamagedError(
+            "its checksum does not fit: it was changed or cut short after it was written"
+        )
     try:
         length = int(bytes(rest[:LENGTH]))
         words = json.loads(bytes(view[HEADER : HEADER + length]))
         found, left = _decoded(words, view[HEADER + length :])
     # a checksum keeps out accidents, not what somebody wrote on purpose
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError, OverflowError, RuntimeError) as error:
-        raise DamagedError(f"its content is not what a fit holds ({type(error).__name__})") from error
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RecursionError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        raise DamagedError(
+            f"its content is not what a fit holds ({type(error).__name__})"
+        ) from error
     if len(left):
         raise DamagedError(f"{len(left)} bytes stand after its end")
     return found
 
 
 def _coded(value: Any, where: str, tensors: list[Tensor]) -> Any:
-    """As JSON has it: of what it does not know (tensors, tuples, dicts by any key) a dict of one entry."""
+    """As JSON has it: of what it does not know (tensors, tuples, dicts by any key) a dict of one
+    entry.
+    """
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
@@ -77,20 +106,25 @@ def _coded(value: Any, where: str, tensors: list[Tensor]) -> Any:
         return float(value)
     if isinstance(value, Tensor):
         if value.is_sparse or str(value.dtype).removeprefix("torch.") not in DTYPES:
-            raise TypeError(f"{where or 'the content'} is a tensor of {value.dtype}, which no file of a fit holds")
+            raise TypeError(
+                f"{where or 'the content'} is a tensor of {value.dtype}, which no file of a fit "
+                "holds"
+            )
         tensors.append(value)
         return {"tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
     if isinstance(value, dict):
         return {
             "dict": [
-                [_coded(key, where, tensors), _coded(one, f"{where}[{key!r}]", tensors)] for key, one in value.items()
+                [_coded(key, where, tensors), _coded(one, f"{where}[{key!r}]", tensors)]
+                for key, one in value.items()
             ]
         }
     if isinstance(value, (list, tuple)):
         inside = [_coded(one, f"{where}[{i}]", tensors) for i, one in enumerate(value)]
         return inside if isinstance(value, list) else {"tuple": inside}
     raise TypeError(
-        f"{where or 'the content'} is a {type(value).__name__}, which is neither a tensor nor a plain value"
+        f"{where or 'the content'} is a {type(value).__name__}, which is neither a tensor nor a "
+        "plain value"
     )
 
 
@@ -117,7 +151,10 @@ def _decoded(value: Any, numbers: memoryview) -> tuple[Any, memoryview]:
 
 def _tensor(described: Any, numbers: memoryview) -> tuple[Tensor, memoryview]:
     name, shape = described
-    if not all(type(size) is int and 0 <= size < 2**48 for size in shape) or math.prod(shape) >= 2**48:
+    if (
+        not all(type(size) is int and 0 <= size < 2**48 for size in shape)
+        or math.prod(shape) >= 2**48
+    ):
         raise ValueError(f"no tensor has the shape {shape}")
     dtype = DTYPES[name]
     size = math.prod(shape) * dtype.itemsize

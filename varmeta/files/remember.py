@@ -1,7 +1,7 @@
 """Objects that are known again by the arguments of their constructors.
 
-Nobody lists what is kept.  A class that takes part remembers the arguments of its constructor, whatever they are called, so an
-argument that is added later is kept too.
+Nobody lists what is kept.  A class that takes part remembers the arguments of its constructor,
+whatever they are called, so an argument that is added later is kept too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ T = TypeVar("T", bound="Remembers")
 class Remembers:
     """A base of classes that are known again by the arguments of their constructors.
 
-    constructor, constructed_with: what made the object, and the arguments that it got, by name, defaults too.
+    constructor, constructed_with: what made the object, and the arguments that it got, by name,
+        defaults too.
     """
 
     # slots: a class may show or compare its own attributes without these
@@ -34,7 +35,9 @@ class Remembers:
 
 
 def remembered(make: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """For another constructor (under `classmethod`): what it makes remembers its arguments instead."""
+    """For another constructor (under `classmethod`): what it makes remembers its arguments
+    instead.
+    """
 
     @functools.wraps(make)
     def making(cls: Any, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -50,9 +53,7 @@ def _remember(made: T, constructor: Callable[..., Any], first: Any, args: Any, k
     made.constructed_with = {}
     try:
         bound = inspect.signature(constructor).bind(first, *args, **kwargs)
-    except (
-        TypeError
-    ):  # the constructor itself says it better; and a copy is made without arguments, and gets the original's
+    except TypeError:  # the constructor itself says it better; and a copy is made without arguments, and gets the original's
         return
     bound.apply_defaults()
     made.constructed_with = dict(list(bound.arguments.items())[1:])

@@ -1,6 +1,7 @@
 """Files written whole or not at all: beside the old one, to the disk, then in its place.
 
-Standard library alone.  A write that fails, is interrupted or is killed leaves what stood there before.
+Standard library alone.  A write that fails, is interrupted or is killed leaves what stood there
+before.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 
-# A file without a name, so that a killed process leaves nothing behind; Linux alone has it, and not on every file system.
+# A file without a name, so that a killed process leaves nothing behind; Linux alone has it, and not
+# on every file system.
 UNNAMED = getattr(os, "O_TMPFILE", None)
 
 
 def write(path: str | PathLike[str], parts: Iterable[bytes | memoryview]) -> None:
     """Write the parts, one after the other, as the file `path`.
 
-    Raises ValueError where there is no such folder or the path is none of a file; OSError, with the path, for what the system
-    refuses (PermissionError, a full disk).  What stood there before then still does.
+    Raises ValueError where there is no such folder or the path is none of a file; OSError, with the
+    path, for what the system refuses (PermissionError, a full disk).  What stood there before then
+    still does.
     """
     target = _target(path)
     with _named(target):
@@ -37,9 +40,14 @@ def write(path: str | PathLike[str], parts: Iterable[bytes | memoryview]) -> Non
             _take_mode(target, descriptor)
             beside = _beside(target)
             try:
-                # a link cannot take another's place; renaming can.  A src_dir_fd, here without a meaning of its own, makes Python
-                # call linkat, which follows the link in /proc
-                os.link(f"/proc/self/fd/{descriptor}", beside, src_dir_fd=descriptor, follow_symlinks=True)
+                # a link cannot take another's place; renaming can.  A src_dir_fd, here without a
+                # meaning of its own, makes Python call linkat, which follows the link in /proc
+                os.link(
+                    f"/proc/self/fd/{descriptor}",
+                    beside,
+                    src_dir_fd=descriptor,
+                    follow_symlinks=True,
+                )
                 os.replace(beside, target)
             finally:
                 beside.unlink(missing_ok=True)
@@ -48,7 +56,8 @@ def write(path: str | PathLike[str], parts: Iterable[bytes | memoryview]) -> Non
 
 @contextlib.contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """The name of a new file beside `path`, for writers that want a name; at the end it takes the place of `path`.
+    """The name of a new file beside `path`, for writers that want a name; at the end it takes the
+    place of `path`.
 
     Raises as `write`.
     """
@@ -70,13 +79,17 @@ def _target(path: str | PathLike[str]) -> Path:
     target = Path(os.path.realpath(path))  # of a symbolic link, what it points to
     shown = os.fspath(path)
     if not target.parent.is_dir():
-        raise ValueError(f"the folder of {shown!r} does not exist: make it first, Path(...).mkdir(parents=True)")
+        raise ValueError(
+            f"the folder of {shown!r} does not exist: make it first, Path(...).mkdir(parents=True)"
+        )
     if target.is_dir():
         raise ValueError(f"{shown!r} is a folder: give the name of a file")
     if target.exists() and not target.is_file():
         raise ValueError(f"{shown!r} is no ordinary file: give the name of one")
     if target.exists() and not os.access(target, os.W_OK):  # renaming would not ask
-        raise PermissionError(13, "the file may not be written: give another name, or change its mode", shown)
+        raise PermissionError(
+            13, "the file may not be written: give another name, or change its mode", shown
+        )
     return target
 
 

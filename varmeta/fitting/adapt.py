@@ -25,7 +25,9 @@ def adapt(
     size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
 
     def solve(graphed: bool) -> Solution:
-        return chunks.solution(lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size)
+        return chunks.solution(
+            lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size
+        )
 
     try:
         if compile == "auto":

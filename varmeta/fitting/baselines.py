@@ -1,4 +1,6 @@
-"""What every comparison stands beside: one set of weights for all tasks, and every task on its own."""
+"""What every comparison stands beside: one set of weights for all tasks, and every task on its
+own.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ from varmeta.strategies.strategy import Eta, State, Stats, Strategy, Traits
 from varmeta.tasks import Batch, TaskSet
 
 BASELINES = ("pooled", "no pooling")
-# "No pooling" still needs a proper prior: one that weighs as much as this share of one observation, or, for a network, that
-# has this share of the model's own precision.
+# "No pooling" still needs a proper prior: one that weighs as much as this share of one observation,
+# or, for a network, that has this share of the model's own precision.
 WEAK = 1e-2
 
 
@@ -40,23 +42,34 @@ class Pooled(Strategy):
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         return State()
 
-    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+    def loss(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
         losses = problem.losses("elbo", batch, state.step)(problem.start(batch, eta), eta)
         return self.total(problem, batch, eta, losses), state, Stats(losses.detach(), 1.0)
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         phi = detach(problem.start(batch, eta))
-        return Solution(phi, torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device), {})
+        return Solution(
+            phi, torch.zeros(len(batch), dtype=torch.int64, device=batch.ids.device), {}
+        )
 
 
-def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]) -> tuple[TaskModel, Strategy]:
-    """The model and strategy of a baseline; "no pooling" steps and adapts its posteriors as the first `Joint` does."""
+def baseline(
+    name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]
+) -> tuple[TaskModel, Strategy]:
+    """The model and strategy of a baseline; "no pooling" steps and adapts its posteriors as the
+    first `Joint` does.
+    """
     alone = copy.copy(model)
-    # theta0 is what all tasks have in common here, also where the model holds it at a value of its own
+    # theta0 is what all tasks have in common here, also where the model holds it at a value of its
+    # own
     alone.weights = replace(model.weights, fixed={})
     batch = train.batch()
     eta = model.init(batch.support.x.new_zeros(()))
-    precision = WEAK * model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
+    precision = (
+        WEAK * model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
+    )
     if is_regression(model, train, eta):
         found = pooled_fit(model, batch, eta)
         if found is not None:
@@ -73,7 +86,8 @@ def baseline(name: str, model: TaskModel, train: TaskSet, strategies: Iterable[S
 
 
 def no_pooling(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Tensor:
-    """Every task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 % of one observation.
+    """Every task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 % of one
+    observation.
 
     eta: of a fit; shared parameters and the noise scale are taken from it.
     """

@@ -1,4 +1,6 @@
-"""Which task it is whose numbers end a step: looked for when one has failed, and at no other time."""
+"""Which task it is whose numbers end a step: looked for when one has failed, and at no other
+time.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,25 @@ LOST = 0.01
 
 
 def what_failed(
-    strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, losses: Tensor, when: str
+    strategy: Strategy,
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    state: State,
+    losses: Tensor,
+    when: str,
 ) -> str:
-    """A sentence that names the task whose loss, or else whose gradient, is not finite at eta; else whose loss is largest."""
+    """A sentence that names the task whose loss, or else whose gradient, is not finite at eta; else
+    whose loss is largest.
+    """
     if not bool(torch.isfinite(losses).all()):
         return non_finite(batch, losses, when)
     detached = {name: value.detach() for name, value in eta.items()}
     if not math.isfinite(float(torch.as_tensor(problem.model.penalty(detached)))):
-        return f"the density of the hyperprior is not finite {when}: start elsewhere, with GaussianPrior(precision=...)"
+        return (
+            f"the density of the hyperprior is not finite {when}: start elsewhere, with "
+            "GaussianPrior(precision=...)"
+        )
     bad = _tasks_without_gradient(strategy, problem, batch, eta, state)
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -39,22 +52,33 @@ def what_failed(
 def largest(batch: Batch, losses: Tensor) -> str:
     """Where no task's numbers fail by themselves: the one with most to say."""
     worst = int(losses.abs().nan_to_num(nan=math.inf).argmax())
-    return f"where the loss of task {batch.names[worst]!r} is the largest ({float(losses[worst]):.1e} nats)"
+    return (
+        f"where the loss of task {batch.names[worst]!r} is the largest "
+        f"({float(losses[worst]):.1e} nats)"
+    )
 
 
-def drowning_at_start(strategy: Strategy, problem: Problem, batch: Batch, loss: float) -> str | None:
-    """The same where the model starts, for a fit that ended at such a `loss`: by then all tasks may have been drawn after one."""
+def drowning_at_start(
+    strategy: Strategy, problem: Problem, batch: Batch, loss: float
+) -> str | None:
+    """The same where the model starts, for a fit that ended at such a `loss`: by then all tasks may
+    have been drawn after one.
+    """
     if abs(loss) * torch.finfo(batch.support.x.dtype).eps <= LOST:  # NaN goes on
         return None
     eta = problem.model.init(batch.support.x.new_zeros(()))
     parts = chunks.split(batch, chunks.in_memory(strategy, problem, batch, eta))
     with torch.no_grad():
-        losses = [problem.losses(strategy.outer, part, 0)(problem.start(part, eta), eta) for part in parts]
+        losses = [
+            problem.losses(strategy.outer, part, 0)(problem.start(part, eta), eta) for part in parts
+        ]
     return drowning(batch, torch.cat(losses))
 
 
 def drowning(batch: Batch, end: Tensor) -> str | None:
-    """The task in the rounding of whose loss those of the others are lost, in a sentence; None where there is none."""
+    """The task in the rounding of whose loss those of the others are lost, in a sentence; None
+    where there is none.
+    """
     rows = batch.support.mask.sum(1) + (0 if batch.query is None else batch.query.mask.sum(1))
     size = end.detach().abs().double()
     if len(size) < 2 or not bool(torch.isfinite(size).all()):
@@ -65,12 +89,14 @@ def drowning(batch: Batch, end: Tensor) -> str | None:
     if not lost or float(per_row[worst]) < 1e3 * (1.0 + float(per_row.median())):
         return None
     return (
-        f"the loss of task {batch.names[worst]!r} is {float(end[worst]):.1e} nats, in whose rounding the other tasks are "
-        "lost: look at its data, or standardise them"
+        f"the loss of task {batch.names[worst]!r} is {float(end[worst]):.1e} nats, in whose "
+        "rounding the other tasks are lost: look at its data, or standardise them"
     )
 
 
-def _tasks_without_gradient(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> list[str]:
+def _tasks_without_gradient(
+    strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State
+) -> list[str]:
     """By halving: a part whose gradient is finite has no such task."""
     waiting, bad = [(batch, state)], list[str]()
     try:

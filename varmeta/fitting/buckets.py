@@ -1,7 +1,8 @@
 """Tasks of very different size, grouped by size so that little of what is computed is padding.
 
-One task of 765 rows among 386 makes a rectangle of which 4 % is data.  Where nothing asks for one rectangle (joint Newton,
-posteriors of eta), tasks of about the same size are taken together instead.
+One task of 765 rows among 386 makes a rectangle of which 4 % is data.  Where nothing asks for one
+rectangle (joint Newton, posteriors of eta), tasks of about the same size are taken together
+instead.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ _WORTH = 4_000
 
 
 def buckets(batch: Batch) -> list[tuple[Tensor, Batch]]:
-    """Groups of tasks, each with its positions in `batch` and its support padded to its own largest task only.
+    """Groups of tasks, each with its positions in `batch` and its support padded to its own largest
+    task only.
 
-    The query is left out.  Every task is in one group; a single group where more would not save work.
+    The query is left out.  Every task is in one group; a single group where more would not save
+    work.
     """
     sizes = batch.support.num_points
     order = sizes.argsort(stable=True)
     ordered = sizes[order].tolist()
-    # from the largest down: a group goes on as long as its padding costs less than one more run of the program
+    # from the largest down: a group goes on as long as its padding costs less than one more run of
+    # the program
     groups: list[list[int]] = []
     width = padding = 0
     for position in reversed(range(len(ordered))):
@@ -46,7 +50,9 @@ def buckets(batch: Batch) -> list[tuple[Tensor, Batch]]:
         wide = int(sizes[rows].max())
         data = batch.support.take(rows).first_points(wide)
         names = tuple(batch.names[i] for i in rows.tolist())
-        found.append((rows, Batch(data, None, batch.ids[rows], names, batch.rows[rows], batch.total)))
+        found.append(
+            (rows, Batch(data, None, batch.ids[rows], names, batch.rows[rows], batch.total))
+        )
     return found
 
 

@@ -1,7 +1,9 @@
-"""Tasks by the chunk, one after the other: memory then does not grow with their number, and what is worked on stays in cache.
+"""Tasks by the chunk, one after the other: memory then does not grow with their number, and what is
+worked on stays in cache.
 
-Given eta, tasks have nothing to do with each other, and their noise follows their names.  So values and gradients of chunks
-add up, to rounding, to those of all tasks, and everything with a task axis is put together again.
+Given eta, tasks have nothing to do with each other, and their noise follows their names.  So values
+and gradients of chunks add up, to rounding, to those of all tasks, and everything with a task axis
+is put together again.
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
 
-# Bytes that a step or an adaptation may hold at once, of what grows with the number of tasks.  It is a constant, and nobody asks
-# the machine, so that the last digits of a fit are the same everywhere.
+# Bytes that a step or an adaptation may hold at once, of what grows with the number of tasks.  It
+# is a constant, and nobody asks the machine, so that the last digits of a fit are the same
+# everywhere.
 MEMORY = 2**30
-# Bytes of phi in a chunk of a compiled step, some dozen copies of which are at work at once (docs/speed.md).
+# Bytes of phi in a chunk of a compiled step, some dozen copies of which are at work at once
+# (docs/speed.md).
 CACHE = 2**21
 # Where phi is stored, noisy objectives are reported as the mean over this many steps' draws.
 VALUE_DRAWS = 32
@@ -36,7 +40,9 @@ FEW = 10**6
 
 
 class Outcome(NamedTuple):
-    """What one step gives: the outer objective, its gradient in eta by name, and what `Strategy.loss` returns beside it."""
+    """What one step gives: the outer objective, its gradient in eta by name, and what
+    `Strategy.loss` returns beside it.
+    """
 
     value: Tensor
     gradient: dict[str, Tensor]
@@ -51,7 +57,8 @@ def check(size: object, problem: Problem) -> None:
     whole_number("task_chunk_size", size)
     if isinstance(problem.guide, PyroGuide):
         raise ValueError(
-            "a guide of one's own makes its module for all tasks at once: leave task_chunk_size out, or use batch_size"
+            "a guide of one's own makes its module for all tasks at once: leave task_chunk_size "
+            "out, or use batch_size"
         )
 
 
@@ -68,14 +75,20 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
 
 
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
-    """How many tasks at a time of a compiled step: about `CACHE`, and if possible all chunks alike, or two are compiled."""
+    """How many tasks at a time of a compiled step: about `CACHE`, and if possible all chunks alike,
+    or two are compiled.
+    """
     like = batch.support.x
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
         return len(batch)  # elsewhere large kernels are what is fast
     wanted = held = in_memory(strategy, problem, batch, eta)
     if not strategy.traits(problem).stored:
-        wanted = min(held, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel())))
-    elif wanted == len(batch):  # a step that takes one gradient reads nothing often enough for a cache to matter
+        wanted = min(
+            held, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
+        )
+    elif wanted == len(
+        batch
+    ):  # a step that takes one gradient reads nothing often enough for a cache to matter
         return wanted
     if wanted == 0:
         return 1
@@ -101,14 +114,21 @@ def states(state: State, batch: Batch, parts: Sequence[Batch]) -> Iterator[State
     for part in parts:
         rows = slice(begin, begin + len(part))
         yield replace(
-            state, phi=None if phi is None else take(phi, rows), inner=None if inner is None else take(inner, rows)
+            state,
+            phi=None if phi is None else take(phi, rows),
+            inner=None if inner is None else take(inner, rows),
         )
         begin += len(part)
 
 
 def step(
-    one: Callable[[Problem, Batch, Eta, State], Outcome], problem: Problem, batch: Batch, eta: Eta, state: State, size: int
-) -> Outcome:  # fmt: skip
+    one: Callable[[Problem, Batch, Eta, State], Outcome],
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    state: State,
+    size: int,
+) -> Outcome:
     """`one` for each chunk, put together."""
     parts = list(split(batch, size))
     value: Any = 0.0
@@ -117,24 +137,41 @@ def step(
     for part, own in zip(parts, states(state, batch, parts), strict=True):
         here = one(problem, part, eta, own)
         value = value + here.value
-        gradient = {name: gradient[name] + g if gradient else g for name, g in here.gradient.items()}
+        gradient = {
+            name: gradient[name] + g if gradient else g for name, g in here.gradient.items()
+        }
         found.append((here.state, here.stats))
     after = replace(
         found[0][0],
         phi=_into(state.phi, batch, [own.phi for own, _ in found]),
         inner=_into(state.inner, batch, [own.inner for own, _ in found]),
     )
-    return Outcome(value, gradient, after, _join([stats for _, stats in found], [len(part) for part in parts]))
+    return Outcome(
+        value, gradient, after, _join([stats for _, stats in found], [len(part) for part in parts])
+    )
 
 
-def value(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, size: int | None = None) -> float:
-    """The outer objective at eta and the state, for the record (nats), chunk by chunk; of a noisy one a mean over draws."""
+def value(
+    strategy: Strategy,
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    state: State,
+    size: int | None = None,
+) -> float:
+    """The outer objective at eta and the state, for the record (nats), chunk by chunk; of a noisy
+    one a mean over draws.
+    """
     known = {name: value.detach() for name, value in eta.items()}
     traits = strategy.traits(problem)
     draws = VALUE_DRAWS if traits.stored and traits.noisy else 1
     parts = list(split(batch, len(batch) if size is None else size))
     found = (
-        float(strategy.loss(problem, part, known, replace(own, step=own.step + k, certify=False))[0].detach())
+        float(
+            strategy.loss(problem, part, known, replace(own, step=own.step + k, certify=False))[
+                0
+            ].detach()
+        )
         for part, own in zip(parts, states(state, batch, parts), strict=True)
         for k in range(draws)
     )
@@ -153,16 +190,23 @@ def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solut
 def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | None:
     if stored is None:
         return None
-    return batch.into(stored, {name: torch.cat([tree[name] for tree in rows if tree is not None]) for name in stored})
+    return batch.into(
+        stored,
+        {name: torch.cat([tree[name] for tree in rows if tree is not None]) for name in stored},
+    )
 
 
 def _join(found: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Of every chunk the same tree of stats: those with a task axis as one, the others, means over tasks, averaged."""
+    """Of every chunk the same tree of stats: those with a task axis as one, the others, means over
+    tasks, averaged.
+    """
     first = found[0]
     if first is None:
         return None
     if isinstance(first, Stats):
-        return Stats(**{f.name: _join([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)})
+        return Stats(
+            **{f.name: _join([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)}
+        )
     if isinstance(first, dict):
         return {key: _join([x[key] for x in found], sizes) for key in first}
     if isinstance(first, Solution):

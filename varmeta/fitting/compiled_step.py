@@ -1,10 +1,13 @@
-"""A strategy's step by compiled graphs: the same step, traced once through Pyro, autograd and the inner loop.
+"""A strategy's step by compiled graphs: the same step, traced once through Pyro, autograd and the
+inner loop.
 
-As one graph where its loops have a fixed, small number of steps.  Everything that changes between steps is then an input: eta,
-the rows of phi and of the inner minimiser's state, the step size, the data of the batch, and the address (seed, step, tasks)
-from which the noise is made.  So one graph serves every batch of its shapes and every seed.
+As one graph where its loops have a fixed, small number of steps.  Everything that changes between
+steps is then an input: eta, the rows of phi and of the inner minimiser's state, the step size, the
+data of the batch, and the address (seed, step, tasks) from which the noise is made.  So one graph
+serves every batch of its shapes and every seed.
 
-Else in pieces (`graphs/pieces.py`): a loop that goes to a tolerance, or on for long, stays in Python, and its body is a graph.
+Else in pieces (`graphs/pieces.py`): a loop that goes to a tolerance, or on for long, stays in
+Python, and its body is a graph.
 """
 
 from __future__ import annotations
@@ -34,13 +37,15 @@ log = logging.getLogger("varmeta")
 COMPILE = ("auto", True, False)
 
 
-# "auto" compiles where eager steps would take this many times what compiling takes.  A graph divides a step by four or more, so
-# it breaks even at 1.3 times; the rest is for an estimate that is too high by 2.4 for a joint step.
+# "auto" compiles where eager steps would take this many times what compiling takes.  A graph
+# divides a step by four or more, so it breaks even at 1.3 times; the rest is for an estimate that
+# is too high by 2.4 for a joint step.
 WORTH = 4.0
 
 
-# Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a hundred tasks, so that small steps
-# (weights times tasks below LARGE) must be more for it to be less than a tenth of the run.
+# Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a
+# hundred tasks, so that small steps (weights times tasks below LARGE) must be more for it to be
+# less than a tenth of the run.
 FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
 
 
@@ -48,7 +53,8 @@ FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
 MANY = 10**7
 
 
-# Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of them larger, compile.
+# Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of
+# them larger, compile.
 SOLVE, PIECES = 30, 12
 
 
@@ -61,20 +67,28 @@ class Step:
     """A strategy's loss with its gradient: `step(problem, batch, eta, state) -> Outcome`.
 
     compile: capture and compile it: True, False, or "auto", where `num_steps` are enough work.
-    num_steps: for "auto", the length of the whole run, not of what is left: a run that is resumed decides alike.
-    task_chunk_size: how many tasks are worked on at a time; None: as many as memory, or for a compiled step the cache, holds.
+    num_steps: for "auto", the length of the whole run, not of what is left: a run that is resumed
+        decides alike.
+    task_chunk_size: how many tasks are worked on at a time; None: as many as memory, or for a
+        compiled step the cache, holds.
 
     Where a graph cannot be made it stays eager and says so once, in the log.
     """
 
     def __init__(
-        self, strategy: Strategy, compile: str | bool, num_steps: float, task_chunk_size: int | None = None
+        self,
+        strategy: Strategy,
+        compile: str | bool,
+        num_steps: float,
+        task_chunk_size: int | None = None,
     ) -> None:
         self.strategy = strategy
         self.num_steps = num_steps
         auto = compile == "auto"
         # None: not yet decided
-        self.compiled: bool | None = None if auto and num_steps >= FEWEST_STEPS else bool(compile) and not auto
+        self.compiled: bool | None = (
+            None if auto and num_steps >= FEWEST_STEPS else bool(compile) and not auto
+        )
         self.given_size = self.size = task_chunk_size  # None: not yet decided
         self._said = False
 
@@ -88,7 +102,9 @@ class Step:
 
     def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
         """The outer objective at eta and the state, for the record (nats)."""
-        size = chunks.in_memory(self.strategy, problem, batch, eta) if self.size is None else self.size
+        size = (
+            chunks.in_memory(self.strategy, problem, batch, eta) if self.size is None else self.size
+        )
         return chunks.value(self.strategy, problem, batch, eta, state, size)
 
     def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
@@ -97,7 +113,8 @@ class Step:
                 found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
                 if math.isfinite(found.value):
                     return found
-                # a graph's inner loop does not stop a task that leads nowhere finite; the eager one does
+                # a graph's inner loop does not stop a task that leads nowhere finite; the eager one
+                # does
                 self._say_that_it_is_not_finite()
                 return eager(self.strategy, problem, batch, eta, state)
             if self.compiled and self._in_pieces(problem):
@@ -123,14 +140,20 @@ class Step:
             except CaptureError as error:
                 self._fall_back(error)
         if self.size is None:
-            self.size = size if self.compiled else chunks.in_memory(self.strategy, problem, batch, eta)
+            self.size = (
+                size if self.compiled else chunks.in_memory(self.strategy, problem, batch, eta)
+            )
 
-    def _worth_it(self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float) -> bool:
+    def _worth_it(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float
+    ) -> bool:
         """times: how many such batches make a step."""
         if self.strategy.traits(problem).not_captured is None:
             graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
             return eager_seconds(graph) * times * self.num_steps > WORTH * compile_seconds(graph)
-        return self._in_pieces(problem) and pieces_are_worth_it(problem, batch, eta, times * self.num_steps)
+        return self._in_pieces(problem) and pieces_are_worth_it(
+            problem, batch, eta, times * self.num_steps
+        )
 
     def _fall_back(self, error: CaptureError) -> None:
         fall_back(str(error))
@@ -139,7 +162,9 @@ class Step:
 
     def _say_that_it_is_not_finite(self) -> None:
         if not self._said:
-            log.warning("the compiled step is not finite: such steps are taken again without compilation")
+            log.warning(
+                "the compiled step is not finite: such steps are taken again without compilation"
+            )
         self._said = True
 
     def _in_pieces(self, problem: Problem) -> bool:
@@ -149,8 +174,17 @@ class Step:
         return reason is None
 
     def _prepared(self, problem: Problem, batch: Batch, state: State) -> _Graph:
-        """The step's graphs, kept with the model: another seed, fit or start of the same model captures nothing anew."""
-        key = (self.strategy, problem.expectation, problem.model.prior, batch.total, batch.share, state.certify)
+        """The step's graphs, kept with the model: another seed, fit or start of the same model
+        captures nothing anew.
+        """
+        key = (
+            self.strategy,
+            problem.expectation,
+            problem.model.prior,
+            batch.total,
+            batch.share,
+            state.certify,
+        )
         graphs = problem.model.graphs
         if key not in graphs:
             graphs[key] = _Graph(self.strategy, problem, batch.total, batch.share, state.certify)
@@ -162,7 +196,9 @@ def fall_back(reason: str) -> None:
 
 
 def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: float) -> bool:
-    """Whether that many inner solves, of a typical length, are enough work to compile a minimiser's and a solver's pieces."""
+    """Whether that many inner solves, of a typical length, are enough work to compile a minimiser's
+    and a solver's pieces.
+    """
     graph = problem.gradient_graph("elbo", batch, eta)
     return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
 
@@ -171,8 +207,9 @@ def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: S
     scalar, state, stats = strategy.loss(problem, batch, eta, state)
     if not isinstance(stats, Stats):
         raise TypeError(
-            f"{type(strategy).__name__}.loss returns {kind_of(stats)} as its third, expected Stats(losses, evaluations): the "
-            "outer loss of each task and the gradient evaluations per task that the step took, which budgets and reports count"
+            f"{type(strategy).__name__}.loss returns {kind_of(stats)} as its third, expected "
+            "Stats(losses, evaluations): the outer loss of each task and the gradient evaluations "
+            "per task that the step took, which budgets and reports count"
         )
     learned = [name for name, value in eta.items() if value.requires_grad]
     return Outcome(scalar.detach(), gradient_by_name(scalar, eta, learned), state, stats)
@@ -208,18 +245,37 @@ class _Graph:
 
     def _traced(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         problem = replace(self.problem, seed=inputs["seed"], graphed=False)
-        batch = batch_of(inputs["batch"], self.total, self.share)  # rows are taken and put back outside
+        batch = batch_of(
+            inputs["batch"], self.total, self.share
+        )  # rows are taken and put back outside
         learned = inputs["learned"]
         with torch.enable_grad():
-            eta = {n: v.detach().requires_grad_() if n in learned else v.detach() for n, v in inputs["eta"].items()}
+            eta = {
+                n: v.detach().requires_grad_() if n in learned else v.detach()
+                for n, v in inputs["eta"].items()
+            }
             state = State(
-                inputs["phi"] or None, inputs["inner"] or None, inputs["step"], inputs["lr_scale"], self.certify
+                inputs["phi"] or None,
+                inputs["inner"] or None,
+                inputs["step"],
+                inputs["lr_scale"],
+                self.certify,
             )
             value, gradient, new, stats = eager(self.strategy, problem, batch, eta, state)
         known = {f.name: getattr(stats, f.name) for f in fields(Stats)}
-        moving = {name: value for name, value in known.items() if not isinstance(value, (int, float, NoneType))}
+        moving = {
+            name: value
+            for name, value in known.items()
+            if not isinstance(value, (int, float, NoneType))
+        }
         self.static.update({name: value for name, value in known.items() if name not in moving})
-        return {"value": value, "gradient": gradient, "phi": new.phi or {}, "inner": new.inner or {}, "stats": moving}
+        return {
+            "value": value,
+            "gradient": gradient,
+            "phi": new.phi or {},
+            "inner": new.inner or {},
+            "stats": moving,
+        }
 
 
 def _inputs(seed: int, batch: Batch, eta: Eta, state: State) -> dict[str, Any]:

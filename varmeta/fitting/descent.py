@@ -24,11 +24,13 @@ from varmeta.strategies.warnings import warning
 from varmeta.tasks import Batch, TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-# A run has settled when its mean objective changed by no more than this over its last third (nats per task), or than chance makes
-# of it; how far that is must be below RESOLVED, or nothing is known.
+# A run has settled when its mean objective changed by no more than this over its last third (nats
+# per task), or than chance makes of it; how far that is must be below RESOLVED, or nothing is
+# known.
 SETTLED = 0.01
 RESOLVED = 0.05
-# A line search that is stuck although its direction promises more than this (nats) is no convergence.
+# A line search that is stuck although its direction promises more than this (nats) is no
+# convergence.
 JUMP = 1e-3
 
 
@@ -38,13 +40,21 @@ def adam(params: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 def lbfgs(params: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(
-        params, max_iter=20, history_size=20, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        params,
+        max_iter=20,
+        history_size=20,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
 
 def lbfgs_applies(strategy: Strategy, problem: Problem, eta: Eta) -> bool:
     """Whether a line search may trust value and gradient, and eta is small."""
-    small, traits = sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE, strategy.traits(problem)
+    small, traits = (
+        sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE,
+        strategy.traits(problem),
+    )
     return small and traits.line_search and not traits.stored and not traits.noisy
 
 
@@ -71,7 +81,12 @@ class Descent:
 
 
 def descend(
-    problem: Problem, strategy: Strategy, tasks: TaskSet, run: Run, plan: Descent, callback: Callback | None
+    problem: Problem,
+    strategy: Strategy,
+    tasks: TaskSet,
+    run: Run,
+    plan: Descent,
+    callback: Callback | None,
 ) -> None:
     """Step eta by a torch optimiser; updates `run` in place, also when interrupted."""
     eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
@@ -80,26 +95,36 @@ def descend(
     rates = Rates(optimizer)
     if run.optimizer_state is not None:
         given = [dict(group) for group in optimizer.param_groups]
-        known, own = (set(state["param_groups"][0]) for state in (run.optimizer_state, optimizer.state_dict()))
+        known, own = (
+            set(state["param_groups"][0]) for state in (run.optimizer_state, optimizer.state_dict())
+        )
         # a file of version 0.1.0 knows no given rate: it goes on at the new optimizer's
         if known | {GIVEN} != own:
-            raise ValueError("resume was stepped by another kind of optimizer: give fit(optimizer=...) the same again")
+            raise ValueError(
+                "resume was stepped by another kind of optimizer: give fit(optimizer=...) the same "
+                "again"
+            )
         optimizer.load_state_dict(run.optimizer_state)
         rates.go_on_from(given)
     quasi_newton, traits = isinstance(optimizer, torch.optim.LBFGS), strategy.traits(problem)
     if quasi_newton and traits.stored:
         raise ValueError(
-            f"LBFGS evaluates the objective several times a step, but {type(strategy).__name__} moves phi at each: use Adam or "
-            "SGD"
+            f"LBFGS evaluates the objective several times a step, but {type(strategy).__name__} "
+            "moves phi at each: use Adam or SGD"
         )
     if quasi_newton and not traits.line_search:
         raise ValueError(
-            f"LBFGS's line search trusts value and gradient alike, but those of {strategy.describe()} do not belong together: "
-            "use Adam or SGD"
+            "LBFGS's line search trusts value and gradient alike, but those of "
+            f"{strategy.describe()} do not belong together: use Adam or SGD"
         )
-    if traits.period is not None and plan.batch_size is not None and isinstance(problem.guide, PyroGuide):
+    if (
+        traits.period is not None
+        and plan.batch_size is not None
+        and isinstance(problem.guide, PyroGuide)
+    ):
         raise ValueError(
-            f"{type(strategy).__name__} with a guide of one's own needs all tasks in each step: leave batch_size out"
+            f"{type(strategy).__name__} with a guide of one's own needs all tasks in each step: "
+            "leave batch_size out"
         )
     take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
     whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
@@ -114,10 +139,15 @@ def descend(
         for step in range(start, plan.num_steps if plan.num_steps is not None else 10**9):
             fraction = max(step / (plan.num_steps or math.inf), spent / (plan.budget or math.inf))
             if plan.budget is not None and spent >= plan.budget:
-                run.stop = f"spent its budget of {plan.budget:g} gradient evaluations per task after {step} steps"
+                run.stop = (
+                    f"spent its budget of {plan.budget:g} gradient evaluations per task after "
+                    f"{step} steps"
+                )
                 break
             scale = plan.decay(fraction)
-            batch = whole or tasks.batch(_rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step))
+            batch = whole or tasks.batch(
+                _rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step)
+            )
             before = replace(run.state, lr_scale=scale)
             if traits.period is not None:
                 before = _in_period(strategy, problem, tasks, eta, before, traits.period)
@@ -136,17 +166,29 @@ def descend(
             lost = False
             try:
                 rates.step(closure, scale)
-            except (_NowhereError, IndexError):  # an IndexError of torch's line search, of values that it cannot order
+            except (
+                _NowhereError,
+                IndexError,
+            ):  # an IndexError of torch's line search, of values that it cannot order
                 if not quasi_newton:
                     raise
                 lost = True
             value, gradient, state, stats = calls[0]
-            loss, gradient_norm, size = torch.stack([value, _norm(gradient), _norm(eta)]).tolist()  # one read a step
+            loss, gradient_norm, size = torch.stack(
+                [value, _norm(gradient), _norm(eta)]
+            ).tolist()  # one read a step
             if math.isfinite(loss):
                 safe = here, run.state
             if lost or not all(map(math.isfinite, (loss, gradient_norm, size))):
                 message = _what_failed(
-                    strategy, problem, batch, here, before, [] if met is None else [met], calls, f"at step {step}"
+                    strategy,
+                    problem,
+                    batch,
+                    here,
+                    before,
+                    [] if met is None else [met],
+                    calls,
+                    f"at step {step}",
                 )
                 if step == start:
                     raise ValueError(message)
@@ -166,49 +208,74 @@ def descend(
             run.state = state
             met = batch, stats.losses
             run.record(
-                callback, step=step + 1, loss=loss, gradient_norm=gradient_norm, evaluations=spent,
+                callback,
+                step=step + 1,
+                loss=loss,
+                gradient_norm=gradient_norm,
+                evaluations=spent,
                 seconds=perf_counter() - begin,
-            )  # fmt: skip
-            # without noise a flat record is the end; quasi-Newton steps are large, so two of them tell
-            if whole is not None and not traits.noisy and _settled(run.history, 2 if quasi_newton else 50):
+            )
+            # without noise a flat record is the end; quasi-Newton steps are large, so two of them
+            # tell
+            if (
+                whole is not None
+                and not traits.noisy
+                and _settled(run.history, 2 if quasi_newton else 50)
+            ):
                 left = _promised(optimizer) if quasi_newton else 0.0
                 kind = "quasi-Newton steps" if quasi_newton else "steps"
                 run.converged = left <= max(JUMP, 100 * torch.finfo(value.dtype).eps * abs(loss))
                 run.stop = (
                     f"converged after {step + 1} {kind}: the objective no longer changes"
                     if run.converged
-                    else f"after {step + 1} {kind} none lowers the objective, although its gradient promises {left:.1e} nats: it "
-                    "jumps, as where a task's loss has several minima and eta decides which is found.  Take a Gaussian guide "
-                    "with vm.Joint, make the tasks' weights fewer, or start elsewhere"
+                    else f"after {step + 1} {kind} none lowers the objective, although its "
+                    f"gradient promises {left:.1e} nats: it "
+                    "jumps, as where a task's loss has several minima and eta decides which is "
+                    "found.  Take a Gaussian guide with vm.Joint, make the tasks' weights fewer, "
+                    "or start elsewhere"
                 )
                 break
     except KeyboardInterrupt:
         run.stop = interrupted(run.step)
     run.eta = {name: value.detach().clone() for name, value in eta.items()}
-    run.optimizer_state = None if broken else optimizer.state_dict()  # its averages are not finite either
+    run.optimizer_state = (
+        None if broken else optimizer.state_dict()
+    )  # its averages are not finite either
     run.loss = take_step.value(problem, whole or tasks.batch(), run.eta, run.state)
     run.outlier = None if met is None or broken else drowning(*met)
     if not quasi_newton and run.stop.startswith(("stopped", "spent")):
         _judge(run, len(tasks), traits.period or 1)
 
 
-def _in_period(strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, state: State, period: int) -> State:
+def _in_period(
+    strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, state: State, period: int
+) -> State:
     """phi back at the prior at the start of a period; its step size falls to zero within each."""
     within = state.step % period
     state = replace(state, lr_scale=0.5 * (1.0 + math.cos(math.pi * within / period)))
     if state.step == 0 or within:
         return state
-    start = strategy.init(problem, tasks.batch(), {name: value.detach() for name, value in eta.items()})
+    start = strategy.init(
+        problem, tasks.batch(), {name: value.detach() for name, value in eta.items()}
+    )
     return replace(state, phi=start.phi, inner=start.inner)
 
 
 def _what_failed(
-    strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State, met: list[tuple[Batch, Tensor]],
-    calls: list[Outcome], when: str,
-) -> str:  # fmt: skip
-    """In words: at eta, or where a line search from there tried a point (whose losses are known, and no more).
+    strategy: Strategy,
+    problem: Problem,
+    batch: Batch,
+    eta: Eta,
+    state: State,
+    met: list[tuple[Batch, Tensor]],
+    calls: list[Outcome],
+    when: str,
+) -> str:
+    """In words: at eta, or where a line search from there tried a point (whose losses are known,
+    and no more).
 
-    met: the last step that went well.  Where all tasks fail at once it is eta that fails, and that step tells who moved it.
+    met: the last step that went well.  Where all tasks fail at once it is eta that fails, and that
+        step tells who moved it.
     """
     first, *tried = (call.stats.losses for call in calls)
     finite = torch.isfinite(first)
@@ -217,7 +284,9 @@ def _what_failed(
     if bool(finite.all()):
         bad = next((losses for losses in tried if not bool(torch.isfinite(losses).all())), None)
         if bad is not None and (len(first) == 1 or bool(torch.isfinite(bad).any())):
-            return what_failed(strategy, problem, batch, eta, state, bad, f"where the line search looked {when}")
+            return what_failed(
+                strategy, problem, batch, eta, state, bad, f"where the line search looked {when}"
+            )
     return what_failed(strategy, problem, batch, eta, state, first, when)
 
 
@@ -227,36 +296,52 @@ def _num_steps(plan: Descent) -> float:
 
 
 def _norm(eta: Eta) -> Tensor:
-    return torch.linalg.vector_norm(torch.cat([value.detach().reshape(-1) for value in eta.values()]))
+    return torch.linalg.vector_norm(
+        torch.cat([value.detach().reshape(-1) for value in eta.values()])
+    )
 
 
 def _rows(total: int, size: int, seed: int, step: int) -> Tensor:
-    """The tasks of a minibatch: each epoch is a new permutation, a function of (seed, step) alone."""
+    """The tasks of a minibatch: each epoch is a new permutation, a function of (seed, step)
+    alone.
+    """
     per_epoch = math.ceil(total / size)
     epoch, number = divmod(step, per_epoch)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(total, generator=generator)[number * size : (number + 1) * size].sort().values
+    return (
+        torch.randperm(total, generator=generator)[number * size : (number + 1) * size]
+        .sort()
+        .values
+    )
 
 
 def _settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-10) -> bool:
     """Whether the last `window` losses are equal up to rounding."""
     losses = [row["loss"] for row in history[-window:]]
-    return len(losses) == window and max(losses) - min(losses) <= tolerance * max(1.0, abs(losses[-1]))
+    return len(losses) == window and max(losses) - min(losses) <= tolerance * max(
+        1.0, abs(losses[-1])
+    )
 
 
 def _promised(optimizer: torch.optim.Optimizer) -> float:
-    """By how much the last direction of L-BFGS would have lowered the objective, were it the quadratic that it took it for."""
+    """By how much the last direction of L-BFGS would have lowered the objective, were it the
+    quadratic that it took it for.
+    """
     state = next(iter(optimizer.state.values()))
     return -0.5 * float(state["prev_flat_grad"] @ state["d"])
 
 
 def _judge(run: Run, num_tasks: int, every: int) -> None:
-    """Whether a first-order run settled: the mean loss of its last tenth against the tenth that ended at 70 %.
+    """Whether a first-order run settled: the mean loss of its last tenth against the tenth that
+    ended at 70 %.
 
-    Not the tenth before: under a falling step size nothing moves at the end, whether or not it has arrived.
+    Not the tenth before: under a falling step size nothing moves at the end, whether or not it has
+        arrived.
     every: look at each that many-th step only (the ends of `Reinit`'s periods).
     """
-    losses = torch.tensor([row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64)
+    losses = torch.tensor(
+        [row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64
+    )
     tenth = max(1, len(losses) // 10)
     if len(losses) < (30 if every == 1 else 4):
         return
@@ -270,7 +355,9 @@ def _judge(run: Run, num_tasks: int, every: int) -> None:
     if run.converged:
         verdict = "which has settled"
     elif still:
-        verdict = f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
+        verdict = (
+            f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
+        )
     elif change > 0:
         verdict = f"so it is still moving: raise {longer} or the learning rate"
     else:

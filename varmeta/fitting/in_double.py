@@ -1,4 +1,6 @@
-"""Float32 data, judged in float64: whether an objective is flat shows only beyond the digits that float32 has."""
+"""Float32 data, judged in float64: whether an objective is flat shows only beyond the digits that
+float32 has.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ def doubled(batch: Batch) -> Batch:
 
 
 def cast(tensors: Tree, dtype: torch.dtype) -> Tree:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
 
 
-def in_double(problem: Problem, batch: Batch, phi: Tree, eta: Eta) -> tuple[Batch, Tree, Eta] | None:
+def in_double(
+    problem: Problem, batch: Batch, phi: Tree, eta: Eta
+) -> tuple[Batch, Tree, Eta] | None:
     """The same problem in float64; None where it cannot be worked out there.
 
-    A program, or a forward, may hold float32 tensors of its own that do not mix with float64; so may a guide of the user's
-    own, and some devices know no float64.
+    A program, or a forward, may hold float32 tensors of its own that do not mix with float64; so
+    may a guide of the user's own, and some devices know no float64.
     """
     if batch.support.x.dtype == torch.float64:
         return batch, phi, eta

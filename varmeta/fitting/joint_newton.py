@@ -1,4 +1,6 @@
-"""Joint Newton: minimise sum_i F_i(phi_i, eta) over eta and every phi_i at once, for small models."""
+"""Joint Newton: minimise sum_i F_i(phi_i, eta) over eta and every phi_i at once, for small
+models.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +24,37 @@ from varmeta.strategies.reinit import Reinit
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.tasks import Batch
 
-# Joint Newton assembles (m x m) blocks and a (p x p) corner; beyond this size first-order steps are cheaper.  A dense guide of
-# 14 weights and their prior are 147 numbers (200 tasks: converged in a minute, where 2,000 steps of Adam were not).
-# A regression's derivatives are cheap and its steps few: 20 weights are 271 numbers, 50 tasks converged in 13 s, where 2,000
-# steps of Adam ended 15 nats short after 8 s.
+# Joint Newton assembles (m x m) blocks and a (p x p) corner; beyond this size first-order steps are
+# cheaper.  A dense guide of 14 weights and their prior are 147 numbers (200 tasks: converged in a
+# minute, where 2,000 steps of Adam were not). A regression's derivatives are cheap and its steps
+# few: 20 weights are 271 numbers, 50 tasks converged in 13 s, where 2,000 steps of Adam ended 15
+# nats short after 8 s.
 MAX_NEWTON_SIZE, MAX_REGRESSION_SIZE = 160, 280
 MAX_NEWTON_ENTRIES = 20_000_000
 UNDETERMINED = "the data can hardly tell"
 WHY_IT_ENDED = {
-    Result.STEP_LIMIT: "give more by num_steps (or go on with resume=), or standardise the data: tasks.standardized()",
-    Result.STAGNATED: "no step lowers the objective, although it is not flat: use float64 data, or standardise them",
-    Result.DIVERGED: "the objective is not finite any more: standardise the data (tasks.standardized()), start nearer, by "
-    "tensors in params or GaussianPrior(loc=...), with a narrower prior, GaussianPrior(precision=1.0), or use "
-    "vm.Implicit('laplace'), which looks at each task's mode alone",
+    Result.STEP_LIMIT: "give more by num_steps (or go on with resume=), or standardise the data: "
+    "tasks.standardized()",
+    Result.STAGNATED: "no step lowers the objective, although it is not flat: use float64 data, "
+    "or standardise them",
+    Result.DIVERGED: "the objective is not finite any more: standardise the data "
+    "(tasks.standardized()), start nearer, by "
+    "tensors in params or GaussianPrior(loc=...), with a narrower prior, "
+    "GaussianPrior(precision=1.0), or use vm.Implicit('laplace'), which looks at each task's mode "
+    "alone",
 }
 
 
 def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> bool:
-    """Whether the whole joint problem is small and free of noise, so that Newton's method serves it.
+    """Whether the whole joint problem is small and free of noise, so that Newton's method serves
+    it.
 
-    `Implicit` with the same objective inside and outside is the profile of the joint one over phi, and the Schur
-    complement that a step takes is the profile's Hessian; so it is served too.
+    `Implicit` with the same objective inside and outside is the profile of the joint one over phi,
+    and the Schur complement that a step takes is the profile's Hessian; so it is served too.
     """
-    profile = isinstance(strategy, Implicit) and strategy.outer == "elbo" and strategy.inner_steps is None
+    profile = (
+        isinstance(strategy, Implicit) and strategy.outer == "elbo" and strategy.inner_steps is None
+    )
     profile = profile and not problem.guide.at_mode  # its evidence is no profile over the mode
     if not (profile or type(strategy) in (Joint, Reinit)) or strategy.traits(problem).noisy:
         return False
@@ -55,13 +65,20 @@ def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta)
 
 
 def newton(
-    problem: Problem, strategy: Strategy, batch: Batch, run: Run, max_steps: int, callback: Callback | None
+    problem: Problem,
+    strategy: Strategy,
+    batch: Batch,
+    run: Run,
+    max_steps: int,
+    callback: Callback | None,
 ) -> None:
-    """Move `run` to the minimum, in place; an interruption leaves it at the last step that was completed.
+    """Move `run` to the minimum, in place; an interruption leaves it at the last step that was
+    completed.
 
-    In float64, whatever the data are in: steps are few, and in float32 an objective without a maximum looks like one that has
-    converged.  `Reinit` sets phi back to the prior after every period, or as soon as a period has converged, and is done when two
-    periods end at the same value.
+    In float64, whatever the data are in: steps are few, and in float32 an objective without a
+    maximum looks like one that has converged.  `Reinit` sets phi back to the prior after every
+    period, or as soon as a period has converged, and is done when two periods end at the same
+    value.
     """
     period = strategy.traits(problem).period or max_steps
     begin, last = perf_counter() - run.seconds, math.inf
@@ -77,23 +94,38 @@ def newton(
         run.state = replace(run.state, phi=phi)
     try:
         while True:
-            solution = _period(problem, batch, run, min(period, max_steps - run.step), begin, callback)
+            solution = _period(
+                problem, batch, run, min(period, max_steps - run.step), begin, callback
+            )
             loss = float(solution.stats["loss"][-1])
             run.outlier = drowning(batch, solution.stats["losses"])
             run.converged = solution.result == Result.CONVERGED
-            if run.converged and isinstance(strategy, Reinit) and abs(loss - last) > 1e-8 * max(1.0, abs(loss)):
+            if (
+                run.converged
+                and isinstance(strategy, Reinit)
+                and abs(loss - last) > 1e-8 * max(1.0, abs(loss))
+            ):
                 run.converged = False  # from the prior once more: is it reached again?
             if run.converged:
                 left = float(solution.stats["decrement"])
-                run.stop = f"converged after {run.step} Newton steps: the objective can fall by {left:.1e} nats more"
+                run.stop = (
+                    f"converged after {run.step} Newton steps: the objective can fall by "
+                    f"{left:.1e} nats more"
+                )
                 run.undetermined = tuple(solution.stats["flat"])
                 if run.undetermined:
                     run.stop += f"; {UNDETERMINED} {' and '.join(run.undetermined)} apart"
                 return
             if solution.result == Result.NON_FINITE:
                 raise ValueError(non_finite(batch, solution.stats["losses"], "at the start"))
-            if solution.result not in (Result.CONVERGED, Result.STEP_LIMIT) or run.step >= max_steps:
-                run.stop = f"after {run.step} Newton steps: {WHY_IT_ENDED.get(solution.result, 'it was to be no more')}"
+            if (
+                solution.result not in (Result.CONVERGED, Result.STEP_LIMIT)
+                or run.step >= max_steps
+            ):
+                run.stop = (
+                    f"after {run.step} Newton steps: "
+                    f"{WHY_IT_ENDED.get(solution.result, 'it was to be no more')}"
+                )
                 if solution.result == Result.DIVERGED:
                     run.stop += f"; it ended {_where(batch, solution)}"
                 return
@@ -104,20 +136,35 @@ def newton(
         run.stop = interrupted(run.step)
     finally:
         run.eta = cast(run.eta, dtype)
-        run.state = replace(run.state, phi=cast(run.state.phi, dtype) if stored and run.state.phi is not None else None)
+        run.state = replace(
+            run.state,
+            phi=cast(run.state.phi, dtype) if stored and run.state.phi is not None else None,
+        )
 
 
 def _where(batch: Batch, solution: JointSolution) -> str:
     """The tasks whose derivatives are lost one step further, or else the one with most to say."""
-    failed = [name for name, bad in zip(batch.names, solution.stats["failed"].tolist(), strict=True) if bad]
+    failed = [
+        name
+        for name, bad in zip(batch.names, solution.stats["failed"].tolist(), strict=True)
+        if bad
+    ]
     if not failed:
         return largest(batch, solution.stats["losses"])
     more = f" (and of {len(failed) - 1} more)" if len(failed) > 1 else ""
-    return f"where the loss of task {failed[0]!r}{more} or a derivative of it is lost at every step that lowers the objective"
+    return (
+        f"where the loss of task {failed[0]!r}{more} or a derivative of it is lost at every step "
+        "that lowers the objective"
+    )
 
 
 def _period(
-    problem: Problem, batch: Batch, run: Run, max_steps: int, begin: float, callback: Callback | None
+    problem: Problem,
+    batch: Batch,
+    run: Run,
+    max_steps: int,
+    begin: float,
+    callback: Callback | None,
 ) -> JointSolution:
     assert run.state.phi is not None
     first, spent = run.step, run.evaluations
@@ -133,9 +180,12 @@ def _period(
         run.state = replace(run.state, step=first + step.number)
         run.loss = step.loss
         run.record(
-            callback, step=first + step.number, loss=step.loss, evaluations=spent + step.evaluations,
+            callback,
+            step=first + step.number,
+            loss=step.loss,
+            evaluations=spent + step.evaluations,
             seconds=perf_counter() - begin,
-        )  # fmt: skip
+        )
 
     solution = minimize_jointly(
         elbo_losses(problem, batch) if inside is None else inside.losses(),
@@ -146,11 +196,21 @@ def _period(
         callback=arrived,
     )
     if not run.history:  # no step was taken
-        arrived(Step(0, float(solution.stats["loss"][-1]), solution.phi, solution.eta, solution.stats["evaluations"]))
+        arrived(
+            Step(
+                0,
+                float(solution.stats["loss"][-1]),
+                solution.phi,
+                solution.eta,
+                solution.stats["evaluations"],
+            )
+        )
     keep(solution.phi, solution.eta)
     run.loss = float(solution.stats["loss"][-1])
     if inside is not None and not problem.model.is_linear_gaussian:
         # cubature's points lie along other axes there, which matters where log p is not quadratic
-        here = elbo_losses(problem, batch)(run.state.phi, run.eta).sum() + problem.model.penalty(run.eta)
+        here = elbo_losses(problem, batch)(run.state.phi, run.eta).sum() + problem.model.penalty(
+            run.eta
+        )
         run.loss = float(here.detach())
     return solution

@@ -1,4 +1,6 @@
-"""Where small models start: at the best fit to all tasks at once, so that the data's units do not matter."""
+"""Where small models start: at the best fit to all tasks at once, so that the data's units do not
+matter.
+"""
 
 from __future__ import annotations
 
@@ -25,27 +27,35 @@ from varmeta.tasks import Batch, TaskSet
 
 # Meta-parameters beyond which a model is no regression any more.
 MAX_ETA_SIZE = 300
-# A prior that is too wide is narrowed by this factor of its precision, at most so many times (its sds by a thousand).
+# A prior that is too wide is narrowed by this factor of its precision, at most so many times (its
+# sds by a thousand).
 _NARROWER, _MOST_NARROW = 4.0, 11
 # Information below this is none: a mean that has saturated, or a weight that enters nowhere.
 NO_INFORMATION = 1e-100
 
 
 def is_regression(model: TaskModel, tasks: TaskSet, eta: Eta) -> bool:
-    """Few weights, few meta-parameters, and an output linear in the weights (or a program): not a network."""
-    small = model.weights.size <= MAX_CUBATURE_SIZE and sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE
+    """Few weights, few meta-parameters, and an output linear in the weights (or a program): not a
+    network.
+    """
+    small = (
+        model.weights.size <= MAX_CUBATURE_SIZE
+        and sum(value.numel() for value in eta.values()) <= MAX_ETA_SIZE
+    )
     return small and model.looks_linear(tasks)
 
 
 def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
-    """eta with theta0, shared parameters and noise scales at their best fit to all tasks at once, as if tasks did not differ,
-    and a learned precision at what one observation knows, each unless the user said where it starts.
+    """eta with theta0, shared parameters and noise scales at their best fit to all tasks at once,
+    as if tasks did not differ, and a learned precision at what one observation knows, each unless
+    the user said where it starts.
 
-    Data in raw units (weights of hundreds of grams, a predictor around 2,000) put the optimum far from where a model
-    starts; this brings the quadratic and quasi-Newton methods near enough, in any units.
+    Data in raw units (weights of hundreds of grams, a predictor around 2,000) put the optimum far
+    from where a model starts; this brings the quadratic and quasi-Newton methods near enough, in
+    any units.
 
-    Warns where the data say nothing about a weight there; returns eta as it came where they did at its start, so that a
-    nonlinear program's fit ran off, and where there are no support rows.
+    Warns where the data say nothing about a weight there; returns eta as it came where they did at
+    its start, so that a nonlinear program's fit ran off, and where there are no support rows.
     """
     model = problem.model
     found = pooled_fit(model, batch, eta, model.prior.start_loc)
@@ -58,26 +68,35 @@ def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
         names = ", ".join(name for name, gone in at if bool(gone.any()))
         warnings.warn(
             f"where the fit to all tasks at once ends, the data say nothing about {names}, and "
-            "the fit may not either: start nearer, by tensors in params or GaussianPrior(loc=...), or leave it out",
+            "the fit may not either: start nearer, by tensors in params or "
+            "GaussianPrior(loc=...), or leave it out",
             RuntimeWarning,
             stacklevel=3,
         )
-        if bool((lost & (_information(model, batch, eta).diagonal().abs() >= NO_INFORMATION)).any()):
+        if bool(
+            (lost & (_information(model, batch, eta).diagonal().abs() >= NO_INFORMATION)).any()
+        ):
             return eta
         information = information + torch.diag_embed(lost.to(information))  # a precision of 1
     return best | _precision_start(problem, batch, best, information)
 
 
 def _precision_start(problem: Problem, batch: Batch, best: Eta, information: Tensor) -> Eta:
-    """The learned precision's entries: what one observation knows, or more where a program's curve bends before that.
+    """The learned precision's entries: what one observation knows, or more where a program's curve
+    bends before that.
 
-    One observation may know so little that the prior reaches where a curve means nothing (a logistic curve's scale at 0
-    or below) and derivatives are lost.  A loss that is quadratic over the prior rises by D / 2 an observation on average;
-    one that rises by more than twice that, or is not finite, bends.
+    One observation may know so little that the prior reaches where a curve means nothing (a
+    logistic curve's scale at 0 or below) and derivatives are lost.  A loss that is quadratic over
+    the prior rises by D / 2 an observation on average; one that rises by more than twice that, or
+    is not finite, bends.
     """
     model, prior = problem.model, problem.model.prior
     begin = prior.start_at(model.weights, best, information)
-    if not begin or model.net is not None or not isinstance(problem.expectation, Cubature | GaussHermite):
+    if (
+        not begin
+        or model.net is not None
+        or not isinstance(problem.expectation, Cubature | GaussHermite)
+    ):
         return begin
     if problem.guide.at_mode or problem.is_point(batch, best | begin):
         return begin
@@ -101,14 +120,20 @@ def _bends(problem: Problem, batch: Batch, eta: Eta, goal: float) -> bool:
     return not total <= goal or not all(bool(part.isfinite().all()) for part in at.hessian(x, e))
 
 
-def pooled_fit(model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()) -> tuple[Eta, Tensor] | None:
-    """eta fitted to all tasks at once, and what one observation knows there: the mean Hessian of its loss, `(D, D)`.
+def pooled_fit(
+    model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()
+) -> tuple[Eta, Tensor] | None:
+    """eta fitted to all tasks at once, and what one observation knows there: the mean Hessian of
+    its loss, `(D, D)`.
 
-    hold: names that stay where they are.  None where the fit is not finite, and where no task has support rows.
+    hold: names that stay where they are.  None where the fit is not finite, and where no task has
+        support rows.
     """
     if not bool(batch.support.mask.any()):
         return None
-    moving = [name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL) and name not in hold]
+    moving = [
+        name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL) and name not in hold
+    ]
     if not moving:
         information = _information(model, batch, eta)
         return (eta, information) if bool(torch.isfinite(information).all()) else None
@@ -133,7 +158,9 @@ def pooled_loss(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The loss of all tasks with every weight at theta0, a scalar."""
     objective = Objective(model, Delta())
     phi = objective.guide.init(model, eta, batch.support)
-    return objective.terms(phi, eta, batch.support, batch.support.x.new_zeros(1, 1, model.weights.size))[1].sum()
+    return objective.terms(
+        phi, eta, batch.support, batch.support.x.new_zeros(1, 1, model.weights.size)
+    )[1].sum()
 
 
 def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
@@ -141,5 +168,9 @@ def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     weights, count = model.weights, batch.support.mask.sum().clamp(min=1)
     hessian = torch.autograd.functional.hessian
     return (
-        hessian(lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)), weights.flatten(eta)) / count
+        hessian(
+            lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)),
+            weights.flatten(eta),
+        )
+        / count
     )

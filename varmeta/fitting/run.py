@@ -23,12 +23,16 @@ Callback = Callable[[dict[str, float]], None]
 class Run:
     """The record of a run so far.
 
-    loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind, or of its minibatch.
+    loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind,
+        or of its minibatch.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, None where eta is a point.
-    undetermined: names that the data can hardly tell apart, where Newton's method converged; not kept in files.
-    outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in files.
-    seconds_compiling: of this run, which an equal one in this process does not pay again; not kept in files.
+    undetermined: names that the data can hardly tell apart, where Newton's method converged; not
+        kept in files.
+    outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in
+        files.
+    seconds_compiling: of this run, which an equal one in this process does not pay again; not kept
+        in files.
     """
 
     eta: Eta
@@ -72,6 +76,14 @@ ADVICE = "standardise the data, lower the learning rate, or raise the prior prec
 
 
 def non_finite(batch: Batch, losses: Tensor, when: str) -> str:
-    bad = [name for name, ok in zip(batch.names, torch.isfinite(losses).tolist(), strict=True) if not ok]
-    who = f"the loss of task {bad[0]!r}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "") if bad else "eta"
+    bad = [
+        name
+        for name, ok in zip(batch.names, torch.isfinite(losses).tolist(), strict=True)
+        if not ok
+    ]
+    who = (
+        f"the loss of task {bad[0]!r}" + (f" (and {len(bad) - 1} more)" if len(bad) > 1 else "")
+        if bad
+        else "eta"
+    )
     return f"{who} is not finite {when}: {ADVICE}"

@@ -1,4 +1,6 @@
-"""Schedules of the step size: factors on the learning rate of the optimiser, whatever that is at the time."""
+"""Schedules of the step size: factors on the learning rate of the optimiser, whatever that is at
+the time.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +16,30 @@ DECAYS: dict[str, Decay] = {
     "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction))),
     "constant": lambda fraction: 1.0,
 }
-# How a run under the user's own schedule is recorded: a function has no name that a file could keep.
+# How a run under the user's own schedule is recorded: a function has no name that a file could
+# keep.
 OWN = "own"
-# Where the learning rate that the factory gave stands in the optimizer's state, beside the one that schedulers made of it.
+# Where the learning rate that the factory gave stands in the optimizer's state, beside the one that
+# schedulers made of it.
 GIVEN = "given_lr"
 
 
 def decay_of(schedule: str | Decay) -> Decay:
     """The factor as a function of the fraction of the way, from 0 to 1.
 
-    Raises ValueError for an unknown name and for a function whose factor at the start, half way or the end is no finite
-    number of at least 0; TypeError for what is neither.
+    Raises ValueError for an unknown name and for a function whose factor at the start, half way or
+    the end is no finite number of at least 0; TypeError for what is neither.
     """
     if isinstance(schedule, str):
         if schedule not in DECAYS:
-            raise ValueError(f"schedule must be one of {sorted(DECAYS)} or a function, not {schedule!r}")
+            raise ValueError(
+                f"schedule must be one of {sorted(DECAYS)} or a function, not {schedule!r}"
+            )
         return DECAYS[schedule]
     if not callable(schedule):
         raise TypeError(
-            f"schedule must be one of {sorted(DECAYS)} or a function of the fraction of the way, not {kind_of(schedule)}"
+            f"schedule must be one of {sorted(DECAYS)} or a function of the fraction of the way, "
+            f"not {kind_of(schedule)}"
         )
 
     def checked(fraction: float) -> float:
@@ -43,8 +50,8 @@ def decay_of(schedule: str | Decay) -> Decay:
             number = math.nan
         if not (number >= 0 and math.isfinite(number)):
             raise ValueError(
-                f"schedule({min(1.0, fraction):g}) must be a finite number of at least 0, the factor on the learning rate at "
-                f"that fraction of the way, not {factor!r}"
+                f"schedule({min(1.0, fraction):g}) must be a finite number of at least 0, the "
+                f"factor on the learning rate at that fraction of the way, not {factor!r}"
             )
         return number
 
@@ -58,10 +65,11 @@ def label(schedule: str | Decay) -> str:
 
 
 class Rates:
-    """The learning rates of an optimizer, to which a schedule's factor is applied for the length of one step.
+    """The learning rates of an optimizer, to which a schedule's factor is applied for the length of
+    one step.
 
-    Between two steps the optimizer holds the rates without the factor, so that a scheduler of the user's own, stepped from
-    `fit(callback=...)`, reads and writes what it would without a schedule.
+    Between two steps the optimizer holds the rates without the factor, so that a scheduler of the
+    user's own, stepped from `fit(callback=...)`, reads and writes what it would without a schedule.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -70,7 +78,8 @@ class Rates:
             group.setdefault(GIVEN, float(group["lr"]))
 
     def go_on_from(self, groups: list[dict[str, object]]) -> None:
-        """After a saved state was loaded: keep its rates where this optimizer was made with the same, else take the new.
+        """After a saved state was loaded: keep its rates where this optimizer was made with the
+        same, else take the new.
 
         groups: the parameter groups as the factory made them, before the state was loaded.
         """
@@ -86,12 +95,17 @@ class Rates:
             group["lr"] = lr
         try:
             self.optimizer.step(closure)
-            moved = [group["lr"] for group, lr in zip(groups, during, strict=True) if group["lr"] is not lr]
+            moved = [
+                group["lr"]
+                for group, lr in zip(groups, during, strict=True)
+                if group["lr"] is not lr
+            ]
         finally:
             for group, lr in zip(groups, before, strict=True):
                 group["lr"] = lr
         if moved:
             raise ValueError(
-                f"a hook changed the learning rate within optimizer.step (to {float(moved[0]):g}), where the schedule's factor "
-                "is on it: step your scheduler in fit(callback=lambda row: scheduler.step()) instead"
+                f"a hook changed the learning rate within optimizer.step (to {float(moved[0]):g}), "
+                "where the schedule's factor is on it: step your scheduler in fit(callback=lambda "
+                "row: scheduler.step()) instead"
             )

@@ -1,13 +1,15 @@
-"""Coordinates in which joint Newton fits a dense prior over weights that enter linearly, whatever the columns' units and origins.
+"""Coordinates in which joint Newton fits a dense prior over weights that enter linearly, whatever
+the columns' units and origins.
 
-    out = D theta_i + E beta + constant, [D E] = [Q_d Q_e] R over the rows of all tasks (QR), so that
-    out = Q_d w_i + Q_e b + constant with w_i = R_d theta_i + R_de beta and b = R_e beta;
-    w_i = psi + L u_i,  u_i ~ N(0, 1),  q(u_i) = N(m_i, C_i C_i').
+    out = D theta_i + E beta + constant, [D E] = [Q_d Q_e] R over the rows of all tasks (QR), so
+    that out = Q_d w_i + Q_e b + constant with w_i = R_d theta_i + R_de beta and b = R_e beta; w_i =
+    psi + L u_i,  u_i ~ N(0, 1),  q(u_i) = N(m_i, C_i C_i').
 
-A dense prior is closed under affine maps of the columns, so the optimum is that of the raw columns; but there its rounding
-errors grow with the distance of the columns from 0, and here they do not.  The factor L is free, its diagonal any real number: a
-covariance that loses rank, at infinity of the log precisions, is an ordinary point L_jj = 0 here (Bates et al., lme4, J. Stat.
-Software 67 (2015), section 2).
+A dense prior is closed under affine maps of the columns, so the optimum is that of the raw columns;
+but there its rounding errors grow with the distance of the columns from 0, and here they do not.
+The factor L is free, its diagonal any real number: a covariance that loses rank, at infinity of the
+log precisions, is an ordinary point L_jj = 0 here (Bates et al., lme4, J. Stat. Software 67 (2015),
+section 2).
 """
 
 from __future__ import annotations
@@ -33,36 +35,50 @@ from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import Batch, Data
 
-# A column that its predecessors leave less than this share of is a combination of them as far as its numbers tell.
+# A column that its predecessors leave less than this share of is a combination of them as far as
+# its numbers tell.
 _RANK = 1e-12
-# How small an entry of L's diagonal is told as, against its row, and against where L started: a covariance must have an
-# inverse.  The objective is even in it, so that it rises by its square alone.
+# How small an entry of L's diagonal is told as, against its row, and against where L started: a
+# covariance must have an inverse.  The objective is even in it, so that it rises by its square
+# alone.
 _FLOOR, _FLOOR_OF_START = 1e-6, 1e-7
 
 
 @dataclass(frozen=True)
 class Whitened:
-    """The coordinates of one problem.  eta's names are kept: theta0's hold psi, the shared ones b, the prior's the factor L."""
+    """The coordinates of one problem.  eta's names are kept: theta0's hold psi, the shared ones b,
+    the prior's the factor L.
+    """
 
     problem: Problem
-    rows: list[tuple[Tensor, Batch, Tensor, Tensor]]  # tasks, their batch, the whitened design, the constant
+    rows: list[
+        tuple[Tensor, Batch, Tensor, Tensor]
+    ]  # tasks, their batch, the whitened design, the constant
     triangle: Tensor  # R, (D + S, D + S)
     linear: tuple[str, ...]  # names of beta
     size: Tensor  # of L at the start
-    raw_places: bool  # theta0 and beta stay as they are: a hyperprior acts on each alone, or some are held
+    raw_places: (
+        bool  # theta0 and beta stay as they are: a hyperprior acts on each alone, or some are held
+    )
 
     @classmethod
     def of(cls, problem: Problem, batch: Batch, eta: Eta) -> Whitened | None:
-        """None where the model is not linear by construction, its prior or guide not dense, or its columns collinear."""
+        """None where the model is not linear by construction, its prior or guide not dense, or its
+        columns collinear.
+        """
         model = problem.model
         if model.prior.learn_precision != "full" or model.prior.scale_hyperprior is not None:
             return None
         if type(problem.guide) is not Dense or not problem.deterministic or not model.all_linear:
             return None
         linear = (*model.shared, *model.coefficients)
-        groups = [(tasks, group, *_design(model, group.support, eta, linear)) for tasks, group in buckets(batch)]
+        groups = [
+            (tasks, group, *_design(model, group.support, eta, linear))
+            for tasks, group in buckets(batch)
+        ]
         kept = [
-            (design * group.support.mask.reshape(*design.shape[:2], 1, 1), tasks) for tasks, group, design, _ in groups
+            (design * group.support.mask.reshape(*design.shape[:2], 1, 1), tasks)
+            for tasks, group, design, _ in groups
         ]
         stacked = torch.cat([design.reshape(-1, design.shape[-1]) for design, _ in kept]).double()
         count = sum(int(group.support.mask.sum()) for _, group, _, _ in groups)
@@ -89,7 +105,7 @@ class Whitened:
         _, inside = made.enter({}, eta)
         return replace(made, size=made.factor(inside).norm(dim=-1).max())
 
-    # -- the maps ------------------------------------------------------------------------------------------------------
+    # -- the maps ----------------------------------------------------------------------------------
 
     def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
         """R_d, R_de and R_e."""
@@ -128,7 +144,9 @@ class Whitened:
         weights, like = self.problem.model.weights, eta[PRECISION]
         r_d, r_de, r_e = self._blocks()
         theta, beta = weights.flatten(eta).double(), _flat(eta, self.linear, r_d)
-        prior = self.problem.model.prior_distribution({name: value.double() for name, value in eta.items()})
+        prior = self.problem.model.prior_distribution(
+            {name: value.double() for name, value in eta.items()}
+        )
         psi = r_d @ theta + r_de @ beta
         factor = lower_root(r_d @ prior.scale_tril)
         inside = eta | _lower_entries(factor, eta)
@@ -138,7 +156,9 @@ class Whitened:
         if not phi:
             return {}, inside
         spread = phi["log_scale"].double().exp().unsqueeze(-1)
-        triangle = unit_lower(phi["tril"].double(), len(psi)) if "tril" in phi else torch.ones_like(spread)
+        triangle = (
+            unit_lower(phi["tril"].double(), len(psi)) if "tril" in phi else torch.ones_like(spread)
+        )
         own = _solve(factor, lower_root(r_d @ (spread * triangle)))
         moved = phi["loc"].double() @ r_d.mT + r_de @ beta - psi
         found = {"loc": _solve(factor, moved.unsqueeze(-1)).squeeze(-1), **_scales(own, phi)}
@@ -157,7 +177,11 @@ class Whitened:
         raw = self._raw(eta, factor)
         raw = {name: value.to(like) for name, value in raw.items()}
         spread = phi["log_scale"].double().exp().unsqueeze(-1)
-        triangle = unit_lower(phi["tril"].double(), len(factor)) if "tril" in phi else torch.ones_like(spread)
+        triangle = (
+            unit_lower(phi["tril"].double(), len(factor))
+            if "tril" in phi
+            else torch.ones_like(spread)
+        )
         own = lower_root(_back(r_d, factor @ (spread * triangle)))
         psi, origin = self.places(eta, r_d)[0], r_de @ self._raw_places(eta)[1]
         loc = _back(r_d, (psi + phi["loc"].double() @ factor.mT - origin).unsqueeze(-1)).squeeze(-1)
@@ -169,20 +193,27 @@ class Whitened:
         raw = dict(eta)
         if not self.raw_places:
             theta, beta = self._raw_places(eta)
-            raw |= {**_split(theta, eta, self.problem.model.weights.names), **_split(beta, eta, self.linear)}
+            raw |= {
+                **_split(theta, eta, self.problem.model.weights.names),
+                **_split(beta, eta, self.linear),
+            }
         log_precision, tril = log_precision_and_tril(lower_root(_back(self._blocks()[0], factor)))
         raw[PRECISION] = log_precision
         return raw | {TRIL: tril} if TRIL in eta else raw
 
-    # -- the objective ---------------------------------------------------------------------------------------------------
+    # -- the objective -----------------------------------------------------------------------------
 
     def losses(self) -> Losses:
-        """F_i `(tasks,)` of these coordinates; the values are those of the raw ones where log p is quadratic in theta.
+        """F_i `(tasks,)` of these coordinates; the values are those of the raw ones where log p is
+        quadratic in theta.
 
-        Elsewhere they differ by what the expectation's rule is off: its points lie along the axes of another root of the same
-        covariance.
+        Elsewhere they differ by what the expectation's rule is off: its points lie along the axes
+        of another root of the same covariance.
         """
-        parts = [(tasks, self._part(group, design, constant)) for tasks, group, design, constant in self.rows]
+        parts = [
+            (tasks, self._part(group, design, constant))
+            for tasks, group, design, constant in self.rows
+        ]
         if len(parts) == 1:
             return parts[0][1]
         back = torch.cat([tasks for tasks, _ in parts]).argsort()
@@ -217,7 +248,9 @@ class Whitened:
 
 
 def whitened_correlation(problem: Problem, batch: Batch, eta: Eta) -> Tensor | None:
-    """The prior's correlations `(D, D)` between the weights of whitened columns; None where there are no such columns."""
+    """The prior's correlations `(D, D)` between the weights of whitened columns; None where there
+    are no such columns.
+    """
     inside = Whitened.of(problem, batch, eta)
     if inside is None:
         return None
@@ -226,8 +259,12 @@ def whitened_correlation(problem: Problem, batch: Batch, eta: Eta) -> Tensor | N
     return rows @ rows.mT
 
 
-def _design(model: TaskModel, data: Data, eta: Eta, linear: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Columns `(tasks, points, channels, D + S)` by which the output moves with theta and beta, and what it is at 0."""
+def _design(
+    model: TaskModel, data: Data, eta: Eta, linear: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Columns `(tasks, points, channels, D + S)` by which the output moves with theta and beta, and
+    what it is at 0.
+    """
     x, _ = data.filled
     zero = {**eta, **{name: torch.zeros_like(eta[name]) for name in linear}}
     theta = x.new_zeros(model.weights.size)  # theta0 plays no part in what the network puts out
@@ -241,7 +278,9 @@ def _design(model: TaskModel, data: Data, eta: Eta, linear: tuple[str, ...]) -> 
         columns = [output(one, zero) - constant for one in torch.eye(len(theta)).to(theta)]
         for name in linear:
             for one in torch.eye(zero[name].numel()).to(theta):
-                columns.append(output(theta, {**zero, name: one.reshape(zero[name].shape)}) - constant)
+                columns.append(
+                    output(theta, {**zero, name: one.reshape(zero[name].shape)}) - constant
+                )
     return torch.stack(columns, -1).reshape(*constant.shape[:2], -1, len(columns)), constant
 
 
@@ -283,7 +322,10 @@ def _scales(factor: Tensor, phi: Tree) -> Tree:
     """A guide's entries from its factor `(tasks, D, D)`."""
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     rows, columns = torch.tril_indices(factor.shape[-1], factor.shape[-1], -1)
-    found = {"log_scale": diagonal.log(), "tril": (factor / diagonal.unsqueeze(-1))[..., rows, columns]}
+    found = {
+        "log_scale": diagonal.log(),
+        "tril": (factor / diagonal.unsqueeze(-1))[..., rows, columns],
+    }
     return {name: value for name, value in found.items() if name in phi}
 
 

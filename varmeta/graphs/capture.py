@@ -1,11 +1,13 @@
 """Trace a tensor function once into a graph, and call the compiled graph from then on.
 
-What makes a function slow here is Python: handlers, modules, autograd's bookkeeping, one small kernel after another.  A function
-that is pure in its tensors does the same arithmetic at every call with the same shapes, so it is traced once (gradients and
-all) into a graph of plain tensor operations, and the graph is compiled.  Nothing here knows what is computed.
+What makes a function slow here is Python: handlers, modules, autograd's bookkeeping, one small
+kernel after another.  A function that is pure in its tensors does the same arithmetic at every call
+with the same shapes, so it is traced once (gradients and all) into a graph of plain tensor
+operations, and the graph is compiled.  Nothing here knows what is computed.
 
-Compiled graphs are kept for the whole process by what they compute, not by who asked: two fits of the same model and shapes
-compile once.  torch keeps them on disk too (TORCHINDUCTOR_CACHE_DIR), so that the next process only traces.
+Compiled graphs are kept for the whole process by what they compute, not by who asked: two fits of
+the same model and shapes compile once.  torch keeps them on disk too (TORCHINDUCTOR_CACHE_DIR), so
+that the next process only traces.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class CaptureError(RuntimeError):
 
 
 class Traced(NamedTuple):
-    """A graph of plain tensor operations, the constants that are its last inputs, and the tree that it returns."""
+    """A graph of plain tensor operations, the constants that are its last inputs, and the tree that
+    it returns.
+    """
 
     graph: fx.GraphModule
     constants: list[Tensor]
@@ -49,10 +53,11 @@ class Traced(NamedTuple):
 
 
 class Captured:
-    """`function` as a graph, made at its first call for each structure and shapes of its arguments, then compiled.
+    """`function` as a graph, made at its first call for each structure and shapes of its arguments,
+    then compiled.
 
-    function: pure in its arguments, trees (dicts, lists, tuples) of tensors; no Python value may depend on a tensor's
-        numbers.  Returns a tree of tensors, which carry no graph.
+    function: pure in its arguments, trees (dicts, lists, tuples) of tensors; no Python value may
+        depend on a tensor's numbers.  Returns a tree of tensors, which carry no graph.
 
     Raises CaptureError at the first call where the function cannot be traced or compiled.
 
@@ -86,7 +91,8 @@ class Captured:
 
 
 def _shape_of(tree: Any, leaves: list[Tensor]) -> Any:
-    """What tells trees of one structure from others, hashable; appends the leaves, in pytree's order.
+    """What tells trees of one structure from others, hashable; appends the leaves, in pytree's
+    order.
 
     pytree's own, which serves all kinds of nodes, took a tenth of a small step.
     """
@@ -99,18 +105,23 @@ def _shape_of(tree: Any, leaves: list[Tensor]) -> Any:
 
 
 def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSpec) -> Traced:
-    """The graph of `function`, whose arguments are `leaves` in that structure; dead operations are dropped."""
+    """The graph of `function`, whose arguments are `leaves` in that structure; dead operations are
+    dropped.
+    """
     out: list[pytree.TreeSpec] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        values, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(list(inputs), structure)))
+        values, spec = pytree.tree_flatten(
+            function(*pytree.tree_unflatten(list(inputs), structure))
+        )
         out.append(spec)
         return values
 
     try:
         with _one_fake_mode():
             graph = make_fx(flat, tracing_mode="real")(*[leaf.detach() for leaf in leaves])
-        # autograd's bookkeeping leaves operations whose results nobody reads; some of them the compiler cannot handle
+        # autograd's bookkeeping leaves operations whose results nobody reads; some of them the
+        # compiler cannot handle
         graph.graph.eliminate_dead_code()
         rewrite(graph)
     except Exception as error:
@@ -122,14 +133,17 @@ def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSp
 def _one_fake_mode() -> Iterator[None]:
     """One mode for the shapes that a graph's nodes carry.
 
-    torch makes one for each node otherwise, and each notes the whole Python stack: most of what tracing took.
+    torch makes one for each node otherwise, and each notes the whole Python stack: most of what
+        tracing took.
     """
     with guards.tracing(guards.TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
         yield
 
 
 def tracing() -> bool:
-    """Whether this is being traced into a graph: no number can be read then, so loops run to their limit, masked."""
+    """Whether this is being traced into a graph: no number can be read then, so loops run to their
+    limit, masked.
+    """
     return get_proxy_mode() is not None
 
 
@@ -141,7 +155,9 @@ def runner(traced: Traced, leaves: Sequence[Tensor]) -> Flat:
 
 
 def _lift(graph: fx.GraphModule) -> list[Tensor]:
-    """Make a graph's constant tensors further inputs of it, so that equal computations are equal graphs; the constants."""
+    """Make a graph's constant tensors further inputs of it, so that equal computations are equal
+    graphs; the constants.
+    """
     constants: list[Tensor] = []
     placed = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
@@ -156,12 +172,14 @@ def _lift(graph: fx.GraphModule) -> list[Tensor]:
     return constants
 
 
-# -- compilation -----------------------------------------------------------------------------------------------------------
+# -- compilation -----------------------------------------------------------------------------------
 
 
 @dataclass
 class _Compiled:
-    """Graphs that have been compiled in this process, by their code and the shapes of what they take."""
+    """Graphs that have been compiled in this process, by their code and the shapes of what they
+    take.
+    """
 
     graphs: dict[tuple[Any, ...], Function] = field(default_factory=dict)
     seconds: float = 0.0
@@ -180,7 +198,9 @@ def seconds_compiling() -> float:
 
 
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function:
-    """The compiled graph: an equal one of this process, or a new one, compiled and tried on the examples."""
+    """The compiled graph: an equal one of this process, or a new one, compiled and tried on the
+    examples.
+    """
     key = (graph.code, signature(examples))
     if key not in _COMPILED.graphs:
         begin = time.perf_counter()
@@ -207,10 +227,13 @@ def _compile(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function:
     return _compiled_by(last, graph, examples)
 
 
-def _compiled_by(options: dict[str, Any], graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function:
+def _compiled_by(
+    options: dict[str, Any], graph: fx.GraphModule, examples: Sequence[Tensor]
+) -> Function:
     from torch import _inductor  # seconds, which a process without a compiled graph need not spend
 
-    # the graph is made of plain operations already: nothing for torch.compile's front end, and its guards, to add
+    # the graph is made of plain operations already: nothing for torch.compile's front end, and its
+    # guards, to add
     with torch.no_grad(), _kept_on_disk(), _without_remarks():
         compiled = _inductor.compile(graph, list(examples), options=options)
         compiled(*examples)
@@ -218,26 +241,31 @@ def _compiled_by(options: dict[str, Any], graph: fx.GraphModule, examples: Seque
 
 
 def _wrappers(examples: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Options for what calls the kernels one after another, the best first; the last, Python's, is always there.
+    """Options for what calls the kernels one after another, the best first; the last, Python's, is
+    always there.
 
-    One in C++ takes up to 10 % less of a step of many kernels, and compiles as fast where the kernels are a file of their
-    own (docs/speed.md).  It has not been tried on a GPU.
+    One in C++ takes up to 10 % less of a step of many kernels, and compiles as fast where the
+    kernels are a file of their own (docs/speed.md).  It has not been tried on a GPU.
     """
     from torch._inductor import config
 
     python = {"cpp_wrapper": False}
-    if any(x.device.type != "cpu" for x in examples) or not hasattr(config, "cpp_wrapper_build_separate"):
+    if any(x.device.type != "cpu" for x in examples) or not hasattr(
+        config, "cpp_wrapper_build_separate"
+    ):
         return [python]
     in_cpp: dict[str, Any] = {"cpp_wrapper": True, "cpp_wrapper_build_separate": True}
     if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        # kernels of vectors in a file of their own do not compile where the processor has no vectors
+        # kernels of vectors in a file of their own do not compile where the processor has no
+        # vectors
         del in_cpp["cpp_wrapper_build_separate"]
     return [in_cpp, python]
 
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """Within it the compiler keeps its warnings about its own parts to itself, of which nobody can do anything.
+    """Within it the compiler keeps its warnings about its own parts to itself, of which nobody can
+    do anything.
 
     It logs one for every operation that C++ calls by a longer way, such as a triangular solve.
     """
@@ -253,7 +281,9 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _kept_on_disk() -> AbstractContextManager[object]:
-    """Within it, what is compiled is found again by other processes; the compiler refuses to where it knows of no shapes."""
+    """Within it, what is compiled is found again by other processes; the compiler refuses to where
+    it knows of no shapes.
+    """
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -264,7 +294,9 @@ def _kept_on_disk() -> AbstractContextManager[object]:
 
 def signature(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a graph is specialised to: shapes, strides, dtypes and devices."""
-    return tuple([(x.shape, None if x.is_contiguous() else _strides(x), x.dtype, x.device) for x in leaves])
+    return tuple(
+        [(x.shape, None if x.is_contiguous() else _strides(x), x.dtype, x.device) for x in leaves]
+    )
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -272,22 +304,31 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return tuple(step if size > 1 else 1 for size, step in zip(x.shape, x.stride(), strict=True))
 
 
-# Measured on two cores (docs/speed.md).  They are constants, and no clock is read, so that whether a fit is compiled, and with
-# that the last digit of its numbers, is the same in every run.
+# Measured on two cores (docs/speed.md).  They are constants, and no clock is read, so that whether
+# a fit is compiled, and with that the last digit of its numbers, is the same in every run.
 _SECONDS_PER_OPERATION = 1.5e-5  # eagerly, with what autograd and Python add
 _SECONDS_PER_BYTE = 1e-10
-_FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 20.0, 1e-2  # where the compiler finds nothing on disk
+_FIRST_COMPILATION, _COMPILATION_PER_OPERATION = (
+    20.0,
+    1e-2,
+)  # where the compiler finds nothing on disk
 
 
 def eager_seconds(graph: fx.GraphModule) -> float:
-    """What one eager evaluation of a traced function takes, from the number and size of its operations."""
+    """What one eager evaluation of a traced function takes, from the number and size of its
+    operations.
+    """
     number = sum(node.op == "call_function" for node in graph.graph.nodes)
     return number * _SECONDS_PER_OPERATION + graph_bytes(graph) * _SECONDS_PER_BYTE
 
 
 def graph_bytes(graph: fx.GraphModule) -> int:
     """What all of a graph's operations write; views of what another wrote hold nothing."""
-    return sum(_bytes(node) for node in graph.graph.nodes if node.op == "call_function" and not is_view(node.target))
+    return sum(
+        _bytes(node)
+        for node in graph.graph.nodes
+        if node.op == "call_function" and not is_view(node.target)
+    )
 
 
 def compile_seconds(graph: fx.GraphModule) -> float:

@@ -1,8 +1,9 @@
 """Run pieces of an algorithm as compiled graphs where the function that it works on can be one.
 
-A minimiser or a linear solver writes its repeated work as a *piece*, `piece(fn, *args)`, which returns tensors, and calls
-`run(fn, piece, *args)`.  For an ordinary fn that is just the call.  A `Graphed` fn is traced into the piece, and from then on
-the whole of it, fn's derivatives included, is one compiled graph.  Whoever writes the piece need not know which it was.
+A minimiser or a linear solver writes its repeated work as a *piece*, `piece(fn, *args)`, which
+returns tensors, and calls `run(fn, piece, *args)`.  For an ordinary fn that is just the call.  A
+`Graphed` fn is traced into the piece, and from then on the whole of it, fn's derivatives included,
+is one compiled graph.  Whoever writes the piece need not know which it was.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Graphed:
     """`function(known, *args)` as a function of args, all of whose tensors are in `known` and args.
 
     function: pure, tensors in and out; the same whenever `graphs` is the same.
-    known: a tree of tensors that may change between two objects, but not in shape without another graph.
+    known: a tree of tensors that may change between two objects, but not in shape without another
+        graph.
     graphs: where the graphs are kept, for the next object with other numbers.
     """
 
@@ -38,7 +40,9 @@ class Graphed:
         """The function of the first arguments, these last ones known."""
         function = self.function
         graphs = self.graphs.setdefault("at", {})
-        return Graphed(lambda known, *args: function(known[0], *args, *known[1]), (self.known, more), graphs)
+        return Graphed(
+            lambda known, *args: function(known[0], *args, *known[1]), (self.known, more), graphs
+        )
 
     def run(self, piece: Piece, *args: Any) -> Any:
         return self._captured(piece)(self.known, args)
@@ -64,7 +68,9 @@ class Graphed:
 
 
 def run(fn: Any, piece: Piece, *args: Any) -> Any:
-    """`piece(fn, *args)`, as a graph where fn is `Graphed`.  piece: hashable, equal for equal work."""
+    """`piece(fn, *args)`, as a graph where fn is `Graphed`.  piece: hashable, equal for equal
+    work.
+    """
     return fn.run(piece, *args) if isinstance(fn, Graphed) else apply(fn, piece, *args)
 
 
@@ -74,9 +80,11 @@ def apply(fn: Any, piece: Piece, *args: Any) -> Any:
 
 
 def linearize(fn: Any, piece: Piece, *args: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """What `piece(fn, *args)` returns: a value, and a linear map of tensors shaped like the first of args.
+    """What `piece(fn, *args)` returns: a value, and a linear map of tensors shaped like the first
+    of args.
 
-    Where fn is `Graphed`, the work that does not depend on the map's argument is done here, once, and the map is a `Graphed`.
+    Where fn is `Graphed`, the work that does not depend on the map's argument is done here, once,
+    and the map is a `Graphed`.
     """
     return fn.linearize(piece, *args) if isinstance(fn, Graphed) else piece(fn, *args)
 
@@ -117,7 +125,9 @@ class _Linearized:
         parts = self._made[key]
         found = parts.primal(leaves)
         count = parts.out.num_leaves
-        product = Graphed(lambda residuals, v: parts.tangent(*residuals, v)[0], found[count:], parts.graphs)
+        product = Graphed(
+            lambda residuals, v: parts.tangent(*residuals, v)[0], found[count:], parts.graphs
+        )
         return pytree.tree_unflatten(found[:count], parts.out), product
 
     def _make(self, leaves: list[Tensor], structure: pytree.TreeSpec, like: Tensor) -> _Parts:
@@ -136,21 +146,26 @@ class _Linearized:
 
 
 def _cut(graph: fx.GraphModule, num_leaves: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The graph's operations that do not depend on its input number `num_leaves`, and those that do.
+    """The graph's operations that do not depend on its input number `num_leaves`, and those that
+    do.
 
-    The first takes the other inputs and returns all outputs but the last, then the residuals; the second takes the residuals
-    and that input, and returns the last output.
+    The first takes the other inputs and returns all outputs but the last, then the residuals; the
+    second takes the residuals and that input, and returns the last output.
     """
     nodes = list(graph.graph.nodes)
     v = [node for node in nodes if node.op == "placeholder"][num_leaves]
     moving = {v}
     for node in nodes:
-        if node.op == "call_function" and any(argument in moving for argument in node.all_input_nodes):
+        if node.op == "call_function" and any(
+            argument in moving for argument in node.all_input_nodes
+        ):
             moving.add(node)
     (output,) = (node for node in nodes if node.op == "output")
     *values, product = output.args[0]
     residuals = list(
-        dict.fromkeys(a for node in nodes if node in moving for a in node.all_input_nodes if a not in moving)
+        dict.fromkeys(
+            a for node in nodes if node in moving for a in node.all_input_nodes if a not in moving
+        )
     )
     if product not in moving:
         residuals.append(product)

@@ -1,6 +1,8 @@
-"""Rewrite a traced graph into one that computes the same with fewer passes over memory, before it is compiled.
+"""Rewrite a traced graph into one that computes the same with fewer passes over memory, before it
+is compiled.
 
-Here: what need not be computed at all.  How products are laid out: `rewrite_products.py`.  Rows in parts: `rewrite_parts.py`.
+Here: what need not be computed at all.  How products are laid out: `rewrite_products.py`.  Rows in
+parts: `rewrite_parts.py`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,25 @@ from varmeta.graphs.rewrite_parts import in_parts
 from varmeta.graphs.rewrite_products import column_products, transposed_products
 
 # They read the memory of another tensor as it lies, which is not kept.
-_READS_STRIDES = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
+_READS_STRIDES = {
+    aten.as_strided.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+    aten.view_as_real.default,
+}
 
 
 def rewrite(graph: fx.GraphModule) -> None:
-    """In place; the outputs are the same but for rounding, and for logarithms of exponentials that underflow, which stay finite.
+    """In place; the outputs are the same but for rounding, and for logarithms of exponentials that
+    underflow, which stay finite.
 
     A graph that writes into its tensors, or reads memory as it lies, is left alone.
     """
     calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    if any(getattr(target, "_schema", None) is not None and target._schema.is_mutable for target in calls):
+    if any(
+        getattr(target, "_schema", None) is not None and target._schema.is_mutable
+        for target in calls
+    ):
         return
     if not _READS_STRIDES.isdisjoint(calls):
         return
@@ -53,7 +64,9 @@ def _outputs(graph: fx.Graph) -> list[Node]:
 
 
 def _aliases(graph: fx.Graph) -> list[bool]:
-    """For each output whether its numbers share memory: with an input, an output before it, or one another."""
+    """For each output whether its numbers share memory: with an input, an output before it, or one
+    another.
+    """
     seen: set[Node] = set()
     found = []
     for node in _outputs(graph):
@@ -75,7 +88,9 @@ def _own_outputs(graph: fx.Graph, before: list[bool]) -> None:
         if not next(copied):
             return node
         with graph.inserting_before(last):
-            copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy = graph.call_function(
+                aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+            )
         copy.meta["val"] = node.meta["val"]
         return copy
 
@@ -85,22 +100,37 @@ def _own_outputs(graph: fx.Graph, before: list[bool]) -> None:
 _LIKE = {aten.zeros_like.default: 0.0, aten.ones_like.default: 1.0}
 _NEUTRAL = {aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0, aten.mul.Tensor: 1.0, aten.div.Tensor: 1.0}
 _SAME_NUMBERS = {
-    aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor,
-    aten.transpose.int, aten.clone.default, aten.detach.default, aten.alias.default,
-}  # fmt: skip
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.transpose.int,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+}
 
 
 def _constants(graph: fx.Graph) -> None:
-    """Zeros and ones shaped like something do not read it, so what nobody else reads dies; plus 0 and times 1 are nothing."""
+    """Zeros and ones shaped like something do not read it, so what nobody else reads dies; plus 0
+    and times 1 are nothing.
+    """
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.target in _LIKE and value.is_floating_point():
             with graph.inserting_before(node):
                 made = {"dtype": value.dtype, "device": value.device}
-                full = graph.call_function(aten.full.default, (list(value.shape), _LIKE[node.target]), made)
+                full = graph.call_function(
+                    aten.full.default, (list(value.shape), _LIKE[node.target]), made
+                )
             full.meta["val"] = value.contiguous()
             node.replace_all_uses_with(full)
-        elif node.target in _NEUTRAL and not node.kwargs and all(isinstance(x, fx.Node) for x in node.args):
+        elif (
+            node.target in _NEUTRAL
+            and not node.kwargs
+            and all(isinstance(x, fx.Node) for x in node.args)
+        ):
             first, other = node.args
             neutral = _NEUTRAL[node.target]
             if node.target in (aten.add.Tensor, aten.mul.Tensor) and _filled_with(first) == neutral:
@@ -125,7 +155,9 @@ def _filled_with(node: Node) -> float | None:
 
 
 def _logarithms(graph: fx.Graph) -> None:
-    """The logarithm of an exponential, such as of a scale that is kept as its logarithm, is there already."""
+    """The logarithm of an exponential, such as of a scale that is kept as its logarithm, is there
+    already.
+    """
     for node in list(graph.nodes):
         if node.target is not aten.log.default:
             continue
@@ -133,7 +165,10 @@ def _logarithms(graph: fx.Graph) -> None:
         while below.target in _SAME_NUMBERS and below.op == "call_function":
             views.append(below)
             below = below.args[0]
-        if below.target is not aten.exp.default or below.args[0].meta["val"].dtype != node.meta["val"].dtype:
+        if (
+            below.target is not aten.exp.default
+            or below.args[0].meta["val"].dtype != node.meta["val"].dtype
+        ):
             continue
         new = below.args[0]
         for view in reversed(views):
@@ -146,12 +181,15 @@ def _logarithms(graph: fx.Graph) -> None:
 
 
 def _narrowed(graph: fx.Graph) -> None:
-    """What is zero but for the first entry of some axes is added up there without being written out.
+    """What is zero but for the first entry of some axes is added up there without being written
+    out.
 
-    That is the derivative of something that was looked at once for all tasks and weights: zeros but for the first, until a sum
-    over them ends it.
+    That is the derivative of something that was looked at once for all tasks and weights: zeros but
+    for the first, until a sum over them ends it.
     """
-    first: dict[Node, tuple[Node, set[int]]] = {}  # those entries, and the axes along which zeros follow
+    first: dict[
+        Node, tuple[Node, set[int]]
+    ] = {}  # those entries, and the axes along which zeros follow
 
     def call(node: Node, target: Any, *args: Any) -> Node:
         with graph.inserting_before(node):
@@ -193,7 +231,9 @@ def _narrowed(graph: fx.Graph) -> None:
 
 
 def _whole(graph: fx.Graph) -> None:
-    """A concatenation of one part, and a cut into one, are nothing; a step of CG on a single vector has both."""
+    """A concatenation of one part, and a cut into one, are nothing; a step of CG on a single vector
+    has both.
+    """
     for node in list(graph.nodes):
         if node.target is aten.cat.default and len(node.args[0]) == 1:
             node.replace_all_uses_with(node.args[0][0])

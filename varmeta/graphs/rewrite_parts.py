@@ -1,7 +1,8 @@
 """Keep rows that a graph cuts into parts and joins again in parts.
 
-A task's weights are one row, cut into the layers' parts by the model.  Autograd therefore ends every gradient with a
-concatenation, which a compiler can only write as one loop with a branch for each part.
+A task's weights are one row, cut into the layers' parts by the model.  Autograd therefore ends
+every gradient with a concatenation, which a compiler can only write as one loop with a branch for
+each part.
 """
 
 from __future__ import annotations
@@ -21,12 +22,33 @@ MAX_PARTS = 12
 MIN_SIZE = 256
 
 _POINTWISE = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.exp.default,
-    aten.log.default, aten.sqrt.default, aten.rsqrt.default, aten.reciprocal.default, aten.pow.Tensor_Scalar,
-    aten.mul.Scalar, aten.where.self, aten.clone.default, aten.detach.default, aten.alias.default, aten.abs.default,
-    aten.zeros_like.default, aten.ones_like.default, aten.add.Scalar, aten.sub.Scalar, aten.div.Scalar,
-    aten.addcmul.default, aten.clamp.default, aten.square.default, aten.lerp.Scalar,
-}  # fmt: skip
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.neg.default,
+    aten.exp.default,
+    aten.log.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten.pow.Tensor_Scalar,
+    aten.mul.Scalar,
+    aten.where.self,
+    aten.clone.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.abs.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.add.Scalar,
+    aten.sub.Scalar,
+    aten.div.Scalar,
+    aten.addcmul.default,
+    aten.clamp.default,
+    aten.square.default,
+    aten.lerp.Scalar,
+}
 
 
 class _Parts:
@@ -48,14 +70,18 @@ class _Parts:
         if node not in self.known:
             cuts, begin = [], 0
             for part, size in enumerate(self.sizes):
-                cuts.append(self.call(node, aten.slice.Tensor, (node, -1, begin, begin + size), {}, part))
+                cuts.append(
+                    self.call(node, aten.slice.Tensor, (node, -1, begin, begin + size), {}, part)
+                )
                 begin += size
             self.known[node] = cuts
         return self.known[node]
 
 
 def in_parts(graph: fx.Graph) -> None:
-    """Carry concatenations along the last axis through what acts on each number, until they are cut apart again."""
+    """Carry concatenations along the last axis through what acts on each number, until they are cut
+    apart again.
+    """
     sizes = _cut_sizes(graph)
     if sizes is None:
         return
@@ -76,7 +102,11 @@ def _cut_sizes(graph: fx.Graph) -> tuple[int, ...] | None:
         for node in graph.nodes
         if node.target is aten.split_with_sizes.default and _is_last(node, (*node.args, 0)[2])
     )
-    cuts = [sizes for sizes, _ in found.most_common() if 1 < len(sizes) <= MAX_PARTS and sum(sizes) >= MIN_SIZE]
+    cuts = [
+        sizes
+        for sizes, _ in found.most_common()
+        if 1 < len(sizes) <= MAX_PARTS and sum(sizes) >= MIN_SIZE
+    ]
     return cuts[0] if cuts else None
 
 
@@ -106,7 +136,9 @@ def _pointwise(parts: _Parts, node: Node) -> None:
 
 
 def _replace(parts: _Parts, node: Node, made: list[Node]) -> None:
-    """Whoever still reads the whole of `node` reads the concatenation of its parts, which dies if nobody does."""
+    """Whoever still reads the whole of `node` reads the concatenation of its parts, which dies if
+    nobody does.
+    """
     whole = parts.graph.call_function(aten.cat.default, (made, -1))
     whole.meta.update(node.meta)
     node.replace_all_uses_with(whole)
@@ -116,7 +148,9 @@ def _replace(parts: _Parts, node: Node, made: list[Node]) -> None:
 def _cat(parts: _Parts, node: Node) -> None:
     inputs, whole = node.args[0], node.meta["val"]
     axis = node.args[1] if len(node.args) > 1 else 0
-    alike = all(x.meta["val"].dtype == whole.dtype and len(shape_of(x)) == whole.dim() for x in inputs)
+    alike = all(
+        x.meta["val"].dtype == whole.dtype and len(shape_of(x)) == whole.dim() for x in inputs
+    )
     if alike and _is_last(node, axis) and tuple(shape_of(x)[-1] for x in inputs) == parts.sizes:
         parts.known[node] = list(inputs)
 
@@ -162,7 +196,9 @@ def _shaped(parts: _Parts, node: Node) -> None:
         new = list(args)
         if target in (aten.reshape.default, aten.expand.default):
             new[0] = [*shape[:-1], size]
-        made.append(parts.call(node, target, (parts.known[source][part], *new), dict(node.kwargs), part))
+        made.append(
+            parts.call(node, target, (parts.known[source][part], *new), dict(node.kwargs), part)
+        )
     _replace(parts, node, made)
 
 

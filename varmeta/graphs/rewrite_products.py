@@ -1,7 +1,8 @@
-"""Lay out a graph's batched products so that the library is fast at them and nobody copies a transpose.
+"""Lay out a graph's batched products so that the library is fast at them and nobody copies a
+transpose.
 
-The gradient of a layer `h @ W.T` comes transposed, and its derivative is a product of two transposes.  Both cost more than the
-arithmetic of a small network (docs/speed.md).
+The gradient of a layer `h @ W.T` comes transposed, and its derivative is a product of two
+transposes.  Both cost more than the arithmetic of a small network (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _by_columns(node: Node) -> bool:
 
 
 def transposed_products(graph: fx.Graph) -> None:
-    """The transpose of a batched product is the product of the transposes: nothing is left to copy.  So of sums of them."""
+    """The transpose of a batched product is the product of the transposes: nothing is left to copy.
+    So of sums of them.
+    """
     for node in list(graph.nodes):
         if node.target is not aten.transpose.int:
             continue
@@ -74,11 +77,15 @@ def _is_copied(node: Node) -> bool:
 
 
 def _flips(node: Node) -> bool:
-    """Whether `_flipped` can make the transpose of `node`, which nobody else reads, without a copy."""
+    """Whether `_flipped` can make the transpose of `node`, which nobody else reads, without a
+    copy.
+    """
     if node.op != "call_function" or len(node.users) != 1:
         return False
     if node.target is aten.add.Tensor:
-        same = not node.kwargs and all(isinstance(x, fx.Node) and shape_of(x) == shape_of(node) for x in node.args)
+        same = not node.kwargs and all(
+            isinstance(x, fx.Node) and shape_of(x) == shape_of(node) for x in node.args
+        )
         return same and node.args[0] is not node.args[1] and all(map(_flips, node.args))
     if node.target in (aten.reshape.default, aten.detach.default):
         return shape_of(node.args[0])[-2:] == shape_of(node)[-2:] and _flips(node.args[0])
@@ -89,7 +96,11 @@ def _flips(node: Node) -> bool:
 
 
 def _is_flip(node: Node) -> bool:
-    return node.target is aten.transpose.int and tuple(node.args[1:]) in ((1, 2), (-2, -1)) and len(shape_of(node)) == 3
+    return (
+        node.target is aten.transpose.int
+        and tuple(node.args[1:]) in ((1, 2), (-2, -1))
+        and len(shape_of(node)) == 3
+    )
 
 
 def _flipped(graph: fx.Graph, node: Node) -> Node:

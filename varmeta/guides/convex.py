@@ -1,4 +1,6 @@
-"""Where f_i is convex by construction, so that the prior bounds the Hessian of the inner problem from below."""
+"""Where f_i is convex by construction, so that the prior bounds the Hessian of the inner problem
+from below.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,18 @@ from varmeta.numerics.adjoint import Quadratic
 from varmeta.numerics.tree import Tree, flatten
 from varmeta.priors.validation import validation_enabled
 
-# Their log densities are concave in the network's output.  Exact classes: a subclass may be anything.
+# Their log densities are concave in the network's output.  Exact classes: a subclass may be
+# anything.
 LOG_CONCAVE = (Gaussian, LogNormal, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
 
 
 def inverse_ceiling(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -> Quadratic | None:
-    """v -> v' Lambda^-1 v, which v' H^-1 v is nowhere above, H the inner problem's Hessian; None where that is not known.
+    """v -> v' Lambda^-1 v, which v' H^-1 v is nowhere above, H the inner problem's Hessian; None
+    where that is not known.
 
-    At a point theta the inner loss is 1/2 (theta - theta0)' Lambda (theta - theta0) + f_i(theta), and f_i is convex where the
-    output is affine in theta and the likelihood log-concave, so that H >= Lambda.
+    At a point theta the inner loss is 1/2 (theta - theta0)' Lambda (theta - theta0) + f_i(theta),
+    and f_i is convex where the output is affine in theta and the likelihood log-concave, so that H
+    >= Lambda.
     """
     convex = model.is_linear and type(model.likelihood) in LOG_CONCAVE
     if not convex or not isinstance(guide, (Delta, Laplace)):

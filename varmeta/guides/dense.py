@@ -19,7 +19,9 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True, repr=False)
 class Dense(Guide):
-    """q_i = N(loc_i, L_i L_i') with L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular: one block per task."""
+    """q_i = N(loc_i, L_i L_i') with L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular:
+    one block per task.
+    """
 
     name = "multivariate_normal"
 
@@ -40,4 +42,6 @@ class Dense(Guide):
         factor = torch.diag_embed(phi["log_scale"].exp())
         if "tril" in phi:
             factor = factor @ unit_lower(phi["tril"], phi["loc"].shape[-1])
-        return sample(dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+        return sample(
+            dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3))
+        )

@@ -1,4 +1,6 @@
-"""Gaussians over theta whose scale A (covariance A A') is known by what it does to a vector, never as a D x D matrix."""
+"""Gaussians over theta whose scale A (covariance A A') is known by what it does to a vector, never
+as a D x D matrix.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class StructuredNormal(dist.TorchDistribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
         shape = self._extended_shape(sample_shape)
-        return self.loc + self.scaled(torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device))
+        return self.loc + self.scaled(
+            torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> StructuredNormal:
         batch = torch.Size(batch_shape)
@@ -89,16 +93,19 @@ class StructuredNormal(dist.TorchDistribution):
 
 
 class LowRankNormal(StructuredNormal):
-    """N(loc, S Q^-1 S') with a precision Q in the units of a scale S, diagonal plus low rank: Q = diag(1/s) (I + W W') diag(1/s).
+    """N(loc, S Q^-1 S') with a precision Q in the units of a scale S, diagonal plus low rank: Q =
+    diag(1/s) (I + W W') diag(1/s).
 
-    parts: s `(..., D)` and W `(..., D, rank)`.  root: S, `(D,)` where it is diagonal, else lower triangular `(D, D)`.
-    With R R' = I + W'W (a `rank` x `rank` Cholesky factor), by Woodbury's identity and the determinant lemma
+    parts: s `(..., D)` and W `(..., D, rank)`.  root: S, `(D,)` where it is diagonal, else lower
+    triangular `(D, D)`. With R R' = I + W'W (a `rank` x `rank` Cholesky factor), by Woodbury's
+    identity and the determinant lemma
 
         Q^-1 = diag(s) (I - V'V) diag(s),   V = R^-1 W',   log det Q^-1 = 2 sum log s - 2 log det R,
         A z = S s (z - W R'^-1 (I + R)^-1 W'z)   and   A^-1 v = (I + W (I + R)'^-1 W') (S^-1 v / s)
 
-    (multiply out: A A' = S Q^-1 S' because (I + R - I)(I + R - I)' = I + W'W).  In units of S everything costs O(D rank), and
-    is smooth, also where W is 0 or loses rank, as an eigendecomposition would not be.
+    (multiply out: A A' = S Q^-1 S' because (I + R - I)(I + R - I)' = I + W'W).  In units of S
+    everything costs O(D rank), and is smooth, also where W is 0 or loses rank, as an
+    eigendecomposition would not be.
     """
 
     def __init__(self, loc: Tensor, parts: tuple[Tensor, ...], root: Tensor) -> None:
@@ -119,7 +126,11 @@ class LowRankNormal(StructuredNormal):
 
     def whitened(self, offset: Tensor) -> Tensor:
         dense = self.root.dim() == 2
-        v = _solve(self.root, offset.unsqueeze(-1), upper=False).squeeze(-1) if dense else offset / self.root
+        v = (
+            _solve(self.root, offset.unsqueeze(-1), upper=False).squeeze(-1)
+            if dense
+            else offset / self.root
+        )
         v = v / self.spread
         eye = torch.eye(self._r.shape[-1], dtype=v.dtype, device=v.device)
         inner = _solve((eye + self._r).mT, self.factor.mT @ v.unsqueeze(-1), upper=True)
@@ -128,7 +139,11 @@ class LowRankNormal(StructuredNormal):
     @property
     def log_det(self) -> Tensor:
         scale = self.root if self.root.dim() == 1 else self.root.diagonal()
-        return scale.log().sum() + self.spread.log().sum(-1) - self._r.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (
+            scale.log().sum()
+            + self.spread.log().sum(-1)
+            - self._r.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        )
 
     @property
     def variance(self) -> Tensor:
@@ -147,7 +162,8 @@ class LowRankNormal(StructuredNormal):
 
 
 class BlockNormal(StructuredNormal):
-    """N(loc, A A') with A = diag(s) B: B unit lower triangular on the weights `block` `(m,)`, the identity on the others.
+    """N(loc, A A') with A = diag(s) B: B unit lower triangular on the weights `block` `(m,)`, the
+    identity on the others.
 
     parts: s `(..., D)` and the unit lower triangle `(..., m, m)`.
     """
@@ -159,7 +175,9 @@ class BlockNormal(StructuredNormal):
         every = torch.arange(loc.shape[-1], device=loc.device)
         outside = torch.ones_like(every, dtype=torch.bool).index_fill(0, block, False)
         # a stable sort, not a mask: shapes do not depend on numbers
-        self._rest = torch.argsort(outside.long(), descending=True, stable=True)[: len(every) - len(block)]
+        self._rest = torch.argsort(outside.long(), descending=True, stable=True)[
+            : len(every) - len(block)
+        ]
         self._back = torch.argsort(torch.cat([block, self._rest]))
 
     def _put(self, block: Tensor, rest: Tensor) -> Tensor:
@@ -194,7 +212,8 @@ class BlockNormal(StructuredNormal):
 def times(matrix: Tensor, v: Tensor) -> Tensor:
     """matrix `(..., d, e)` times v `(points, ..., e)` or `(..., e)`, whose axes between broadcast.
 
-    Not `matrix @ v`, which writes every task's matrix once for each point: d^3 numbers a task under cubature.
+    Not `matrix @ v`, which writes every task's matrix once for each point: d^3 numbers a task under
+    cubature.
     """
     if v.dim() == matrix.dim():
         return torch.einsum("...de,p...e->p...d", matrix, v)
@@ -203,4 +222,6 @@ def times(matrix: Tensor, v: Tensor) -> Tensor:
 
 def _solve(a: Tensor, b: Tensor, upper: bool) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return torch.linalg.solve_triangular(a.expand(batch + a.shape[-2:]), b.expand(batch + b.shape[-2:]), upper=upper)
+    return torch.linalg.solve_triangular(
+        a.expand(batch + a.shape[-2:]), b.expand(batch + b.shape[-2:]), upper=upper
+    )

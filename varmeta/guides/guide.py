@@ -1,7 +1,8 @@
-"""Guides q(theta; phi_i): one point or Gaussian per task, with the parameters phi as explicit arguments.
+"""Guides q(theta; phi_i): one point or Gaussian per task, with the parameters phi as explicit
+arguments.
 
-A guide is a Pyro program that samples the model's site `theta` under the plate `tasks`.  phi is a tree with the task axis
-first, so that rows can be taken, put back and reset to the prior.
+A guide is a Pyro program that samples the model's site `theta` under the plate `tasks`.  phi is a
+tree with the task axis first, so that rows can be taken, put back and reset to the prior.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ class Guide(ABC):
         """The guide as it serves this model; the same one where it does not look at the model."""
         return self
 
-    def doubt(self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> str | None:
-        """What should make one doubt these posteriors of the tasks called `names`, in a sentence."""
+    def doubt(
+        self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
+    ) -> str | None:
+        """What should make one doubt these posteriors of the tasks called `names`, in a
+        sentence.
+        """
         return None
 
     @abstractmethod
@@ -56,9 +61,13 @@ class Guide(ABC):
 
     @abstractmethod
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
-        """The Pyro program: samples `theta`, batch shape `(tasks, 1)` and event shape `(D,)`, under the plate `tasks`."""
+        """The Pyro program: samples `theta`, batch shape `(tasks, 1)` and event shape `(D,)`, under
+        the plate `tasks`.
+        """
 
-    def distribution(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> dist.TorchDistribution:
+    def distribution(
+        self, phi: Tree, eta: Mapping[str, Tensor], data: Data
+    ) -> dist.TorchDistribution:
         """q(theta; phi), read off the program's trace: a Delta, Normal or MultivariateNormal.
 
         Raises ValueError where the program samples anything but one theta per task.
@@ -74,14 +83,18 @@ class Guide(ABC):
             raise ValueError(f"the guide must sample the site {SITE!r}; it samples {sorted(sites)}")
         random = [site for site in sites.values() if not isinstance(site["fn"], dist.Delta)]
         if len(random) > 1:
-            raise ValueError(f"the guide must have one random site per task, theta; it has {sorted(sites)}")
-        # AutoNormal draws an auxiliary Gaussian and hands it on as a Delta; theta is real, so that Gaussian is q
+            raise ValueError(
+                f"the guide must have one random site per task, theta; it has {sorted(sites)}"
+            )
+        # AutoNormal draws an auxiliary Gaussian and hands it on as a Delta; theta is real, so that
+        # Gaussian is q
         q = random[0]["fn"] if random else sites[SITE]["fn"]
         require_closed_form(q)
         if q.batch_shape != (len(data), 1) or len(q.event_shape) != 1:
             raise ValueError(
-                f"the guide's theta has batch shape {tuple(q.batch_shape)} and event shape {tuple(q.event_shape)}: expected "
-                f"({len(data)}, 1), one row for each task, and (D,), as from Normal(...).to_event(1)"
+                f"the guide's theta has batch shape {tuple(q.batch_shape)} and event shape "
+                f"{tuple(q.event_shape)}: expected ({len(data)}, 1), one row for each task, and "
+                "(D,), as from Normal(...).to_event(1)"
             )
         return q
 
@@ -107,12 +120,16 @@ class BoundGuide(Guide):
     @property
     def model(self) -> TaskModel:
         if self._model is None:
-            raise RuntimeError(f"the guide {self.name!r} must be bound to a model first: guide.bound(model)")
+            raise RuntimeError(
+                f"the guide {self.name!r} must be bound to a model first: guide.bound(model)"
+            )
         return self._model
 
 
 class _AtLocation(Messenger):
-    """Let Gaussian sites take their location (plus `offset`) as value: q is read off, so no random number is drawn."""
+    """Let Gaussian sites take their location (plus `offset`) as value: q is read off, so no random
+    number is drawn.
+    """
 
     def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
@@ -121,7 +138,9 @@ class _AtLocation(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg) and has_closed_form(msg["fn"]):
             at = location(msg["fn"])
-            msg["value"] = at + self.offset if self.offset and not isinstance(msg["fn"], dist.Delta) else at
+            msg["value"] = (
+                at + self.offset if self.offset and not isinstance(msg["fn"], dist.Delta) else at
+            )
 
 
 def sample(q: dist.TorchDistribution) -> Tensor:
@@ -130,5 +149,6 @@ def sample(q: dist.TorchDistribution) -> Tensor:
 
 
 def copies(row: Tensor, data: Data) -> Tensor:
-    # clone: an expanded view would share memory with theta0, and a step on a guide would move the prior
+    # clone: an expanded view would share memory with theta0, and a step on a guide would move the
+    # prior
     return row.expand(len(data), *row.shape).clone()

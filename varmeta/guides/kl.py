@@ -1,7 +1,7 @@
 """KL[q || p] in closed form, for a task's guide q and the prior p; never sampled.
 
-One frozen draw with a sampled KL has no minimum, and a sampled KL adds noise to theta0's gradient where the closed form
-has none; so a pair without a closed form raises instead of falling back.
+One frozen draw with a sampled KL has no minimum, and a sampled KL adds noise to theta0's gradient
+where the closed form has none; so a pair without a closed form raises instead of falling back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def location(q: dist.TorchDistribution) -> Tensor:
 
 
 def moved_by(q: dist.TorchDistribution, offset: Tensor | None) -> dist.TorchDistribution:
-    """A point or Gaussian whose location `(..., D)` is moved by `offset`, with which it broadcasts; itself for None."""
+    """A point or Gaussian whose location `(..., D)` is moved by `offset`, with which it broadcasts;
+    itself for None.
+    """
     if offset is None:
         return q
     loc = location(q) + offset
@@ -38,22 +40,26 @@ def moved_by(q: dist.TorchDistribution, offset: Tensor | None) -> dist.TorchDist
 def has_closed_form(q: dist.TorchDistribution) -> bool:
     """Whether q is one of the families whose KL to a Gaussian prior is known here."""
     gaussian = isinstance(q, Independent) and isinstance(q.base_dist, Normal)
-    return gaussian or isinstance(q, (dist.Delta, torch.distributions.MultivariateNormal, StructuredNormal))
+    return gaussian or isinstance(
+        q, (dist.Delta, torch.distributions.MultivariateNormal, StructuredNormal)
+    )
 
 
 def require_closed_form(q: dist.TorchDistribution) -> None:
     """Raises TypeError for a family whose KL is not known."""
     if not has_closed_form(q):
         raise TypeError(
-            f"a task's guide must put a Delta, Normal or MultivariateNormal on theta, not {type(q).__name__}: "
-            "the KL to the Gaussian prior has no closed form for it"
+            "a task's guide must put a Delta, Normal or MultivariateNormal on theta, not "
+            f"{type(q).__name__}: the KL to the Gaussian prior has no closed form for it"
         )
 
 
 def scale(q: dist.TorchDistribution) -> Tensor | None:
-    """sd `(..., D)` of a diagonal normal, the factor `(..., D, D)` of a dense one, None for a point.
+    """sd `(..., D)` of a diagonal normal, the factor `(..., D, D)` of a dense one, None for a
+    point.
 
-    Of a structured one its whole matrix A, which only few weights allow.  Raises TypeError for any other distribution.
+    Of a structured one its whole matrix A, which only few weights allow.  Raises TypeError for any
+    other distribution.
     """
     require_closed_form(q)
     if isinstance(q, dist.Delta):
@@ -66,7 +72,8 @@ def scale(q: dist.TorchDistribution) -> Tensor | None:
 
 
 def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
-    """KL[q || p] per task, in nats; for a point q = delta(theta): -log p(theta), which is no divergence and gives no bound.
+    """KL[q || p] per task, in nats; for a point q = delta(theta): -log p(theta), which is no
+    divergence and gives no bound.
 
     With p = N(mu, S S') and q = N(m, L L'):
     KL = 1/2 |S^-1 L|^2 + 1/2 |S^-1 (m - mu)|^2 - D/2 + log det S - log det L.
@@ -76,7 +83,8 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     offset = location(q) - location(p)
     size = offset.shape[-1]
     if isinstance(p, Independent):
-        # of the prior's own numbers, not of every task's: one division instead of one for each weight of each task
+        # of the prior's own numbers, not of every task's: one division instead of one for each
+        # weight of each task
         sd = _once(p_scale)
         whitened = offset * sd.reciprocal()
         log_det_p = sd.log().sum(-1) * (size / sd.shape[-1])
@@ -93,7 +101,9 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
 
 
 def _once(x: Tensor) -> Tensor:
-    """x without the copies that expanding made: what is taken of it is not taken for every task, or weight."""
+    """x without the copies that expanding made: what is taken of it is not taken for every task, or
+    weight.
+    """
     for axis in range(x.dim()):
         if x.stride(axis) == 0 and x.shape[axis] > 1:
             x = x.narrow(axis, 0, 1)
@@ -124,7 +134,11 @@ def _log_det(q: dist.TorchDistribution) -> Tensor:
         return q.log_det
     q_scale = scale(q)
     assert q_scale is not None
-    return (q_scale if isinstance(q, Independent) else q_scale.diagonal(dim1=-2, dim2=-1)).log().sum(-1)
+    return (
+        (q_scale if isinstance(q, Independent) else q_scale.diagonal(dim1=-2, dim2=-1))
+        .log()
+        .sum(-1)
+    )
 
 
 def move(q: dist.TorchDistribution, noise: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """Laplace's approximation per task: a Gaussian at the mode, with the curvature there.
 
-phi is the mode theta_i*, the minimum of the penalised loss m_i(theta) = f_i(theta) - log p(theta | eta).  With H_i the Hessian of
-m_i at theta_i*,
+phi is the mode theta_i*, the minimum of the penalised loss m_i(theta) = f_i(theta) - log p(theta |
+eta).  With H_i the Hessian of m_i at theta_i*,
 
     q_i = N(theta_i*, H_i^-1),   -log p(y_i | eta) ~ m_i(theta_i*) - D/2 log 2 pi + 1/2 log det H_i,
 
-the objective "elbo" under this guide, and what lme4's glmer maximises.  It is *not* a bound on the evidence: it may lie above
-or below.  It does not have its minimum over theta at the mode, so its derivative in eta has two parts: the direct one, and one
-through theta_i*(eta), on which H_i depends too.
+the objective "elbo" under this guide, and what lme4's glmer maximises.  It is *not* a bound on the
+evidence: it may lie above or below.  It does not have its minimum over theta at the mode, so its
+derivative in eta has two parts: the direct one, and one through theta_i*(eta), on which H_i depends
+too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
 HESSIANS = ("auto", "exact", "gauss_newton")
-# Rows of the exact Hessian cost a second derivative each; beyond this many weights a network takes the Gauss-Newton matrix.
+# Rows of the exact Hessian cost a second derivative each; beyond this many weights a network takes
+# the Gauss-Newton matrix.
 MAX_EXACT_SIZE = 64
-# Curvature below this share of the prior's is raised to it: the sd of a weight is at most 100 times the prior's.
+# Curvature below this share of the prior's is raised to it: the sd of a weight is at most 100 times
+# the prior's.
 FLOOR = 1e-4
 
 
@@ -44,14 +47,16 @@ FLOOR = 1e-4
 class Laplace(BoundGuide):
     """q_i = N(theta_i*, H_i^-1) at the mode theta_i*; see the head of this module.
 
-    hessian: "exact"; "gauss_newton", J' B J with J the Jacobian of the network's output and B the Hessian of an observation's
-        loss in the output (for Gaussian, Bernoulli, Categorical, Binomial and Poisson likelihoods also the Fisher
-        information; never indefinite there); "auto", exact up to 64 weights, else Gauss-Newton.
+    hessian: "exact"; "gauss_newton", J' B J with J the Jacobian of the network's output and B the
+        Hessian of an observation's loss in the output (for Gaussian, Bernoulli, Categorical,
+        Binomial and Poisson likelihoods also the Fisher information; never indefinite there);
+        "auto", exact up to 64 weights, else Gauss-Newton.
 
-    For `Implicit`, `Unrolled` and their kin: `Joint` has no mode to stand at.  Where H is not positive definite (a saddle, or an
-    inner loop that has not arrived) it is raised along the prior's precision until it is, by `Posterior.diagnose` and a
-    warning of `adapt` said to be so.
-    Source: Tierney and Kadane, J. American Statistical Association 81 (1986); Bates et al., J. Statistical Software 67 (2015).
+    For `Implicit`, `Unrolled` and their kin: `Joint` has no mode to stand at.  Where H is not
+    positive definite (a saddle, or an inner loop that has not arrived) it is raised along the
+    prior's precision until it is, by `Posterior.diagnose` and a warning of `adapt` said to be so.
+    Source: Tierney and Kadane, J. American Statistical Association 81 (1986); Bates et al., J.
+        Statistical Software 67 (2015).
 
     Raises ValueError for an unknown Hessian, and for one that the model does not have.
     """
@@ -73,13 +78,22 @@ class Laplace(BoundGuide):
     def bound(self, model: TaskModel) -> Laplace:
         size = model.weights.size
         # through the output alone a noise scale of the task's own has no derivative
-        what = "a Pyro program" if model.net is None else "noise of each task's own" if model.task_weights else None
+        what = (
+            "a Pyro program"
+            if model.net is None
+            else "noise of each task's own"
+            if model.task_weights
+            else None
+        )
         if what and self.hessian == "gauss_newton":
-            raise ValueError(f"{what} has no output of which to take a Jacobian: use hessian='exact'")
+            raise ValueError(
+                f"{what} has no output of which to take a Jacobian: use hessian='exact'"
+            )
         if what and self.hessian == "auto" and size > MAX_EXACT_SIZE:
             raise ValueError(
-                f"the exact Hessian of {size} weights per task costs {size} second derivatives, and {what} has no "
-                "Gauss-Newton matrix: use hessian='exact' all the same, or guide='low_rank'"
+                f"the exact Hessian of {size} weights per task costs {size} second derivatives, "
+                f"and {what} has no Gauss-Newton matrix: use hessian='exact' all the same, or "
+                "guide='low_rank'"
             )
         return super().bound(model)
 
@@ -88,7 +102,9 @@ class Laplace(BoundGuide):
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
         factor, _ = self._factor(phi, eta, data)
-        return sample(dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+        return sample(
+            dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3))
+        )
 
     def penalised(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """m_i at phi, `(tasks,)`, in nats."""
@@ -101,25 +117,32 @@ class Laplace(BoundGuide):
         """-log of Laplace's evidence at phi, `(tasks,)`, in nats."""
         factor, _ = self._factor(phi, eta, data)
         log_det = -2.0 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.penalised(phi, eta, data) + 0.5 * (log_det - phi["loc"].shape[-1] * math.log(2 * math.pi))
+        return self.penalised(phi, eta, data) + 0.5 * (
+            log_det - phi["loc"].shape[-1] * math.log(2 * math.pi)
+        )
 
-    def doubt(self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> str | None:
+    def doubt(
+        self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
+    ) -> str | None:
         raised = self.raised(phi, eta, data) > 0
         bad = [name for name, yes in zip(names, raised.tolist(), strict=True) if yes]
         if not bad:
             return None
         return (
-            f"the Hessian where adaptation ended is not positive definite for {counted(len(bad), 'task')} of {len(names)}, "
-            f"{bad[0]!r} first: no mode was reached there, and the curvature was raised to {FLOOR:g} of the prior's.  Adapt to "
+            "the Hessian where adaptation ended is not positive definite for "
+            f"{counted(len(bad), 'task')} of {len(names)}, {bad[0]!r} first: no mode was reached "
+            f"there, and the curvature was raised to {FLOOR:g} of the prior's.  Adapt to "
             "tolerance, raise the prior precision, or use guide='multivariate_normal'"
         )
 
     def raised(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        """By how many of the prior's precisions H was raised, `(tasks,)`; 0 where it is positive definite."""
+        """By how many of the prior's precisions H was raised, `(tasks,)`; 0 where it is positive
+        definite.
+        """
         with torch.no_grad():
             return self._factor(phi, eta, data)[1]
 
-    # -- the Hessian ---------------------------------------------------------------------------------------------------
+    # -- the Hessian -------------------------------------------------------------------------------
 
     def _factor(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> tuple[Tensor, Tensor]:
         """Lower triangular L with L L' = H^-1, `(tasks, D, D)`, and by how much H was raised."""
@@ -127,8 +150,16 @@ class Laplace(BoundGuide):
         keep = torch.is_grad_enabled() and asked
         # block: the guide's own trace must not see the model run
         with torch.enable_grad(), validation_enabled(False), poutine.block():
-            theta = phi["loc"] if keep and phi["loc"].requires_grad else phi["loc"].detach().requires_grad_()
-            h = self._gauss_newton(theta, eta, data) if self._uses_outputs else self._exact(theta, eta, data)
+            theta = (
+                phi["loc"]
+                if keep and phi["loc"].requires_grad
+                else phi["loc"].detach().requires_grad_()
+            )
+            h = (
+                self._gauss_newton(theta, eta, data)
+                if self._uses_outputs
+                else self._exact(theta, eta, data)
+            )
             p = self.model.prior_distribution(eta)
             root = scale(p)
             assert root is not None
@@ -138,9 +169,12 @@ class Laplace(BoundGuide):
             precision = inverse.mT @ inverse
             raised = _raised(h.detach(), root.detach())
             h = 0.5 * (h + h.mT) + (1.0 + raised)[:, None, None] * precision
-            # the lower factor of the inverse comes from the Cholesky factor of H with both axes reversed
+            # the lower factor of the inverse comes from the Cholesky factor of H with both axes
+            # reversed
             reverse = torch.linalg.cholesky_ex(h.flip(-1, -2)).L.flip(-1, -2).mT
-            factor = torch.linalg.solve_triangular(reverse, identity.expand_as(reverse), upper=False)
+            factor = torch.linalg.solve_triangular(
+                reverse, identity.expand_as(reverse), upper=False
+            )
         return (factor if keep else factor.detach()), raised
 
     @property
@@ -166,7 +200,8 @@ class Laplace(BoundGuide):
             trace = poutine.trace(self.model.observe_output).get_trace(given, eta, y, 2)
         losses = torch.where(data.mask, -observed_log_prob(trace), 0.0)
         slope = _gradient(losses, given).reshape(flat.shape)
-        # observations do not share outputs, so that a channel of all of them is differentiated at once
+        # observations do not share outputs, so that a channel of all of them is differentiated at
+        # once
         rows = [_gradient(slope[..., c], given).reshape(flat.shape) for c in range(flat.shape[-1])]
         return torch.einsum("tncd,tnce,tnef->tdf", jacobian, torch.stack(rows, -2), jacobian)
 
@@ -174,17 +209,25 @@ class Laplace(BoundGuide):
 def _gradient(value: Tensor, at: Tensor) -> Tensor:
     if not value.requires_grad:
         return torch.zeros_like(at)
-    return torch.autograd.grad(value.sum(), at, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+    return torch.autograd.grad(
+        value.sum(), at, create_graph=True, allow_unused=True, materialize_grads=True
+    )[0]
 
 
 def _derivatives(values: Tensor, theta: Tensor) -> Tensor:
-    """d values / d theta for values `(tasks, n)` of the tasks' own theta `(tasks, D)`: `(tasks, n, D)`."""
+    """d values / d theta for values `(tasks, n)` of the tasks' own theta `(tasks, D)`: `(tasks, n,
+    D)`.
+    """
     return torch.stack([_gradient(values[:, i], theta) for i in range(values.shape[-1])], 1)
 
 
 def _raised(h: Tensor, root: Tensor) -> Tensor:
-    """What must be added to the curvature along the prior's precision, where it is below `FLOOR` in the prior's units."""
+    """What must be added to the curvature along the prior's precision, where it is below `FLOOR` in
+    the prior's units.
+    """
     white = root.mT @ (0.5 * (h + h.mT)) @ root
     # LAPACK raises on NaN, for all tasks at once
-    white = torch.where(torch.isfinite(white).all(-1, keepdim=True).all(-2, keepdim=True), white, 0.0)
+    white = torch.where(
+        torch.isfinite(white).all(-1, keepdim=True).all(-2, keepdim=True), white, 0.0
+    )
     return (FLOOR - 1.0 - torch.linalg.eigvalsh(white)[:, 0]).clamp_min(0.0)

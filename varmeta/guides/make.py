@@ -21,17 +21,24 @@ GUIDES: dict[str, type[Guide]] = {
     guide.name: guide for guide in (Delta, MeanField, Dense, LowRank, Laplace, Quadrature)
 }
 
-# Up to here joint Newton steps find a dense guide's fit, and a mean-field one ends far above it (`experiments.choices`, guide).
+# Up to here joint Newton steps find a dense guide's fit, and a mean-field one ends far above it
+# (`experiments.choices`, guide).
 MAX_DENSE_SIZE = 20
 
 
 def default_guide(model: TaskModel) -> str:
-    """The name of the guide where none was asked for: dense for few weights per task, or under a dense prior, else mean-field.
+    """The name of the guide where none was asked for: dense for few weights per task, or under a
+    dense prior, else mean-field.
 
-    A mean-field guide leaves out how a task's weights depend on each other, and with it the prior's sds come out too small
-    (sleepstudy's uncorrelated intercepts: 20.4 where the maximum of the likelihood has 24.2).
+    A mean-field guide leaves out how a task's weights depend on each other, and with it the prior's
+    sds come out too small (sleepstudy's uncorrelated intercepts: 20.4 where the maximum of the
+    likelihood has 24.2).
     """
-    return "multivariate_normal" if model.weights.size <= MAX_DENSE_SIZE or model.prior.dense else "normal"
+    return (
+        "multivariate_normal"
+        if model.weights.size <= MAX_DENSE_SIZE or model.prior.dense
+        else "normal"
+    )
 
 
 def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
@@ -46,15 +53,19 @@ def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
     if isinstance(guide, str):
         if guide not in GUIDES:
             raise ValueError(
-                f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a Pyro guide"
+                f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a "
+                "Pyro guide"
             )
         return GUIDES[guide]()
     if isinstance(guide, torch.nn.Module):
         kind = type(guide).__name__
         raise TypeError(
-            f"guide must be a name or a callable that makes a Pyro guide, not a guide that is made already: give {kind} itself, "
-            f"or lambda model: {kind}(model, ...)"
+            "guide must be a name or a callable that makes a Pyro guide, not a guide that is made "
+            f"already: give {kind} itself, or lambda model: {kind}(model, ...)"
         )
     if not callable(guide):
-        raise TypeError(f"guide must be a name or a callable that makes a Pyro guide, not {type(guide).__name__}")
+        raise TypeError(
+            "guide must be a name or a callable that makes a Pyro guide, not "
+            f"{type(guide).__name__}"
+        )
     return PyroGuide(guide)

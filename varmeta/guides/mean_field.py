@@ -26,4 +26,6 @@ class MeanField(Guide):
         return {"loc": copies(location(prior), data), "log_scale": copies(prior.stddev.log(), data)}
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        return sample(dist.Normal(phi["loc"].unsqueeze(-2), phi["log_scale"].exp().unsqueeze(-2)).to_event(1))
+        return sample(
+            dist.Normal(phi["loc"].unsqueeze(-2), phi["log_scale"].exp().unsqueeze(-2)).to_event(1)
+        )

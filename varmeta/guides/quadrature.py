@@ -1,10 +1,12 @@
-"""The evidence of a task with few weights by adaptive Gauss-Hermite quadrature, and the posterior's moments.
+"""The evidence of a task with few weights by adaptive Gauss-Hermite quadrature, and the posterior's
+moments.
 
 With theta* the mode, H the curvature there, L L' = H^-1, and nodes z_j of weight w_j for N(0, I),
 
     p(y_i | eta) = |L| (2 pi)^(D/2) sum_j w_j exp(z_j'z_j / 2) p(y_i, theta* + L z_j | eta),
 
-what lme4's glmer maximises with nAGQ = the number of nodes.  With one node it is Laplace's approximation.
+what lme4's glmer maximises with nAGQ = the number of nodes.  With one node it is Laplace's
+approximation.
 """
 
 from __future__ import annotations
@@ -28,17 +30,20 @@ from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
-# Nodes for each weight, by the number of weights.  On toenail, the hardest case at hand, 31 end 1e-3 nats off over 294 patients.
+# Nodes for each weight, by the number of weights.  On toenail, the hardest case at hand, 31 end
+# 1e-3 nats off over 294 patients.
 PER_WEIGHT = {1: 51, 2: 11, 3: 7}
 
 
 @dataclass(frozen=True, repr=False)
 class Quadrature(Laplace):
-    """q_i: the Gaussian with the mean and covariance of the posterior of task i; "elbo" is -log p(y_i | eta) itself.
+    """q_i: the Gaussian with the mean and covariance of the posterior of task i; "elbo" is -log
+    p(y_i | eta) itself.
 
-    Both by adaptive Gauss-Hermite quadrature around the mode, see the head of this module.  For up to three weights per task
-    and `Implicit`; it is neither a bound nor an approximation that must be trusted where a posterior is skewed, as
-    Laplace's is.  A posterior of several modes far apart is missed but for one.
+    Both by adaptive Gauss-Hermite quadrature around the mode, see the head of this module.  For up
+    to three weights per task and `Implicit`; it is neither a bound nor an approximation that must
+    be trusted where a posterior is skewed, as Laplace's is.  A posterior of several modes far apart
+    is missed but for one.
 
     num_nodes: for each weight; None: 51 for one weight, 11 for two, 7 for three.
     Source: Pinheiro and Bates, J. Computational and Graphical Statistics 4 (1995).
@@ -63,8 +68,9 @@ class Quadrature(Laplace):
         size = model.weights.size
         if size not in PER_WEIGHT:
             raise ValueError(
-                f"quadrature serves up to {max(PER_WEIGHT)} weights per task, and this model has {counted(size, 'weight')}: use "
-                "guide='multivariate_normal' or 'laplace', or let fewer weights vary (shared=)"
+                f"quadrature serves up to {max(PER_WEIGHT)} weights per task, and this model has "
+                f"{counted(size, 'weight')}: use guide='multivariate_normal' or 'laplace', or let "
+                "fewer weights vary (shared=)"
             )
         bound = super().bound(model)
         assert isinstance(bound, Quadrature)
@@ -76,7 +82,8 @@ class Quadrature(Laplace):
         mean = (share * theta).sum(0)
         offset = theta - mean
         covariance = ((share * offset).unsqueeze(-1) * offset.unsqueeze(-2)).sum(0)
-        # away from the mode one node may have all the mass, and the nodes no covariance: the Hessian's is left
+        # away from the mode one node may have all the mass, and the nodes no covariance: the
+        # Hessian's is left
         lost = (torch.linalg.cholesky_ex(covariance.detach()).info != 0).reshape(-1, 1, 1)
         around = self._factor(phi, eta, data)[0]
         factor = torch.linalg.cholesky_ex(torch.where(lost, around @ around.mT, covariance)).L
@@ -88,8 +95,12 @@ class Quadrature(Laplace):
         log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -log_p.logsumexp(0) - log_det - 0.5 * phi["loc"].shape[-1] * math.log(2 * math.pi)
 
-    def at_nodes(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> tuple[Tensor, Tensor, Tensor]:
-        """theta at the nodes `(J, tasks, D)`; log p(y, theta) + log w + z'z / 2 there `(J, tasks)`; the factor L."""
+    def at_nodes(
+        self, phi: Tree, eta: Mapping[str, Tensor], data: Data
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """theta at the nodes `(J, tasks, D)`; log p(y, theta) + log w + z'z / 2 there `(J, tasks)`;
+        the factor L.
+        """
         size = phi["loc"].shape[-1]
         z, log_weight = nodes(size, self.num_nodes or PER_WEIGHT[size])
         z, log_weight = z.to(phi["loc"]), log_weight.to(phi["loc"])

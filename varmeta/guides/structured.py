@@ -1,4 +1,6 @@
-"""Guides between mean-field and dense: a few correlated directions per task, or one dense block of weights."""
+"""Guides between mean-field and dense: a few correlated directions per task, or one dense block of
+weights.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +23,28 @@ from varmeta.numerics.tree import Tree
 from varmeta.priors.prior import unit_lower
 from varmeta.tasks import Data
 
-# At the start: the length of each column of W, whose gradient vanishes at exactly 0, and what the data add to the diagonal.
+# At the start: the length of each column of W, whose gradient vanishes at exactly 0, and what the
+# data add to the diagonal.
 LENGTH, ADDED = 0.3, 0.05
 
 
 @dataclass(frozen=True, repr=False)
 class LowRank(BoundGuide):
-    """q_i = N(loc_i, S Q_i^-1 S'), S S' the prior's covariance, with a precision Q = I + diag(e^a) + C C', C `(D, rank)`.
+    """q_i = N(loc_i, S Q_i^-1 S'), S S' the prior's covariance, with a precision Q = I + diag(e^a)
+    + C C', C `(D, rank)`.
 
-    rank: columns of C; None: the root of D, rounded.  n observations raise the precision of a linear model along n directions
-        at most, so that a rank of n is exact there.  Where C would have as many numbers as a dense covariance (up to 4
-        weights at rank 2, 8 at rank 5), the guide is the dense one.
+    rank: columns of C; None: the root of D, rounded.  n observations raise the precision of a
+        linear model along n directions at most, so that a rank of n is exact there.  Where C would
+        have as many numbers as a dense covariance (up to 4 weights at rank 2, 8 at rank 5), the
+        guide is the dense one.
 
     Diagonal plus low rank is the *precision*, in the prior's units, not the covariance as in Pyro's
-    AutoLowRankMultivariateNormal, because data add precision to the prior's.  It never falls below the prior's: without that
-    bound the best diagonal often lies at 0, at infinity of what is optimised (a Heywood case of factor analysis, seen on small
-    networks).  Entries of C above its diagonal are 0, or rotations of its columns would be the same guide.
-    Memory per task: D (rank + 2) numbers.  It starts near the prior: the same mean, sds up to a tenth smaller.
+    AutoLowRankMultivariateNormal, because data add precision to the prior's.  It never falls below
+    the prior's: without that bound the best diagonal often lies at 0, at infinity of what is
+    optimised (a Heywood case of factor analysis, seen on small networks).  Entries of C above its
+    diagonal are 0, or rotations of its columns would be the same guide.
+    Memory per task: D (rank + 2) numbers.  It starts near the prior: the same mean, sds up to a
+        tenth smaller.
     Source: Mishkin et al., SLANG (NeurIPS 2018), for a precision of this kind.
 
     Raises ValueError for a rank below 1.
@@ -68,7 +75,11 @@ class LowRank(BoundGuide):
             return Dense().init(model, eta, data)
         added = torch.full_like(mean, math.log(ADDED))
         factor = _first_factor(size, rank).to(mean)
-        return {"loc": copies(mean, data), "log_added": copies(added, data), "factor": copies(factor, data)}
+        return {
+            "loc": copies(mean, data),
+            "log_added": copies(added, data),
+            "factor": copies(factor, data),
+        }
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
         if "factor" not in phi:
@@ -84,9 +95,11 @@ class LowRank(BoundGuide):
 
 @dataclass(frozen=True, repr=False)
 class Structured(BoundGuide):
-    """Dense over the weights of one module or parameter, mean-field over the others: q_i = N(loc_i, A_i A_i').
+    """Dense over the weights of one module or parameter, mean-field over the others: q_i = N(loc_i,
+    A_i A_i').
 
-    dense: patterns of parameter names, such as ("head.*",); the weights that they match are correlated with each other.
+    dense: patterns of parameter names, such as ("head.*",); the weights that they match are
+        correlated with each other.
     Memory per task: 2 D + m (m - 1) / 2 numbers for m weights that match.
 
     Raises TypeError for what is no list of patterns; ValueError for a pattern that matches nothing.
@@ -97,10 +110,16 @@ class Structured(BoundGuide):
     name = "structured"
 
     def __post_init__(self) -> None:
-        if isinstance(self.dense, str) or not all(isinstance(pattern, str) for pattern in self.dense):
-            raise TypeError(f"dense must be a list of patterns, such as ('head.*',), not {self.dense!r}")
+        if isinstance(self.dense, str) or not all(
+            isinstance(pattern, str) for pattern in self.dense
+        ):
+            raise TypeError(
+                f"dense must be a list of patterns, such as ('head.*',), not {self.dense!r}"
+            )
         if not self.dense:
-            raise ValueError("dense is empty: name a module, such as ('head.*',), or use guide='normal'")
+            raise ValueError(
+                "dense is empty: name a module, such as ('head.*',), or use guide='normal'"
+            )
         object.__setattr__(self, "dense", tuple(self.dense))
 
     def __repr__(self) -> str:
@@ -110,7 +129,9 @@ class Structured(BoundGuide):
         names = model.weights.names
         for pattern in self.dense:
             if not any(matches(name, pattern) for name in names):
-                raise ValueError(f"dense={pattern!r} matches none of the weights that vary, {sorted(names)}")
+                raise ValueError(
+                    f"dense={pattern!r} matches none of the weights that vary, {sorted(names)}"
+                )
         return super().bound(model)
 
     def _block(self, like: Tensor) -> Tensor:
@@ -129,7 +150,10 @@ class Structured(BoundGuide):
         if model.prior.dense:
             factor = torch.linalg.cholesky_ex(prior.covariance_matrix[block][:, block]).L
             own = factor.diagonal()
-            spread, tril = spread.index_copy(0, block, own), (factor / own.unsqueeze(-1))[rows, columns]
+            spread, tril = (
+                spread.index_copy(0, block, own),
+                (factor / own.unsqueeze(-1))[rows, columns],
+            )
         phi = {"loc": copies(prior.mean, data), "log_scale": copies(spread.log(), data)}
         return phi | {"tril": copies(tril, data)} if len(rows) else phi
 
@@ -151,7 +175,11 @@ def _trapezoid(entries: Tensor, size: int, rank: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _first_factor(size: int, rank: int) -> Tensor:
-    """Where W starts, the same always: random, since data may say nothing along directions chosen by a rule."""
+    """Where W starts, the same always: random, since data may say nothing along directions chosen
+    by a rule.
+    """
     rows, columns = torch.tril_indices(size, rank)
-    full = torch.randn(size, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril()
+    full = torch.randn(
+        size, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).tril()
     return (LENGTH * full / full.norm(dim=0))[rows, columns]

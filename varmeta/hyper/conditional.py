@@ -1,8 +1,10 @@
-"""Posteriors of the tasks' weights given eta, for many eta at once: mode, curvature, and what quadrature makes of them.
+"""Posteriors of the tasks' weights given eta, for many eta at once: mode, curvature, and what
+quadrature makes of them.
 
-p(theta_i | y_i, eta) for K values of eta and T tasks are K T small problems.  Newton's method finds each mode; the
-Gaussian of the curvature there places the nodes of a quadrature (adaptive Gauss-Hermite), which gives the evidence
-p(y_i | eta) and the posterior's mean and covariance.  Exact for linear-Gaussian tasks, where the nodes agree.
+p(theta_i | y_i, eta) for K values of eta and T tasks are K T small problems.  Newton's method finds
+each mode; the Gaussian of the curvature there places the nodes of a quadrature (adaptive
+Gauss-Hermite), which gives the evidence p(y_i | eta) and the posterior's mean and covariance.
+Exact for linear-Gaussian tasks, where the nodes agree.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from varmeta.numerics.triangular import root_of_inverse
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Batch, Data
 
-# Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes into.
+# Numbers in one tensor: as large as a core's cache likes, so that memory is not what the time goes
+# into.
 CELLS = 200_000
 # The least curvature at a mode, in units of the prior's precision.
 FLAT = 0.01
@@ -38,8 +41,10 @@ FLAT = 0.01
 
 @dataclass(frozen=True)
 class Conditionals:
-    """Of K values of eta (first) and T tasks (second): log p(y_i | eta), nats; mode, mean `(K, T, D)`; the lower factor of
-    the covariance at the mode and the covariance, `(K, T, D, D)`; whether Newton's method converged."""
+    """Of K values of eta (first) and T tasks (second): log p(y_i | eta), nats; mode, mean `(K, T,
+    D)`; the lower factor of the covariance at the mode and the covariance, `(K, T, D, D)`; whether
+    Newton's method converged.
+    """
 
     log_evidence: Tensor
     mode: Tensor
@@ -50,15 +55,21 @@ class Conditionals:
 
 
 def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-    """log p(theta | eta) + log p(y_i | x_i, theta, eta), `(J, tasks)`, for theta `(J, tasks, D)`."""
+    """log p(theta | eta) + log p(y_i | x_i, theta, eta), `(J, tasks)`, for theta `(J, tasks,
+    D)`.
+    """
     with validation_enabled(False):
-        trace = poutine.trace(poutine.condition(model, {SITE: theta.unsqueeze(-2)})).get_trace(eta, data)
+        trace = poutine.trace(poutine.condition(model, {SITE: theta.unsqueeze(-2)})).get_trace(
+            eta, data
+        )
         prior = cast("Any", trace.nodes[SITE]["fn"]).log_prob(theta.unsqueeze(-2)).squeeze(-1)
         return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
 
 
 @torch.no_grad()
-def conditionals(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor], gaussian: bool) -> Conditionals:
+def conditionals(
+    model: TaskModel, batch: Batch, eta: Mapping[str, Tensor], gaussian: bool
+) -> Conditionals:
     """For each task of the batch and each of eta's K rows.
 
     gaussian: see `TaskModel.is_linear_gaussian`; it saves the quadrature.
@@ -70,7 +81,12 @@ def conditionals(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor], gaus
         cells = group.support.mask.numel() * max(1, model.weights.size)
         step = max(1, CELLS // max(1, cells))
         parts = [
-            _solve(model, group.support, {name: value[k : k + step] for name, value in eta.items()}, gaussian)
+            _solve(
+                model,
+                group.support,
+                {name: value[k : k + step] for name, value in eta.items()},
+                gaussian,
+            )
             for k in range(0, number, step)
         ]
         found.append([torch.cat(part) for part in zip(*parts, strict=True)])
@@ -78,7 +94,9 @@ def conditionals(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor], gaus
     return Conditionals(*(torch.cat(part, 1)[:, back] for part in zip(*found, strict=True)))
 
 
-def _solve(model: TaskModel, data: Data, eta: dict[str, Tensor], gaussian: bool) -> tuple[Tensor, ...]:
+def _solve(
+    model: TaskModel, data: Data, eta: dict[str, Tensor], gaussian: bool
+) -> tuple[Tensor, ...]:
     tasks, size = len(data), model.weights.size
     loc, *columns = rowwise(lambda one: _prior(model, one))(eta).unbind(-1)
     spread = torch.stack(columns, -1)  # (K, D, D)
@@ -91,10 +109,14 @@ def _solve(model: TaskModel, data: Data, eta: dict[str, Tensor], gaussian: bool)
     def losses(phi: Tree) -> Tensor:
         return -density(weights(phi["u"]).unsqueeze(1), eta).reshape(-1)
 
-    # u in units of the prior: however narrow it is, Newton's method and its tolerance meet curvatures of about 1
-    solution = minimize(losses, {"u": loc.new_zeros(number * tasks, size)}, NewtonCG(), max_steps=100)
+    # u in units of the prior: however narrow it is, Newton's method and its tolerance meet
+    # curvatures of about 1
+    solution = minimize(
+        losses, {"u": loc.new_zeros(number * tasks, size)}, NewtonCG(), max_steps=100
+    )
     loss, hessian = _hessian(losses, solution.value["u"])
-    # a rising direction has no Gaussian of its own: a part of the prior's width is a place to look for the mass
+    # a rising direction has no Gaussian of its own: a part of the prior's width is a place to look
+    # for the mass
     factor = root_of_inverse(hessian, FLAT, convex=gaussian)
     factor = spread[:, None] @ factor.reshape(number, tasks, size, size)
     mode = weights(solution.value["u"])
@@ -103,9 +125,18 @@ def _solve(model: TaskModel, data: Data, eta: dict[str, Tensor], gaussian: bool)
     converged = found.reshape(number, tasks)
     constant = 0.5 * size * math.log(2 * math.pi) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     if gaussian:
-        return constant - loss.reshape(number, tasks), mode, factor, mode, factor @ factor.mT, converged
+        return (
+            constant - loss.reshape(number, tasks),
+            mode,
+            factor,
+            mode,
+            factor @ factor.mT,
+            converged,
+        )
     z, log_weight = nodes(size)
-    theta = mode.unsqueeze(1) + (factor.unsqueeze(1) @ z.to(mode)[:, None, :, None]).squeeze(-1)  # (K, J, T, D)
+    theta = mode.unsqueeze(1) + (factor.unsqueeze(1) @ z.to(mode)[:, None, :, None]).squeeze(
+        -1
+    )  # (K, J, T, D)
     step = max(1, CELLS // max(1, data.mask.numel() * len(z)))
     log_p = torch.cat(
         [
@@ -126,7 +157,9 @@ def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> Tensor:
     prior = model.prior_distribution(eta)
     factor = scale(prior)
     assert factor is not None  # the prior is a Gaussian
-    return torch.cat([location(prior).unsqueeze(-1), torch.diag(factor) if factor.dim() == 1 else factor], -1)
+    return torch.cat(
+        [location(prior).unsqueeze(-1), torch.diag(factor) if factor.dim() == 1 else factor], -1
+    )
 
 
 def _hessian(losses: Callable[[Tree], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +169,9 @@ def _hessian(losses: Callable[[Tree], Tensor], u: Tensor) -> tuple[Tensor, Tenso
         loss = losses({"u": point})
         (gradient,) = torch.autograd.grad(loss.sum(), point, create_graph=True)
         columns = [
-            torch.autograd.grad(gradient[:, j].sum(), point, retain_graph=True, materialize_grads=True)[0]
+            torch.autograd.grad(
+                gradient[:, j].sum(), point, retain_graph=True, materialize_grads=True
+            )[0]
             for j in range(u.shape[-1])
         ]
     hessian = torch.stack(columns, -1)

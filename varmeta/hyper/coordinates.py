@@ -1,11 +1,13 @@
-"""Coordinates of eta in which its posterior is nearly Gaussian: theta0 as it is, log sds, transformed correlations.
+"""Coordinates of eta in which its posterior is nearly Gaussian: theta0 as it is, log sds,
+transformed correlations.
 
     theta0, shared parameters         themselves
     log_precision                     log of each weight's own sd
     prior_tril, entries of U          asinh(U); of two weights, atanh of their correlation
     log_scale, other scales           themselves
 
-A posterior density of these coordinates needs the Jacobian of the hyperpriors' own units, which `log_density` has in it.
+A posterior density of these coordinates needs the Jacobian of the hyperpriors' own units, which
+`log_density` has in it.
 """
 
 from __future__ import annotations
@@ -21,17 +23,22 @@ from varmeta.priors.prior import PRECISION, TRIL, unit_lower
 
 
 class Coordinates:
-    """The map between eta and its coordinates, one tensor of the same name and shape for each of eta's.
+    """The map between eta and its coordinates, one tensor of the same name and shape for each of
+    eta's.
 
-    Where no hyperprior is given the density is flat in theta0 and the shared parameters, in each sd, in the noise scale, and
-    over correlation matrices.
+    Where no hyperprior is given the density is flat in theta0 and the shared parameters, in each
+    sd, in the noise scale, and over correlation matrices.
     """
 
     def __init__(self, model: TaskModel, eta: Mapping[str, Tensor]) -> None:
         self.model = model
         self.shapes = {name: value.shape for name, value in eta.items()}
         like = next(iter(eta.values()))
-        self.scales = set() if model.likelihood is None else {n for n in model.likelihood.init(like) if n[:4] == "log_"}
+        self.scales = (
+            set()
+            if model.likelihood is None
+            else {n for n in model.likelihood.init(like) if n[:4] == "log_"}
+        )
 
     @property
     def size(self) -> int:
@@ -41,7 +48,9 @@ class Coordinates:
     def is_location(self) -> Tensor:
         """Which numbers belong to theta0 or a shared parameter, `(size,)`."""
         named = self.model.start
-        return torch.cat([torch.full((shape.numel(),), name in named) for name, shape in self.shapes.items()])
+        return torch.cat(
+            [torch.full((shape.numel(),), name in named) for name, shape in self.shapes.items()]
+        )
 
     def of(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The coordinates of eta."""
@@ -68,7 +77,8 @@ class Coordinates:
     def log_density(self, coordinates: Mapping[str, Tensor], jacobian: bool = True) -> Tensor:
         """log of the hyperpriors' density, up to a constant.
 
-        jacobian: of the coordinates; else of the sds, precisions and scales themselves, for estimates of their mode.
+        jacobian: of the coordinates; else of the sds, precisions and scales themselves, for
+            estimates of their mode.
         """
         eta, prior = self.eta(coordinates), self.model.prior
         total = next(iter(coordinates.values())).new_zeros(()) - self.model.penalty(eta)
@@ -80,12 +90,16 @@ class Coordinates:
             if name.partition(".")[0] == PRECISION:
                 total = total + power * value.sum()
             elif name == TRIL:
-                total = total + log_correlation_jacobian(prior.row_norms(eta)) + value.cosh().log().sum()
+                total = (
+                    total
+                    + log_correlation_jacobian(prior.row_norms(eta))
+                    + value.cosh().log().sum()
+                )
             elif name in self.scales:
                 total = total + value.sum()
         return total
 
-    # -- one vector ----------------------------------------------------------------------------------------------------
+    # -- one vector --------------------------------------------------------------------------------
 
     def vector(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([coordinates[name].reshape(-1) for name in self.shapes])
@@ -93,7 +107,10 @@ class Coordinates:
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of `vector`."""
         parts = vector.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def eta_of(self, vectors: Tensor) -> dict[str, Tensor]:
         """eta at rows of coordinates `(K, size)`: tensors with a leading axis K."""
@@ -101,4 +118,6 @@ class Coordinates:
 
     def log_density_of(self, vectors: Tensor, jacobian: bool = True) -> Tensor:
         """`log_density` of rows `(K, size)`, `(K,)`."""
-        return torch.func.vmap(lambda vector: self.log_density(self.named(vector), jacobian))(vectors)
+        return torch.func.vmap(lambda vector: self.log_density(self.named(vector), jacobian))(
+            vectors
+        )

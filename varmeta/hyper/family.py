@@ -1,11 +1,14 @@
-"""The Gaussian of eta: q(eta) prod_i q_i(theta_i | eta), fitted by the same bound that fits the prior.
+"""The Gaussian of eta: q(eta) prod_i q_i(theta_i | eta), fitted by the same bound that fits the
+prior.
 
-With M(eta) = sum_i min_phi F_i(phi, eta), an upper bound on -log p(y | eta), the bound on -log p(y) is
+With M(eta) = sum_i min_phi F_i(phi, eta), an upper bound on -log p(y | eta), the bound on -log p(y)
+is
 
     E_q[M(eta) - log p(eta)] - H[q],        q(eta) = N(m, L L') in the coordinates of `Coordinates`.
 
-The tasks' guides follow eta, so q is never mean-field between a prior and the weights that it is the prior of.  E_q is
-taken by spherical cubature; the guides at all cubature points are rows of one joint problem, (m, L) its shared part.
+The tasks' guides follow eta, so q is never mean-field between a prior and the weights that it is
+the prior of.  E_q is taken by spherical cubature; the guides at all cubature points are rows of one
+joint problem, (m, L) its shared part.
 """
 
 from __future__ import annotations
@@ -51,18 +54,23 @@ class _Losses:
         self._back = torch.cat([rows for rows, _ in groups]).argsort()
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
-        found = [losses(map_tree(lambda x, rows=rows: x[:, rows], phi), dict(eta)) for rows, losses in self._parts]
+        found = [
+            losses(map_tree(lambda x, rows=rows: x[:, rows], phi), dict(eta))
+            for rows, losses in self._parts
+        ]
         return torch.cat(found, 1)[:, self._back]
 
 
 class Curvature:
     """M at (phi, eta) as a function of the coordinates, to second order.
 
-    hessian `(size, size)`: of min_phi sum_i F_i plus the penalty, the Schur complement of phi's blocks.
-    follow `(tasks, m, size)`: d phi* = -follow d coordinates.
+    hessian `(size, size)`: of min_phi sum_i F_i plus the penalty, the Schur complement of phi's
+    blocks. follow `(tasks, m, size)`: d phi* = -follow d coordinates.
     """
 
-    def __init__(self, fn: SharedLosses, phi: Tree, point: dict[str, Tensor], penalty: Penalty | None) -> None:
+    def __init__(
+        self, fn: SharedLosses, phi: Tree, point: dict[str, Tensor], penalty: Penalty | None
+    ) -> None:
         shared = SharedProblem(fn, phi, point, penalty)
         x, e = shared.start()
         _, _, a, b, c = shared.hessian(x, e)
@@ -78,11 +86,20 @@ def shared_losses(problem: Problem, batch: Batch, coordinates: Coordinates) -> S
 
 
 def fit_gaussian(
-    problem: Problem, batch: Batch, coordinates: Coordinates, start: Mapping[str, Tensor], free: Tensor, *,
-    diagonal: bool = False, jacobian: bool = True, tolerance: float = 1e-9, max_steps: int = 200,
+    problem: Problem,
+    batch: Batch,
+    coordinates: Coordinates,
+    start: Mapping[str, Tensor],
+    free: Tensor,
+    *,
+    diagonal: bool = False,
+    jacobian: bool = True,
+    tolerance: float = 1e-9,
+    max_steps: int = 200,
     callback: Callable[[Step], object] | None = None,
-) -> Gaussian:  # fmt: skip
-    """q(eta), from eta = `start`: at the mode first, with the curvature there, and from there to the best bound.
+) -> Gaussian:
+    """q(eta), from eta = `start`: at the mode first, with the curvature there, and from there to
+    the best bound.
 
     free: which coordinates get a Gaussian, `(size,)`; the others get their best point.
     diagonal: whether the coordinates are independent under q.
@@ -99,7 +116,8 @@ def fit_gaussian(
     if mode.result in (Result.NON_FINITE, Result.DIVERGED):
         point = coordinates.vector(mode.eta)
         return Gaussian(point, torch.zeros(len(free), len(free)).to(point), math.nan, mode.result)
-    # the mode of a density may lie far from its mass, even at an edge of its support, where the start is the better place
+    # the mode of a density may lie far from its mass, even at an edge of its support, where the
+    # start is the better place
     still = minimize_jointly(lambda phi, _: single(phi, begin), guides, {}, max_steps=max_steps)
     bounds = [
         _Bound(problem, batch, coordinates, penalty, place, free, diagonal, single)
@@ -111,25 +129,45 @@ def fit_gaussian(
 
 
 class _Bound:
-    """The bound as a joint problem: its rows are the guides at the nodes of the cubature, its shared part is (m, L).
+    """The bound as a joint problem: its rows are the guides at the nodes of the cubature, its
+    shared part is (m, L).
 
-    (m, L) are in units in which L is the identity where the Gaussian is that of the curvature at `place`, (phi, coordinates).
+    (m, L) are in units in which L is the identity where the Gaussian is that of the curvature at
+    `place`, (phi, coordinates).
     """
 
     def __init__(
-        self, problem: Problem, batch: Batch, coordinates: Coordinates, penalty: Callable[[Mapping[str, Tensor]], Tensor],
-        place: tuple[Tree, dict[str, Tensor]], free: Tensor, diagonal: bool, single: SharedLosses,
-    ) -> None:  # fmt: skip
-        self.coordinates, self._penalty, self._losses = coordinates, penalty, _Losses(problem, batch)
+        self,
+        problem: Problem,
+        batch: Batch,
+        coordinates: Coordinates,
+        penalty: Callable[[Mapping[str, Tensor]], Tensor],
+        place: tuple[Tree, dict[str, Tensor]],
+        free: Tensor,
+        diagonal: bool,
+        single: SharedLosses,
+    ) -> None:
+        self.coordinates, self._penalty, self._losses = (
+            coordinates,
+            penalty,
+            _Losses(problem, batch),
+        )
         phi, point = place
         curvature = Curvature(single, phi, point, penalty)
         self.centre = coordinates.vector(point)
         self.white = _whiten(curvature.hessian, free, diagonal)
-        self.index, self.size, self.tasks = free.nonzero().flatten().to(self.white.device), len(free), len(batch)
+        self.index, self.size, self.tasks = (
+            free.nonzero().flatten().to(self.white.device),
+            len(free),
+            len(batch),
+        )
         self.count = len(self.index)
         axes = math.sqrt(self.count) * torch.eye(self.count).to(self.white)
         self.standard = torch.cat([axes, -axes])  # (K, count)
-        self.parameters = {"mean": torch.zeros(self.size).to(axes), "log_scale": torch.zeros(self.count).to(axes)}
+        self.parameters = {
+            "mean": torch.zeros(self.size).to(axes),
+            "log_scale": torch.zeros(self.count).to(axes),
+        }
         if not diagonal and self.count > 1:
             self.parameters["tril"] = torch.zeros(self.count * (self.count - 1) // 2).to(axes)
         # a hyperprior's support may end between the nodes
@@ -143,7 +181,11 @@ class _Bound:
 
     def factor(self, parameters: Mapping[str, Tensor]) -> Tensor:
         diagonal = torch.diag_embed(parameters["log_scale"].exp())
-        return diagonal @ unit_lower(parameters["tril"], self.count) if "tril" in parameters else diagonal
+        return (
+            diagonal @ unit_lower(parameters["tril"], self.count)
+            if "tril" in parameters
+            else diagonal
+        )
 
     def points(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Coordinates at the nodes, `(K, size)`."""
@@ -162,26 +204,42 @@ class _Bound:
 
     def start_value(self) -> float:
         with torch.no_grad():
-            return float(self.fn(self.rows, self.parameters).sum() + self.penalty(self.parameters)) - self._entropy
+            return (
+                float(self.fn(self.rows, self.parameters).sum() + self.penalty(self.parameters))
+                - self._entropy
+            )
 
     @property
     def _entropy(self) -> float:
         """Of the Gaussian with L the identity."""
-        return 0.5 * self.count * (1 + math.log(2 * math.pi)) + float(self.white.diagonal()[self.index].log().sum())
+        return 0.5 * self.count * (1 + math.log(2 * math.pi)) + float(
+            self.white.diagonal()[self.index].log().sum()
+        )
 
-    def minimum(self, tolerance: float, max_steps: int, callback: Callable[[Step], object] | None) -> Gaussian:
+    def minimum(
+        self, tolerance: float, max_steps: int, callback: Callable[[Step], object] | None
+    ) -> Gaussian:
         solution = minimize_jointly(
-            self.fn, self.rows, self.parameters, penalty=self.penalty, tolerance=tolerance, max_steps=max_steps,
+            self.fn,
+            self.rows,
+            self.parameters,
+            penalty=self.penalty,
+            tolerance=tolerance,
+            max_steps=max_steps,
             callback=callback,
-        )  # fmt: skip
+        )
         factor, at = torch.zeros_like(self.white), (self.index[:, None], self.index)
         factor[at] = self.white[at] @ self.factor(solution.eta)
         mean = self.centre + self.white @ solution.eta["mean"]
-        return Gaussian(mean, factor, float(solution.stats["loss"][-1]) - self._entropy, solution.result)
+        return Gaussian(
+            mean, factor, float(solution.stats["loss"][-1]) - self._entropy, solution.result
+        )
 
 
 def _whiten(hessian: Tensor, free: Tensor, diagonal: bool) -> Tensor:
-    """W, lower triangular, with W' H W near the identity on the free coordinates, and a scale for each of the others."""
+    """W, lower triangular, with W' H W near the identity on the free coordinates, and a scale for
+    each of the others.
+    """
     free = free.to(hessian.device)
     size = hessian.diagonal().abs().clamp(min=1e-12)
     unit = size.rsqrt()

@@ -1,10 +1,12 @@
-"""From the Gaussian of eta to draws of its posterior: importance weights, smoothed, with a second and third try at the tails.
+"""From the Gaussian of eta to draws of its posterior: importance weights, smoothed, with a second
+and third try at the tails.
 
-The first proposals come from the Gaussian itself, so that their k-hat says how near it is.  Where it is not near enough,
-Student's t with the moments that the weights found join in, and all draws are weighted against the mixture of what they
-were drawn from (deterministic mixture weights).
+The first proposals come from the Gaussian itself, so that their k-hat says how near it is.  Where
+it is not near enough, Student's t with the moments that the weights found join in, and all draws
+are weighted against the mixture of what they were drawn from (deterministic mixture weights).
 
-Source: Cornuet, Marin, Mira and Robert, Adaptive multiple importance sampling, Scand. J. Statistics 39 (2012).
+Source: Cornuet, Marin, Mira and Robert, Adaptive multiple importance sampling, Scand. J. Statistics
+39 (2012).
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from torch import Tensor
 from varmeta.numerics.quadrature import normal_points
 from varmeta.posteriors.psis import smooth
 
-# Degrees of freedom of the t proposals, and what their covariances are multiplied by, round by round: heavy and wide enough
-# for the exponential tails that a log sd has.
+# Degrees of freedom of the t proposals, and what their covariances are multiplied by, round by
+# round: heavy and wide enough for the exponential tails that a log sd has.
 DEGREES = 4.0
 WIDTHS = (1.0, 2.0) * 6
-# The Gaussian's draws are enough where this share of them is effective and the tail is light; with two ts, where as many as
-# ENOUGH are effective and the tail is no worse than BAD_K.
+# The Gaussian's draws are enough where this share of them is effective and the tail is light; with
+# two ts, where as many as ENOUGH are effective and the tail is no worse than BAD_K.
 GOOD_SHARE, GOOD_K, BAD_K, ENOUGH = 0.9, 0.5, 0.7, 400.0
 
 
@@ -32,7 +34,8 @@ GOOD_SHARE, GOOD_K, BAD_K, ENOUGH = 0.9, 0.5, 0.7, 400.0
 class Weighted:
     """Points `(N, size)` with normalised log weights `(N,)`.
 
-    pareto_k: of the Gaussian's own draws; final_k: of all draws against the mixture; ess: effective number of draws.
+    pareto_k: of the Gaussian's own draws; final_k: of all draws against the mixture; ess: effective
+        number of draws.
     log_evidence: log of the integral of the unnormalised density, with its standard error.
     """
 
@@ -45,7 +48,9 @@ class Weighted:
     evidence_error: float
 
     def resampled(self, number: int, seed: int) -> Tensor:
-        """Rows of `points`, `(number,)`: systematic resampling, each row about number times its weight."""
+        """Rows of `points`, `(number,)`: systematic resampling, each row about number times its
+        weight.
+        """
         uniform = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         at = (torch.arange(number, dtype=torch.float64) + uniform) / number
         steps = self.log_weights.double().exp().cumsum(0).cpu()
@@ -54,7 +59,9 @@ class Weighted:
 
 @dataclass(frozen=True)
 class _Proposal:
-    """Student's t, or with degrees = inf a Gaussian, with a location `(size,)` and a lower factor over the free coordinates."""
+    """Student's t, or with degrees = inf a Gaussian, with a location `(size,)` and a lower factor
+    over the free coordinates.
+    """
 
     mean: Tensor
     factor: Tensor  # (size, free)
@@ -66,7 +73,11 @@ class _Proposal:
         both = normal_points((number + 1) // 2, free + 1, seed)
         z = both[:, :-1]
         if math.isfinite(self.degrees):
-            chi = 2.0 * _gamma_quantile(torch.special.ndtr(both[:, -1]), 0.5 * self.degrees) / self.degrees
+            chi = (
+                2.0
+                * _gamma_quantile(torch.special.ndtr(both[:, -1]), 0.5 * self.degrees)
+                / self.degrees
+            )
             z = z / chi.sqrt()[:, None]
         # mirror images: where all weights agree, the mean is exact
         return self.mean + torch.cat([z, -z]).to(self.mean) @ self.factor.mT
@@ -82,12 +93,18 @@ class _Proposal:
         if math.isinf(self.degrees):
             return -0.5 * q - 0.5 * free * math.log(2 * math.pi) - log_det
         nu = self.degrees
-        constant = math.lgamma(0.5 * (nu + free)) - math.lgamma(0.5 * nu) - 0.5 * free * math.log(nu * math.pi)
+        constant = (
+            math.lgamma(0.5 * (nu + free))
+            - math.lgamma(0.5 * nu)
+            - 0.5 * free * math.log(nu * math.pi)
+        )
         return constant - log_det - 0.5 * (nu + free) * (q / nu).log1p()
 
 
 def _gamma_quantile(uniform: Tensor, shape: float) -> Tensor:
-    """Quantiles of Gamma(shape, 1) by bisection on torch's regularised incomplete gamma function."""
+    """Quantiles of Gamma(shape, 1) by bisection on torch's regularised incomplete gamma
+    function.
+    """
     low, high = torch.zeros_like(uniform), torch.full_like(uniform, shape + 60.0)
     a = torch.full_like(uniform, shape)
     for _ in range(60):
@@ -100,7 +117,8 @@ def _gamma_quantile(uniform: Tensor, shape: float) -> Tensor:
 def importance(
     log_density: Callable[[Tensor], Tensor], mean: Tensor, factor: Tensor, number: int, seed: int
 ) -> Weighted:
-    """Weighted draws of the density exp(log_density(points)) over the coordinates that the factor moves.
+    """Weighted draws of the density exp(log_density(points)) over the coordinates that the factor
+    moves.
 
     log_density: of rows `(N, size)`, `(N,)`; -inf where there is none.  number: draws per round.
     """
@@ -112,7 +130,8 @@ def importance(
     log_weights, own_k = _smooth(target - log_q)
     final_k, raw = own_k, target - log_q
     for round_, width in enumerate(WIDTHS):
-        # a t joins in unless the Gaussian is all but right, and another where the tail is heavy still
+        # a t joins in unless the Gaussian is all but right, and another where the tail is heavy
+        # still
         if (round_ == 0 and own_k <= GOOD_K and _ess(log_weights) >= GOOD_SHARE * number) or (
             round_ >= 2 and final_k <= BAD_K and _ess(log_weights) >= ENOUGH
         ):
@@ -121,7 +140,8 @@ def importance(
         centre = (weight * points).sum(0)
         offset = (points - centre)[:, free]
         covariance = (weight * offset).mT @ offset
-        # never narrower than a tenth of what the family found: a few large weights make no covariance
+        # never narrower than a tenth of what the family found: a few large weights make no
+        # covariance
         floor = 0.01 * torch.diag((factor @ factor.mT).diagonal()[free])
         scale = torch.linalg.cholesky(width * covariance + floor)
         wide = torch.zeros_like(factor[:, free])
@@ -143,7 +163,8 @@ def _smooth(log_weights: Tensor) -> tuple[Tensor, float]:
     """Pareto smoothed, normalised, and k-hat; of `(N,)`."""
     if not bool(log_weights.isfinite().any()):
         raise ValueError(
-            "no draw of eta has a finite density: look at the hyperpriors, which may exclude where the fit is"
+            "no draw of eta has a finite density: look at the hyperpriors, which may exclude where "
+            "the fit is"
         )
     smoothed, k = smooth(log_weights.detach().cpu().numpy()[None])
     return torch.from_numpy(smoothed[0]).to(log_weights), float(k[0])

@@ -1,4 +1,6 @@
-"""`fit(..., hyperguide=...)`: the posterior of eta, or of theta0 alone with the variances at their REML estimates."""
+"""`fit(..., hyperguide=...)`: the posterior of eta, or of theta0 alone with the variances at their
+REML estimates.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +33,17 @@ from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Batch, TaskSet
 
-# Draws of eta that are kept; proposals in each round of importance sampling, the more the cheaper the tasks are.
+# Draws of eta that are kept; proposals in each round of importance sampling, the more the cheaper
+# the tasks are.
 DRAWS = 2000
 PROPOSALS, MORE_PROPOSALS, WORK = 1000, 4000, 1_000_000
 # Coordinates that a dense Gaussian may have: it has as many parameters as half its square.
 MAX_SIZE = 24
 
 
-def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strategy: Strategy) -> None:
+def check_hyperguide(
+    hyperguide: object, model: TaskModel, tasks: TaskSet, strategy: Strategy
+) -> None:
     """Refuse, before any work, what has no posterior of eta.  Raises ValueError or TypeError."""
     if not isinstance(hyperguide, str):
         raise TypeError(f"hyperguide must be one of {HYPERGUIDES}, not {hyperguide!r}")
@@ -47,50 +52,59 @@ def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strat
     if hyperguide == "delta":
         return
     if type(strategy) is not Joint:
-        raise ValueError(f"hyperguide={hyperguide!r} goes with vm.Joint(...), not with {type(strategy).__name__}")
+        raise ValueError(
+            f"hyperguide={hyperguide!r} goes with vm.Joint(...), not with {type(strategy).__name__}"
+        )
     problem = strategy.problem(model, tasks, 0)
     batch = tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     if problem.is_point(batch, eta):
         raise ValueError(
-            f"hyperguide={hyperguide!r} weighs eta by each task's evidence, of which a delta guide has no bound: use "
-            "vm.Joint('multivariate_normal')"
+            f"hyperguide={hyperguide!r} weighs eta by each task's evidence, of which a delta guide "
+            "has no bound: use vm.Joint('multivariate_normal')"
         )
     if isinstance(problem.guide, PyroGuide):
         raise ValueError(
-            f"hyperguide={hyperguide!r} goes with guide='multivariate_normal' or 'normal', not with one's own"
+            f"hyperguide={hyperguide!r} goes with guide='multivariate_normal' or 'normal', not "
+            "with one's own"
         )
     if not problem.deterministic:
         raise ValueError(
-            f"hyperguide={hyperguide!r} needs an expectation without noise: this model's {counted(model.weights.size, 'weight')} "
-            "per task are too many, or not linear; try Joint(..., expectation='cubature')"
+            f"hyperguide={hyperguide!r} needs an expectation without noise: this model's "
+            f"{counted(model.weights.size, 'weight')} per task are too many, or not linear; try "
+            "Joint(..., expectation='cubature')"
         )
     density = kinked(model, batch, eta)
     if density is not None:
         raise ValueError(
-            f"hyperguide={hyperguide!r} rests on curvatures, and the density of y, {density}, has its own in a kink, where no "
-            "second derivative sees it: leave it out, or take a smooth density with heavy tails, such as likelihoods.StudentT()"
+            f"hyperguide={hyperguide!r} rests on curvatures, and the density of y, {density}, has "
+            "its own in a kink, where no second derivative sees it: leave it out, or take a smooth "
+            "density with heavy tails, such as likelihoods.StudentT()"
         )
     if hyperguide != "reml" and CONCENTRATION in eta:
         raise ValueError(
-            f"hyperguide={hyperguide!r} has no posterior of NegativeBinomial's concentration under its flat density: as it "
-            "grows, the counts become Poisson's and the likelihood stays as it is.  Fix it, learn_concentration=False"
+            f"hyperguide={hyperguide!r} has no posterior of NegativeBinomial's concentration under "
+            "its flat density: as it grows, the counts become Poisson's and the likelihood stays "
+            "as it is.  Fix it, learn_concentration=False"
         )
     coordinates = Coordinates(model, eta)
     free = int(_free(coordinates, hyperguide).sum())
     if not free:
         raise ValueError(
-            f"hyperguide={hyperguide!r} has nothing to integrate over: no theta0 is learned (learn_loc), nor anything shared.  "
-            "Leave it out: the estimates are those of maximum likelihood"
+            f"hyperguide={hyperguide!r} has nothing to integrate over: no theta0 is learned "
+            "(learn_loc), nor anything shared.  Leave it out: the estimates are those of maximum "
+            "likelihood"
         )
     if free > MAX_SIZE:
         raise ValueError(
-            f"eta has {free} numbers to integrate over, more than the {MAX_SIZE} that hyperguide={hyperguide!r} serves"
+            f"eta has {free} numbers to integrate over, more than the {MAX_SIZE} that "
+            f"hyperguide={hyperguide!r} serves"
         )
     num_tasks, size = flatten(problem.start(batch, eta)).shape
     if 2 * free * num_tasks * size * (size + free * (free + 3) // 2) > 4 * MAX_NEWTON_ENTRIES:
         raise ValueError(
-            f"{num_tasks} tasks with {size} guide parameters and {free} numbers in eta are too many for hyperguide={hyperguide!r}"
+            f"{num_tasks} tasks with {size} guide parameters and {free} numbers in eta are too "
+            f"many for hyperguide={hyperguide!r}"
         )
     prior = model.prior
     if (
@@ -100,8 +114,8 @@ def check_hyperguide(hyperguide: object, model: TaskModel, tasks: TaskSet, strat
         and not (prior.hyperprior or prior.scale_hyperprior)
     ):
         raise ValueError(
-            f"{counted(len(tasks), 'task')} and a flat hyperprior on the prior's sd have no posterior, which takes at least 3: "
-            "give GaussianPrior(scale_hyperprior=...)"
+            f"{counted(len(tasks), 'task')} and a flat hyperprior on the prior's sd have no "
+            "posterior, which takes at least 3: give GaussianPrior(scale_hyperprior=...)"
         )
 
 
@@ -111,10 +125,18 @@ def _free(coordinates: Coordinates, hyperguide: str) -> Tensor:
 
 
 def integrate(
-    problem: Problem, strategy: Strategy, batch: Batch, tasks: TaskSet, run: Run, hyperguide: str, max_steps: int, seed: int,
+    problem: Problem,
+    strategy: Strategy,
+    batch: Batch,
+    tasks: TaskSet,
+    run: Run,
+    hyperguide: str,
+    max_steps: int,
+    seed: int,
     callback: Callback | None,
-) -> None:  # fmt: skip
-    """Move `run` to the posterior of eta, in place: run.hyper, with eta at its mean and phi at that eta.
+) -> None:
+    """Move `run` to the posterior of eta, in place: run.hyper, with eta at its mean and phi at that
+    eta.
 
     Raises ValueError where the objective is not finite.
     """
@@ -125,16 +147,27 @@ def integrate(
 
     def arrived(step: Step) -> None:
         run.record(
-            callback, step=first + step.number, loss=step.loss, evaluations=spent + 2 * int(free.sum()) * step.evaluations,
+            callback,
+            step=first + step.number,
+            loss=step.loss,
+            evaluations=spent + 2 * int(free.sum()) * step.evaluations,
             seconds=perf_counter() - begin,
-        )  # fmt: skip
+        )
 
     try:
         found = fit_gaussian(
-            problem, batch, coordinates, run.eta, free, diagonal=hyperguide == "normal", jacobian=hyperguide != "reml",
+            problem,
+            batch,
+            coordinates,
+            run.eta,
+            free,
+            diagonal=hyperguide == "normal",
+            jacobian=hyperguide != "reml",
             # importance weights mend the rest; REML has none to mend it
-            tolerance=1e-9 if hyperguide == "reml" else 1e-6, max_steps=max_steps, callback=arrived,
-        )  # fmt: skip
+            tolerance=1e-9 if hyperguide == "reml" else 1e-6,
+            max_steps=max_steps,
+            callback=arrived,
+        )
     except torch.linalg.LinAlgError as error:
         raise ValueError(_no_evidence(problem, batch, run)) from error
     if found.result in (Result.NON_FINITE, Result.DIVERGED):
@@ -147,7 +180,9 @@ def integrate(
     gaussian = problem.model.is_linear_gaussian
 
     def log_density(points: Tensor) -> Tensor:
-        evidence = conditionals(problem.model, batch, coordinates.eta_of(points), gaussian).log_evidence.sum(-1)
+        evidence = conditionals(
+            problem.model, batch, coordinates.eta_of(points), gaussian
+        ).log_evidence.sum(-1)
         if bool(evidence.isnan().any()):
             raise ValueError(_no_evidence(problem, batch, run))
         # under "reml" the sds are a point, and a Jacobian there would count as evidence
@@ -182,17 +217,20 @@ def integrate(
     run.stop = (
         f"converged after {counted(steps, 'Newton step')} of the Gaussian of eta"
         if run.converged
-        else f"after {counted(steps, 'Newton step')}: {WHY_IT_ENDED.get(found.result, 'it was to be no more')}"
+        else f"after {counted(steps, 'Newton step')}: "
+        f"{WHY_IT_ENDED.get(found.result, 'it was to be no more')}"
     )
 
 
 def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
-    return replace(run.state, phi=detach(strategy.adapt(problem, batch, run.eta).value), step=run.step)
+    return replace(
+        run.state, phi=detach(strategy.adapt(problem, batch, run.eta).value), step=run.step
+    )
 
 
 def _no_evidence(problem: Problem, batch: Batch, run: Run) -> str:
     losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
     return (
-        f"the evidence cannot be computed around the posterior of eta; it started {largest(batch, losses)}: look at its data, or "
-        "standardise them"
+        "the evidence cannot be computed around the posterior of eta; it started "
+        f"{largest(batch, losses)}: look at its data, or standardise them"
     )

@@ -1,4 +1,6 @@
-"""Posteriors of tasks with eta integrated out: for each draw of eta the task's own posterior under it."""
+"""Posteriors of tasks with eta integrated out: for each draw of eta the task's own posterior under
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ CANDIDATES = 16
 
 
 class IntegratedDraws(Draws):
-    """p(theta_i | y), the average of p(theta_i | y_i, eta) over draws of p(eta | y of the training tasks).
+    """p(theta_i | y), the average of p(theta_i | y_i, eta) over draws of p(eta | y of the training
+    tasks).
 
-    Draws come from these, not from the guide: from the Gaussian of the curvature at each mode, chosen among several by the
-    likelihood where the model is not linear-Gaussian.  `distribution` is the Gaussian with the mixture's mean and covariance.
+    Draws come from these, not from the guide: from the Gaussian of the curvature at each mode,
+    chosen among several by the likelihood where the model is not linear-Gaussian.  `distribution`
+    is the Gaussian with the mixture's mean and covariance.
     New tasks do not change what is known about eta: fit them together for that.
     """
 
@@ -53,13 +57,15 @@ class IntegratedDraws(Draws):
         if lost:
             more = f" (and of {len(lost) - 1} more)" if len(lost) > 1 else ""
             raise ValueError(
-                f"the posterior of task {lost[0]!r}{more} cannot be computed: its loss or a derivative of it is not finite "
-                "at the mode.  Look at its data, or standardise them"
+                f"the posterior of task {lost[0]!r}{more} cannot be computed: its loss or a "
+                "derivative of it is not finite at the mode.  Look at its data, or standardise them"
             )
         self._parts = parts
 
     def take(self, at: Tensor, batch: Batch) -> IntegratedDraws:
-        parts = Conditionals(*(getattr(self._parts, name)[:, at] for name in self._parts.__dataclass_fields__))
+        parts = Conditionals(
+            *(getattr(self._parts, name)[:, at] for name in self._parts.__dataclass_fields__)
+        )
         return IntegratedDraws(self.model, self.guide_name, self.hyper, self.eta, batch, parts)
 
     @property
@@ -75,7 +81,9 @@ class IntegratedDraws(Draws):
     def distribution(self) -> dist.TorchDistribution:
         share = torch.bincount(self._row_of, minlength=len(self._parts.mean)).to(self._parts.mean)
         share = (share / share.sum())[:, None, None]
-        means = self._moved(self._parts.mean, {name: value[self._rows] for name, value in self.hyper.points.items()})
+        means = self._moved(
+            self._parts.mean, {name: value[self._rows] for name, value in self.hyper.points.items()}
+        )
         mean = (share * means).sum(0)
         offset = means - mean
         spread = self._parts.covariance + offset.unsqueeze(-1) * offset.unsqueeze(-2)
@@ -100,25 +108,31 @@ class IntegratedDraws(Draws):
         mode, factor = self._parts.mode[row].unsqueeze(1), self._parts.factor[row].unsqueeze(1)
         several = 1 if self._gaussian else CANDIDATES
         tasks, size = mode.shape[2:]
-        z = noise.normal(seed, DRAWS, self.batch.ids, num_samples * several, size, mode.dtype).to(mode.device)
+        z = noise.normal(seed, DRAWS, self.batch.ids, num_samples * several, size, mode.dtype).to(
+            mode.device
+        )
         z = z.reshape(num_samples, several, tasks, size)
         theta = mode + (factor @ z.unsqueeze(-1)).squeeze(-1)
         if several > 1:
             theta = self._chosen(theta, z, self.etas(num_samples), seed)
-        return self._moved(theta.reshape(num_samples, tasks, size), self.etas(num_samples)).unsqueeze(-2)
+        return self._moved(
+            theta.reshape(num_samples, tasks, size), self.etas(num_samples)
+        ).unsqueeze(-2)
 
     def with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         eta = self.etas(len(theta))
         for k in range(len(theta)):
             yield {name: value[k] for name, value in eta.items()}, theta[k : k + 1]
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
 
     def _at(self, num_samples: int) -> Tensor:
         return torch.arange(num_samples) * len(self.hyper) // num_samples
 
     def _moved(self, theta: Tensor, eta: dict[str, Tensor]) -> Tensor:
-        """theta `(K, tasks or 1, D)` with what the tasks' features add to it under each of K eta."""
+        """theta `(K, tasks or 1, D)` with what the tasks' features add to it under each of K
+        eta.
+        """
         if not self.model.coefficients:
             return theta
 
@@ -129,7 +143,9 @@ class IntegratedDraws(Draws):
 
     @torch.no_grad()
     def _chosen(self, theta: Tensor, z: Tensor, eta: dict[str, Tensor], seed: int) -> Tensor:
-        """One candidate per draw and task, with probability proportional to p(theta, y | eta) over the Gaussian's density."""
+        """One candidate per draw and task, with probability proportional to p(theta, y | eta) over
+        the Gaussian's density.
+        """
         model, data = self.model, self.batch.support
         number, several, tasks = theta.shape[:3]
         fn = rowwise(lambda t, e: log_joint(model, t, e, data))
@@ -141,7 +157,9 @@ class IntegratedDraws(Draws):
             ]
         )
         log_weight = log_p + 0.5 * z.square().sum(-1)
-        uniform = noise.uniform(seed, DRAWS, self.batch.ids, number * several, 1, theta.dtype).to(theta.device)
+        uniform = noise.uniform(seed, DRAWS, self.batch.ids, number * several, 1, theta.dtype).to(
+            theta.device
+        )
         gumbel = -(-uniform.reshape(number, several, tasks).log()).log()
         best = (log_weight + gumbel).argmax(1)[:, None, :, None].expand(-1, 1, -1, theta.shape[-1])
         return theta.gather(1, best).squeeze(1)

@@ -1,8 +1,8 @@
 """Tasks with one scalar weight under many anchors theta0 at once, and the global minimum of each.
 
-A prior mean with a row axis is all it takes for a model's own losses to be those of many anchors: row r of a batch is one
-task under one theta0.  Newton's method finds the nearest minimum only, so it starts from every well of a grid that may hold
-the lowest.
+A prior mean with a row axis is all it takes for a model's own losses to be those of many anchors:
+row r of a batch is one task under one theta0.  Newton's method finds the nearest minimum only, so
+it starts from every well of a grid that may hold the lowest.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ class Grid(NamedTuple):
 
 
 class Anchored:
-    """F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2 for any pairs of an anchor and a task.
+    """F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2 for any pairs of an anchor and
+    a task.
 
     eta: everything shared; its theta0 is replaced by the anchors.  All tensors are float64.
     """
 
-    def __init__(self, model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor], spacing: float) -> None:
+    def __init__(
+        self, model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor], spacing: float
+    ) -> None:
         self.model, self.tasks, self.spacing = model, tasks, spacing
         self.problem = Problem(model, Delta(), Point(), seed=0)
         like = torch.zeros((), dtype=torch.float64)
@@ -78,18 +81,24 @@ class Anchored:
     def grid(self, anchors: Tensor) -> Grid:
         """f on a grid that reaches as far from the anchors as the penalty lets a minimum be.
 
-        f(theta*) + lambda/2 (theta* - theta0)^2 <= f(theta0), so (theta* - theta0)^2 <= 2 (f(theta0) - lowest f) / lambda.
+        f(theta*) + lambda/2 (theta* - theta0)^2 <= f(theta0), so (theta* - theta0)^2 <= 2
+        (f(theta0) - lowest f) / lambda.
 
-        Raises ValueError for an f that is not finite there, or that falls as fast as the penalty rises.
+        Raises ValueError for an f that is not finite there, or that falls as fast as the penalty
+        rises.
         """
         low, high = float(anchors.min()), float(anchors.max())
         reach = 5.0 / math.sqrt(self.precision)
         while True:
-            first, last = math.floor((low - reach) / self.spacing), math.ceil((high + reach) / self.spacing)
+            first, last = (
+                math.floor((low - reach) / self.spacing),
+                math.ceil((high + reach) / self.spacing),
+            )
             if (last - first) * len(self.tasks) > _MAX_SIZE:
                 raise ValueError(
-                    f"minima may be farther than {reach:.3g} from the anchors, which are too many points of {self.spacing:g}: "
-                    "raise the spacing, or, if f falls as fast as the penalty rises, the precision"
+                    f"minima may be farther than {reach:.3g} from the anchors, which are too many "
+                    f"points of {self.spacing:g}: raise the spacing, or, if f falls as fast as the "
+                    "penalty rises, the precision"
                 )
             theta = self.spacing * torch.arange(first, last + 1, dtype=torch.float64)
             rows = self.rows(theta)
@@ -110,9 +119,15 @@ class Anchored:
         """theta* of each pair of an anchor and a task, `(pairs,)`."""
         size = max(1, _CHUNK // len(grid.theta))
         found = []
-        for first, (anchors, tasks) in enumerate(zip(anchor.split(size), task.split(size), strict=True)):
-            several, which = anchors.unique_consecutive(return_inverse=True)  # an anchor's tasks share its penalty
-            row, point = lowest_wells(grid.loss.T[tasks] + self.penalty(grid.theta, several[:, None])[which])
+        for first, (anchors, tasks) in enumerate(
+            zip(anchor.split(size), task.split(size), strict=True)
+        ):
+            several, which = anchors.unique_consecutive(
+                return_inverse=True
+            )  # an anchor's tasks share its penalty
+            row, point = lowest_wells(
+                grid.loss.T[tasks] + self.penalty(grid.theta, several[:, None])[which]
+            )
             found.append((row + first * size, grid.theta[point]))
         row, start = (torch.cat(parts) for parts in zip(*found, strict=True))
         rows = self.rows(anchor[row], task[row])
@@ -123,7 +138,8 @@ class Anchored:
 class Rows:
     """Row r is task `task[r]` under a prior with the mean `anchor[r]`; both `(rows,)`.
 
-    eta: everything shared, with theta0 `(rows, 1, ...)` made of `anchor`, which is a leaf where `live`.
+    eta: everything shared, with theta0 `(rows, 1, ...)` made of `anchor`, which is a leaf where
+        `live`.
     """
 
     def __init__(self, anchored: Anchored, anchor: Tensor, task: Tensor, live: bool) -> None:
@@ -135,7 +151,9 @@ class Rows:
         self._batch = batch if batch.query is not None else replace(batch, query=batch.support)
 
     def losses(self, name: str) -> Losses:
-        """`fn(phi, eta) -> (rows,)`: "elbo" and "query" as for any problem, and "f", the loss on the support alone."""
+        """`fn(phi, eta) -> (rows,)`: "elbo" and "query" as for any problem, and "f", the loss on
+        the support alone.
+        """
         if name == "f":
             return self._problem.losses("query", replace(self._batch, query=self._batch.support), 0)
         return self._problem.losses(name, self._batch, 0)
@@ -157,14 +175,17 @@ class Rows:
         return minimize(lambda phi: inner(phi, self.eta), phi_of(start), minimizer, **how)
 
     def polish(self, start: Tensor) -> Tensor:
-        """The minimum beside `start`, to the last digits; warns where Newton's method does not get there."""
+        """The minimum beside `start`, to the last digits; warns where Newton's method does not get
+        there.
+        """
         found = self.minimize(NewtonCG(), start, tolerance=_TIGHT)
         failed = int((found.result != Result.CONVERGED).sum())
         if failed:
             row = int(found.result.argmax())
             warnings.warn(
-                f"{failed} of {len(start)} minima are not exact, the worst near theta = {float(start[row]):.4g} for theta0 = "
-                f"{float(self.anchor[row]):.4g}: {found.worst.sentence}",
+                f"{failed} of {len(start)} minima are not exact, the worst near theta = "
+                f"{float(start[row]):.4g} for theta0 = {float(self.anchor[row]):.4g}: "
+                f"{found.worst.sentence}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -180,7 +201,9 @@ class RowDescent(FirstOrderMinimizer):
     def init(self, phi: Tree) -> Tree:
         return {}
 
-    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+    def update(
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+    ) -> tuple[Tree, Tree]:
         return add(phi, gradient, -self.lr * lr_scale), state
 
 
@@ -190,5 +213,7 @@ def phi_of(theta: Tensor) -> Tree:
 
 
 def theta_of(phi: Tree, eta: Mapping[str, Tensor] | None = None) -> Tensor:
-    """theta `(rows,)`; also an outer objective, whose gradient in theta0 is then d theta* / d theta0."""
+    """theta `(rows,)`; also an outer objective, whose gradient in theta0 is then d theta* / d
+    theta0.
+    """
     return phi["loc"][:, 0]

@@ -1,14 +1,17 @@
-"""What theta0 sees when a task has one scalar weight: theta*(theta0), its jumps, and the two meta-objectives over them.
+"""What theta0 sees when a task has one scalar weight: theta*(theta0), its jumps, and the two
+meta-objectives over them.
 
     F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2         the regularised loss of task i
     theta_i*(theta0)   = argmin_theta F_i(theta; theta0)                  the global one: `argmin`; from theta0: `reached`
     M(theta0)          = sum_i g_i(theta_i*(theta0))                      the meta-objective of iMAML
     M_var(theta0)      = sum_i F_i(theta_i*(theta0); theta0)              the variational one: the Moreau envelope of f_i
 
-In one dimension all of it can be known for certain, which is what pictures and tests need.  It is computed by the parts that
+In one dimension all of it can be known for certain, which is what pictures and tests need.  It is
+computed by the parts that
 serve networks: the model's own losses, the inner minimisers and the adjoints.
 
-Source: F. Huszar, Notes on iMAML (2019); J. J. Moreau, Proximite et dualite dans un espace hilbertien (1965).
+Source: F. Huszar, Notes on iMAML (2019); J. J. Moreau, Proximite et dualite dans un espace
+hilbertien (1965).
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ _MAX_STEPS = 20_000
 
 
 class Jump(NamedTuple):
-    """At `anchor` the minimum of a task's regularised loss passes from `left` to `right`, which is as low."""
+    """At `anchor` the minimum of a task's regularised loss passes from `left` to `right`, which is
+    as low.
+    """
 
     anchor: float
     task: str
@@ -50,18 +55,21 @@ class Jump(NamedTuple):
 class Landscape:
     """The losses of tasks with one scalar weight, as functions of theta and of the anchor theta0.
 
-    Results are float64 and have one row per anchor and one column per task, `(anchors, tasks)`; summed over the last axis
-    they are the post's.  f_i is the negative log likelihood of the support data, with its constants; g_i that of the query
-    data, or f_i where no task has any.  The penalty comes *without* the prior's normaliser: so M_var is the Moreau envelope
-    itself, and `vm.meta_gradient` reports `normaliser` more for each task.
+    Results are float64 and have one row per anchor and one column per task, `(anchors, tasks)`;
+    summed over the last axis they are the post's.  f_i is the negative log likelihood of the
+    support data, with its constants; g_i that of the query data, or f_i where no task has any.  The
+    penalty comes *without* the prior's normaliser: so M_var is the Moreau envelope itself, and
+    `vm.meta_gradient` reports `normaliser` more for each task.
 
     model: with one weight per task, of any shape with one element.
-    eta: shared parameters, noise scales and learned precisions, where they are not the model's start; theta0 is ignored.
-    spacing: of the grid in theta on which minima are looked for: a well narrower than two of them may be missed.  The grid
-        reaches as far as the penalty lets any minimum be, given the lowest f on it, and at least 5 / sqrt(lambda).
+    eta: shared parameters, noise scales and learned precisions, where they are not the model's
+        start; theta0 is ignored.
+    spacing: of the grid in theta on which minima are looked for: a well narrower than two of them
+        may be missed.  The grid reaches as far as the penalty lets any minimum be, given the lowest
+        f on it, and at least 5 / sqrt(lambda).
 
-    Raises ValueError for a model with more weights, for tasks of which only some have query data, and where model and
-    tasks do not fit each other.
+    Raises ValueError for a model with more weights, for tasks of which only some have query data,
+    and where model and tasks do not fit each other.
 
     >>> landscape = Landscape.of(lambda theta: torch.sin(3 * theta) + 0.2 * theta**2)
     >>> landscape.argmin([0.7, -2.0]).flatten()
@@ -71,16 +79,23 @@ class Landscape:
     """
 
     def __init__(
-        self, model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | None = None, *, spacing: float = 0.01
+        self,
+        model: TaskModel,
+        tasks: TaskSet,
+        eta: Mapping[str, Tensor] | None = None,
+        *,
+        spacing: float = 0.01,
     ) -> None:
         if model.weights.size != 1:
             raise ValueError(
-                f"a landscape is drawn over one scalar weight, but the model has {model.weights.size} weights per task, "
-                f"{list(model.weights.labels[:5])}: share all but one of them (shared=[...])"
+                "a landscape is drawn over one scalar weight, but the model has "
+                f"{model.weights.size} weights per task, {list(model.weights.labels[:5])}: share "
+                "all but one of them (shared=[...])"
             )
         if model.coefficients:
             raise ValueError(
-                "a landscape is drawn over one theta0 for all tasks, but the prior's covariates give each its own: leave them out"
+                "a landscape is drawn over one theta0 for all tasks, but the prior's covariates "
+                "give each its own: leave them out"
             )
         if not 0 < spacing < math.inf:
             raise ValueError(f"spacing must be a positive number, not {spacing}")
@@ -88,7 +103,8 @@ class Landscape:
         asked = [task.query is not None for task in tasks]
         if any(asked) and not all(asked):
             raise ValueError(
-                f"task {tasks.names[asked.index(False)]!r} has no query data although others have: give all, or none"
+                f"task {tasks.names[asked.index(False)]!r} has no query data although others have: "
+                "give all, or none"
             )
         check_model(model, tasks)
         self.model, self.tasks = model, tasks
@@ -96,15 +112,21 @@ class Landscape:
 
     @classmethod
     def of(
-        cls, f: Callable[..., Tensor], precision: float = 1.0, coefficients: Any = None, query: Any = None, *,
+        cls,
+        f: Callable[..., Tensor],
+        precision: float = 1.0,
+        coefficients: Any = None,
+        query: Any = None,
+        *,
         spacing: float = 0.01,
-    ) -> Landscape:  # fmt: skip
+    ) -> Landscape:
         """The landscape of plain functions.
 
-        f: `f(theta)`, or with coefficients `f(theta, c)`: one number for each theta, of any shape; `c[..., k]` is the k-th
-            coefficient of theta's task and broadcasts against theta.
+        f: `f(theta)`, or with coefficients `f(theta, c)`: one number for each theta, of any shape;
+            `c[..., k]` is the k-th coefficient of theta's task and broadcasts against theta.
         precision: lambda.
-        coefficients: of f_i, `(tasks, K)`; None for one task without any.  query: those of g_i; None where g_i = f_i.
+        coefficients: of f_i, `(tasks, K)`; None for one task without any.  query: those of g_i;
+            None where g_i = f_i.
 
         >>> bowls = Landscape.of(lambda theta, c: (theta - c[..., 0]) ** 2 / 2, 1.0, [[-1.0], [3.0]])
         >>> bowls.argmin(0.0)  # half-way to each
@@ -121,8 +143,8 @@ class Landscape:
         """
         if not fit.is_point:
             raise ValueError(
-                f"the fit's guide is {fit.strategy.guide!r}, which has a width beside its location: a landscape shows one "
-                "theta per task, so fit with guide='delta'"
+                f"the fit's guide is {fit.strategy.guide!r}, which has a width beside its "
+                "location: a landscape shows one theta per task, so fit with guide='delta'"
             )
         return cls(fit.model, fit.tasks, fit.eta, spacing=spacing)
 
@@ -136,7 +158,7 @@ class Landscape:
         """-log N(theta0; theta0, 1 / lambda), in nats: what the penalty leaves out."""
         return self._anchored.normaliser
 
-    # -- the post's three curves ---------------------------------------------------------------------------------------
+    # -- the post's three curves -------------------------------------------------------------------
 
     def loss(self, theta: Anchors) -> Tensor:
         """f_i(theta), `(thetas, tasks)`."""
@@ -149,37 +171,50 @@ class Landscape:
         return self._anchored.penalty(_line(theta, "theta"), _line(anchor, "anchor"))[:, None]
 
     def regularized(self, theta: Anchors, anchor: float) -> Tensor:
-        """F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2 at one anchor, `(thetas, tasks)`."""
+        """F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2 at one anchor, `(thetas,
+        tasks)`.
+        """
         return self.loss(theta) + self.penalty(theta, anchor)
 
-    # -- Alg -----------------------------------------------------------------------------------------------------------
+    # -- Alg ---------------------------------------------------------------------------------------
 
     def argmin(self, anchors: Anchors) -> Tensor:
-        """theta_i*(theta0), the global minimum of the regularised loss, `(anchors, tasks)`; at a jump, either end of it.
+        """theta_i*(theta0), the global minimum of the regularised loss, `(anchors, tasks)`; at a
+        jump, either end of it.
 
-        Raises ValueError for anchors that are not finite, for an f that is not finite on the way, and for one that falls as
-        fast as the penalty rises; warns (RuntimeWarning) where Newton's method does not converge, as at a kink of f.
+        Raises ValueError for anchors that are not finite, for an f that is not finite on the way,
+        and for one that falls as fast as the penalty rises; warns (RuntimeWarning) where Newton's
+        method does not converge, as at a kink of f.
         """
         anchors = _line(anchors, "anchors")
         rows = self._anchored.rows(anchors)
-        return self._anchored.argmin(rows.anchor, rows.task, self._anchored.grid(anchors)).reshape(len(anchors), -1)
+        return self._anchored.argmin(rows.anchor, rows.task, self._anchored.grid(anchors)).reshape(
+            len(anchors), -1
+        )
 
     def reached(
         self, anchors: Anchors, minimizer: FirstOrderMinimizer = _DOWNHILL, steps: int | None = None
     ) -> Tensor:  # fmt: skip
-        """Alg(f_i, theta0) started at theta0 itself, `(anchors, tasks)`: the post's "closest local minimum".
+        """Alg(f_i, theta0) started at theta0 itself, `(anchors, tasks)`: the post's "closest local
+        minimum".
 
-        steps: K steps and no more; None: until it stands, and then to the last digit by Newton's method.  Gradient
-            descent whose lr is below 1 / curvature never steps over a stationary point, so it finds the minimum downhill.
+        steps: K steps and no more; None: until it stands, and then to the last digit by Newton's
+            method.  Gradient descent whose lr is below 1 / curvature never steps over a stationary
+            point, so it finds the minimum downhill.
         """
         rows = self._anchored.rows(_line(anchors, "anchors"))
-        theta = theta_of(rows.minimize(minimizer, rows.anchor, steps=steps, tolerance=1e-6, max_steps=_MAX_STEPS).value)
+        theta = theta_of(
+            rows.minimize(
+                minimizer, rows.anchor, steps=steps, tolerance=1e-6, max_steps=_MAX_STEPS
+            ).value
+        )
         return (theta if steps is not None else rows.polish(theta)).reshape(-1, len(self.tasks))
 
     def jumps(self, low: float, high: float, num_anchors: int = 401) -> list[Jump]:
         """Every jump of `argmin` for theta0 in [low, high], to 1e-9, by task and anchor.
 
-        num_anchors: where theta* is looked at first; however many jumps lie between two of them, they are told apart.
+        num_anchors: where theta* is looked at first; however many jumps lie between two of them,
+            they are told apart.
 
         Raises ValueError for a range or a number of anchors that make no sense.
         """
@@ -199,10 +234,14 @@ class Landscape:
             tolerance=1e-9,
         )
         columns = (column.tolist() for column in found)
-        return [Jump(at, self.tasks.names[i], left, right) for at, i, left, right in zip(*columns, strict=True)]
+        return [
+            Jump(at, self.tasks.names[i], left, right)
+            for at, i, left, right in zip(*columns, strict=True)
+        ]
 
     def derivative(self, anchors: Anchors, route: str = "implicit") -> Tensor:
-        """d theta_i* / d theta0 of `argmin`, `(anchors, tasks)`, by one of four routes that agree away from jumps.
+        """d theta_i* / d theta0 of `argmin`, `(anchors, tasks)`, by one of four routes that agree
+        away from jumps.
 
         "closed form": lambda / (lambda + f''(theta*)), the post's 1 / (1 + f'') at lambda = 1.
         "implicit": `ImplicitAdjoint`, which knows products with the Hessian only.
@@ -231,7 +270,7 @@ class Landscape:
         losses = unrolled(theta_of, found.value, rows.eta)
         return torch.autograd.grad(losses.sum(), rows.anchor)[0].reshape(theta.shape)
 
-    # -- what theta0 is optimised for ----------------------------------------------------------------------------------
+    # -- what theta0 is optimised for --------------------------------------------------------------
 
     def meta_objective(self, anchors: Anchors, theta: Tensor | None = None) -> Tensor:
         """g_i(theta_i*(theta0)), `(anchors, tasks)`: iMAML's; it jumps where theta* does.
@@ -241,21 +280,29 @@ class Landscape:
         return self._outer("query", _line(anchors, "anchors"), theta)
 
     def variational_objective(self, anchors: Anchors, theta: Tensor | None = None) -> Tensor:
-        """F_i(theta_i*; theta0) = f_i(theta_i*) + lambda/2 (theta_i* - theta0)^2, `(anchors, tasks)`.
+        """F_i(theta_i*; theta0) = f_i(theta_i*) + lambda/2 (theta_i* - theta0)^2, `(anchors,
+        tasks)`.
 
-        With the global minimum it is the Moreau envelope of f_i: continuous, also where theta* jumps.
+        With the global minimum it is the Moreau envelope of f_i: continuous, also where theta*
+            jumps.
         """
         return self._outer("elbo", _line(anchors, "anchors"), theta) - self.normaliser
 
-    def gradient(self, anchors: Anchors, outer: str = "query", theta: Tensor | None = None) -> Tensor:
-        """Each task's meta-gradient, `(anchors, tasks)`, by `ImplicitAdjoint`: the objective's derivative between jumps.
+    def gradient(
+        self, anchors: Anchors, outer: str = "query", theta: Tensor | None = None
+    ) -> Tensor:
+        """Each task's meta-gradient, `(anchors, tasks)`, by `ImplicitAdjoint`: the objective's
+        derivative between jumps.
 
-        outer: "query", of `meta_objective`; "elbo", of `variational_objective`: lambda (theta0 - theta*), no Hessian.
+        outer: "query", of `meta_objective`; "elbo", of `variational_objective`: lambda (theta0 -
+            theta*), no Hessian.
 
         Raises ValueError for another outer objective.
         """
         if outer not in ("query", "elbo"):
-            raise ValueError(f"outer must be 'query' (iMAML's) or 'elbo' (the variational one), not {outer!r}")
+            raise ValueError(
+                f"outer must be 'query' (iMAML's) or 'elbo' (the variational one), not {outer!r}"
+            )
         anchors = _line(anchors, "anchors")
         return self._gradient(anchors, self._minima(anchors, theta), outer)
 
@@ -264,7 +311,8 @@ class Landscape:
             return self.argmin(anchors)
         if theta.shape != (len(anchors), len(self.tasks)):
             raise ValueError(
-                f"theta has shape {tuple(theta.shape)}, but {len(anchors)} anchors and {len(self.tasks)} tasks were expected"
+                f"theta has shape {tuple(theta.shape)}, but {len(anchors)} anchors and "
+                f"{len(self.tasks)} tasks were expected"
             )
         return theta.detach().to(torch.float64)
 
@@ -276,7 +324,9 @@ class Landscape:
         rows = self._anchored.rows(anchors, live=True)
         inner = rows.losses("elbo")
         # the inner function itself, so that the envelope theorem is seen to apply
-        function = inner if outer == "elbo" else rows.losses(outer) if isinstance(outer, str) else outer
+        function = (
+            inner if outer == "elbo" else rows.losses(outer) if isinstance(outer, str) else outer
+        )
         losses, _ = ImplicitAdjoint()(inner, function, phi_of(theta.flatten()), rows.eta)
         return torch.autograd.grad(losses.sum(), rows.anchor)[0].reshape(len(anchors), -1)
 
@@ -288,5 +338,7 @@ def _line(values: Anchors, name: str) -> Tensor:
     if line.dim() != 1 or not len(line):
         raise ValueError(f"{name} must be numbers along one axis, not of shape {tuple(line.shape)}")
     if not bool(line.isfinite().all()):
-        raise ValueError(f"{name} must be finite, but {float(line[~line.isfinite()][0])} is among them")
+        raise ValueError(
+            f"{name} must be finite, but {float(line[~line.isfinite()][0])} is among them"
+        )
     return line

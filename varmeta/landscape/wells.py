@@ -1,6 +1,8 @@
-"""Functions of one number on a grid: where their lowest minimum can be, and where it jumps as a parabola moves over them.
+"""Functions of one number on a grid: where their lowest minimum can be, and where it jumps as a
+parabola moves over them.
 
-The grid is the only thing here that is not exact: what is narrower than two of its steps is not seen.
+The grid is the only thing here that is not exact: what is narrower than two of its steps is not
+seen.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from torch import Tensor
 
 
 def lowest_wells(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and grid points `(starts,)` of every local minimum whose bottom may be the lowest of its row.
+    """Rows and grid points `(starts,)` of every local minimum whose bottom may be the lowest of its
+    row.
 
-    values: `(rows, points)` on an even grid, at least three points.  Each row has one start or more: a well of the second
-    difference d has its bottom at most d / 8 below its lowest grid point, and four times that is allowed for.
+    values: `(rows, points)` on an even grid, at least three points.  Each row has one start or
+    more: a well of the second difference d has its bottom at most d / 8 below its lowest grid
+    point, and four times that is allowed for.
 
     >>> lowest_wells(torch.tensor([[3.0, 1.0, 2.0, 1.1, 3.0], [3.0, 0.0, 9.0, 8.0, 9.0]]))
     (tensor([0, 0, 1]), tensor([1, 3, 1]))
@@ -32,7 +36,8 @@ def lowest_wells(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lowest_of(row: Tensor, values: Tensor, points: Tensor, num_rows: int) -> Tensor:
-    """The point with the lowest value of each row, `(num_rows,)`, from rows, values and points `(starts,)`.
+    """The point with the lowest value of each row, `(num_rows,)`, from rows, values and points
+    `(starts,)`.
 
     >>> lowest_of(torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0, 5.0]), torch.tensor([10.0, 20.0, 30.0]), 2)
     tensor([20., 30.])
@@ -43,14 +48,19 @@ def lowest_of(row: Tensor, values: Tensor, points: Tensor, num_rows: int) -> Ten
 
 
 def locate_jumps(
-    minimum: Callable[[Tensor, Tensor], Tensor], grid: Tensor, stationary: Tensor, anchors: Tensor, tolerance: float
+    minimum: Callable[[Tensor, Tensor], Tensor],
+    grid: Tensor,
+    stationary: Tensor,
+    anchors: Tensor,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where the global minimum theta*(anchor) of f_i(theta) + lambda/2 (theta - anchor)^2 jumps.
 
-    theta* never falls as the anchor rises.  Where it is continuous it is the inverse of the stationary anchor
-    theta + f'(theta) / lambda, which rises there; across a jump that falls somewhere.  So an interval of anchors holds a jump
-    if and only if it falls between the minima at the two ends, and such intervals are halved until they are narrow.  Two
-    jumps in one interval part on the way.
+    theta* never falls as the anchor rises.  Where it is continuous it is the inverse of the
+    stationary anchor theta + f'(theta) / lambda, which rises there; across a jump that falls
+    somewhere.  So an interval of anchors holds a jump if and only if it falls between the minima at
+    the two ends, and such intervals are halved until they are narrow.  Two jumps in one interval
+    part on the way.
 
     minimum: (anchors, tasks) `(rows,)` each -> theta* `(rows,)`.
     grid, stationary: theta `(points,)`, and the stationary anchor there, `(points, tasks)`.
@@ -71,7 +81,9 @@ def locate_jumps(
     def jumping() -> Tensor:
         first = torch.searchsorted(grid, left)
         last = torch.searchsorted(grid, right, right=True) - 1
-        return (last > first) & (before[last.clamp(min=0), task] > before[first.clamp(max=len(grid) - 1), task])
+        return (last > first) & (
+            before[last.clamp(min=0), task] > before[first.clamp(max=len(grid) - 1), task]
+        )
 
     while True:
         keep = jumping()
@@ -80,6 +92,12 @@ def locate_jumps(
             return 0.5 * (low + high), task, left, right
         middle = 0.5 * (low + high)
         theta = minimum(middle, task)
-        low, high = torch.stack([low, middle], 1).flatten(), torch.stack([middle, high], 1).flatten()
-        left, right = torch.stack([left, theta], 1).flatten(), torch.stack([theta, right], 1).flatten()
+        low, high = (
+            torch.stack([low, middle], 1).flatten(),
+            torch.stack([middle, high], 1).flatten(),
+        )
+        left, right = (
+            torch.stack([left, theta], 1).flatten(),
+            torch.stack([theta, right], 1).flatten(),
+        )
         task = task.repeat_interleave(2)

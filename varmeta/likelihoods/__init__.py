@@ -2,10 +2,26 @@
 
 from varmeta.likelihoods.base import Likelihood
 from varmeta.likelihoods.continuous import Gaussian, LogNormal, StudentT
-from varmeta.likelihoods.discrete import Bernoulli, Binomial, Categorical, NegativeBinomial, Ordinal, Poisson
+from varmeta.likelihoods.discrete import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    NegativeBinomial,
+    Ordinal,
+    Poisson,
+)
 from varmeta.likelihoods.weighted import Weighted
 
 __all__ = [
-    "Bernoulli", "Binomial", "Categorical", "Gaussian", "Likelihood", "LogNormal", "NegativeBinomial", "Ordinal", "Poisson",
-    "StudentT", "Weighted",
-]  # fmt: skip
+    "Bernoulli",
+    "Binomial",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "LogNormal",
+    "NegativeBinomial",
+    "Ordinal",
+    "Poisson",
+    "StudentT",
+    "Weighted",
+]

@@ -21,7 +21,8 @@ NOISE_SCALE = "noise scale"  # for people
 
 
 class Likelihood(Remembers, ABC):
-    """p(y | out).  `out` is the network's output, `(..., points, channels)`; a single channel may be left out.
+    """p(y | out).  `out` is the network's output, `(..., points, channels)`; a single channel may
+    be left out.
 
     A likelihood's own learned numbers live in eta; `init` gives their start.
     """
@@ -33,27 +34,39 @@ class Likelihood(Remembers, ABC):
         return {}
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it learned, on a scale and under names for people to read; further axes of eta in front stay."""
+        """What it learned, on a scale and under names for people to read; further axes of eta in
+        front stay.
+        """
         return {}
 
     def task_weights(self) -> dict[str, Tensor]:
-        """Where the likelihood's own weights, which differ between tasks, start: by name, in their shape."""
+        """Where the likelihood's own weights, which differ between tasks, start: by name, in their
+        shape.
+        """
         return {}
 
     def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
-        """-log of the hyperpriors' density at the likelihood's entries of eta; 0 where there are none."""
+        """-log of the hyperpriors' density at the likelihood's entries of eta; 0 where there are
+        none.
+        """
         return 0.0
 
     has_hyperprior = False
 
     @property
     def real_valued(self) -> bool:
-        """Whether y may be shifted and scaled, and so whether integers in it are numbers, no classes and no counts."""
+        """Whether y may be shifted and scaled, and so whether integers in it are numbers, no
+        classes and no counts.
+        """
         return self.kind == "regression"
 
     @abstractmethod
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        """The distribution of the observations; `y` only for what it says about the design (numbers of trials)."""
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
+        """The distribution of the observations; `y` only for what it says about the design (numbers
+        of trials).
+        """
 
     def observed(self, y: Tensor) -> Tensor:
         """The random part of y."""
@@ -64,7 +77,9 @@ class Likelihood(Remembers, ABC):
         return None
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        """Which observations, `(points,)` or `(points, responses)`, lie outside the support, and what the support is."""
+        """Which observations, `(points,)` or `(points, responses)`, lie outside the support, and
+        what the support is.
+        """
         return torch.zeros(len(y), dtype=torch.bool), "any real number"
 
     def __repr__(self) -> str:
@@ -88,8 +103,9 @@ def not_count(y: Tensor) -> Tensor:
 
 
 class LocationScale(Likelihood):
-    """A location from the network and one scale, fixed, learned as `log_scale`, or each task's own; several channels: several
-    responses."""
+    """A location from the network and one scale, fixed, learned as `log_scale`, or each task's own;
+    several channels: several responses.
+    """
 
     def __init__(
         self,
@@ -104,21 +120,32 @@ class LocationScale(Likelihood):
         self.per_task = bool(per_task)
         if per_task and not (learn_scale and scale_hyperprior is None):
             raise ValueError(
-                f"under per_task=True the scale of each task comes from the prior, as the weight {TASK_SCALE!r}: leave out "
-                "learn_scale and scale_hyperprior, and say what is known by the GaussianPrior"
+                "under per_task=True the scale of each task comes from the prior, as the weight "
+                f"{TASK_SCALE!r}: leave out learn_scale and scale_hyperprior, and say what is "
+                "known by the GaussianPrior"
             )
         self.scale_hyperprior = check(scale_hyperprior, "scale_hyperprior")
         if scale_hyperprior is not None and not learn_scale:
-            raise ValueError("a scale_hyperprior needs a scale that is learned: leave out learn_scale=False")
+            raise ValueError(
+                "a scale_hyperprior needs a scale that is learned: leave out learn_scale=False"
+            )
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        return {SCALE: like.new_tensor(math.log(self.scale))} if self.learn_scale and not self.per_task else {}
+        return (
+            {SCALE: like.new_tensor(math.log(self.scale))}
+            if self.learn_scale and not self.per_task
+            else {}
+        )
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {NOISE_SCALE: eta[SCALE].exp()} if self.learn_scale and not self.per_task else {}
 
     def task_weights(self) -> dict[str, Tensor]:
-        return {TASK_SCALE: torch.tensor(math.log(self.scale), dtype=torch.float64)} if self.per_task else {}
+        return (
+            {TASK_SCALE: torch.tensor(math.log(self.scale), dtype=torch.float64)}
+            if self.per_task
+            else {}
+        )
 
     @property
     def has_hyperprior(self) -> bool:  # type: ignore[override]
@@ -129,7 +156,9 @@ class LocationScale(Likelihood):
             return 0.0
         return -log_density(self.scale_hyperprior, {SCALE: eta[SCALE].exp()})
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         return self.noise(out, self.scale_of(out, eta))
 
     def scale_of(self, out: Tensor, eta: Mapping[str, Tensor]) -> Tensor:

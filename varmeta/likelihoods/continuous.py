@@ -9,20 +9,26 @@ from varmeta.likelihoods.base import LocationScale, positive
 
 
 class Gaussian(LocationScale):
-    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
+    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed
+    with `learn_scale=False`.
 
-    Several responses share the scale: bring them to one (`TaskSet.standardized`), or write a Pyro program with `to_event(1)`.
+    Several responses share the scale: bring them to one (`TaskSet.standardized`), or write a Pyro
+        program with `to_event(1)`.
 
-    scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`; flat where left out.
-    per_task: each task has a scale of its own, whose logarithm is a weight `log_noise` of the task, drawn from the prior as its
-        other weights are; `scale` is where its theta0 starts.
+    scale_hyperprior: a distribution over the scale, such as `pyro.distributions.HalfNormal(1.)`;
+        flat where left out.
+    per_task: each task has a scale of its own, whose logarithm is a weight `log_noise` of the task,
+        drawn from the prior as its other weights are; `scale` is where its theta0 starts.
 
-    Raises ValueError for a scale that is not positive, and for per_task with learn_scale=False or a scale_hyperprior.
+    Raises ValueError for a scale that is not positive, and for per_task with learn_scale=False or a
+    scale_hyperprior.
     """
 
 
 class StudentT(LocationScale):
-    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed; per_task as of `Gaussian`."""
+    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed; per_task as of
+    `Gaussian`.
+    """
 
     def __init__(
         self,
@@ -41,7 +47,9 @@ class StudentT(LocationScale):
 
 
 class LogNormal(LocationScale):
-    """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is that of log y."""
+    """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is
+    that of log y.
+    """
 
     real_valued = False  # a shift would leave the support
 

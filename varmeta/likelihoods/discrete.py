@@ -20,7 +20,9 @@ class Bernoulli(Likelihood):
 
     kind = "binary"
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=out)
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
@@ -28,7 +30,9 @@ class Bernoulli(Likelihood):
 
 
 class Categorical(Likelihood):
-    """y a class 0, ..., C-1 (integers); the network puts out C unnormalised log probabilities, C = `num_classes`."""
+    """y a class 0, ..., C-1 (integers); the network puts out C unnormalised log probabilities, C =
+    `num_classes`.
+    """
 
     kind = "classification"
 
@@ -37,12 +41,14 @@ class Categorical(Likelihood):
             raise ValueError(f"num_classes must be at least 2, not {num_classes}")
         self.num_classes = num_classes
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         outputs = out.shape[-1]
         if outputs != (self.num_classes or max(2, outputs)):
             raise ValueError(
-                f"the network puts out {counted(outputs, 'number')} for a row, but {self!r} needs one for each class, "
-                f"{self.num_classes or 'at least 2'}"
+                f"the network puts out {counted(outputs, 'number')} for a row, but {self!r} needs "
+                f"one for each class, {self.num_classes or 'at least 2'}"
             )
         return dist.Categorical(logits=out)
 
@@ -58,7 +64,9 @@ class Poisson(Likelihood):
 
     kind = "count"
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         return dist.Poisson(out.exp())
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
@@ -66,7 +74,9 @@ class Poisson(Likelihood):
 
 
 class _StableBinomial(dist.Binomial):
-    """torch's log density has a kink in its second derivative at log odds of exactly 0, where theta0 often starts."""
+    """torch's log density has a kink in its second derivative at log odds of exactly 0, where
+    theta0 often starts.
+    """
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -79,8 +89,8 @@ class _StableBinomial(dist.Binomial):
 class Binomial(Likelihood):
     """y successes out of a number of trials; the network puts out the log odds.
 
-    total_count: the trials of every observation; None where y has two columns, (successes, trials).  A prediction
-        without y is then for a single trial.
+    total_count: the trials of every observation; None where y has two columns, (successes,
+        trials).  A prediction without y is then for a single trial.
     """
 
     kind = "count"
@@ -90,7 +100,9 @@ class Binomial(Likelihood):
             raise ValueError(f"total_count must be at least 1, not {total_count}")
         self.total_count = total_count
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         if self.total_count is not None:
             trials = out.new_tensor(float(self.total_count))
         else:
@@ -104,16 +116,19 @@ class Binomial(Likelihood):
         if self.total_count is not None:
             return not_count(y) | (y > self.total_count), f"a count 0, ..., {self.total_count}"
         if y.dim() != 2 or y.shape[-1] != 2:
-            return torch.ones(len(y), dtype=torch.bool), "two columns (successes, trials), or set total_count"
+            return torch.ones(
+                len(y), dtype=torch.bool
+            ), "two columns (successes, trials), or set total_count"
         bad = not_count(y).any(-1) | (y[:, 0] > y[:, 1])
         return bad, "two columns (successes, trials) with 0 <= successes <= trials"
 
 
 class NegativeBinomial(Likelihood):
-    """y a count with mean m = exp(out) and variance m + m^2 / concentration: counts that vary more than Poisson's.
+    """y a count with mean m = exp(out) and variance m + m^2 / concentration: counts that vary more
+    than Poisson's.
 
-    concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with `learn_concentration=False`; at
-        infinity the counts are Poisson's.
+    concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with
+        `learn_concentration=False`; at infinity the counts are Poisson's.
 
     >>> d = NegativeBinomial(2.0, learn_concentration=False).distribution(torch.tensor(3.0).log(), {})
     >>> d.mean, d.variance
@@ -127,14 +142,25 @@ class NegativeBinomial(Likelihood):
         self.learn_concentration = bool(learn_concentration)
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        return {CONCENTRATION: like.new_tensor(math.log(self.concentration))} if self.learn_concentration else {}
+        return (
+            {CONCENTRATION: like.new_tensor(math.log(self.concentration))}
+            if self.learn_concentration
+            else {}
+        )
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"concentration": eta[CONCENTRATION].exp()} if self.learn_concentration else {}
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
-        r = eta[CONCENTRATION].exp() if self.learn_concentration else out.new_tensor(self.concentration)
-        # a gamma mixture of Poissons; torch's NegativeBinomial writes into its log density, which a graph cannot hold
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
+        r = (
+            eta[CONCENTRATION].exp()
+            if self.learn_concentration
+            else out.new_tensor(self.concentration)
+        )
+        # a gamma mixture of Poissons; torch's NegativeBinomial writes into its log density, which a
+        # graph cannot hold
         return _GammaPoisson(r.expand(out.shape), r * (-out).exp())
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
@@ -144,8 +170,8 @@ class NegativeBinomial(Likelihood):
 class _GammaPoisson(dist.GammaPoisson):
     """Pyro's, with a density whose derivatives stay exact as the concentration c grows.
 
-    Differences of lgamma lose as many digits as c has; beyond 1e7 their second derivative is noise, and the fit of counts that
-    vary no more than Poisson's never ends.
+    Differences of lgamma lose as many digits as c has; beyond 1e7 their second derivative is noise,
+    and the fit of counts that vary no more than Poisson's never ends.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -153,11 +179,18 @@ class _GammaPoisson(dist.GammaPoisson):
             self._validate_sample(value)
         c, y = self.concentration, value
         mean = c / self.rate
-        return _log_rising(c, y) - (y + 1).lgamma() + torch.xlogy(y, mean) - (c + y) * (mean / c).log1p()
+        return (
+            _log_rising(c, y)
+            - (y + 1).lgamma()
+            + torch.xlogy(y, mean)
+            - (c + y) * (mean / c).log1p()
+        )
 
 
 def _log_rising(c: Tensor, y: Tensor) -> Tensor:
-    """log Gamma(c + y) - log Gamma(c) - y log c; beyond c = 30 the difference of Stirling's two series (DLMF 5.11.1)."""
+    """log Gamma(c + y) - log Gamma(c) - y log c; beyond c = 30 the difference of Stirling's two
+    series (DLMF 5.11.1).
+    """
 
     def series(z: Tensor) -> Tensor:
         w = z.square().reciprocal()
@@ -170,10 +203,12 @@ def _log_rising(c: Tensor, y: Tensor) -> Tensor:
 
 
 class Ordinal(Likelihood):
-    """y an ordered class 0, ..., C-1: log odds of y > k are out - c_k, with C - 1 learned cutpoints c_0 = 0 < c_1 < ...
+    """y an ordered class 0, ..., C-1: log odds of y > k are out - c_k, with C - 1 learned cutpoints
+    c_0 = 0 < c_1 < ...
 
-    The first cutpoint is 0, since the network's intercept would move with it.  The others are learned by the logarithms of
-    their distances (`log_gaps`), which start at 1.  The cumulative logit (proportional odds) model.
+    The first cutpoint is 0, since the network's intercept would move with it.  The others are
+    learned by the logarithms of their distances (`log_gaps`), which start at 1.  The cumulative
+    logit (proportional odds) model.
 
     >>> Ordinal(3).distribution(torch.tensor(0.0), {"log_gaps": torch.zeros(1)}).probs
     tensor([0.5000, 0.2311, 0.2689])
@@ -183,29 +218,42 @@ class Ordinal(Likelihood):
 
     def __init__(self, num_classes: int) -> None:
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
+            raise ValueError(
+                f"num_classes must be a whole number of at least 2, not {num_classes!r}"
+            )
         self.num_classes = num_classes
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
         return {GAPS: like.new_zeros(self.num_classes - 2)} if self.num_classes > 2 else {}
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"cutpoint {k + 1}": c for k, c in enumerate(_free(eta).unbind(-1))} if self.num_classes > 2 else {}
+        return (
+            {f"cutpoint {k + 1}": c for k, c in enumerate(_free(eta).unbind(-1))}
+            if self.num_classes > 2
+            else {}
+        )
 
     def cutpoints(self, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """c_0, ..., c_{C-2}, ascending from 0."""
         first = like.new_zeros(1)
         return torch.cat([first, _free(eta)]) if self.num_classes > 2 else first
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         at = self.cutpoints(eta, out) - out.unsqueeze(-1)  # y <= k has log odds at_k
         below, above = torch.nn.functional.logsigmoid(at), torch.nn.functional.logsigmoid(-at)
-        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of numbers near 1
-        between = below[..., 1:] + above[..., :-1] + torch.log(-torch.expm1(at[..., :-1] - at[..., 1:]))
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): no difference of
+        # numbers near 1
+        between = (
+            below[..., 1:] + above[..., :-1] + torch.log(-torch.expm1(at[..., :-1] - at[..., 1:]))
+        )
         return dist.Categorical(logits=torch.cat([below[..., :1], between, above[..., -1:]], -1))
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        return not_count(y) | (y >= self.num_classes), f"an ordered class 0, ..., {self.num_classes - 1}"
+        return not_count(y) | (
+            y >= self.num_classes
+        ), f"an ordered class 0, ..., {self.num_classes - 1}"
 
 
 def _free(eta: Mapping[str, Tensor]) -> Tensor:

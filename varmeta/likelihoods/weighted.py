@@ -18,8 +18,10 @@ T = TypeVar("T", bound=type[Likelihood])
 
 
 def forwarding(cls: T) -> T:
-    """A likelihood around another one, its attribute `likelihood`: every public member that `cls` does not define is the
-    other's.  So a member that `Likelihood` gains later is forwarded too, instead of answered by the base class."""
+    """A likelihood around another one, its attribute `likelihood`: every public member that `cls`
+    does not define is the other's.  So a member that `Likelihood` gains later is forwarded too,
+    instead of answered by the base class.
+    """
     for name, member in vars(Likelihood).items():
         if not name.startswith("_") and name not in vars(cls):
             setattr(cls, name, _method(name) if callable(member) else _attribute(name))
@@ -42,7 +44,8 @@ def _attribute(name: str) -> property:
 
 @forwarding
 class Weighted(Likelihood):
-    """Another likelihood with a weight w for each observation: y has one column more, the weight, last.
+    """Another likelihood with a weight w for each observation: y has one column more, the weight,
+    last.
 
     So `from_frame(..., y=["count", "weight"])`.  Weights are positive.  What a weight means:
 
@@ -51,10 +54,12 @@ class Weighted(Likelihood):
         is sigma^2 / w; a weight of 2 is the mean of two rows.  For likelihoods with a scale: Gaussian, StudentT, and LogNormal,
         where it is the scale of log y.
 
-    Of a Gaussian whose scale is known both say the same of the network's weights; a learned scale, and all that hangs on it
-    (priors, standard errors, predictions), differs.  A prediction needs no weight: it is of an observation of weight 1.
+    Of a Gaussian whose scale is known both say the same of the network's weights; a learned scale,
+    and all that hangs on it (priors, standard errors, predictions), differs.  A prediction needs no
+    weight: it is of an observation of weight 1.
 
-    Raises TypeError for what is no likelihood, or is Weighted already; ValueError for precision=True of one without a scale.
+    Raises TypeError for what is no likelihood, or is Weighted already; ValueError for
+    precision=True of one without a scale.
 
     >>> from varmeta.likelihoods import Poisson
     >>> Weighted(Poisson()).observed(torch.tensor([[3.0, 0.5]]))
@@ -67,23 +72,28 @@ class Weighted(Likelihood):
     def __init__(self, likelihood: Likelihood, *, precision: bool = False) -> None:
         if not isinstance(likelihood, Likelihood) or isinstance(likelihood, Weighted):
             raise TypeError(
-                f"likelihood must be one of varmeta.likelihoods, such as Poisson(), not {kind_of(likelihood)}"
+                "likelihood must be one of varmeta.likelihoods, such as Poisson(), not "
+                f"{kind_of(likelihood)}"
             )
         self.likelihood = likelihood
         self.precision = bool(precision)
         if self.precision and not isinstance(likelihood, LocationScale):
             raise ValueError(
-                f"precision=True divides a squared scale by the weight, and {likelihood!r} has none: leave it out, so that a "
-                "weight says how often an observation counts"
+                f"precision=True divides a squared scale by the weight, and {likelihood!r} has "
+                "none: leave it out, so that a weight says how often an observation counts"
             )
 
-    def distribution(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None) -> dist.TorchDistribution:
+    def distribution(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
+    ) -> dist.TorchDistribution:
         rest = None if y is None else _without_weight(y)
         if not self.precision or y is None or rest is None:
             return self.likelihood.distribution(out, eta, rest)
         assert isinstance(self.likelihood, LocationScale)
         weight = y[..., -1].to(out)
-        weight = weight.unsqueeze(-1) if rest.dim() == y.dim() else weight  # one for all responses of the row
+        weight = (
+            weight.unsqueeze(-1) if rest.dim() == y.dim() else weight
+        )  # one for all responses of the row
         return self.likelihood.noise(out, self.likelihood.scale_of(out, eta) / weight.sqrt())
 
     def observed(self, y: Tensor) -> Tensor:
@@ -94,7 +104,9 @@ class Weighted(Likelihood):
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
         if y.dim() != 2 or y.shape[-1] < 2:
-            return torch.ones(len(y), dtype=torch.bool), "a column more than the response: its weight, last"
+            return torch.ones(
+                len(y), dtype=torch.bool
+            ), "a column more than the response: its weight, last"
         bad, support = self.likelihood.invalid(_without_weight(y))
         bad = bad.any(-1) if bad.dim() > 1 else bad
         return bad | (y[:, -1] <= 0), f"{support}, then a positive weight"
@@ -104,8 +116,10 @@ class Weighted(Likelihood):
 
 
 def is_gaussian(likelihood: Likelihood | None) -> bool:
-    """Whether y is known to be Gaussian around the network's output, so that with an output linear in the weights p(y | eta)
-    is Gaussian too.  Likelihood weights are not: p^w is no density of y.  Exact classes: a subclass may be anything."""
+    """Whether y is known to be Gaussian around the network's output, so that with an output linear
+    in the weights p(y | eta) is Gaussian too.  Likelihood weights are not: p^w is no density of y.
+    Exact classes: a subclass may be anything.
+    """
     if type(likelihood) is Weighted and likelihood.precision:
         return is_gaussian(likelihood.likelihood)
     return type(likelihood) is Gaussian

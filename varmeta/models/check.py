@@ -1,4 +1,6 @@
-"""A model tried on the data once, before any work: what does not fit is said in the user's words."""
+"""A model tried on the data once, before any work: what does not fit is said in the user's
+words.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +18,54 @@ from torch.overrides import TorchFunctionMode
 
 from varmeta._checks import counted
 from varmeta.likelihoods.base import Likelihood
-from varmeta.models.check_net import check_batching, check_columns, layer_entered, warn_unless_twice_differentiable
+from varmeta.models.check_net import (
+    check_batching,
+    check_columns,
+    layer_entered,
+    warn_unless_twice_differentiable,
+)
 from varmeta.models.check_rows import ROWS, check_padding
 from varmeta.models.model import TaskModel
-from varmeta.models.program import DATA, SITE, TASKS, RefusePlates, observed_log_prob, without_shapes
+from varmeta.models.program import (
+    DATA,
+    SITE,
+    TASKS,
+    RefusePlates,
+    observed_log_prob,
+    without_shapes,
+)
 from varmeta.priors.covariates import check_features
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data, TaskSet
 
-# Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one of each size.
+# Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one
+# of each size.
 EVERYONE = 4_000_000
 
 
 def check_model(model: TaskModel, tasks: TaskSet) -> None:
     """Try the model on the data with every check of Pyro and PyTorch on; say what does not fit.
 
-    Every observation is looked at, and run through a program or a likelihood.  A network is run on its largest and smallest
+    Every observation is looked at, and run through a program or a likelihood.  A network is run on
+    its largest and smallest
     task, and on all where that is cheap: its memory does not grow with the number of tasks.
 
-    Raises ValueError for observations outside the likelihood's support (naming task and row), where the program
-    or network does not fit the data, and where tasks are padded and a task's rows depend on each other.
+    Raises ValueError for observations outside the likelihood's support (naming task and row), where
+    the program or network does not fit the data, and where tasks are padded and a task's rows
+    depend on each other.
     """
     if tasks.dtype.itemsize < 4:
         raise ValueError(
-            f"the tasks are in half precision ({str(tasks.dtype).removeprefix('torch.')}), in which sums of densities and "
-            "linear solves lose every digit: use tasks.to(torch.float32)"
+            f"the tasks are in half precision ({str(tasks.dtype).removeprefix('torch.')}), in "
+            "which sums of densities and linear solves lose every digit: use "
+            "tasks.to(torch.float32)"
         )
     check_columns(model.net, tasks)
     check_features(model.coefficients, tasks.feature_names)
     batch = tasks.batch()
-    parts = [data for data in (batch.support, batch.query) if data is not None and data.mask.shape[1]]
+    parts = [
+        data for data in (batch.support, batch.query) if data is not None and data.mask.shape[1]
+    ]
     if model.likelihood is not None:
         for data in parts:
             _check_observations(model.likelihood, data, batch.names)
@@ -65,13 +85,17 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
             if smallest != largest:
                 _try(model, eta, _alone(data, smallest), batch.names[smallest : smallest + 1])
             _check_outcomes(model, eta, data, batch.names)
-        some = one.take(torch.zeros(2, dtype=torch.int64, device=one.mask.device)).first_points(ROWS)
+        some = one.take(torch.zeros(2, dtype=torch.int64, device=one.mask.device)).first_points(
+            ROWS
+        )
 
         def loss(theta: Tensor, some: Data = some) -> Tensor:
             these = {SITE: theta.reshape(1, -1, 1, model.weights.size)}
             data = some.take(slice(0, 1)).first_points(2) if theta.dim() == 1 else some
             with validation_enabled(False):
-                return observed_log_prob(poutine.trace(poutine.condition(model, these)).get_trace(eta, data)).sum()
+                return observed_log_prob(
+                    poutine.trace(poutine.condition(model, these)).get_trace(eta, data)
+                ).sum()
 
         theta = model.weights.flatten(eta)
         warn_unless_twice_differentiable(model.net, loss, theta, some.x[0, :2])
@@ -85,19 +109,28 @@ def _alone(data: Data, task: int) -> Data:
 
 
 def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> int:
-    """Run the program once on these tasks, at two points theta; how many numbers a network computed for one of them."""
+    """Run the program once on these tasks, at two points theta; how many numbers a network computed
+    for one of them.
+    """
     loc = model.weights.flatten(eta).expand(2, len(data), 1, model.weights.size)
     program = poutine.trace(poutine.condition(model, {SITE: loc}))
-    own = replace(data)  # whose `filled` is a copy: a network may write into its input, and is found out below
-    with _quiet(), validation_enabled(True), layer_entered(model.net) as place, Counted() as counted_numbers:
+    own = replace(
+        data
+    )  # whose `filled` is a copy: a network may write into its input, and is found out below
+    with (
+        _quiet(),
+        validation_enabled(True),
+        layer_entered(model.net) as place,
+        Counted() as counted_numbers,
+    ):
         try:
             with RefusePlates({TASKS, DATA}):
                 trace = program.get_trace(eta, own)
             trace.compute_log_prob()
         except KeyError as error:
             raise ValueError(
-                f"the program raises KeyError: {error}; its params are {list(model.start)}: use one of these names, "
-                "or name it in params"
+                f"the program raises KeyError: {error}; its params are {list(model.start)}: use "
+                "one of these names, or name it in params"
             ) from error
         except (RuntimeError, ValueError, IndexError) as error:
             with validation_enabled(False):
@@ -106,21 +139,30 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
                     _check_start(program, eta, data, names, model.start)
             one = len(names) == 1
             x, y = (tuple(values.shape[one:]) for values in (data.x, data.y))
-            who, what = (f"task {names[0]!r}", "points") if one else ("these tasks", "tasks and points")
+            who, what = (
+                (f"task {names[0]!r}", "points") if one else ("these tasks", "tasks and points")
+            )
             why = without_shapes(error)
             if "randomness error mode" in why:
-                why = "it draws random numbers, so that its value is not one: the guide and the likelihood are what is random"
-            raise ValueError(f"the model does not run on {who} (x {x}, y {y}, {what} first){place()}: {why}") from error
+                why = (
+                    "it draws random numbers, so that its value is not one: the guide and the "
+                    "likelihood are what is random"
+                )
+            raise ValueError(
+                f"the model does not run on {who} (x {x}, y {y}, {what} first){place()}: {why}"
+            ) from error
         if own.filled[0]._version:
             named = model.net.named_modules() if model.net is not None else ()
             layers = [name for name, module in named if getattr(module, "inplace", False)]
             raise ValueError(
-                f"the network writes into its input, and so into the data (layers with inplace=True: {layers}): use "
-                "inplace=False, and operations without an underscore"
+                "the network writes into its input, and so into the data (layers with "
+                f"inplace=True: {layers}): use inplace=False, and operations without an underscore"
             )
     params = [name for name, site in trace.nodes.items() if site["type"] == "param"]
     if params:
-        raise ValueError(f"the program calls pyro.param for {params}: name them in params, with shared={params}")
+        raise ValueError(
+            f"the program calls pyro.param for {params}: name them in params, with shared={params}"
+        )
     observed_log_prob(trace, (2, *data.mask.shape))
     return counted_numbers.total
 
@@ -128,12 +170,18 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No gradients, and nothing left in Pyro's store."""
-    with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope(), torch.no_grad():
+    with (
+        pyro.settings.context(module_local_params=True),
+        pyro.get_param_store().scope(),
+        torch.no_grad(),
+    ):
         yield
 
 
 class Counted(TorchFunctionMode):
-    """Counts the numbers that operations within it put out, `total`; of what runs for many points or tasks, of one."""
+    """Counts the numbers that operations within it put out, `total`; of what runs for many points
+    or tasks, of one.
+    """
 
     total = 0
 
@@ -144,14 +192,21 @@ class Counted(TorchFunctionMode):
         return out
 
 
-def _check_outcomes(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> None:
-    """Every observation under what the network puts out for one row: what no output could explain is found without the rest."""
+def _check_outcomes(
+    model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
+) -> None:
+    """Every observation under what the network puts out for one row: what no output could explain
+    is found without the rest.
+    """
     assert model.likelihood is not None
     task = int(data.num_points.argmax())
     theta = model.weights.flatten(eta).reshape(1, 1, -1)
     with _quiet():
         out = model.output(theta, eta, data.x[task, :1].unsqueeze(0))
-        own = {**eta, **{name: eta[name].expand(1, 1, *eta[name].shape) for name in model.task_weights}}
+        own = {
+            **eta,
+            **{name: eta[name].expand(1, 1, *eta[name].shape) for name in model.task_weights},
+        }
         rows, y = data.mask.nonzero(), data.y[data.mask].unsqueeze(0)
 
         def program() -> None:
@@ -169,29 +224,42 @@ def _check_observations(likelihood: Likelihood, data: Data, names: tuple[str, ..
     if bool(bad.any()):
         task, row = data.mask.nonzero()[bad][0].tolist()
         raise ValueError(
-            f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
-            f"{type(likelihood).__name__}: expected {support} (rows are counted within the task, from 0)"
+            f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the "
+            f"support of {type(likelihood).__name__}: expected {support} (rows are counted within "
+            "the task, from 0)"
         )
 
 
 def _refuse(data: Data, names: tuple[str, ...], task: int, row: int, fn: Any) -> NoReturn:
     raise ValueError(
-        f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support of "
-        f"{type(fn).__name__}: expected {_support_of(fn)} (rows are counted within the task, from 0)"
+        f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support "
+        f"of {type(fn).__name__}: expected {_support_of(fn)} (rows are counted within the task, "
+        "from 0)"
     )
 
 
-def _check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the task and row of an observation outside its distribution's support."""
+def _check_support(
+    program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
+) -> None:
+    """Raise a ValueError that names the task and row of an observation outside its distribution's
+    support.
+    """
     try:
         trace = program.get_trace(eta, data)
-        sites = [site for name, site in trace.nodes.items() if site["type"] == "sample" and name != SITE]
+        sites = [
+            site for name, site in trace.nodes.items() if site["type"] == "sample" and name != SITE
+        ]
         found = [
             (site, ~site["fn"].support.check(site["value"]).expand(2, *data.mask.shape)[0])
             for site in sites
             if site["is_observed"]
         ]
-    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        NotImplementedError,
+    ):  # something else is wrong: the caller says what
         return
     for site, bad in found:
         for task, row in (bad & data.mask).nonzero()[:1].tolist():
@@ -199,20 +267,38 @@ def _check_support(program: Any, eta: Mapping[str, Tensor], data: Data, names: t
 
 
 def _check_start(
-    program: Any, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...], params: Iterable[str]
+    program: Any,
+    eta: Mapping[str, Tensor],
+    data: Data,
+    names: tuple[str, ...],
+    params: Iterable[str],
 ) -> None:
-    """Raise a ValueError that names the task and row where a parameter of an observation's distribution is not one.
+    """Raise a ValueError that names the task and row where a parameter of an observation's
+    distribution is not one.
 
     A nonlinear program left to start at zeros often divides by zero there.
     """
     try:
         sites = program.get_trace(eta, data).nodes
-    except (RuntimeError, ValueError, IndexError, NotImplementedError):  # something else is wrong: the caller says what
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+        NotImplementedError,
+    ):  # something else is wrong: the caller says what
         return
     shape = (2, *data.mask.shape)
-    start = ", ".join(f"{name} = {eta[name].item():g}" for name in params if name in eta and eta[name].numel() == 1)
+    start = ", ".join(
+        f"{name} = {eta[name].item():g}"
+        for name in params
+        if name in eta and eta[name].numel() == 1
+    )
     for name, site in sites.items():
-        fn = site["fn"] if site["type"] == "sample" and site["is_observed"] and name != SITE else None
+        fn = (
+            site["fn"]
+            if site["type"] == "sample" and site["is_observed"] and name != SITE
+            else None
+        )
         while isinstance(fn, torch.distributions.Independent):
             fn = fn.base_dist
         for what, constraint in getattr(fn, "arg_constraints", {}).items():
@@ -226,9 +312,11 @@ def _check_start(
                 continue
             for task, row in (bad[0] & data.mask).nonzero()[:1].tolist():
                 raise ValueError(
-                    f"task {names[task]!r}, row {row}: {what} of {type(fn).__name__} is {_entry(value, task, row)} where the fit "
-                    f"would start ({start or 'at zeros, or at the tensors in params'}): start elsewhere, by tensors in params, "
-                    "such as {'name': torch.tensor(1.0)}, or by GaussianPrior(loc={'name': 1.0})"
+                    f"task {names[task]!r}, row {row}: {what} of {type(fn).__name__} is "
+                    f"{_entry(value, task, row)} where the fit would start "
+                    f"({start or 'at zeros, or at the tensors in params'}): start elsewhere, by "
+                    "tensors in params, such as {'name': torch.tensor(1.0)}, or by "
+                    "GaussianPrior(loc={'name': 1.0})"
                 )
 
 
@@ -242,4 +330,7 @@ def _support_of(fn: Any) -> str:
     if not isinstance(fn, dist.Categorical):
         return str(fn.support)
     classes = fn.probs.shape[-1]
-    return f"a class 0, ..., {classes - 1}, since the network puts out {counted(classes, 'number')}: one for each class is needed"
+    return (
+        f"a class 0, ..., {classes - 1}, since the network puts out {counted(classes, 'number')}: "
+        "one for each class is needed"
+    )

@@ -22,19 +22,26 @@ from varmeta.tasks import TaskSet
 def warn_unless_twice_differentiable(
     net: nn.Module, loss: Callable[[Tensor], Tensor], theta: Tensor, x: Tensor
 ) -> None:
-    """Warn, naming the layer, where the loss has a first derivative and no second (fused kernels, custom functions).
+    """Warn, naming the layer, where the loss has a first derivative and no second (fused kernels,
+    custom functions).
 
-    Newton steps, `Implicit` and `Unrolled` need the second; first-order strategies do not, so this is no error.
-    loss: of theta `(D,)`; x: one task's inputs, with which each layer is tried on its own once something has failed.
+    Newton steps, `Implicit` and `Unrolled` need the second; first-order strategies do not, so this
+    is no error.
+    loss: of theta `(D,)`; x: one task's inputs, with which each layer is tried on its own once
+        something has failed.
     """
     with torch.enable_grad():
         theta = theta.detach().requires_grad_()
         if _second_derivative(loss, theta) is None:
             return
-        net = copy.deepcopy(net).to(x)  # in the precision of the data, which it need not have itself
+        net = copy.deepcopy(net).to(
+            x
+        )  # in the precision of the data, which it need not have itself
         inputs: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
         hooks = [
-            module.register_forward_pre_hook(lambda module, args, name=name: inputs.append((name, module, args)))
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: inputs.append((name, module, args))
+            )
             for name, module in net.named_modules()
             if name
         ]
@@ -43,36 +50,45 @@ def warn_unless_twice_differentiable(
         finally:
             for hook in hooks:
                 hook.remove()
-        # innermost layers come last in the order of entering, so that a container is not blamed for its part
+        # innermost layers come last in the order of entering, so that a container is not blamed for
+        # its part
         who, why = "the network", _second_derivative(loss, theta)
         for name, module, args in reversed(inputs):
             if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                error = _second_derivative(lambda value: module(value).sum(), args[0].detach().requires_grad_())  # noqa: B023
+                inside = args[0].detach().requires_grad_()
+                error = _second_derivative(lambda value: module(value).sum(), inside)  # noqa: B023
                 if error is not None:
                     who, why = f"layer {name!r} ({type(module).__name__})", error
                     break
     warnings.warn(
-        f"{who} cannot be differentiated twice ({why}), which Newton steps, Implicit and Unrolled need: replace it, or use "
-        "FirstOrder or Reptile with GradientDescent",
+        f"{who} cannot be differentiated twice ({why}), which Newton steps, Implicit and Unrolled "
+        "need: replace it, or use FirstOrder or Reptile with GradientDescent",
         RuntimeWarning,
         stacklevel=4,
     )
 
 
 def check_batching(weights: Weights, loss: Callable[[Tensor], Tensor], theta: Tensor) -> None:
-    """Raise ValueError, naming the parameter, where the second of two equal tasks gets another gradient than the first.
+    """Raise ValueError, naming the parameter, where the second of two equal tasks gets another
+    gradient than the first.
 
-    So it is with PyTorch's rule for an embedding's padding row, where it is not that of an `nn.Embedding`, which is held.
+    So it is with PyTorch's rule for an embedding's padding row, where it is not that of an
+    `nn.Embedding`, which is held.
     loss: of theta `(2, D)`, the two tasks' weights.
     """
     with torch.enable_grad():
         theta = theta.detach().expand(2, -1).clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(theta), theta, allow_unused=True, materialize_grads=True)
+        (gradient,) = torch.autograd.grad(
+            loss(theta), theta, allow_unused=True, materialize_grads=True
+        )
     for name, (one, other) in weights.unflatten(gradient).items():
-        if not torch.allclose(one, other, rtol=0.0, atol=1e-3 * float(one.abs().max()), equal_nan=True):
+        if not torch.allclose(
+            one, other, rtol=0.0, atol=1e-3 * float(one.abs().max()), equal_nan=True
+        ):
             raise ValueError(
-                f"{name!r} has another gradient in the second of two equal tasks than in the first: PyTorch's rule for many "
-                "tasks at once is wrong for an operation on it, such as F.embedding(padding_idx=...): use nn.Embedding"
+                f"{name!r} has another gradient in the second of two equal tasks than in the "
+                "first: PyTorch's rule for many tasks at once is wrong for an operation on it, "
+                "such as F.embedding(padding_idx=...): use nn.Embedding"
             )
 
 
@@ -90,21 +106,30 @@ def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> str 
 
 @contextlib.contextmanager
 def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
-    """Within it, the yielded function says which layer of the network was entered last and not left.
+    """Within it, the yielded function says which layer of the network was entered last and not
+    left.
 
     A linear layer of another width than its input raises a ValueError that says both.
     """
     entered: list[str] = []
     hooks = []
     # the layer that meets x itself, unless there are weights of another kind before
-    first = next((module for module in net.modules() if list(module.parameters(False))), None) if net else None
+    first = (
+        next((module for module in net.modules() if list(module.parameters(False))), None)
+        if net
+        else None
+    )
     for name, module in net.named_modules() if net is not None else ():
         if isinstance(module, nn.Linear):
-            who, what = ("the network", "x") if module is first else (f"layer {name!r}", "its input")
+            who, what = (
+                ("the network", "x") if module is first else (f"layer {name!r}", "its input")
+            )
             hooks.append(module.register_forward_pre_hook(partial(_check_width, who, what)))
         if name:
             word = f"layer {name!r}, {type(module).__name__}"
-            hooks.append(module.register_forward_pre_hook(lambda *_, word=word: entered.append(word)))
+            hooks.append(
+                module.register_forward_pre_hook(lambda *_, word=word: entered.append(word))
+            )
             hooks.append(module.register_forward_hook(lambda *_: entered.pop() and None))
     try:
         yield lambda: f" in {entered[-1]}" if entered else ""
@@ -114,39 +139,53 @@ def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
 
 
 def _check_width(who: str, what: str, module: nn.Linear, args: tuple[Any, ...]) -> None:
-    if len(args) == 1 and isinstance(args[0], Tensor) and args[0].shape[-1:] != (module.in_features,):
-        raise ValueError(f"{who} takes {counted(module.in_features, 'column')}, {what} has {args[0].shape[-1]}")
+    if (
+        len(args) == 1
+        and isinstance(args[0], Tensor)
+        and args[0].shape[-1:] != (module.in_features,)
+    ):
+        raise ValueError(
+            f"{who} takes {counted(module.in_features, 'column')}, {what} has {args[0].shape[-1]}"
+        )
 
 
 def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
-    """Raise ValueError where the network names its columns and x's have other names or another order."""
+    """Raise ValueError where the network names its columns and x's have other names or another
+    order.
+    """
     columns = getattr(net, "columns", None)
     if isinstance(columns, tuple) and tasks.x_names is not None and columns != tasks.x_names:
         raise ValueError(
-            f"the network's columns are {list(columns)}, but those of x are {list(tasks.x_names)}: name the same in the same "
-            "order, such as vm.LinearPredictor(tasks.x_names)"
+            f"the network's columns are {list(columns)}, but those of x are {list(tasks.x_names)}: "
+            "name the same in the same order, such as vm.LinearPredictor(tasks.x_names)"
         )
 
 
 def check_output(out: object, x: Tensor) -> Tensor:
-    """What a network puts out for one task's x.  Raises ValueError for anything but a tensor with a row for each of x's."""
+    """What a network puts out for one task's x.  Raises ValueError for anything but a tensor with a
+    row for each of x's.
+    """
     if not isinstance(out, Tensor):
         raise ValueError(
-            f"the network puts out a {type(out).__name__}, expected one tensor with a row for each row of x: return that alone"
+            f"the network puts out a {type(out).__name__}, expected one tensor with a row for each "
+            "row of x: return that alone"
         )
     if out.shape[:1] != x.shape[:1]:
         raise ValueError(
-            f"the network puts out a tensor of shape {tuple(out.shape)} for x of shape {tuple(x.shape)}: expected a row for "
-            "each row of x"
+            f"the network puts out a tensor of shape {tuple(out.shape)} for x of shape "
+            f"{tuple(x.shape)}: expected a row for each row of x"
         )
     return out
 
 
 def _refusal(module: nn.Module) -> str | None:
-    """Why this layer cannot be run for many tasks with weights of their own, and what to use instead, if so."""
+    """Why this layer cannot be run for many tasks with weights of their own, and what to use
+    instead, if so.
+    """
     if isinstance(module, (nn.RNNBase, nn.LSTMCell)):
         return (
-            "is recurrent (KIND), which PyTorch cannot run for many tasks with weights of their own (no batching rule): "
+            "is recurrent (KIND), which PyTorch cannot run for many tasks with weights of their "
+            "own (no batching rule): "
             + (
                 "use nn.GRUCell"
                 if isinstance(module, nn.LSTMCell)
@@ -154,13 +193,19 @@ def _refusal(module: nn.Module) -> str | None:
             )
         )
     if isinstance(module, torch.jit.ScriptModule):
-        return "is TorchScript, which takes no weights from outside: give the nn.Module that it was made of"
+        return (
+            "is TorchScript, which takes no weights from outside: give the nn.Module that it was "
+            "made of"
+        )
     if type(module).__name__ == "OptimizedModule":
-        return "comes from torch.compile: give the module itself, net._orig_mod; fit(compile=True) compiles whole steps"
+        return (
+            "comes from torch.compile: give the module itself, net._orig_mod; fit(compile=True) "
+            "compiles whole steps"
+        )
     if any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()):
         return (
-            "has torch.nn.utils.weight_norm, whose weight is no parameter and cannot be copied: use "
-            "torch.nn.utils.parametrizations.weight_norm"
+            "has torch.nn.utils.weight_norm, whose weight is no parameter and cannot be copied: "
+            "use torch.nn.utils.parametrizations.weight_norm"
         )
     if any(is_lazy(value) for value in module.parameters(recurse=False)):
         return "is a KIND that has seen no data yet: run the network on a few rows first, net(x)"
@@ -180,7 +225,9 @@ _EMBEDDING = {
 
 
 def check_net(net: nn.Module, batch_norm: str) -> None:
-    """Raise ValueError, naming the layer, for what cannot be run or would not be right for many tasks."""
+    """Raise ValueError, naming the layer, for what cannot be run or would not be right for many
+    tasks.
+    """
     if batch_norm not in ("refuse", "frozen"):
         raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
     for name, module in net.named_modules():
@@ -192,16 +239,20 @@ def check_net(net: nn.Module, batch_norm: str) -> None:
             continue
         if batch_norm == "refuse":
             raise ValueError(
-                f"layer {name!r} is a {type(module).__name__}: batch statistics tie a task's observations together, so its "
-                "likelihood is no longer a product over them.  Use GroupNorm or LayerNorm, or batch_norm='frozen'"
+                f"layer {name!r} is a {type(module).__name__}: batch statistics tie a task's "
+                "observations together, so its likelihood is no longer a product over them.  Use "
+                "GroupNorm or LayerNorm, or batch_norm='frozen'"
             )
         if module.running_mean is None:
-            raise ValueError(f"layer {name!r} keeps no running statistics, so they cannot be frozen: use GroupNorm")
+            raise ValueError(
+                f"layer {name!r} keeps no running statistics, so they cannot be frozen: use "
+                "GroupNorm"
+            )
     parameters = list(net.parameters())
     if not parameters:
         raise ValueError("the network has no parameters, so there is nothing to learn")
     if not any(value.requires_grad for value in parameters):
         raise ValueError(
-            "every parameter of the network has requires_grad=False, which makes it a constant, so there is nothing to "
-            "learn: net.requires_grad_(True), or True for a layer"
+            "every parameter of the network has requires_grad=False, which makes it a constant, so "
+            "there is nothing to learn: net.requires_grad_(True), or True for a layer"
         )

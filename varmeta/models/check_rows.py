@@ -1,7 +1,9 @@
-"""Whether a row's output depends on the task's other rows: then padding, which tasks of unequal size get, is no padding.
+"""Whether a row's output depends on the task's other rows: then padding, which tasks of unequal
+size get, is no padding.
 
-Batch statistics, a mean over the support and attention between points do that.  A short task would see the rows that fill
-it up, and what is computed would be of other data.  Where no task is padded nothing is wrong.
+Batch statistics, a mean over the support and attention between points do that.  A short task would
+see the rows that fill it up, and what is computed would be of other data.  Where no task is padded
+nothing is wrong.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from varmeta.models.program import observed_log_prob
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
-# Rows that are looked at, and what two results of the same numbers may differ by, relative to the largest: rounding in the
-# double precision of the test, and in a network that computes in single precision whatever it is given.
+# Rows that are looked at, and what two results of the same numbers may differ by, relative to the
+# largest: rounding in the double precision of the test, and in a network that computes in single
+# precision whatever it is given.
 ROWS, TOLERANCE = 16, 1e-5
-# The same where the network does not run in double precision: on some devices single precision keeps ten bits.
+# The same where the network does not run in double precision: on some devices single precision
+# keeps ten bits.
 COARSE = 1e-2
 _ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
 
@@ -40,24 +44,31 @@ def check_padding(model: TaskModel, data: Data, with_y: bool = True) -> None:
     where = rows_meet(model, data, with_y)
     if where is not None:
         raise ValueError(
-            f"{where}: a row's result depends on the task's other rows (batch statistics, a mean over the rows, attention "
-            f"between them?), and these tasks have {int(sizes.min())} to {int(sizes.max())} rows, so that short ones are padded "
-            "and would meet their padding: give all the same number of rows (supports alike, queries alike), or use what "
-            "looks at one row at a time"
+            f"{where}: a row's result depends on the task's other rows (batch statistics, a mean "
+            f"over the rows, attention between them?), and these tasks have {int(sizes.min())} to "
+            f"{int(sizes.max())} rows, so that short ones are padded and would meet their padding: "
+            "give all the same number of rows (supports alike, queries alike), or use what looks "
+            "at one row at a time"
         )
 
 
-def rows_meet(model: TaskModel, data: Data, with_y: bool = True, reorder: bool = False) -> str | None:
-    """Where rows of one task meet: a layer, "the network" or "the program"; None where a row stands for itself.
+def rows_meet(
+    model: TaskModel, data: Data, with_y: bool = True, reorder: bool = False
+) -> str | None:
+    """Where rows of one task meet: a layer, "the network" or "the program"; None where a row stands
+    for itself.
 
-    A task is run alone and followed by other rows, at the start and at a point away from it, where a layer that starts at 0
-    shows too.  No other sizes than of these two runs are tried, and differences below 1e-5 pass.
+    A task is run alone and followed by other rows, at the start and at a point away from it, where
+    a layer that starts at 0 shows too.  No other sizes than of these two runs are tried, and
+    differences below 1e-5 pass.
     reorder: also in another order, which padding leaves alone, and a minibatch of rows does not.
     """
     rows = data.mask.nonzero()
     if len(rows) < 2:
         return None
-    at = rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()].unbind(-1)
+    at = rows[
+        torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()
+    ].unbind(-1)
     x, y = data.x[at], data.y[at] if with_y else None
     for dtype, tolerance in ((torch.float64, TOLERANCE), (x.dtype, COARSE)):
         try:
@@ -68,10 +79,13 @@ def rows_meet(model: TaskModel, data: Data, with_y: bool = True, reorder: bool =
     return "the program" if model.net is None else "the network"
 
 
-def _where(model: TaskModel, x: Tensor, y: Tensor | None, tolerance: float, reorder: bool) -> str | None:
+def _where(
+    model: TaskModel, x: Tensor, y: Tensor | None, tolerance: float, reorder: bool
+) -> str | None:
     few = (len(x) + 1) // 2
     eta = model.init(x.new_zeros(()))
-    # a theta0 that is held has no entry in eta, but its weights differ between tasks like the others
+    # a theta0 that is held has no entry in eta, but its weights differ between tasks like the
+    # others
     eta |= model.weights.unflatten(model.weights.flatten(eta))
     generator = torch.Generator().manual_seed(0)
     orders = [torch.arange(few), *([torch.arange(len(x)).flip(0)] if reorder else [])]
@@ -82,7 +96,10 @@ def _where(model: TaskModel, x: Tensor, y: Tensor | None, tolerance: float, reor
             torch.default_generator.manual_seed(0)
             y = _drawn(model, eta, x)
         for away in (0.0, 1.0):
-            here = {name: value + away * _size(value) * _normal(value, generator) for name, value in eta.items()}
+            here = {
+                name: value + away * _size(value) * _normal(value, generator)
+                for name, value in eta.items()
+            }
             read = _reader(model, here)
             try:
                 whole = read(x, y)
@@ -94,7 +111,9 @@ def _where(model: TaskModel, x: Tensor, y: Tensor | None, tolerance: float, reor
                 part = read(x[order], None if y is None else y[order])
                 if _differ(part, whole[order], tolerance):
                     return (
-                        "the program" if model.net is None else _layer(model.net, read, x, x[order], order, tolerance)
+                        "the program"
+                        if model.net is None
+                        else _layer(model.net, read, x, x[order], order, tolerance)
                     )
     return None
 
@@ -120,7 +139,11 @@ def _drawn(model: TaskModel, eta: dict[str, Tensor], x: Tensor) -> Tensor:
     theta = model.weights.flatten(eta).reshape(1, 1, -1)
     trace = poutine.trace(lambda: model.observe(theta, eta, x.unsqueeze(0), None)).get_trace()
     site: Any
-    (site,) = (s for s in trace.nodes.values() if s["type"] == "sample" and not poutine.util.site_is_subsample(s))
+    (site,) = (
+        s
+        for s in trace.nodes.values()
+        if s["type"] == "sample" and not poutine.util.site_is_subsample(s)
+    )
     return site["value"][0]
 
 
@@ -134,18 +157,29 @@ def _normal(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    size = other[other.isfinite()].abs().max() if bool(other.isfinite().any()) else other.new_ones(())
+    size = (
+        other[other.isfinite()].abs().max() if bool(other.isfinite().any()) else other.new_ones(())
+    )
     return not torch.allclose(one, other, rtol=0.0, atol=tolerance * float(size), equal_nan=True)
 
 
 def _layer(
-    net: nn.Module, read: Callable[[Tensor, None], Tensor], whole: Tensor, part: Tensor, order: Tensor, tolerance: float
+    net: nn.Module,
+    read: Callable[[Tensor, None], Tensor],
+    whole: Tensor,
+    part: Tensor,
+    order: Tensor,
+    tolerance: float,
 ) -> str:
-    """The first layer whose output differs though its input does not; else where among the network's layers it happens."""
+    """The first layer whose output differs though its input does not; else where among the
+    network's layers it happens.
+    """
     found: list[tuple[str, tuple[Any, ...], Any]] = []
     hooks = [
         module.register_forward_hook(
-            lambda module, args, out, name=name: found.append((f"layer {name!r} ({type(module).__name__})", args, out))
+            lambda module, args, out, name=name: found.append(
+                (f"layer {name!r} ({type(module).__name__})", args, out)
+            )
         )
         for name, module in net.named_modules()
         if name

@@ -1,4 +1,6 @@
-"""What of a network is never learned: parameters with `requires_grad=False`, buffers, and an embedding's padding row."""
+"""What of a network is never learned: parameters with `requires_grad=False`, buffers, and an
+embedding's padding row.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,24 @@ def frozen(net: nn.Module) -> tuple[str, ...]:
 
 
 def constants(net: nn.Module, names: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
-    """The parameters called `names` and all buffers, on x's device; what is floating in x's precision."""
+    """The parameters called `names` and all buffers, on x's device; what is floating in x's
+    precision.
+    """
     known = dict(net.named_parameters())
     found = {name: known[name] for name in names} | dict(net.named_buffers())
-    return {name: value.to(x if value.is_floating_point() else x.device) for name, value in found.items()}
+    return {
+        name: value.to(x if value.is_floating_point() else x.device)
+        for name, value in found.items()
+    }
 
 
 def hold_padding_rows(net: nn.Module) -> None:
     """Make every embedding's row `padding_idx` a constant, at the values that it has now.
 
-    In PyTorch that row gets no gradient; under vmap its rule loses this for every task but the first.  A value that is
-    drawn from a guide and has no gradient would not do either: a constant agrees with differences of the loss.
+    In PyTorch that row gets no gradient; under vmap its rule loses this for every task but the
+    first.  A value that is
+    drawn from a guide and has no gradient would not do either: a constant agrees with differences
+        of the loss.
     """
     for module in net.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -35,18 +44,24 @@ def hold_padding_rows(net: nn.Module) -> None:
 
 
 class _Constant:
-    """A forward hook that puts `row` where the input is `index`; its class tells it from the user's hooks."""
+    """A forward hook that puts `row` where the input is `index`; its class tells it from the user's
+    hooks.
+    """
 
     def __init__(self, index: int, row: Tensor) -> None:
         self.index, self.row = index, row
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Tensor:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
+    ) -> Tensor:
         known = args[0] if args else kwargs["input"]
         return torch.where((known == self.index).unsqueeze(-1), self.row.to(out), out)
 
 
 def fingerprint(net: nn.Module | None, names: tuple[str, ...]) -> dict[str, str]:
-    """A hash of each constant's numbers by name, whatever their precision: a fit holds only with the same ones."""
+    """A hash of each constant's numbers by name, whatever their precision: a fit holds only with
+    the same ones.
+    """
     if net is None:
         return {}
     found = constants(net, names, torch.zeros((), dtype=torch.float64))
@@ -55,16 +70,27 @@ def fingerprint(net: nn.Module | None, names: tuple[str, ...]) -> dict[str, str]
             if isinstance(hook, _Constant):
                 found[f"{name}.padding"] = hook.row.to("cpu", torch.float64)
     return {
-        name: f"{list(value.shape)} {hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()[:16]}"
+        name: f"{list(value.shape)} "
+        f"{hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()[:16]}"
         for name, value in found.items()
     }
 
 
-def difference(fitted: Mapping[str, str], net: nn.Module | None, names: tuple[str, ...]) -> str | None:
-    """Where a network's constants are not those of a fit, whose `fingerprint` is given, in a few words."""
+def difference(
+    fitted: Mapping[str, str], net: nn.Module | None, names: tuple[str, ...]
+) -> str | None:
+    """Where a network's constants are not those of a fit, whose `fingerprint` is given, in a few
+    words.
+    """
     found = fingerprint(net, names)
     for name in (*found, *fitted):
         if found.get(name) != fitted.get(name):
-            what = "other numbers in" if name in found and name in fitted else "no" if name in found else "the constant"
+            what = (
+                "other numbers in"
+                if name in found and name in fitted
+                else "no"
+                if name in found
+                else "the constant"
+            )
             return f"{what} {name!r}, which (a buffer, or requires_grad=False) is not learned"
     return None

@@ -1,4 +1,6 @@
-"""The posterior of eta: draws of it, a table that a person can read, and how far the Gaussian was from it."""
+"""The posterior of eta: draws of it, a table that a person can read, and how far the Gaussian was
+from it.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ class HyperPosterior:
     """p(eta | y): theta0, shared parameters, precisions and scales.
 
     hyperguide: the family of Gaussians.
-    points, log_weights: weighted draws of eta, by name `(N, ...)`, on the scales on which it is learned, and `(N,)`.
+    points, log_weights: weighted draws of eta, by name `(N, ...)`, on the scales on which it is
+        learned, and `(N,)`.
     rows: which of them were resampled as `draws` of equal weight, `(S,)`.
-    mean, factor: the fitted Gaussian in the coordinates of `varmeta.hyper.coordinates`, `(size,)` and `(size, size)`.
-    pareto_k: k-hat of the Gaussian's importance weights: below 0.5 it is near the posterior, above 0.7 it is not.
+    mean, factor: the fitted Gaussian in the coordinates of `varmeta.hyper.coordinates`, `(size,)`
+        and `(size, size)`.
+    pareto_k: k-hat of the Gaussian's importance weights: below 0.5 it is near the posterior, above
+        0.7 it is not.
     final_k, ess: k-hat and effective number of the weighted draws.
-    log_evidence, evidence_error: log p(y), nats, with eta integrated out, and its standard error; proper only where every
-        hyperprior is.
+    log_evidence, evidence_error: log p(y), nats, with eta integrated out, and its standard error;
+        proper only where every hyperprior is.
     """
 
     hyperguide: str
@@ -63,8 +68,12 @@ class HyperPosterior:
         """Whether enough draws carry weight."""
         return self.ess >= MIN_ESS
 
-    def frame(self, model: TaskModel, x_names: tuple[str, ...] | None = None, level: float = 0.9) -> pd.DataFrame:
-        """Mean, sd, median and the ends of the central interval of each quantity of `natural`, from the weighted draws."""
+    def frame(
+        self, model: TaskModel, x_names: tuple[str, ...] | None = None, level: float = 0.9
+    ) -> pd.DataFrame:
+        """Mean, sd, median and the ends of the central interval of each quantity of `natural`, from
+        the weighted draws.
+        """
         import pandas as pd
 
         level = probability("level", level)
@@ -75,19 +84,32 @@ class HyperPosterior:
         ordered, order = values.sort(0)
         share = weight.expand_as(values).gather(0, order).cumsum(0)
         quantiles = [
-            ordered.gather(0, (share < q * share[-1]).sum(0, keepdim=True).clamp(max=len(values) - 1)).squeeze(0)
+            ordered.gather(
+                0, (share < q * share[-1]).sum(0, keepdim=True).clamp(max=len(values) - 1)
+            ).squeeze(0)
             for q in ((1 - level) / 2, 0.5, (1 + level) / 2)
         ]
-        columns = dict(zip(("mean", "sd", "low", "median", "high"), (mean, sd, *quantiles), strict=True))
-        return pd.DataFrame({name: value.tolist() for name, value in columns.items()}, index=list(named))
+        columns = dict(
+            zip(("mean", "sd", "low", "median", "high"), (mean, sd, *quantiles), strict=True)
+        )
+        return pd.DataFrame(
+            {name: value.tolist() for name, value in columns.items()}, index=list(named)
+        )
 
     def __repr__(self) -> str:
-        return f"<HyperPosterior: {len(self)} draws, {self.hyperguide}, k-hat {self.pareto_k:.2f}, {self.ess:.0f} effective>"
+        return (
+            f"<HyperPosterior: {len(self)} draws, {self.hyperguide}, k-hat {self.pareto_k:.2f}, "
+            f"{self.ess:.0f} effective>"
+        )
 
 
-def natural(model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-    """What eta with a leading axis S says, `(S,)` each, by readable name: theta0 as its weight is called, shared parameters,
-    coefficients of covariates, `sd(...)`, `cor(..., ...)`, what the likelihood learned (`noise scale`)."""
+def natural(
+    model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """What eta with a leading axis S says, `(S,)` each, by readable name: theta0 as its weight is
+    called, shared parameters, coefficients of covariates, `sd(...)`, `cor(..., ...)`, what the
+    likelihood learned (`noise scale`).
+    """
     labels = parameter_labels(model, x_names)
     names = [label for name in model.weights.names for label in labels[name]]
 
@@ -100,12 +122,18 @@ def natural(model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...
         loc, covariance = torch.func.vmap(moments)(dict(eta))
     found = dict(zip(names, loc.unbind(-1), strict=True))
     for name in (*model.shared, *model.coefficients):
-        found |= dict(zip(labels[name], eta[name].reshape(len(eta[name]), -1).unbind(-1), strict=True))
+        found |= dict(
+            zip(labels[name], eta[name].reshape(len(eta[name]), -1).unbind(-1), strict=True)
+        )
     if model.prior.learn_precision is not None:
         sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-        found |= {f"sd({label})": column for label, column in zip(names, sd.unbind(-1), strict=True)}
+        found |= {
+            f"sd({label})": column for label, column in zip(names, sd.unbind(-1), strict=True)
+        }
         if model.prior.learn_precision == "full":
             for i in range(len(names)):
                 for j in range(i):
-                    found[f"cor({names[j]}, {names[i]})"] = covariance[:, i, j] / (sd[:, i] * sd[:, j])
+                    found[f"cor({names[j]}, {names[i]})"] = covariance[:, i, j] / (
+                        sd[:, i] * sd[:, j]
+                    )
     return found | (model.likelihood.learned(eta) if model.likelihood is not None else {})

@@ -1,4 +1,6 @@
-"""How many inputs the layer of each parameter has: the precision at which a network's outputs neither grow nor fade."""
+"""How many inputs the layer of each parameter has: the precision at which a network's outputs
+neither grow nor fade.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ from torch import nn
 
 
 def fan_ins(net: nn.Module) -> dict[str, int]:
-    """The inputs of its layer by parameter name, where there is more than one; empty for a net of a single layer.
+    """The inputs of its layer by parameter name, where there is more than one; empty for a net of a
+    single layer.
 
-    As PyTorch's own starts have it, a bias has the fan-in of the weights beside it.  One layer is a regression, whose weights
-    have the units of its columns, of which their number says nothing; an embedding's row is looked up, and a norm's scale has
-    one input.
+    As PyTorch's own starts have it, a bias has the fan-in of the weights beside it.  One layer is a
+    regression, whose weights have the units of its columns, of which their number says nothing; an
+    embedding's row is looked up, and a norm's scale has one input.
 
     >>> fan_ins(nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)))
     {'2.weight': 8, '2.bias': 8}
@@ -24,7 +27,9 @@ def fan_ins(net: nn.Module) -> dict[str, int]:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         own = dict(module.named_parameters(recurse=False))
-        inputs = {name: value[0].numel() for name, value in own.items() if value.dim() > 1 and len(value)}
+        inputs = {
+            name: value[0].numel() for name, value in own.items() if value.dim() > 1 and len(value)
+        }
         widest = max(inputs.values(), default=1)
         for name, value in own.items():
             count = inputs.get(name, widest if value.dim() == 1 else 1)

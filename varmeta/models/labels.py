@@ -1,4 +1,6 @@
-"""What the numbers of a model are called when a person reads them: `dose` and `intercept` where that is known."""
+"""What the numbers of a model are called when a person reads them: `dose` and `intercept` where
+that is known.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,15 @@ from varmeta.priors.weights import Weights
 TRANSPARENT = (nn.Identity, nn.Flatten, nn.Dropout)
 
 
-def parameter_labels(model: TaskModel, x_names: tuple[str, ...] | None = None) -> dict[str, tuple[str, ...]]:
-    """Labels of every entry of each parameter, flattened, by parameter name; shared parameters and coefficients too.
+def parameter_labels(
+    model: TaskModel, x_names: tuple[str, ...] | None = None
+) -> dict[str, tuple[str, ...]]:
+    """Labels of every entry of each parameter, flattened, by parameter name; shared parameters and
+    coefficients too.
 
-    A linear layer that reads x itself is labelled by x's columns; everything else as in `Weights.labels`.  A coefficient of
-    the prior's covariates is called as the weight that it moves, and the feature: `intercept:log_uppm`.
+    A linear layer that reads x itself is labelled by x's columns; everything else as in
+    `Weights.labels`.  A coefficient of the prior's covariates is called as the weight that it
+    moves, and the feature: `intercept:log_uppm`.
 
     >>> from varmeta import likelihoods
     >>> model = TaskModel(nn.Linear(2, 1), likelihoods.Gaussian())
@@ -29,7 +35,8 @@ def parameter_labels(model: TaskModel, x_names: tuple[str, ...] | None = None) -
     """
     own = _parameters(model, x_names)
     moved = {
-        key: tuple(f"{label}:{feature}" for label in own[name]) for key, (name, feature) in model.coefficients.items()
+        key: tuple(f"{label}:{feature}" for label in own[name])
+        for key, (name, feature) in model.coefficients.items()
     }
     return own | moved
 
@@ -56,18 +63,26 @@ def _parameters(model: TaskModel, x_names: tuple[str, ...] | None) -> dict[str, 
     if layer is None or x_names is None or layer[1].in_features != len(x_names):
         return plain
     prefix, linear = layer
-    outputs = [f"[{row}]" for row in range(linear.out_features)] if linear.out_features > 1 else [""]
-    named = plain | {f"{prefix}weight": tuple(f"{column}{output}" for output in outputs for column in x_names)}
+    outputs = (
+        [f"[{row}]" for row in range(linear.out_features)] if linear.out_features > 1 else [""]
+    )
+    named = plain | {
+        f"{prefix}weight": tuple(f"{column}{output}" for output in outputs for column in x_names)
+    }
     if linear.bias is not None:
         named[f"{prefix}bias"] = tuple(f"{INTERCEPT}{output}" for output in outputs)
-    named = {name: labels for name, labels in named.items() if name in plain}  # the others are constants
+    named = {
+        name: labels for name, labels in named.items() if name in plain
+    }  # the others are constants
     everything = [label for labels in named.values() for label in labels]
     # a column may be called "intercept" itself; labels that mean two things are worse than none
     return named if len(set(everything)) == len(everything) else plain
 
 
 def _reader_of_x(net: nn.Module | None) -> tuple[str, nn.Linear] | None:
-    """The linear layer that sees x as it is and is the only one with weights, and its name as a prefix."""
+    """The linear layer that sees x as it is and is the only one with weights, and its name as a
+    prefix.
+    """
     if isinstance(net, nn.Linear):
         return "", net
     if not isinstance(net, nn.Sequential):

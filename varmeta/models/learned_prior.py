@@ -22,16 +22,21 @@ MAX_CORRELATIONS = 10
 class LearnedPrior:
     """N(theta0, Lambda^-1) as learned.
 
-    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of each weight on its own, so for
-        a dense covariance not the diagonal of its inverse.
+    loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of
+        each weight on its own, so for a dense covariance not the diagonal of its inverse.
     labels: one readable name per weight, in the order of `covariance`.
-    dense_covariance: `(D, D)`, None where the weights are independent, of which a network has too many for it.
-    shared: parameters that are the same for all tasks, by name; shared_labels: the readable names of their entries.
-    coefficients: by how much a task's features move loc, for each weight and feature of the prior's covariates, by name
-        (`intercept:log_uppm`), in the parameter's shape; units: the weight's per unit of the feature.  loc is then that of a
-        task whose features are 0.  coefficient_labels: the readable names of their entries.
-    observation: what the likelihood learned (a noise scale, a concentration, cutpoints), by a readable name.
-    is_learned: whether the covariance was learned, or given by the user; held: the parameters whose theta0 was given.
+    dense_covariance: `(D, D)`, None where the weights are independent, of which a network has too
+        many for it.
+    shared: parameters that are the same for all tasks, by name; shared_labels: the readable names
+        of their entries.
+    coefficients: by how much a task's features move loc, for each weight and feature of the prior's
+        covariates, by name (`intercept:log_uppm`), in the parameter's shape; units: the weight's
+        per unit of the feature.  loc is then that of a task whose features are 0.
+        coefficient_labels: the readable names of their entries.
+    observation: what the likelihood learned (a noise scale, a concentration, cutpoints), by a
+        readable name.
+    is_learned: whether the covariance was learned, or given by the user; held: the parameters whose
+        theta0 was given.
     """
 
     loc: dict[str, Tensor]
@@ -48,7 +53,9 @@ class LearnedPrior:
     held: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None) -> LearnedPrior:
+    def of(
+        cls, model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None
+    ) -> LearnedPrior:
         weights, named = model.weights, parameter_labels(model, x_names)
         with torch.no_grad():
             distribution = model.prior_distribution(eta)
@@ -77,7 +84,11 @@ class LearnedPrior:
     @property
     def covariance(self) -> Tensor:
         """`(D, D)` in the order of `labels`."""
-        return torch.diag(self._sd.square()) if self.dense_covariance is None else self.dense_covariance
+        return (
+            torch.diag(self._sd.square())
+            if self.dense_covariance is None
+            else self.dense_covariance
+        )
 
     @property
     def correlation(self) -> Tensor:
@@ -110,44 +121,77 @@ class LearnedPrior:
         rows, shared, moved = self._rows, self._shared_rows, self._coefficient_rows
         beside = {}
         if errors is not None:
-            known = {name: torch.full_like(value, torch.nan) for name, value in self.loc.items()} | dict(errors)
+            known = {
+                name: torch.full_like(value, torch.nan) for name, value in self.loc.items()
+            } | dict(errors)
             own = [float(e) for name in self.loc for e in known[name].reshape(-1)]
-            common = [float(e) for name in (*self.shared, *self.coefficients) for e in errors[name].reshape(-1)]
-            beside = dict(zip([label for label, *_ in (*rows, *shared, *moved)], own + common, strict=True))
+            common = [
+                float(e)
+                for name in (*self.shared, *self.coefficients)
+                for e in errors[name].reshape(-1)
+            ]
+            beside = dict(
+                zip([label for label, *_ in (*rows, *shared, *moved)], own + common, strict=True)
+            )
 
         def error(label: str) -> str:
             number = beside.get(label, math.nan)
             return "" if not beside else f" {'':>12}" if math.isnan(number) else f" {number:>12.5g}"
 
         shown, shown_shared = rows[:ROWS], shared[:ROWS]
-        labels = [label for label, _, _ in shown] + [label for label, _ in (*shown_shared, *moved[:ROWS])]
+        labels = [label for label, _, _ in shown] + [
+            label for label, _ in (*shown_shared, *moved[:ROWS])
+        ]
         width = max(map(len, [NOISE_SCALE, *self.observation, *labels]))
         gap = f" {'':>12}" if beside else ""
-        lines = [f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} {'prior sd':>12}"]
+        lines = [
+            f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} "
+            f"{'prior sd':>12}"
+        ]
         # a number that was given must not be read as a finding
         fixed = "" if self.is_learned else " (fixed)"
-        given = [name in self.held for name, value in self.loc.items() for _ in range(value.numel())]
+        given = [
+            name in self.held for name, value in self.loc.items() for _ in range(value.numel())
+        ]
         lines += [
-            f"{label:<{width}} {mean:>12.5g}{error(label)} {spread:>12.5g}{fixed}{' (theta0 fixed)' if held else ''}"
+            f"{label:<{width}} {mean:>12.5g}{error(label)} "
+            f"{spread:>12.5g}{fixed}{' (theta0 fixed)' if held else ''}"
             for (label, mean, spread), held in zip(shown, given, strict=False)
         ]
         lines += [f"... and {len(rows) - ROWS} weights more"] if len(rows) > ROWS else []
-        lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'shared':>12}" for label, number in shown_shared]
+        lines += [
+            f"{label:<{width}} {number:>12.5g}{error(label)} {'shared':>12}"
+            for label, number in shown_shared
+        ]
         lines += [f"... and {len(shared) - ROWS} shared numbers more"] if len(shared) > ROWS else []
-        lines += [f"{label:<{width}} {number:>12.5g}{error(label)} {'covariate':>12}" for label, number in moved[:ROWS]]
+        lines += [
+            f"{label:<{width}} {number:>12.5g}{error(label)} {'covariate':>12}"
+            for label, number in moved[:ROWS]
+        ]
         lines += [f"... and {len(moved) - ROWS} coefficients more"] if len(moved) > ROWS else []
-        lines += [f"{name:<{width}} {'':>12}{gap} {float(x):>12.5g}" for name, x in self.observation.items()]
+        lines += [
+            f"{name:<{width}} {'':>12}{gap} {float(x):>12.5g}"
+            for name, x in self.observation.items()
+        ]
         dense = self.dense_covariance
-        if dense is not None and len(rows) <= MAX_CORRELATIONS and bool((dense - torch.diag(dense.diagonal())).any()):
+        if (
+            dense is not None
+            and len(rows) <= MAX_CORRELATIONS
+            and bool((dense - torch.diag(dense.diagonal())).any())
+        ):
             lines.append("correlations of the prior")
             for label, row in zip(self.labels, self.correlation.tolist(), strict=True):
                 lines.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        parts = [f"{label} {mean:.4g} (sd {spread:.3g})" for label, mean, spread in self._rows[:FEW]]
+        parts = [
+            f"{label} {mean:.4g} (sd {spread:.3g})" for label, mean, spread in self._rows[:FEW]
+        ]
         parts += [f"{label} {number:.4g} (shared)" for label, number in self._shared_rows[:FEW]]
-        parts += [f"{label} {number:.4g} (covariate)" for label, number in self._coefficient_rows[:FEW]]
+        parts += [
+            f"{label} {number:.4g} (covariate)" for label, number in self._coefficient_rows[:FEW]
+        ]
         every = (self._rows, self._shared_rows, self._coefficient_rows)
         left = sum(max(0, len(some) - FEW) for some in every)
         parts += [f"{left} more"] if left else []
@@ -155,7 +199,9 @@ class LearnedPrior:
         return f"LearnedPrior({', '.join(parts)})"
 
 
-def _entries(named: Mapping[str, Tensor], labels: Mapping[str, tuple[str, ...]]) -> list[tuple[str, float]]:
+def _entries(
+    named: Mapping[str, Tensor], labels: Mapping[str, tuple[str, ...]]
+) -> list[tuple[str, float]]:
     return [
         (label, number)
         for name, value in named.items()

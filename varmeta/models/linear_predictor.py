@@ -13,50 +13,72 @@ INTERCEPT = "intercept"
 
 
 class LinearPredictor(nn.Module):
-    """intercept + sum_j x_j coefficient_j, every coefficient a parameter that is called as its column is.
+    """intercept + sum_j x_j coefficient_j, every coefficient a parameter that is called as its
+    column is.
 
-    So single coefficients can be shared, or get a precision of their own, by name; those of `nn.Linear` are one tensor.
-    `y ~ age + dose + (1 + dose | g)` is `TaskModel(LinearPredictor(["age", "dose"]), ..., shared=["age"])`.
+    So single coefficients can be shared, or get a precision of their own, by name; those of
+    `nn.Linear` are one tensor. `y ~ age + dose + (1 + dose | g)` is
+    `TaskModel(LinearPredictor(["age", "dose"]), ..., shared=["age"])`.
 
-    columns: the names of x's columns, in x's order, such as `tasks.x_names`; [] leaves the intercept alone.
+    columns: the names of x's columns, in x's order, such as `tasks.x_names`; [] leaves the
+        intercept alone.
     intercept: whether there is one; it is called "intercept".
-    offset: one of the columns (or several) whose coefficient is known to be 1: the logarithm of an exposure.
-    x is `(points, columns)`, the output `(points,)`.  All coefficients start at 0.
+    offset: one of the columns (or several) whose coefficient is known to be 1: the logarithm of an
+    exposure. x is `(points, columns)`, the output `(points,)`.  All coefficients start at 0.
 
-    Raises ValueError for a name that a parameter cannot have, or that comes twice; TypeError for what is no list of names.
+    Raises ValueError for a name that a parameter cannot have, or that comes twice; TypeError for
+    what is no list of names.
 
     >>> [name for name, _ in LinearPredictor(["age", "dose"]).named_parameters()]
     ['intercept', 'age', 'dose']
     """
 
-    def __init__(self, columns: Sequence[str], intercept: bool = True, offset: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self, columns: Sequence[str], intercept: bool = True, offset: str | Sequence[str] = ()
+    ) -> None:
         super().__init__()
         if isinstance(columns, str) or not isinstance(columns, Sequence):
-            raise TypeError(f"columns must list the names of x's columns, such as tasks.x_names, not {columns!r}")
+            raise TypeError(
+                "columns must list the names of x's columns, such as tasks.x_names, not "
+                f"{columns!r}"
+            )
         self.columns = tuple(map(str, columns))
         self.has_intercept = bool(intercept)
         self.offset = (offset,) if isinstance(offset, str) else tuple(map(str, offset))
         unknown = [name for name in self.offset if name not in self.columns]
         if unknown:
-            raise ValueError(f"offset names {unknown}, but the columns are {list(self.columns)}: name one of them")
+            raise ValueError(
+                f"offset names {unknown}, but the columns are {list(self.columns)}: name one of "
+                "them"
+            )
         free = [name for name in self.columns if name not in self.offset]
         if not free and not intercept:
-            raise ValueError("there are neither columns nor an intercept, so there is nothing to learn")
+            raise ValueError(
+                "there are neither columns nor an intercept, so there is nothing to learn"
+            )
         for name in (*([INTERCEPT] if intercept else []), *free):
             # names are paths and attributes in torch
             if not name or "." in name or hasattr(self, name):
-                why = "comes twice" if name in self._parameters else "cannot name a parameter of a module"
+                why = (
+                    "comes twice"
+                    if name in self._parameters
+                    else "cannot name a parameter of a module"
+                )
                 raise ValueError(f"the column name {name!r} {why}: rename it in the table")
             self.register_parameter(name, nn.Parameter(torch.zeros(())))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != len(self.columns):
-            raise ValueError(f"the network takes {counted(len(self.columns), 'column')}, x has {x.shape[-1]}")
+            raise ValueError(
+                f"the network takes {counted(len(self.columns), 'column')}, x has {x.shape[-1]}"
+            )
         out = getattr(self, INTERCEPT) if self.has_intercept else x.new_zeros(())
         if not self.columns:
             return out.expand(len(x))
         one = x.new_ones(())
-        return out + x @ torch.stack([one if name in self.offset else getattr(self, name) for name in self.columns])
+        return out + x @ torch.stack(
+            [one if name in self.offset else getattr(self, name) for name in self.columns]
+        )
 
     def extra_repr(self) -> str:
         names = [f"offset({name})" if name in self.offset else name for name in self.columns]

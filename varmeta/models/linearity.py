@@ -1,4 +1,6 @@
-"""Whether a network's output is linear in some of its parameters, known from how it is built and never by trying it out."""
+"""Whether a network's output is linear in some of its parameters, known from how it is built and
+never by trying it out.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,21 @@ from torch import nn
 
 from varmeta.models.linear_predictor import LinearPredictor
 
-# Linear in their parameters, and in their input; exact types, since a subclass may have another forward.
+# Linear in their parameters, and in their input; exact types, since a subclass may have another
+# forward.
 _LINEAR = (nn.Linear, LinearPredictor)
 # Without parameters, and linear in their input.
 _LINEAR_MAPS = (nn.Identity, nn.Flatten, nn.Unflatten)
 
 
 def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
-    """Whether the output is known to be linear (affine) in the parameters called `names` together, the others fixed.
+    """Whether the output is known to be linear (affine) in the parameters called `names` together,
+    the others fixed.
 
-    Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` in which `names` belong to one such layer that no other
-    than linear layers follow: its last layer, as a rule.  A subclass, a hook, a parametrisation or a `forward` of one's own
-    may do anything, so nothing is known of them.
+    Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` in which `names` belong to one
+    such layer that no other
+    than linear layers follow: its last layer, as a rule.  A subclass, a hook, a parametrisation or
+    a `forward` of one's own may do anything, so nothing is known of them.
 
     >>> net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
     >>> is_linear_in(net, ["2.weight", "2.bias"]), is_linear_in(net, ["0.weight"])
@@ -27,7 +32,9 @@ def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     """
     every = list(net.named_parameters(remove_duplicate=False))
     # a parameter that serves in two layers enters twice, whatever it is called
-    once = [sum(other is value for _, other in every) == 1 for name, value in every if name in names]
+    once = [
+        sum(other is value for _, other in every) == 1 for name, value in every if name in names
+    ]
     return len(once) == len(names) and all(once) and _is_linear_in(net, names)
 
 
@@ -44,7 +51,9 @@ def _is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     if len(at) != 1:
         return False
     own = [name.partition(".")[2] for name in names]
-    return _is_linear_in(children[at[0]][1], own) and all(_is_linear_map(child) for _, child in children[at[0] + 1 :])
+    return _is_linear_in(children[at[0]][1], own) and all(
+        _is_linear_map(child) for _, child in children[at[0] + 1 :]
+    )
 
 
 def _is_linear_map(module: nn.Module) -> bool:

@@ -1,4 +1,5 @@
-"""The generative model of a set of tasks, as one Pyro program: theta_i ~ prior, y_in ~ p(y | x_in, theta_i).
+"""The generative model of a set of tasks, as one Pyro program: theta_i ~ prior, y_in ~ p(y | x_in,
+theta_i).
 
     with plate("tasks"):
         theta ~ N(theta0, Lambda^-1), and Gamma z_i is added where the prior has covariates
@@ -44,19 +45,22 @@ Program = Callable[[dict[str, Tensor], Tensor, Tensor | None], Any]
 class TaskModel(Remembers):
     """A network (or any Pyro program) whose weights vary from task to task around a learned prior.
 
-    net: any `nn.Module` without batch norm; its parameters are the weights, its present values the start of theta0.
-        It is copied, and run in evaluation mode: dropout is off.  Its input is one task's x `(points, features)`.
-        Parameters with `requires_grad=False`, and the row `padding_idx` of an `nn.Embedding`, are constants: the
-        same in every task, and never learned.  A row's output may depend on the task's other rows only where no task
-        is padded, that is where all have the same number of rows.
+    net: any `nn.Module` without batch norm; its parameters are the weights, its present values the
+        start of theta0. It is copied, and run in evaluation mode: dropout is off.  Its input is one
+        task's x `(points, features)`. Parameters with `requires_grad=False`, and the row
+        `padding_idx` of an `nn.Embedding`, are constants: the same in every task, and never
+        learned.  A row's output may depend on the task's other rows only where no task is padded,
+        that is where all have the same number of rows.
     likelihood: one of `varmeta.likelihoods`.
     prior: `GaussianPrior`; by default one fixed precision of 1.
-    shared: patterns (`"body.*"`) of parameters that are the same for every task: fixed effects, or a feature extractor
-        that is not adapted.  They live in eta beside theta0.  What is a constant stays one.
+    shared: patterns (`"body.*"`) of parameters that are the same for every task: fixed effects, or
+        a feature extractor that is not adapted.  They live in eta beside theta0.  What is a
+        constant stays one.
     batch_norm: "refuse", or "frozen" to use the running statistics that the network came with.
 
-    Raises ValueError for batch norm, for a pattern that matches nothing or nothing but constants, for a network without a
-    parameter to learn or with a layer that cannot be run for many tasks, and for a name that varmeta uses itself.
+    Raises ValueError for batch norm, for a pattern that matches nothing or nothing but constants,
+    for a network without a parameter to learn or with a layer that cannot be run for many tasks,
+    and for a name that varmeta uses itself.
 
     >>> from varmeta import likelihoods
     >>> model = TaskModel(nn.Linear(1, 1), likelihoods.Gaussian(), GaussianPrior(precision=0.1))
@@ -73,10 +77,14 @@ class TaskModel(Remembers):
         batch_norm: str = "refuse",
     ) -> None:
         if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be an nn.Module (for a Pyro program: TaskModel.from_pyro), not {kind_of(net)}")
+            raise TypeError(
+                "net must be an nn.Module (for a Pyro program: TaskModel.from_pyro), not "
+                f"{kind_of(net)}"
+            )
         if not isinstance(likelihood, Likelihood):
             raise TypeError(
-                f"likelihood must be one of varmeta.likelihoods, such as Gaussian(), not {kind_of(likelihood)}"
+                "likelihood must be one of varmeta.likelihoods, such as Gaussian(), not "
+                f"{kind_of(likelihood)}"
             )
         check_net(net, batch_norm)
         self.net: nn.Module | None = copy.deepcopy(net).eval()
@@ -84,10 +92,14 @@ class TaskModel(Remembers):
         self._program: Program | None = None
         self.constants = frozen(net)
         hold_padding_rows(self.net)
-        start = {n: p.detach().clone() for n, p in net.named_parameters() if n not in self.constants}
+        start = {
+            n: p.detach().clone() for n, p in net.named_parameters() if n not in self.constants
+        }
         for name, value in likelihood.task_weights().items():
             if name in start:
-                raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
+                raise ValueError(
+                    f"the parameter name {name!r} is one that varmeta uses itself: rename it"
+                )
             start[name] = value.to(next(iter(start.values())))
         self._setup(start, prior, shared)
 
@@ -102,9 +114,10 @@ class TaskModel(Remembers):
     ) -> TaskModel:
         """A task's likelihood as a Pyro program `program(params, x, y)`.
 
-        program: observes y (`pyro.sample("y", ..., obs=y)`) given the params; with `y=None` it samples y.  It runs once
-            for all tasks: `params[name]` has shape `(..., tasks, 1, *shape)` and x `(tasks, points, ...)`, so that params
-            broadcast against the points; the observed site's batch shape must come out as `(..., tasks, points)`.
+        program: observes y (`pyro.sample("y", ..., obs=y)`) given the params; with `y=None` it
+            samples y.  It runs once for all tasks: `params[name]` has shape `(..., tasks, 1,
+            *shape)` and x `(tasks, points, ...)`, so that params broadcast against the points; the
+            observed site's batch shape must come out as `(..., tasks, points)`.
         params: shape of each weight (theta0 starts at zero), or a tensor to start theta0 from.
         prior, shared: as for a network; a shared parameter reaches the program with its own shape.
 
@@ -116,22 +129,28 @@ class TaskModel(Remembers):
         ('intercept', 'slope')
         """
         if not callable(program):
-            raise TypeError(f"program must be callable as program(params, x, y), not {type(program).__name__}")
+            raise TypeError(
+                f"program must be callable as program(params, x, y), not {type(program).__name__}"
+            )
         model = cls.__new__(cls)
         model.net, model.likelihood, model._program = None, None, program
         model.constants = ()
         model._setup(starts(params), prior, shared)
         return model
 
-    def _setup(self, start: dict[str, Tensor], prior: GaussianPrior | None, shared: Iterable[str]) -> None:
+    def _setup(
+        self, start: dict[str, Tensor], prior: GaussianPrior | None, shared: Iterable[str]
+    ) -> None:
         if isinstance(shared, str):
             raise TypeError(f"shared must be a list of patterns, not the string {shared!r}")
         if prior is not None and not isinstance(prior, GaussianPrior):
             raise TypeError(
-                f"prior must be a GaussianPrior, such as GaussianPrior(precision=1.0), not {kind_of(prior)}"
+                "prior must be a GaussianPrior, such as GaussianPrior(precision=1.0), not "
+                f"{kind_of(prior)}"
             )
         self.prior = GaussianPrior() if prior is None else prior
-        # what has been captured of this model so far; copies that differ in their start only share it
+        # what has been captured of this model so far; copies that differ in their start only share
+        # it
         self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
         for pattern in shared:
@@ -140,52 +159,81 @@ class TaskModel(Remembers):
             fixed = [name for name in self.constants if matches(name, pattern)]
             if fixed:
                 raise ValueError(
-                    f"shared pattern {pattern!r} matches only parameters with requires_grad=False ({fixed[0]!r} first), which "
-                    "are constants: leave the pattern out, or have them learned by requires_grad_(True)"
+                    f"shared pattern {pattern!r} matches only parameters with requires_grad=False "
+                    f"({fixed[0]!r} first), which are constants: leave the pattern out, or have "
+                    "them learned by requires_grad_(True)"
                 )
-            raise ValueError(f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}")
+            raise ValueError(
+                f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}"
+            )
         own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
         for name in start:
             if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
-                raise ValueError(f"the parameter name {name!r} is one that varmeta uses itself: rename it")
+                raise ValueError(
+                    f"the parameter name {name!r} is one that varmeta uses itself: rename it"
+                )
         self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
         varying = [name for name in start if name not in self.shared]
-        # how the tasks' features move the weights: by their names in eta, where they stand beside theta0
+        # how the tasks' features move the weights: by their names in eta, where they stand beside
+        # theta0
         self.coefficients = coefficients_of(self.prior.covariates, varying, self.shared)
-        start |= {key: torch.zeros_like(start[name]) for key, (name, _) in self.coefficients.items()}
+        start |= {
+            key: torch.zeros_like(start[name]) for key, (name, _) in self.coefficients.items()
+        }
         unknown = set(self.prior.start_loc) - set(start)
         if unknown:
-            raise ValueError(f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}")
+            raise ValueError(
+                f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}"
+            )
         for name, value in self.prior.start_loc.items():
-            value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+            value = (
+                value.detach()
+                if isinstance(value, Tensor)
+                else torch.as_tensor(value, dtype=torch.float64)
+            )
             if value.numel() != 1 and value.shape != start[name].shape:
                 raise ValueError(
-                    f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected {tuple(start[name].shape)}"
+                    f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected "
+                    f"{tuple(start[name].shape)}"
                 )
             start[name] = value.expand(start[name].shape).clone()
-        stray = set(self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()) - set(start)
+        stray = set(
+            self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()
+        ) - set(start)
         if stray:
-            raise ValueError(f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}")
+            raise ValueError(
+                f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}"
+            )
         self.start = start
         if not varying:
-            raise ValueError("every parameter is shared, so nothing is left to differ between tasks: share fewer")
+            raise ValueError(
+                "every parameter is shared, so nothing is left to differ between tasks: share fewer"
+            )
         held = {name: start[name] for name in self._held(varying)}
         known = {} if self.net is None else fan_ins(self.net)
         self.weights = Weights(
-            {name: start[name].shape for name in varying}, held, {n: known[n] for n in varying if n in known}
+            {name: start[name].shape for name in varying},
+            held,
+            {n: known[n] for n in varying if n in known},
         )
         if self.prior.lkj != 1.0 and self.weights.size == 1:
             raise ValueError(
-                f"lkj={self.prior.lkj:g} is a density of correlations, and one weight per task has none: leave it out"
+                f"lkj={self.prior.lkj:g} is a density of correlations, and one weight per task has "
+                "none: leave it out"
             )
         if not self.init(torch.zeros(())):
             raise ValueError(
-                "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are all given"
+                "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are "
+                "all given"
             )
-        self.prior.init(self.weights, torch.zeros(()))  # its names are checked here, before any work
+        self.prior.init(
+            self.weights, torch.zeros(())
+        )  # its names are checked here, before any work
 
     def _held(self, varying: list[str]) -> list[str]:
-        """The weights whose theta0 is not learned.  Raises ValueError for a name that there is not."""
+        """The weights whose theta0 is not learned.  Raises ValueError for a name that there is
+        not.
+        """
         learned = self.prior.learn_loc
         if isinstance(learned, bool):
             held = [] if learned else varying
@@ -193,43 +241,61 @@ class TaskModel(Remembers):
             for pattern in learned:
                 if not any(matches(name, pattern) for name in varying):
                     raise ValueError(
-                        f"learn_loc names {pattern!r}, but the weights that vary between tasks are {varying} (what is shared is "
-                        "always learned)"
+                        f"learn_loc names {pattern!r}, but the weights that vary between tasks are "
+                        f"{varying} (what is shared is always learned)"
                     )
-            held = [name for name in varying if not any(matches(name, pattern) for pattern in learned)]
+            held = [
+                name for name in varying if not any(matches(name, pattern) for pattern in learned)
+            ]
         named = self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else {}
         both = [name for name in held if name in named]
         if both:
-            raise ValueError(f"loc_hyperprior is about theta0 of {both}, which learn_loc holds fixed: leave one out")
+            raise ValueError(
+                f"loc_hyperprior is about theta0 of {both}, which learn_loc holds fixed: leave one "
+                "out"
+            )
         if held == varying and self.prior.loc_hyperprior is not None and not named:
             raise ValueError(
-                f"loc_hyperprior is about theta0, all of which learn_loc={learned!r} holds fixed: leave one out"
+                f"loc_hyperprior is about theta0, all of which learn_loc={learned!r} holds fixed: "
+                "leave one out"
             )
         return held
 
-    # -- eta -----------------------------------------------------------------------------------------------------------
+    # -- eta ---------------------------------------------------------------------------------------
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """Where eta starts, on the dtype and device of `like`: theta0 and shared parameters by name, then the rest.
+        """Where eta starts, on the dtype and device of `like`: theta0 and shared parameters by
+        name, then the rest.
 
-        What is not learned has no entry: theta0 that `learn_loc` holds, and precisions and noise scales that are given.
+        What is not learned has no entry: theta0 that `learn_loc` holds, and precisions and noise
+            scales that are given.
         """
-        eta = {name: value.to(like) for name, value in self.start.items() if name not in self.weights.fixed}
+        eta = {
+            name: value.to(like)
+            for name, value in self.start.items()
+            if name not in self.weights.fixed
+        }
         eta |= self.prior.init(self.weights, like)
         if self.likelihood is not None:
             eta |= self.likelihood.init(like)
         return {name: value.detach().clone() for name, value in eta.items()}
 
     def prior_distribution(self, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """N(theta0, Lambda^-1), event shape `(D,)`: p(theta | eta) of a task whose features move nothing."""
+        """N(theta0, Lambda^-1), event shape `(D,)`: p(theta | eta) of a task whose features move
+        nothing.
+        """
         return self.prior.distribution(self.weights, eta)
 
     def offset(self, eta: Mapping[str, Tensor], data: Data) -> Tensor | None:
-        """Gamma z_i, by how much the tasks' features move their weights, `(tasks, D)`; None where the prior has no covariates."""
+        """Gamma z_i, by how much the tasks' features move their weights, `(tasks, D)`; None where
+        the prior has no covariates.
+        """
         return offset(self.coefficients, self.weights, eta, data.features)
 
     def moved(self, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        """theta `(..., tasks, 1, D)` as it is sampled, around theta0, with what the tasks' features add: the tasks' weights."""
+        """theta `(..., tasks, 1, D)` as it is sampled, around theta0, with what the tasks' features
+        add: the tasks' weights.
+        """
         by = self.offset(eta, data)
         return theta if by is None else theta + by.unsqueeze(-2)
 
@@ -240,14 +306,17 @@ class TaskModel(Remembers):
 
     @property
     def has_hyperprior(self) -> bool:
-        return self.prior.has_hyperprior or (self.likelihood is not None and self.likelihood.has_hyperprior)
+        return self.prior.has_hyperprior or (
+            self.likelihood is not None and self.likelihood.has_hyperprior
+        )
 
-    # -- the Pyro program ----------------------------------------------------------------------------------------------
+    # -- the Pyro program --------------------------------------------------------------------------
 
     def __call__(self, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """The generative program for padded data; samples `theta` `(tasks, 1, D)` and observes y.
 
-        With covariates the site is a task's weights less what its features add to them, see `covariates.py`.
+        With covariates the site is a task's weights less what its features add to them, see
+        `covariates.py`.
         """
         with pyro.plate(TASKS, len(data), dim=-2):
             theta = pyro.sample(SITE, self.prior_distribution(eta))
@@ -267,41 +336,65 @@ class TaskModel(Remembers):
         y: Tensor | None,
         task_chunk_size: int | None = None,
     ) -> Any:
-        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points, ...)`.
+        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points,
+        ...)`.
 
-        task_chunk_size: how many tasks a network runs on at a time, which bounds memory where no gradient is taken.
+        task_chunk_size: how many tasks a network runs on at a time, which bounds memory where no
+            gradient is taken.
         """
         if self._program is not None:
-            return self._program(self.weights.unflatten(theta) | {name: eta[name] for name in self.shared}, x, y)
+            return self._program(
+                self.weights.unflatten(theta) | {name: eta[name] for name in self.shared}, x, y
+            )
         out = self.output(theta, eta, x, task_chunk_size)
         return self.observe_output(out, self._with_task_weights(theta, eta), y, theta.dim() - 1)
 
     @property
     def task_weights(self) -> tuple[str, ...]:
-        """The likelihood's own weights among those that differ between tasks, such as a noise scale of each task."""
+        """The likelihood's own weights among those that differ between tasks, such as a noise scale
+        of each task.
+        """
         own = () if self.likelihood is None else self.likelihood.task_weights()
         return tuple(name for name in own if name not in self.shared)
 
     def _with_task_weights(self, theta: Tensor, eta: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """eta with the likelihood's own weights at theta, `(..., tasks, 1, *shape)`, in the place of theta0."""
+        """eta with the likelihood's own weights at theta, `(..., tasks, 1, *shape)`, in the place
+        of theta0.
+        """
         names = self.task_weights
         if not names:
             return eta
         own = self.weights.unflatten(theta)
         return {**eta, **{name: own[name] for name in names}}
 
-    def output(self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, task_chunk_size: int | None = None) -> Tensor:
-        """What the network puts out for theta `(..., tasks, 1, D)`: `(..., tasks, points, channels)`."""
+    def output(
+        self,
+        theta: Tensor,
+        eta: Mapping[str, Tensor],
+        x: Tensor,
+        task_chunk_size: int | None = None,
+    ) -> Tensor:
+        """What the network puts out for theta `(..., tasks, 1, D)`: `(..., tasks, points,
+        channels)`.
+        """
         return self._network(theta.squeeze(-2), eta, x, task_chunk_size)
 
-    def observe_output(self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int) -> Any:
-        """Sample, or with y observe, the data given the network's output, `batch` axes `(..., tasks, points)` first."""
+    def observe_output(
+        self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int
+    ) -> Any:
+        """Sample, or with y observe, the data given the network's output, `batch` axes `(...,
+        tasks, points)` first.
+        """
         assert self.likelihood is not None  # a network has one
         obs = None if y is None else self.likelihood.observed(y)
         if obs is not None and self.likelihood.kind != "classification":
             obs = obs.to(out.dtype)
         # a single channel is dropped, unless y has it too
-        if self.likelihood.kind != "classification" and out.dim() == batch + 1 and out.shape[-1] == 1:
+        if (
+            self.likelihood.kind != "classification"
+            and out.dim() == batch + 1
+            and out.shape[-1] == 1
+        ):
             out = out if obs is not None and obs.dim() == 3 else out.squeeze(-1)
         noise = self.likelihood.distribution(out, eta, y)
         if len(noise.batch_shape) > batch:
@@ -309,8 +402,8 @@ class TaskModel(Remembers):
         if obs is not None and noise.event_shape != obs.shape[2:]:
             # broadcasting would hide it
             raise ValueError(
-                f"the network's output for a row, {tuple(out.shape[batch:])}, does not fit {self.likelihood!r} of a y "
-                f"with rows of shape {tuple(obs.shape[2:])}"
+                f"the network's output for a row, {tuple(out.shape[batch:])}, does not fit "
+                f"{self.likelihood!r} of a y with rows of shape {tuple(obs.shape[2:])}"
             )
         weights = None if y is None else self.likelihood.weights(y)
         if weights is None:
@@ -319,7 +412,11 @@ class TaskModel(Remembers):
             return pyro.sample("y", noise, obs=obs)
 
     def _network(
-        self, theta: Tensor, eta: Mapping[str, Tensor], x: Tensor, task_chunk_size: int | None = None
+        self,
+        theta: Tensor,
+        eta: Mapping[str, Tensor],
+        x: Tensor,
+        task_chunk_size: int | None = None,
     ) -> Tensor:
         """The network's output `(..., tasks, points, channels)` for theta `(..., tasks, D)`."""
         assert self.likelihood is not None
@@ -328,17 +425,27 @@ class TaskModel(Remembers):
             out = self._network(theta.reshape(theta.shape[-2:]), eta, x, task_chunk_size)
             return out.reshape(*lead, *out.shape)
         aside = self.likelihood.task_weights()
-        weights = {name: value for name, value in self.weights.unflatten(theta).items() if name not in aside}
+        weights = {
+            name: value
+            for name, value in self.weights.unflatten(theta).items()
+            if name not in aside
+        }
         call = torch.func.vmap(self.one_task(eta, x), chunk_size=task_chunk_size)
         for _ in lead if weights else ():  # points of an expectation: the same x for each
             call = torch.func.vmap(call, in_dims=(0, None))
         out = call(weights, x)
-        return out if weights else out.expand(*lead, *out.shape)  # only the likelihood's own weights vary
+        return (
+            out if weights else out.expand(*lead, *out.shape)
+        )  # only the likelihood's own weights vary
 
-    def one_task(self, eta: Mapping[str, Tensor], like: Tensor) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-        """The network as `fn(weights by name, x (points, ...)) -> (points, channels)`, in the precision of `like`.
+    def one_task(
+        self, eta: Mapping[str, Tensor], like: Tensor
+    ) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+        """The network as `fn(weights by name, x (points, ...)) -> (points, channels)`, in the
+        precision of `like`.
 
-        Raises ValueError, when it is run, where what the network puts out is not a tensor with a row for each of x's.
+        Raises ValueError, when it is run, where what the network puts out is not a tensor with a
+        row for each of x's.
         """
         assert self.net is not None and self.likelihood is not None
         net, aside = self.net, self.likelihood.task_weights()
@@ -355,7 +462,8 @@ class TaskModel(Remembers):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the network's output is known to be linear in the weights that vary, by how it is built.
+        """Whether the network's output is known to be linear in the weights that vary, by how it is
+        built.
 
         Of a Pyro program, and of a network with a `forward` of its own, nothing is known: False.
         """
@@ -363,18 +471,24 @@ class TaskModel(Remembers):
 
     @property
     def all_linear(self) -> bool:
-        """Whether that holds of the shared parameters too, so that the output is linear in all of them together."""
+        """Whether that holds of the shared parameters too, so that the output is linear in all of
+        them together.
+        """
         return self.net is not None and is_linear_in(self.net, (*self.weights.names, *self.shared))
 
     @property
     def is_linear_gaussian(self) -> bool:
-        """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is built."""
+        """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is
+        built.
+        """
         return is_gaussian(self.likelihood) and not self.task_weights and self.is_linear
 
     def looks_linear(self, tasks: TaskSet) -> bool:
-        """Whether the output looks linear in the weights that vary, by second differences; of a program, True.
+        """Whether the output looks linear in the weights that vary, by second differences; of a
+        program, True.
 
-        Good for choosing where a fit starts and at which points it looks.  It proves nothing, and no number may be called
+        Good for choosing where a fit starts and at which points it looks.  It proves nothing, and
+        no number may be called
         exact because of it: see `is_linear`.
         """
         data = tasks.batch().support
@@ -391,13 +505,19 @@ class TaskModel(Remembers):
             with torch.no_grad():
                 plus, middle, minus = self._network(points, eta, data.filled[0])
             size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
-            if not bool((plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size):
+            if not bool(
+                (plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size
+            ):
                 return False
         return True
 
     def __repr__(self) -> str:
         program = self._program
-        what = type(self.net).__name__ if program is None else getattr(program, "__name__", type(program).__name__)
+        what = (
+            type(self.net).__name__
+            if program is None
+            else getattr(program, "__name__", type(program).__name__)
+        )
         noise = "" if self.likelihood is None else f", {self.likelihood!r}"
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
 
@@ -410,7 +530,9 @@ def matches(name: str, pattern: str) -> bool:
 def negative_log_likelihood(
     model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data
 ) -> tuple[dist.TorchDistribution, Tensor]:
-    """The prior of theta, and -log p(data_i | theta) for theta `(points, tasks, 1, D)`, `(points, tasks)`."""
+    """The prior of theta, and -log p(data_i | theta) for theta `(points, tasks, 1, D)`, `(points,
+    tasks)`.
+    """
     trace = poutine.trace(poutine.condition(model, {SITE: theta})).get_trace(eta, data)
     prior = cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])
     if not data.mask.shape[1]:
@@ -420,7 +542,9 @@ def negative_log_likelihood(
 
 @contextlib.contextmanager
 def _differentiable_attention() -> Iterator[None]:
-    """Attention written out: PyTorch's fused kernels have no second derivative, and some no first one under vmap."""
+    """Attention written out: PyTorch's fused kernels have no second derivative, and some no first
+    one under vmap.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,11 +1,13 @@
 """A linear model's prior, learned from standardised data, in the data's own units.
 
-With x' = (x - m) / s and y' = (y - l) / k, the coefficients of y on x are an affine function of those of y' on x':
+With x' = (x - m) / s and y' = (y - l) / k, the coefficients of y on x are an affine function of
+those of y' on x':
 
     slope_j = k / s_j slope'_j,    intercept = l + k (intercept' - sum_j m_j / s_j slope'_j),    noise scale = k scale'.
 
-Coefficients of the prior's covariates go through the same linear map, less its shift, and are divided by their feature's sd;
-so a feature that moves a slope of the scaled data moves the intercept of the raw data too.
+Coefficients of the prior's covariates go through the same linear map, less its shift, and are
+divided by their feature's sd; so a feature that moves a slope of the scaled data moves the
+intercept of the raw data too.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from varmeta.models.model import TaskModel
 from varmeta.tasks.scaling import Scaling
 
 
-def raw_prior(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], prior: LearnedPrior) -> LearnedPrior:
+def raw_prior(
+    scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], prior: LearnedPrior
+) -> LearnedPrior:
     """See `Fit.raw_prior`."""
     slopes, intercept = _positions(model.net)
     if model.constants:
         raise ValueError(
-            f"raw_prior needs a model whose coefficients are all learned, but {model.constants[0]!r} is a constant "
-            "(requires_grad=False), which does not move with the units: standardise the predictions back, scaling.y_inverse"
+            "raw_prior needs a model whose coefficients are all learned, but "
+            f"{model.constants[0]!r} is a constant (requires_grad=False), which does not move with "
+            "the units: standardise the predictions back, scaling.y_inverse"
         )
     start = {name: value for name, value in model.start.items() if name not in model.coefficients}
     theta = prior.loc | {name: eta[name] for name in model.shared}
@@ -38,12 +43,15 @@ def raw_prior(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], pri
     matrix, shift = _affine_map(scaling, slopes, intercept, mean)
     if TASK_SCALE in start:  # a number of its own, and the last
         matrix[-1, -1], shift[-1] = 1.0, scaling.response[1].to(shift).log().reshape(())
-    kind = torch.cat([torch.full((value.numel(),), name in model.shared) for name, value in start.items()])
+    kind = torch.cat(
+        [torch.full((value.numel(),), name in model.shared) for name, value in start.items()]
+    )
     shared, varying = kind.nonzero().flatten(), (~kind).nonzero().flatten()
     if bool(matrix[shared][:, varying].any()):
         raise ValueError(
-            "the slopes vary between tasks but the intercept is shared, and in raw units, where x is not centred, an intercept "
-            "that is the same for all tasks does not say the same: let the intercept vary"
+            "the slopes vary between tasks but the intercept is shared, and in raw units, where x "
+            "is not centred, an intercept that is the same for all tasks does not say the same: "
+            "let the intercept vary"
         )
     mean = matrix @ mean + shift
     rows = matrix[varying][:, varying]
@@ -51,7 +59,9 @@ def raw_prior(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], pri
     sd = covariance.diagonal().sqrt()
     moved = _moved(scaling, model, eta, rows)
     # theta0 is the location where the raw features are 0
-    mean[varying] = mean[varying] - sum(scaling.features[feature][0] * by for feature, by in moved.items())
+    mean[varying] = mean[varying] - sum(
+        scaling.features[feature][0] * by for feature, by in moved.items()
+    )
     named = dict(zip(start, mean.split([value.numel() for value in start.values()]), strict=True))
     coefficients, labels = _named(model, prior, moved)
     return replace(
@@ -69,8 +79,12 @@ def raw_prior(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], pri
     )
 
 
-def _moved(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """By how much one raw unit of each feature moves the raw weights, `(D,)` by the feature's name."""
+def _moved(
+    scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], rows: Tensor
+) -> dict[str, Tensor]:
+    """By how much one raw unit of each feature moves the raw weights, `(D,)` by the feature's
+    name.
+    """
     moved = dict[str, Tensor]()
     for key, (name, feature) in model.coefficients.items():
         zeros = {other: rows.new_zeros(shape) for other, shape in model.weights.shapes.items()}
@@ -82,9 +96,14 @@ def _moved(scaling: Scaling, model: TaskModel, eta: Mapping[str, Tensor], rows: 
 def _named(
     model: TaskModel, prior: LearnedPrior, moved: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
-    """The coefficients by name, those that are not 0 by the model's own making, and their labels."""
+    """The coefficients by name, those that are not 0 by the model's own making, and their
+    labels.
+    """
     weights, labels = model.weights, iter(prior.labels)
-    own = {name: tuple(itertools.islice(labels, size)) for name, size in zip(weights.names, weights.sizes, strict=True)}
+    own = {
+        name: tuple(itertools.islice(labels, size))
+        for name, size in zip(weights.names, weights.sizes, strict=True)
+    }
     found = {
         f"{name}:{feature}": value
         for feature, by in moved.items()
@@ -92,7 +111,8 @@ def _named(
         if f"{name}:{feature}" in model.coefficients or bool(value.any())
     }
     return found, {
-        key: tuple(f"{label}:{key.rpartition(':')[2]}" for label in own[key.rpartition(":")[0]]) for key in found
+        key: tuple(f"{label}:{key.rpartition(':')[2]}" for label in own[key.rpartition(":")[0]])
+        for key in found
     }
 
 
@@ -102,30 +122,40 @@ def _positions(net: nn.Module | None) -> tuple[list[int], int | None]:
         return list(range(net.in_features)), None if net.bias is None else net.in_features
     if isinstance(net, LinearPredictor):
         names = [name for name, _ in net.named_parameters()]
-        return [names.index(column) for column in net.columns], names.index(INTERCEPT) if net.has_intercept else None
+        return [names.index(column) for column in net.columns], names.index(
+            INTERCEPT
+        ) if net.has_intercept else None
     what = "a Pyro program" if net is None else f"a {type(net).__name__}"
     raise TypeError(
-        f"raw_prior needs a linear model, nn.Linear with one output or vm.LinearPredictor, not {what}: of others standardise "
-        "the predictions back, scaling.y_inverse"
+        "raw_prior needs a linear model, nn.Linear with one output or vm.LinearPredictor, not "
+        f"{what}: of others standardise the predictions back, scaling.y_inverse"
     )
 
 
-def _affine_map(scaling: Scaling, slopes: list[int], intercept: int | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrix `(P, P)` and shift `(P,)` that take the coefficients of the scaled data to those of the raw data."""
+def _affine_map(
+    scaling: Scaling, slopes: list[int], intercept: int | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Matrix `(P, P)` and shift `(P,)` that take the coefficients of the scaled data to those of
+    the raw data.
+    """
     loc, scale = (value.to(like).reshape(-1) for value in (scaling.x_loc, scaling.x_scale))
     y_loc, y_scale = (value.to(like).reshape(-1) for value in scaling.response)
     if len(loc) != len(slopes):
         raise ValueError(
-            f"the scaling is of {len(loc)} columns of x, but the model has {len(slopes)}: give the tasks' own"
+            f"the scaling is of {len(loc)} columns of x, but the model has {len(slopes)}: give the "
+            "tasks' own"
         )
     if y_loc.numel() != 1:
-        raise ValueError(f"the scaling is of {y_loc.numel()} responses, but raw_prior serves models of one")
+        raise ValueError(
+            f"the scaling is of {y_loc.numel()} responses, but raw_prior serves models of one"
+        )
     matrix, shift = torch.zeros(len(like), len(like)).to(like), torch.zeros_like(like)
     matrix[slopes, slopes] = y_scale / scale
     if intercept is None:
         if bool(loc.any()) or bool(y_loc.any()):
             raise ValueError(
-                "the data were centred but the model has no intercept, so in raw units it would need one: add an intercept"
+                "the data were centred but the model has no intercept, so in raw units it would "
+                "need one: add an intercept"
             )
         return matrix, shift
     matrix[intercept, intercept] = y_scale

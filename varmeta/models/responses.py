@@ -1,4 +1,6 @@
-"""What to say where y is in other units than its noise scale: whole numbers left raw, several responses of one scale."""
+"""What to say where y is in other units than its noise scale: whole numbers left raw, several
+responses of one scale.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,20 @@ APART = 3.0
 
 
 def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
-    """A warning where responses whose sds lie far apart share a noise scale that is learned; None where they do not.
+    """A warning where responses whose sds lie far apart share a noise scale that is learned; None
+    where they do not.
 
-    The scale is then that of the largest, and what is said of the others (standard errors, intervals) is as wide.
+    The scale is then that of the largest, and what is said of the others (standard errors,
+    intervals) is as wide.
     """
     likelihood = model.likelihood
     inner = likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
     parts = [task.support[1] for task in tasks if task.support is not None]
-    if likelihood is None or not (isinstance(inner, LocationScale) and inner.learn_scale) or not parts:
+    if (
+        likelihood is None
+        or not (isinstance(inner, LocationScale) and inner.learn_scale)
+        or not parts
+    ):
         return None
     y = likelihood.observed(torch.cat(parts)).double()
     if y.dim() < 2 or y[0].numel() < 2:
@@ -33,23 +41,31 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     if len(sd) < 2 or float(sd.max()) <= APART * float(sd.min()):
         return None
     # log y cannot be scaled by scaling y
-    scale = "bring them to one scale, tasks.standardized(model.likelihood), or " if likelihood.real_valued else ""
+    scale = (
+        "bring them to one scale, tasks.standardized(model.likelihood), or "
+        if likelihood.real_valued
+        else ""
+    )
     return (
-        f"y has {rows.shape[1]} responses, of sds from {float(sd.min()):.3g} to {float(sd.max()):.3g}, but {likelihood!r} learns "
-        f"one noise scale for all of them, that of the largest: {scale}give each its own by a Pyro program with "
-        "to_event(1), see docs/how-to.md"
+        f"y has {rows.shape[1]} responses, of sds from {float(sd.min()):.3g} to "
+        f"{float(sd.max()):.3g}, but {likelihood!r} learns one noise scale for all of them, that "
+        f"of the largest: {scale}give each its own by a Pyro program with to_event(1), see "
+        "docs/how-to.md"
     )
 
 
 def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
-    """A warning where `standardized()` took whole numbers in y for classes or counts, and the model takes them for numbers."""
+    """A warning where `standardized()` took whole numbers in y for classes or counts, and the model
+    takes them for numbers.
+    """
     likelihood = model.likelihood
     supports = [task.support[1] for task in tasks if task.support is not None]
     if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not supports:
         return None
     y = likelihood.observed(torch.cat(supports)).double()
     return (
-        f"x is standardised but y, of whole numbers, is not (mean {float(y.mean()):.4g}, sd {float(y.std(correction=0)):.4g}), "
-        f"since standardized() takes them for classes or counts; {type(likelihood).__name__} takes them for numbers.  Write "
+        f"x is standardised but y, of whole numbers, is not (mean {float(y.mean()):.4g}, sd "
+        f"{float(y.std(correction=0)):.4g}), since standardized() takes them for classes or "
+        f"counts; {type(likelihood).__name__} takes them for numbers.  Write "
         "tasks.standardized(model.likelihood), or give y as float"
     )

@@ -1,1 +1,3 @@
-"""Minimise, solve and differentiate many small problems at once; torch only, and no word of tasks."""
+"""Minimise, solve and differentiate many small problems at once; torch only, and no word of
+tasks.
+"""

@@ -1,7 +1,8 @@
-"""How a derivative with respect to eta passes through an inner minimum: implicitly, by unrolling, or not at all.
+"""How a derivative with respect to eta passes through an inner minimum: implicitly, by unrolling,
+or not at all.
 
-`phi*(eta) = argmin_phi inner(phi, eta)`, per task; wanted is the derivative of `outer(phi*(eta), eta)`.  Nothing here
-knows how phi* was found, and `unrolled` alone cares.
+`phi*(eta) = argmin_phi inner(phi, eta)`, per task; wanted is the derivative of `outer(phi*(eta),
+eta)`.  Nothing here knows how phi* was found, and `unrolled` alone cares.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Matvec
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
-# Up to here the Hessian is formed: it costs about what CG does, and the units of the parameters do not matter.
+# Up to here the Hessian is formed: it costs about what CG does, and the units of the parameters do
+# not matter.
 MAX_DIRECT_SIZE = 32
 
 Objective = Callable[[Tree, dict[str, Tensor]], Tensor]
-"""fn(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on eta, which has no task axis."""
+"""fn(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on eta, which has no
+task axis.
+"""
 
 Quadratic = Callable[[Tree], Tensor]
 """v -> v' M v `(tasks,)` for a tree v shaped as phi and a positive definite M."""
@@ -38,13 +42,15 @@ class ImplicitAdjoint:
 
         d outer / d eta = d_eta outer - (d2 inner / dphi deta)^T u.
 
-    It is the derivative of the Lagrangian outer - <u, d_phi inner> with u held fixed, and that is how it is built: the
-    value of the losses is outer, their gradient is the line above, and each task may be weighted afterwards.
-    If `inner is outer` the gradient at the minimum is d_eta outer alone (envelope theorem) and no system is left.
+    It is the derivative of the Lagrangian outer - <u, d_phi inner> with u held fixed, and that is
+    how it is built: the value of the losses is outer, their gradient is the line above, and each
+    task may be weighted afterwards. If `inner is outer` the gradient at the minimum is d_eta outer
+    alone (envelope theorem) and no system is left.
 
-    The gradient is exact only at a minimum, and as good as the linear solve: look at the stats.  Far from the
-    minimum it can be wrong by any factor, and "curvature" may be negative.  It is a first derivative: u does not
-    depend on eta, so differentiating it once more gives a wrong answer.
+    The gradient is exact only at a minimum, and as good as the linear solve: look at the stats.
+    Far from the minimum it can be wrong by any factor, and "curvature" may be negative.  It is a
+    first derivative: u does not depend on eta, so differentiating it once more gives a wrong
+    answer.
 
     Args:
         linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct` where a task has at most
@@ -52,9 +58,8 @@ class ImplicitAdjoint:
         certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement" says about how far off in
             the unit of the loss phi is.
 
-    Example:
-        The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0 + 2) / 2, so the
-        derivative of phi^2 / 2 with respect to theta0 is phi / 2.
+    Example: The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0
+        + 2) / 2, so the derivative of phi^2 / 2 with respect to theta0 is phi / 2.
 
         >>> inner = lambda phi, eta: 0.5 * (phi["w"] - eta["theta0"]) ** 2 + 0.5 * (phi["w"] - 2.0) ** 2
         >>> outer = lambda phi, eta: 0.5 * phi["w"] ** 2
@@ -81,8 +86,8 @@ class ImplicitAdjoint:
     ) -> tuple[Tensor, dict[str, Any]]:
         """The outer losses, whose gradient with respect to eta goes through the minimum.
 
-        `torch.autograd.grad(losses.sum(), eta)` costs less than `losses.sum().backward()`: the latter also carries
-        derivatives back to the copy of phi that is made here, and drops them.
+        `torch.autograd.grad(losses.sum(), eta)` costs less than `losses.sum().backward()`: the
+        latter also carries derivatives back to the copy of phi that is made here, and drops them.
 
         Args:
             inner, outer: see `Objective`; `inner` twice differentiable at `phi`.
@@ -94,16 +99,17 @@ class ImplicitAdjoint:
             ceiling: a quadratic form v' M v that v' H^-1 v is nowhere above, H the Hessian of `inner` in phi at *any* phi; None
                 where none is known.
 
-        Returns:
-            losses `(tasks,)`, and the stats that certify them, each `(tasks,)`: "gradient_norm", |d_phi inner|;
-            "decrement", an estimate of 1/2 g' H^-1 g with g = d_phi inner, what the inner loss can still fall by as far as it is
-            quadratic (NaN where it was not asked for; by CG, which finds nine tenths of it as a rule and can miss directions
-            too weak to show in its first steps); "decrement_bound", 1/2 g' M g, which the inner loss lies above its
-            minimum by at most (NaN without a ceiling); "residual" and "linear_result" of the linear solve (0 and CONVERGED where
-            the envelope theorem made it unnecessary); "linear_error", an estimate of the relative error of u in the norm of H,
+        Returns: losses `(tasks,)`, and the stats that certify them, each `(tasks,)`:
+            "gradient_norm", |d_phi inner|; "decrement", an estimate of 1/2 g' H^-1 g with g = d_phi
+            inner, what the inner loss can still fall by as far as it is quadratic (NaN where it was
+            not asked for; by CG, which finds nine tenths of it as a rule and can miss directions
+            too weak to show in its first steps); "decrement_bound", 1/2 g' M g, which the inner
+            loss lies above its minimum by at most (NaN without a ceiling); "residual" and
+            "linear_result" of the linear solve (0 and CONVERGED where the envelope theorem made it
+            unnecessary); "linear_error", an estimate of the relative error of u in the norm of H,
             |r| / sqrt(curvature u'v) with r = v - H u and the smallest curvature that the solves met ("curvature", NaN where
-            none was made); "linear_bound", which it is at most, sqrt(r' M r / (u'v + u'r)) (NaN without a ceiling);
-            "products" with H; and, given a guess, the tree u, "solution".
+            none was made); "linear_bound", which it is at most, sqrt(r' M r / (u'v + u'r)) (NaN
+            without a ceiling); "products" with H; and, given a guess, the tree u, "solution".
 
         Raises:
             ValueError: an objective does not return one loss per task.
@@ -113,19 +119,27 @@ class ImplicitAdjoint:
         point = tree.leaves(phi)
         with torch.enable_grad():
             envelope = inner is outer
-            losses = _losses(inner if envelope else outer, point, eta, "inner" if envelope else "outer")
+            losses = _losses(
+                inner if envelope else outer, point, eta, "inner" if envelope else "outer"
+            )
             known = losses if envelope else _losses(inner, point, eta, "inner")
-            gradient = _gradient(known, point, create_graph=self.certify or not envelope, retain_graph=True)
+            gradient = _gradient(
+                known, point, create_graph=self.certify or not envelope, retain_graph=True
+            )
             g = tree.detach(gradient)
             stats = _nothing_solved(g, ceiling)
             if self.certify or not envelope:
-                # one graph of the gradient serves all the products and the last derivative with respect to eta
+                # one graph of the gradient serves all the products and the last derivative with
+                # respect to eta
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
-                u, solved = self._certified(lambda x: _pull_back(gradient, point, x), v, g, guess, units, ceiling)
+                u, solved = self._certified(
+                    lambda x: _pull_back(gradient, point, x), v, g, guess, units, ceiling
+                )
                 stats |= solved
                 if u is not None:
                     slope = tree.dot(u, gradient)
-                    # the parenthesis is exactly 0, unless the gradient is not finite; then the loss shows it
+                    # the parenthesis is exactly 0, unless the gradient is not finite; then the loss
+                    # shows it
                     losses = losses - (slope - slope.detach())
         return losses, stats
 
@@ -197,8 +211,10 @@ class ImplicitAdjoint:
             stats["linear_bound"] = torch.where(size > 0, bound, size)
             stats["products"] = products + 1
         stats |= {
-            "residual": residual, "linear_result": solutions[0].result, "linear_error": torch.where(size > 0, error, size)
-        }  # fmt: skip
+            "residual": residual,
+            "linear_result": solutions[0].result,
+            "linear_error": torch.where(size > 0, error, size),
+        }
         if guess is not None:
             stats["solution"] = u
         return u, stats
@@ -214,7 +230,9 @@ class ImplicitAdjoint:
     ) -> list[Solution]:
         """The solutions for v and, to certify, for g."""
         if isinstance(solver, Direct):
-            return solver.solve_all(product, [b for b in (v, g if self.certify else None) if b is not None])
+            return solver.solve_all(
+                product, [b for b in (v, g if self.certify else None) if b is not None]
+            )
         if v is None:
             solutions = []
         elif isinstance(solver, CG):
@@ -222,16 +240,23 @@ class ImplicitAdjoint:
         else:
             solutions = [solver.solve(product, v)]
         if self.certify:
-            # its order of magnitude is enough, at no more than what the other solve may cost; judged by the energy, since
-            # weak directions, where most of it may lie, hardly show in the residual
-            known = solver if isinstance(solver, CG) else CG(max_steps=getattr(solver, "num_terms", None))
+            # its order of magnitude is enough, at no more than what the other solve may cost;
+            # judged by the energy, since weak directions, where most of it may lie, hardly show in
+            # the residual
+            known = (
+                solver
+                if isinstance(solver, CG)
+                else CG(max_steps=getattr(solver, "num_terms", None))
+            )
             rough = replace(known, rtol=None, energy_rtol=0.1)
             solutions.append(rough.solve(product, g))
         return solutions
 
 
 def _in_units(solver: LinearSolver, units: Tree | None) -> LinearSolver:
-    """The solver; a `CG` without a preconditioner takes the diagonal of the units' squares for one."""
+    """The solver; a `CG` without a preconditioner takes the diagonal of the units' squares for
+    one.
+    """
     if units is None or not isinstance(solver, CG) or solver.preconditioner is not None:
         return solver
     squares = tree.map_tree(lambda x: x.detach().square(), units)
@@ -266,7 +291,9 @@ class _EtaGradient:
 
     names: tuple[str, ...]
 
-    def __call__(self, fn: Objective, phi: Tree, eta: dict[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, fn: Objective, phi: Tree, eta: dict[str, Tensor], weights: Tensor
+    ) -> dict[str, Tensor]:
         eta = eta | {name: eta[name].detach().requires_grad_() for name in self.names}
         with torch.enable_grad():
             value = (weights * fn(phi, eta)).sum()
@@ -279,7 +306,9 @@ class _MixedGradient:
 
     names: tuple[str, ...]
 
-    def __call__(self, fn: Objective, phi: Tree, eta: dict[str, Tensor], u: Tree, weights: Tensor) -> dict[str, Tensor]:
+    def __call__(
+        self, fn: Objective, phi: Tree, eta: dict[str, Tensor], u: Tree, weights: Tensor
+    ) -> dict[str, Tensor]:
         eta = eta | {name: eta[name].detach().requires_grad_() for name in self.names}
         point = tree.leaves(phi)
         with torch.enable_grad():
@@ -288,8 +317,12 @@ class _MixedGradient:
         return gradient_by_name(value, eta, self.names)
 
 
-def gradient_by_name(value: Tensor, eta: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """d value / d eta[name] of each name, 0 for what a scalar does not depend on (a constant has no graph at all)."""
+def gradient_by_name(
+    value: Tensor, eta: Mapping[str, Tensor], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """d value / d eta[name] of each name, 0 for what a scalar does not depend on (a constant has no
+    graph at all).
+    """
     names = tuple(names)
     if not value.requires_grad:
         return {name: torch.zeros_like(eta[name]) for name in names}
@@ -301,7 +334,9 @@ class _Pulled(torch.autograd.Function):
     """Losses `(tasks,)` whose derivative with respect to eta is a function of their weights."""
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, pull: Callable[[Tensor], list[Tensor]], *eta: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, losses: Tensor, pull: Callable[[Tensor], list[Tensor]], *eta: Tensor
+    ) -> Tensor:
         ctx.pull = pull
         return losses.clone()
 
@@ -323,7 +358,8 @@ def unrolled(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
 
 
 def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
-    """Outer losses `(tasks,)` at `phi` taken as a constant: only the direct dependence on eta is differentiated.
+    """Outer losses `(tasks,)` at `phi` taken as a constant: only the direct dependence on eta is
+    differentiated.
 
     Example:
         >>> scale = torch.tensor(3.0, requires_grad=True)
@@ -357,13 +393,15 @@ def _losses(fn: Objective, phi: Tree, eta: dict[str, Tensor], name: str) -> Tens
     tasks = tree.num_tasks(phi)
     if losses.shape != (tasks,):
         raise ValueError(
-            f"the {name} objective must return one loss per task, shape ({tasks},), but returned shape "
-            f"{tuple(losses.shape)}; sum over everything but the task axis"
+            f"the {name} objective must return one loss per task, shape ({tasks},), but returned "
+            f"shape {tuple(losses.shape)}; sum over everything but the task axis"
         )
     return losses
 
 
-def _gradient(losses: Tensor, point: Tree, retain_graph: bool = False, create_graph: bool = False) -> Tree:
+def _gradient(
+    losses: Tensor, point: Tree, retain_graph: bool = False, create_graph: bool = False
+) -> Tree:
     """d losses / d point, 0 where there is no dependence; row i is the gradient of loss i."""
     if not losses.requires_grad:
         return tree.zeros_like(point)
@@ -378,7 +416,9 @@ def _gradient(losses: Tensor, point: Tree, retain_graph: bool = False, create_gr
 
 
 def _pull_back(outputs: Tree, point: Tree, v: Tree) -> Tree:
-    """(d outputs / d point)^T v; where `outputs` is a gradient, the product of its Hessian with v."""
+    """(d outputs / d point)^T v; where `outputs` is a gradient, the product of its Hessian with
+    v.
+    """
     # an entry that is constant, as the gradient of a linear term, has no graph; autograd refuses it
     names = [name for name, x in outputs.items() if x.requires_grad]
     if not names:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 WHY = (
-    "a tensor would neither be learned, nor saved and resumed as it was.  Give the number, float({name}); inner rates that are "
-    "learned come in a later version"
+    "a tensor would neither be learned, nor saved and resumed as it was.  Give the number, "
+    "float({name}); inner rates that are learned come in a later version"
 )
 
 
@@ -25,8 +25,8 @@ def no_tensors(part: Any) -> None:
             if isinstance(one, Tensor):
                 learned = " that asks for a gradient" if one.requires_grad else ""
                 raise TypeError(
-                    f"{field.name} of {type(part).__name__} must be a plain number, not a tensor{learned}: "
-                    + WHY.format(name=field.name)
+                    f"{field.name} of {type(part).__name__} must be a plain number, not a "
+                    f"tensor{learned}: " + WHY.format(name=field.name)
                 )
             no_tensors(one)
 

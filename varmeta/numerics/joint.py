@@ -1,8 +1,10 @@
-"""Newton's method for many small problems that share a few numbers: min over phi, eta of sum_i F_i(phi_i, eta) + penalty(eta).
+"""Newton's method for many small problems that share a few numbers: min over phi, eta of sum_i
+F_i(phi_i, eta) + penalty(eta).
 
-The Hessian is an arrowhead: one block A_i per task, borders B_i, and a corner C.  Eliminating phi leaves the Schur
-complement S = C - sum_i B_i' A_i^-1 B_i, as small as eta, so a Newton step costs little more than one Hessian product per
-number in a row of phi and in eta.  Nothing here knows what the numbers mean.
+The Hessian is an arrowhead: one block A_i per task, borders B_i, and a corner C.  Eliminating phi
+leaves the Schur complement S = C - sum_i B_i' A_i^-1 B_i, as small as eta, so a Newton step costs
+little more than one Hessian product per number in a row of phi and in eta.  Nothing here knows what
+the numbers mean.
 """
 
 from __future__ import annotations
@@ -14,12 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varmeta.numerics.joint_model import Convex, Penalty, Quadratic, SharedLosses, SharedProblem, convex_phi
+from varmeta.numerics.joint_model import (
+    Convex,
+    Penalty,
+    Quadratic,
+    SharedLosses,
+    SharedProblem,
+    convex_phi,
+)
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 
-# The constants below were chosen on nine linear mixed models from six starts each, most of them absurd; only speed and
-# how far off a start may be depend on them, not the answer.
+# The constants below were chosen on nine linear mixed models from six starts each, most of them
+# absurd; only speed and how far off a start may be depend on them, not the answer.
 _SUFFICIENT = 0.25  # of the predicted decrease, the share that a step of eta must achieve
 _FIRST_DAMPING, _MORE_DAMPING, _TRIALS = 1e-3, 4.0, 25
 _CORRECTIONS = 2  # further steps of phi with the Hessian at hand, before eta moves
@@ -45,7 +54,9 @@ class JointSolution(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where an iteration arrived: its number, from 1; the total loss; the point; the work so far, as in the stats."""
+    """Where an iteration arrived: its number, from 1; the total loss; the point; the work so far,
+    as in the stats.
+    """
 
     number: int
     loss: float
@@ -66,44 +77,45 @@ def minimize_jointly(
 ) -> JointSolution:
     """Minimise sum_i fn(phi, eta)_i + penalty(eta) over phi and eta together.
 
-    Each iteration (1) assembles the Hessian by automatic differentiation, (2) moves phi at fixed eta, every task with a
-    damping of its own, until phi is about minimal, (3) moves eta, phi following to first order, damped until the whole
-    falls by a quarter of what was predicted.  Undamped, (2) and (3) together are Newton's step, and convergence is
-    quadratic.  Where a block is not positive definite, the coupling *between the named entries* is weakened, and within an
-    entry eigenvalues are replaced by their absolute values; no parameter may promise more than the loss itself.  All of it
-    is invariant to the parameters' units.
+    Each iteration (1) assembles the Hessian by automatic differentiation, (2) moves phi at fixed
+    eta, every task with a damping of its own, until phi is about minimal, (3) moves eta, phi
+    following to first order, damped until the whole falls by a quarter of what was predicted.
+    Undamped, (2) and (3) together are Newton's step, and convergence is quadratic.  Where a block
+    is not positive definite, the coupling *between the named entries* is weakened, and within an
+    entry eigenvalues are replaced by their absolute values; no parameter may promise more than the
+    loss itself.  All of it is invariant to the parameters' units.
 
     It stops when the Newton decrement, 1/2 g' H^-1 g, the decrease still to be had, is at most
-    tolerance * max(1, |total|) at two iterations in a row.  That test is met too where the infimum lies at infinity and
-    the loss flattens out exponentially, such as a variance whose best value is 0.  A saddle is left along its direction
-    of negative curvature.  A function with several minima may end in any of them.
+    tolerance * max(1, |total|) at two iterations in a row.  That test is met too where the infimum
+    lies at infinity and the loss flattens out exponentially, such as a variance whose best value is
+    0.  A saddle is left along its direction of negative curvature.  A function with several minima
+    may end in any of them.
 
-    Args:
-        fn: see `SharedLosses`; twice differentiable.
-        phi: where to start, `(tasks, ...)`; scalars per task `(tasks,)` are fine.
-        eta: where to start, tensors of any shape without task axis; `{}` leaves the tasks independent.
-        penalty: a scalar of eta alone, added once.
-        tolerance: relative, in the unit of the loss; not below 1e-6 in float32.
-        max_steps: Newton iterations.
+    Args: fn: see `SharedLosses`; twice differentiable. phi: where to start, `(tasks, ...)`; scalars
+        per task `(tasks,)` are fine. eta: where to start, tensors of any shape without task axis;
+        `{}` leaves the tasks independent. penalty: a scalar of eta alone, added once. tolerance:
+        relative, in the unit of the loss; not below 1e-6 in float32. max_steps: Newton iterations.
         callback: called with a `Step` after each iteration.
 
-    Returns:
-        `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end, `(tasks,)`), "decrement" (in
-        the loss's unit, before the last step, so an upper bound), "gradient_norm", "steps", "evaluations" (work in
-        units of one loss with its gradient: a loss alone 1/2, a Hessian column 2), and "flat" (in float64, the names of
-        eta that a direction without curvature to speak of leads along: what fn does not determine one by one), and
-        "failed" (the tasks that a loss or derivative not finite ended it at, `(tasks,)`).
-        A step to where one is not finite is shortened, first of the tasks to blame alone.
-        The result is NON_FINITE where that is so at the start, DIVERGED where no step to a lower loss is left but such
-        (the last good point is returned), STAGNATED where rounding lets no step lower the loss, else CONVERGED or STEP_LIMIT.
+    Returns: `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end,
+        `(tasks,)`), "decrement" (in the loss's unit, before the last step, so an upper bound),
+        "gradient_norm", "steps", "evaluations" (work in units of one loss with its gradient: a loss
+        alone 1/2, a Hessian column 2), and "flat" (in float64, the names of eta that a direction
+        without curvature to speak of leads along: what fn does not determine one by one), and
+        "failed" (the tasks that a loss or derivative not finite ended it at, `(tasks,)`). A step to
+        where one is not finite is shortened, first of the tasks to blame alone. The result is
+        NON_FINITE where that is so at the start, DIVERGED where no step to a lower loss is left but
+        such (the last good point is returned), STAGNATED where rounding lets no step lower the
+        loss, else CONVERGED or STEP_LIMIT.
 
     Raises:
         ValueError: phi is empty or its leading sizes differ, an argument is out of range, or fn does not return one
             differentiable loss per task.
         TypeError: the tensors are not floating, or of several dtypes.
 
-    Sources: modified Newton steps and their damping, Nocedal and Wright, Numerical Optimization (2006), sections 3.4 and
-    10.3; absolute eigenvalues, Dauphin et al., NeurIPS 2014; equilibration, Ruiz, report RAL-TR-2001-034.
+    Sources: modified Newton steps and their damping, Nocedal and Wright, Numerical Optimization
+    (2006), sections 3.4 and 10.3; absolute eigenvalues, Dauphin et al., NeurIPS 2014;
+    equilibration, Ruiz, report RAL-TR-2001-034.
 
     Example:
         >>> fn = lambda phi, eta: (phi["w"] - torch.tensor([1.0, 3.0])) ** 2 + (phi["w"] - eta["loc"]) ** 2
@@ -125,12 +137,18 @@ def minimize_jointly(
         result, failed = Result.NON_FINITE, model.failed
     while model is not None and model.finite and steps < max_steps:
         good, slack = (x, e, losses), 10 * eps * max(1.0, float(losses.abs().sum()))
-        decrement, limit = model.decrement_phi + model.decrement_eta, tolerance * max(1.0, abs(total))
+        decrement, limit = (
+            model.decrement_phi + model.decrement_eta,
+            tolerance * max(1.0, abs(total)),
+        )
         small = decrement <= limit
 
-        x, losses, reduced, walled, trials = _settle_phi(problem, model, x, e, losses, thorough=not small)
+        x, losses, reduced, walled, trials = _settle_phi(
+            problem, model, x, e, losses, thorough=not small
+        )
         base = float(losses.sum() + problem.penalty(e))
-        # while phi has everything to gain, what eta has may drown in rounding errors, which any step would pass
+        # while phi has everything to gain, what eta has may drown in rounding errors, which any
+        # step would pass
         moved = None
         if len(e) and (small or model.eta_decrement(reduced) > slack):
             moved = _move_eta(problem, model, x, e, base, reduced, damping, slack)
@@ -142,12 +160,20 @@ def minimize_jointly(
                 (x, e, losses, new), small, stuck = way_out, False, False
         done = small and (was_small or stuck)
         if not (done or stuck) and steps + 1 < max_steps:
-            # The trials above looked at losses alone, and a derivative may be lost where the loss is finite.
-            # At a wall each step covers half of what is left: such steps are few, not endless.
+            # The trials above looked at losses alone, and a derivative may be lost where the loss
+            # is finite. At a wall each step covers half of what is left: such steps are few, not
+            # endless.
             arrived = Quadratic(problem, x, e, losses)
             ahead: Quadratic | None = arrived
             if not arrived.finite:
-                nearer = _step_back(problem, good, (x, e), arrived, total + slack, max(0, _TRIALS - blocked - trials))
+                nearer = _step_back(
+                    problem,
+                    good,
+                    (x, e),
+                    arrived,
+                    total + slack,
+                    max(0, _TRIALS - blocked - trials),
+                )
                 walled, trials = nearer.failed, trials + nearer.trials
                 x, e, losses, new, small = nearer.x, nearer.e, nearer.losses, nearer.total, False
                 ahead = nearer.model
@@ -159,7 +185,8 @@ def minimize_jointly(
         history.append(total)
         if callback is not None:
             callback(Step(steps, total, *problem.named(x, e), problem.evaluations))
-        # a second small decrement: the step between them is what makes the parameters, not the loss alone, exact
+        # a second small decrement: the step between them is what makes the parameters, not the loss
+        # alone, exact
         if done:
             result = Result.CONVERGED
             break
@@ -178,19 +205,24 @@ def minimize_jointly(
         "gradient_norm": math.sqrt(float(g_phi.square().sum() + g_eta.square().sum())),
         "steps": steps,
         "evaluations": problem.evaluations,
-        "flat": _flat(problem, model) if result == Result.CONVERGED and model and len(e) and eps < 1e-10 else (),
-        "failed": failed if result in (Result.NON_FINITE, Result.DIVERGED) else torch.zeros_like(failed),
+        "flat": _flat(problem, model)
+        if result == Result.CONVERGED and model and len(e) and eps < 1e-10
+        else (),
+        "failed": failed
+        if result in (Result.NON_FINITE, Result.DIVERGED)
+        else torch.zeros_like(failed),
     }
     return JointSolution(*problem.named(x, e), result, stats)
 
 
-# -- the steps -----------------------------------------------------------------------------------------------------------
+# -- the steps -------------------------------------------------------------------------------------
 
 
 def _settle_phi(
     problem: SharedProblem, model: Quadratic, x: Tensor, e: Tensor, losses: Tensor, thorough: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Bring phi near its minimum at fixed eta; also the gradient with respect to eta there, and see `_before_walls`.
+    """Bring phi near its minimum at fixed eta; also the gradient with respect to eta there, and see
+    `_before_walls`.
 
     Where eta has far more to gain than phi, one step does: with eta's it makes Newton's step.
     """
@@ -203,7 +235,11 @@ def _settle_phi(
         walled, trials = walled | at_wall, trials + more
         reduced = model.reduce(g_phi, g_eta)
         left = model.phi_decrement(g_phi)
-        if left <= 1e-2 * (model.eta_decrement(reduced) if len(e) else 0.0) or correction == _CORRECTIONS or more:
+        if (
+            left <= 1e-2 * (model.eta_decrement(reduced) if len(e) else 0.0)
+            or correction == _CORRECTIONS
+            or more
+        ):
             break
         good = x, losses
         x, losses = _move_phi(problem, model.phi, x, e, losses, g_phi)
@@ -213,7 +249,8 @@ def _settle_phi(
 def _before_walls(
     problem: SharedProblem, good: tuple[Tensor, Tensor], x: Tensor, e: Tensor, losses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """phi with its gradient, where each task whose gradient is lost has gone back half the way to `good`, as often as needed.
+    """phi with its gradient, where each task whose gradient is lost has gone back half the way to
+    `good`, as often as needed.
 
     Also which tasks did, and how many trials it took.
     """
@@ -236,7 +273,9 @@ def _before_walls(
 def _move_phi(
     problem: SharedProblem, convex: Convex, x: Tensor, e: Tensor, losses: Tensor, g_phi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step of phi at fixed eta; each task raises its own damping until its loss falls, or stays where it is."""
+    """One step of phi at fixed eta; each task raises its own damping until its loss falls, or stays
+    where it is.
+    """
     slack = 10 * torch.finfo(x.dtype).eps * losses.abs().clamp(min=1)
     damping = x.new_zeros(len(x), 1, 1)
     for _ in range(_TRIALS):
@@ -250,7 +289,9 @@ def _move_phi(
     return torch.where(good.unsqueeze(-1), x + step, x), torch.where(good, new, losses)
 
 
-def _newton_phi(problem: SharedProblem, x: Tensor, e: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+def _newton_phi(
+    problem: SharedProblem, x: Tensor, e: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor]:
     """One Newton step of phi at fixed eta, with a fresh Hessian."""
     g_phi, blocks = problem.phi_hessian(x, e)
     if not (g_phi.isfinite().all() and blocks.isfinite().all()):
@@ -269,16 +310,23 @@ def _move_eta(
     last: float,
     slack: float,
 ) -> tuple[Tensor, Tensor, Tensor, float, float] | None:
-    """One step of eta with phi following; None where no damping lowers the total.  `last`: the damping used before."""
+    """One step of eta with phi following; None where no damping lowers the total.  `last`: the
+    damping used before.
+    """
     # such that the softest direction, the likeliest to be overdone, is halved
     damping, first = 0.0, min(_FIRST_DAMPING, float(model.eta.values.min()))
     for _ in range(_TRIALS):
         step = model.eta_step(reduced, damping)
         x_new, e_new = x - model.follow @ step, e + step
         losses, total = problem.loss(x_new, e_new)
-        goal = base + slack + _SUFFICIENT * float((reduced * step).sum() + 0.5 * model.eta.square(step))
-        # In a narrow curved valley (a covariance about to lose rank) phi follows a straight step of eta badly, and without
-        # this the steps become ever shorter.  Far from a minimum it would hide how bad a step was.
+        goal = (
+            base
+            + slack
+            + _SUFFICIENT * float((reduced * step).sum() + 0.5 * model.eta.square(step))
+        )
+        # In a narrow curved valley (a covariance about to lose rank) phi follows a straight step of
+        # eta badly, and without this the steps become ever shorter.  Far from a minimum it would
+        # hide how bad a step was.
         for _ in range(_RESETTLE if model.decrement_eta <= _LATE else 0):
             if not math.isfinite(total) or total <= goal:
                 break
@@ -292,7 +340,9 @@ def _move_eta(
 
 
 class _Nearer(NamedTuple):
-    """A point before a wall, with its model; `model` None where there is none.  failed: the tasks last to blame."""
+    """A point before a wall, with its model; `model` None where there is none.  failed: the tasks
+    last to blame.
+    """
 
     x: Tensor
     e: Tensor
@@ -311,9 +361,11 @@ def _step_back(
     goal: float,
     trials: int,
 ) -> _Nearer:
-    """A point between a good one and one where a derivative is not finite, where all is finite and the total at most `goal`.
+    """A point between a good one and one where a derivative is not finite, where all is finite and
+    the total at most `goal`.
 
-    Only the tasks to blame step back, as long as that serves: one at a wall must not hold up the others.
+    Only the tasks to blame step back, as long as that serves: one at a wall must not hold up the
+        others.
     """
     x_good, e_good, losses_good = good
     along_x, along_e = arrived[0] - x_good, arrived[1] - e_good
@@ -338,7 +390,9 @@ def _step_back(
 def _escape(
     problem: SharedProblem, model: Quadratic, x: Tensor, e: Tensor, total: float, gain: float
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
-    """Leave a saddle along negative curvature, of eta or else of phi, if that lowers the total by more than `gain`."""
+    """Leave a saddle along negative curvature, of eta or else of phi, if that lowers the total by
+    more than `gain`.
+    """
     ways = []
     if len(e) and bool(model.eta.lowest < _NEGATIVE):
         ways.append((-(model.follow @ model.eta.direction), model.eta.direction))
@@ -359,20 +413,30 @@ def _flat(problem: SharedProblem, model: Quadratic) -> tuple[str, ...]:
     if float(model.eta.lowest) >= _FLAT:
         return ()
     # in the units in which every entry alone has curvature 1
-    share = (model.eta.direction / model.eta.scale).abs() / model.eta.direction.div(model.eta.scale).norm()
+    share = (model.eta.direction / model.eta.scale).abs() / model.eta.direction.div(
+        model.eta.scale
+    ).norm()
     entry = problem.entries()[1]
-    return tuple(name for i, name in enumerate(problem.eta) if bool((share[entry == i] > 0.2).any()))
+    return tuple(
+        name for i, name in enumerate(problem.eta) if bool((share[entry == i] > 0.2).any())
+    )
 
 
 def _check(phi: Tree, eta: dict[str, Tensor], tolerance: float, max_steps: int) -> None:
     shapes = {name: tuple(x.shape) for name, x in phi.items()}
     if not phi or not all(shapes.values()) or not sum(x.numel() for x in phi.values()):
-        raise ValueError(f"phi must hold numbers, in tensors with the task axis first; its shapes are {shapes}")
+        raise ValueError(
+            f"phi must hold numbers, in tensors with the task axis first; its shapes are {shapes}"
+        )
     if len({shape[0] for shape in shapes.values()}) > 1:
-        raise ValueError(f"every tensor in phi needs the same task axis first, but the shapes are {shapes}")
+        raise ValueError(
+            f"every tensor in phi needs the same task axis first, but the shapes are {shapes}"
+        )
     dtypes = {x.dtype for x in (*phi.values(), *eta.values())}
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        raise TypeError(f"phi and eta must be floating tensors of one dtype, not {sorted(map(str, dtypes))}")
+        raise TypeError(
+            f"phi and eta must be floating tensors of one dtype, not {sorted(map(str, dtypes))}"
+        )
     if not (tolerance >= 0 and math.isfinite(tolerance)):
         raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:

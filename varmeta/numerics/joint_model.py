@@ -1,4 +1,5 @@
-"""The arrowhead problem as numbers: its losses, gradient and Hessian blocks, and the convex quadratic that models it.
+"""The arrowhead problem as numbers: its losses, gradient and Hessian blocks, and the convex
+quadratic that models it.
 
 Everything here works on rows `(tasks, m)` for phi and one vector `(p,)` for eta.
 """
@@ -20,20 +21,28 @@ from varmeta.numerics.tree import Tree
 Penalty = Callable[[dict[str, Tensor]], Tensor | float]
 SharedLosses = Callable[[Tree, dict[str, Tensor]], Tensor]
 """(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on all of eta."""
-_KEEP = 0.4  # of the coupling that would make a block-diagonal model singular, the share that is kept
-_COLUMNS = 8  # Hessian columns made at once: enough to hide the overhead, few enough to bound the memory
-# numbers in one tensor, beyond which a processor core is busy enough with a single column (measured: batches cost up to
-# twice the loop's time there, and a third of it on small problems)
+_KEEP = (
+    0.4  # of the coupling that would make a block-diagonal model singular, the share that is kept
+)
+_COLUMNS = (
+    8  # Hessian columns made at once: enough to hide the overhead, few enough to bound the memory
+)
+# numbers in one tensor, beyond which a processor core is busy enough with a single column
+# (measured: batches cost up to twice the loop's time there, and a third of it on small problems)
 BUSY = 50_000
 
 
-# -- the function and its derivatives ------------------------------------------------------------------------------------
+# -- the function and its derivatives --------------------------------------------------------------
 
 
 class SharedProblem:
-    """fn plus penalty on flat tensors: x `(tasks, m)` for phi, e `(p,)` for eta.  Counts its evaluations."""
+    """fn plus penalty on flat tensors: x `(tasks, m)` for phi, e `(p,)` for eta.  Counts its
+    evaluations.
+    """
 
-    def __init__(self, fn: SharedLosses, phi: Tree, eta: dict[str, Tensor], penalty: Penalty | None) -> None:
+    def __init__(
+        self, fn: SharedLosses, phi: Tree, eta: dict[str, Tensor], penalty: Penalty | None
+    ) -> None:
         self.fn, self.phi, self.eta, self.extra = fn, tree.detach(phi), tree.detach(eta), penalty
         self.evaluations = 0.0
         self.device = next(iter(phi.values())).device
@@ -48,14 +57,19 @@ class SharedProblem:
             return tensor
 
         x, e = (leaf.clone().requires_grad_() for leaf in self.start())
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
             self.losses(x, e)
         self.evaluations += 0.5
         return max(sizes)
 
     def start(self) -> tuple[Tensor, Tensor]:
         x = tree.flatten(self.phi)
-        return x, torch.cat([value.reshape(-1) for value in self.eta.values()]) if self.eta else x.new_zeros(0)
+        return x, torch.cat(
+            [value.reshape(-1) for value in self.eta.values()]
+        ) if self.eta else x.new_zeros(0)
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """Which named entry each number of x, and of e, belongs to."""
@@ -70,18 +84,28 @@ class SharedProblem:
 
     def named_eta(self, e: Tensor) -> dict[str, Tensor]:
         parts = e.split([value.numel() for value in self.eta.values()]) if self.eta else ()
-        return {name: part.reshape(value.shape) for (name, value), part in zip(self.eta.items(), parts, strict=True)}
+        return {
+            name: part.reshape(value.shape)
+            for (name, value), part in zip(self.eta.items(), parts, strict=True)
+        }
 
     def named(self, x: Tensor, e: Tensor) -> tuple[Tree, dict[str, Tensor]]:
         return tree.unflatten(x, self.phi), self.named_eta(e)
 
     def penalty(self, e: Tensor) -> Tensor:
-        return e.new_zeros(()) if self.extra is None else torch.as_tensor(self.extra(self.named_eta(e))).to(e)
+        return (
+            e.new_zeros(())
+            if self.extra is None
+            else torch.as_tensor(self.extra(self.named_eta(e))).to(e)
+        )
 
     def losses(self, x: Tensor, e: Tensor) -> Tensor:
         losses = self.fn(*self.named(x, e))
         if losses.shape != x.shape[:1]:
-            raise ValueError(f"fn must return one loss per task, shape {tuple(x.shape[:1])}, not {tuple(losses.shape)}")
+            raise ValueError(
+                f"fn must return one loss per task, shape {tuple(x.shape[:1])}, not "
+                f"{tuple(losses.shape)}"
+            )
         return losses
 
     @torch.no_grad()
@@ -98,12 +122,19 @@ class SharedProblem:
         with torch.enable_grad():
             total = self.losses(x, e).sum() + self.penalty(e)
             if not total.requires_grad:
-                raise ValueError("fn's losses carry no derivative: compute them from phi and eta by torch, undetached")
-            g = torch.autograd.grad(total, (x, e), create_graph=graph, allow_unused=True, materialize_grads=True)
+                raise ValueError(
+                    "fn's losses carry no derivative: compute them from phi and eta by torch, "
+                    "undetached"
+                )
+            g = torch.autograd.grad(
+                total, (x, e), create_graph=graph, allow_unused=True, materialize_grads=True
+            )
         return (*g, x, e) if graph else g
 
     def hessian(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients g_x `(tasks, m)`, g_e `(p,)`; blocks A `(tasks, m, m)`, B `(tasks, m, p)`, C `(p, p)`."""
+        """Gradients g_x `(tasks, m)`, g_e `(p,)`; blocks A `(tasks, m, m)`, B `(tasks, m, p)`, C
+        `(p, p)`.
+        """
         g_x, g_e, x, e = self.gradient(x, e, graph=True)
         a = self._phi_blocks(g_x, x)
         b, c = self._rows(g_e, (x, e), torch.eye(len(e), dtype=x.dtype, device=x.device))
@@ -123,7 +154,9 @@ class SharedProblem:
 
     def _rows(self, vector: Tensor, leaves: tuple[Tensor, ...], basis: Tensor) -> list[Tensor]:
         """Products basis[k] . d vector / d leaf, stacked over k, one tensor per leaf."""
-        if not vector.requires_grad or not len(basis):  # linear in the leaves, or nothing to differentiate
+        if not vector.requires_grad or not len(
+            basis
+        ):  # linear in the leaves, or nothing to differentiate
             return [vector.new_zeros(len(basis), *leaf.shape) for leaf in leaves]
         self.evaluations += 2 * len(basis)
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
@@ -132,7 +165,8 @@ class SharedProblem:
             if self.batched:
                 try:
                     with warnings.catch_warnings():
-                        # an operation without a batching rule is looped over by torch itself, with a warning
+                        # an operation without a batching rule is looped over by torch itself, with
+                        # a warning
                         warnings.filterwarnings("ignore", message="There is a performance drop")
                         columns: tuple[Tensor | None, ...] = torch.autograd.grad(
                             vector, leaves, chunk, is_grads_batched=True, **options
@@ -144,7 +178,8 @@ class SharedProblem:
             if not self.batched:
                 rows = [torch.autograd.grad(vector, leaves, row, **options) for row in chunk]
                 columns = tuple(
-                    None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+                    None if column[0] is None else torch.stack(column)
+                    for column in zip(*rows, strict=True)
                 )
             chunks.append(
                 [
@@ -155,14 +190,15 @@ class SharedProblem:
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
-# -- the quadratic model -------------------------------------------------------------------------------------------------
+# -- the quadratic model ---------------------------------------------------------------------------
 
 
 class Convex(NamedTuple):
-    """Positive definite models of symmetric matrices `(..., n, n)`: M = D^-1 V diag(w) V' D^-1, D = diag(scale).
+    """Positive definite models of symmetric matrices `(..., n, n)`: M = D^-1 V diag(w) V' D^-1, D =
+    diag(scale).
 
-    lowest, direction: the smallest eigenvalue of the matrix as it was, equilibrated, and its eigenvector in the
-    parameters' units; a unit step along it changes the quadratic by lowest / 2.
+    lowest, direction: the smallest eigenvalue of the matrix as it was, equilibrated, and its
+    eigenvector in the parameters' units; a unit step along it changes the quadratic by lowest / 2.
     """
 
     scale: Tensor
@@ -172,9 +208,13 @@ class Convex(NamedTuple):
     direction: Tensor
 
     def solve(self, b: Tensor, damping: Tensor | float = 0.0) -> Tensor:
-        """(M + damping D^-2)^-1 b for `b` `(..., n, k)`; damping broadcasts against `(..., n, 1)`."""
+        """(M + damping D^-2)^-1 b for `b` `(..., n, k)`; damping broadcasts against `(..., n,
+        1)`.
+        """
         rotated = self.vectors.mT @ (self.scale.unsqueeze(-1) * b)
-        return self.scale.unsqueeze(-1) * (self.vectors @ (rotated / (self.values.unsqueeze(-1) + damping)))
+        return self.scale.unsqueeze(-1) * (
+            self.vectors @ (rotated / (self.values.unsqueeze(-1) + damping))
+        )
 
     def square(self, d: Tensor) -> Tensor:
         """d' M d, `d` `(..., n)`."""
@@ -182,17 +222,25 @@ class Convex(NamedTuple):
         return (rotated.square() * self.values).sum(-1)
 
 
-def _convex(matrix: Tensor, gradient: Tensor, level: Tensor, entry: Tensor, noise: Tensor) -> Convex:
+def _convex(
+    matrix: Tensor, gradient: Tensor, level: Tensor, entry: Tensor, noise: Tensor
+) -> Convex:
     """See `minimize_jointly` for what is done to a matrix that is not positive definite.
 
-    gradient `(..., n)`; level `(...)`, what no parameter's predicted decrease may exceed; entry `(n,)`, which blocks keep
-    their coupling; noise `(..., n)`: rows whose entries are all smaller are rounding errors.
+    gradient `(..., n)`; level `(...)`, what no parameter's predicted decrease may exceed; entry
+    `(n,)`, which blocks keep their coupling; noise `(..., n)`: rows whose entries are all smaller
+    are rounding errors.
     """
     eps = torch.finfo(matrix.dtype).eps
-    # Far out on a plateau curvature vanishes before the slope does and Newton's step is astronomical: g^2 / 2h <= level
-    # bounds it.  Near a minimum the term is of second order in g and does not slow convergence.
-    least = (gradient.square() / (2 * level.unsqueeze(-1))).clamp(max=math.sqrt(torch.finfo(matrix.dtype).max))
-    matrix = matrix + torch.diag_embed((least - matrix.diagonal(dim1=-2, dim2=-1).abs()).clamp(min=0))
+    # Far out on a plateau curvature vanishes before the slope does and Newton's step is
+    # astronomical: g^2 / 2h <= level bounds it.  Near a minimum the term is of second order in g
+    # and does not slow convergence.
+    least = (gradient.square() / (2 * level.unsqueeze(-1))).clamp(
+        max=math.sqrt(torch.finfo(matrix.dtype).max)
+    )
+    matrix = matrix + torch.diag_embed(
+        (least - matrix.diagonal(dim1=-2, dim2=-1).abs()).clamp(min=0)
+    )
     scale = _equilibrate(matrix, noise)
     matrix = matrix * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     # numbers near the end of the floating range: no step there
@@ -218,12 +266,17 @@ def _convex(matrix: Tensor, gradient: Tensor, level: Tensor, entry: Tensor, nois
 
 
 def _equilibrate(matrix: Tensor, noise: Tensor) -> Tensor:
-    """Scales `(..., n)` that bring the largest entry of every row near 1; also where the diagonal is 0."""
+    """Scales `(..., n)` that bring the largest entry of every row near 1; also where the diagonal
+    is 0.
+    """
     size = matrix.abs()
     largest = size.amax(-1)
     live = largest > noise
-    # from the diagonal on, so that the parameters' units cancel; 0 on it is as small as rounding leaves it
-    diagonal = torch.maximum(size.diagonal(dim1=-2, dim2=-1), torch.finfo(size.dtype).eps ** 2 * largest)
+    # from the diagonal on, so that the parameters' units cancel; 0 on it is as small as rounding
+    # leaves it
+    diagonal = torch.maximum(
+        size.diagonal(dim1=-2, dim2=-1), torch.finfo(size.dtype).eps ** 2 * largest
+    )
     scale = torch.where(live, torch.where(live, diagonal, 1.0).rsqrt(), 1.0)
     for _ in range(6):
         top = (size * scale.unsqueeze(-1) * scale.unsqueeze(-2)).amax(-1)
@@ -237,9 +290,11 @@ def convex_phi(problem: SharedProblem, g_phi: Tensor, blocks: Tensor, losses: Te
 
 
 class Quadratic:
-    """The model at one point: `phi` with phi's blocks A_i, `eta` with the Schur complement, `follow` = A_i^-1 B_i.
+    """The model at one point: `phi` with phi's blocks A_i, `eta` with the Schur complement,
+    `follow` = A_i^-1 B_i.
 
-    Where a loss or derivative is not finite it has none of these, and `failed` `(tasks,)` tells whose it is.
+    Where a loss or derivative is not finite it has none of these, and `failed` `(tasks,)` tells
+    whose it is.
     """
 
     def __init__(self, problem: SharedProblem, x: Tensor, e: Tensor, losses: Tensor) -> None:
@@ -247,7 +302,9 @@ class Quadratic:
         parts = (losses, self.g_phi, a, b)
         # the tasks to blame where something is not finite: none, where it is eta's part alone
         self.failed = torch.stack([~t.isfinite().reshape(len(x), -1).all(-1) for t in parts]).any(0)
-        self.finite = not bool(self.failed.any()) and all(bool(t.isfinite().all()) for t in (g_eta, c))
+        self.finite = not bool(self.failed.any()) and all(
+            bool(t.isfinite().all()) for t in (g_eta, c)
+        )
         if not self.finite:
             return
         self.phi = convex_phi(problem, self.g_phi, a, losses)
@@ -261,7 +318,8 @@ class Quadratic:
                 100 * torch.finfo(x.dtype).eps * (c.abs() + removed.abs()).amax(-1)
             )  # what is left of two large terms
             schur = c - 0.5 * (removed + removed.mT)
-            # the penalty is eta's to lower: without it a strict one allowed only steps that were far too short
+            # the penalty is eta's to lower: without it a strict one allowed only steps that were
+            # far too short
             level = losses.abs().clamp(min=1).sum() + problem.penalty(e).detach().abs()
             self.eta = _convex(schur, self.reduced, level, problem.entries()[1], noise)
             self.decrement_eta = self.eta_decrement(self.reduced)

@@ -1,8 +1,9 @@
 """Solve A x = b for every task, given only products with A.
 
-A is block-diagonal over tasks and symmetric; one call of `matvec` multiplies the blocks of all tasks.  A task stops
-on its own, and what it returns does not depend on which other tasks are in the batch.  No graph is kept: the
-solution is a number, and whoever needs a derivative through it (`adjoint.py`) writes that derivative down.
+A is block-diagonal over tasks and symmetric; one call of `matvec` multiplies the blocks of all
+tasks.  A task stops on its own, and what it returns does not depend on which other tasks are in the
+batch.  No graph is kept: the solution is a number, and whoever needs a derivative through it
+(`adjoint.py`) writes that derivative down.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from varmeta.numerics.tree import Tree
 
 Matvec = Callable[[Tree], Tree]
 Product = Callable[[Tensor], Tensor]  # the same on rows, (tasks, size) -> (tasks, size)
-# Over so many steps CG's gain in energy is summed, to judge by it what is still to be had (Strakos and Tichy 2002).
+# Over so many steps CG's gain in energy is summed, to judge by it what is still to be had (Strakos
+# and Tichy 2002).
 _DELAY = 4
 
 
@@ -34,15 +36,15 @@ class LinearSolver(ABC):
     def solve(self, matvec: Matvec, b: Tree) -> Solution:
         """Solve A x = b for every task.
 
-        Args:
-            matvec: the product with A; takes and returns a tree with the names and shapes of `b`.
-            b: floating tensors of one dtype, `(tasks, ...)`; a tensor of shape `(tasks,)` is one number per task.
+        Args: matvec: the product with A; takes and returns a tree with the names and shapes of `b`.
+            b: floating tensors of one dtype, `(tasks, ...)`; a tensor of shape `(tasks,)` is one
+            number per task.
 
-        Returns:
-            `Solution` with `value` shaped as `b`, a `Result` code per task, and the stats, each `(tasks,)`:
-            "residual", |b - A x| / |b| recomputed from the returned x (0 where b = 0);
-            "curvature", the smallest p'Ap / p'p over the directions p that were met (NaN where none was);
-            "steps", int64; "products", how many products with A were taken for the whole batch.
+        Returns: `Solution` with `value` shaped as `b`, a `Result` code per task, and the stats,
+            each `(tasks,)`: "residual", |b - A x| / |b| recomputed from the returned x (0 where b =
+            0); "curvature", the smallest p'Ap / p'p over the directions p that were met (NaN where
+            none was); "steps", int64; "products", how many products with A were taken for the whole
+            batch.
 
         Raises:
             ValueError: `b` or what `matvec` returns does not have the shapes above.
@@ -56,12 +58,14 @@ class LinearSolver(ABC):
 
 @dataclass(frozen=True)
 class CG(LinearSolver):
-    """Conjugate gradients (Hestenes and Stiefel 1952; Nocedal and Wright 2006, algorithm 5.3), batched over tasks.
+    """Conjugate gradients (Hestenes and Stiefel 1952; Nocedal and Wright 2006, algorithm 5.3),
+    batched over tasks.
 
     A must be positive definite.  A direction without positive curvature ends that task with
-    `Result.NEGATIVE_CURVATURE` and the iterate before it, which is 0 when it is the first direction.
-    The recursion's residual drifts from b - A x by rounding, so the latter is computed once at the end (one more
-    product) and tasks that fall short of the tolerance are refined; `Result.STAGNATED` says that this did not help.
+    `Result.NEGATIVE_CURVATURE` and the iterate before it, which is 0 when it is the first
+    direction. The recursion's residual drifts from b - A x by rounding, so the latter is computed
+    once at the end (one more product) and tasks that fall short of the tolerance are refined;
+    `Result.STAGNATED` says that this did not help.
 
     Args:
         rtol: stop at |b - A x| <= rtol |b|; a number, or one per task as a tensor `(tasks,)`.  Default 1e-10 in
@@ -73,7 +77,8 @@ class CG(LinearSolver):
             residual says little of that number: weak directions of A hide in it.  An estimate, no bound: what a later step
             would find is not known.
 
-    `solve` may be given a guess of x, where each task starts if that leaves less than starting at 0 does.
+    `solve` may be given a guess of x, where each task starts if that leaves less than starting at 0
+    does.
 
     Raises:
         ValueError: a choice is out of range.
@@ -101,8 +106,14 @@ class CG(LinearSolver):
         system = _System.of(matvec, b)
         tolerance = system.tolerance(self.rtol)
         start, left = system.start(guess)
-        precondition = None if self.preconditioner is None else _on_rows(self.preconditioner, b, "preconditioner")
-        limit = min(10 * system.b.shape[-1] + 10, 1000) if self.max_steps is None else self.max_steps
+        precondition = (
+            None
+            if self.preconditioner is None
+            else _on_rows(self.preconditioner, b, "preconditioner")
+        )
+        limit = (
+            min(10 * system.b.shape[-1] + 10, 1000) if self.max_steps is None else self.max_steps
+        )
         limits = torch.full_like(tolerance, limit, dtype=torch.int64)
         # a little below the tolerance, or rounding alone would send tasks to the refinement
         target = 0.9 * tolerance
@@ -114,8 +125,13 @@ class CG(LinearSolver):
         r = system.b - system.product(x)
         error = _norm(r)
         refines = self.energy_rtol is None  # whoever asks for an energy has it
-        while refines and not tracing() and bool((short := (result == Result.CONVERGED) & (error > tolerance)).any()):
-            # iterative refinement, A dx = b - A x; it ends because every round halves the error or is the last
+        while (
+            refines
+            and not tracing()
+            and bool((short := (result == Result.CONVERGED) & (error > tolerance)).any())
+        ):
+            # iterative refinement, A dx = b - A x; it ends because every round halves the error or
+            # is the last
             left = torch.where(short[:, None], r, 0)
             dx, outcome, met, more = conjugate_gradient(
                 system.product, left, target, limits - steps, limit, precondition
@@ -126,10 +142,15 @@ class CG(LinearSolver):
             outcome = torch.where(refined_error <= tolerance, int(Result.CONVERGED), outcome)
             better = short & (refined_error < error)
             x, r = torch.where(better[:, None], x + dx, x), torch.where(better[:, None], refined, r)
-            result, error = torch.where(short, outcome, result), torch.where(better, refined_error, error)
+            result, error = (
+                torch.where(short, outcome, result),
+                torch.where(better, refined_error, error),
+            )
             curvature, steps = torch.fmin(curvature, met), steps + more
         # the recursion may miss the tolerance that its iterate meets
-        result = torch.where((result == Result.STEP_LIMIT) & (error <= tolerance), int(Result.CONVERGED), result)
+        result = torch.where(
+            (result == Result.STEP_LIMIT) & (error <= tolerance), int(Result.CONVERGED), result
+        )
         return system.solution(x, r, result, curvature, steps)
 
 
@@ -151,13 +172,12 @@ def conjugate_gradient(
     precondition: Product | None = None,
     energy_rtol: float | None = None,
 ) -> Run:
-    """The recursion behind `CG`, on rows: from x = 0 until |b - A x| <= tolerance by its own account, or see `CG`.
+    """The recursion behind `CG`, on rows: from x = 0 until |b - A x| <= tolerance by its own
+    account, or see `CG`.
 
-    Args:
-        product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without a graph.
-        b: `(tasks, size)`, finite.
-        tolerance: absolute, `(tasks,)`.
-        limits: steps that each task may take, int64 `(tasks,)`; most: the largest of them, or more.
+    Args: product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without
+        a graph. b: `(tasks, size)`, finite. tolerance: absolute, `(tasks,)`. limits: steps that
+        each task may take, int64 `(tasks,)`; most: the largest of them, or more.
     """
     eps = torch.finfo(b.dtype).eps
     x, r = torch.zeros_like(b), b
@@ -181,8 +201,8 @@ def conjugate_gradient(
         finite = torch.isfinite(pap) & torch.isfinite(rz)
         length = metric if precondition is None else _dot(p, p)
         curvature = torch.where(active & finite, torch.fmin(curvature, pap / length), curvature)
-        # judged in the preconditioner's metric, where bad scaling is not mistaken for a flat direction;
-        # below rounding of the largest curvature the sign of p'Ap says nothing
+        # judged in the preconditioner's metric, where bad scaling is not mistaken for a flat
+        # direction; below rounding of the largest curvature the sign of p'Ap says nothing
         quotient = pap / metric
         largest = torch.maximum(largest, quotient)
         positive = (rz > 0) & (quotient > eps * largest)
@@ -209,18 +229,25 @@ def conjugate_gradient(
 
         beta = rz_new / rz
         p = torch.where(active[:, None], torch.addcmul(z, beta[:, None], p), p)
-        rz, metric = torch.where(active, rz_new, rz), torch.where(active, rz_new + beta * beta * metric, metric)
+        rz, metric = (
+            torch.where(active, rz_new, rz),
+            torch.where(active, rz_new + beta * beta * metric, metric),
+        )
     return Run(x, result, curvature, steps)
 
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
-    """The Neumann series x = step sum_k (I - step A)^k b (Lorraine, Vicol and Duvenaud 2020), one product per term.
+    """The Neumann series x = step sum_k (I - step A)^k b (Lorraine, Vicol and Duvenaud 2020), one
+    product per term.
 
-    It is the fixed-point iteration x <- x + step (b - A x) from 0.  For symmetric A the residual's norm is a log-convex
-    sequence: once it grows it never shrinks again.  So a task stops at its first growth, with the iterate
-    before it: `NEGATIVE_CURVATURE` if a negative curvature was met or the step size was estimated here (then
-    nothing else makes it grow), else `DIVERGED`.  `STEP_LIMIT` says that the series is truncated above the tolerance.
+    It is the fixed-point iteration x <- x + step (b - A x) from 0.  For symmetric A the residual's
+    norm is a log-convex
+    sequence: once it grows it never shrinks again.  So a task stops at its first growth, with the
+        iterate
+    before it: `NEGATIVE_CURVATURE` if a negative curvature was met or the step size was estimated
+    here (then nothing else makes it grow), else `DIVERGED`.  `STEP_LIMIT` says that the series is
+    truncated above the tolerance.
 
     Args:
         num_terms: the largest number of terms.
@@ -245,7 +272,10 @@ class Neumann(LinearSolver):
         _check_count("num_terms", self.num_terms)
         _check_rtol(self.rtol)
         if self.step is not None and not (self.step > 0 and math.isfinite(self.step)):
-            raise ValueError(f"step must be a positive number, got {self.step}; leave it out to have it estimated")
+            raise ValueError(
+                f"step must be a positive number, got {self.step}; leave it out to have it "
+                "estimated"
+            )
 
     def solve(self, matvec: Matvec, b: Tree) -> Solution:
         system = _System.of(matvec, b)
@@ -269,7 +299,9 @@ class Neumann(LinearSolver):
             if count % every == 0 and not tracing() and not bool(active.any()):
                 break
             ar = system.product(r)
-            curvature = torch.where(active, torch.fmin(curvature, _dot(r, ar) / _dot(r, r)), curvature)
+            curvature = torch.where(
+                active, torch.fmin(curvature, _dot(r, ar) / _dot(r, r)), curvature
+            )
             trial = r - step[:, None] * ar
             trial_error = _norm(trial)
             finite = torch.isfinite(trial_error)
@@ -281,25 +313,33 @@ class Neumann(LinearSolver):
             result = torch.where(active & ~fine, verdict, result)
             active = active & fine
             x = torch.where(active[:, None], x + step[:, None] * r, x)
-            r, error = torch.where(active[:, None], trial, r), torch.where(active, trial_error, error)
+            r, error = (
+                torch.where(active[:, None], trial, r),
+                torch.where(active, trial_error, error),
+            )
             steps = steps + active
             result = torch.where(active & (error <= tolerance), int(Result.CONVERGED), result)
             active = active & (error > tolerance)
         r = system.b - system.product(x)
-        # twice: the recursion stops just under the tolerance, and rounding may put the iterate just above
-        result = torch.where((result == Result.CONVERGED) & (_norm(r) > 2 * tolerance), int(Result.STAGNATED), result)
+        # twice: the recursion stops just under the tolerance, and rounding may put the iterate just
+        # above
+        result = torch.where(
+            (result == Result.CONVERGED) & (_norm(r) > 2 * tolerance), int(Result.STAGNATED), result
+        )
         return system.solution(x, r, result, curvature, steps)
 
 
 @dataclass(frozen=True)
 class Direct(LinearSolver):
-    """A dense solve: A is built from `size` products, O(tasks size^2) memory and O(tasks size^3) time.
+    """A dense solve: A is built from `size` products, O(tasks size^2) memory and O(tasks size^3)
+    time.
 
-    Cholesky where A is positive definite.  Elsewhere by eigenvalues, those within rounding of 0 left out: the solution if
-    A is invertible, else the shortest least-squares one.  A negative eigenvalue flags the task `NEGATIVE_CURVATURE`.
-    Only the symmetric part of A is used.  The stat "curvature" is the smallest eigenvalue that is not 0 by rounding,
-    "steps" is `size`.  `STAGNATED` says that A is too ill-conditioned for the dtype, or b outside its range: the residual
-    is above the root of its rounding.
+    Cholesky where A is positive definite.  Elsewhere by eigenvalues, those within rounding of 0
+    left out: the solution if A is invertible, else the shortest least-squares one.  A negative
+    eigenvalue flags the task `NEGATIVE_CURVATURE`. Only the symmetric part of A is used.  The stat
+    "curvature" is the smallest eigenvalue that is not 0 by rounding, "steps" is `size`.
+    `STAGNATED` says that A is too ill-conditioned for the dtype, or b outside its range: the
+    residual is above the root of its rounding.
 
     Example:
         >>> solution = Direct().solve(lambda v: {"w": 4.0 * v["w"]}, {"w": torch.tensor([[2.0, 8.0]])})
@@ -318,7 +358,9 @@ class Direct(LinearSolver):
         a = torch.stack([systems[0].product(e.expand(tasks, size)) for e in basis], -1)
         a = 0.5 * (a + a.mT)
         finite = torch.isfinite(a).all(-1).all(-1)
-        a = torch.where(finite[:, None, None], a, basis)  # LAPACK raises on NaN, for all tasks at once
+        a = torch.where(
+            finite[:, None, None], a, basis
+        )  # LAPACK raises on NaN, for all tasks at once
         factor, failed = torch.linalg.cholesky_ex(a)
         definite = failed == 0
         factor = torch.where(definite[:, None, None], factor, basis)
@@ -341,12 +383,15 @@ class Direct(LinearSolver):
             result = torch.where(finite, result, int(Result.NON_FINITE))
             x = torch.where(finite[:, None], x[..., 0], 0)
             r = torch.where(finite[:, None], r, math.nan)
-            solutions.append(system.solution(x, r, result, curvature, torch.full_like(result, size)))
+            solutions.append(
+                system.solution(x, r, result, curvature, torch.full_like(result, size))
+            )
         return solutions
 
 
 class _System(NamedTuple):
-    """A x = b on rows `(tasks, size)`, each row of b divided by its largest entry so that squares do not underflow.
+    """A x = b on rows `(tasks, size)`, each row of b divided by its largest entry so that squares
+    do not underflow.
 
     calls: one entry for each product taken so far.
     """
@@ -388,14 +433,19 @@ class _System(NamedTuple):
         """The largest |b - A x| that is accepted, `(tasks,)`."""
         if isinstance(rtol, Tensor) and rtol.shape not in ((), self.finite.shape):
             raise ValueError(
-                f"rtol must be a number or one per task, {tuple(self.finite.shape)}, got {tuple(rtol.shape)}"
+                f"rtol must be a number or one per task, {tuple(self.finite.shape)}, got "
+                f"{tuple(rtol.shape)}"
             )
         if rtol is None:
             rtol = 1e-10 if self.b.dtype == torch.float64 else 1e-5
         eps = torch.finfo(self.b.dtype).eps
-        return torch.as_tensor(rtol, dtype=self.b.dtype, device=self.b.device).clamp(min=eps) * _norm(self.b)
+        return torch.as_tensor(rtol, dtype=self.b.dtype, device=self.b.device).clamp(
+            min=eps
+        ) * _norm(self.b)
 
-    def solution(self, x: Tensor, r: Tensor, result: Tensor, curvature: Tensor, steps: Tensor) -> Solution:
+    def solution(
+        self, x: Tensor, r: Tensor, result: Tensor, curvature: Tensor, steps: Tensor
+    ) -> Solution:
         size = _norm(self.b)
         residual = torch.where(size > 0, _norm(r) / size, 0)
         # a row of b that is not finite was replaced by 0 above
@@ -415,20 +465,27 @@ def _on_rows(function: Matvec, like: Tree, what: str) -> Product:
         if out.keys() != like.keys() or any(out[name].shape != x.shape for name, x in like.items()):
             came, expected = ({name: tuple(x.shape) for name, x in t.items()} for t in (out, like))
             raise ValueError(
-                f"{what} must return the names and shapes that it is given, {expected}, but returned {came}"
+                f"{what} must return the names and shapes that it is given, {expected}, but "
+                f"returned {came}"
             )
         return tree.flatten({name: out[name].detach() for name in like})
 
     return product
 
 
-def _largest_eigenvalue(product: Product, like: Tensor, num_products: int = 10) -> tuple[Tensor, Tensor]:
-    """Power iteration: a lower bound on the largest |eigenvalue|, and the smallest curvature met, each `(tasks,)`.
+def _largest_eigenvalue(
+    product: Product, like: Tensor, num_products: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Power iteration: a lower bound on the largest |eigenvalue|, and the smallest curvature met,
+    each `(tasks,)`.
 
-    A start with 1/size of its square along the top vector falls short by a factor 2 only if size is about 4^10.
+    A start with 1/size of its square along the top vector falls short by a factor 2 only if size is
+    about 4^10.
     """
     # the same start for every task and batch, drawn without touching the global generator
-    start = torch.randn(like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=like.dtype)
+    start = torch.randn(
+        like.shape[-1], generator=torch.Generator().manual_seed(0), dtype=like.dtype
+    )
     v = (start / start.norm()).to(like.device).expand_as(like)
     largest = torch.zeros_like(like[:, 0])
     curvature = torch.full_like(largest, math.nan)
@@ -449,7 +506,8 @@ def _norm(a: Tensor) -> Tensor:
 
 
 def _host_reads_every(x: Tensor) -> int:
-    # a read waits for the accelerator's queue to drain; on the CPU it is free, and a product saved is a product saved
+    # a read waits for the accelerator's queue to drain; on the CPU it is free, and a product saved
+    # is a product saved
     return 1 if x.device.type == "cpu" else 4
 
 
@@ -458,18 +516,27 @@ def _check_tree(b: Tree) -> None:
     # a single empty tensor is fine: the weights of a regression without predictors
     empty = sum(x.numel() for x in b.values()) == 0
     if empty or any(x.dim() == 0 for x in b.values()) or len({len(x) for x in b.values()}) > 1:
-        raise ValueError(f"b must hold numbers in tensors with one common task axis first, got shapes {shapes}")
+        raise ValueError(
+            f"b must hold numbers in tensors with one common task axis first, got shapes {shapes}"
+        )
     dtypes = {x.dtype for x in b.values()}
     if not all(dtype.is_floating_point for dtype in dtypes):
-        raise TypeError(f"b must be floating, got {sorted(map(str, dtypes))}; cast it with .to(torch.float64)")
+        raise TypeError(
+            f"b must be floating, got {sorted(map(str, dtypes))}; cast it with .to(torch.float64)"
+        )
     if len(dtypes) > 1:
-        raise ValueError(f"the tensors of b must share one dtype, got {sorted(map(str, dtypes))}; cast them to one")
+        raise ValueError(
+            f"the tensors of b must share one dtype, got {sorted(map(str, dtypes))}; cast them to "
+            "one"
+        )
 
 
 def _check_rtol(rtol: float | Tensor | None) -> None:
     # a tensor is taken as it is: reading it would wait for the device
     if not (rtol is None or isinstance(rtol, Tensor) or rtol > 0):
-        raise ValueError(f"rtol must be positive, got {rtol}; leave it out for the default of the dtype")
+        raise ValueError(
+            f"rtol must be positive, got {rtol}; leave it out for the default of the dtype"
+        )
 
 
 def _check_count(name: str, count: int) -> None:

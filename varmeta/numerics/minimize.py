@@ -1,7 +1,8 @@
 """Minimise one loss per task over a tree, by first-order rules; every task stops on its own.
 
-Nothing here knows what is minimised.  A rule is a pure function of (phi, gradient, state), so the same rule serves a
-caller who has the gradient already, an inner solve to tolerance, and K steps that are differentiated afterwards.
+Nothing here knows what is minimised.  A rule is a pure function of (phi, gradient, state), so the
+same rule serves a caller who has the gradient already, an inner solve to tolerance, and K steps
+that are differentiated afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from varmeta.numerics.tree import Tree
 Losses = Callable[[Tree], Tensor]
 """phi, tensors `(tasks, ...)` -> losses `(tasks,)`; loss i depends on row i of phi alone."""
 
-_HOST_READS_EVERY = 8  # steps between two looks at "has everybody converged?", which make an accelerator wait
+_HOST_READS_EVERY = (
+    8  # steps between two looks at "has everybody converged?", which make an accelerator wait
+)
 
 
 class Minimizer(ABC):
@@ -38,17 +41,32 @@ class Minimizer(ABC):
 
     @abstractmethod
     def init(self, phi: Tree) -> Tree:
-        """The state before the first step; every tensor has the task axis first, so rows can be taken and put back."""
+        """The state before the first step; every tensor has the task axis first, so rows can be
+        taken and put back.
+        """
 
     @abstractmethod
-    def step(self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False) -> tuple[Tree, Tree]:
-        """One step for every task; with `create_graph` it can be differentiated, else it carries no graph."""
+    def step(
+        self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False
+    ) -> tuple[Tree, Tree]:
+        """One step for every task; with `create_graph` it can be differentiated, else it carries no
+        graph.
+        """
 
     @abstractmethod
     def solve(
-        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool
+        self,
+        fn: Losses,
+        phi: Tree,
+        *,
+        steps: int | None,
+        tolerance: float,
+        max_steps: int,
+        create_graph: bool,
     ) -> Solution:
-        """What `minimize` calls once it has checked the arguments; with `units` too where `takes_units`, and `lr_scale`."""
+        """What `minimize` calls once it has checked the arguments; with `units` too where
+        `takes_units`, and `lr_scale`.
+        """
 
 
 def minimize(
@@ -65,10 +83,11 @@ def minimize(
 ) -> Solution:
     """Minimise fn over phi, each task by itself.
 
-    A task has converged when |g| <= tolerance (1 + |g at its start|), g its gradient.  With `steps=None` its row does
-    not change any more from then on, bit for bit; `steps=K` goes on to exactly K steps (at most K with `NewtonCG`), and a
-    first-order rule then ends as STEP_LIMIT.
-    A task whose loss or gradient stops being finite keeps its last finite point, and the others go on.
+    A task has converged when |g| <= tolerance (1 + |g at its start|), g its gradient.  With
+    `steps=None` its row does not change any more from then on, bit for bit; `steps=K` goes on to
+    exactly K steps (at most K with `NewtonCG`), and a first-order rule then ends as STEP_LIMIT. A
+    task whose loss or gradient stops being finite keeps its last finite point, and the others go
+    on.
 
     Args:
         fn: see `Losses`.
@@ -84,15 +103,14 @@ def minimize(
         lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`; None: 1.  A rule that is
             `per_point` needs it: 1 / the number of points whose losses a task's loss is the sum of.
 
-    Returns:
-        `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN after a fixed number of
-        first-order steps, which spend no gradient on it); "start_gradient_norm"; "steps", int64; and "evaluations", the
-        work in units of one loss with its gradient (a loss alone 1/2, a Hessian product 2).  A task that ends above the
-        loss that it started from, by more than rounding, is DIVERGED.
+    Returns: `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN
+        after a fixed number of first-order steps, which spend no gradient on it);
+        "start_gradient_norm"; "steps", int64; and "evaluations", the work in units of one loss with
+        its gradient (a loss alone 1/2, a Hessian product 2).  A task that ends above the loss that
+        it started from, by more than rounding, is DIVERGED.
 
-    Raises:
-        ValueError: an argument is out of range, or fn does not return one differentiable loss per task.
-        TypeError: phi is not floating, or of several dtypes.
+    Raises: ValueError: an argument is out of range, or fn does not return one differentiable loss
+        per task. TypeError: phi is not floating, or of several dtypes.
 
     Example:
         >>> fn = lambda phi: (phi["w"] - torch.tensor([1.0, 2.0])) ** 2  # two tasks, one number each
@@ -104,10 +122,15 @@ def minimize(
     if not phi:
         raise ValueError("phi has no entries: there is nothing to minimise over")
     if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-        raise TypeError(f"phi must be floating tensors of one dtype, not {sorted(map(str, dtypes))}")
+        raise TypeError(
+            f"phi must be floating tensors of one dtype, not {sorted(map(str, dtypes))}"
+        )
     leading = {name: tuple(x.shape[:1]) for name, x in phi.items()}
     if len(set(leading.values())) > 1 or () in leading.values():
-        raise ValueError(f"every tensor in phi needs the same task axis first, but the leading sizes are {leading}")
+        raise ValueError(
+            "every tensor in phi needs the same task axis first, but the leading sizes are "
+            f"{leading}"
+        )
     if steps is not None:
         _check_count("steps", steps)
     _check_count("max_steps", max_steps)
@@ -115,25 +138,33 @@ def minimize(
         tolerance = 1e-8 if torch.float64 in dtypes else 1e-4
     if not (tolerance >= 0 and math.isfinite(tolerance)):
         raise ValueError(f"tolerance must be a finite number of at least 0, not {tolerance}")
-    if units is not None and {name: x.shape for name, x in units.items()} != {name: x.shape for name, x in phi.items()}:
+    if units is not None and {name: x.shape for name, x in units.items()} != {
+        name: x.shape for name, x in phi.items()
+    }:
         came, expected = ({name: tuple(x.shape) for name, x in t.items()} for t in (units, phi))
         raise ValueError(f"units must have the names and shapes of phi, {expected}, not {came}")
     if minimizer.per_point and lr_scale is None:
         raise ValueError(
-            "per_point divides the step by a task's number of points, which is not known here: leave it out, or give "
-            "minimize(lr_scale=1 / points)"
+            "per_point divides the step by a task's number of points, which is not known here: "
+            "leave it out, or give minimize(lr_scale=1 / points)"
         )
     if lr_scale is not None and (
         not isinstance(minimizer, FirstOrderMinimizer) or lr_scale.shape != (tree.num_tasks(phi),)
     ):
         raise ValueError(
-            f"lr_scale is one factor per task, shape ({tree.num_tasks(phi)},), for GradientDescent or Adam, not of shape "
-            f"{tuple(lr_scale.shape)} for {type(minimizer).__name__}"
+            f"lr_scale is one factor per task, shape ({tree.num_tasks(phi)},), for GradientDescent "
+            f"or Adam, not of shape {tuple(lr_scale.shape)} for {type(minimizer).__name__}"
         )
     more: dict[str, Any] = {"units": units} if minimizer.takes_units else {}
     more |= {} if lr_scale is None else {"lr_scale": lr_scale}
     return minimizer.solve(
-        fn, phi, steps=steps, tolerance=tolerance, max_steps=max_steps, create_graph=create_graph, **more
+        fn,
+        phi,
+        steps=steps,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        create_graph=create_graph,
+        **more,
     )
 
 
@@ -141,29 +172,43 @@ class FirstOrderMinimizer(Minimizer):
     """A rule that needs the gradient alone: a subclass writes `init` and `update`."""
 
     @abstractmethod
-    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+    def update(
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+    ) -> tuple[Tree, Tree]:
         """One step from a gradient already at hand, as a pure function.
 
         lr_scale: multiplies the learning rate (a schedule); a number, or one per task `(tasks,)`.
         """
 
-    def step(self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False) -> tuple[Tree, Tree]:
+    def step(
+        self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False
+    ) -> tuple[Tree, Tree]:
         _, point, gradient = value_and_gradient(fn, phi, create_graph)
         return self.update(point if create_graph else tree.detach(point), gradient, state)
 
     def solve(
-        self, fn: Losses, phi: Tree, *, steps: int | None, tolerance: float, max_steps: int, create_graph: bool,
+        self,
+        fn: Losses,
+        phi: Tree,
+        *,
+        steps: int | None,
+        tolerance: float,
+        max_steps: int,
+        create_graph: bool,
         lr_scale: Tensor | None = None,
-    ) -> Solution:  # fmt: skip
+    ) -> Solution:
         rates = () if lr_scale is None else (lr_scale,)
         if steps is not None:
             solution = self._exactly(fn, phi, steps, create_graph, rates)
-            # in a graph that is being traced no number can be read: whoever calls it looks at what comes out
+            # in a graph that is being traced no number can be read: whoever calls it looks at what
+            # comes out
             if tracing() or solution.worst < Result.NON_FINITE:
                 return solution
         return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph, rates)
 
-    def _exactly(self, fn: Losses, phi: Tree, steps: int, create_graph: bool, rates: tuple[Tensor, ...]) -> Solution:
+    def _exactly(
+        self, fn: Losses, phi: Tree, steps: int, create_graph: bool, rates: tuple[Tensor, ...]
+    ) -> Solution:
         """`steps` steps with nothing to look at on the way: what is not finite stays so.
 
         rates: the factors on each task's learning rate, where there are any.
@@ -173,24 +218,37 @@ class FirstOrderMinimizer(Minimizer):
         state = self.init(tree.detach(point))
         met: list[tuple[Tensor, Tensor]] = []  # losses and norms, of which the first are looked at
         for count in range(steps):
-            losses, norm, point, state = go(fn, _Move(self, create_graph, count == 0), point, state, *rates)
+            losses, norm, point, state = go(
+                fn, _Move(self, create_graph, count == 0), point, state, *rates
+            )
             met = met or [(losses, norm)]
         end = go(fn, _loss_at, point)
         unknown = torch.full_like(end, math.nan)
         first, norm = met[0] if met else (end, unknown)
         stats = {
-            "gradient_norm": unknown, "start_gradient_norm": norm,
-            "steps": torch.full_like(end, steps, dtype=torch.int64), "evaluations": torch.full_like(end, steps + 0.5),
-        }  # fmt: skip
+            "gradient_norm": unknown,
+            "start_gradient_norm": norm,
+            "steps": torch.full_like(end, steps, dtype=torch.int64),
+            "evaluations": torch.full_like(end, steps + 0.5),
+        }
         result = torch.full_like(end, int(Result.STEP_LIMIT), dtype=torch.int64)
         return Solution(point, _judged(result, first, end, ~torch.isfinite(end)), stats)
 
     def _carefully(
-        self, fn: Losses, phi: Tree, steps: int | None, tolerance: float, max_steps: int, create_graph: bool,
+        self,
+        fn: Losses,
+        phi: Tree,
+        steps: int | None,
+        tolerance: float,
+        max_steps: int,
+        create_graph: bool,
         rates: tuple[Tensor, ...],
-    ) -> Solution:  # fmt: skip
-        """To tolerance, or for `steps` steps, a task that leads nowhere finite stopping where it was last."""
-        # the end's own gradient would be a step's work, and after a fixed number of steps nobody moves on from there
+    ) -> Solution:
+        """To tolerance, or for `steps` steps, a task that leads nowhere finite stopping where it
+        was last.
+        """
+        # the end's own gradient would be a step's work, and after a fixed number of steps nobody
+        # moves on from there
         limit, final = (max_steps, _Evaluation.FULL) if steps is None else (steps, _Evaluation.LOSS)
         middle = _Evaluation.GRAPH if create_graph else _Evaluation.FULL
         bound = tolerance if steps is None else None
@@ -201,19 +259,25 @@ class FirstOrderMinimizer(Minimizer):
         for count in range(1, limit + 1):
             if steps is None and count % _HOST_READS_EVERY == 1 and not bool(walk["active"].any()):
                 break
-            walk = go(fn, _Advance(self, steps is None, middle if count < limit else final), walk, *rates)
+            walk = go(
+                fn, _Advance(self, steps is None, middle if count < limit else final), walk, *rates
+            )
 
         result = torch.where(walk["converged"], int(Result.CONVERGED), int(Result.STEP_LIMIT))
         result = _judged(result, walk["first"], walk["loss"], walk["failed"])
         stats = {
-            "gradient_norm": walk["norm"], "start_gradient_norm": walk["start_norm"], "steps": walk["taken"],
+            "gradient_norm": walk["norm"],
+            "start_gradient_norm": walk["start_norm"],
+            "steps": walk["taken"],
             "evaluations": walk["evaluations"],
-        }  # fmt: skip
+        }
         return Solution(walk["point"], result, stats)
 
 
 def _judged(result: Tensor, first: Tensor, end: Tensor, failed: Tensor) -> Tensor:
-    """`result`, but NON_FINITE for those that failed and DIVERGED for those that ended above their first loss."""
+    """`result`, but NON_FINITE for those that failed and DIVERGED for those that ended above their
+    first loss.
+    """
     slack = 100 * torch.finfo(end.dtype).eps * first.abs().clamp(min=1)
     result = torch.where(failed, int(Result.NON_FINITE), result)
     return torch.where(~failed & (end > first + slack), int(Result.DIVERGED), result)
@@ -227,11 +291,21 @@ class _Move:
     create_graph: bool
     first: bool
 
-    def __call__(self, fn: Losses, point: Tree, state: Tree, *rates: Tensor) -> tuple[Tensor, Tensor, Tree, Tree]:
-        """The losses before the step, their gradient's norm (before the first step only), the point and the state after."""
+    def __call__(
+        self, fn: Losses, point: Tree, state: Tree, *rates: Tensor
+    ) -> tuple[Tensor, Tensor, Tree, Tree]:
+        """The losses before the step, their gradient's norm (before the first step only), the point
+        and the state after.
+        """
         losses, at, gradient = value_and_gradient(fn, point, self.create_graph)
         norm = tree.norm(tree.detach(gradient)) if self.first else losses
-        return losses, norm, *self.rule.update(at if self.create_graph else tree.detach(at), gradient, state, *rates)
+        return (
+            losses,
+            norm,
+            *self.rule.update(
+                at if self.create_graph else tree.detach(at), gradient, state, *rates
+            ),
+        )
 
 
 def _loss_at(fn: Losses, phi: Tree) -> Tensor:
@@ -270,16 +344,29 @@ class _Begin:
 
     def __call__(self, fn: Losses, phi: Tree) -> dict[str, Any]:
         losses, point, gradient, norm = self.evaluate(fn, phi)
-        finite = torch.isfinite(losses) & (torch.isfinite(norm) | (self.evaluate is _Evaluation.LOSS))
+        finite = torch.isfinite(losses) & (
+            torch.isfinite(norm) | (self.evaluate is _Evaluation.LOSS)
+        )
         # without a tolerance nobody converges
-        threshold = torch.full_like(norm, -1.0) if self.tolerance is None else self.tolerance * (1 + norm)
+        threshold = (
+            torch.full_like(norm, -1.0) if self.tolerance is None else self.tolerance * (1 + norm)
+        )
         converged = finite & (norm <= threshold)
         return {
-            "point": point, "gradient": gradient, "state": self.rule.init(tree.detach(point)), "loss": losses,
-            "first": losses, "norm": norm, "start_norm": norm, "threshold": threshold, "active": finite & ~converged,
-            "failed": ~finite, "converged": converged, "taken": torch.zeros_like(losses, dtype=torch.int64),
+            "point": point,
+            "gradient": gradient,
+            "state": self.rule.init(tree.detach(point)),
+            "loss": losses,
+            "first": losses,
+            "norm": norm,
+            "start_norm": norm,
+            "threshold": threshold,
+            "active": finite & ~converged,
+            "failed": ~finite,
+            "converged": converged,
+            "taken": torch.zeros_like(losses, dtype=torch.int64),
             "evaluations": torch.full_like(losses, self.evaluate.cost),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -304,23 +391,32 @@ class _Advance:
         converged = arrived & (norm <= walk["threshold"])
         return {
             # a step that leads nowhere finite is taken back
-            "point": tree.where(broken, point, trial), "gradient": gradient,
+            "point": tree.where(broken, point, trial),
+            "gradient": gradient,
             "state": tree.where(active, moved_state, state) if state else state,
-            "loss": torch.where(arrived, losses, walk["loss"]), "first": walk["first"],
-            "norm": torch.where(arrived, norm, walk["norm"]), "start_norm": walk["start_norm"],
-            "threshold": walk["threshold"], "active": arrived & ~converged, "failed": walk["failed"] | broken,
-            "converged": walk["converged"] | converged, "taken": walk["taken"] + arrived,
+            "loss": torch.where(arrived, losses, walk["loss"]),
+            "first": walk["first"],
+            "norm": torch.where(arrived, norm, walk["norm"]),
+            "start_norm": walk["start_norm"],
+            "threshold": walk["threshold"],
+            "active": arrived & ~converged,
+            "failed": walk["failed"] | broken,
+            "converged": walk["converged"] | converged,
+            "taken": walk["taken"] + arrived,
             "evaluations": walk["evaluations"] + self.evaluate.cost * active,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
 class GradientDescent(FirstOrderMinimizer):
-    """phi <- phi - lr g, or with `per_point` phi <- phi - (lr / n) g for a task of n support points.
+    """phi <- phi - lr g, or with `per_point` phi <- phi - (lr / n) g for a task of n support
+    points.
 
-    Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its points, where the field takes
-    means: the field's step a on a mean cross-entropy of n points is lr = a / n here, or lr = a with `per_point`; on a mean
-    *squared error*, under a Gaussian of noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
+    Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its
+    points, where the field takes
+    means: the field's step a on a mean cross-entropy of n points is lr = a / n here, or lr = a with
+    `per_point`; on a mean *squared error*, under a Gaussian of noise scale s, it is lr = 2 s^2 a /
+    n, or lr = 2 s^2 a with `per_point`.
 
     per_point: take lr on the mean over a task's points, whose loss does not grow with their number.
 
@@ -342,7 +438,9 @@ class GradientDescent(FirstOrderMinimizer):
     def init(self, phi: Tree) -> Tree:
         return {}
 
-    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+    def update(
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+    ) -> tuple[Tree, Tree]:
         return tree.add(phi, gradient, -self.lr * lr_scale), state
 
 
@@ -353,8 +451,10 @@ class Adam(FirstOrderMinimizer):
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
     phi <- phi - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
 
-    The state is the tree {"first", "second": b1^t and b2^t, `(tasks,)`; "mean.<name>": m, "square.<name>": v}.
-    It can be differentiated where a gradient is 0: a term far below eps^2 keeps the root's derivative finite.
+    The state is the tree {"first", "second": b1^t and b2^t, `(tasks,)`; "mean.<name>": m,
+    "square.<name>": v}.
+    It can be differentiated where a gradient is 0: a term far below eps^2 keeps the root's
+        derivative finite.
 
     Raises ValueError for an lr or eps that is not positive, or betas outside [0, 1).
 
@@ -376,12 +476,20 @@ class Adam(FirstOrderMinimizer):
 
     def init(self, phi: Tree) -> Tree:
         like = next(iter(phi.values()))
-        moments = {f"{kind}.{name}": torch.zeros_like(x) for kind in ("mean", "square") for name, x in phi.items()}
+        moments = {
+            f"{kind}.{name}": torch.zeros_like(x)
+            for kind in ("mean", "square")
+            for name, x in phi.items()
+        }
         # in half precision b2 is 1, and nothing would ever move
-        ones = torch.ones(len(like), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        ones = torch.ones(
+            len(like), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+        )
         return {"first": ones, "second": ones, **moments}
 
-    def update(self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0) -> tuple[Tree, Tree]:
+    def update(
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+    ) -> tuple[Tree, Tree]:
         first, second = self.betas
         # the powers are state: taken of a count, a fused kernel takes them again for every weight
         powers = {"first": first * state["first"], "second": second * state["second"]}
@@ -399,12 +507,17 @@ class Adam(FirstOrderMinimizer):
         return new_phi, new_state
 
 
-def value_and_gradient(fn: Losses, phi: Tree, create_graph: bool = False) -> tuple[Tensor, Tree, Tree]:
-    """Losses `(tasks,)` without a graph, the point at which they were taken, and their gradient there.
+def value_and_gradient(
+    fn: Losses, phi: Tree, create_graph: bool = False
+) -> tuple[Tensor, Tree, Tree]:
+    """Losses `(tasks,)` without a graph, the point at which they were taken, and their gradient
+    there.
 
-    The point is phi; without `create_graph` as leaves cut from phi's own graph, so that the caller's is not kept alive.
+    The point is phi; without `create_graph` as leaves cut from phi's own graph, so that the
+    caller's is not kept alive.
 
-    Raises ValueError if fn does not return one loss per task, or returns losses that have no graph back to phi.
+    Raises ValueError if fn does not return one loss per task, or returns losses that have no graph
+    back to phi.
     """
     if create_graph:
         point = tree.map_tree(lambda x: x if x.requires_grad else x.detach().requires_grad_(), phi)
@@ -413,7 +526,10 @@ def value_and_gradient(fn: Losses, phi: Tree, create_graph: bool = False) -> tup
     with torch.enable_grad():
         losses = _checked_losses(fn, point)
         if not losses.requires_grad:
-            raise ValueError("the losses have no graph back to phi: compute them from phi, without detach or no_grad")
+            raise ValueError(
+                "the losses have no graph back to phi: compute them from phi, without detach or "
+                "no_grad"
+            )
         # entries that fn does not use have gradient 0
         found = torch.autograd.grad(
             losses.sum(), list(point.values()), create_graph=create_graph, materialize_grads=True
@@ -426,8 +542,8 @@ def _checked_losses(fn: Losses, phi: Tree) -> Tensor:
     tasks = tree.num_tasks(phi)
     if losses.shape != (tasks,):
         raise ValueError(
-            f"the function to minimise must return one loss per task, shape ({tasks},), not {tuple(losses.shape)}: "
-            "sum over everything but the task axis"
+            f"the function to minimise must return one loss per task, shape ({tasks},), not "
+            f"{tuple(losses.shape)}: sum over everything but the task axis"
         )
     return losses
 

@@ -1,8 +1,9 @@
-"""Minimise one smooth loss per task by Newton's method, given only a function that autograd differentiates twice.
+"""Minimise one smooth loss per task by Newton's method, given only a function that autograd
+differentiates twice.
 
-Each iteration builds the graph of the gradient once, takes a direction from the Hessian (`_dense_direction` for few
-parameters, `_truncated_direction` for many), and searches along it, every task with its own length.  Inside, phi is
-rows `(tasks, size)`.
+Each iteration builds the graph of the gradient once, takes a direction from the Hessian
+(`_dense_direction` for few parameters, `_truncated_direction` for many), and searches along it,
+every task with its own length.  Inside, phi is rows `(tasks, size)`.
 """
 
 from __future__ import annotations
@@ -25,23 +26,33 @@ from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
 _ARMIJO = 0.1  # the share of slope x length that a step must gain; with 1e-4 steps that overshoot are taken too often
-_STEEP = 0.3  # a step after which the slope is still this share of what it was has been much too short
-_BROKEN, _CREEP, _PATIENCE = 1e-3, 1e-6, 5  # gain over promise, gain over loss, and how often in a row, to give up
-_HOST_READS_EVERY = 4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
+_STEEP = (
+    0.3  # a step after which the slope is still this share of what it was has been much too short
+)
+_BROKEN, _CREEP, _PATIENCE = (
+    1e-3,
+    1e-6,
+    5,
+)  # gain over promise, gain over loss, and how often in a row, to give up
+_HOST_READS_EVERY = (
+    4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
+)
 _CHUNK = 8  # Hessian rows per batched product: most of the speed of all at once, a bounded part of the memory
 
 
 @dataclass(frozen=True)
 class NewtonCG(Minimizer):
-    """Newton's method with a line search, per task; quadratic convergence, on convex and other functions.
+    """Newton's method with a line search, per task; quadratic convergence, on convex and other
+    functions.
 
-    Up to `dense_size` parameters a task the Hessian H is formed, rescaled to a unit diagonal so that the units of
-    the parameters do not matter, and its eigenvalues are taken by absolute value.  Beyond, H d = -g is solved by conjugate
-    gradients to the accuracy max(sqrt(eps), min(0.1, (|g| / |g before|)^2)) |g|, or up to the first direction of
-    negative curvature; in the units that `minimize` was given, if any.  Steps are halved or so until the loss falls (Armijo),
-    and doubled where it still falls steeply.
-    Where the loss is level but for rounding, a full step must lower |g| by a tenth instead: so the gradient goes on down
-    to its own rounding, and no task wanders there.
+    Up to `dense_size` parameters a task the Hessian H is formed, rescaled to a unit diagonal so
+    that the units of the parameters do not matter, and its eigenvalues are taken by absolute
+    value.  Beyond, H d = -g is solved by conjugate gradients to the accuracy max(sqrt(eps),
+    min(0.1, (|g| / |g before|)^2)) |g|, or up to the first direction of negative curvature; in the
+    units that `minimize` was given, if any.  Steps are halved or so until the loss falls (Armijo),
+    and doubled where it still falls steeply. Where the loss is level but for rounding, a full step
+    must lower |g| by a tenth instead: so the gradient goes on down to its own rounding, and no task
+    wanders there.
 
     A task ends as
       CONVERGED, when |g| <= tolerance (1 + |g at its start|) and the last step promised to lower the loss by no more than
@@ -51,8 +62,9 @@ class NewtonCG(Minimizer):
       STAGNATED, when no step lowers the loss, or five in a row by next to nothing, as at the kink of a ReLU;
       NON_FINITE, when its loss, gradient or Hessian is not finite, at its last finite point.
 
-    There is no state, and no graph: `create_graph` is refused.  fn meets far points in the search; it must answer with
-    inf or nan, not with an exception (switch the validation of distributions off).
+    There is no state, and no graph: `create_graph` is refused.  fn meets far points in the search;
+    it must answer with inf or nan, not with an exception (switch the validation of distributions
+    off).
 
     Args:
         max_cg_steps: Hessian products per direction; default twice the parameters of a task, at most 500.
@@ -61,8 +73,8 @@ class NewtonCG(Minimizer):
         max_backtracks: trial lengths per line search, beyond the first.
         dense_size: up to how many parameters a task H is formed; costs as many products, and its cube.  0: never.
 
-    In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's last direction met,
-    NaN where none was needed.
+    In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's
+    last direction met, NaN where none was needed.
 
     Raises ValueError for a number out of range.
 
@@ -73,8 +85,9 @@ class NewtonCG(Minimizer):
         >>> solution.worst.name, bool(solution.value["w"].abs().max() < 1e-3)
         ('CONVERGED', True)
 
-    Source: Nocedal and Wright, Numerical Optimization (2006), sections 3.5 and 7.1; Eisenstat and Walker, Choosing the
-    forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996), choice 2.
+    Source: Nocedal and Wright, Numerical Optimization (2006), sections 3.5 and 7.1; Eisenstat and
+    Walker, Choosing the forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996),
+    choice 2.
     """
 
     max_cg_steps: int | None = None
@@ -92,14 +105,19 @@ class NewtonCG(Minimizer):
             raise ValueError(f"damping must be a finite number of at least 0, not {self.damping}")
         if self.max_backtracks < 0 or self.dense_size < 0:
             raise ValueError(
-                f"max_backtracks and dense_size must not be negative, but are {self.max_backtracks}, {self.dense_size}"
+                "max_backtracks and dense_size must not be negative, but are "
+                f"{self.max_backtracks}, {self.dense_size}"
             )
 
     def init(self, phi: Tree) -> Tree:
         return {}
 
-    def step(self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False) -> tuple[Tree, Tree]:
-        return self.solve(fn, phi, steps=1, tolerance=0.0, max_steps=1, create_graph=create_graph).value, state
+    def step(
+        self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False
+    ) -> tuple[Tree, Tree]:
+        return self.solve(
+            fn, phi, steps=1, tolerance=0.0, max_steps=1, create_graph=create_graph
+        ).value, state
 
     def solve(
         self,
@@ -114,8 +132,8 @@ class NewtonCG(Minimizer):
     ) -> Solution:
         if create_graph:
             raise ValueError(
-                "NewtonCG's steps cannot be differentiated: unroll GradientDescent or Adam, or take the derivative at "
-                "NewtonCG's minimum with ImplicitAdjoint"
+                "NewtonCG's steps cannot be differentiated: unroll GradientDescent or Adam, or "
+                "take the derivative at NewtonCG's minimum with ImplicitAdjoint"
             )
         x = tree.flatten(tree.detach(phi))
         scales = None if units is None else _scales(units, phi)
@@ -145,7 +163,8 @@ class NewtonCG(Minimizer):
 
             trial = _point(fn, x + direction, phi)
             lower = trial.loss <= loss + torch.minimum(_ARMIJO * slope, -rounding)
-            # sums that cancel leave more rounding than the loss's size tells; the gradient is there to judge
+            # sums that cancel leave more rounding than the loss's size tells; the gradient is there
+            # to judge
             level = (trial.loss <= loss + 100 * rounding) & (trial.norm <= 0.9 * norm)
             good = moving & torch.isfinite(trial.norm) & (lower | level)
             # where the promise is below rounding, shorter steps would be judged by noise
@@ -156,7 +175,9 @@ class NewtonCG(Minimizer):
             work = work + 1
             if bool((shorter | longer).any()):
                 line = _Line(fn, x, direction, phi, loss, slope, rounding)
-                length, trials = line.search(length, trial.loss, shorter, longer, self.max_backtracks)
+                length, trials = line.search(
+                    length, trial.loss, shorter, longer, self.max_backtracks
+                )
                 trial = _point(fn, x + length[:, None] * direction, phi)
                 work = work + 0.5 * trials + (shorter | longer)
             evaluations = evaluations + torch.where(active, work, 0)
@@ -165,15 +186,21 @@ class NewtonCG(Minimizer):
             arrived_finite = torch.isfinite(trial.norm)
             broken = (active & ~sound) | (stepped & ~arrived_finite)
             stepped = stepped & arrived_finite
-            # at a kink, as of a ReLU, Newton's promises are broken again and again while the loss creeps
+            # at a kink, as of a ReLU, Newton's promises are broken again and again while the loss
+            # creeps
             gain = loss - trial.loss
-            creeping = stepped & (gain <= _BROKEN * promise) & (gain <= _CREEP * loss.abs().clamp(min=1))
+            creeping = (
+                stepped & (gain <= _BROKEN * promise) & (gain <= _CREEP * loss.abs().clamp(min=1))
+            )
             idle = torch.where(creeping, idle + 1, 0)
             stuck = moving & ((length == 0) | (idle >= _PATIENCE))
             ratio = (trial.norm / norm).square().clamp(eps**0.5, 0.1)
             forcing = torch.where(stepped, ratio, forcing)
             x = torch.where(stepped[:, None], trial.x, x)
-            loss, norm = torch.where(stepped, trial.loss, loss), torch.where(stepped, trial.norm, norm)
+            loss, norm = (
+                torch.where(stepped, trial.loss, loss),
+                torch.where(stepped, trial.norm, norm),
+            )
             taken = taken + stepped
 
             small = norm <= allowed
@@ -205,11 +232,15 @@ class NewtonCG(Minimizer):
 
 
 class _Point:
-    """Loss `(tasks,)` and gradient `(tasks, size)` at the rows x, and products with the Hessian there."""
+    """Loss `(tasks,)` and gradient `(tasks, size)` at the rows x, and products with the Hessian
+    there.
+    """
 
     def __init__(self, fn: Losses, x: Tensor, like: Tree) -> None:
         self.x, self._like = x, like
-        self.loss, self._leaves, self._gradient = value_and_gradient(fn, _tree(x, like), create_graph=True)
+        self.loss, self._leaves, self._gradient = value_and_gradient(
+            fn, _tree(x, like), create_graph=True
+        )
         self.gradient = tree.flatten(tree.detach(self._gradient))
         self.norm = _norm(self.gradient)
 
@@ -227,13 +258,17 @@ class _Point:
         found = torch.autograd.grad(
             [self._gradient[name] for name in names],
             leaves,
-            grad_outputs=[parts[name].reshape(v.shape[:-1] + self._like[name].shape[1:]) for name in names],
+            grad_outputs=[
+                parts[name].reshape(v.shape[:-1] + self._like[name].shape[1:]) for name in names
+            ],
             retain_graph=True,
             allow_unused=True,  # and not materialize_grads, whose zeros would lack the batch of vectors
             is_grads_batched=v.dim() == 3,
         )
         columns = [
-            v.new_zeros(*v.shape[:-1], leaf[0].numel()) if x is None else x.reshape(*v.shape[:-1], -1)
+            v.new_zeros(*v.shape[:-1], leaf[0].numel())
+            if x is None
+            else x.reshape(*v.shape[:-1], -1)
             for leaf, x in zip(leaves, found, strict=True)
         ]
         return torch.cat(columns, -1)
@@ -241,10 +276,13 @@ class _Point:
     def hessian(self) -> Tensor:
         """`(tasks, size, size)`, symmetric."""
         tasks, size = self.x.shape
-        basis = torch.eye(size, dtype=self.x.dtype, device=self.x.device)[:, None].expand(size, tasks, size)
+        basis = torch.eye(size, dtype=self.x.dtype, device=self.x.device)[:, None].expand(
+            size, tasks, size
+        )
         try:
             with warnings.catch_warnings():
-                # torch loops over operations without a batching rule by itself, and says so each time
+                # torch loops over operations without a batching rule by itself, and says so each
+                # time
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 rows = [self.product(chunk) for chunk in basis.split(_CHUNK)]
         except RuntimeError as error:
@@ -257,7 +295,9 @@ class _Point:
 
 
 class _GraphedPoint:
-    """The same of a fn that can be a graph, which is asked for the gradient, the Hessian or its products one by one."""
+    """The same of a fn that can be a graph, which is asked for the gradient, the Hessian or its
+    products one by one.
+    """
 
     def __init__(self, fn: Graphed, x: Tensor, like: Tree) -> None:
         self.x, self._fn, self._like = x, fn, like
@@ -296,7 +336,8 @@ def _loss_along(fn: Losses, x: Tensor, direction: Tensor, length: Tensor, like: 
 class _Direction(NamedTuple):
     """A direction `(tasks, size)` and, each `(tasks,)`, what was met on the way to it.
 
-    curvature: the smallest Rayleigh quotient; convex: whether none was negative beyond rounding; work: in gradients;
+    curvature: the smallest Rayleigh quotient; convex: whether none was negative beyond rounding;
+        work: in gradients;
     sound: whether all is finite.
     """
 
@@ -325,7 +366,8 @@ def _dense_direction(point: _Point | _GraphedPoint, active: Tensor, damping: flo
     axes = unit[:, :, None] * vectors
     axis = axes.square().sum(-2)
     along = (axes.mT @ -gradient[..., None])[..., 0] / magnitude
-    # each by itself: where one parameter's curvature has all but vanished, the others still take their Newton step
+    # each by itself: where one parameter's curvature has all but vanished, the others still take
+    # their Newton step
     farthest = _farthest(point.x)[:, None] / axis.sqrt()
     direction = (axes @ along.clamp(-farthest, farthest)[..., None])[..., 0]
     quotients = values / axis
@@ -342,10 +384,12 @@ def _truncated_direction(
     limit: int,
     scales: Tensor | None,
 ) -> _Direction:
-    """CG on (H + damping) d = -g until |residual| <= forcing |g|; with scales S, on S (H + damping) S c = -S g, d = S c.
+    """CG on (H + damping) d = -g until |residual| <= forcing |g|; with scales S, on S (H + damping)
+    S c = -S g, d = S c.
 
-    A direction p without positive curvature is the last: d goes on along it by the step for |curvature|, at most to 100
-    times phi's own size.  To stop before it would be steepest descent again and again beside a ridge.
+    A direction p without positive curvature is the last: d goes on along it by the step for
+    |curvature|, at most to 100 times phi's own size.  To stop before it would be steepest descent
+    again and again beside a ridge.
     """
     # in units of |g|: squares of very large or small gradients would leave the range of the dtype
     unit = torch.where(active, point.norm, 1)[:, None]
@@ -355,11 +399,19 @@ def _truncated_direction(
     rr = _dot(r, r)
     zero = torch.zeros_like(rr)
     walk = {
-        "d": torch.zeros_like(r), "r": r, "p": r, "rr": rr, "target": forcing.square() * rr,
-        "farthest": _farthest(point.x) / unit[:, 0], "curvature": torch.full_like(rr, math.inf),
-        "lowest": torch.full_like(rr, math.inf), "largest": zero, "products": zero, "running": active,
+        "d": torch.zeros_like(r),
+        "r": r,
+        "p": r,
+        "rr": rr,
+        "target": forcing.square() * rr,
+        "farthest": _farthest(point.x) / unit[:, 0],
+        "curvature": torch.full_like(rr, math.inf),
+        "lowest": torch.full_like(rr, math.inf),
+        "largest": zero,
+        "products": zero,
+        "running": active,
         "sound": torch.ones_like(active),
-    }  # fmt: skip
+    }
     if scales is not None:
         walk["scales"] = scales
     product, piece = point.linearized(), _ConjugateStep(damping)
@@ -378,14 +430,18 @@ class _ConjugateStep:
 
     damping: float
 
-    def __call__(self, product: Callable[[Tensor], Tensor], walk: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(
+        self, product: Callable[[Tensor], Tensor], walk: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         d, r, p, rr, running = (walk[name] for name in ("d", "r", "p", "rr", "running"))
         scales = walk.get("scales")
         step = p if scales is None else scales * p  # in phi's own units
         hp = product(step)
         pp, php = _dot(step, step), _dot(step, hp)
         products = walk["products"] + running
-        curvature = torch.where(running, torch.minimum(walk["curvature"], php / pp), walk["curvature"])
+        curvature = torch.where(
+            running, torch.minimum(walk["curvature"], php / pp), walk["curvature"]
+        )
         sound = walk["sound"] & ~(running & ~torch.isfinite(php))
         # what the sign is worth is judged where the units do not matter
         scaled = pp if scales is None else _dot(p, p)
@@ -406,9 +462,17 @@ class _ConjugateStep:
         running = running & positive & (new_rr > walk["target"])
         p = torch.where(running[:, None], r + (new_rr / rr)[:, None] * p, p)
         return walk | {
-            "d": d, "r": r, "p": p, "rr": torch.where(running, new_rr, rr), "curvature": curvature, "lowest": lowest,
-            "largest": largest, "products": products, "running": running, "sound": sound,
-        }  # fmt: skip
+            "d": d,
+            "r": r,
+            "p": p,
+            "rr": torch.where(running, new_rr, rr),
+            "curvature": curvature,
+            "lowest": lowest,
+            "largest": largest,
+            "products": products,
+            "running": running,
+            "sound": sound,
+        }
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -422,16 +486,23 @@ def _norm(a: Tensor) -> Tensor:
 
 
 def _scales(units: Tree, phi: Tree) -> Tensor:
-    """The units on rows, the largest of each task 1, and none so small that rounding would hide what is done along it."""
+    """The units on rows, the largest of each task 1, and none so small that rounding would hide
+    what is done along it.
+    """
     rows = tree.flatten({name: units[name].detach() for name in phi})
     if not bool((torch.isfinite(rows) & (rows > 0)).all()):
-        raise ValueError("units must be positive and finite: they are the sizes of usual changes of phi's entries")
+        raise ValueError(
+            "units must be positive and finite: they are the sizes of usual changes of phi's "
+            "entries"
+        )
     rows = rows / rows.amax(-1, keepdim=True)
     return rows.clamp(min=torch.finfo(rows.dtype).eps ** 0.25)
 
 
 def _farthest(x: Tensor) -> Tensor:
-    """How far one direction may lead, `(tasks,)`: a bound on nonsense, loose enough for a start in poor units."""
+    """How far one direction may lead, `(tasks,)`: a bound on nonsense, loose enough for a start in
+    poor units.
+    """
     return 100 * (1 + _norm(x))
 
 
@@ -454,12 +525,18 @@ class _Line(NamedTuple):
         length: what a task settles for if nothing better is found; at_one: the losses at length 1;
         shorter, longer: the tasks that must go back, and those that may go on while the loss falls.
         """
-        ahead, last, lowest, trials = torch.ones_like(length), at_one, at_one, torch.zeros_like(length)
+        ahead, last, lowest, trials = (
+            torch.ones_like(length),
+            at_one,
+            at_one,
+            torch.zeros_like(length),
+        )
         for _ in range(max_trials):
             searching = shorter | longer
             if not bool(searching.any()):
                 break
-            # the minimum of the parabola through what is known, but between a tenth and a half; a tenth where it is not
+            # the minimum of the parabola through what is known, but between a tenth and a half; a
+            # tenth where it is not
             shrink = -0.5 * self.slope * ahead / (last - self.loss - ahead * self.slope)
             shrink = torch.where(torch.isfinite(last), shrink.nan_to_num(0.1).clamp(0.1, 0.5), 0.1)
             ahead = torch.where(shorter, shrink * ahead, torch.where(longer, 2 * ahead, length))

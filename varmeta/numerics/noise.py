@@ -1,12 +1,12 @@
 """Random numbers as a function of (seed, step, task), without a generator's state.
 
-Every number is a hash of its own address (seed, step, task id, draw k, coordinate j).  So a task meets the same noise
-whichever tasks share its batch, in whichever order, in whichever process, and however many draws are asked for; and a
-run that is resumed needs no generator to be saved.
+Every number is a hash of its own address (seed, step, task id, draw k, coordinate j).  So a task
+meets the same noise whichever tasks share its batch, in whichever order, in whichever process, and
+however many draws are asked for; and a run that is resumed needs no generator to be saved.
 
-The hash absorbs one integer of the address at a time: h <- mix(h + (value + 1) * GOLDEN), with SplitMix64's output
-function as `mix` (Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014).  It is meant for
-simulation, not for secrets.
+The hash absorbs one integer of the address at a time: h <- mix(h + (value + 1) * GOLDEN), with
+SplitMix64's output function as `mix` (Steele, Lea and Flood, Fast splittable pseudorandom number
+generators, OOPSLA 2014).  It is meant for simulation, not for secrets.
 """
 
 from __future__ import annotations
@@ -21,17 +21,24 @@ from torch import Tensor
 
 
 def normal(
-    seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype = torch.float64
+    seed: int | Tensor,
+    step: int | Tensor,
+    ids: Tensor,
+    num: int,
+    size: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Draws of N(0, 1), `(num, tasks, size)`, on the device of `ids`.
 
-    seed, step: any integers of 64 bits, or int64 tensors `()`: then a traced graph serves every seed and step.
+    seed, step: any integers of 64 bits, or int64 tensors `()`: then a traced graph serves every
+        seed and step.
     ids: the tasks' names as int64 numbers, `(tasks,)`; see `task_id`.
     num, size: how many draws, of how many coordinates; more draws begin with the numbers of fewer.
-    dtype: the uniforms and the radius are made in float64, so float32 sees float64's noise but for a few roundings, 3e-6 at
-        most; lower dtypes see float32's, rounded.
+    dtype: the uniforms and the radius are made in float64, so float32 sees float64's noise but for
+        a few roundings, 3e-6 at most; lower dtypes see float32's, rounded.
 
-    Raises TypeError for ids, a dtype, or integers of the wrong kind, ValueError for a wrong shape or a negative number.
+    Raises TypeError for ids, a dtype, or integers of the wrong kind, ValueError for a wrong shape
+    or a negative number.
 
     >>> ids = torch.tensor([task_id("a"), task_id("b")])
     >>> draws = normal(0, 0, ids, num=3, size=2)
@@ -39,16 +46,22 @@ def normal(
     (torch.Size([3, 2, 2]), True)
     """
     _check(seed, step, ids, num, size, dtype)
-    # Box-Muller: the coordinates i and i + pairs are the cosine and the sine of one pair of uniforms.  Side by side they would
-    # have to be stored one by one, which takes three times as long as making them.
+    # Box-Muller: the coordinates i and i + pairs are the cosine and the sine of one pair of
+    # uniforms.  Side by side they would have to be stored one by one, which takes three times as
+    # long as making them.
     pairs = (size + 1) // 2
     row = _address(seed, step, ids, num, stream=0)
     first = 2 * _counting(pairs, ids)
-    u, v = (_open_unit(_absorb(row, coordinate), torch.float64) for coordinate in (first, first + 1))
-    # the radius needs float64's small uniforms for its tail; cosine and sine lose nothing but digits, and take most of the time
+    u, v = (
+        _open_unit(_absorb(row, coordinate), torch.float64) for coordinate in (first, first + 1)
+    )
+    # the radius needs float64's small uniforms for its tail; cosine and sine lose nothing but
+    # digits, and take most of the time
     single = dtype if dtype == torch.float64 else torch.float32
     radius, angle = (-2 * u.log()).sqrt().to(single), (2 * math.pi * v).to(single)
-    return torch.cat([(radius * angle.cos()).to(dtype), (radius * angle.sin()).to(dtype)], -1)[..., :size]
+    return torch.cat([(radius * angle.cos()).to(dtype), (radius * angle.sin()).to(dtype)], -1)[
+        ..., :size
+    ]
 
 
 def uniform(
@@ -61,10 +74,13 @@ def uniform(
     *,
     first: int = 0,
 ) -> Tensor:
-    """Uniform draws `(num, tasks, size)` in the open interval (0, 1); never 0 or 1, so logarithms are finite.
+    """Uniform draws `(num, tasks, size)` in the open interval (0, 1); never 0 or 1, so logarithms
+    are finite.
 
-    Arguments, errors and invariances as for `normal`, but independent of it; more coordinates begin with fewer too.
-    first: the number of the first draw; `uniform(..., num=5)[3:]` is `uniform(..., num=2, first=3)`.
+    Arguments, errors and invariances as for `normal`, but independent of it; more coordinates begin
+    with fewer too.
+    first: the number of the first draw; `uniform(..., num=5)[3:]` is `uniform(..., num=2,
+        first=3)`.
     Resolution: 2^-52 in float64, 2^-23 in float32.
 
     >>> draws = uniform(7, 0, torch.tensor([3]), num=1000, size=1)
@@ -72,11 +88,14 @@ def uniform(
     (True, True, 0.5)
     """
     _check(seed, step, ids, num, size, dtype)
-    return _open_unit(_absorb(_address(seed, step, ids, num, stream=1, first=first), _counting(size, ids)), dtype)
+    return _open_unit(
+        _absorb(_address(seed, step, ids, num, stream=1, first=first), _counting(size, ids)), dtype
+    )
 
 
 def task_id(name: str) -> int:
-    """A task's number from its name: 63 bits of BLAKE2b, the same in every process and on every machine.
+    """A task's number from its name: 63 bits of BLAKE2b, the same in every process and on every
+    machine.
 
     >>> task_id("radon, Aitkin county") == task_id("radon, Aitkin county") != task_id("radon, Anoka county")
     True
@@ -108,8 +127,12 @@ def _shift(h: Tensor, bits: int) -> Tensor:
     return (h >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _address(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, stream: int, first: int = 0) -> Tensor:
-    """One hash for every draw and task, int64 `(num, tasks, 1)`; `stream` separates the kinds of number."""
+def _address(
+    seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, stream: int, first: int = 0
+) -> Tensor:
+    """One hash for every draw and task, int64 `(num, tasks, 1)`; `stream` separates the kinds of
+    number.
+    """
     h = torch.zeros((), dtype=torch.int64, device=ids.device)
     for value in (stream, seed, step):
         h = _absorb(h, value if isinstance(value, Tensor) else torch.full_like(h, _signed(value)))
@@ -117,17 +140,22 @@ def _address(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, stre
 
 
 def _counting(size: int, like: Tensor) -> Tensor:
-    # by numpy: in a traced graph this is then an input, where arange's products would overflow the compiler's symbols
+    # by numpy: in a traced graph this is then an input, where arange's products would overflow the
+    # compiler's symbols
     return torch.from_numpy(np.arange(size)).to(like.device)
 
 
 def _open_unit(h: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n + 1/2) / 2^bits of the leading bits n: with one bit fewer than the significand neither end is reached."""
+    """(n + 1/2) / 2^bits of the leading bits n: with one bit fewer than the significand neither end
+    is reached.
+    """
     bits = round(-math.log2(torch.finfo(dtype).eps))
     return (_shift(h, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
 
 
-def _check(seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype) -> None:
+def _check(
+    seed: int | Tensor, step: int | Tensor, ids: Tensor, num: int, size: int, dtype: torch.dtype
+) -> None:
     for name, value in (("seed", seed), ("step", step), ("num", num), ("size", size)):
         if isinstance(value, Tensor) and value.shape == () and value.dtype == torch.int64:
             continue

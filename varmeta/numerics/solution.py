@@ -11,7 +11,9 @@ from varmeta.numerics.tree import Tree
 
 
 class Result(enum.IntEnum):
-    """How an iteration ended; the larger, the worse.  `.sentence` says it and ends in something to do."""
+    """How an iteration ended; the larger, the worse.  `.sentence` says it and ends in something to
+    do.
+    """
 
     CONVERGED = 0
     STEP_LIMIT = 1
@@ -27,14 +29,18 @@ class Result(enum.IntEnum):
 
 _SENTENCES = {
     Result.CONVERGED: "converged",
-    Result.STEP_LIMIT: "stopped at the step limit before the tolerance was met: raise max_steps or loosen the tolerance",
-    Result.STAGNATED: "no step lowered the objective although the gradient is above the tolerance: use float64 data, or "
+    Result.STEP_LIMIT: "stopped at the step limit before the tolerance was met: raise max_steps "
+    "or loosen the tolerance",
+    Result.STAGNATED: "no step lowered the objective although the gradient is above the "
+    "tolerance: use float64 data, or "
     "loosen the tolerance",
-    Result.NEGATIVE_CURVATURE: "met a direction of negative curvature, so the inner problem is not convex there: raise the "
+    Result.NEGATIVE_CURVATURE: "met a direction of negative curvature, so the inner problem is "
+    "not convex there: raise the "
     "prior precision, or take more inner steps",
     Result.DIVERGED: "the iteration diverges: lower its step size",
-    Result.NON_FINITE: "a loss or gradient is not finite: look at the named tasks' data, and lower the learning rate",
-}  # fmt: skip
+    Result.NON_FINITE: "a loss or gradient is not finite: look at the named tasks' data, and "
+    "lower the learning rate",
+}
 
 
 class Solution(NamedTuple):

@@ -1,7 +1,7 @@
 """Arithmetic on trees: `dict[str, Tensor]` whose tensors all have the task axis first.
 
-A number with the task axis, such as an inner product, has shape `(tasks,)`; it is broadcast against a tree
-by `scale` and `where`.  Nothing here knows what the tensors mean.
+A number with the task axis, such as an inner product, has shape `(tasks,)`; it is broadcast against
+a tree by `scale` and `where`.  Nothing here knows what the tensors mean.
 """
 
 from __future__ import annotations
@@ -88,4 +88,7 @@ def unflatten(flat: Tensor, like: Tree) -> Tree:
     """The inverse of `flatten` for a tree shaped as `like`; the leading axis may differ."""
     sizes = [x[0].numel() for x in like.values()]
     parts = flat.split(sizes, -1)
-    return {name: part.reshape(len(flat), *x.shape[1:]) for (name, x), part in zip(like.items(), parts, strict=True)}
+    return {
+        name: part.reshape(len(flat), *x.shape[1:])
+        for (name, x), part in zip(like.items(), parts, strict=True)
+    }

@@ -1,4 +1,6 @@
-"""Lower triangular roots of positive definite matrices, without the loss of digits that squaring brings."""
+"""Lower triangular roots of positive definite matrices, without the loss of digits that squaring
+brings.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from torch import Tensor
 
 
 def lower_root(root: Tensor) -> Tensor:
-    """The lower triangle with a positive diagonal, `(..., D, D)`, that has the same product with its transpose as `root`.
+    """The lower triangle with a positive diagonal, `(..., D, D)`, that has the same product with
+    its transpose as `root`.
 
-    By QR: `root @ root.mT`, whose condition is the square, need be no positive definite matrix any more.
+    By QR: `root @ root.mT`, whose condition is the square, need be no positive definite matrix any
+        more.
     """
     upper = torch.linalg.qr(root.mT).R
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
@@ -19,14 +23,16 @@ def lower_root(root: Tensor) -> Tensor:
 
 
 def root_of_inverse(matrix: Tensor, least: float, convex: bool = False) -> Tensor:
-    """Lower triangular L `(rows, D, D)` with L L' = H^-1 for symmetric H `(rows, D, D)`; NaN where H is not finite.
+    """Lower triangular L `(rows, D, D)` with L L' = H^-1 for symmetric H `(rows, D, D)`; NaN where
+    H is not finite.
 
-    An H with an eigenvalue below `least` is given absolute ones, at least that.  Any other is taken as it is: Cholesky's
-    factor of H with both axes reversed keeps the digits of a flat direction beside one that is many orders of magnitude
-    steeper, which eigenvalues lose.
+    An H with an eigenvalue below `least` is given absolute ones, at least that.  Any other is taken
+    as it is: Cholesky's factor of H with both axes reversed keeps the digits of a flat direction
+    beside one that is many orders of magnitude steeper, which eigenvalues lose.
 
-    convex: H = I + A'A by how it was made, so that only rounding can have taken its identity: where an eigenvalue, in units
-    of H's diagonal, is no more than rounding, the identity is all that there is.
+    convex: H = I + A'A by how it was made, so that only rounding can have taken its identity: where
+    an eigenvalue, in units of H's diagonal, is no more than rounding, the identity is all that
+    there is.
 
     >>> root_of_inverse(torch.tensor([[[4.0, 0.0], [0.0, 0.25]]]), least=0.01)
     tensor([[[0.5000, 0.0000],
@@ -41,7 +47,9 @@ def root_of_inverse(matrix: Tensor, least: float, convex: bool = False) -> Tenso
     if not convex:
         flat = flat | (torch.linalg.cholesky_ex(matrix - least * identity).info != 0)
     else:  # a pivot that rounding made
-        flat = flat | (reverse.square() <= _rounding(matrix) * matrix.flip(-1, -2)).diagonal(dim1=-2, dim2=-1).any(-1)
+        flat = flat | (reverse.square() <= _rounding(matrix) * matrix.flip(-1, -2)).diagonal(
+            dim1=-2, dim2=-1
+        ).any(-1)
     upper = torch.where(flat[:, None, None], identity, reverse.flip(-1, -2).mT)
     factor = torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=False)
     if bool(flat.any()):
@@ -50,7 +58,9 @@ def root_of_inverse(matrix: Tensor, least: float, convex: bool = False) -> Tenso
 
 
 def _rounding(matrix: Tensor) -> float:
-    """Up to where an eigenvalue, or a squared pivot, in units of the diagonal may be made by rounding alone."""
+    """Up to where an eigenvalue, or a squared pivot, in units of the diagonal may be made by
+    rounding alone.
+    """
     return 10 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
 
 
@@ -68,14 +78,20 @@ def _of_identity_and_more(matrix: Tensor, least: float) -> Tensor:
 
 
 def root_of_covariance(matrix: Tensor) -> Tensor:
-    """Lower triangular L `(..., D, D)` with L L' = S for a covariance S, also one that rounding has left without a direction.
+    """Lower triangular L `(..., D, D)` with L L' = S for a covariance S, also one that rounding has
+    left without a direction.
 
     Such a direction gets the variance that rounding leaves room for, in units of the sds.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not bool(failed.any()):
         return factor
-    sd = matrix.diagonal(dim1=-2, dim2=-1).clamp(min=torch.finfo(matrix.dtype).tiny).sqrt().unsqueeze(-1)
+    sd = (
+        matrix.diagonal(dim1=-2, dim2=-1)
+        .clamp(min=torch.finfo(matrix.dtype).tiny)
+        .sqrt()
+        .unsqueeze(-1)
+    )
     correlation = matrix / sd / sd.mT
     finite = correlation.isfinite().all(-1).all(-1)[..., None, None]
     values, vectors = torch.linalg.eigh(torch.where(finite, correlation, 0.0))

@@ -1,4 +1,6 @@
-"""Figures of what was learned, under the name that users type: `from varmeta.plot import plot_curves`."""
+"""Figures of what was learned, under the name that users type: `from varmeta.plot import
+plot_curves`.
+"""
 
 from varmeta.plot.comparison import plot_comparison
 from varmeta.plot.curves import plot_curves
@@ -7,6 +9,15 @@ from varmeta.plot.style import BAND, INK, MUTED
 from varmeta.plot.weights import plot_gaps, plot_prior
 
 __all__ = [
-    "BAND", "INK", "MUTED", "no_pooling", "plot_comparison", "plot_curves", "plot_gaps", "plot_posteriors", "plot_prior",
-    "plot_prior_curves", "plot_shrinkage",
-]  # fmt: skip
+    "BAND",
+    "INK",
+    "MUTED",
+    "no_pooling",
+    "plot_comparison",
+    "plot_curves",
+    "plot_gaps",
+    "plot_posteriors",
+    "plot_prior",
+    "plot_prior_curves",
+    "plot_shrinkage",
+]

@@ -23,13 +23,17 @@ LABEL_WIDTH = 26
 FAR = 6.0
 
 
-def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = None, level: float = 0.9) -> Any:
+def plot_comparison(
+    table: pd.DataFrame, metric: str = "log_density", ax: Any = None, level: float = 0.9
+) -> Any:
     """Mean and 95 % interval of one score of a `Report.table`; returns the matplotlib axes.
 
-    The methods stand in the same order whatever the score, by their log density, best on top (without it, by the score).
-    Coverage has no better end: its nominal level is drawn, and lines show how far from it a method is.
-    A method that failed by far stands at the edge, with its numbers.  One that has not settled has an open circle and no
-    interval, and its name says so; one that overspent its budget says by how much.
+    The methods stand in the same order whatever the score, by their log density, best on top
+    (without it, by the score).
+    Coverage has no better end: its nominal level is drawn, and lines show how far from it a method
+    is. A method that failed by far stands at the edge, with its numbers.  One that has not settled
+    has an open circle and no interval, and its name says so; one that overspent its budget says by
+    how much.
     level: the nominal level of the coverage in the table.
 
     Raises ValueError for a score that the table does not have.
@@ -39,19 +43,31 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
         raise ValueError(f"unknown score {metric!r}: the table has {scores}")
     level = probability("level", level)
     by = "log_density" if "log_density" in table else metric
-    table = table.loc[_loss(table, by, level).sort_values(ascending=False, na_position="first").index]
+    table = table.loc[
+        _loss(table, by, level).sort_values(ascending=False, na_position="first").index
+    ]
     ax = axes_for(ax, figsize=(7.0, 0.42 * len(table) + 1.2))
     rows = np.arange(len(table))
-    mean, low, high = (table[name].to_numpy(float) for name in (metric, f"{metric}_low", f"{metric}_high"))
+    mean, low, high = (
+        table[name].to_numpy(float) for name in (metric, f"{metric}_low", f"{metric}_high")
+    )
     if metric == "coverage":
         ax.axvline(level, color=MUTED, lw=1, ls="--", zorder=1)
         ax.hlines(rows, level, mean, color=MUTED, lw=1, zorder=1)
     errors = np.clip([mean - low, high - mean], 0, None)
     settled = table["settled"].to_numpy(bool) if "settled" in table else np.ones(len(table), bool)
     ax.errorbar(
-        mean[settled], rows[settled], xerr=errors[:, settled], fmt="o", color=INK, elinewidth=1.6, capsize=4,
-        capthick=1.6, ms=5, mec="white",
-    )  # fmt: skip
+        mean[settled],
+        rows[settled],
+        xerr=errors[:, settled],
+        fmt="o",
+        color=INK,
+        elinewidth=1.6,
+        capsize=4,
+        capthick=1.6,
+        ms=5,
+        mec="white",
+    )
     ax.plot(mean[~settled], rows[~settled], "o", color=INK, ms=5, mfc="white", mew=1.4)
     if metric == "coverage":  # with two seeds intervals are longer than all that a share can be
         left, right = ax.get_xlim()
@@ -66,19 +82,41 @@ def plot_comparison(table: pd.DataFrame, metric: str = "log_density", ax: Any = 
             text, at, side = "no score: every run failed", ax.get_xlim()[0], "left"
         elif edges is not None and not min(edges) <= mean[row] <= max(edges):
             at, side = (edges[1], "left") if edges[1] < edges[0] else (edges[1], "right")
-            ax.plot(at, row, marker="<" if side == "left" else ">", color=INK, ms=7, clip_on=False, zorder=4)
-            text = f"{mean[row]:.2f}" + (f" [{low[row]:.2f}, {high[row]:.2f}]" if settled[row] else "")
+            ax.plot(
+                at,
+                row,
+                marker="<" if side == "left" else ">",
+                color=INK,
+                ms=7,
+                clip_on=False,
+                zorder=4,
+            )
+            text = f"{mean[row]:.2f}" + (
+                f" [{low[row]:.2f}, {high[row]:.2f}]" if settled[row] else ""
+            )
         else:
             continue
         shift = (9 if side == "left" else -9, 0)
         # its own interval may reach into the axis, under the text
         ax.annotate(
-            text, (at, row), shift, textcoords="offset points", ha=side, va="center", fontsize=8, color=INK, zorder=5,
+            text,
+            (at, row),
+            shift,
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=8,
+            color=INK,
+            zorder=5,
             bbox={"fc": "white", "ec": "none", "pad": 1.0},
-        )  # fmt: skip
+        )
     ax.set_yticks(rows, [_name(name, row) for name, row in table.iterrows()])
     ax.set_ylim(-0.6, len(table) - 0.4)
-    name = f"coverage of the {percent(level)} interval" if metric == "coverage" else AXIS_NAMES.get(metric, metric)
+    name = (
+        f"coverage of the {percent(level)} interval"
+        if metric == "coverage"
+        else AXIS_NAMES.get(metric, metric)
+    )
     order = "" if metric == by else "\n(methods in the order of their log density)"
     open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
     ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}")
@@ -104,7 +142,9 @@ def _loss(table: pd.DataFrame, metric: str, level: float) -> pd.Series:
 
 
 def _edges(loss: np.ndarray, table: pd.DataFrame, metric: str) -> tuple[float, float] | None:
-    """Best and worst end of the axis, where a method that failed by far would squeeze the others together; else None."""
+    """Best and worst end of the axis, where a method that failed by far would squeeze the others
+    together; else None.
+    """
     loss_limit = np.nanmin(loss) + FAR * (np.nanmedian(loss) - np.nanmin(loss))
     near = table[loss <= loss_limit]
     if metric == "coverage" or len(near) == np.isfinite(loss).sum():

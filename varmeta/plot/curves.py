@@ -20,26 +20,39 @@ JITTER = 0.03
 
 
 def plot_curves(
-    posterior: Posterior, x: Any, tasks: str | list[str], axes: Any = None, *, num_samples: int = 1000, seed: int = 0,
-    scaling: Scaling | None = None, labels: tuple[str | None, str | None] = (None, None),
-) -> Any:  # fmt: skip
-    """The mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name, with their data; returns the axes.
+    posterior: Posterior,
+    x: Any,
+    tasks: str | list[str],
+    axes: Any = None,
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    scaling: Scaling | None = None,
+    labels: tuple[str | None, str | None] = (None, None),
+) -> Any:
+    """The mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name, with
+    their data; returns the axes.
 
-    For numbers the bands are of single observations.  For counts and for 0 and 1 the curve is the rate or probability and the
-    bands say where that is; 0 and 1 are drawn a little apart, successes out of trials as shares.
+    For numbers the bands are of single observations.  For counts and for 0 and 1 the curve is the
+    rate or probability and the bands say where that is; 0 and 1 are drawn a little apart, successes
+    out of trials as shares.
     scaling: the `Scaling` of standardised tasks; the figure is then in the data's own units.
     labels: of the x and the y axis; x by default as its column is called.
 
-    Raises ValueError for a task that the posterior does not have, an x of several columns, and observations of several numbers.
+    Raises ValueError for a task that the posterior does not have, an x of several columns, and
+    observations of several numbers.
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
     unknown = [name for name in tasks if name not in posterior.names]
     if unknown or not tasks:
-        raise ValueError(f"tasks must name some of {list(posterior.names[:5])}, ...; not {unknown or tasks}")
+        raise ValueError(
+            f"tasks must name some of {list(posterior.names[:5])}, ...; not {unknown or tasks}"
+        )
     shape = posterior.trained.x_shape
     if shape not in ((), (1,)):
         raise ValueError(
-            f"a curve is drawn over one predictor, but a row of x has shape {shape}: see posterior.expected"
+            f"a curve is drawn over one predictor, but a row of x has shape {shape}: see "
+            "posterior.expected"
         )
     posterior = posterior.take(tasks)
     grid = torch.as_tensor(x).reshape(-1, *shape)
@@ -50,24 +63,38 @@ def plot_curves(
 
     def in_x(values: Tensor) -> np.ndarray:
         values = values.cpu()
-        scaled = values if scaling is None else values * scaling.x_scale.to(values) + scaling.x_loc.to(values)
+        scaled = (
+            values
+            if scaling is None
+            else values * scaling.x_scale.to(values) + scaling.x_loc.to(values)
+        )
         return np.asarray(scaled).reshape(-1)
 
     def in_y(values: Tensor) -> np.ndarray:
         values = values.cpu()
         return np.asarray(values if scaling is None else scaling.y_inverse(values)).reshape(-1)
 
-    binary = drawn.of_mean and all(_is_binary(task.support) and _is_binary(task.query) for task in posterior.tasks)
+    binary = drawn.of_mean and all(
+        _is_binary(task.support) and _is_binary(task.query) for task in posterior.tasks
+    )
     what = "interval of the mean" if drawn.of_mean else "interval of observations"
     for index, (ax, name) in enumerate(zip(np.ravel(axes), tasks, strict=False)):
         for level, (low, high) in bands.items():
             ax.fill_between(
-                in_x(grid), in_y(low[index]), in_y(high[index]), color=BAND, alpha=LEVELS[level], lw=0,
+                in_x(grid),
+                in_y(low[index]),
+                in_y(high[index]),
+                color=BAND,
+                alpha=LEVELS[level],
+                lw=0,
                 label=f"{percent(level)} {what}",
-            )  # fmt: skip
+            )
         ax.plot(in_x(grid), in_y(drawn.mean.mean[index]), color=INK, lw=1.5, label="mean")
         task = posterior.tasks[index]
-        for part, label, face in ((task.support, "adapted to", INK), (task.query, "held out", "white")):
+        for part, label, face in (
+            (task.support, "adapted to", INK),
+            (task.query, "held out", "white"),
+        ):
             if part is not None:
                 y = in_y(_shares(part[1]))
                 y = _jittered(y, index) if binary else y
@@ -84,7 +111,9 @@ def _grid_of_axes(number: int) -> Any:
     columns = min(3, number)
     lines = -(-number // columns)
     size = (max(5.0, 3.1 * columns), 2.4 * lines + 0.5)
-    return plt.subplots(lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")[1]
+    return plt.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )[1]
 
 
 def _explain(axes: Any, own: bool, number: int, labels: tuple[str | None, str | None]) -> None:
@@ -96,12 +125,19 @@ def _explain(axes: Any, own: bool, number: int, labels: tuple[str | None, str | 
         for ax in np.atleast_2d(axes)[-2]:
             ax.tick_params(labelbottom=True)
     entries = {
-        label: handle for ax in flat[:number] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        label: handle
+        for ax in flat[:number]
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     if own:
         figure = flat[0].figure
         figure.legend(
-            entries.values(), entries, loc="outside upper center", ncols=min(5, len(entries)), fontsize=8, frameon=False
+            entries.values(),
+            entries,
+            loc="outside upper center",
+            ncols=min(5, len(entries)),
+            fontsize=8,
+            frameon=False,
         )
         figure.supxlabel(labels[0] or "", fontsize=9)
         figure.supylabel(labels[1] or "", fontsize=9)
@@ -117,7 +153,9 @@ def _column(posterior: Posterior) -> str | None:
 
 
 def _shares(y: Tensor) -> Tensor:
-    """Successes out of trials as shares, `(points, 2)` to `(points,)`; other observations as they are."""
+    """Successes out of trials as shares, `(points, 2)` to `(points,)`; other observations as they
+    are.
+    """
     return y[:, 0] / y[:, 1] if y.dim() == 2 and y.shape[1] == 2 else y
 
 

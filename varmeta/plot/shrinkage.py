@@ -1,4 +1,6 @@
-"""Figures of what pooling did: shrinkage arrows, priors beside posteriors, curves drawn from the prior."""
+"""Figures of what pooling did: shrinkage arrows, priors beside posteriors, curves drawn from the
+prior.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ ELLIPSE = 2.0
 
 
 def no_pooling(fit: Fit) -> Tensor:
-    """Every training task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 % of one observation.
+    """Every training task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 %
+    of one observation.
 
     Shared parameters and the noise scale are the fit's.
     """
@@ -30,11 +33,13 @@ def no_pooling(fit: Fit) -> Tensor:
 
 
 def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = None) -> Any:
-    """Arrows from every task's own estimate to its posterior mean, for two weights by label; returns the axes.
+    """Arrows from every task's own estimate to its posterior mean, for two weights by label;
+    returns the axes.
 
-    The cross is theta0, the ellipse the prior's two sds.  Tasks without data have no arrow.  Where features move the prior, it
-    is drawn for a task whose features are at their mean.
-    weights: by default the first two of `fit.prior.labels`; for a model with one weight the tasks stand side by side.
+    The cross is theta0, the ellipse the prior's two sds.  Tasks without data have no arrow.  Where
+    features move the prior, it is drawn for a task whose features are at their mean.
+    weights: by default the first two of `fit.prior.labels`; for a model with one weight the tasks
+        stand side by side.
 
     Raises ValueError for a weight that there is not.
     """
@@ -51,7 +56,12 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
         end = np.stack([np.arange(len(order)), mean[order, at[0]]], -1)
         sd = math.sqrt(covariance[at[0], at[0]])
         ax.axhspan(
-            loc[at[0]] - ELLIPSE * sd, loc[at[0]] + ELLIPSE * sd, color=BAND, alpha=0.2, lw=0, label="prior, 2 sds"
+            loc[at[0]] - ELLIPSE * sd,
+            loc[at[0]] + ELLIPSE * sd,
+            color=BAND,
+            alpha=0.2,
+            lw=0,
+            label="prior, 2 sds",
         )
         ax.axhline(loc[at[0]], color="black", lw=1, label="theta0")
         ax.set_xlabel("tasks, sorted")
@@ -68,24 +78,37 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
         ax.set_xlabel(fit.prior.labels[at[0]])
         ax.set_ylabel(fit.prior.labels[at[1]])
     for a, b in zip(start, end, strict=True):
-        ax.annotate("", b, a, arrowprops={"arrowstyle": "->", "color": MUTED, "lw": 0.8, "shrinkA": 2, "shrinkB": 2})
+        ax.annotate(
+            "",
+            b,
+            a,
+            arrowprops={"arrowstyle": "->", "color": MUTED, "lw": 0.8, "shrinkA": 2, "shrinkB": 2},
+        )
     ax.scatter(*start.T, s=16, fc="white", ec=INK, lw=1, zorder=3, label="task alone (no pooling)")
-    ax.scatter(*end.T, s=16, fc=INK, ec="white", lw=0.4, zorder=3, label="posterior mean (partial pooling)")
+    ax.scatter(
+        *end.T, s=16, fc=INK, ec="white", lw=0.4, zorder=3, label="posterior mean (partial pooling)"
+    )
     ax.legend(fontsize=8, frameon=False)
     tidy(ax)
     return ax
 
 
 def plot_posteriors(fit: Fit, weight: str, ax: Any = None) -> Any:
-    """Densities of one weight, by label: of the learned prior, and of every training task's posterior; returns the axes.
+    """Densities of one weight, by label: of the learned prior, and of every training task's
+    posterior; returns the axes.
 
-    Where features move the prior, it is drawn for a task whose features are at their mean.
-    Raises ValueError for a weight that there is not, and for a delta guide, whose posteriors have no density.
+    Where features move the prior, it is drawn for a task whose features are at their mean. Raises
+    ValueError for a weight that there is not, and for a delta guide, whose posteriors have no
+    density.
     """
     posterior, index = fit.posterior(), _position(fit, weight)
     if posterior.is_point:
-        raise ValueError("a delta guide's posteriors are points without a density: see plot_prior(fit)")
-    mean, sd = (fit.model.weights.flatten(part).cpu()[:, index] for part in (posterior.mean, posterior.sd))
+        raise ValueError(
+            "a delta guide's posteriors are points without a density: see plot_prior(fit)"
+        )
+    mean, sd = (
+        fit.model.weights.flatten(part).cpu()[:, index] for part in (posterior.mean, posterior.sd)
+    )
     centre = float(centre_of(fit)[index])
     spread = float(fit.prior.covariance[index, index].sqrt())
     low = min(centre - 3.5 * spread, float((mean - 3.5 * sd).min()))
@@ -104,11 +127,14 @@ def plot_posteriors(fit: Fit, weight: str, ax: Any = None) -> Any:
     return ax
 
 
-def plot_prior_curves(fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: Any = None, level: float = 0.9) -> Any:
-    """What the prior learned, as functions: curves of tasks drawn from it over a one-dimensional grid x; returns the axes.
+def plot_prior_curves(
+    fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: Any = None, level: float = 0.9
+) -> Any:
+    """What the prior learned, as functions: curves of tasks drawn from it over a one-dimensional
+    grid x; returns the axes.
 
-    The curve is the mean of an observation (a probability, a rate); the band holds `level` of 1,000 such curves at each x.
-    Where features move the prior, the new tasks' are at their mean.
+    The curve is the mean of an observation (a probability, a rate); the band holds `level` of 1,000
+    such curves at each x. Where features move the prior, the new tasks' are at their mean.
 
     Raises ValueError for an x of several columns, as `plot_curves` does.
     """
@@ -116,22 +142,35 @@ def plot_prior_curves(fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: 
     shape = fit.tasks.x_shape
     if shape not in ((), (1,)):
         raise ValueError(
-            f"a curve is drawn over one predictor, but a row of x has shape {shape}: see adapt and expected"
+            f"a curve is drawn over one predictor, but a row of x has shape {shape}: see adapt and "
+            "expected"
         )
     grid = torch.as_tensor(x).reshape(-1, *shape)
-    features = {name: float(value.mean()) for name, value in fit.tasks.batch().support.features.items()}
+    features = {
+        name: float(value.mean()) for name, value in fit.tasks.batch().support.features.items()
+    }
     new = TaskSet([Task(name="new task", features=features)])
     drawn = fit.adapt(new).expected(grid, num_samples=max(1000, num_draws), seed=seed)
     if drawn.samples.dim() > 3:
         raise ValueError(
-            f"a curve is of one number, but an observation's mean has shape {tuple(drawn.samples.shape[3:])}"
+            "a curve is of one number, but an observation's mean has shape "
+            f"{tuple(drawn.samples.shape[3:])}"
         )
     ax = axes_for(ax, figsize=(6.5, 3.5))
     at = grid.reshape(-1).cpu()
     low, high = (end[0].cpu() for end in drawn.interval(level))
-    ax.fill_between(at, low, high, color=BAND, alpha=0.3, lw=0, label=f"{percent(level)} of new tasks")
+    ax.fill_between(
+        at, low, high, color=BAND, alpha=0.3, lw=0, label=f"{percent(level)} of new tasks"
+    )
     for number, curve in enumerate(drawn.samples[:num_draws, 0].cpu()):
-        ax.plot(at, curve, color=MUTED, lw=0.8, alpha=0.8, label=None if number else "tasks drawn from the prior")
+        ax.plot(
+            at,
+            curve,
+            color=MUTED,
+            lw=0.8,
+            alpha=0.8,
+            label=None if number else "tasks drawn from the prior",
+        )
     ax.plot(at, drawn.mean[0].cpu(), color=INK, lw=2, label="mean")
     ax.set_xlabel(fit.tasks.x_names[0] if fit.tasks.x_names else "x")
     ax.legend(fontsize=8, frameon=False)
@@ -141,7 +180,9 @@ def plot_prior_curves(fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: 
 
 def _position(fit: Fit, label: str) -> int:
     if label not in fit.prior.labels:
-        raise ValueError(f"no weight is called {label!r}; the labels are {list(fit.prior.labels[:8])}")
+        raise ValueError(
+            f"no weight is called {label!r}; the labels are {list(fit.prior.labels[:8])}"
+        )
     return fit.prior.labels.index(label)
 
 

@@ -1,4 +1,6 @@
-"""What all figures share: colours, a place to draw on.  Matplotlib is imported when one is drawn."""
+"""What all figures share: colours, a place to draw on.  Matplotlib is imported when one is
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def axes_for(ax: Any, **size: Any) -> Any:
 
 
 def centre_of(fit: Fit) -> Tensor:
-    """Where the learned prior's location is, `(D,)`: theta0, or at the mean of the training tasks' features."""
+    """Where the learned prior's location is, `(D,)`: theta0, or at the mean of the training tasks'
+    features.
+    """
     theta0 = fit.model.weights.flatten(fit.prior.loc)
     by = fit.model.offset(fit.eta, fit.tasks.batch().support)
     return theta0 if by is None else theta0 + by.mean(0)

@@ -1,4 +1,6 @@
-"""Figures of the weights: the learned prior with the tasks' posterior means; gaps of a `Reachability`."""
+"""Figures of the weights: the learned prior with the tasks' posterior means; gaps of a
+`Reachability`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ MAX_AXES = 6
 
 
 def plot_prior(fit: Fit, limit: int = 30) -> Any:
-    """theta0, the prior's 50 % and 90 % intervals, and the tasks' posterior means, for every weight (at most `limit`).
+    """theta0, the prior's 50 % and 90 % intervals, and the tasks' posterior means, for every weight
+    (at most `limit`).
 
-    A few weights get an axis each, since their units differ; more share one.  The dots' heights mean nothing.  Where features
-    move the prior, it is drawn for a task whose features are at their mean.  Returns the axes, `(weights or 1, 1)`.
+    A few weights get an axis each, since their units differ; more share one.  The dots' heights
+    mean nothing.  Where features move the prior, it is drawn for a task whose features are at their
+    mean.  Returns the axes, `(weights or 1, 1)`.
     """
     import matplotlib.pyplot as plt
 
@@ -31,20 +35,44 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
     means = weights.flatten(fit.posterior().mean).cpu().numpy()
     few = len(labels) <= MAX_AXES
     size = (6.5, 0.85 * len(labels) + 0.7) if few else (6.5, 0.3 * len(labels) + 1.2)
-    figure, axes = plt.subplots(len(labels) if few else 1, 1, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(labels) if few else 1, 1, figsize=size, squeeze=False, layout="constrained"
+    )
     spread = 0.45 if few else 0.25
     jitter = np.random.default_rng(0).uniform(-spread, spread, len(means))
     for row, label in enumerate(labels):
         ax, height = (axes[row, 0], 0) if few else (axes[0, 0], row)
         for name, z, width, colour in INTERVALS:
             ax.hlines(
-                height, loc[row] - z * sd[row], loc[row] + z * sd[row], color=colour, lw=width, zorder=1, label=name
+                height,
+                loc[row] - z * sd[row],
+                loc[row] + z * sd[row],
+                color=colour,
+                lw=width,
+                zorder=1,
+                label=name,
             )
         ax.scatter(
-            means[:, row], height + jitter, s=14 if few else 8, fc=INK, ec="white", lw=0.4, alpha=0.8, zorder=2,
+            means[:, row],
+            height + jitter,
+            s=14 if few else 8,
+            fc=INK,
+            ec="white",
+            lw=0.4,
+            alpha=0.8,
+            zorder=2,
             label="tasks' posterior means",
-        )  # fmt: skip
-        ax.scatter(loc[row], height, marker="|", s=420 if few else 160, lw=2, color="black", zorder=3, label="theta0")
+        )
+        ax.scatter(
+            loc[row],
+            height,
+            marker="|",
+            s=420 if few else 160,
+            lw=2,
+            color="black",
+            zorder=3,
+            label="theta0",
+        )
         if few:
             ax.set_yticks([0], [label])
             ax.set_ylim(-0.8, 0.8)
@@ -55,7 +83,9 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
         tidy(ax)
     handles, names = axes[0, 0].get_legend_handles_labels()
     entries = dict(zip(names, handles, strict=True))
-    legend = figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend = figure.legend(
+        entries.values(), entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     for handle in legend.legend_handles:
         set_sizes = getattr(handle, "set_sizes", None)
         if set_sizes is not None:  # as large as on the axes, theta0 would fill the legend

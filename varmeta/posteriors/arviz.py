@@ -1,11 +1,13 @@
-"""Draws and data as labelled arrays in the groups that ArviZ reads: `InferenceData` under 0.x, `DataTree` under 1.x.
+"""Draws and data as labelled arrays in the groups that ArviZ reads: `InferenceData` under 0.x,
+`DataTree` under 1.x.
 
-This file knows neither torch nor tasks: numpy arrays come in.  ArviZ and xarray are imported inside the functions,
-because that takes seconds.  No ArviZ converter is called (0.x and 1.x share none that fits): the `xarray.Dataset`s are
-built here.
+This file knows neither torch nor tasks: numpy arrays come in.  ArviZ and xarray are imported inside
+the functions, because that takes seconds.  No ArviZ converter is called (0.x and 1.x share none
+that fits): the `xarray.Dataset`s are built here.
 
-Observations of all tasks stand in one flat dimension with a `task_id` coordinate.  Padding them with NaN instead makes
-ArviZ's elpd NaN and its LOO-PIT plots silently wrong, under 0.23 and 1.3 alike.
+Observations of all tasks stand in one flat dimension with a `task_id` coordinate.  Padding them
+with NaN instead makes ArviZ's elpd NaN and its LOO-PIT plots silently wrong, under 0.23 and 1.3
+alike.
 """
 
 from __future__ import annotations
@@ -39,27 +41,38 @@ def to_arviz(
 ) -> Any:
     """The groups as an `arviz.InferenceData` (ArviZ 0.x) or an `xarray.DataTree` (ArviZ 1.x).
 
-    groups: arrays by group and variable.  In "observed_data", "constant_data", "predictions_constant_data" and "fit"
-        their shape is that of `dims`; in every other group the draws come first, and are stored as `chain=1, draw=S`,
-        which is what `loo` and `summary` need under both versions.  Groups without variables are left out.
-    dims: names of a variable's dimensions after the draws, by "variable" or, where it differs between groups, by
-        "group/variable"; none by default.  A dimension of observations is called "obs" or begins with "obs_".
+    groups: arrays by group and variable.  In "observed_data", "constant_data",
+        "predictions_constant_data" and "fit" their shape is that of `dims`; in every other group
+        the draws come first, and are stored as `chain=1, draw=S`, which is what `loo` and `summary`
+        need under both versions.  Groups without variables are left out.
+    dims: names of a variable's dimensions after the draws, by "variable" or, where it differs
+        between groups, by "group/variable"; none by default.  A dimension of observations is called
+        "obs" or begins with "obs_".
     coords: labels by dimension; 0, 1, 2, ... by default.
-    obs_task: by group, the name of the task that each observation belongs to: the coordinate `task_id`.
-    attrs: facts about the whole; str, numbers, and lists of one of them; a mapping becomes a JSON string, since netCDF
-        files hold neither it nor bool nor None.
+    obs_task: by group, the name of the task that each observation belongs to: the coordinate
+        `task_id`.
+    attrs: facts about the whole; str, numbers, and lists of one of them; a mapping becomes a JSON
+        string, since netCDF files hold neither it nor bool nor None.
 
-    Raises ValueError where shapes, dims, coords or obs_task do not fit together; TypeError for attrs of another type.
+    Raises ValueError where shapes, dims, coords or obs_task do not fit together; TypeError for
+    attrs of another type.
 
     >>> draws = np.zeros((100, 3))  # 100 draws of 3 tasks' weights
     >>> data = to_arviz({"posterior": {"slope": draws}}, {"slope": ["task"]}, {"task": ["a", "b", "c"]})
     >>> dict(data["posterior"].sizes)
     {'chain': 1, 'draw': 100, 'task': 3}
     """
-    dims, coords, obs_task, facts = dims or {}, coords or {}, obs_task or {}, _attributes(attrs or {})
+    dims, coords, obs_task, facts = (
+        dims or {},
+        coords or {},
+        obs_task or {},
+        _attributes(attrs or {}),
+    )
     stray = sorted(set(obs_task) - set(groups))
     if stray:
-        raise ValueError(f"obs_task names groups that are not given: {stray}; the groups are {sorted(groups)}")
+        raise ValueError(
+            f"obs_task names groups that are not given: {stray}; the groups are {sorted(groups)}"
+        )
     datasets = {
         group: _dataset(group, variables, dims, coords, obs_task.get(group))
         for group, variables in groups.items()
@@ -77,13 +90,15 @@ def save(data: Any, path: str | PathLike[str]) -> None:
 
 
 def load(path: str | PathLike[str]) -> Any:
-    """Read a netCDF file written by `save` into memory, and close it, so that it can be written again.
+    """Read a netCDF file written by `save` into memory, and close it, so that it can be written
+    again.
 
     Raises FileNotFoundError.
     """
     import xarray as xr
 
-    # not ArviZ 0.23's own reader: after it, load() and close() leave the file open (seen with xarray 2026.9)
+    # not ArviZ 0.23's own reader: after it, load() and close() leave the file open (seen with
+    # xarray 2026.9)
     with xr.open_datatree(fspath(path), engine="h5netcdf") as tree:
         tree.load()
     return _container({name: node.to_dataset() for name, node in tree.children.items()}, tree.attrs)
@@ -92,10 +107,11 @@ def load(path: str | PathLike[str]) -> Any:
 def pareto_k(log_weights: Any) -> np.ndarray:
     """k-hat of each task's importance weights p/q: how far the guide q is from the posterior p.
 
-    log_weights: `(task, draw)`, log p(theta, y) - log q(theta) at draws of q, up to a constant; at least 30 draws.
-    Returns `(task,)`.  Below 0.5 good, above 0.7 the guide must not be corrected by importance sampling; for a
-    mean-field guide over a network's weights that is the rule, a fact about the guide and no failure of the fit.
-    Weights that are equal to rounding, so that q is p, give -inf.
+    log_weights: `(task, draw)`, log p(theta, y) - log q(theta) at draws of q, up to a constant; at
+    least 30 draws. Returns `(task,)`.  Below 0.5 good, above 0.7 the guide must not be corrected by
+    importance sampling; for a mean-field guide over a network's weights that is the rule, a fact
+    about the guide and no failure of the fit. Weights that are equal to rounding, so that q is p,
+    give -inf.
 
     Raises ValueError for another shape, for fewer draws, and for NaN or +inf, naming the rows.
     Source: Vehtari, Simpson, Gelman, Yao and Gabry, Pareto smoothed importance sampling, JMLR 2024.
@@ -106,12 +122,16 @@ def pareto_k(log_weights: Any) -> np.ndarray:
     weights = np.asarray(log_weights, dtype=np.float64)
     if weights.ndim != 2 or weights.shape[1] < MIN_DRAWS:
         raise ValueError(
-            f"log_weights must be (task, draw) with at least {MIN_DRAWS} draws, not {weights.shape}: draw more"
+            f"log_weights must be (task, draw) with at least {MIN_DRAWS} draws, not "
+            f"{weights.shape}: draw more"
         )
-    bad = np.flatnonzero((np.isnan(weights) | (weights == np.inf)).any(1) | (weights == -np.inf).all(1))
+    bad = np.flatnonzero(
+        (np.isnan(weights) | (weights == np.inf)).any(1) | (weights == -np.inf).all(1)
+    )
     if len(bad):
         raise ValueError(
-            f"log_weights of rows {bad.tolist()} have NaN or +inf, or only -inf: look at these tasks' densities"
+            f"log_weights of rows {bad.tolist()} have NaN or +inf, or only -inf: look at these "
+            "tasks' densities"
         )
     from varmeta.posteriors.psis import smooth  # here: numpy alone, as this file
 
@@ -119,36 +139,45 @@ def pareto_k(log_weights: Any) -> np.ndarray:
 
 
 def loo_elpd(data: Any, var_name: str | None = None) -> xr.DataArray:
-    """Expected log predictive density of each task's observations, each left out in turn: `(task_id,)`.
+    """Expected log predictive density of each task's observations, each left out in turn:
+    `(task_id,)`.
 
-    The sum is ArviZ's `loo`.  It tells how well a model would predict further observations of the *same* tasks.  To
-    compare objectives or guides use held-out data (`posterior.score`), since the estimate takes the guide's draws for
-    draws of the exact posterior.
+    The sum is ArviZ's `loo`.  It tells how well a model would predict further observations of the
+    *same* tasks.  To compare objectives or guides use held-out data (`posterior.score`), since the
+    estimate takes the guide's draws for draws of the exact posterior.
 
     data: what `to_arviz` returned, with a "log_likelihood" group.
     var_name: the variable, where that group has several.
 
-    Raises ValueError where that group is missing or the posterior is a delta, whose leave-one-out density would be the
-    density of the very data that it was fitted to.
+    Raises ValueError where that group is missing or the posterior is a delta, whose leave-one-out
+    density would be the density of the very data that it was fitted to.
     """
     if data.attrs.get("posterior_kind") == "delta":
         raise ValueError(
-            "a delta posterior has no leave-one-out density: its draws are all equal; score held-out data instead"
+            "a delta posterior has no leave-one-out density: its draws are all equal; score "
+            "held-out data instead"
         )
     if "log_likelihood" not in data:
-        raise ValueError("there is no 'log_likelihood' group: export it, or score held-out data instead")
+        raise ValueError(
+            "there is no 'log_likelihood' group: export it, or score held-out data instead"
+        )
     import arviz as az
 
-    result = az.loo(data, pointwise=True, var_name=var_name, reff=1.0)  # independent draws: no autocorrelation
+    result = az.loo(
+        data, pointwise=True, var_name=var_name, reff=1.0
+    )  # independent draws: no autocorrelation
     pointwise = result["elpd_i"] if _arviz_1() else result["loo_i"]
     if "task_id" not in pointwise.coords:
-        raise ValueError("the log likelihood has no 'task_id' coordinate: give obs_task for the group 'log_likelihood'")
+        raise ValueError(
+            "the log likelihood has no 'task_id' coordinate: give obs_task for the group "
+            "'log_likelihood'"
+        )
     names = pointwise["task_id"].values
     order = names[np.sort(np.unique(names, return_index=True)[1])]
     return pointwise.groupby("task_id").sum().sel(task_id=order)
 
 
-# -- inside ------------------------------------------------------------------------------------------------------------
+# -- inside ----------------------------------------------------------------------------------------
 
 
 def _arviz_1() -> bool:
@@ -166,7 +195,8 @@ def _container(datasets: Mapping[str, Any], attrs: Mapping[Any, Any]) -> Any:
     import arviz as az
 
     with warnings.catch_warnings():
-        # ArviZ 0.x accepts groups of one's own (here "fit") but says that its schema does not have them
+        # ArviZ 0.x accepts groups of one's own (here "fit") but says that its schema does not have
+        # them
         warnings.filterwarnings("ignore", message=".*group is not defined", category=UserWarning)
         return az.InferenceData(**datasets, attrs=dict(attrs))
 
@@ -195,30 +225,44 @@ def _dataset(
     try:
         dataset = xr.Dataset(arrays)
     except ValueError as error:
-        raise ValueError(f"variables of group {group!r} disagree about the length of a dimension: {error}") from error
-    labels = {dim: np.asarray(coords.get(str(dim), np.arange(size))) for dim, size in dataset.sizes.items()}
+        raise ValueError(
+            f"variables of group {group!r} disagree about the length of a dimension: {error}"
+        ) from error
+    labels = {
+        dim: np.asarray(coords.get(str(dim), np.arange(size)))
+        for dim, size in dataset.sizes.items()
+    }
     for dim, values in labels.items():
         if values.shape != (dataset.sizes[dim],):
-            raise ValueError(f"coords[{dim!r}] has {values.size} labels, but {group} has {dataset.sizes[dim]} of them")
+            raise ValueError(
+                f"coords[{dim!r}] has {values.size} labels, but {group} has {dataset.sizes[dim]} "
+                "of them"
+            )
     dataset = dataset.assign_coords(labels)
     if task is None:
         return dataset
-    observations = [str(dim) for dim in dataset.sizes if str(dim) == "obs" or str(dim).startswith("obs_")]
+    observations = [
+        str(dim) for dim in dataset.sizes if str(dim) == "obs" or str(dim).startswith("obs_")
+    ]
     if len(observations) != 1:
         raise ValueError(
-            f"obs_task is given for {group}, which has dims {tuple(dataset.sizes)}: call one 'obs' or 'obs_...'"
+            f"obs_task is given for {group}, which has dims {tuple(dataset.sizes)}: call one 'obs' "
+            "or 'obs_...'"
         )
     (dim,) = observations
     ids = np.asarray(task)
     if ids.shape != (dataset.sizes[dim],):
         raise ValueError(
-            f"obs_task[{group!r}] has shape {ids.shape}, expected ({dataset.sizes[dim]},): a task per entry"
+            f"obs_task[{group!r}] has shape {ids.shape}, expected ({dataset.sizes[dim]},): a task "
+            "per entry"
         )
     return dataset.assign_coords(task_id=(dim, ids))
 
 
 def _attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what a netCDF file holds: bool, None and dict fail at writing, long after the mistake."""
+    """Only what a netCDF file holds: bool, None and dict fail at writing, long after the
+    mistake.
+    """
     out: dict[str, Any] = {}
     for name, value in attrs.items():
         plain = value.item() if isinstance(value, np.generic) else value
@@ -230,7 +274,7 @@ def _attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:
             out[name] = list(plain) if isinstance(plain, tuple) else plain
         else:
             raise TypeError(
-                f"attrs[{name!r}] is {value!r}, which a netCDF file cannot hold: give a str, a number, a list of one "
-                "of them, or put it into a dict (stored as JSON)"
+                f"attrs[{name!r}] is {value!r}, which a netCDF file cannot hold: give a str, a "
+                "number, a list of one of them, or put it into a dict (stored as JSON)"
             )
     return out

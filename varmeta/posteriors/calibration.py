@@ -1,4 +1,6 @@
-"""Whether stated probabilities hold: coverage of intervals, calibration of quantiles and of classes."""
+"""Whether stated probabilities hold: coverage of intervals, calibration of quantiles and of
+classes.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from varmeta._checks import probability
 
 
 def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
-    """The share of observations inside the central interval of probability `level`, ends included; a scalar.
+    """The share of observations inside the central interval of probability `level`, ends included;
+    a scalar.
 
-    The ends are the draws' quantiles (1 - level)/2 and (1 + level)/2, interpolated linearly as numpy does; S draws make
-    the interval too narrow by about 2/S in probability.  Calibrated continuous predictions give `level`.
+    The ends are the draws' quantiles (1 - level)/2 and (1 + level)/2, interpolated linearly as
+    numpy does; S draws make the interval too narrow by about 2/S in probability.  Calibrated
+    continuous predictions give `level`.
 
     >>> interval_coverage(torch.arange(101.0)[:, None].expand(101, 2), torch.tensor([5.0, 96.0]), level=0.9)
     tensor(0.5000)
@@ -30,10 +34,12 @@ def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
 
 
 def pit(samples: Tensor, y: Tensor) -> Tensor:
-    """Probability integral transform: where y falls among its draws, `(n, *event)`, between 0 and 1.
+    """Probability integral transform: where y falls among its draws, `(n, *event)`, between 0 and
+    1.
 
-    (draws below y + half of the draws equal to y + 1/2) / (S + 1): uniform up to 1/S where predictions are calibrated
-    and continuous.  For discrete y it is the mid-PIT, which has mean 1/2 but less spread than a uniform number.
+    (draws below y + half of the draws equal to y + 1/2) / (S + 1): uniform up to 1/S where
+    predictions are calibrated and continuous.  For discrete y it is the mid-PIT, which has mean 1/2
+    but less spread than a uniform number.
 
     >>> pit(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2.5]))
     tensor([0.6250])
@@ -50,17 +56,20 @@ def calibration_error(
     levels: Sequence[float] | Tensor | None = None,
     kind: Literal["absolute", "rms"] = "absolute",
 ) -> Tensor:
-    """Mean over levels p of |share of observations with PIT <= p, minus p|, a scalar between 0 and 1.
+    """Mean over levels p of |share of observations with PIT <= p, minus p|, a scalar between 0 and
+    1.
 
-    samples: `(draws, n, *event)`; or, with y None, values of the predictive distribution function at the observations
-        (`pit`, or an exact one), of any shape.
+    samples: `(draws, n, *event)`; or, with y None, values of the predictive distribution function
+        at the observations (`pit`, or an exact one), of any shape.
     levels: by default 20, evenly from 0.05 to 0.95.
     kind: "rms" takes the root mean square over levels.
 
-    The levels are those of the distribution function, not of central intervals.  Perfect predictions do not score 0:
-    with n independent observations the share has standard deviation sqrt(p (1 - p) / n), with dependent ones more.
-    Source: Kuleshov, Fenner and Ermon 2018; in this form Rothfuss et al. 2021 (PACOH), whose published code takes the
-    absolute mean for networks and the root mean square for Gaussian processes, per task and then averaged.
+    The levels are those of the distribution function, not of central intervals.  Perfect
+    predictions do not score 0: with n independent observations the share has standard deviation
+    sqrt(p (1 - p) / n), with dependent ones more.
+    Source: Kuleshov, Fenner and Ermon 2018; in this form Rothfuss et al. 2021 (PACOH), whose
+    published code takes the absolute mean for networks and the root mean square for Gaussian
+    processes, per task and then averaged.
 
     >>> calibration_error(torch.tensor([0.1, 0.4, 0.8]), levels=[0.5])
     tensor(0.1667)
@@ -72,9 +81,12 @@ def calibration_error(
         raise ValueError("there are no observations to judge: give at least one")
     if bool(((values < 0) | (values > 1)).any()):
         raise ValueError(
-            "without y, expected PIT values between 0 and 1; for draws give y too: calibration_error(draws, y)"
+            "without y, expected PIT values between 0 and 1; for draws give y too: "
+            "calibration_error(draws, y)"
         )
-    at = torch.as_tensor(torch.linspace(0.05, 0.95, 20, dtype=torch.float64) if levels is None else levels).to(values)
+    at = torch.as_tensor(
+        torch.linspace(0.05, 0.95, 20, dtype=torch.float64) if levels is None else levels
+    ).to(values)
     if at.dim() != 1 or not len(at) or bool(((at < 0) | (at > 1)).any()):
         raise ValueError(f"levels must be probabilities, e.g. [0.1, 0.5, 0.9], not {levels}")
     share = torch.searchsorted(values.sort().values, at, right=True).to(values.dtype) / len(values)
@@ -86,8 +98,8 @@ def calibration_error(
 def expected_calibration_error(probs: Tensor, y: Tensor, num_bins: int = 15) -> Tensor:
     """Mean over observations of |accuracy - confidence| of their bin, a scalar between 0 and 1.
 
-    Confidence is the probability of the most probable class; bins ((b-1)/B, b/B] are of equal width.  Like
-    `calibration_error` it is biased up where there are few observations in a bin.
+    Confidence is the probability of the most probable class; bins ((b-1)/B, b/B] are of equal
+    width.  Like `calibration_error` it is biased up where there are few observations in a bin.
     probs, y: as for `error_rate`.
     Source: Naeini et al. 2015; Guo et al. 2017 (15 bins).
 
@@ -102,7 +114,9 @@ def expected_calibration_error(probs: Tensor, y: Tensor, num_bins: int = 15) -> 
         return confidence.new_tensor(math.nan)
     index = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
     # |sum in the bin of (correct - confidence)| / n is |accuracy - confidence| times the bin's share
-    gap = confidence.new_zeros(num_bins).index_add(0, index, (best == y).to(confidence.dtype) - confidence)
+    gap = confidence.new_zeros(num_bins).index_add(
+        0, index, (best == y).to(confidence.dtype) - confidence
+    )
     return gap.abs().sum() / len(y)
 
 
@@ -113,11 +127,13 @@ def _floating(tensor: Tensor) -> Tensor:
 def _matched(samples: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if samples.shape[1:] != y.shape or samples.dim() != y.dim() + 1:
         raise ValueError(
-            f"samples has shape {tuple(samples.shape)} and y {tuple(y.shape)}: expected (draws, *y.shape), draws first"
+            f"samples has shape {tuple(samples.shape)} and y {tuple(y.shape)}: expected (draws, "
+            "*y.shape), draws first"
         )
     if not samples.numel():
         raise ValueError(
-            f"there is nothing to judge: samples has shape {tuple(samples.shape)}; give a draw and a point"
+            f"there is nothing to judge: samples has shape {tuple(samples.shape)}; give a draw and "
+            "a point"
         )
     samples = _floating(samples)
     return samples, y.to(samples)
@@ -125,9 +141,15 @@ def _matched(samples: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _classes(probs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if probs.dim() != 2 or probs.shape[:1] != y.shape or not probs.numel():
-        raise ValueError(f"probs {tuple(probs.shape)} and y {tuple(y.shape)}: expected (n, classes) and (n,), n >= 1")
+        raise ValueError(
+            f"probs {tuple(probs.shape)} and y {tuple(y.shape)}: expected (n, classes) and (n,), n "
+            ">= 1"
+        )
     if bool(((y < 0) | (y >= probs.shape[1]) | (y != y.floor())).any()):
-        raise ValueError(f"y must hold classes 0, ..., {probs.shape[1] - 1}, but goes from {y.min()} to {y.max()}")
+        raise ValueError(
+            f"y must hold classes 0, ..., {probs.shape[1] - 1}, but goes from {y.min()} to "
+            f"{y.max()}"
+        )
     return _floating(probs), y.long()
 
 

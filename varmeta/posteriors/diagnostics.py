@@ -1,7 +1,9 @@
-"""How good a task's guide is: importance-weighted evidence beside the bound, and the shape of the weights' tail.
+"""How good a task's guide is: importance-weighted evidence beside the bound, and the shape of the
+weights' tail.
 
-With draws theta_s of q_i and weights w_s = p(y_i, theta_s | eta) / q_i(theta_s): the mean of log w_s is the ELBO, the log of the
-mean of w_s an estimate of log p(y_i | eta) that lies above it, and their gap an estimate of KL[q_i || posterior].
+With draws theta_s of q_i and weights w_s = p(y_i, theta_s | eta) / q_i(theta_s): the mean of log
+w_s is the ELBO, the log of the mean of w_s an estimate of log p(y_i | eta) that lies above it, and
+their gap an estimate of KL[q_i || posterior].
 """
 
 from __future__ import annotations
@@ -24,19 +26,23 @@ if TYPE_CHECKING:
 
 # The tail of fewer draws than this says nothing.
 MIN_DRAWS = 100
-NO_DENSITY = "a delta guide has no density to weigh draws by: use guide='laplace' (with Implicit) or a Gaussian guide"
+NO_DENSITY = (
+    "a delta guide has no density to weigh draws by: use guide='laplace' (with Implicit) or a "
+    "Gaussian guide"
+)
 
 
 def log_weights(observer: Observer, num_samples: int, seed: int) -> Tensor:
     """log p(y_i, theta | eta) - log q_i(theta) at draws of q_i, `(draws, tasks)`.
 
-    Raises ValueError for a point, which has no density, for eta integrated out, and for fewer than 100 draws.
+    Raises ValueError for a point, which has no density, for eta integrated out, and for fewer than
+    100 draws.
     """
     num_samples, q = whole_number("num_samples", num_samples, MIN_DRAWS), observer.q
     if q.kind == "integrated":
         raise ValueError(
-            "this posterior integrates over eta: fit.hyper tells how good that is; evidence and diagnose look at the guides of "
-            "a fit with hyperguide='delta'"
+            "this posterior integrates over eta: fit.hyper tells how good that is; evidence and "
+            "diagnose look at the guides of a fit with hyperguide='delta'"
         )
     if q.is_point:
         raise ValueError(NO_DENSITY)
@@ -51,7 +57,9 @@ def evidence(observer: Observer, num_samples: int, seed: int) -> pd.DataFrame:
     import pandas as pd
 
     weights = log_weights(observer, num_samples, seed)
-    table = pd.DataFrame(_evidence(observer, weights), index=pd.Index(observer.q.batch.names, name="task"))
+    table = pd.DataFrame(
+        _evidence(observer, weights), index=pd.Index(observer.q.batch.names, name="task")
+    )
     total = table.sum()
     total["se"] = math.sqrt(float(table["se"].pow(2).sum()))
     return pd.concat([table, pd.DataFrame([total], index=pd.Index(["all"], name="task"))])
@@ -62,13 +70,17 @@ def diagnose(observer: Observer, num_samples: int, seed: int) -> pd.DataFrame:
     import pandas as pd
 
     weights = log_weights(observer, num_samples, seed)
-    table = pd.DataFrame(_evidence(observer, weights), index=pd.Index(observer.q.batch.names, name="task"))
+    table = pd.DataFrame(
+        _evidence(observer, weights), index=pd.Index(observer.q.batch.names, name="task")
+    )
     _, k = psis.smooth(weights.T.cpu().numpy().astype(float))
     share = (weights - weights.logsumexp(0)).exp()
     table["gap"] = table["evidence"] - table["elbo"]
     table["ess"] = (1.0 / share.square().sum(0)).tolist()
     table["k_hat"] = k
-    table["reading"] = [psis.reading(value, num_samples, ess) for value, ess in zip(k, table["ess"], strict=True)]
+    table["reading"] = [
+        psis.reading(value, num_samples, ess) for value, ess in zip(k, table["ess"], strict=True)
+    ]
     raised = _raised(observer.q)
     if raised is not None:
         table["reading"] = np.where(raised, "no mode", table["reading"])
@@ -82,7 +94,12 @@ def _evidence(observer: Observer, weights: Tensor) -> dict[str, list[float]]:
     # the logarithm's error by its derivative at the mean
     se = relative.std(0) / math.sqrt(draws)
     assert isinstance(observer.q, GuideDraws)  # log_weights refuses the others
-    columns = {"objective": observer.q.objective(), "elbo": weights.mean(0), "evidence": log_mean, "se": se}
+    columns = {
+        "objective": observer.q.objective(),
+        "elbo": weights.mean(0),
+        "evidence": log_mean,
+        "se": se,
+    }
     return {name: value.tolist() for name, value in columns.items()}
 
 

@@ -1,4 +1,6 @@
-"""The posteriors of a batch of tasks' weights, and draws from them with the eta that each belongs to."""
+"""The posteriors of a batch of tasks' weights, and draws from them with the eta that each belongs
+to.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,14 @@ DRAWS = 2**40
 class Draws(ABC):
     """q(theta_i) of every task of a batch, with what the tasks' features add.
 
-    eta: what the prior and the shared parameters are; a point, or the mean where eta is integrated out.
+    eta: what the prior and the shared parameters are; a point, or the mean where eta is integrated
+        out.
     guide_name: of the guide that the fit used.
     """
 
-    def __init__(self, model: TaskModel, guide_name: str, batch: Batch, eta: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: TaskModel, guide_name: str, batch: Batch, eta: Mapping[str, Tensor]
+    ) -> None:
         self.model = model
         self.guide_name = guide_name
         self.batch = batch
@@ -47,7 +52,9 @@ class Draws(ABC):
 
     @abstractmethod
     def theta(self, num_samples: int, seed: int) -> Tensor:
-        """Draws of the weights `(num_samples, tasks, 1, D)`; a task's do not depend on the others."""
+        """Draws of the weights `(num_samples, tasks, 1, D)`; a task's do not depend on the
+        others.
+        """
 
     @abstractmethod
     def centres(self, num_samples: int) -> Tensor:
@@ -55,11 +62,15 @@ class Draws(ABC):
 
     @abstractmethod
     def etas(self, num_samples: int) -> dict[str, Tensor]:
-        """The eta behind each of as many draws, `(num_samples, ...)`; empty where eta is a point."""
+        """The eta behind each of as many draws, `(num_samples, ...)`; empty where eta is a
+        point.
+        """
 
     @abstractmethod
     def with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Draws `(num_samples, tasks, 1, D)` with the eta that they belong to, at most `size` at a time."""
+        """Draws `(num_samples, tasks, 1, D)` with the eta that they belong to, at most `size` at a
+        time.
+        """
 
     @abstractmethod
     def take(self, at: Tensor, batch: Batch) -> Draws:
@@ -70,20 +81,26 @@ class Draws(ABC):
         return self.kind == "delta"
 
     def offset(self, eta: Mapping[str, Tensor]) -> Tensor | None:
-        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`; None where they add nothing."""
+        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`; None where they
+        add nothing.
+        """
         by = self.model.offset(eta, self.batch.support)
         return None if by is None else by.unsqueeze(-2)
 
     @property
     def prior(self) -> dist.TorchDistribution:
-        """p(theta_i | eta): event shape `(D,)`; batch shape `(tasks, 1)` where the tasks' features move it, else `()`."""
+        """p(theta_i | eta): event shape `(D,)`; batch shape `(tasks, 1)` where the tasks' features
+        move it, else `()`.
+        """
         return moved_by(self.model.prior_distribution(self.eta), self.offset(self.eta))
 
 
 class GuideDraws(Draws):
     """q(theta; phi_i) of the guide, under one eta."""
 
-    def __init__(self, problem: Problem, phi: Tree, eta: Mapping[str, Tensor], batch: Batch) -> None:
+    def __init__(
+        self, problem: Problem, phi: Tree, eta: Mapping[str, Tensor], batch: Batch
+    ) -> None:
         super().__init__(problem.model, problem.guide.name, batch, eta)
         self.guide = problem.guide
         self.problem = problem
@@ -106,7 +123,9 @@ class GuideDraws(Draws):
         if isinstance(q, dist.Delta):
             standard = zero.expand(num_samples, 1, size)
         else:
-            standard = noise.normal(seed, DRAWS, self.batch.ids, num_samples, size, zero.dtype).to(zero.device)
+            standard = noise.normal(seed, DRAWS, self.batch.ids, num_samples, size, zero.dtype).to(
+                zero.device
+            )
         with torch.no_grad():
             return move(q, standard.unsqueeze(-2))
 
@@ -123,6 +142,8 @@ class GuideDraws(Draws):
         return GuideDraws(self.problem, take(self.phi, at), self.eta, batch)
 
     def objective(self) -> Tensor:
-        """-F_i of every task, nats, `(tasks,)`: what the guide's own objective says of the evidence."""
+        """-F_i of every task, nats, `(tasks,)`: what the guide's own objective says of the
+        evidence.
+        """
         with torch.no_grad():
             return -self.problem.losses("elbo", self.batch, 0)(self.phi, self.eta)

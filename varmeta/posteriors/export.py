@@ -18,7 +18,8 @@ from varmeta.posteriors import arviz as inference_data
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.observer import Observer
 
-# Draws of all weights are left out beyond this many numbers (80 MB); their distance from theta0 always goes in.
+# Draws of all weights are left out beyond this many numbers (80 MB); their distance from theta0
+# always goes in.
 MAX_WEIGHT_NUMBERS = 10_000_000
 
 
@@ -53,16 +54,22 @@ def groups(
         named = coefficients(model, q.eta, x_names)
         about |= {"coefficients": torch.stack(list(named.values()))} if named else {}
         found: dict[str, dict[str, Any]] = {
-            "posterior": {"distance": (draws.squeeze(-2) - q.centres(num_samples)).norm(dim=-1)} | hyper,
+            "posterior": {"distance": (draws.squeeze(-2) - q.centres(num_samples)).norm(dim=-1)}
+            | hyper,
             "constant_data": {} if hyper else about,
         }
         if draws.numel() <= MAX_WEIGHT_NUMBERS:
             found["posterior"]["theta"] = draws.squeeze(-2)
     dims = {
-        "theta": ["task", "weight"], "distance": ["task"], "theta0": ["weight"], "prior_sd": ["weight"],
+        "theta": ["task", "weight"],
+        "distance": ["task"],
+        "theta0": ["weight"],
+        "prior_sd": ["weight"],
         "coefficients": ["coefficient"],
-        "posterior_predictive/y": ["obs"], "observed_data/y": ["obs"], "log_likelihood/y": ["obs"],
-    }  # fmt: skip
+        "posterior_predictive/y": ["obs"],
+        "observed_data/y": ["obs"],
+        "log_likelihood/y": ["obs"],
+    }
     obs_task: dict[str, Any] = {}
     support = q.batch.support
     if bool(support.mask.any()):
@@ -74,7 +81,9 @@ def groups(
         found["observed_data"] = {"y": evaluated.y[flat]}
         if found["observed_data"]["y"].dim() > 1:
             extra = found["observed_data"]["y"].dim() - 1
-            responses = ["response"] if extra == 1 else [f"response_{axis}" for axis in range(extra)]
+            responses = (
+                ["response"] if extra == 1 else [f"response_{axis}" for axis in range(extra)]
+            )
             for group in ("posterior_predictive", "observed_data"):
                 dims[f"{group}/y"] = ["obs", *responses]
         if not delta:  # a point's LOO would be its in-sample density
@@ -86,7 +95,9 @@ def groups(
             found["sample_stats"] = {"log_joint": log_joint, "log_q": log_q}
             dims |= {"log_joint": ["task"], "log_q": ["task"]}
         obs_task = {
-            name: tasks for name in ("posterior_predictive", "observed_data", "log_likelihood") if name in found
+            name: tasks
+            for name in ("posterior_predictive", "observed_data", "log_likelihood")
+            if name in found
         }
     facts = {
         "inference_library": "varmeta",
@@ -101,12 +112,17 @@ def groups(
         dims |= {f"fit/{name}": ["step"] for name in record.history}
         labels |= {"step": record.steps}
         facts |= record.facts
-    arrays = {group: {name: _array(value) for name, value in values.items()} for group, values in found.items()}
+    arrays = {
+        group: {name: _array(value) for name, value in values.items()}
+        for group, values in found.items()
+    }
     return inference_data.to_arviz(arrays, dims, labels, obs_task, facts)
 
 
 def _hyper_draws(q: Draws, num_samples: int, x_names: tuple[str, ...] | None) -> dict[str, Tensor]:
-    """Draws of eta in natural units, those behind the draws of the weights; none where eta is a point."""
+    """Draws of eta in natural units, those behind the draws of the weights; none where eta is a
+    point.
+    """
     eta = q.etas(num_samples)
     if not eta:
         return {}
@@ -114,7 +130,9 @@ def _hyper_draws(q: Draws, num_samples: int, x_names: tuple[str, ...] | None) ->
     size = q.model.weights.size
     found = {"theta0": torch.stack([value for _, value in named[:size]], -1)}
     found |= {
-        name.replace(", ", ",").replace(" ", "_"): value for name, value in named[size:] if not name.startswith("sd(")
+        name.replace(", ", ",").replace(" ", "_"): value
+        for name, value in named[size:]
+        if not name.startswith("sd(")
     }
     sds = [value for name, value in named if name.startswith("sd(")]
     return found | ({"prior_sd": torch.stack(sds, -1)} if sds else {})

@@ -1,8 +1,10 @@
-"""How good a prediction is, judged on what was observed: from draws of the predictive distribution, torch only.
+"""How good a prediction is, judged on what was observed: from draws of the predictive distribution,
+torch only.
 
-Draws come first: `samples` is `(draws, n, *event)`, drawn from each observation's predictive distribution, and `y`
-is `(n, *event)`.  Where an observation is a vector, each of its numbers is judged on its own.  NaN in, NaN out.
-All functions raise ValueError for shapes that do not fit together and where there is nothing to judge.
+Draws come first: `samples` is `(draws, n, *event)`, drawn from each observation's predictive
+distribution, and `y` is `(n, *event)`.  Where an observation is a vector, each of its numbers is
+judged on its own.  NaN in, NaN out. All functions raise ValueError for shapes that do not fit
+together and where there is nothing to judge.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from varmeta.posteriors.calibration import (
 def log_density(log_probs: Tensor) -> Tensor:
     """log 1/S sum_s p(y_n | theta_s), the log density of the mixture over draws, `(n,)`, in nats.
 
-    log_probs: log p(y_n | theta_s), `(draws, n)`.
-    By Jensen it lies above the mean of `log_probs`; with few draws it is biased down, most for surprising observations.
+    log_probs: log p(y_n | theta_s), `(draws, n)`. By Jensen it lies above the mean of `log_probs`;
+    with few draws it is biased down, most for surprising observations.
 
     >>> log_density(torch.tensor([[0.5], [0.25]]).log()).exp()
     tensor([0.3750])
     """
     if log_probs.dim() != 2 or not len(log_probs):
-        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, expected (draws, n) with at least one draw")
+        raise ValueError(
+            f"log_probs has shape {tuple(log_probs.shape)}, expected (draws, n) with at least one "
+            "draw"
+        )
     return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
@@ -44,16 +49,20 @@ def rmse(prediction: Tensor, y: Tensor) -> Tensor:
     tensor(12.5000)
     """
     if prediction.shape != y.shape or not y.numel():
-        raise ValueError(f"prediction {tuple(prediction.shape)} and y {tuple(y.shape)} must share a shape, not empty")
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and y {tuple(y.shape)} must share a shape, not "
+            "empty"
+        )
     return (_floating(prediction) - y).square().mean().sqrt()
 
 
 def crps_sample(samples: Tensor, y: Tensor, fair: bool = True) -> Tensor:
-    """Continuous ranked probability score E|X - y| - 1/2 E|X - X'|, `(n, *event)`, in y's units; smaller is better.
+    """Continuous ranked probability score E|X - y| - 1/2 E|X - X'|, `(n, *event)`, in y's units;
+    smaller is better.
 
-    fair: average |X - X'| over pairs of different draws.  That is unbiased for the score of the distribution drawn
-        from, whatever the number of draws (at least 2), and may be slightly negative; False scores the draws' empirical
-        distribution itself, which favours many draws.
+    fair: average |X - X'| over pairs of different draws.  That is unbiased for the score of the
+        distribution drawn from, whatever the number of draws (at least 2), and may be slightly
+        negative; False scores the draws' empirical distribution itself, which favours many draws.
 
     Sorted, O(S log S).  With one draw and fair=False it is the absolute error.
     Source: Gneiting and Raftery 2007, section 4.2; fair: Ferro 2014.
@@ -65,15 +74,20 @@ def crps_sample(samples: Tensor, y: Tensor, fair: bool = True) -> Tensor:
     draws = len(samples)
     if fair and draws < 2:
         raise ValueError("the fair score needs at least 2 draws: draw more, or set fair=False")
-    error = samples - y  # about y rather than 0: the weighted sum below would cancel where y is far from 0
-    rank = torch.arange(1, draws + 1, dtype=error.dtype, device=error.device).reshape(-1, *(1,) * y.dim())
+    error = (
+        samples - y
+    )  # about y rather than 0: the weighted sum below would cancel where y is far from 0
+    rank = torch.arange(1, draws + 1, dtype=error.dtype, device=error.device).reshape(
+        -1, *(1,) * y.dim()
+    )
     # sum over all pairs |x_i - x_j| = 2 sum_i (2 i - S - 1) x_(i)
     spread = ((2 * rank - draws - 1) * error.sort(0).values).sum(0)
     return error.abs().mean(0) - spread / (draws * (draws - 1 if fair else draws))
 
 
 def error_rate(probs: Tensor, y: Tensor) -> Tensor:
-    """The share of observations whose most probable class is not y, a scalar; among equals the first class counts.
+    """The share of observations whose most probable class is not y, a scalar; among equals the
+    first class counts.
 
     probs: `(n, classes)`, nonnegative, rows sum to 1.
     y: classes 0, ..., C-1, `(n,)`.
@@ -87,23 +101,33 @@ def error_rate(probs: Tensor, y: Tensor) -> Tensor:
 
 
 def log_density_se(log_probs: Tensor) -> float:
-    """Monte-Carlo standard error of the mean over n of `log_density(log_probs)`; log_probs `(draws, n)`.
+    """Monte-Carlo standard error of the mean over n of `log_density(log_probs)`; log_probs `(draws,
+    n)`.
 
     By the delta method; NaN for a single draw.  Too small where few draws carry the mean.
 
     >>> round(log_density_se(torch.tensor([[0.5], [1.5]]).log()), 3)
     0.5
     """
-    relative = (log_probs - log_density(log_probs)).exp().mean(1)  # draws serve all observations at once
+    relative = (
+        (log_probs - log_density(log_probs)).exp().mean(1)
+    )  # draws serve all observations at once
     return float(relative.std() / math.sqrt(len(relative))) if len(relative) > 1 else math.nan
 
 
 def numbers(
-    log_probs: Tensor, samples: Tensor, y: Tensor, level: float = 0.9, mean: Tensor | None = None, point: bool = False
+    log_probs: Tensor,
+    samples: Tensor,
+    y: Tensor,
+    level: float = 0.9,
+    mean: Tensor | None = None,
+    point: bool = False,
 ) -> dict[str, float]:
-    """The table's row for numeric responses; log_probs `(draws, n)`, in nats per observation averaged over n.
+    """The table's row for numeric responses; log_probs `(draws, n)`, in nats per observation
+    averaged over n.
 
-    mean: the predictive mean, of y's shape; None: that of the samples, which has noise^2 / draws more in its square error.
+    mean: the predictive mean, of y's shape; None: that of the samples, which has noise^2 / draws
+        more in its square error.
     point: the weights are known, so that a single row of log_probs has no Monte-Carlo error.
     """
     _matched(samples, y)
@@ -121,7 +145,8 @@ def numbers(
 def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str, float]:
     """The same row where the predictive distribution of y `(n,)` is N(mean, sd^2), exactly.
 
-    CRPS: sd (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)) with z = (y - mean) / sd (Gneiting and Raftery 2007).
+    CRPS: sd (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)) with z = (y - mean) / sd (Gneiting and
+        Raftery 2007).
 
     >>> row = normal(torch.tensor([0.0]), torch.tensor([2.0]), torch.tensor([3.0]))
     >>> row["rmse"], row["coverage"], round(row["crps"], 3)
@@ -146,8 +171,12 @@ def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str,
     }
 
 
-def classes(log_probs: Tensor, probs: Tensor, y: Tensor, level: float = 0.9, point: bool = False) -> dict[str, float]:
-    """The table's row for classes; probs `(draws, n, classes)` are averaged over draws, `level` is not used; point as above."""
+def classes(
+    log_probs: Tensor, probs: Tensor, y: Tensor, level: float = 0.9, point: bool = False
+) -> dict[str, float]:
+    """The table's row for classes; probs `(draws, n, classes)` are averaged over draws, `level` is
+    not used; point as above.
+    """
     predictive = probs.mean(0)
     return {
         "n": len(y),

@@ -1,7 +1,9 @@
-"""Noise of observations as a function of (seed, task's name, draw, place in the task), whatever stands beside the task.
+"""Noise of observations as a function of (seed, task's name, draw, place in the task), whatever
+stands beside the task.
 
-A distribution draws by PyTorch's random operations, which read one stream in the order of memory: with one task more, or one
-row of padding more, every later number is another.  Within `TaskNoise` those operations read numbers of the tasks' own.
+A distribution draws by PyTorch's random operations, which read one stream in the order of memory:
+with one task more, or one row of padding more, every later number is another.  Within `TaskNoise`
+those operations read numbers of the tasks' own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from varmeta.numerics import noise
 OBSERVED = 2**41
 
 aten = torch.ops.aten
-# y = transform(u, *parameters) of uniform u, by operation; what is filled in place comes without a generator's argument.
+# y = transform(u, *parameters) of uniform u, by operation; what is filled in place comes without a
+# generator's argument.
 _FILLS: dict[Any, Callable[..., Tensor]] = {
     aten.uniform_: lambda u, low=0.0, high=1.0: low + (high - low) * u,
     aten.normal_: lambda u, mean=0.0, std=1.0: mean + std * torch.special.ndtri(u),
@@ -37,7 +40,8 @@ _MAKES: dict[Any, Callable[[Tensor], Tensor]] = {
     aten.randn: torch.special.ndtri,
     aten.randn_like: torch.special.ndtri,
 }
-# Rejection sampling: how many numbers one draw takes depends on luck, so each task has a generator of its own.
+# Rejection sampling: how many numbers one draw takes depends on luck, so each task has a generator
+# of its own.
 _SERIAL: dict[Any, Callable[..., Tensor]] = {
     aten.poisson: torch.poisson,
     aten.binomial: torch.binomial,
@@ -47,10 +51,11 @@ _SERIAL: dict[Any, Callable[..., Tensor]] = {
 
 
 class TaskNoise(TorchDispatchMode):
-    """Within it, random numbers for tensors whose axes are (draws, tasks, points, ...) follow the tasks' names.
+    """Within it, random numbers for tensors whose axes are (draws, tasks, points, ...) follow the
+    tasks' names.
 
-    ids: the tasks' numbers, `(tasks,)`, see `noise.task_id`.  mask: `(tasks, points)`, False in padding, for which some
-    operations draw nothing.  `at(first, num)` says which draws come next.
+    ids: the tasks' numbers, `(tasks,)`, see `noise.task_id`.  mask: `(tasks, points)`, False in
+    padding, for which some operations draw nothing.  `at(first, num)` says which draws come next.
     Random tensors of other shapes come from PyTorch's own stream.
     """
 
@@ -63,11 +68,17 @@ class TaskNoise(TorchDispatchMode):
         self.at(0, 1)
 
     def at(self, first: int, num: int) -> None:
-        """The next tensors are of the draws first, ..., first + num - 1, each sampled as the ones before were."""
+        """The next tensors are of the draws first, ..., first + num - 1, each sampled as the ones
+        before were.
+        """
         self.first, self.num, self._calls = first, num, 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         kind = func.overloadpacket
@@ -89,7 +100,11 @@ class TaskNoise(TorchDispatchMode):
         if kind is aten.bernoulli and len(args) == 1:
             u = self._uniform(args[0].shape)
             return func(*args, **kwargs) if u is None else (u < args[0]).to(args[0])
-        if kind is aten.multinomial and args[0].dim() == 2 and (args[1] == 1 or (len(args) > 2 and args[2])):
+        if (
+            kind is aten.multinomial
+            and args[0].dim() == 2
+            and (args[1] == 1 or (len(args) > 2 and args[2]))
+        ):
             u = self._uniform((len(args[0]), args[1]))
             return func(*args, **kwargs) if u is None else _classes(args[0], u)
         if kind in _SERIAL:
@@ -109,7 +124,9 @@ class TaskNoise(TorchDispatchMode):
         if rest is None or not math.prod(shape):
             return None
         size = self.shape[1] * math.prod(rest)
-        u = noise.uniform(self.seed, OBSERVED + self._calls, self.ids, self.num, size, first=self.first)
+        u = noise.uniform(
+            self.seed, OBSERVED + self._calls, self.ids, self.num, size, first=self.first
+        )
         self._calls += 1
         return u.reshape(shape)
 
@@ -118,7 +135,8 @@ class TaskNoise(TorchDispatchMode):
         rest = self._rest(shape)
         if rest is None or not math.prod(shape):
             return None
-        # on the CPU on every machine: only there is a generator read in order, so that slices of draws do not matter
+        # on the CPU on every machine: only there is a generator read in order, so that slices of
+        # draws do not matter
         full = [p.cpu().reshape(self.num, *self.shape, *rest) for p in parameters]
         out = torch.zeros_like(full[0])
         for i, rows in enumerate(self.rows):
@@ -138,7 +156,9 @@ class TaskNoise(TorchDispatchMode):
 
 
 def _classes(weights: Tensor, u: Tensor) -> Tensor:
-    """Classes `(n, draws)` with probability proportional to weights `(n, classes)`, by uniforms `(n, draws)`."""
+    """Classes `(n, draws)` with probability proportional to weights `(n, classes)`, by uniforms
+    `(n, draws)`.
+    """
     below = weights.double().cumsum(-1)
     at = torch.searchsorted(below, u.double() * below[:, -1:], right=True)
     return at.clamp(max=weights.shape[-1] - 1)

@@ -1,4 +1,6 @@
-"""Observations under draws of the weights: their site in the program's trace, densities, means, class probabilities."""
+"""Observations under draws of the weights: their site in the program's trace, densities, means,
+class probabilities.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,16 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Observations under draws of the weights: y `(tasks, points, ...)`, log_prob `(draws, tasks, points)`, 0 in the padding.
+    """Observations under draws of the weights: y `(tasks, points, ...)`, log_prob `(draws, tasks,
+    points)`, 0 in the padding.
 
-    weighted: log_prob times how often each observation counts, added up over a task's points, `(draws, tasks)`: what they add to
-        the log joint density.
-    mean: an observation's mean under each draw, `(draws, tasks, points, ...)`, None where the distribution does not tell.
-    probs: for classes their probabilities, classes last.  samples: draws of observations, where asked for.
-    Of a point there is one draw of the weights, under which the samples are drawn all the same.
+    weighted: log_prob times how often each observation counts, added up over a task's points,
+        `(draws, tasks)`: what they add to the log joint density.
+    mean: an observation's mean under each draw, `(draws, tasks, points, ...)`, None where the
+        distribution does not tell.
+    probs: for classes their probabilities, classes last.  samples: draws of observations, where
+    asked for. Of a point there is one draw of the weights, under which the samples are drawn all
+    the same.
     """
 
     data: Data
@@ -60,13 +65,17 @@ def observed_site(trace: poutine.Trace) -> Any:
     if "y" in sites:
         return sites["y"]
     if len(sites) != 1:
-        raise ValueError(f"the program samples {sorted(sites)}: call the observed site 'y', or sample just one")
+        raise ValueError(
+            f"the program samples {sorted(sites)}: call the observed site 'y', or sample just one"
+        )
     return next(iter(sites.values()))
 
 
 def class_probabilities(fn: dist.TorchDistribution) -> Tensor:
     """`(..., classes)`; for a Bernoulli, of 0 and of 1."""
-    return torch.stack([1.0 - fn.probs, fn.probs], -1) if isinstance(fn, dist.Bernoulli) else fn.probs
+    return (
+        torch.stack([1.0 - fn.probs, fn.probs], -1) if isinstance(fn, dist.Bernoulli) else fn.probs
+    )
 
 
 def samples_more(trace: poutine.Trace) -> bool:
@@ -82,7 +91,9 @@ def samples_more(trace: poutine.Trace) -> bool:
 
 
 def known_mean(fn: dist.TorchDistribution) -> Tensor | None:
-    """The mean, NaN where there is none (Cauchy's); None for classes and where the distribution does not tell."""
+    """The mean, NaN where there is none (Cauchy's); None for classes and where the distribution
+    does not tell.
+    """
     if isinstance(fn, dist.Categorical):
         return None
     try:
@@ -99,5 +110,7 @@ def mean_of(fn: dist.TorchDistribution) -> Tensor:
     except NotImplementedError:
         mean = None
     if mean is None or bool(mean.isnan().any()):
-        raise ValueError(f"a {type(fn).__name__} observation has no mean here: use predict(x) and its interval")
+        raise ValueError(
+            f"a {type(fn).__name__} observation has no mean here: use predict(x) and its interval"
+        )
     return mean

@@ -29,21 +29,31 @@ from varmeta.tasks import Data
 
 
 class Observer:
-    """Observations of a batch of tasks under draws of their weights, some draws and some tasks at a time."""
+    """Observations of a batch of tasks under draws of their weights, some draws and some tasks at a
+    time.
+    """
 
     def __init__(self, q: Draws) -> None:
         self.q = q
         self.model = q.model
-        # by the shape of theta: counting what a network holds takes longer than to run it for a few tasks
+        # by the shape of theta: counting what a network holds takes longer than to run it for a few
+        # tasks
         self._sizes: dict[torch.Size, tuple[int, int]] = {}
 
     @contextlib.contextmanager
     def stream(self, seed: int, data: Data) -> Iterator[TaskNoise]:
-        """Random numbers of the tasks' own, no gradients, and PyTorch's random state put back afterwards."""
-        with quiet_scope(seed, data.x.device), TaskNoise(seed, self.q.batch.ids, data.mask) as stream:
+        """Random numbers of the tasks' own, no gradients, and PyTorch's random state put back
+        afterwards.
+        """
+        with (
+            quiet_scope(seed, data.x.device),
+            TaskNoise(seed, self.q.batch.ids, data.mask) as stream,
+        ):
             yield stream
 
-    def traces(self, theta: Tensor, data: Data, y: Tensor | None, stream: TaskNoise) -> Iterator[poutine.Trace]:
+    def traces(
+        self, theta: Tensor, data: Data, y: Tensor | None, stream: TaskNoise
+    ) -> Iterator[poutine.Trace]:
         """The program's traces under slices of the draws theta, sampling from `stream`."""
         x, first = data.filled[0], 0
         draws, tasks = _slices.sizes(self.model, self.q.eta, theta, data)
@@ -57,22 +67,42 @@ class Observer:
         theta, parts = self.q.theta(num_samples, seed), []
         with self.stream(seed, data) as stream:
             for trace in self.traces(theta[:1] if self.q.is_point else theta, data, None, stream):
-                if self.q.is_point and samples_more(trace):  # what it draws besides y is drawn anew for each draw of y
-                    parts = [observed_site(t)["value"] for t in self.traces(theta, data, None, stream)]
+                if self.q.is_point and samples_more(
+                    trace
+                ):  # what it draws besides y is drawn anew for each draw of y
+                    parts = [
+                        observed_site(t)["value"] for t in self.traces(theta, data, None, stream)
+                    ]
                 elif self.q.is_point:
                     parts = list(_sampled(observed_site(trace)["fn"], theta, data, stream))
                 else:
                     parts.append(observed_site(trace)["value"])
         return torch.cat(parts)
 
-    def read(self, data: Data, read: Callable[[dist.TorchDistribution], Tensor], num_samples: int, seed: int) -> Tensor:
-        """What `read` takes from the distribution of new observations under each draw; a point is one draw."""
+    def read(
+        self,
+        data: Data,
+        read: Callable[[dist.TorchDistribution], Tensor],
+        num_samples: int,
+        seed: int,
+    ) -> Tensor:
+        """What `read` takes from the distribution of new observations under each draw; a point is
+        one draw.
+        """
         theta = self.q.theta(1 if self.q.is_point else num_samples, seed)
         with self.stream(seed, data) as stream:
-            return torch.cat([read(observed_site(trace)["fn"]) for trace in self.traces(theta, data, None, stream)])
+            return torch.cat(
+                [
+                    read(observed_site(trace)["fn"])
+                    for trace in self.traces(theta, data, None, stream)
+                ]
+            )
 
-    def evaluate(self, data: Data, num_samples: int, seed: int, sampled: bool | None = True) -> Evaluated:
-        """Log densities, means, probabilities (for classes) and draws of the observations in `data`.
+    def evaluate(
+        self, data: Data, num_samples: int, seed: int, sampled: bool | None = True
+    ) -> Evaluated:
+        """Log densities, means, probabilities (for classes) and draws of the observations in
+        `data`.
 
         sampled: whether to draw observations; None: of numbers, not of classes.
         """
@@ -84,7 +114,9 @@ class Observer:
         with self.stream(seed, data) as stream:
             for trace in self.traces(own, data, y, stream):
                 # where, not a product: the density of padding may be anything
-                log_probs.append(torch.where(data.mask, observed_log_prob(trace, weighted=False), 0.0))
+                log_probs.append(
+                    torch.where(data.mask, observed_log_prob(trace, weighted=False), 0.0)
+                )
                 weighted.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
                 site = observed_site(trace)
                 fn = site["fn"]
@@ -93,13 +125,16 @@ class Observer:
                 if classes:
                     probs.append(class_probabilities(fn))
                 if sampled or (sampled is None and not classes):
-                    samples += _sampled(fn, theta, data, stream) if self.q.is_point else [fn.sample()]
+                    samples += (
+                        _sampled(fn, theta, data, stream) if self.q.is_point else [fn.sample()]
+                    )
         known = [mean for mean in means if mean is not None]
         joined = (torch.cat(parts) if parts else None for parts in (known, probs, samples))
         return Evaluated(data, site["value"], torch.cat(log_probs), torch.cat(weighted), *joined)
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor]) -> Tensor:
-        """log p(y_i | theta, eta) of the support data, `(draws, tasks)`, for theta `(draws, tasks, 1, D)`.
+        """log p(y_i | theta, eta) of the support data, `(draws, tasks)`, for theta `(draws, tasks,
+        1, D)`.
 
         Each observation counts as often as it does in the objective.
         """
@@ -129,8 +164,12 @@ class Observer:
         return program
 
 
-def _sampled(fn: dist.TorchDistribution, theta: Tensor, data: Data, stream: TaskNoise) -> Iterator[Tensor]:
-    """As many draws as theta has, of observations whose distribution `(1, tasks, points)` is one for all of them."""
+def _sampled(
+    fn: dist.TorchDistribution, theta: Tensor, data: Data, stream: TaskNoise
+) -> Iterator[Tensor]:
+    """As many draws as theta has, of observations whose distribution `(1, tasks, points)` is one
+    for all of them.
+    """
     first = 0
     for part in theta.split(_slices.draws_of_observations(data)):
         stream.at(first, len(part))

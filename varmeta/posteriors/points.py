@@ -1,4 +1,6 @@
-"""Where a posterior is asked to predict, and on what it is scored: checked against the tasks that the prior was learned from."""
+"""Where a posterior is asked to predict, and on what it is scored: checked against the tasks that
+the prior was learned from.
+"""
 
 from __future__ import annotations
 
@@ -22,30 +24,41 @@ def check_columns(tasks: TaskSet, trained: TaskSet) -> None:
         return
     if tasks.x_shape != trained.x_shape:
         raise ValueError(
-            f"a row of these tasks' x has shape {tasks.x_shape}, but {trained.x_shape} in the training tasks: give the same "
-            "columns; (n,) and (n, 1) differ, see reshape"
+            f"a row of these tasks' x has shape {tasks.x_shape}, but {trained.x_shape} in the "
+            "training tasks: give the same columns; (n,) and (n, 1) differ, see reshape"
         )
-    if tasks.x_names is not None and trained.x_names is not None and tasks.x_names != trained.x_names:
+    if (
+        tasks.x_names is not None
+        and trained.x_names is not None
+        and tasks.x_names != trained.x_names
+    ):
         raise ValueError(
-            f"the columns of these tasks' x are {list(tasks.x_names)}, but {list(trained.x_names)} in the training tasks: give "
-            "the same columns in the same order"
+            f"the columns of these tasks' x are {list(tasks.x_names)}, but {list(trained.x_names)} "
+            "in the training tasks: give the same columns in the same order"
         )
 
 
 def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data:
-    """x of `Posterior.predict` as padded data without y, in the dtype and on the device of `like`."""
+    """x of `Posterior.predict` as padded data without y, in the dtype and on the device of
+    `like`.
+    """
     if isinstance(x, TaskSet):
         raise TypeError(
-            "x is a TaskSet, expected an array or one array per task: [task.query[0] for task in tasks]; "
-            "score(tasks) judges predictions of their y"
+            "x is a TaskSet, expected an array or one array per task: [task.query[0] for task in "
+            "tasks]; score(tasks) judges predictions of their y"
         )
     x = _columns_of(x, trained)
-    if isinstance(x, (list, tuple)) and any(isinstance(part, (np.ndarray, Tensor)) and part.ndim for part in x):
+    if isinstance(x, (list, tuple)) and any(
+        isinstance(part, (np.ndarray, Tensor)) and part.ndim for part in x
+    ):
         if len(x) != len(names):
             raise ValueError(
-                f"x lists {len(x)} arrays, but there are {len(names)} tasks: give one array for each, or one for all"
+                f"x lists {len(x)} arrays, but there are {len(names)} tasks: give one array for "
+                "each, or one for all"
             )
-        parts = [as_tensor(part, f"x of task {name!r}") for part, name in zip(x, names, strict=True)]
+        parts = [
+            as_tensor(part, f"x of task {name!r}") for part, name in zip(x, names, strict=True)
+        ]
     else:  # nested lists of numbers are rows, as in numpy
         parts = [as_tensor(x, "x")] * len(names)
     for part, name in zip(parts, names, strict=True):
@@ -60,13 +73,15 @@ def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data
 
 
 def _columns_of(x: Any, trained: TaskSet) -> Any:
-    """The columns of a table by name, so that their order in it does not matter; anything else as it is."""
+    """The columns of a table by name, so that their order in it does not matter; anything else as
+    it is.
+    """
     if not hasattr(x, "columns"):
         return x
     if trained.x_names is None:
         raise TypeError(
-            "x is a table, but the training tasks do not know the names of their columns: give an array, or make the tasks by "
-            "TaskSet.from_frame"
+            "x is a table, but the training tasks do not know the names of their columns: give an "
+            "array, or make the tasks by TaskSet.from_frame"
         )
     missing = [name for name in trained.x_names if name not in x.columns]
     if missing:
@@ -78,12 +93,14 @@ def _columns_of(x: Any, trained: TaskSet) -> Any:
 def check_rows(x: Tensor, what: str, trained: TaskSet) -> None:
     """A program that reads columns of x would take points for columns, and say nothing."""
     if x.dim() == 0:
-        raise ValueError(f"{what} is a single number, expected one row per point: give [{x.item()}]")
+        raise ValueError(
+            f"{what} is a single number, expected one row per point: give [{x.item()}]"
+        )
     refuse_non_finite(x, what)
     if x.shape[1:] != trained.x_shape:
         raise ValueError(
-            f"{what}: a row has shape {tuple(x.shape[1:])}, but {trained.x_shape} in the training tasks: (n,) and (n, 1) "
-            "differ, see reshape; one array per task is a list of arrays"
+            f"{what}: a row has shape {tuple(x.shape[1:])}, but {trained.x_shape} in the training "
+            "tasks: (n,) and (n, 1) differ, see reshape; one array per task is a list of arrays"
         )
 
 
@@ -92,12 +109,14 @@ def scored(query: Any, own: Batch, model: TaskModel, trained: TaskSet) -> Data:
     if query is None:
         if own.query is None:
             raise ValueError(
-                "these tasks have no query data: pass score(query) the held-out data, as a TaskSet or list of (x, y)"
+                "these tasks have no query data: pass score(query) the held-out data, as a TaskSet "
+                "or list of (x, y)"
             )
         return own.query
     if hasattr(query, "columns"):
         raise TypeError(
-            "query is a table: make tasks of it first, by TaskSet.from_frame(table, task=..., x=..., y=...)"
+            "query is a table: make tasks of it first, by TaskSet.from_frame(table, task=..., "
+            "x=..., y=...)"
         )
     if not isinstance(query, Iterable):
         raise TypeError(f"query must be a TaskSet or a list of (x, y), not {type(query).__name__}")
@@ -106,17 +125,30 @@ def scored(query: Any, own: Batch, model: TaskModel, trained: TaskSet) -> Data:
     tasks = [item if isinstance(item, Task) else Task(support=item) for item in query]
     if len(tasks) != len(own.names):
         raise ValueError(
-            f"query has {len(tasks)} tasks, but the posterior has {len(own.names)}: one for each, in the same order"
+            f"query has {len(tasks)} tasks, but the posterior has {len(own.names)}: one for each, "
+            "in the same order"
         )
     for task, name in zip(tasks, own.names, strict=True):
         if task.name is not None and task.name != name:
-            raise ValueError(f"query lists task {task.name!r} where the posterior has {name!r}: use the same order")
-    # all from the one or all from the other: a task without query data must not be scored on what it learned from
+            raise ValueError(
+                f"query lists task {task.name!r} where the posterior has {name!r}: use the same "
+                "order"
+            )
+    # all from the one or all from the other: a task without query data must not be scored on what
+    # it learned from
     asked = any(task.query is not None for task in tasks)
     parts = [task.query if asked else task.support for task in tasks]
     # the model asks for the features that its prior needs; they are the posterior's own
-    features = [{name: float(value[i]) for name, value in own.support.features.items()} for i in range(len(own))]
-    named = TaskSet([Task(p, None, name, known) for p, name, known in zip(parts, own.names, features, strict=True)])
+    features = [
+        {name: float(value[i]) for name, value in own.support.features.items()}
+        for i in range(len(own))
+    ]
+    named = TaskSet(
+        [
+            Task(p, None, name, known)
+            for p, name, known in zip(parts, own.names, features, strict=True)
+        ]
+    )
     named = named.to(dtype=own.support.x.dtype, device=own.support.x.device)
     for task in named:
         if task.support is not None:

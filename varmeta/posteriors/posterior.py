@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class Posterior:
-    """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`; `trained` are the training tasks.
+    """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`; `trained`
+    are the training tasks.
 
     q: where the weights are and how they are drawn.
     """
@@ -54,14 +55,20 @@ class Posterior:
         """The same for some of the tasks.  Raises KeyError for a task that there is not."""
         unknown = [name for name in names if name not in self.names]
         if unknown:
-            raise KeyError(f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}")
-        at = torch.tensor([self.names.index(name) for name in names], device=self.q.batch.rows.device)
+            raise KeyError(
+                f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}"
+            )
+        at = torch.tensor(
+            [self.names.index(name) for name in names], device=self.q.batch.rows.device
+        )
         tasks = self.tasks[at]
         return Posterior(self.q.take(at, tasks.batch()), tasks, self.trained)
 
     @property
     def distribution(self) -> dist.TorchDistribution:
-        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of `labels`."""
+        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of
+        `labels`.
+        """
         return self.q.distribution
 
     @property
@@ -76,13 +83,17 @@ class Posterior:
 
     @property
     def sd(self) -> dict[str, Tensor]:
-        """Posterior standard deviation by parameter name, `(tasks, *shape)`; zero for a delta guide."""
+        """Posterior standard deviation by parameter name, `(tasks, *shape)`; zero for a delta
+        guide.
+        """
         q = self.distribution
         spread = torch.zeros_like(q.mean) if isinstance(q, dist.Delta) else q.stddev
         return self.model.weights.unflatten(spread.squeeze(-2))
 
     def sample(self, num_samples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
-        """Draws of the weights by parameter name, `(num_samples, tasks, *shape)`; a task's draws do not depend on the others."""
+        """Draws of the weights by parameter name, `(num_samples, tasks, *shape)`; a task's draws do
+        not depend on the others.
+        """
         return self.model.weights.unflatten(self.draws(num_samples, seed))
 
     def draws(self, num_samples: int = 1000, seed: int = 0) -> Tensor:
@@ -90,7 +101,8 @@ class Posterior:
         return self.q.theta(num_samples, seed).squeeze(-2)
 
     def frame(self, deviations: bool = False) -> pd.DataFrame:
-        """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as lme4's `coef`.
+        """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as
+        lme4's `coef`.
 
         deviations: means as deviations from theta0 (or from its mean) and what features add to it, as lme4's `ranef`.  The sds
             are those of the weights either way.
@@ -104,7 +116,9 @@ class Posterior:
             centre = location(self.q.prior)
             mean = mean - (centre if centre.dim() == 1 else centre.squeeze(-2))
         parts = {
-            kind: pd.DataFrame(values.tolist(), index=pd.Index(self.names, name="task"), columns=list(self.labels))
+            kind: pd.DataFrame(
+                values.tolist(), index=pd.Index(self.names, name="task"), columns=list(self.labels)
+            )
             for kind, values in {"mean": mean, "sd": weights.flatten(self.sd)}.items()
         }
         return pd.concat(parts, axis=1)
@@ -116,28 +130,36 @@ class Posterior:
             or a list with one array per task (of any lengths).
         For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how many.
 
-        Raises ValueError where a list does not have one array per task, for NaN and infinity, for rows of another
-        shape than those of the training tasks, and for arrays of different lengths where the model's rows depend on each
-        other; TypeError for what is no array.
+        Raises ValueError where a list does not have one array per task, for NaN and infinity, for
+        rows of another shape than those of the training tasks, and for arrays of different lengths
+        where the model's rows depend on each other; TypeError for what is no array.
         """
         data = self._new(x)
         return Prediction(self.observer.new(data, num_samples, seed), data.mask, self.names)
 
     def expected(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
-        """Draws of the mean of an observation at x: of a probability, a rate, a curve, without the noise of single observations.
+        """Draws of the mean of an observation at x: of a probability, a rate, a curve, without the
+        noise of single observations.
 
-        x: as for `predict`.  For classes their probabilities, in a last axis; for `Binomial` without `total_count`, of one
-        trial.  Its interval says where the mean is, that of `predict` where an observation will be.
-        Of a point (a delta guide) the mean is known: one draw, whatever num_samples.
+        x: as for `predict`.  For classes their probabilities, in a last axis; for `Binomial`
+        without `total_count`, of one trial.  Its interval says where the mean is, that of `predict`
+        where an observation will be. Of a point (a delta guide) the mean is known: one draw,
+        whatever num_samples.
 
         Raises ValueError as `predict`, and where the observations' distribution has no mean.
         """
         return self.observed(x, mean_of, num_samples, seed)
 
     def observed(
-        self, x: Any, read: Callable[[dist.TorchDistribution], Tensor], num_samples: int = 1000, seed: int = 0
+        self,
+        x: Any,
+        read: Callable[[dist.TorchDistribution], Tensor],
+        num_samples: int = 1000,
+        seed: int = 0,
     ) -> Prediction:
-        """What `read` takes from the observations' distribution at x, under each draw of the weights; a point is one draw."""
+        """What `read` takes from the observations' distribution at x, under each draw of the
+        weights; a point is one draw.
+        """
         data = self._new(x)
         return Prediction(self.observer.read(data, read, num_samples, seed), data.mask, self.names)
 
@@ -146,9 +168,11 @@ class Posterior:
         check_padding(self.model, data, with_y=False)
         return data
 
-    def log_prob(self, query: Any = None, num_samples: int = 1000, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in the padding; and the
-        mask `(tasks, points)`.
+    def log_prob(
+        self, query: Any = None, num_samples: int = 1000, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in
+        the padding; and the mask `(tasks, points)`.
 
         Densities, so that the weights of `Weighted`, or of `poutine.scale`, are not in them.
         """
@@ -156,14 +180,19 @@ class Posterior:
         evaluated = self.observer.evaluate(data, num_samples, seed, sampled=False)
         log_prob = evaluated.log_prob
         # of a point every draw is the same
-        return log_prob.expand(whole_number("num_samples", num_samples), *log_prob.shape[1:]), evaluated.data.mask
+        return log_prob.expand(
+            whole_number("num_samples", num_samples), *log_prob.shape[1:]
+        ), evaluated.data.mask
 
-    def score(self, query: Any = None, num_samples: int = 1000, seed: int = 0, level: float = 0.9) -> pd.DataFrame:
-        """How well the tasks' held-out observations are predicted: one row per task, and "all" over all observations.
+    def score(
+        self, query: Any = None, num_samples: int = 1000, seed: int = 0, level: float = 0.9
+    ) -> pd.DataFrame:
+        """How well the tasks' held-out observations are predicted: one row per task, and "all" over
+        all observations.
 
-        query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data (or, where none of
-            them has any, support data) are scored; or a list of (x, y), None for a task without; None takes the tasks'
-            own query data.
+        query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data
+            (or, where none of them has any, support data) are scored; or a list of (x, y), None for
+            a task without; None takes the tasks' own query data.
         Columns: n; log_density (nats per observation, of the predictive distribution, whatever weight the observation has in
         the fit); for numbers rmse, coverage of the
             central `level` interval, calibration_error and crps; for classes error_rate and calibration_error.
@@ -173,8 +202,8 @@ class Posterior:
             standard error of each row's log_density, 0 where it is exact or the guide is a point.
         A task without data to score gets no row.  A task's row does not depend on the other tasks.
 
-        Raises ValueError for other tasks, another number or order of them, data that the model refuses, a level that is
-        not between 0 and 1, and where there is nothing to score.
+        Raises ValueError for other tasks, another number or order of them, data that the model
+        refuses, a level that is not between 0 and 1, and where there is nothing to score.
         """
         import pandas as pd
 
@@ -191,35 +220,41 @@ class Posterior:
             if bool(mask.any()):
                 index.append(name)
                 rows.append(row(mask))
-        errors = {name: found.pop("log_density_se") for name, found in zip(index, rows, strict=True)}
+        errors = {
+            name: found.pop("log_density_se") for name, found in zip(index, rows, strict=True)
+        }
         table = pd.DataFrame(rows, index=pd.Index(index, name="task"))
         table.attrs["log_density_se"] = errors
         return table
 
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """The log evidence log p(y_i | eta) of every task's support data by importance sampling, beside the bound; in nats.
+        """The log evidence log p(y_i | eta) of every task's support data by importance sampling,
+        beside the bound; in nats.
 
-        One row per task, and "all", their sum.  Columns: objective, what the guide's own objective says (-F_i; under Laplace's
-        guide Laplace's evidence); elbo, the mean log weight of `num_samples` draws of the guide; evidence, the log of the mean
-        weight, which is never below elbo; se, its Monte-Carlo error.
-        The weights' mean has no finite error where the guide's tails are too light: believe se for tasks that `diagnose` reads
-        as "good" or "usable".
+        One row per task, and "all", their sum.  Columns: objective, what the guide's own objective
+        says (-F_i; under Laplace's guide Laplace's evidence); elbo, the mean log weight of
+        `num_samples` draws of the guide; evidence, the log of the mean weight, which is never below
+        elbo; se, its Monte-Carlo error. The weights' mean has no finite error where the guide's
+        tails are too light: believe se for tasks that `diagnose` reads as "good" or "usable".
 
         Raises ValueError for a delta guide, and for fewer than 100 draws.
         """
         return evidence(self.observer, num_samples, seed)
 
     def diagnose(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """How near each task's guide is to its posterior: the columns of `evidence`, and gap, ess, k_hat, reading.
+        """How near each task's guide is to its posterior: the columns of `evidence`, and gap, ess,
+        k_hat, reading.
 
-        gap: evidence - elbo, in nats, an estimate of KL[q_i || posterior].  ess: how many independent draws of the posterior the
-        weighted draws are worth.  k_hat: shape of the weights' tail (Pareto smoothed importance sampling).
-        reading: "good" (k_hat up to 0.5, or 95 % of the draws effective: the tail of weights that are alike has no shape);
-        "usable" (up to min(1 - 1 / log10(draws), 0.7)): weights correct what is left; "unreliable" (up to 1): they do not, and
-        the evidence is off by more than its se says; "misses the posterior" (above 1); "no mode": Laplace's Hessian was not
-        positive definite.
-        For a mean-field guide over a network's weights "misses the posterior" is the rule: its predictions may still be good,
-        which `score` on held-out data tells, not this table.
+        gap: evidence - elbo, in nats, an estimate of KL[q_i || posterior].  ess: how many
+        independent draws of the posterior the weighted draws are worth.  k_hat: shape of the
+        weights' tail (Pareto smoothed importance sampling).
+        reading: "good" (k_hat up to 0.5, or 95 % of the draws effective: the tail of weights that
+        are alike has no shape); "usable" (up to min(1 - 1 / log10(draws), 0.7)): weights correct
+        what is left; "unreliable" (up to 1): they do not, and the evidence is off by more than its
+        se says; "misses the posterior" (above 1); "no mode": Laplace's Hessian was not positive
+        definite. For a mean-field guide over a network's weights "misses the posterior" is the
+        rule: its predictions may still be good, which `score` on held-out data tells, not this
+        table.
 
         Raises ValueError as `evidence`.
         Source: Vehtari et al., JMLR 25 (2024); Yao et al., Yes, but did it work?, ICML 2018.
@@ -227,23 +262,27 @@ class Posterior:
         return diagnose(self.observer, num_samples, seed)
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor] | None = None) -> Tensor:
-        """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`: `(draws, tasks)`;
-        each observation as often as it counts in the objective.
+        """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`:
+        `(draws, tasks)`; each observation as often as it counts in the objective.
 
         eta: by default the posterior's own.
         """
         return self.observer.log_likelihood(theta, self.q.eta if eta is None else eta)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
-        """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood and the data.
+        """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood
+        and the data.
 
-        Observations are flat with a `task_id` coordinate.  A delta guide gets no log likelihood: its LOO would be the
-        in-sample density.  The log likelihood is of one observation each: of one that counts w times (`Weighted`) ArviZ's LOO
-        leaves one copy out.
+        Observations are flat with a `task_id` coordinate.  A delta guide gets no log likelihood:
+        its LOO would be the in-sample density.  The log likelihood is of one observation each: of
+        one that counts w times (`Weighted`) ArviZ's LOO leaves one copy out.
         """
         names = {"task": list(self.names), "weight": list(self.labels)}
         return export.groups(self.observer, names, num_samples, seed, self.trained.x_names)
 
     def __repr__(self) -> str:
         guide, count = self.q.guide_name, self.model.weights.size
-        return f"<Posterior: {counted(len(self.names), 'task')}, {counted(count, 'weight')} each, {guide} guide>"
+        return (
+            f"<Posterior: {counted(len(self.names), 'task')}, {counted(count, 'weight')} each, "
+            f"{guide} guide>"
+        )

@@ -1,4 +1,6 @@
-"""Draws of what will be observed, or of its mean, and what is read off them: means, intervals, a table."""
+"""Draws of what will be observed, or of its mean, and what is read off them: means, intervals, a
+table.
+"""
 
 from __future__ import annotations
 
@@ -36,28 +38,39 @@ class Prediction:
         return self._floating.std(0, correction=min(1, len(self.samples) - 1))
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the central interval of probability `level`, `(tasks, points, ...)` each."""
+        """Lower and upper end of the central interval of probability `level`, `(tasks, points,
+        ...)` each.
+        """
         level = probability("level", level)
         # sorted here: torch.quantile refuses more than 16 million numbers
         ordered = self._floating.sort(0).values
-        return calibration.quantile(ordered, (1 - level) / 2), calibration.quantile(ordered, (1 + level) / 2)
+        return calibration.quantile(ordered, (1 - level) / 2), calibration.quantile(
+            ordered, (1 + level) / 2
+        )
 
     @property
     def _floating(self) -> Tensor:
-        return self.samples if self.samples.is_floating_point() else self.samples.to(torch.get_default_dtype())
+        return (
+            self.samples
+            if self.samples.is_floating_point()
+            else self.samples.to(torch.get_default_dtype())
+        )
 
     def task(self, name: str) -> Tensor:
         """The draws of one task without padding, `(draws, points, ...)`."""
         if name not in self.names:
-            raise KeyError(f"no task is called {name!r}; the first names are {list(self.names[:5])}")
+            raise KeyError(
+                f"no task is called {name!r}; the first names are {list(self.names[:5])}"
+            )
         index = self.names.index(name)
         return self.samples[:, index, self.mask[index]]
 
     def frame(self, level: float = 0.9) -> pd.DataFrame:
-        """One row per task and point (counted from 0): task, point, mean, sd, low, high; without padding.
+        """One row per task and point (counted from 0): task, point, mean, sd, low, high; without
+        padding.
 
-        low, high: the central interval of probability `level`.  Of an observation with several numbers (responses, classes)
-        each gets a row, and a column `response` says which.
+        low, high: the central interval of probability `level`.  Of an observation with several
+        numbers (responses, classes) each gets a row, and a column `response` says which.
 
         >>> prediction = Prediction(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[True]]), ("a",))
         >>> prediction.frame().round(2)
@@ -79,7 +92,9 @@ class Prediction:
         }
         if self.samples.dim() > 3:
             columns["response"] = list(range(width)) * len(task)
-        return pd.DataFrame(columns | {name: values.reshape(-1).tolist() for name, values in flat.items()})
+        return pd.DataFrame(
+            columns | {name: values.reshape(-1).tolist() for name, values in flat.items()}
+        )
 
     def __repr__(self) -> str:
         draws, tasks, points = self.samples.shape[:3]

@@ -1,9 +1,11 @@
-"""Pareto smoothed importance sampling: are importance weights fit for use, and with their largest ones smoothed.
+"""Pareto smoothed importance sampling: are importance weights fit for use, and with their largest
+ones smoothed.
 
-numpy only.  The largest weights of a row are taken for draws of a generalised Pareto distribution; its shape k-hat says how heavy
-their tail is, and their expected order statistics replace them.
+numpy only.  The largest weights of a row are taken for draws of a generalised Pareto distribution;
+its shape k-hat says how heavy their tail is, and their expected order statistics replace them.
 
-Source: Vehtari, Simpson, Gelman, Yao and Gabry, JMLR 25 (2024); the fit of the tail: Zhang and Stephens, Technometrics 51 (2009).
+Source: Vehtari, Simpson, Gelman, Yao and Gabry, JMLR 25 (2024); the fit of the tail: Zhang and
+Stephens, Technometrics 51 (2009).
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ MIN_TAIL = 5
 # The prior on k in the fit of the tail: this many observations of 0.5.
 PRIOR_WEIGHT, PRIOR_SHAPE = 10.0, 0.5
 
-# With this share of the draws effective, the weights are so much alike that the shape of their tail is not estimable.
+# With this share of the draws effective, the weights are so much alike that the shape of their tail
+# is not estimable.
 ALIKE = 0.95
 
 
 def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Normalised smoothed log weights `(rows, draws)`, and k-hat `(rows,)`.
 
-    log_weights: `(rows, draws)`, up to a constant of each row; -inf is a weight of 0.
-    The tail are the min(draws / 5, 3 sqrt(draws)) largest weights.  k-hat is +inf where the tail has fewer than five
-    different weights above the rest, and -inf where all weights are equal to rounding.
+    log_weights: `(rows, draws)`, up to a constant of each row; -inf is a weight of 0. The tail are
+    the min(draws / 5, 3 sqrt(draws)) largest weights.  k-hat is +inf where the tail has fewer than
+    five different weights above the rest, and -inf where all weights are equal to rounding.
 
     >>> weights, k = smooth(np.log(np.random.default_rng(0).pareto(2.0, (1, 4000)) + 1))  # a tail of shape 1/2
     >>> bool(abs(k[0] - 0.5) < 0.2), bool(abs(np.exp(weights).sum() - 1) < 1e-12)
@@ -50,7 +53,9 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         order_statistics = _quantiles((np.arange(length) + 0.5) / length, shape, scale)
         # no weight may exceed the largest one that was drawn
         new = np.minimum(np.log(order_statistics + np.exp(cut[known])[:, None]), 0.0)
-        ranked[known, draws - length :] = np.where(np.isfinite(shape)[:, None], new, ranked[known, draws - length :])
+        ranked[known, draws - length :] = np.where(
+            np.isfinite(shape)[:, None], new, ranked[known, draws - length :]
+        )
     x = np.empty_like(ranked)
     np.put_along_axis(x, order, ranked, 1)
     spread = -ranked[:, 0]
@@ -70,9 +75,10 @@ def limit(draws: int) -> float:
 def reading(k: float, draws: int, ess: float = 0.0) -> str:
     """What a k-hat says about a task's guide, in words; nothing where the weights hardly differ.
 
-    ess: effective draws.  A guide that is almost the posterior has weights with a local maximum, whose neighbourhood fills the
-    tail together with the few that make it; the fit of one Pareto distribution to both gives shapes of 1 to 5 until there
-    are enough draws (at 40,000 it was 0.3 where it had been 4 at 4,000).
+    ess: effective draws.  A guide that is almost the posterior has weights with a local maximum,
+    whose neighbourhood fills the tail together with the few that make it; the fit of one Pareto
+    distribution to both gives shapes of 1 to 5 until there are enough draws (at 40,000 it was 0.3
+    where it had been 4 at 4,000).
     """
     if k <= 0.5 or ess >= ALIKE * draws:
         return "good"
@@ -82,7 +88,9 @@ def reading(k: float, draws: int, ess: float = 0.0) -> str:
 
 
 def _fit(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shape and scale of a generalised Pareto distribution for ascending x `(rows, n)`, by a profile of its likelihood."""
+    """Shape and scale of a generalised Pareto distribution for ascending x `(rows, n)`, by a
+    profile of its likelihood.
+    """
     n = x.shape[1]
     number = 30 + int(math.sqrt(n))
     quarter = x[:, int(n / 4 + 0.5) - 1]

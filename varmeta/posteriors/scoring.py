@@ -1,4 +1,6 @@
-"""How `Posterior.score` judges observations: exactly where the predictive distribution is known, else by draws."""
+"""How `Posterior.score` judges observations: exactly where the predictive distribution is known,
+else by draws.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from varmeta.tasks import Data
 
 Row = Callable[[Tensor], dict[str, float]]
 
-# Weights up to which the variance of a linear output is added up direction by direction, each a pass through the network.
+# Weights up to which the variance of a linear output is added up direction by direction, each a
+# pass through the network.
 MAX_EXACT_SIZE = 200
 
 
@@ -31,25 +34,35 @@ def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: f
     is_point = observer.q.is_point
     if found.probs is not None:
         probs = found.probs
-        return lambda mask: metrics.classes(found.log_prob[:, mask], probs[:, mask], found.y[mask], level, is_point)
+        return lambda mask: metrics.classes(
+            found.log_prob[:, mask], probs[:, mask], found.y[mask], level, is_point
+        )
     samples, means = found.samples, found.mean
     assert samples is not None
 
     def numbers(mask: Tensor) -> dict[str, float]:
         mean = None if means is None else means[:, mask].mean(0)
-        return metrics.numbers(found.log_prob[:, mask], samples[:, mask], found.y[mask], level, mean, is_point)
+        return metrics.numbers(
+            found.log_prob[:, mask], samples[:, mask], found.y[mask], level, mean, is_point
+        )
 
     return numbers
 
 
 def normal_predictive(observer: Observer, data: Data) -> tuple[Tensor, Tensor] | None:
-    """Mean and sd of every observation, `(tasks, points)` each, where it is known to be normal; else None.
+    """Mean and sd of every observation, `(tasks, points)` each, where it is known to be normal;
+    else None.
 
-    The output f is affine in the weights, theta ~ N(m, L L') and y ~ N(f, s^2); so y ~ N(f(m), s^2 + |f(m + L) - f(m)|^2),
-    with f taken at m plus each column of L.  A mixture over eta is not normal.
+    The output f is affine in the weights, theta ~ N(m, L L') and y ~ N(f, s^2); so y ~ N(f(m), s^2
+    + |f(m + L) - f(m)|^2), with f taken at m plus each column of L.  A mixture over eta is not
+    normal.
     """
     q, model = observer.q, observer.model
-    if q.kind == "integrated" or not model.is_linear_gaussian or model.weights.size > MAX_EXACT_SIZE:
+    if (
+        q.kind == "integrated"
+        or not model.is_linear_gaussian
+        or model.weights.size > MAX_EXACT_SIZE
+    ):
         return None
     centre, factor = location(q.distribution).unsqueeze(0), scale(q.distribution)
     theta = centre

@@ -1,4 +1,6 @@
-"""How much of a prediction is worked on at a time: some draws, and where one draw of all tasks is too much, some tasks."""
+"""How much of a prediction is worked on at a time: some draws, and where one draw of all tasks is
+too much, some tasks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CHUNK = 8_000_000
 PER_POINT = 32
 
 
-def sizes(model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data: Data) -> tuple[int, int]:
+def sizes(
+    model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data: Data
+) -> tuple[int, int]:
     """How many draws of theta `(draws, tasks, 1, D)` at a time, and of one draw how many tasks."""
     draws, tasks = theta.shape[:2]
     one = PER_POINT * data.mask.shape[1] + theta.shape[-1]
@@ -32,7 +36,9 @@ def draws_of_observations(data: Data) -> int:
 
 
 def _on_the_way(model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data: Data) -> int:
-    """Numbers that the network computes for one task (padded, as all of them are) under one draw."""
+    """Numbers that the network computes for one task (padded, as all of them are) under one
+    draw.
+    """
     with torch.no_grad(), Counted() as counted:
         model.output(theta, eta, data.filled[0])
     return counted.total

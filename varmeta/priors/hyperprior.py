@@ -1,7 +1,9 @@
-"""What is believed about eta before the data: densities of theta0, of the prior's sds or precisions, of its correlations.
+"""What is believed about eta before the data: densities of theta0, of the prior's sds or
+precisions, of its correlations.
 
-Every density is one of the quantity that it names, whatever numbers eta holds it in: a half-normal on an sd is a density of
-that sd.  A maximum under it is then a maximum in those units; `log_jacobian` turns it into a density of other coordinates.
+Every density is one of the quantity that it names, whatever numbers eta holds it in: a half-normal
+on an sd is a density of that sd.  A maximum under it is then a maximum in those units;
+`log_jacobian` turns it into a density of other coordinates.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Hyperprior = dist.TorchDistribution | Mapping[str, dist.TorchDistribution] | Non
 
 
 def log_density(hyperprior: Hyperprior, named: Mapping[str, Tensor]) -> Tensor | float:
-    """Sum of log densities of the named values: one distribution for all of them, or one by name (flat for the others)."""
+    """Sum of log densities of the named values: one distribution for all of them, or one by name
+    (flat for the others).
+    """
     if hyperprior is None:
         return 0.0
     total: Tensor | float = 0.0
@@ -32,15 +36,18 @@ def log_density(hyperprior: Hyperprior, named: Mapping[str, Tensor]) -> Tensor |
     return total
 
 
-# Where a tail is looked at, as logarithms of a precision: a maximum beyond the first (an sd of 3e-7) would be none of use,
-# and the squares of the last still have their place among floating numbers.
+# Where a tail is looked at, as logarithms of a precision: a maximum beyond the first (an sd of
+# 3e-7) would be none of use, and the squares of the last still have their place among floating
+# numbers.
 TAIL = (30.0, 60.0, 150.0, 300.0)
 
 
 def outweighs(hyperprior: Any, power: float, gain: float) -> bool:
-    """Whether h(lambda^power) lambda^gain falls all along both tails, towards lambda = infinity and lambda = 0.
+    """Whether h(lambda^power) lambda^gain falls all along both tails, towards lambda = infinity and
+    lambda = 0.
 
-    hyperprior: the density h of a precision lambda (power 1) or of a standard deviation lambda^(-1/2) (power -1/2).
+    hyperprior: the density h of a precision lambda (power 1) or of a standard deviation
+        lambda^(-1/2) (power -1/2).
 
     >>> outweighs(dist.Gamma(2.0, 1.0), 1.0, 100.0), outweighs(dist.HalfCauchy(1.0), 1.0, 3.0)
     (True, False)
@@ -58,7 +65,9 @@ def outweighs(hyperprior: Any, power: float, gain: float) -> bool:
 
 
 def log_lkj(row_norms: Tensor, concentration: float) -> Tensor:
-    """log of det(R)^(concentration - 1), up to a constant, R the correlations of diag(1 / row_norms) U with U unit lower."""
+    """log of det(R)^(concentration - 1), up to a constant, R the correlations of diag(1 /
+    row_norms) U with U unit lower.
+    """
     return -2.0 * (concentration - 1.0) * row_norms.log().sum()
 
 
@@ -79,10 +88,14 @@ def check(hyperprior: Any, what: str) -> Any:
         if value is not None and not isinstance(value, torch.distributions.Distribution):
             where = "" if name is None else f" of {name!r}"
             raise TypeError(
-                f"{what}{where} must be a distribution, such as pyro.distributions.Normal(0., 10.), not {value!r}"
+                f"{what}{where} must be a distribution, such as pyro.distributions.Normal(0., "
+                f"10.), not {value!r}"
             )
         if value is not None and value.event_shape:
-            raise ValueError(f"{what} must be a distribution over one number, not over {tuple(value.event_shape)}")
+            raise ValueError(
+                f"{what} must be a distribution over one number, not over "
+                f"{tuple(value.event_shape)}"
+            )
     return dict(hyperprior) if isinstance(hyperprior, Mapping) else hyperprior
 
 
@@ -93,7 +106,9 @@ def describe(hyperprior: Hyperprior) -> str:
 
 
 def in_dtype(distribution: Any, like: Tensor) -> Any:
-    """A copy whose parameters are floating tensors like `like`: torch would round its argument to theirs."""
+    """A copy whose parameters are floating tensors like `like`: torch would round its argument to
+    theirs.
+    """
     new = copy.copy(distribution)
     for name, value in vars(distribution).items():
         if isinstance(value, Tensor) and value.is_floating_point():

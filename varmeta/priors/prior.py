@@ -24,36 +24,46 @@ TRIL = "prior_tril"
 
 
 class GaussianPrior(Remembers):
-    """N(theta0, Lambda^-1) over the weights of a task; lambda is a *precision*, the inverse of a variance.
+    """N(theta0, Lambda^-1) over the weights of a task; lambda is a *precision*, the inverse of a
+    variance.
 
-    precision: where learning starts, or the fixed value: one number, a dict by parameter or module name whose values
-        are numbers or tensors of the parameter's shape.  Units: 1 / (weight's unit)^2.  Left out: 1 if fixed; if learned,
-        `fit` starts regressions where one observation would know as much as the prior, else at 1; a network, unless "full",
-        at each layer's fan-in (1-32-32-1: 1, 32, 32), where its outputs are as large as its inputs.
-    learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for every single weight), or
-        "full" (a dense covariance over a few weights, as lme4's `(1 + x | g)`).
-    loc: theta0 by parameter name, where it should not start at the network's own weights (or at zero).  `fit` starts there as
-        it is told; parameters that are not named start at the best fit to all tasks at once, where a model is small.
-    learn_loc: False holds theta0 where it is (`loc`, the network's own weights, or zero), a random effect without a fixed
-        effect; a list of patterns holds it for all weights but those, `["intercept"]`.  Shared parameters are learned.
-    covariance: a fixed or starting dense covariance `(D, D)`, in the order of the model's weights, instead of a precision.
-    hyperprior: a distribution over each learned precision, such as `pyro.distributions.Gamma(2., 1.)`.  Its log density,
-        taken with respect to the precision itself, is added to the objective once.
-    scale_hyperprior: the same over each learned standard deviation, in the weight's unit: a half-normal, a half-Cauchy.  One
-        distribution, or a dict by the names that learn_precision distinguishes; flat for names left out.
-    loc_hyperprior: a distribution over every number of theta0, or a dict by parameter name, which may name shared
-        parameters too; flat for names left out.
-    lkj: concentration of the LKJ distribution over the correlations of "full"; 1 is uniform over correlation matrices.
-    covariates: features of the tasks that move the prior, theta_i ~ N(theta0 + Gamma z_i, Lambda^-1): a dict of their names by
-        parameter name, `{"intercept": ["log_uppm"]}`, or a list for all weights.  Each coefficient is learned, starts at 0
-        and is called `intercept:log_uppm`, a name that loc and a dict as loc_hyperprior know too; theta0 is the location of
-        a task whose features are 0.
+    precision: where learning starts, or the fixed value: one number, a dict by parameter or module
+        name whose values are numbers or tensors of the parameter's shape.  Units: 1 / (weight's
+        unit)^2.  Left out: 1 if fixed; if learned, `fit` starts regressions where one observation
+        would know as much as the prior, else at 1; a network, unless "full", at each layer's fan-in
+        (1-32-32-1: 1, 32, 32), where its outputs are as large as its inputs.
+    learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for
+        every single weight), or "full" (a dense covariance over a few weights, as lme4's `(1 + x |
+        g)`).
+    loc: theta0 by parameter name, where it should not start at the network's own weights (or at
+        zero).  `fit` starts there as it is told; parameters that are not named start at the best
+        fit to all tasks at once, where a model is small.
+    learn_loc: False holds theta0 where it is (`loc`, the network's own weights, or zero), a random
+        effect without a fixed effect; a list of patterns holds it for all weights but those,
+        `["intercept"]`.  Shared parameters are learned.
+    covariance: a fixed or starting dense covariance `(D, D)`, in the order of the model's weights,
+        instead of a precision.
+    hyperprior: a distribution over each learned precision, such as `pyro.distributions.Gamma(2.,
+        1.)`.  Its log density, taken with respect to the precision itself, is added to the
+        objective once.
+    scale_hyperprior: the same over each learned standard deviation, in the weight's unit: a
+        half-normal, a half-Cauchy.  One distribution, or a dict by the names that learn_precision
+        distinguishes; flat for names left out.
+    loc_hyperprior: a distribution over every number of theta0, or a dict by parameter name, which
+        may name shared parameters too; flat for names left out.
+    lkj: concentration of the LKJ distribution over the correlations of "full"; 1 is uniform over
+        correlation matrices.
+    covariates: features of the tasks that move the prior, theta_i ~ N(theta0 + Gamma z_i,
+        Lambda^-1): a dict of their names by parameter name, `{"intercept": ["log_uppm"]}`, or a
+        list for all weights.  Each coefficient is learned, starts at 0 and is called
+        `intercept:log_uppm`, a name that loc and a dict as loc_hyperprior know too; theta0 is the
+        location of a task whose features are 0.
 
-    The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower triangular, so that both
-    halves of it are free parameters without units.
+    The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower
+    triangular, so that both halves of it are free parameters without units.
 
-    Raises ValueError for a precision that is not positive and finite, and for an unknown `learn_precision`; TypeError for a
-    precision that is no number.
+    Raises ValueError for a precision that is not positive and finite, and for an unknown
+    `learn_precision`; TypeError for a precision that is no number.
     """
 
     def __init__(
@@ -71,46 +81,69 @@ class GaussianPrior(Remembers):
         learn_loc: bool | Sequence[str] = True,
     ) -> None:
         if learn_precision not in LEARN_PRECISION:
-            raise ValueError(f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}")
+            raise ValueError(
+                f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}"
+            )
         if isinstance(precision, Mapping):
             for name, value in precision.items():
                 _check_precision(value, f"the precision of {name!r}")
         elif precision is not None:
             count = _check_precision(precision, "the precision").numel()
             if count != 1:
-                raise ValueError(f"the precision must be one number, not {count}: give a dict by parameter name")
+                raise ValueError(
+                    f"the precision must be one number, not {count}: give a dict by parameter name"
+                )
         if covariance is not None:
             covariance = torch.as_tensor(covariance)
-            covariance = covariance if covariance.is_floating_point() else covariance.to(torch.float64)
+            covariance = (
+                covariance if covariance.is_floating_point() else covariance.to(torch.float64)
+            )
             if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
-                raise ValueError(f"covariance must be a square matrix, not of shape {tuple(covariance.shape)}")
-            if bool(torch.linalg.cholesky_ex(covariance).info) or not torch.allclose(covariance, covariance.mT):
+                raise ValueError(
+                    f"covariance must be a square matrix, not of shape {tuple(covariance.shape)}"
+                )
+            if bool(torch.linalg.cholesky_ex(covariance).info) or not torch.allclose(
+                covariance, covariance.mT
+            ):
                 raise ValueError("covariance must be symmetric and positive definite")
             if precision is not None:
-                raise ValueError("give a precision or a covariance, not both: they are two ways to say the same")
+                raise ValueError(
+                    "give a precision or a covariance, not both: they are two ways to say the same"
+                )
             if learn_precision not in (None, "full"):
                 raise ValueError(
-                    f"a dense covariance goes with learn_precision=None or 'full', not {learn_precision!r}"
+                    "a dense covariance goes with learn_precision=None or 'full', not "
+                    f"{learn_precision!r}"
                 )
         if hyperprior is not None:
             if not isinstance(hyperprior, torch.distributions.Distribution):
                 raise TypeError(
-                    f"hyperprior must be a distribution over the precision, not {type(hyperprior).__name__}"
+                    "hyperprior must be a distribution over the precision, not "
+                    f"{type(hyperprior).__name__}"
                 )
             if learn_precision is None:
-                raise ValueError("a hyperprior needs a precision to act on: set learn_precision, or leave it out")
+                raise ValueError(
+                    "a hyperprior needs a precision to act on: set learn_precision, or leave it out"
+                )
             if learn_precision == "full":
                 raise ValueError(
-                    "a hyperprior on a dense covariance is not offered: use learn_precision='per_parameter'"
+                    "a hyperprior on a dense covariance is not offered: use "
+                    "learn_precision='per_parameter'"
                 )
         if scale_hyperprior is not None and learn_precision is None:
             raise ValueError(
-                "a scale_hyperprior needs a standard deviation to act on: set learn_precision, or leave it out"
+                "a scale_hyperprior needs a standard deviation to act on: set learn_precision, or "
+                "leave it out"
             )
         if scale_hyperprior is not None and hyperprior is not None:
-            raise ValueError("give a hyperprior on the precision or a scale_hyperprior on the sd, not both")
+            raise ValueError(
+                "give a hyperprior on the precision or a scale_hyperprior on the sd, not both"
+            )
         if isinstance(scale_hyperprior, Mapping) and learn_precision == "shared":
-            raise ValueError("with learn_precision='shared' there is one sd: scale_hyperprior must be one distribution")
+            raise ValueError(
+                "with learn_precision='shared' there is one sd: scale_hyperprior must be one "
+                "distribution"
+            )
         self.start = precision
         self.learn_precision = learn_precision
         self.start_loc = dict(loc or {})
@@ -122,27 +155,37 @@ class GaussianPrior(Remembers):
             raise ValueError(f"lkj must be a positive finite number, not {lkj}")
         if lkj != 1.0 and learn_precision != "full":
             raise ValueError(
-                f"lkj={lkj:g} is a density of learned correlations, and learn_precision={learn_precision!r} learns none: set "
-                "learn_precision='full', or leave it out"
+                f"lkj={lkj:g} is a density of learned correlations, and "
+                f"learn_precision={learn_precision!r} learns none: set learn_precision='full', or "
+                "leave it out"
             )
         self.lkj = float(lkj)
         self.covariates = check_covariates(covariates)
         if not isinstance(learn_loc, (bool, list, tuple)) or (
             not isinstance(learn_loc, bool) and not all(isinstance(name, str) for name in learn_loc)
         ):
-            raise TypeError(f"learn_loc must be True, False or a list of parameter names, not {learn_loc!r}")
+            raise TypeError(
+                f"learn_loc must be True, False or a list of parameter names, not {learn_loc!r}"
+            )
         self.learn_loc = learn_loc if isinstance(learn_loc, bool) else tuple(learn_loc)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
-        parts += [f"precision of {', '.join(self.start)}"] if isinstance(self.start, Mapping) else []
+        parts += (
+            [f"precision of {', '.join(self.start)}"] if isinstance(self.start, Mapping) else []
+        )
         parts += [] if self.covariance is None else [f"covariance {tuple(self.covariance.shape)}"]
-        parts += [] if self.learn_precision is None else [f"learn_precision={self.learn_precision!r}"]
+        parts += (
+            [] if self.learn_precision is None else [f"learn_precision={self.learn_precision!r}"]
+        )
         parts += [f"loc of {', '.join(self.start_loc)}"] if self.start_loc else []
         parts += [] if self.hyperprior is None else [f"hyperprior={type(self.hyperprior).__name__}"]
         parts += [
             f"{name}={densities.describe(value)}"
-            for name, value in (("scale_hyperprior", self.scale_hyperprior), ("loc_hyperprior", self.loc_hyperprior))
+            for name, value in (
+                ("scale_hyperprior", self.scale_hyperprior),
+                ("loc_hyperprior", self.loc_hyperprior),
+            )
             if value is not None
         ]
         parts += [] if self.lkj == 1.0 else [f"lkj={self.lkj:g}"]
@@ -166,21 +209,27 @@ class GaussianPrior(Remembers):
         one = self.learn_precision in (None, "shared") and not isinstance(self.start, Mapping)
         return one and self.covariance is None
 
-    # -- eta ---------------------------------------------------------------------------------------------------------
+    # -- eta ---------------------------------------------------------------------------------------
 
     def init(self, weights: Weights, like: Tensor) -> dict[str, Tensor]:
-        """The prior's entries of eta, beside theta0: `log_precision...` and, for "full", `prior_tril`."""
+        """The prior's entries of eta, beside theta0: `log_precision...` and, for "full",
+        `prior_tril`.
+        """
         self._check_names(weights)
         if self.learn_precision is None:
             return {}
         return self._entries(weights, *self._start_dense(weights, like))
 
     def _entries(self, weights: Weights, log_precision: Tensor, tril: Tensor) -> dict[str, Tensor]:
-        """The learned entries of eta from every weight's log precision `(D,)` and, for "full", the factor's lower part."""
+        """The learned entries of eta from every weight's log precision `(D,)` and, for "full", the
+        factor's lower part.
+        """
         if self.learn_precision == "shared":
             return {PRECISION: log_precision.mean()}
         if self.learn_precision == "full":
-            return {PRECISION: log_precision, TRIL: tril} if len(tril) else {PRECISION: log_precision}
+            return (
+                {PRECISION: log_precision, TRIL: tril} if len(tril) else {PRECISION: log_precision}
+            )
         named = weights.unflatten(log_precision)
         if self.learn_precision == "per_parameter":
             return {f"{PRECISION}.{name}": value.clone() for name, value in named.items()}
@@ -190,48 +239,85 @@ class GaussianPrior(Remembers):
         return {f"{PRECISION}.{module}": torch.cat(part).mean() for module, part in parts.items()}
 
     def log_precision(self, weights: Weights, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """log lambda of every weight, `(D,)`; for a dense covariance, of every weight given those before it."""
+        """log lambda of every weight, `(D,)`; for a dense covariance, of every weight given those
+        before it.
+        """
         if self.learn_precision is None:
-            return self._start_dense(weights, like)[0] if self.dense else self._start_log_precision(weights, like)
+            return (
+                self._start_dense(weights, like)[0]
+                if self.dense
+                else self._start_log_precision(weights, like)
+            )
         if self.learn_precision == "shared":
             return eta[PRECISION].expand(weights.size)
         if self.learn_precision == "full":
             return eta[PRECISION]
-        key = (lambda name: weights.module(name)) if self.learn_precision == "per_module" else (lambda name: name)
-        parts = [eta[f"{PRECISION}.{key(name)}"].expand(shape).reshape(-1) for name, shape in weights.shapes.items()]
+        key = (
+            (lambda name: weights.module(name))
+            if self.learn_precision == "per_module"
+            else (lambda name: name)
+        )
+        parts = [
+            eta[f"{PRECISION}.{key(name)}"].expand(shape).reshape(-1)
+            for name, shape in weights.shapes.items()
+        ]
         return torch.cat(parts)
 
     def distribution(self, weights: Weights, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one where the covariance is dense."""
+        """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one where the
+        covariance is dense.
+        """
         loc = weights.flatten(eta)
         if self.learn_precision == "shared":
-            sd = torch.exp(-0.5 * eta[PRECISION]).expand(weights.size)  # one number, which `divergence.kl` looks for
+            sd = torch.exp(-0.5 * eta[PRECISION]).expand(
+                weights.size
+            )  # one number, which `divergence.kl` looks for
         else:
             sd = torch.exp(-0.5 * self.log_precision(weights, eta, loc))
         if not self.dense:
             return dist.Normal(loc, sd).to_event(1)
         tril = eta[TRIL] if TRIL in eta else self._start_dense(weights, loc)[1]
-        return dist.MultivariateNormal(loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size))
+        return dist.MultivariateNormal(
+            loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size)
+        )
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The learned log precisions by what `learn_precision` tells apart: "", modules or parameters; of "full" all, `(D,)`."""
+        """The learned log precisions by what `learn_precision` tells apart: "", modules or
+        parameters; of "full" all, `(D,)`.
+        """
         start = len(PRECISION) + 1
-        return {key[start:]: value for key, value in eta.items() if key.partition(".")[0] == PRECISION}
+        return {
+            key[start:]: value for key, value in eta.items() if key.partition(".")[0] == PRECISION
+        }
 
     def row_norms(self, eta: Mapping[str, Tensor]) -> Tensor:
-        """Of the factor U of a learned dense covariance: `(D,)`, the marginal sd of each weight over its conditional one."""
+        """Of the factor U of a learned dense covariance: `(D,)`, the marginal sd of each weight
+        over its conditional one.
+        """
         size = len(eta[PRECISION])
-        return unit_lower(eta[TRIL], size).norm(dim=-1) if TRIL in eta else torch.ones_like(eta[PRECISION])
+        return (
+            unit_lower(eta[TRIL], size).norm(dim=-1)
+            if TRIL in eta
+            else torch.ones_like(eta[PRECISION])
+        )
 
     def learned_sds(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The learned standard deviations, named as in `learned`; of "full" by parameter name, each weight's on its own."""
+        """The learned standard deviations, named as in `learned`; of "full" by parameter name, each
+        weight's on its own.
+        """
         sds = {name: torch.exp(-0.5 * value) for name, value in self.learned(eta).items()}
-        return weights.unflatten(sds[""] * self.row_norms(eta)) if self.learn_precision == "full" else sds
+        return (
+            weights.unflatten(sds[""] * self.row_norms(eta))
+            if self.learn_precision == "full"
+            else sds
+        )
 
     def penalty(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor | float:
         """-log of the hyperpriors' density at eta (0 where there is none), up to a constant."""
         loc: Mapping[str, Tensor] = (
-            eta if isinstance(self.loc_hyperprior, Mapping) else {n: eta[n] for n in weights.names if n in eta}
+            eta
+            if isinstance(self.loc_hyperprior, Mapping)
+            else {n: eta[n] for n in weights.names if n in eta}
         )
         total = -densities.log_density(self.loc_hyperprior, loc)
         if self.learn_precision is None:
@@ -240,26 +326,36 @@ class GaussianPrior(Remembers):
             precisions = {name: value.exp() for name, value in self.learned(eta).items()}
             total = total - densities.log_density(self.hyperprior, precisions)
         if self.scale_hyperprior is not None:
-            total = total - densities.log_density(self.scale_hyperprior, self.learned_sds(weights, eta))
+            total = total - densities.log_density(
+                self.scale_hyperprior, self.learned_sds(weights, eta)
+            )
         if self.learn_precision == "full" and self.lkj != 1.0:
             total = total - densities.log_lkj(self.row_norms(eta), self.lkj)
         return total
 
     def bounds_points(self, weights: Weights, num_tasks: int) -> bool:
-        """Whether the hyperpriors outweigh what points gain from their prior, so that a MAP objective has a minimum.
+        """Whether the hyperpriors outweigh what points gain from their prior, so that a MAP
+        objective has a minimum.
 
-        With all of the n weights under a precision lambda at theta0 (n: those that it governs, times tasks), the loss is
-        -n/2 log lambda - log h(lambda) - log p(y | theta0).  It is bounded where h(lambda) lambda^(n/2) falls to 0, a sd's
-        density s(sd) where s(sd) sd^-n does; at lambda = 0 likewise, which matters where n is 1.  Of "full" the
-        loss is a sum of one such term for every marginal sd and one of the correlations R, num_tasks/2 log det R - log p(R),
-        so that LKJ's det(R)^(lkj - 1) has to fall faster than det(R)^(num_tasks/2).
+        With all of the n weights under a precision lambda at theta0 (n: those that it governs,
+        times tasks), the loss is -n/2 log lambda - log h(lambda) - log p(y | theta0).  It is
+        bounded where h(lambda) lambda^(n/2) falls to 0, a sd's density s(sd) where s(sd) sd^-n
+        does; at lambda = 0 likewise, which matters where n is 1.  Of "full" the loss is a sum of
+        one such term for every marginal sd and one of the correlations R, num_tasks/2 log det R -
+        log p(R), so that LKJ's det(R)^(lkj - 1) has to fall faster than det(R)^(num_tasks/2).
         """
         if self.learn_precision is None:
             return True
-        if self.learn_precision == "full" and weights.size > 1 and not self.lkj - 1.0 > 0.5 * num_tasks:
+        if (
+            self.learn_precision == "full"
+            and weights.size > 1
+            and not self.lkj - 1.0 > 0.5 * num_tasks
+        ):
             return False
         counts = self._governed(weights)
-        given, power = (self.hyperprior, 1.0) if self.hyperprior is not None else (self.scale_hyperprior, -0.5)
+        given, power = (
+            (self.hyperprior, 1.0) if self.hyperprior is not None else (self.scale_hyperprior, -0.5)
+        )
         for name, count in counts.items():
             one = given.get(name) if isinstance(given, Mapping) else given
             if one is None or not densities.outweighs(one, power, 0.5 * num_tasks * count):
@@ -267,7 +363,9 @@ class GaussianPrior(Remembers):
         return True
 
     def _governed(self, weights: Weights) -> dict[str, int]:
-        """How many weights of a task one learned precision governs, by the names that a dict of hyperpriors has."""
+        """How many weights of a task one learned precision governs, by the names that a dict of
+        hyperpriors has.
+        """
         if self.learn_precision == "shared":
             return {"": weights.size}
         if self.learn_precision != "per_module":  # a precision for every single weight
@@ -277,11 +375,15 @@ class GaussianPrior(Remembers):
             counts[weights.module(name)] += size
         return counts
 
-    def start_at(self, weights: Weights, eta: Mapping[str, Tensor], information: Tensor) -> dict[str, Tensor]:
-        """Entries of eta for a learned precision whose start was left open: what one observation knows about the weights.
+    def start_at(
+        self, weights: Weights, eta: Mapping[str, Tensor], information: Tensor
+    ) -> dict[str, Tensor]:
+        """Entries of eta for a learned precision whose start was left open: what one observation
+        knows about the weights.
 
-        information: the mean Hessian of one observation's negative log likelihood, `(D, D)`.  Its inverse as the prior's
-        covariance (the unit information prior) has the weights' units, wherever the predictors' origin is.
+        information: the mean Hessian of one observation's negative log likelihood, `(D, D)`.  Its
+        inverse as the prior's covariance (the unit information prior) has the weights' units,
+        wherever the predictors' origin is.
         """
         if self.learn_precision is None or self.start is not None or self.covariance is not None:
             return {}
@@ -294,8 +396,10 @@ class GaussianPrior(Remembers):
         return self._entries(weights, *log_precision_and_tril(lower_root(root)))
 
     def inside(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Entries of eta for a learned dense covariance whose variances are a hundredth larger: a singular one, at infinity of
-        these entries, is flat in them, so that no line search leaves it."""
+        """Entries of eta for a learned dense covariance whose variances are a hundredth larger: a
+        singular one, at infinity of these entries, is flat in them, so that no line search leaves
+        it.
+        """
         if self.learn_precision != "full":
             return {}
         factor = self.distribution(weights, eta).scale_tril.double()
@@ -303,43 +407,59 @@ class GaussianPrior(Remembers):
         log_precision, tril = log_precision_and_tril(lower_root(wider))
         return self._entries(weights, log_precision.to(eta[PRECISION]), tril.to(eta[PRECISION]))
 
-    # -- where learning starts -----------------------------------------------------------------------------------------
+    # -- where learning starts ---------------------------------------------------------------------
 
     def _check_names(self, weights: Weights) -> None:
         known = {*weights.names, *weights.modules}
         unknown = set(self.start if isinstance(self.start, Mapping) else ()) - known
         if unknown:
-            raise ValueError(f"precision names {sorted(unknown)}, but the weights and modules are {sorted(known)}")
+            raise ValueError(
+                f"precision names {sorted(unknown)}, but the weights and modules are "
+                f"{sorted(known)}"
+            )
         if isinstance(self.start, Mapping):
-            missing = [name for name in weights.names if not {name, weights.module(name)} & set(self.start)]
+            missing = [
+                name for name in weights.names if not {name, weights.module(name)} & set(self.start)
+            ]
             if missing:
-                raise ValueError(f"precision is a dict but says nothing about {missing}: name each, or its module")
+                raise ValueError(
+                    f"precision is a dict but says nothing about {missing}: name each, or its "
+                    "module"
+                )
         if isinstance(self.scale_hyperprior, Mapping):
             known = set(weights.modules if self.learn_precision == "per_module" else weights.names)
             unknown = set(self.scale_hyperprior) - known
             if unknown:
                 raise ValueError(
-                    f"scale_hyperprior names {sorted(unknown)}, but the learned sds are of {sorted(known)}"
+                    f"scale_hyperprior names {sorted(unknown)}, but the learned sds are of "
+                    f"{sorted(known)}"
                 )
         if self.covariance is not None and len(self.covariance) != weights.size:
             raise ValueError(
-                f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has {weights.size} weights"
+                f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has "
+                f"{weights.size} weights"
             )
 
     def _start_log_precision(self, weights: Weights, like: Tensor) -> Tensor:
         if self.start is None and self.learn_precision in ("shared", "per_module", "per_parameter"):
             counts = [weights.fan_in.get(name, 1) for name in weights.names]
             return torch.cat(
-                [like.new_full((size,), math.log(n)) for size, n in zip(weights.sizes, counts, strict=True)]
+                [
+                    like.new_full((size,), math.log(n))
+                    for size, n in zip(weights.sizes, counts, strict=True)
+                ]
             )
         if not isinstance(self.start, Mapping):
-            return like.new_full((weights.size,), 0.0 if self.start is None else math.log(self.start))
+            return like.new_full(
+                (weights.size,), 0.0 if self.start is None else math.log(self.start)
+            )
         parts = []
         for name, shape in weights.shapes.items():
             value = torch.as_tensor(self.start.get(name, self.start.get(weights.module(name))))
             if value.numel() != 1 and value.shape != shape:
                 raise ValueError(
-                    f"the precision of {name!r} has shape {tuple(value.shape)}: expected one number, or {tuple(shape)}"
+                    f"the precision of {name!r} has shape {tuple(value.shape)}: expected one "
+                    f"number, or {tuple(shape)}"
                 )
             parts.append(value.to(like).log().expand(shape).reshape(-1))
         return torch.cat(parts)
@@ -356,7 +476,9 @@ class GaussianPrior(Remembers):
 
 def _check_precision(value: Any, what: str) -> Tensor:
     if isinstance(value, (str, bool)):
-        hint = f": write GaussianPrior(learn_precision={value!r})" if value in LEARN_PRECISION else ""
+        hint = (
+            f": write GaussianPrior(learn_precision={value!r})" if value in LEARN_PRECISION else ""
+        )
         raise TypeError(f"{what} must be a number, not {value!r}{hint}")
     try:
         tensor = torch.as_tensor(value)
@@ -368,17 +490,23 @@ def _check_precision(value: Any, what: str) -> Tensor:
 
 
 def log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """A lower triangular factor `(D, D)` as diag(exp(-log_precision / 2)) times a unit lower triangle."""
+    """A lower triangular factor `(D, D)` as diag(exp(-log_precision / 2)) times a unit lower
+    triangle.
+    """
     sd = factor.diagonal()
     rows, columns = torch.tril_indices(len(sd), len(sd), -1)
     return -2.0 * sd.log(), (factor / sd.unsqueeze(-1))[rows, columns]
 
 
 def unit_lower(entries: Tensor, size: int) -> Tensor:
-    """Unit lower triangular matrices `(..., size, size)` from their entries below the diagonal, row by row."""
+    """Unit lower triangular matrices `(..., size, size)` from their entries below the diagonal, row
+    by row.
+    """
     rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
     # scatter out of place: differentiable twice, and nothing is written into
-    eye = torch.eye(size, dtype=entries.dtype, device=entries.device).expand(*entries.shape[:-1], size, size)
+    eye = torch.eye(size, dtype=entries.dtype, device=entries.device).expand(
+        *entries.shape[:-1], size, size
+    )
     flat = eye.reshape(*entries.shape[:-1], size * size)
     index = (rows * size + columns).expand(entries.shape)
     return flat.scatter(-1, index, entries).reshape(*entries.shape[:-1], size, size)

@@ -1,4 +1,6 @@
-"""Pyro's and torch's validation for the length of a block, put back also where blocks of several threads overlap."""
+"""Pyro's and torch's validation for the length of a block, put back also where blocks of several
+threads overlap.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ _BLOCKS = _Blocks()
 
 @contextlib.contextmanager
 def validation_enabled(is_validate: bool) -> Iterator[None]:
-    """As Pyro's, whose state is the process's: there, of two blocks in two threads the last to end puts back what the other set,
-    and validation stays off for good.  Here the last to end puts back what held before the first."""
+    """As Pyro's, whose state is the process's: there, of two blocks in two threads the last to end
+    puts back what the other set, and validation stays off for good.  Here the last to end puts back
+    what held before the first.
+    """
     mine = object()
     with _BLOCKS.lock:
         if not _BLOCKS.open:

@@ -1,4 +1,6 @@
-"""The names and shapes of a task's weights, and the way between named tensors and one vector theta of size D."""
+"""The names and shapes of a task's weights, and the way between named tensors and one vector theta
+of size D.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ class Weights:
     """The weights that differ between tasks, in a fixed order.
 
     shapes: shape of each weight tensor by parameter name, without task axis.
-    fan_in: of a network, the inputs of the layer that a parameter belongs to, by parameter name; 1 where it is left out.
-    fixed: theta0 of the weights for which it is not learned, by parameter name; eta has no entry for them.
+    fan_in: of a network, the inputs of the layer that a parameter belongs to, by parameter name; 1
+        where it is left out.
+    fixed: theta0 of the weights for which it is not learned, by parameter name; eta has no entry
+        for them.
 
     >>> weights = Weights({"slope": torch.Size([]), "w": torch.Size([2])})
     >>> weights.size, weights.labels
@@ -46,7 +50,9 @@ class Weights:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One readable name per weight: `0.bias[3]`, or the bare parameter name where it is a single number."""
+        """One readable name per weight: `0.bias[3]`, or the bare parameter name where it is a
+        single number.
+        """
         labels = []
         for name, shape in self.shapes.items():
             if math.prod(shape) == 1:
@@ -57,7 +63,9 @@ class Weights:
         return tuple(labels)
 
     def module(self, name: str) -> str:
-        """The module that owns a parameter: `body.0` for `body.0.weight`; a bare name is its own module."""
+        """The module that owns a parameter: `body.0` for `body.0.weight`; a bare name is its own
+        module.
+        """
         return name.rpartition(".")[0] or name
 
     @property
@@ -67,7 +75,8 @@ class Weights:
     def flatten(self, named: Mapping[str, Tensor]) -> Tensor:
         """Named tensors `(..., *shape)` with common leading axes, to theta `(..., D)`.
 
-        Of eta: theta0.  Where `fixed` stands in for names that are left out, it takes the leading axes of the others.
+        Of eta: theta0.  Where `fixed` stands in for names that are left out, it takes the leading
+            axes of the others.
         """
         parts: list[Tensor | str] = []
         lead: torch.Size = torch.Size()
@@ -82,12 +91,17 @@ class Weights:
             return torch.cat(cast("list[Tensor]", parts), -1)
         like = next(iter(named.values()))
         return torch.cat(
-            [self.fixed[x].to(like).reshape(-1).expand(*lead, -1) if isinstance(x, str) else x for x in parts], -1
+            [
+                self.fixed[x].to(like).reshape(-1).expand(*lead, -1) if isinstance(x, str) else x
+                for x in parts
+            ],
+            -1,
         )
 
     def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
         """theta `(..., D)` to tensors `(..., *shape)`."""
-        # split, not slices: its backward is one concatenation instead of one padded sum per parameter
+        # split, not slices: its backward is one concatenation instead of one padded sum per
+        # parameter
         parts = theta.split(self.sizes, -1)
         return {
             name: part.reshape((*theta.shape[:-1], *shape))

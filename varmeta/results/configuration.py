@@ -1,6 +1,7 @@
 """How a model was made, and what it computes: what a file keeps of it, to tell it from another.
 
-What is code (a forward, a program, a distribution of the user's own) is known by what it computes, see `numbers_of`.
+What is code (a forward, a program, a distribution of the user's own) is known by what it computes,
+see `numbers_of`.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ TASKS, ROWS = 3, 16
 
 
 def configuration(model: TaskModel) -> Plain:
-    """Everything that the model was made with, but where its weights start and its constants (`models/constants.py`).
+    """Everything that the model was made with, but where its weights start and its constants
+    (`models/constants.py`).
 
-    A present attribute of an argument's name stands for the argument: prior=None has become a prior, patterns have become names.
+    A present attribute of an argument's name stands for the argument: prior=None has become a
+    prior, patterns have become names.
     """
     # theta0 and the parameters of a program start anywhere: what was learned takes their place
     return {
-        name: plain(getattr(model, name, value)) for name, value in model.constructed_with.items() if name != "params"
+        name: plain(getattr(model, name, value))
+        for name, value in model.constructed_with.items()
+        if name != "params"
     }
 
 
 def numbers_of(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor]) -> Tensor:
-    """What the model makes of eta and of a few rows of data, float64: log densities of the prior, of y, and of the hyperpriors.
+    """What the model makes of eta and of a few rows of data, float64: log densities of the prior,
+    of y, and of the hyperpriors.
 
-    At theta0 and two prior sds around it, of at most three tasks and sixteen rows each.  Code is told apart by it, and what an
-    argument means to another version.
+    At theta0 and two prior sds around it, of at most three tasks and sixteen rows each.  Code is
+    told apart by it, and what an argument means to another version.
     """
     some = tasks[: min(TASKS, len(tasks))].batch()
     with torch.no_grad():
@@ -52,7 +58,9 @@ def numbers_of(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor]) -> T
 
 
 def same_numbers(saved: Tensor, now: Tensor, dtype: torch.dtype) -> bool:
-    """Equal up to what another machine's order of sums makes of them; what is not finite must stay so."""
+    """Equal up to what another machine's order of sums makes of them; what is not finite must stay
+    so.
+    """
     if saved.shape != now.shape:
         return False
     slack = torch.finfo(dtype).eps ** 0.5

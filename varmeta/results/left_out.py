@@ -1,12 +1,15 @@
-"""How well the prior predicts a task that it has not seen: every training task left out in turn, without a refit.
+"""How well the prior predicts a task that it has not seen: every training task left out in turn,
+without a refit.
 
-With a flat hyperprior on eta (as it is learned: logarithms of scales), the density of task i's data given all others' is
+With a flat hyperprior on eta (as it is learned: logarithms of scales), the density of task i's data
+given all others' is
 
     p(y_i | Y_-i) = int p(y_i | eta) p(eta | Y_-i) d eta,   p(eta | Y_-i) ~ prod_{j != i} p(y_j | eta).
 
-Draws eta_s come from a multivariate t at the maximum of sum_j log p(y_j | eta), whose curvature is taken by autograd, and are
-weighted towards p(eta | Y_-i), the weights Pareto smoothed.  Each p(y_j | eta) is importance sampled from the task's guide with
-draws of theta that are the same for every eta, so that it is a smooth function of eta.
+Draws eta_s come from a multivariate t at the maximum of sum_j log p(y_j | eta), whose curvature is
+taken by autograd, and are weighted towards p(eta | Y_-i), the weights Pareto smoothed.  Each p(y_j
+| eta) is importance sampled from the task's guide with draws of theta that are the same for every
+eta, so that it is a smooth function of eta.
 """
 
 from __future__ import annotations
@@ -29,13 +32,16 @@ if TYPE_CHECKING:
 
 # Meta-parameters up to which the curvature of the evidence is formed.
 MAX_SIZE = 100
-# Of the t from which eta is drawn: its tails must not be lighter than those of a posterior of scales under few tasks.
+# Of the t from which eta is drawn: its tails must not be lighter than those of a posterior of
+# scales under few tasks.
 DEGREES = 5
 # Newton steps from the fit to the maximum of the importance-sampled evidence.
 NEWTON_STEPS = 4
 
 
-def leave_one_task_out(observer: Observer, num_samples: int, num_particles: int, seed: int) -> pd.DataFrame:
+def leave_one_task_out(
+    observer: Observer, num_samples: int, num_particles: int, seed: int
+) -> pd.DataFrame:
     """See `Fit.leave_one_task_out`."""
     import pandas as pd
 
@@ -45,11 +51,13 @@ def leave_one_task_out(observer: Observer, num_samples: int, num_particles: int,
     size = sum(value.numel() for value in observer.q.eta.values())
     if size > MAX_SIZE:
         raise ValueError(
-            f"the prior has {size} numbers, but the curvature of their evidence is formed for at most {MAX_SIZE}: score "
-            "held-out tasks instead, fit.adapt(new_tasks).score()"
+            f"the prior has {size} numbers, but the curvature of their evidence is formed for at "
+            f"most {MAX_SIZE}: score held-out tasks instead, fit.adapt(new_tasks).score()"
         )
     if len(names) < 3:
-        raise ValueError(f"leaving a task out of {len(names)} leaves no prior to learn: give three tasks or more")
+        raise ValueError(
+            f"leaving a task out of {len(names)} leaves no prior to learn: give three tasks or more"
+        )
     of_eta = _Evidence(observer, num_particles, seed)
     centre, factor = _gaussian(of_eta)
     standard, log_q = _student(num_samples, size, seed, centre)
@@ -74,7 +82,9 @@ def leave_one_task_out(observer: Observer, num_samples: int, num_particles: int,
 
 
 class _Evidence:
-    """log p(y_j | eta) of every task as a smooth function of the flat eta `(size,)`, by draws of theta that stay."""
+    """log p(y_j | eta) of every task as a smooth function of the flat eta `(size,)`, by draws of
+    theta that stay.
+    """
 
     def __init__(self, observer: Observer, num_particles: int, seed: int) -> None:
         q = observer.q
@@ -91,7 +101,10 @@ class _Evidence:
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([value.numel() for value in self.eta.values()])
-        return {name: part.reshape(self.eta[name].shape) for name, part in zip(self.eta, parts, strict=True)}
+        return {
+            name: part.reshape(self.eta[name].shape)
+            for name, part in zip(self.eta, parts, strict=True)
+        }
 
     def penalty(self, flat: Tensor) -> Tensor:
         return torch.as_tensor(self.model.penalty(self.named(flat))).to(flat)
@@ -100,12 +113,16 @@ class _Evidence:
         eta = self.named(flat)
         by = self.offset(eta)
         log_prior = self.model.prior_distribution(eta).log_prob(self.centred).squeeze(-1)
-        joint = log_prior + self.observer.log_likelihood(self.centred if by is None else self.centred + by, eta)
+        joint = log_prior + self.observer.log_likelihood(
+            self.centred if by is None else self.centred + by, eta
+        )
         return (joint - self.log_q).logsumexp(0) - math.log(len(self.centred))
 
 
 def _student(number: int, size: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard multivariate t draws `(number, size)`, and the logarithm of their density up to a constant."""
+    """Standard multivariate t draws `(number, size)`, and the logarithm of their density up to a
+    constant.
+    """
     ids = torch.zeros(1, dtype=torch.int64)
     z = normal(seed, 0, ids, number, size + DEGREES, like.dtype)[:, 0].to(like)
     draws = z[:, :size] / z[:, size:].square().mean(1, keepdim=True).sqrt()
@@ -113,7 +130,9 @@ def _student(number: int, size: int, seed: int, like: Tensor) -> tuple[Tensor, T
 
 
 def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor]:
-    """Where the evidence of all tasks has its maximum, and a factor of the inverse curvature there."""
+    """Where the evidence of all tasks has its maximum, and a factor of the inverse curvature
+    there.
+    """
 
     def total(flat: Tensor) -> Tensor:
         return of_eta.penalty(flat) - of_eta(flat).sum()
@@ -126,8 +145,9 @@ def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor]:
         root, failed = torch.linalg.cholesky_ex(0.5 * (hessian + hessian.mT))
         if int(failed):
             raise ValueError(
-                "the evidence has no maximum in all of the prior's numbers (a precision or a noise scale runs away, or the guide "
-                "is too far from the posteriors, see fit.posterior().diagnose()): give a hyperprior, or fix what runs away"
+                "the evidence has no maximum in all of the prior's numbers (a precision or a noise "
+                "scale runs away, or the guide is too far from the posteriors, see "
+                "fit.posterior().diagnose()): give a hyperprior, or fix what runs away"
             )
         if step < NEWTON_STEPS:
             flat = flat - torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)

@@ -38,14 +38,16 @@ PARTS: tuple[Any, ...] = (Strategy, Minimizer, LinearSolver, Guide, StochasticAl
 def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None = None) -> Fit:
     """Read a fit that `Fit.save` wrote; the model's code is the caller's, so it is passed in.
 
-    strategy: only where the fit used a guide or solver of the user's own, which is code and so is not stored.
+    strategy: only where the fit used a guide or solver of the user's own, which is code and so is
+        not stored.
 
-    The model must be made as the fitted one was: argument by argument, but for where its weights start, and by what it makes of
-    a few rows of the data.
+    The model must be made as the fitted one was: argument by argument, but for where its weights
+    start, and by what it makes of a few rows of the data.
 
-    Raises FileNotFoundError and OSError where there is nothing to read; ValueError for a file that is not a fit or was changed
-    after it was written, for a fit of another model, naming the argument, and for another kind of strategy.  Warns of a file of
-    an older format, which knows less.
+    Raises FileNotFoundError and OSError where there is nothing to read; ValueError for a file that
+    is not a fit or was changed after it was written, for a fit of another model, naming the
+    argument, and for another kind of strategy.  Warns of a file of an older format, which knows
+    less.
     """
     if not isinstance(model, TaskModel):
         raise TypeError(f"model must be the TaskModel that was fitted, not {type(model).__name__}")
@@ -76,7 +78,9 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
         OverflowError,
         RuntimeError,
     ) as error:
-        raise ValueError(f"{shown} is damaged: no fit can be made of it ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{shown} is damaged: no fit can be made of it ({type(error).__name__}: {error})"
+        ) from error
 
 
 class Refused(ValueError):
@@ -94,27 +98,37 @@ def _read(path: str | PathLike[str], shown: str) -> bytes:
 def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strategy | None) -> Fit:
     shapes = {name: list(shape) for name, shape in model.weights.shapes.items()}
     if json.loads(content["weights"]) != shapes:
-        raise Refused(f"{shown} is a fit of a model with weights {content['weights']}, but this model has {shapes}")
+        raise Refused(
+            f"{shown} is a fit of a model with weights {content['weights']}, but this model has "
+            f"{shapes}"
+        )
     eta = content["eta"]
     like = next(iter(eta.values()))
     if "model" in content:
         found = difference(json.loads(content["model"]), configuration(model), model)
         if found is not None:
-            raise Refused(f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted")
+            raise Refused(
+                f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted"
+            )
         other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
         if other is not None:
-            raise Refused(f"{shown} is a fit of a network with {other}: give it the network that was fitted")
+            raise Refused(
+                f"{shown} is a fit of a network with {other}: give it the network that was fitted"
+            )
     else:
         _old_format.check_likelihood(content["likelihood"], model, shown)
     expected = {name: list(value.shape) for name, value in model.init(like).items()}
     learned = {name: list(value.shape) for name, value in eta.items()}
     if learned != expected:
         raise Refused(
-            f"{shown} learned {learned}, but this model has {expected}: give it the fit's learn_precision, shared and "
-            "covariates"
+            f"{shown} learned {learned}, but this model has {expected}: give it the fit's "
+            "learn_precision, shared and covariates"
         )
     prior = model.prior_distribution(eta)
-    covariance, kept = prior.covariance_matrix if model.prior.dense else prior.variance, content["covariance"]
+    covariance, kept = (
+        prior.covariance_matrix if model.prior.dense else prior.variance,
+        content["covariance"],
+    )
     if kept.dim() > covariance.dim():  # files of before hold zeros beside the variances
         covariance = torch.diag(covariance)
     if kept.shape != covariance.shape:
@@ -123,13 +137,15 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     units = scale.square() if covariance.dim() == 1 else torch.outer(scale, scale)
     if not torch.allclose(covariance / units, kept / units, atol=1e-4):
         raise Refused(
-            f"{shown} is a fit under another prior: its covariance was {kept.tolist()}, but that of this model would be "
-            f"{covariance.tolist()}"
+            f"{shown} is a fit under another prior: its covariance was {kept.tolist()}, but that "
+            f"of this model would be {covariance.tolist()}"
         )
     tasks = TaskSet(
         [
             Task(support, query, name, own)
-            for (name, support, query), own in zip(content["tasks"], content["features"], strict=True)
+            for (name, support, query), own in zip(
+                content["tasks"], content["features"], strict=True
+            )
         ],
         dtype=like.dtype,
         x_names=content["x_names"],
@@ -137,8 +153,9 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     known = content.get("numbers")
     if known is not None and not same_numbers(known, numbers_of(model, tasks, eta), like.dtype):
         raise Refused(
-            f"{shown} is a fit of another model: of the same numbers and rows this one makes other densities.  Its code (the "
-            "network's forward, the program, a distribution) has changed since, or varmeta has"
+            f"{shown} is a fit of another model: of the same numbers and rows this one makes other "
+            "densities.  Its code (the network's forward, the program, a distribution) has changed "
+            "since, or varmeta has"
         )
     described = json.loads(content["strategy"])
     if strategy is None:
@@ -149,7 +166,9 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     elif type(strategy).__name__ != described["kind"]:
         raise Refused(f"{shown} is a fit by {described['kind']}, not by {strategy!r}")
     state = State(content["phi"], content["inner"], **content["counters"])
-    record = (content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule"))
+    record = (
+        content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule")
+    )
     kept = content["hyper"]
     run = Run(eta, state, *record)
     run.hyper = None if kept is None else HyperPosterior(**kept)
@@ -171,20 +190,28 @@ def _rebuild(value: Any) -> Any:
     kind = value.pop("kind")
     if kind == "code":
         raise Refused(
-            f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, model, strategy=...)"
+            f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, "
+            "model, strategy=...)"
         )
     if kind == "tensor":
-        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"].removeprefix("torch.")))
+        return torch.tensor(
+            value["values"], dtype=getattr(torch, value["dtype"].removeprefix("torch."))
+        )
     known: dict[str, Any] = {made.__name__: made for part in PARTS for made in _below(part)}
     if kind not in known:
-        raise Refused(f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, strategy=...)")
+        raise Refused(
+            f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, "
+            "strategy=...)"
+        )
     given = {name: _rebuild(item) for name, item in value.items()}
     _check_parts(known[kind], given)
     return known[kind](**given)
 
 
 def _check_parts(made: Any, given: dict[str, Any]) -> None:
-    """Raise TypeError where an option has another type than its class declares: constructors do not look at all of it."""
+    """Raise TypeError where an option has another type than its class declares: constructors do not
+    look at all of it.
+    """
     hints = get_type_hints(made)
     for name, value in given.items():
         if name in hints and not _is_a(value, hints[name]):

@@ -1,4 +1,6 @@
-"""Files of the format before ("varmeta fit 3"): torch's own, without a checksum and without the model's configuration."""
+"""Files of the format before ("varmeta fit 3"): torch's own, without a checksum and without the
+model's configuration.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,35 @@ LACKS = (
     "{} has the format of an older version ('"
     + FORMAT
     + "'), which has no checksum and does not know the hyperpriors, lkj and "
-    "other settings of the model: see that the model is the one that was fitted, and save the fit anew"
+    "other settings of the model: see that the model is the one that was fitted, and save the fit "
+    "anew"
 )
-# Tensors that share memory, as tasks may their x, take more bytes than the file has; this many times more is no fit.
+# Tensors that share memory, as tasks may their x, take more bytes than the file has; this many
+# times more is no fit.
 SHARED = 1000
 
 
 def unpacked(data: bytes) -> Any:
-    """The content of such a file.  Raises DamagedError for anything else, before it takes more memory than the file."""
+    """The content of such a file.  Raises DamagedError for anything else, before it takes more
+    memory than the file.
+    """
     foreign = DamagedError("it has another format, is damaged, or holds code, which is never run")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise foreign
-            if sum(entry.file_size for entry in entries) > len(data) or archive.testzip() is not None:
+            if (
+                sum(entry.file_size for entry in entries) > len(data)
+                or archive.testzip() is not None
+            ):
                 raise foreign
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except DamagedError:
         raise
-    except Exception as error:  # torch raises its own, pickle's, zipfile's and more for foreign files
+    except (
+        Exception
+    ) as error:  # torch raises its own, pickle's, zipfile's and more for foreign files
         # torch's words would advise to let the file run code
         raise foreign from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -47,7 +58,9 @@ def unpacked(data: bytes) -> Any:
 
 
 def _check_size(content: Any, size: int) -> None:
-    """Lists that hold each other, and tensors that show one number many times, are larger than they look."""
+    """Lists that hold each other, and tensors that show one number many times, are larger than they
+    look.
+    """
     waiting, count, numbers = [content], 0, 0
     while waiting:
         value = waiting.pop()
@@ -58,7 +71,9 @@ def _check_size(content: Any, size: int) -> None:
             waiting += value
         elif isinstance(value, torch.Tensor):
             end = (
-                value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+                value.storage_offset()
+                + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+                + 1
             )
             if value.numel() and end * value.element_size() > value.untyped_storage().nbytes():
                 raise DamagedError("a tensor reaches beyond its numbers")

@@ -49,11 +49,14 @@ if TYPE_CHECKING:
 
 # What `adapt` says of a task, where the solver's own words name what nobody can set there.
 HOW_IT_ENDED = {
-    Result.STEP_LIMIT: "the search for its posterior was still on its way at its last step: use float64 data, standardise them "
+    Result.STEP_LIMIT: "the search for its posterior was still on its way at its last step: use "
+    "float64 data, standardise them "
     "(tasks.standardized()), or take another guide",
-    Result.STAGNATED: "no step brings its posterior nearer, although it is not reached: use float64 data, or standardise them "
+    Result.STAGNATED: "no step brings its posterior nearer, although it is not reached: use "
+    "float64 data, or standardise them "
     "(tasks.standardized())",
-    Result.NON_FINITE: "a loss or gradient is not finite on the way, so that what is returned for it is not its posterior: its "
+    Result.NON_FINITE: "a loss or gradient is not finite on the way, so that what is returned for "
+    "it is not its posterior: its "
     "data may lie very far from what the prior expects; look at them, and at their units",
 }
 
@@ -61,14 +64,16 @@ HOW_IT_ENDED = {
 class Fit:
     """A learned prior, with the tasks' posteriors and the record of the run."""
 
-    def __init__(self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int, run: Run) -> None:
+    def __init__(
+        self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int, run: Run
+    ) -> None:
         self.model = model
         self.tasks = tasks
         self.strategy = strategy
         self.seed = seed
         self.run = run
 
-    # -- what was learned ----------------------------------------------------------------------------------------------
+    # -- what was learned --------------------------------------------------------------------------
 
     @property
     def eta(self) -> Eta:
@@ -86,30 +91,39 @@ class Fit:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row per outer step: step, loss (nats), evaluations (gradients per task so far), seconds; with a torch
-        optimiser gradient_norm too."""
+        """One row per outer step: step, loss (nats), evaluations (gradients per task so far),
+        seconds; with a torch optimiser gradient_norm too.
+        """
         import pandas as pd
 
         return pd.DataFrame(
-            self.run.history, columns=None if self.run.history else ["step", "loss", "evaluations", "seconds"]
+            self.run.history,
+            columns=None if self.run.history else ["step", "loss", "evaluations", "seconds"],
         )
 
     @property
     def seconds_compiling(self) -> float:
-        """What compiling took of this fit; another of the same shapes pays nothing in this process, and little in the next."""
+        """What compiling took of this fit; another of the same shapes pays nothing in this process,
+        and little in the next.
+        """
         return self.run.seconds_compiling
 
     @property
     def loss(self) -> float:
-        """The outer objective over all training tasks, in nats, at what was learned; `loss_name` says what it is."""
+        """The outer objective over all training tasks, in nats, at what was learned; `loss_name`
+        says what it is.
+        """
         return self.run.loss
 
     @property
     def loss_name(self) -> str:
-        """Only a Gaussian guide's elbo is a bound on the negative log evidence, and by cubature only where that is exact: where
-        log p(y | theta) is quadratic in theta."""
+        """Only a Gaussian guide's elbo is a bound on the negative log evidence, and by cubature
+        only where that is exact: where log p(y | theta) is quadratic in theta.
+        """
         if self.hyper is not None:
-            integrated = "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
+            integrated = (
+                "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
+            )
             return f"negative ELBO, {integrated} integrated out"
         name = {
             "elbo": "penalised loss (MAP; no bound)"
@@ -119,7 +133,9 @@ class Fit:
             else "negative log evidence by quadrature"
             if isinstance(self.problem.guide, Quadrature)
             else "negative log evidence by Laplace's approximation (no bound)",
-            "query_elbo": "query loss - log prior (no bound)" if self.is_point else "KL + query loss",
+            "query_elbo": "query loss - log prior (no bound)"
+            if self.is_point
+            else "KL + query loss",
             "query": "query loss (no bound)" if self.is_point else "query loss",
             "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
         }[self.strategy.outer]
@@ -127,27 +143,39 @@ class Fit:
 
     @cached_property
     def _is_cubature_rough(self) -> bool:
-        """Whether E_q log p(y | theta) is taken at points that serve quadratics, and is not known to be one."""
+        """Whether E_q log p(y | theta) is taken at points that serve quadratics, and is not known
+        to be one.
+        """
         return isinstance(self.problem.expectation, Cubature) and not self.model.is_linear_gaussian
 
     @property
     def hyper(self) -> HyperPosterior | None:
-        """The posterior of eta, where `fit` was given a hyperguide; `eta` is then its mean in nearly Gaussian coordinates."""
+        """The posterior of eta, where `fit` was given a hyperguide; `eta` is then its mean in
+        nearly Gaussian coordinates.
+        """
         return self.run.hyper
 
     def hyperparameters(self, level: float = 0.9) -> pd.DataFrame:
-        """The posterior of theta0, of the prior's sds and correlations and of the noise scale: mean, sd, median and the ends of
-        the central interval of probability `level`.  Raises ValueError where eta is a point (`hyperguide="delta"`), and for a
-        level that is not between 0 and 1."""
+        """The posterior of theta0, of the prior's sds and correlations and of the noise scale:
+        mean, sd, median and the ends of the central interval of probability `level`.  Raises
+        ValueError where eta is a point (`hyperguide="delta"`), and for a level that is not between
+        0 and 1.
+        """
         if self.hyper is None:
-            raise ValueError("eta is a point here: fit with hyperguide='multivariate_normal' for its posterior")
+            raise ValueError(
+                "eta is a point here: fit with hyperguide='multivariate_normal' for its posterior"
+            )
         return self.hyper.frame(self.model, self.tasks.x_names, level)
 
     @cached_property
     def standard_errors(self) -> dict[str, Tensor] | None:
-        """Standard errors of theta0 and the shared parameters by name, given the variances, as lme4's; under a posterior of eta
-        its standard deviations.  None where there are none: points, networks, noisy or unfinished fits."""
-        names = [name for name in self.model.start if name in self.eta]  # theta0 that is held fixed has none
+        """Standard errors of theta0 and the shared parameters by name, given the variances, as
+        lme4's; under a posterior of eta its standard deviations.  None where there are none:
+        points, networks, noisy or unfinished fits.
+        """
+        names = [
+            name for name in self.model.start if name in self.eta
+        ]  # theta0 that is held fixed has none
         if self.hyper is not None:
             return standard_errors.of_hyper(self.hyper, self.eta, names)
         if self.strategy.outer != "elbo" or not self.converged or self.is_point:
@@ -163,9 +191,10 @@ class Fit:
 
     @property
     def log_likelihood(self) -> float | None:
-        """log p(y) at the estimates, with the weights integrated out (and under "reml" theta0 too), where it is exact: a model
-        that is linear by construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit that has
-        converged to them.  Else None."""
+        """log p(y) at the estimates, with the weights integrated out (and under "reml" theta0 too),
+        where it is exact: a model that is linear by construction, with Gaussian noise, under a
+        guide that can be the tasks' posteriors, in a fit that has converged to them.  Else None.
+        """
         kind = "delta" if self.hyper is None else self.hyper.hyperguide
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
             return None
@@ -173,8 +202,15 @@ class Fit:
 
     @cached_property
     def guide_cost(self) -> str | None:
-        """What is lost by a guide that cannot be the tasks' posteriors, in words; None where it is little or not known."""
-        known = self.converged and not self.is_point and self.hyper is None and self.strategy.outer == "elbo"
+        """What is lost by a guide that cannot be the tasks' posteriors, in words; None where it is
+        little or not known.
+        """
+        known = (
+            self.converged
+            and not self.is_point
+            and self.hyper is None
+            and self.strategy.outer == "elbo"
+        )
         if not known or self._can_be_exact:
             return None
         return cost(self.model, self.tasks.batch(), self.eta, self.loss)
@@ -191,7 +227,9 @@ class Fit:
             self.hyper is not None
         ):  # under "reml" the objective has theta0 integrated out too, and is no function of eta
             return self.model.is_linear_gaussian
-        return self.strategy.outer == "elbo" and is_tight(self.model, self.tasks.batch(), self.eta, self.loss)
+        return self.strategy.outer == "elbo" and is_tight(
+            self.model, self.tasks.batch(), self.eta, self.loss
+        )
 
     @cached_property
     def is_point(self) -> bool:
@@ -210,33 +248,42 @@ class Fit:
     def problem(self) -> Problem:
         return self.strategy.problem(self.model, self.tasks, self.seed)
 
-    # -- posteriors ------------------------------------------------------------------------------------------------------
+    # -- posteriors --------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
-        """The posteriors of the training tasks: those stored, or found anew where the strategy stores none (or, as `Reinit`
-        within a period, was interrupted on the way to them)."""
+        """The posteriors of the training tasks: those stored, or found anew where the strategy
+        stores none (or, as `Reinit` within a period, was interrupted on the way to them).
+        """
         state = self.run.state
         if self.run.hyper is not None:
             return self._integrated
         traits = self.strategy.traits(self.problem)
         if state.phi is None or not traits.stored or not (self.converged or traits.settled(state)):
             return self.adapt(self.tasks)
-        self.problem.start(self.tasks.batch(), self.eta)  # a user's guide makes its module for this many tasks
+        self.problem.start(
+            self.tasks.batch(), self.eta
+        )  # a user's guide makes its module for this many tasks
         return self._by_guide(state.phi, self.tasks)
 
-    def adapt(self, tasks: TaskSet, *, compile: str | bool = "auto", task_chunk_size: int | None = None) -> Posterior:
-        """The posteriors of new tasks: the same inner problem as in training, on their support data.
+    def adapt(
+        self, tasks: TaskSet, *, compile: str | bool = "auto", task_chunk_size: int | None = None
+    ) -> Posterior:
+        """The posteriors of new tasks: the same inner problem as in training, on their support
+        data.
 
-        compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is worth it.
-        task_chunk_size: how many tasks are worked on at a time; None: as many as fit into about a gigabyte.
+        compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is
+            worth it.
+        task_chunk_size: how many tasks are worked on at a time; None: as many as fit into about a
+            gigabyte.
 
-        A task without support data gets the prior, or what of the guide's family is nearest to it: a delta guide stays at
-        theta0, and a mean-field guide cannot follow the correlations of a dense prior.  Under a posterior of eta they are
-        averages over its draws, which the new tasks' data do not change.
+        A task without support data gets the prior, or what of the guide's family is nearest to it:
+        a delta guide stays at theta0, and a mean-field guide cannot follow the correlations of a
+        dense prior.  Under a posterior of eta they are averages over its draws, which the new
+        tasks' data do not change.
 
-        Raises TypeError or ValueError for tasks that do not fit the model, or whose columns have another number or other names
-        than those of the training tasks.
-        Warns where the inner problem of a task was not solved.
+        Raises TypeError or ValueError for tasks that do not fit the model, or whose columns have
+        another number or other names than those of the training tasks. Warns where the inner
+        problem of a task was not solved.
         """
         check_compile(compile)
         chunks.check(task_chunk_size, self.problem)
@@ -251,15 +298,20 @@ class Fit:
             return self._integrate(tasks)
         solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
-        fixed = getattr(self.strategy, "inner_steps", None) is not None or self.strategy.traits(self.problem).noisy
+        fixed = (
+            getattr(self.strategy, "inner_steps", None) is not None
+            or self.strategy.traits(self.problem).noisy
+        )
         fixed = fixed or kinked(self.model, batch, self.eta) is not None  # by Adam's steps
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
             bad = [
-                name for name, code in zip(batch.names, solution.result.tolist(), strict=True) if code == solution.worst
+                name
+                for name, code in zip(batch.names, solution.result.tolist(), strict=True)
+                if code == solution.worst
             ]
             warnings.warn(
-                f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} first: "
-                + HOW_IT_ENDED.get(solution.worst, solution.worst.sentence),
+                f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} "
+                "first: " + HOW_IT_ENDED.get(solution.worst, solution.worst.sentence),
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -273,12 +325,16 @@ class Fit:
 
     def _integrate(self, tasks: TaskSet) -> Posterior:
         assert self.hyper is not None
-        q = IntegratedDraws(self.model, self.problem.guide.name, self.hyper, self.eta, tasks.batch())
-        bad = [name for name, good in zip(tasks.names, q.converged.tolist(), strict=True) if not good]
+        q = IntegratedDraws(
+            self.model, self.problem.guide.name, self.hyper, self.eta, tasks.batch()
+        )
+        bad = [
+            name for name, good in zip(tasks.names, q.converged.tolist(), strict=True) if not good
+        ]
         if bad:
             warnings.warn(
-                f"the mode of {len(bad)} of {len(tasks)} tasks was not found for every draw of eta, {bad[0]!r} first: give the "
-                "prior's sds a scale_hyperprior",
+                f"the mode of {len(bad)} of {len(tasks)} tasks was not found for every draw of "
+                f"eta, {bad[0]!r} first: give the prior's sds a scale_hyperprior",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -288,30 +344,39 @@ class Fit:
     def _integrated(self) -> Posterior:
         return self._integrate(self.tasks)
 
-    def leave_one_task_out(self, num_samples: int = 1000, num_particles: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """log p(y_i | the other tasks' data) of every training task, by importance weights instead of refits; in nats.
+    def leave_one_task_out(
+        self, num_samples: int = 1000, num_particles: int = 1000, seed: int = 0
+    ) -> pd.DataFrame:
+        """log p(y_i | the other tasks' data) of every training task, by importance weights instead
+        of refits; in nats.
 
-        One row per task, and "all", their sum, which compares priors and models on the same tasks (larger is better).
-        Columns: log_evidence, log p(y_i | eta) at the fit, which has seen the task; left_out; k_hat and reading of the weights
-        that leave it out, as in `Posterior.diagnose`: where the reading is "unreliable" or worse, refit without that task.
-        num_samples: draws of the prior's numbers, from a t at the maximum of the evidence under a flat hyperprior (or the
-            model's); num_particles: draws of each task's guide.
+        One row per task, and "all", their sum, which compares priors and models on the same tasks
+        (larger is better).
+        Columns: log_evidence, log p(y_i | eta) at the fit, which has seen the task; left_out; k_hat
+        and reading of the weights that leave it out, as in `Posterior.diagnose`: where the reading
+        is "unreliable" or worse, refit without that task.
+        num_samples: draws of the prior's numbers, from a t at the maximum of the evidence under a
+            flat hyperprior (or the model's); num_particles: draws of each task's guide.
 
-        Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100 numbers, and where the evidence has
-        no maximum.
+        Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100
+        numbers, and where the evidence has no maximum.
         """
         if self.hyper is not None:
             raise ValueError(
-                f"this fit has integrated over eta (hyperguide={self.hyper.hyperguide!r}), which leaving a task out does by "
-                "itself: give it a fit with hyperguide='delta'"
+                f"this fit has integrated over eta (hyperguide={self.hyper.hyperguide!r}), which "
+                "leaving a task out does by itself: give it a fit with hyperguide='delta'"
             )
         return leave_one_task_out(self.posterior().observer, num_samples, num_particles, seed)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
-        """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ 0.23 or 1.x."""
+        """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ
+        0.23 or 1.x.
+        """
         table = self.history
         steps = table["step"].to_numpy(dtype=int)
-        history = {str(name): table[name].to_numpy(dtype=float) for name in table.columns if name != "step"}
+        history = {
+            str(name): table[name].to_numpy(dtype=float) for name in table.columns if name != "step"
+        }
         facts = {
             "objective": self.loss_name,
             "loss": self.loss,
@@ -326,47 +391,75 @@ class Fit:
         return groups(found.observer, names, num_samples, seed, self.tasks.x_names, record)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the fit as tensors and plain values (no pickled code); `varmeta.load(path, model)` reads it."""
+        """Write the fit as tensors and plain values (no pickled code); `varmeta.load(path, model)`
+        reads it.
+        """
         save(path, self.model, self.tasks, self.strategy, self.seed, self.run, self.prior)
 
-    # -- going on --------------------------------------------------------------------------------------------------------
+    # -- going on ----------------------------------------------------------------------------------
 
     def run_to_resume(self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int) -> Run:
-        """A copy of the run to go on from.  Raises ValueError where model, tasks, strategy or seed differ."""
+        """A copy of the run to go on from.  Raises ValueError where model, tasks, strategy or seed
+        differ.
+        """
         if seed != self.seed:
             raise ValueError(
-                f"resume was run with seed={self.seed}: give fit the same, or its noise and batches would change"
+                f"resume was run with seed={self.seed}: give fit the same, or its noise and "
+                "batches would change"
             )
         start = model.init(tasks.batch().support.x.new_zeros(()))
-        if {name: value.shape for name, value in start.items()} != {n: v.shape for n, v in self.eta.items()}:
-            raise ValueError(f"resume is a fit of another model: it has {sorted(self.eta)}, this model {sorted(start)}")
+        if {name: value.shape for name, value in start.items()} != {
+            n: v.shape for n, v in self.eta.items()
+        }:
+            raise ValueError(
+                f"resume is a fit of another model: it has {sorted(self.eta)}, this model "
+                f"{sorted(start)}"
+            )
         fixed = constants.fingerprint(self.model.net, self.model.constants)
         other = constants.difference(fixed, model.net, model.constants)
         if other is not None:
-            raise ValueError(f"resume is a fit of a network with {other}: give fit the same network")
+            raise ValueError(
+                f"resume is a fit of a network with {other}: give fit the same network"
+            )
         held = self.model.weights.fixed
-        if any(not torch.equal(value.to(held[name]), held[name]) for name, value in model.weights.fixed.items()):
-            raise ValueError("resume is a fit with theta0 held at another place: give the prior the same loc")
+        if any(
+            not torch.equal(value.to(held[name]), held[name])
+            for name, value in model.weights.fixed.items()
+        ):
+            raise ValueError(
+                "resume is a fit with theta0 held at another place: give the prior the same loc"
+            )
         other = self.tasks.first_difference(tasks)
         if other is not None:
-            raise ValueError(f"resume is a fit of other tasks ({other}): give the same data in the same order")
+            raise ValueError(
+                f"resume is a fit of other tasks ({other}): give the same data in the same order"
+            )
         if not _alike(strategy, self.strategy):
-            raise ValueError(f"resume is a fit by {_unlike(self.strategy, strategy)}: give fit the same strategy")
+            raise ValueError(
+                f"resume is a fit by {_unlike(self.strategy, strategy)}: give fit the same strategy"
+            )
         return copy.deepcopy(self.run)
 
-    # -- print -----------------------------------------------------------------------------------------------------------
+    # -- print -------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         points, hyper = int(self.tasks.batch().support.mask.sum()), self.hyper
         lines = [
-            f"{summary.method(self.strategy, self.is_point, len(self.tasks))}, {counted(points, 'support observation')}",
+            f"{summary.method(self.strategy, self.is_point, len(self.tasks))}, "
+            f"{counted(points, 'support observation')}",
             self._evidence_in_words,
             summary.ending(self.stop, self.converged, self.seconds_compiling),
         ]
         if hyper is None or hyper.hyperguide == "reml":
             # quadrature has standard errors once it has converged
-            by_laplace = self.problem.guide.at_mode and not isinstance(self.problem.guide, Quadrature)
-            lines += ["", self.prior.table(self.standard_errors), *([summary.NO_ERRORS] if by_laplace else [])]
+            by_laplace = self.problem.guide.at_mode and not isinstance(
+                self.problem.guide, Quadrature
+            )
+            lines += [
+                "",
+                self.prior.table(self.standard_errors),
+                *([summary.NO_ERRORS] if by_laplace else []),
+            ]
         else:
             level = 0.9
             table = summary.hyperparameters(self.hyperparameters(level), level)
@@ -383,7 +476,10 @@ class Fit:
             return f"{line}; log evidence by importance weights: {self.hyper.log_evidence:.4f}"
         if self.log_likelihood is None:
             return "\n".join(filter(None, (line, self.guide_cost)))
-        return f"{line}, so the {'REML ' if self.hyper else ''}log likelihood is {self.log_likelihood:.4f}"
+        return (
+            f"{line}, so the {'REML ' if self.hyper else ''}log likelihood is "
+            f"{self.log_likelihood:.4f}"
+        )
 
     def __repr__(self) -> str:
         end = "converged" if self.converged else "not converged"
@@ -393,11 +489,19 @@ class Fit:
 def _alike(one: Any, other: Any) -> bool:
     """Equal, also where a tensor is part of it, which `==` compares entry by entry."""
     if type(one) is not type(other):
-        return bool(one == other) if not isinstance(one, Tensor) and not isinstance(other, Tensor) else False
+        return (
+            bool(one == other)
+            if not isinstance(one, Tensor) and not isinstance(other, Tensor)
+            else False
+        )
     if isinstance(one, Tensor):
         return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
     if dataclasses.is_dataclass(one):
-        return all(_alike(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one) if f.compare)
+        return all(
+            _alike(getattr(one, f.name), getattr(other, f.name))
+            for f in dataclasses.fields(one)
+            if f.compare
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_alike, one, other))
     return bool(one == other)
@@ -407,6 +511,10 @@ def _unlike(one: Strategy, other: Strategy) -> str:
     """`one, not other`, in as few words as tell them apart."""
     if type(one) is not type(other):
         return f"{type(one).__name__}, not {type(other).__name__}"
-    names = [f.name for f in dataclasses.fields(one) if not _alike(getattr(one, f.name), getattr(other, f.name))]
+    names = [
+        f.name
+        for f in dataclasses.fields(one)
+        if not _alike(getattr(one, f.name), getattr(other, f.name))
+    ]
     mine, its = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (one, other))
     return f"{type(one).__name__}({mine}), not {type(other).__name__}({its})"

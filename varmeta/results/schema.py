@@ -23,7 +23,9 @@ def list_of(check: Check) -> Check:
 
 
 def dict_of(check: Check) -> Check:
-    return lambda value: type(value) is dict and all(type(k) is str and check(v) for k, v in value.items())
+    return lambda value: (
+        type(value) is dict and all(type(k) is str and check(v) for k, v in value.items())
+    )
 
 
 def pair_of(*checks: Check) -> Check:
@@ -39,14 +41,24 @@ def optional(check: Check) -> Check:
 
 
 def fields_of(**checks: Check) -> Check:
-    return lambda value: type(value) is dict and set(value) == set(checks) and all(checks[k](value[k]) for k in value)
+    return lambda value: (
+        type(value) is dict
+        and set(value) == set(checks)
+        and all(checks[k](value[k]) for k in value)
+    )
 
 
 def anything(value: Any) -> bool:
     return True
 
 
-text, number, whole, truth, tensor = is_a(str), is_a(int, float), is_a(int), is_a(bool), is_a(Tensor)
+text, number, whole, truth, tensor = (
+    is_a(str),
+    is_a(int, float),
+    is_a(int),
+    is_a(bool),
+    is_a(Tensor),
+)
 numbers = dict_of(lambda value: tensor(value) and value.is_floating_point())
 data = optional(pair_of(tensor, tensor))
 HYPER: dict[str, Check] = {
@@ -67,8 +79,12 @@ FIELDS: dict[str, Check] = {
     "phi": optional(numbers),
     "inner": optional(dict_of(tensor)),
     "counters": fields_of(step=whole, lr_scale=number),
-    "history": list_of(lambda row: dict_of(number)(row) and {"step", "loss", "evaluations", "seconds"} <= set(row)),
-    "optimizer": optional(lambda value: type(value) is dict and {"state", "param_groups"} <= set(value)),
+    "history": list_of(
+        lambda row: dict_of(number)(row) and {"step", "loss", "evaluations", "seconds"} <= set(row)
+    ),
+    "optimizer": optional(
+        lambda value: type(value) is dict and {"state", "param_groups"} <= set(value)
+    ),
     "stop": text,
     "converged": truth,
     "loss": number,
@@ -78,7 +94,13 @@ FIELDS: dict[str, Check] = {
     "features": list_of(dict_of(number)),
     "x_names": optional(lambda value: type(value) in (tuple, list) and all(map(text, value))),
 }
-PRESENT: dict[str, Check] = {**FIELDS, "model": text, "constants": text, "numbers": optional(tensor), "version": text}
+PRESENT: dict[str, Check] = {
+    **FIELDS,
+    "model": text,
+    "constants": text,
+    "numbers": optional(tensor),
+    "version": text,
+}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 

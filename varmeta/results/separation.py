@@ -1,9 +1,12 @@
-"""Outcomes that a predictor separates: the likelihood rises for ever along some coefficients, and has no maximum.
+"""Outcomes that a predictor separates: the likelihood rises for ever along some coefficients, and
+has no maximum.
 
-A loss that is convex in the coefficients has no minimum where it falls, or stays, along a direction d for ever (its recession
-direction), and which directions these are does not depend on where one stands.  Random effects do not help: where every row's
-loss falls along d whatever the task's weights are, so does their average.
-Source: Albert and Anderson, Biometrika 71 (1984), who call it complete and quasi-complete separation.
+A loss that is convex in the coefficients has no minimum where it falls, or stays, along a direction
+d for ever (its recession direction), and which directions these are does not depend on where one
+stands.  Random effects do not help: where every row's loss falls along d whatever the task's
+weights are, so does their average.
+Source: Albert and Anderson, Biometrika 71 (1984), who call it complete and quasi-complete
+separation.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from varmeta.models.labels import parameter_labels
 if TYPE_CHECKING:
     from varmeta.results.result import Fit
 
-# Of the information that the start has along a direction, the share below which the likelihood has saturated; whether it has
-# because there is no maximum, or because events are rare, the loss itself tells.
+# Of the information that the start has along a direction, the share below which the likelihood has
+# saturated; whether it has because there is no maximum, or because events are rare, the loss itself
+# tells.
 SATURATED = 1e-3
 # Of that information, relative to the largest, the share below which columns are collinear.
 COLLINEAR = 1e-8
@@ -34,9 +38,15 @@ KINDS = ("binary", "classification", "count", "ordinal")
 
 
 def separated(fit: Fit) -> dict[str, float]:
-    """The coefficients (theta0 or shared) that run to infinity together, with where the fit left them, by readable name."""
+    """The coefficients (theta0 or shared) that run to infinity together, with where the fit left
+    them, by readable name.
+    """
     model = fit.model
-    if model.likelihood is None or model.likelihood.kind not in KINDS or not is_regression(model, fit.tasks, fit.eta):
+    if (
+        model.likelihood is None
+        or model.likelihood.kind not in KINDS
+        or not is_regression(model, fit.tasks, fit.eta)
+    ):
         return {}
     batch = doubled(fit.tasks.batch())
     rows = int(batch.support.mask.sum())
@@ -54,7 +64,9 @@ def separated(fit: Fit) -> dict[str, float]:
 
     def named(flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([start[name].numel() for name in names])
-        return best | {name: part.reshape(start[name].shape) for name, part in zip(names, parts, strict=True)}
+        return best | {
+            name: part.reshape(start[name].shape) for name, part in zip(names, parts, strict=True)
+        }
 
     def loss(flat: Tensor) -> Tensor:
         return pooled_loss(model, batch, named(flat)) + model.penalty(named(flat))
@@ -63,7 +75,8 @@ def separated(fit: Fit) -> dict[str, float]:
     before, after = (torch.autograd.functional.hessian(loss, point) / rows for point in (zero, at))
     if not bool(before.isfinite().all() and after.isfinite().all()):
         return {}
-    # in units in which each coefficient alone has information 1 at zero, and without what is collinear there
+    # in units in which each coefficient alone has information 1 at zero, and without what is
+    # collinear there
     unit = before.diagonal().clamp(min=torch.finfo(at.dtype).tiny).rsqrt()
     values, vectors = torch.linalg.eigh(unit[:, None] * before * unit)
     kept = values > COLLINEAR * values[-1]
@@ -74,7 +87,8 @@ def separated(fit: Fit) -> dict[str, float]:
     soft = root @ axes[:, share < SATURATED]
     if not soft.shape[1]:
         return {}
-    # the part of the way from zero to here that lies where the likelihood has saturated points outwards
+    # the part of the way from zero to here that lies where the likelihood has saturated points
+    # outwards
     direction = soft @ (soft.mT @ (before @ at))
     size = float((direction @ before @ direction).clamp(min=0).sqrt())
     if not size > 0:

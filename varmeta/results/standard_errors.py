@@ -1,7 +1,9 @@
-"""Standard errors of theta0 and the shared parameters: the curvature of M(eta) = sum_i min_phi F_i(phi, eta) at the optimum.
+"""Standard errors of theta0 and the shared parameters: the curvature of M(eta) = sum_i min_phi
+F_i(phi, eta) at the optimum.
 
-As lme4's, they are given the variances: the inverse of the Hessian's block of theta0 and the shared parameters.  Exact where
-the bound is, in linear-Gaussian models; elsewhere as good as the bound's curvature.
+As lme4's, they are given the variances: the inverse of the Hessian's block of theta0 and the shared
+parameters.  Exact where the bound is, in linear-Gaussian models; elsewhere as good as the bound's
+curvature.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from varmeta.tasks import Batch
 
 
 def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Tensor]:
-    """Of a posterior of eta: the sds of its Gaussian, exact under "reml" for a linear model, by parameter name.
+    """Of a posterior of eta: the sds of its Gaussian, exact under "reml" for a linear model, by
+    parameter name.
 
     The weighted draws are those of `Fit.hyperparameters`.
     """
@@ -31,15 +34,24 @@ def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Ten
     return {name: named[name].reshape(eta[name].shape) for name in names}
 
 
-def of_bound(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]) -> dict[str, Tensor] | None:
-    """By the curvature of the bound minimised over phi, in double precision; None where this is no minimum."""
+def of_bound(
+    problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]
+) -> dict[str, Tensor] | None:
+    """By the curvature of the bound minimised over phi, in double precision; None where this is no
+    minimum.
+    """
     wide = in_double(problem, batch, phi, eta)
     batch, phi, at = (batch, phi, eta) if wide is None else wide
-    return _from(Curvature(elbo_losses(problem, batch), phi, at, problem.model.penalty).hessian, names, eta)
+    return _from(
+        Curvature(elbo_losses(problem, batch), phi, at, problem.model.penalty).hessian, names, eta
+    )
 
 
-def of_evidence(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]) -> dict[str, Tensor] | None:
-    """By the curvature of the evidence by quadrature, -log p(y | eta), in all of eta; None where this is no minimum.
+def of_evidence(
+    problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]
+) -> dict[str, Tensor] | None:
+    """By the curvature of the evidence by quadrature, -log p(y | eta), in all of eta; None where
+    this is no minimum.
 
     The nodes stay where they are: the integral does not depend on where it is looked at.
     """
@@ -52,7 +64,10 @@ def of_evidence(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list
 
     def total(vector: Tensor) -> Tensor:
         parts = vector.split([value.numel() for value in eta.values()])
-        here = {name: part.reshape(value.shape) for (name, value), part in zip(eta.items(), parts, strict=True)}
+        here = {
+            name: part.reshape(value.shape)
+            for (name, value), part in zip(eta.items(), parts, strict=True)
+        }
         evidence = (constant + log_joint(model, theta, here, data)).logsumexp(0)
         return model.penalty(here) - evidence.sum()
 
@@ -61,8 +76,12 @@ def of_evidence(problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list
 
 
 def _from(hessian: Tensor, names: list[str], eta: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Standard errors from a Hessian in all of eta, the parameters that are not named held fixed."""
-    block = torch.cat([torch.full((value.numel(),), name in names) for name, value in eta.items()]).to(hessian.device)
+    """Standard errors from a Hessian in all of eta, the parameters that are not named held
+    fixed.
+    """
+    block = torch.cat(
+        [torch.full((value.numel(),), name in names) for name, value in eta.items()]
+    ).to(hessian.device)
     factor, info = torch.linalg.cholesky_ex(hessian[block][:, block])
     if int(info) or not bool(factor.isfinite().all()):
         return None

@@ -1,4 +1,6 @@
-"""Write a fit: tensors and plain values under a checksum, whole or not at all; no code is ever written."""
+"""Write a fit: tensors and plain values under a checksum, whole or not at all; no code is ever
+written.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,15 @@ def save(
     run: Run,
     prior: LearnedPrior,
 ) -> None:
-    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the model's.
+    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data, the strategy's
+    settings and the model's.
 
-    The file is written beside the old one and takes its place at the end, so that a save which fails, is interrupted or is
-    killed leaves the old one.
+    The file is written beside the old one and takes its place at the end, so that a save which
+    fails, is interrupted or is killed leaves the old one.
 
-    Raises ValueError where there is no such folder; OSError (PermissionError, a full disk) with the path where the system
-    refuses; TypeError where the run holds what is neither a tensor nor a plain value (an optimizer of the user's own might).
+    Raises ValueError where there is no such folder; OSError (PermissionError, a full disk) with the
+    path where the system refuses; TypeError where the run holds what is neither a tensor nor a
+    plain value (an optimizer of the user's own might).
     """
     content = {
         "version": __version__,
@@ -45,7 +49,9 @@ def save(
         "constants": json.dumps(constants.fingerprint(model.net, model.constants)),
         "model": json.dumps(configuration(model)),
         "numbers": _numbers(model, tasks, run.eta),
-        "covariance": prior.covariance if model.prior.dense else model.weights.flatten(prior.sd).square(),
+        "covariance": prior.covariance
+        if model.prior.dense
+        else model.weights.flatten(prior.sd).square(),
         "seed": int(seed),
         "eta": run.eta,
         "phi": run.state.phi,
@@ -82,7 +88,9 @@ def _numbers(model: TaskModel, tasks: TaskSet, eta: Eta) -> Tensor | None:
 def _describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
-            field.name: _describe(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init
+            field.name: _describe(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.init
         }
         return {"kind": type(value).__name__} | fields
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -90,5 +98,9 @@ def _describe(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_describe(item) for item in value]
     if isinstance(value, Tensor):
-        return {"kind": "tensor", "dtype": str(value.dtype), "values": value.detach().cpu().tolist()}
+        return {
+            "kind": "tensor",
+            "dtype": str(value.dtype),
+            "values": value.detach().cpu().tolist(),
+        }
     return {"kind": "code", "name": getattr(value, "__name__", type(value).__name__)}

@@ -14,33 +14,49 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NO_ERRORS = (
-    "(no standard errors: Laplace's evidence has no second derivative here; those of vm.Joint('multivariate_normal') are of the "
-    "same model's bound)"
+    "(no standard errors: Laplace's evidence has no second derivative here; those of "
+    "vm.Joint('multivariate_normal') are of the same model's bound)"
 )
 
 
 def method(strategy: Strategy, is_point: bool, tasks: int) -> str:
     """The strategy in words; a point has no evidence lower bound, whatever the option is called."""
     text = strategy.describe()
-    text = text.replace("query_elbo", "query loss + prior").replace("elbo", "loss + prior") if is_point else text
+    text = (
+        text.replace("query_elbo", "query loss + prior").replace("elbo", "loss + prior")
+        if is_point
+        else text
+    )
     return f"{text}, {counted(tasks, 'task')}"
 
 
 def ending(stop: str, converged: bool, seconds_compiling: float) -> str:
-    line = stop if stop.startswith("converged") else f"{'' if converged else 'not '}converged: {stop}"
+    line = (
+        stop if stop.startswith("converged") else f"{'' if converged else 'not '}converged: {stop}"
+    )
     return line + (f"; compiling took {seconds_compiling:.1f} s" if seconds_compiling > 0.1 else "")
 
 
 def importance(hyper: HyperPosterior) -> str:
     near = "near the posterior" if hyper.pareto_k <= GOOD_K else "corrected by importance weights"
-    return f"posterior of eta: {hyper.hyperguide}, k-hat {hyper.pareto_k:.2f} ({near}), {hyper.ess:.0f} effective draws"
+    return (
+        f"posterior of eta: {hyper.hyperguide}, k-hat {hyper.pareto_k:.2f} ({near}), "
+        f"{hyper.ess:.0f} effective draws"
+    )
 
 
 def hyperparameters(table: pd.DataFrame, level: float) -> str:
     """The posterior of eta, a table as of `Fit.hyperparameters(level)`, as aligned text."""
     shown, width = table.head(ROWS), max(len("quantity"), *map(len, table.index))
     low, high = (f"{100 * q:g} %" for q in ((1 - level) / 2, (1 + level) / 2))
-    lines = [f"{'quantity':<{width}} " + " ".join(f"{name:>12}" for name in ("mean", "sd", low, high))]
+    lines = [
+        f"{'quantity':<{width}} " + " ".join(f"{name:>12}" for name in ("mean", "sd", low, high))
+    ]
     for name, row in shown.iterrows():
-        lines.append(f"{name:<{width}} " + " ".join(f"{row[key]:>12.5g}" for key in ("mean", "sd", "low", "high")))
-    return "\n".join([*lines, *([f"... and {len(table) - ROWS} more"] if len(table) > ROWS else [])])
+        lines.append(
+            f"{name:<{width}} "
+            + " ".join(f"{row[key]:>12.5g}" for key in ("mean", "sd", "low", "high"))
+        )
+    return "\n".join(
+        [*lines, *([f"... and {len(table) - ROWS} more"] if len(table) > ROWS else [])]
+    )

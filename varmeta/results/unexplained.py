@@ -31,9 +31,11 @@ def unexplained(fit: Fit) -> str | None:
     if not found > EXCESS * sd or not (fit.converged or fit.run.step >= LONG):
         return None
     why = (
-        "The prior holds them away from the data: let theta0 be learned (learn_loc), lower the precision, or learn it"
+        "The prior holds them away from the data: let theta0 be learned (learn_loc), lower the "
+        "precision, or learn it"
         if is_regression(fit.model, fit.tasks, fit.eta)
-        else "In a network the prior drowns the signal: start its precision at the layers' fan-in (leave precision out), "
+        else "In a network the prior drowns the signal: start its precision at the layers' fan-in "
+        "(leave precision out), "
         "share the layers that need not vary (shared=), or take more steps"
     )
     return (

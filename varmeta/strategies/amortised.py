@@ -1,4 +1,6 @@
-"""Amortised strategies: phi is a function of eta, the end of an inner loop that starts at the prior."""
+"""Amortised strategies: phi is a function of eta, the end of an inner loop that starts at the
+prior.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ DRAWS_ITS_OWN = "a StochasticAlg draws its own noise at every inner step"
 class Amortised(Strategy):
     """phi as a function of eta.
 
-    alg: Alg as a distribution instead of a function: the outer objective becomes E_{theta ~ Alg} (see `StochasticAlg`).
-        Needs the delta guide.
+    alg: Alg as a distribution instead of a function: the outer objective becomes E_{theta ~ Alg}
+        (see `StochasticAlg`). Needs the delta guide.
     """
 
     alg: StochasticAlg | None = field(default=None, kw_only=True)
@@ -34,8 +36,8 @@ class Amortised(Strategy):
     def _check_guide(self, problem: Problem) -> None:
         if self.alg is not None and not isinstance(problem.guide, Delta):
             raise ValueError(
-                f"a StochasticAlg ends at points, so it goes with guide='delta', not {self.guide!r}: a Gaussian guide is "
-                "a distribution over weights already"
+                "a StochasticAlg ends at points, so it goes with guide='delta', not "
+                f"{self.guide!r}: a Gaussian guide is a distribution over weights already"
             )
 
     def _check_alg(self) -> None:
@@ -45,11 +47,14 @@ class Amortised(Strategy):
     def _is_noisy(self, problem: Problem) -> bool:
         return self.alg is not None or not problem.deterministic
 
-    def moving(self, problem: Problem, batch: Batch, eta: Eta, state: State, stats: Stats) -> Tensor | None:
-        """Of the mean over Alg, a scalar whose derivative is the part through how the ends of the draws move.
+    def moving(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State, stats: Stats
+    ) -> Tensor | None:
+        """Of the mean over Alg, a scalar whose derivative is the part through how the ends of the
+        draws move.
 
-        Each end is taken as a minimum of F_i and differentiated implicitly; where it has no positive curvature nothing
-        is counted.  None without `alg`.
+        Each end is taken as a minimum of F_i and differentiated implicitly; where it has no
+        positive curvature nothing is counted.  None without `alg`.
         """
         if self.alg is None or stats.ends is None:
             return None
@@ -59,18 +64,31 @@ class Amortised(Strategy):
         return self.total(problem, batch, eta, self._mean(losses))
 
     def _add_score(
-        self, total: Tensor, problem: Problem, batch: Batch, eta: Eta, state: State, walk: list[Tree], losses: Tensor
+        self,
+        total: Tensor,
+        problem: Problem,
+        batch: Batch,
+        eta: Eta,
+        state: State,
+        walk: list[Tree],
+        losses: Tensor,
     ) -> Tensor:
-        """`total`, whose derivative now also says how the probability of each draw changes; losses: one per draw and task."""
+        """`total`, whose derivative now also says how the probability of each draw changes; losses:
+        one per draw and task.
+        """
         assert self.alg is not None
         weights = leave_one_out(losses.detach().reshape(self.alg.num_draws, -1)).reshape(-1)
         weights = weights * (batch.total / len(batch))
-        for name, gradient in self.alg.score(problem, batch, eta, state.step, walk, weights).items():
+        for name, gradient in self.alg.score(
+            problem, batch, eta, state.step, walk, weights
+        ).items():
             total = total + (gradient * (eta[name] - eta[name].detach())).sum()  # zero in value
         return total
 
     def _objectives(self, problem: Problem, batch: Batch, state: State) -> tuple[Losses, Losses]:
-        """F_i and G_i; one function where they are the same, which the implicit adjoint looks for."""
+        """F_i and G_i; one function where they are the same, which the implicit adjoint looks
+        for.
+        """
         inner = problem.losses("inner", batch, state.step)
         same = self.outer == "elbo" and not problem.guide.at_mode
         return inner, inner if same else problem.losses(self.outer, batch, state.step)

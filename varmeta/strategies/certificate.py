@@ -1,8 +1,10 @@
-"""What an implicit gradient rests on: was the inner minimum reached, and was the linear system solved?
+"""What an implicit gradient rests on: was the inner minimum reached, and was the linear system
+solved?
 
-The implicit function theorem holds at a minimum only.  After 16 gradient steps a small network's implicit gradient can be off by
-more than its own length (`experiments.choices`, certificate); here every such gradient comes with the numbers.
-They are taken in the unit of the loss, so that the units of the weights, and how well they are scaled, do not decide.
+The implicit function theorem holds at a minimum only.  After 16 gradient steps a small network's
+implicit gradient can be off by more than its own length (`experiments.choices`, certificate); here
+every such gradient comes with the numbers. They are taken in the unit of the loss, so that the
+units of the weights, and how well they are scaled, do not decide.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from varmeta.numerics.solution import Result, Solution
 
-# How many nats above the inner minimum phi may be, and the relative error of the linear solution.  The error of the gradient
-# goes with the root of the first: 3e-3 nats went with 2 % on a small network (`experiments.choices`, certificate).
+# How many nats above the inner minimum phi may be, and the relative error of the linear solution.
+# The error of the gradient goes with the root of the first: 3e-3 nats went with 2 % on a small
+# network (`experiments.choices`, certificate).
 MAX_DECREMENT = {torch.float64: 1e-10, torch.float32: 1e-6}
 MAX_LINEAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
 
@@ -24,18 +27,22 @@ MAX_LINEAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
 class Certificate:
     """Per task, `(tasks,)` each.
 
-    decrement: 1/2 g' H^-1 g with the inner gradient g and Hessian H, an estimate of how many nats the inner loss can still fall
-        by (NaN where the strategy was told to ignore it): it takes the loss for quadratic, and beyond 32 numbers a task it comes
-        from conjugate gradients, which may miss directions of little curvature.
-    decrement_bound: 1/2 g' Lambda^-1 g with the prior's precision matrix Lambda: the inner loss lies at most so many nats above
-        its minimum, a theorem where f_i is convex by construction (weights that enter linearly, a log-concave likelihood, a
-        point as guide).  NaN elsewhere.
+    decrement: 1/2 g' H^-1 g with the inner gradient g and Hessian H, an estimate of how many nats
+        the inner loss can still fall by (NaN where the strategy was told to ignore it): it takes
+        the loss for quadratic, and beyond 32 numbers a task it comes from conjugate gradients,
+        which may miss directions of little curvature.
+    decrement_bound: 1/2 g' Lambda^-1 g with the prior's precision matrix Lambda: the inner loss
+        lies at most so many nats above its minimum, a theorem where f_i is convex by construction
+        (weights that enter linearly, a log-concave likelihood, a point as guide).  NaN elsewhere.
     inner_gradient: |g|, in nats per unit of phi.
-    linear_error: the relative error of u in A u = b, in the norm of A, an estimate from the smallest curvature met;
-        linear_bound: what it is at most, where f_i is convex by construction (else NaN); residual: |b - A u| / |b|.  They
-        are 0 where the envelope theorem leaves no system.
-    left, solved_to: what is judged of the two: the bound where it is in tolerance, else the estimate.
-    curvature: the smallest curvature d'Ad / d'd that the solvers met; negative means that phi is no minimum.
+    linear_error: the relative error of u in A u = b, in the norm of A, an estimate from the
+        smallest curvature met; linear_bound: what it is at most, where f_i is convex by
+        construction (else NaN); residual: |b - A u| / |b|.  They are 0 where the envelope theorem
+        leaves no system.
+    left, solved_to: what is judged of the two: the bound where it is in tolerance, else the
+        estimate.
+    curvature: the smallest curvature d'Ad / d'd that the solvers met; negative means that phi is no
+        minimum.
     failed: which tasks are out of tolerance; ok: none is.
     """
 
@@ -76,13 +83,18 @@ class Certificate:
     @property
     def left(self) -> Tensor:
         """What is judged of the inner minimum, `(tasks,)`."""
-        # a bound in the prior's metric is far too large where the data weigh much more than the prior
-        return torch.where(self.decrement_bound <= self._limits[0], self.decrement_bound, self.decrement)
+        # a bound in the prior's metric is far too large where the data weigh much more than the
+        # prior
+        return torch.where(
+            self.decrement_bound <= self._limits[0], self.decrement_bound, self.decrement
+        )
 
     @property
     def solved_to(self) -> Tensor:
         """What is judged of the linear solution, `(tasks,)`."""
-        return torch.where(self.linear_bound <= self._limits[1], self.linear_bound, self.linear_error)
+        return torch.where(
+            self.linear_bound <= self._limits[1], self.linear_bound, self.linear_error
+        )
 
     @property
     def failed(self) -> Tensor:
@@ -105,18 +117,20 @@ class Certificate:
         how = "at most" if left == float(self.decrement_bound[worst]) else "an estimated"
         well = "at most" if linear == float(self.linear_bound[worst]) else "about"
         numbers = (
-            f"the inner loss {how} {left:.2g} nats above its minimum (tolerance {limits[0]:.0e}), linear error "
-            f"{well} {linear:.2g} (tolerance {limits[1]:.0e}), smallest curvature met "
+            f"the inner loss {how} {left:.2g} nats above its minimum (tolerance {limits[0]:.0e}), "
+            f"linear error {well} {linear:.2g} (tolerance {limits[1]:.0e}), smallest curvature met "
             f"{float(self.curvature[worst]):.2g}"
         )
         if not count:
             return f"certified for all {len(self.names)} tasks; the largest: {numbers}"
         advice = "take more inner steps (inner_steps=None runs to tolerance)"
-        if bool((self.curvature[failed] < 0).any()) or bool((self.inner_result == Result.NEGATIVE_CURVATURE).any()):
+        if bool((self.curvature[failed] < 0).any()) or bool(
+            (self.inner_result == Result.NEGATIVE_CURVATURE).any()
+        ):
             advice = Result.NEGATIVE_CURVATURE.sentence
         elif bool((self.left <= limits[0])[failed].all()):
             advice = "raise the linear solver's max_steps, or use Direct()"
         return (
-            f"the implicit gradient is not certified for {count} of {len(self.names)} tasks; the worst, "
-            f"{self.names[worst]!r}: {numbers}.  It may be far from the true one: {advice}"
+            f"the implicit gradient is not certified for {count} of {len(self.names)} tasks; the "
+            f"worst, {self.names[worst]!r}: {numbers}.  It may be far from the true one: {advice}"
         )

@@ -28,8 +28,11 @@ def check_kinds(model: object, tasks: object, strategy: object) -> None:
         raise TypeError(f"strategy must be one of vm.Joint(), vm.Implicit(), ..., not {strategy!r}")
 
 
-def check_strategy(strategy: Strategy, problem: Problem, tasks: TaskSet, for_fit: bool = True) -> Traits:
-    """The strategy's traits, if it can be asked for a gradient; `for_fit`: if what it asks for has an optimum too.
+def check_strategy(
+    strategy: Strategy, problem: Problem, tasks: TaskSet, for_fit: bool = True
+) -> Traits:
+    """The strategy's traits, if it can be asked for a gradient; `for_fit`: if what it asks for has
+    an optimum too.
 
     Raises TypeError for parts of another kind, ValueError for what does not go together.
     """
@@ -41,20 +44,22 @@ def check_strategy(strategy: Strategy, problem: Problem, tasks: TaskSet, for_fit
     elif for_fit and not bool(tasks.batch().support.mask.any()):
         others = ", or learn from the query rows by vm.Implicit(outer='query')"
         raise ValueError(
-            f"{'the task has' if len(tasks) == 1 else f'none of the {len(tasks)} tasks has'} support rows, so there is "
-            "nothing to learn the prior from: give Task(support=(x, y))"
+            f"{'the task has' if len(tasks) == 1 else f'none of the {len(tasks)} tasks has'} "
+            "support rows, so there is nothing to learn the prior from: give Task(support=(x, y))"
             + (others if all(task.query is not None for task in tasks) else "")
         )
     _check_curvature(strategy, problem, tasks)
     traits = strategy.traits(problem)
     _check_alg(strategy, problem, tasks)
     if for_fit:
-        # the gradient of Laplace's formula at phi_K can be asked for; a fit would call its value an evidence
+        # the gradient of Laplace's formula at phi_K can be asked for; a fit would call its value an
+        # evidence
         guide = problem.guide
         if strategy.outer == "elbo" and isinstance(guide, Laplace) and not traits.at_minimum:
             raise ValueError(
-                f"{type(strategy).__name__} does not end at the mode, but the {guide.evidence_name} of this guide is "
-                f"that around the mode, and no evidence elsewhere: use vm.Implicit({strategy.guide!r})"
+                f"{type(strategy).__name__} does not end at the mode, but the "
+                f"{guide.evidence_name} of this guide is that around the mode, and no evidence "
+                f"elsewhere: use vm.Implicit({strategy.guide!r})"
             )
         _check_precision(strategy, problem, traits, tasks)
     return traits
@@ -63,21 +68,28 @@ def check_strategy(strategy: Strategy, problem: Problem, tasks: TaskSet, for_fit
 def _check_parts(strategy: Strategy) -> None:
     """The parts that a strategy may have are objects, not names, and made of plain numbers."""
     no_tensors(strategy)
-    minimizer, solver = getattr(strategy, "minimizer", None), getattr(strategy, "linear_solver", None)
+    minimizer, solver = (
+        getattr(strategy, "minimizer", None),
+        getattr(strategy, "linear_solver", None),
+    )
     if minimizer is not None and not isinstance(minimizer, Minimizer):
         raise TypeError(
-            f"minimizer must be one of vm.Adam(), vm.GradientDescent() or vm.NewtonCG(), not {kind_of(minimizer)}"
+            "minimizer must be one of vm.Adam(), vm.GradientDescent() or vm.NewtonCG(), not "
+            f"{kind_of(minimizer)}"
         )
     if solver is not None and not isinstance(solver, LinearSolver):
-        raise TypeError(f"linear_solver must be one of vm.CG(), vm.Neumann() or vm.Direct(), not {kind_of(solver)}")
+        raise TypeError(
+            "linear_solver must be one of vm.CG(), vm.Neumann() or vm.Direct(), not "
+            f"{kind_of(solver)}"
+        )
 
 
 def _check_query(strategy: Strategy, tasks: TaskSet) -> None:
     missing = [task.name for task in tasks if task.query is None or not len(task.query[1])]
     if missing:
         raise ValueError(
-            f"outer={strategy.outer!r} needs query data, but {counted(len(missing), 'task')} of {len(tasks)} "
-            f"{'has' if len(missing) == 1 else 'have'} none, {missing[0]!r} first: "
+            f"outer={strategy.outer!r} needs query data, but {counted(len(missing), 'task')} of "
+            f"{len(tasks)} {'has' if len(missing) == 1 else 'have'} none, {missing[0]!r} first: "
             + (
                 "a task of one row has none to split off; leave such tasks out, tasks.with_query()"
                 if len(missing) < len(tasks)
@@ -97,26 +109,32 @@ def _check_curvature(strategy: Strategy, problem: Problem, tasks: TaskSet) -> No
     if density is not None:
         raise ValueError(
             f"the density of y, {density}, has a kink, whose curvature no second derivative sees: "
-            f"{strategy.describe()} would rest on a curvature that is not there.  Use vm.Joint('normal') or "
-            "vm.Joint('multivariate_normal'), whose steps are then Adam's, or a smooth density with heavy tails, such as "
-            "likelihoods.StudentT()"
+            f"{strategy.describe()} would rest on a curvature that is not there.  Use "
+            "vm.Joint('normal') or vm.Joint('multivariate_normal'), whose steps are then Adam's, "
+            "or a smooth density with heavy tails, such as likelihoods.StudentT()"
         )
 
 
 def _check_alg(strategy: Strategy, problem: Problem, tasks: TaskSet) -> None:
     """Refuse minibatches of rows where the rows of a task are no separate observations."""
-    if not isinstance(strategy, Amortised) or strategy.alg is None or strategy.alg.batch_size is None:
+    if (
+        not isinstance(strategy, Amortised)
+        or strategy.alg is None
+        or strategy.alg.batch_size is None
+    ):
         return
     where = rows_meet(problem.model, tasks.batch().support, reorder=True)
     if where is not None:
         raise ValueError(
-            f"{where}: a row's result depends on the task's other rows or on their order, so that a minibatch of them is "
-            "another problem: leave out the StochasticAlg's batch_size"
+            f"{where}: a row's result depends on the task's other rows or on their order, so that "
+            "a minibatch of them is another problem: leave out the StochasticAlg's batch_size"
         )
 
 
 def _check_precision(strategy: Strategy, problem: Problem, traits: Traits, tasks: TaskSet) -> None:
-    """Refuse a learned precision under points whose objective has no optimum in it, or passes no derivative to it."""
+    """Refuse a learned precision under points whose objective has no optimum in it, or passes no
+    derivative to it.
+    """
     model, batch = problem.model, tasks[:1].batch()
     prior = model.prior
     if prior.learn_precision is None:
@@ -126,22 +144,24 @@ def _check_precision(strategy: Strategy, problem: Problem, traits: Traits, tasks
     if strategy.outer in ("query", "query_predictive"):
         if not traits.moves_precision:
             raise ValueError(
-                f"{type(strategy).__name__} with a delta guide passes no derivative to the precision: fix it "
-                "(learn_precision=None), or use Implicit or Unrolled"
+                f"{type(strategy).__name__} with a delta guide passes no derivative to the "
+                "precision: fix it (learn_precision=None), or use Implicit or Unrolled"
             )
         return
     if prior.bounds_points(model.weights, len(tasks)):
         return
     if prior.hyperprior is not None or prior.scale_hyperprior is not None:
         raise ValueError(
-            "the hyperprior does not bound the precision under a delta guide: its density falls too slowly, so that all "
-            "weights under one precision, of all tasks, still gain from meeting theta0.  Take one with an exponential "
-            "tail, such as a Gamma, for every learned precision (with learn_precision='full' also an lkj above 1 + tasks "
-            "/ 2), or a Gaussian guide"
+            "the hyperprior does not bound the precision under a delta guide: its density falls "
+            "too slowly, so that all weights under one precision, of all tasks, still gain from "
+            "meeting theta0.  Take one with an exponential tail, such as a Gamma, for every "
+            "learned precision (with learn_precision='full' also an lkj above 1 + tasks / 2), or a "
+            "Gaussian guide"
         )
     raise ValueError(
-        "a delta guide cannot learn the precision from this objective, which falls without bound as the precision "
-        "grows and all weights meet theta0.  Three ways out: a Gaussian guide (guide='normal' or "
-        "'multivariate_normal'), a hyperprior on the precision (GaussianPrior(hyperprior=...)), or a query "
-        "objective (Implicit or Unrolled with outer='query' or 'query_predictive')"
+        "a delta guide cannot learn the precision from this objective, which falls without bound "
+        "as the precision grows and all weights meet theta0.  Three ways out: a Gaussian guide "
+        "(guide='normal' or 'multivariate_normal'), a hyperprior on the precision "
+        "(GaussianPrior(hyperprior=...)), or a query objective (Implicit or Unrolled with "
+        "outer='query' or 'query_predictive')"
     )

@@ -1,9 +1,9 @@
 """How an expectation under a task's Gaussian guide is taken: at which standardised points.
 
-A rule makes *noise*: standardised points `(points, tasks or 1, D)` of N(0, I), weighted equally but for `GaussHermite`.
-The guide moves them
-to theta = loc + scale @ noise.  So a rule without randomness (cubature) and Monte Carlo are the same thing to everybody
-else, and the objective stays a pure function of its arguments.
+A rule makes *noise*: standardised points `(points, tasks or 1, D)` of N(0, I), weighted equally but
+for `GaussHermite`. The guide moves them to theta = loc + scale @ noise.  So a rule without
+randomness (cubature) and Monte Carlo are the same thing to everybody else, and the objective stays
+a pure function of its arguments.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from torch import Tensor
 from varmeta.numerics import noise
 from varmeta.numerics.quadrature import nodes
 
-# Up to here 2 D points cost less than the accuracy is worth; beyond, draws (measured: docs/choices.md).
+# Up to here 2 D points cost less than the accuracy is worth; beyond, draws (measured:
+# docs/choices.md).
 MAX_CUBATURE_SIZE = 24
-# With frozen noise draws are no alternative, so more points are worth it; by whether the predictor is linear in the weights.
+# With frozen noise draws are no alternative, so more points are worth it; by whether the predictor
+# is linear in the weights.
 MAX_FROZEN_SIZE = {True: 512, False: 64}
 ROTATIONS = 8
 # Gauss-Hermite's points for each weight, by the number of weights.
@@ -31,12 +33,16 @@ HERMITE = {1: 32, 2: 12, 3: 8}
 
 
 class Expectation(Protocol):
-    """A rule for E_{N(0, I)}; `deterministic` says that the points do not depend on seed and step."""
+    """A rule for E_{N(0, I)}; `deterministic` says that the points do not depend on seed and
+    step.
+    """
 
     deterministic: bool
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
-        """Standardised points `(points, tasks or 1, size)`; `ids` (tasks,) name the tasks' own noise."""
+        """Standardised points `(points, tasks or 1, size)`; `ids` (tasks,) name the tasks' own
+        noise.
+        """
         ...
 
 
@@ -52,13 +58,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Cubature:
-    """Spherical cubature of third degree: the 2 D points +-sqrt(D) e_j.  Exact for quadratics, and without noise.
+    """Spherical cubature of third degree: the 2 D points +-sqrt(D) e_j.  Exact for quadratics, and
+    without noise.
 
-    rotations: 0 takes the axes e_j; R takes R random orthonormal bases instead, always the same ones, 2 D R points in all.
-        A point on an axis moves one weight by sqrt(D) standard deviations and leaves the others alone, which says little
-        about a network; along a rotated basis every weight moves by about one, as in a draw of the guide.
+    rotations: 0 takes the axes e_j; R takes R random orthonormal bases instead, always the same
+        ones, 2 D R points in all. A point on an axis moves one weight by sqrt(D) standard
+        deviations and leaves the others alone, which says little about a network; along a rotated
+        basis every weight moves by about one, as in a draw of the guide.
 
-    Source: Arasaratnam and Haykin, Cubature Kalman Filters, IEEE Trans. Automatic Control 54 (2009), section III.
+    Source: Arasaratnam and Haykin, Cubature Kalman Filters, IEEE Trans. Automatic Control 54
+        (2009), section III.
 
     >>> Cubature().points(2, torch.zeros(()), torch.zeros(1), 0, 0)[:, 0].square().mean(0)
     tensor([1.0000, 1.0000])
@@ -83,10 +92,13 @@ def _sphere(size: int, rotations: int, dtype: torch.dtype, device: torch.device)
 
 @dataclass(frozen=True)
 class Quantiles:
-    """For one weight a task: the means of `number` equally likely parts of N(0, 1), widened a little to variance 1.
+    """For one weight a task: the means of `number` equally likely parts of N(0, 1), widened a
+    little to variance 1.
 
-    Cubature's two points, one sd to either side, say too little of a likelihood that is far from quadratic over the guide's
-    width: of 0 and 1 with random intercepts of sd 4 its "bound" lies 10 nats above the log likelihood (docs/guides.md).
+    Cubature's two points, one sd to either side, say too little of a likelihood that is far from
+    quadratic over the guide's
+    width: of 0 and 1 with random intercepts of sd 4 its "bound" lies 10 nats above the log
+        likelihood (docs/guides.md).
 
     >>> z = Quantiles().points(1, torch.zeros((), dtype=torch.float64), torch.zeros(1), 0, 0).flatten()
     >>> round(float(z.square().mean()), 6), round(float(z.exp().mean()), 2)  # E exp(z) = 1.65
@@ -104,17 +116,24 @@ class Quantiles:
 @lru_cache(maxsize=32)
 def _quantiles(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     normal = NormalDist()
-    # the mean of each of `number` equally likely parts is the difference of the density at its ends, times `number`
+    # the mean of each of `number` equally likely parts is the difference of the density at its
+    # ends, times `number`
     density = [0.0, *(normal.pdf(normal.inv_cdf(k / number)) for k in range(1, number)), 0.0]
     z = -number * np.diff(density)
-    return torch.from_numpy(z / np.sqrt((z**2).mean())).to(dtype=dtype, device=device).reshape(-1, 1, 1)
+    return (
+        torch.from_numpy(z / np.sqrt((z**2).mean()))
+        .to(dtype=dtype, device=device)
+        .reshape(-1, 1, 1)
+    )
 
 
 @dataclass(frozen=True)
 class GaussHermite:
-    """Gauss-Hermite's points, `number` for each of up to three weights a task, with weights of their own.
+    """Gauss-Hermite's points, `number` for each of up to three weights a task, with weights of
+    their own.
 
-    Where a guide is wide and log p(y | theta) is no parabola over its width: E_q log p is then exact to many digits.
+    Where a guide is wide and log p(y | theta) is no parabola over its width: E_q log p is then
+        exact to many digits.
 
     >>> rule = GaussHermite(32)
     >>> z = rule.points(1, torch.zeros((), dtype=torch.float64), torch.zeros(1), 0, 0).flatten()
@@ -147,7 +166,8 @@ class MonteCarlo:
     def __post_init__(self) -> None:
         if self.num_particles < 2 or self.num_particles % 2:
             raise ValueError(
-                f"num_particles must be an even number of at least 2 (antithetic pairs), not {self.num_particles}"
+                "num_particles must be an even number of at least 2 (antithetic pairs), not "
+                f"{self.num_particles}"
             )
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
@@ -158,17 +178,26 @@ class MonteCarlo:
 
 
 def make_expectation(
-    name: str | Expectation, size: int, num_particles: int, linear: bool, frozen: bool, quadratic: bool = True
+    name: str | Expectation,
+    size: int,
+    num_particles: int,
+    linear: bool,
+    frozen: bool,
+    quadratic: bool = True,
 ) -> Expectation:
-    """The rule behind "auto", "quadrature", "cubature", "quantiles" or "monte_carlo", for D = `size` weights a task.
+    """The rule behind "auto", "quadrature", "cubature", "quantiles" or "monte_carlo", for D =
+    `size` weights a task.
 
-    linear: the predictor is linear in the weights.  frozen: the noise is held fixed while phi is minimised; then a few draws
-    would be fitted instead of the expectation, which the scales of the guide can escape along all the other directions.
+    linear: the predictor is linear in the weights.  frozen: the noise is held fixed while phi is
+    minimised; then a few draws would be fitted instead of the expectation, which the scales of the
+    guide can escape along all the other directions.
     quadratic: log p(y | theta) is known to be quadratic in theta, so that cubature is exact.
     """
     if not isinstance(name, str):
         if not hasattr(name, "points") or not hasattr(name, "deterministic"):
-            raise TypeError(f"expectation must be a name or a rule with `points`, not {type(name).__name__}")
+            raise TypeError(
+                f"expectation must be a name or a rule with `points`, not {type(name).__name__}"
+            )
         return name
     if name == "auto" and size == 1 and not quadratic and (linear or frozen):
         name = "quadrature"
@@ -180,8 +209,8 @@ def make_expectation(
     if name == "quadrature":
         if size not in HERMITE:
             raise ValueError(
-                f"expectation='quadrature' serves models with up to {max(HERMITE)} weights per task, and this has {size}: use "
-                "'cubature', or 'monte_carlo' with more particles"
+                f"expectation='quadrature' serves models with up to {max(HERMITE)} weights per "
+                f"task, and this has {size}: use 'cubature', or 'monte_carlo' with more particles"
             )
         return GaussHermite(HERMITE[size])
     if name == "monte_carlo":
@@ -189,10 +218,11 @@ def make_expectation(
     if name == "quantiles":
         if size != 1:
             raise ValueError(
-                f"expectation='quantiles' serves models with one weight per task, and this has {size}: use 'cubature', or "
-                "'monte_carlo' with more particles"
+                "expectation='quantiles' serves models with one weight per task, and this has "
+                f"{size}: use 'cubature', or 'monte_carlo' with more particles"
             )
         return Quantiles()
     raise ValueError(
-        f"expectation must be 'auto', 'quadrature', 'cubature', 'quantiles' or 'monte_carlo', not {name!r}"
+        "expectation must be 'auto', 'quadrature', 'cubature', 'quantiles' or 'monte_carlo', not "
+        f"{name!r}"
     )

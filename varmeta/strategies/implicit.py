@@ -1,4 +1,6 @@
-"""`Implicit`: phi is the argmin of the inner problem, differentiated by the implicit function theorem."""
+"""`Implicit`: phi is the argmin of the inner problem, differentiated by the implicit function
+theorem.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, 
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
-from varmeta.strategies.amortised import DRAWS_ITS_OWN, MAX_TRACED_STEPS, Amortised, check_steps, has_diverged
+from varmeta.strategies.amortised import (
+    DRAWS_ITS_OWN,
+    MAX_TRACED_STEPS,
+    Amortised,
+    check_steps,
+    has_diverged,
+)
 from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.stochastic import StochasticAlg
@@ -26,19 +34,23 @@ from varmeta.tasks import Batch
 
 @dataclass(frozen=True)
 class Implicit(Amortised):
-    """phi_i*(eta) = argmin F_i(., eta), and the derivative of the outer objective G through it (amortised; iMAML).
+    """phi_i*(eta) = argmin F_i(., eta), and the derivative of the outer objective G through it
+    (amortised; iMAML).
 
     dG/deta = d_eta G - (d2F/dphi deta)' u   with   (d2F/dphi2) u = d_phi G.
 
-    outer: "elbo" (the post's variational objective, where the envelope theorem leaves no linear system), "query" (iMAML),
-        "query_elbo" or "query_predictive".
-    inner_steps: None, to tolerance; or a fixed number K, in which case the gradient is exact only as far as phi_K is the
-        minimum: look at the certificate.
-    on_unconverged: "warn" (once per fit), "raise" or "ignore" a gradient whose certificate is out of tolerance.
+    outer: "elbo" (the post's variational objective, where the envelope theorem leaves no linear
+        system), "query" (iMAML), "query_elbo" or "query_predictive".
+    inner_steps: None, to tolerance; or a fixed number K, in which case the gradient is exact only
+        as far as phi_K is the minimum: look at the certificate.
+    on_unconverged: "warn" (once per fit), "raise" or "ignore" a gradient whose certificate is out
+        of tolerance.
     linear_solver: for (d2F/dphi2) u = d_phi G; None: dense up to 32 numbers a task, else `CG`.
-    warm_start: start the inner solve from the task's last phi instead of the prior, and CG from its last u.  The phi of a
-        task then follows its minimum however few inner steps are taken, so adaptation goes to tolerance.
-    tolerance: of the inner gradient, relative to 1 + its norm at the start; None: 1e-8 in float64, 1e-4 in float32.
+    warm_start: start the inner solve from the task's last phi instead of the prior, and CG from its
+        last u.  The phi of a task then follows its minimum however few inner steps are taken, so
+        adaptation goes to tolerance.
+    tolerance: of the inner gradient, relative to 1 + its norm at the start; None: 1e-8 in float64,
+        1e-4 in float32.
     Reference: Rajeswaran et al. (2019).
     """
 
@@ -52,17 +64,22 @@ class Implicit(Amortised):
 
     def __post_init__(self) -> None:
         if self.on_unconverged not in ("warn", "raise", "ignore"):
-            raise ValueError(f"on_unconverged must be 'warn', 'raise' or 'ignore', not {self.on_unconverged!r}")
+            raise ValueError(
+                f"on_unconverged must be 'warn', 'raise' or 'ignore', not {self.on_unconverged!r}"
+            )
         check_steps(self.inner_steps)
         self._check_alg()
         if self.alg is not None and not self.alg.uses_score:
             raise ValueError(
-                "Implicit takes the probability of reaching a minimum from the score of the Langevin noise, so its alg needs "
-                "temperature > 0 and estimator='auto' or 'score': a score for the random start alone misses that the basins' "
-                "boundaries move with theta0.  Unrolled(alg=...) serves every kind of noise"
+                "Implicit takes the probability of reaching a minimum from the score of the "
+                "Langevin noise, so its alg needs temperature > 0 and estimator='auto' or 'score': "
+                "a score for the random start alone misses that the basins' boundaries move with "
+                "theta0.  Unrolled(alg=...) serves every kind of noise"
             )
         if self.alg is not None and self.warm_start:
-            raise ValueError("warm_start and alg exclude each other: a draw of Alg starts at the prior")
+            raise ValueError(
+                "warm_start and alg exclude each other: a draw of Alg starts at the prior"
+            )
 
     def traits(self, problem: Problem) -> Traits:
         self._check_guide(problem)
@@ -88,7 +105,9 @@ class Implicit(Amortised):
         envelope = self.outer == "elbo" and not problem.guide.at_mode
         return not envelope and isinstance(ImplicitAdjoint(self.linear_solver).solver(phi), CG)
 
-    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+    def loss(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
         if self.alg is not None:
             return self._noisy_loss(self.alg, problem, batch, eta, state)
         start = batch.of(state.phi) if state.phi is not None else detach(problem.start(batch, eta))
@@ -121,8 +140,10 @@ class Implicit(Amortised):
     def _at_minimum(
         self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
     ) -> tuple[Tensor, Tree, Tree, Stats]:
-        """G at the minimum of F below `start`, differentiated implicitly; the minimum; the solution of the linear system where
-        the last one is kept (else empty); and what the gradient rests on."""
+        """G at the minimum of F below `start`, differentiated implicitly; the minimum; the solution
+        of the linear system where the last one is kept (else empty); and what the gradient rests
+        on.
+        """
         inner, outer = self._objectives(problem, batch, state)
         units = problem.units(batch, start, detach(eta))
         solution = self._solve(problem, batch, inner, start, detach(eta), self.inner_steps, units)
@@ -134,8 +155,11 @@ class Implicit(Amortised):
             inner, outer, solution.value, eta, guess, units, ceiling
         )  # fmt: skip
         adjoint = {} if guess is None else linear.pop("solution")
-        # besides the products: the gradients of F and G, and the mixed derivative (none of the three for the envelope)
-        evaluations = solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
+        # besides the products: the gradients of F and G, and the mixed derivative (none of the
+        # three for the envelope)
+        evaluations = (
+            solution.stats["evaluations"].mean() + 2.0 * linear["products"].to(losses).mean()
+        )
         evaluations = evaluations + (1.0 if inner is outer else 4.0)
         # unless it is asked what the gradient rests on, a graph need not work it out
         inner_end, about = (solution._replace(value={}), linear) if certify else (None, None)
@@ -154,22 +178,40 @@ class Implicit(Amortised):
             )
             if found is not None:
                 return found
-        return self._solve(problem, batch, inner, start, eta, steps, problem.units(batch, start, eta))
+        return self._solve(
+            problem, batch, inner, start, eta, steps, problem.units(batch, start, eta)
+        )
 
     def _solve(
-        self, problem: Problem, batch: Batch, inner: Any, start: Tree, eta: Eta, steps: int | None, units: Tree | None
+        self,
+        problem: Problem,
+        batch: Batch,
+        inner: Any,
+        start: Tree,
+        eta: Eta,
+        steps: int | None,
+        units: Tree | None,
     ) -> Solution:
         return minimize(
-            at(inner, eta), start, self.minimizer, steps=steps, tolerance=self.tolerance, units=units,
+            at(inner, eta),
+            start,
+            self.minimizer,
+            steps=steps,
+            tolerance=self.tolerance,
+            units=units,
             lr_scale=problem.lr_scale(batch, self.minimizer),
-        )  # fmt: skip
+        )
 
     def _not_captured(self, problem: Problem) -> str | None:
         if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
             return "an inner solve to tolerance looks at its own numbers"
         linear = self.linear_solver
         steps = (
-            linear.max_steps if isinstance(linear, CG) else linear.num_terms if isinstance(linear, Neumann) else None
+            linear.max_steps
+            if isinstance(linear, CG)
+            else linear.num_terms
+            if isinstance(linear, Neumann)
+            else None
         )
         small = linear is None or isinstance(linear, Direct)
         if self.outer == "elbo" and self.on_unconverged == "ignore":
@@ -181,7 +223,10 @@ class Implicit(Amortised):
         if self.on_unconverged != "ignore" and not (small and steps):
             steps = 2 * steps  # the certificate's solve
         if self.inner_steps + steps > MAX_TRACED_STEPS:
-            return f"{self.inner_steps} inner and {steps} linear steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+            return (
+                f"{self.inner_steps} inner and {steps} linear steps are too many for one graph "
+                f"(at most {MAX_TRACED_STEPS})"
+            )
         return None
 
 

@@ -31,10 +31,13 @@ class Joint(Strategy):
 
     phi_i <- phi_i - step(dF_i/dphi_i),   eta <- eta - step(sum_i dF_i/deta), from one gradient of both.
 
-    minimizer: the first-order rule for phi; `fit` steps eta by torch.optim.  On small models `fit` replaces both by one
-        Newton iteration on (phi, eta), unless an optimizer, batch size or budget is given.
-    adapt_steps: steps of adaptation to new tasks where the expectation is by draws (else Newton, to tolerance).
-    Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019), Meta-MinibatchProx.
+    minimizer: the first-order rule for phi; `fit` steps eta by torch.optim.  On small models `fit`
+        replaces both by one Newton iteration on (phi, eta), unless an optimizer, batch size or
+        budget is given.
+    adapt_steps: steps of adaptation to new tasks where the expectation is by draws (else Newton, to
+        tolerance).
+    Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019),
+        Meta-MinibatchProx.
     """
 
     guide: str | Guide | Callable[..., Any] = "normal"
@@ -47,8 +50,9 @@ class Joint(Strategy):
     def traits(self, problem: Problem) -> Traits:
         if problem.guide.at_mode:
             raise ValueError(
-                f"{type(self).__name__} moves phi and eta down one objective, but this guide's evidence is defined at the mode, "
-                f"which does not minimise it: use vm.Implicit({self.guide!r})"
+                f"{type(self).__name__} moves phi and eta down one objective, but this guide's "
+                "evidence is defined at the mode, which does not minimise it: use "
+                f"vm.Implicit({self.guide!r})"
             )
         return Traits(noisy=not problem.deterministic, stored=True)
 
@@ -56,7 +60,9 @@ class Joint(Strategy):
         phi = detach(problem.start(batch, eta))
         return State(phi, self.minimizer.init(phi))
 
-    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+    def loss(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
         assert state.phi is not None and state.inner is not None
         phi = leaves(batch.of(state.phi))
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
@@ -64,14 +70,20 @@ class Joint(Strategy):
         total = self.total(problem, batch, eta, losses)
         scale = batch.total / len(batch)
         gradients = torch.autograd.grad(
-            total, [*phi.values(), *(eta[name] for name in names)], allow_unused=True, materialize_grads=True
+            total,
+            [*phi.values(), *(eta[name] for name in names)],
+            allow_unused=True,
+            materialize_grads=True,
         )
         phi_gradient = dict(zip(phi, (g / scale for g in gradients), strict=False))
         rates = problem.lr_scale(batch, self.minimizer)
         factor = state.lr_scale if rates is None else state.lr_scale * rates
         new, inner = self.minimizer.update(detach(phi), phi_gradient, batch.of(state.inner), factor)
         state = replace(
-            state, phi=batch.into(state.phi, new), inner=batch.into(state.inner, inner), step=state.step + 1
+            state,
+            phi=batch.into(state.phi, new),
+            inner=batch.into(state.inner, inner),
+            step=state.step + 1,
         )
         scalar = total.detach()
         for name, gradient in zip(names, gradients[len(phi) :], strict=True):
@@ -95,7 +107,8 @@ def _adapt_with_fresh_noise(
 ) -> Solution:
     """Stochastic descent on F_i, new draws at every step, the step size falling to zero.
 
-    The location starts at the mode and moves in units of the prior's sd, so that it is reached in any units.
+    The location starts at the mode and moves in units of the prior's sd, so that it is reached in
+    any units.
     """
     ours = not isinstance(problem.guide, PyroGuide)
     unit = {name: torch.ones_like(x) for name, x in phi.items()}
@@ -104,26 +117,35 @@ def _adapt_with_fresh_noise(
         points = replace(problem, guide=Delta(), expectation=Point())
         point = {"loc": phi["loc"]}
         penalised = at(points.losses("elbo", batch, 0), eta)
-        found = minimize(penalised, point, NewtonCG(), max_steps=100, units=points.units(batch, point, eta))
+        found = minimize(
+            penalised, point, NewtonCG(), max_steps=100, units=points.units(batch, point, eta)
+        )
         mode = torch.where(torch.isfinite(found.value["loc"]), found.value["loc"], phi["loc"])
-        unit["loc"] = problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
+        unit["loc"] = (
+            problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
+        )
         origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}
     move, rates = _NoisyStep(minimizer), problem.lr_scale(batch, minimizer)
     rates = batch.support.x.new_ones(len(batch)) if rates is None else rates
     free, state, record = phi, minimizer.init(phi), []
     for step in range(steps):
         scale = rates * (1.0 - step / steps)
-        losses, free, state = run(problem.losses("elbo", batch, step), move, free, state, scale, origin, unit, eta)
+        losses, free, state = run(
+            problem.losses("elbo", batch, step), move, free, state, scale, origin, unit, eta
+        )
         record.append(losses)
     phi = map_tree(lambda o, u, x: o + u * x, origin, unit, free)
     result = torch.full((len(batch),), int(Result.STEP_LIMIT), device=losses.device)
-    # a guide that ends above where it started, by more than the draws make of it, has not been fitted
+    # a guide that ends above where it started, by more than the draws make of it, has not been
+    # fitted
     tenth = max(2, steps // 10)
     first, last = torch.stack(record[:tenth]), torch.stack(record[-tenth:])
     chance = 3.0 * (first.var(0) + last.var(0)).sqrt() / tenth**0.5
     climbed = last.mean(0) > first.mean(0) + chance.clamp(min=0.1)
     result = torch.where(climbed, int(Result.DIVERGED), result) if steps >= 100 else result
-    sound = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
+    sound = torch.stack([torch.isfinite(x).reshape(len(x), -1).all(-1) for x in phi.values()]).all(
+        0
+    )
     result = torch.where(sound & torch.isfinite(record[-1]), result, int(Result.NON_FINITE))
     return Solution(phi, result, {"evaluations": torch.full_like(losses, float(steps)).detach()})
 
@@ -135,11 +157,20 @@ class _NoisyStep:
     rule: FirstOrderMinimizer
 
     def __call__(
-        self, fn: Losses, free: Tree, state: Tree, lr_scale: Tensor, origin: Tree, unit: Tree, eta: Eta
+        self,
+        fn: Losses,
+        free: Tree,
+        state: Tree,
+        lr_scale: Tensor,
+        origin: Tree,
+        unit: Tree,
+        eta: Eta,
     ) -> tuple[Tensor, Tree, Tree]:
         point = leaves(free)
         with torch.enable_grad():
             losses = fn(map_tree(lambda o, u, x: o + u * x, origin, unit, point), eta)
             found = torch.autograd.grad(losses.sum(), list(point.values()))
-        moved, state = self.rule.update(detach(point), dict(zip(point, found, strict=True)), state, lr_scale)
+        moved, state = self.rule.update(
+            detach(point), dict(zip(point, found, strict=True)), state, lr_scale
+        )
         return losses.detach(), moved, state

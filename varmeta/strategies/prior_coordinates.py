@@ -1,8 +1,10 @@
-"""Coordinates in which a dense guide meets new tasks under a dense prior: theta = theta0 + L u, u ~ N(0, 1), q(u) = N(m, C C').
+"""Coordinates in which a dense guide meets new tasks under a dense prior: theta = theta0 + L u, u ~
+N(0, 1), q(u) = N(m, C C').
 
-Where the prior has all but lost a direction (a correlation of 1 or -1), F_i in the weights' own coordinates is a valley many
-orders of magnitude narrower than long: Newton's steps ended on its way, with posterior sds 17 % too wide.  Here the prior's
-part of F_i has curvature 1 everywhere.
+Where the prior has all but lost a direction (a correlation of 1 or -1), F_i in the weights' own
+coordinates is a valley many
+orders of magnitude narrower than long: Newton's steps ended on its way, with posterior sds 17 % too
+wide.  Here the prior's part of F_i has curvature 1 everywhere.
 """
 
 from __future__ import annotations
@@ -28,12 +30,18 @@ Losses = Callable[..., Any]
 
 
 def minimize_in_prior_coordinates(
-    problem: Problem, fn: Losses, eta: Mapping[str, Tensor], start: Tree, minimizer: NewtonCG, **options: Any
+    problem: Problem,
+    fn: Losses,
+    eta: Mapping[str, Tensor],
+    start: Tree,
+    minimizer: NewtonCG,
+    **options: Any,
 ) -> Solution | None:
-    """The minimum of fn(phi), phi of the shapes of `start`, found from the prior, which is all zeros here.
+    """The minimum of fn(phi), phi of the shapes of `start`, found from the prior, which is all
+    zeros here.
 
-    options: as of `minimize`.  None unless prior and guide are both dense: elsewhere weights have no common directions to be
-    freed of.
+    options: as of `minimize`.  None unless prior and guide are both dense: elsewhere weights have
+    no common directions to be freed of.
     """
     moved = _in_prior_coordinates(problem, fn, eta)
     if moved is None:

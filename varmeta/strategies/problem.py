@@ -1,4 +1,6 @@
-"""One model under one guide, with its rule for expectations and its seed: everything a strategy needs to make losses."""
+"""One model under one guide, with its rule for expectations and its seed: everything a strategy
+needs to make losses.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from varmeta.numerics.adjoint import losses_and_gradient
 from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.tree import Tree, detach
 from varmeta.priors.validation import validation_enabled
-from varmeta.strategies.expectation import Expectation, GaussHermite, MonteCarlo, Point, make_expectation
+from varmeta.strategies.expectation import (
+    Expectation,
+    GaussHermite,
+    MonteCarlo,
+    Point,
+    make_expectation,
+)
 from varmeta.strategies.objective import Objective
 from varmeta.tasks import Batch, Data, TaskSet
 from varmeta.tasks.tensors import batch_of, tensors_of
@@ -31,7 +39,9 @@ PREDICTIVE_PARTICLES = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """The inner problem F_i(phi, eta) and the outer objectives of a model, with noise fixed by (seed, step, task)."""
+    """The inner problem F_i(phi, eta) and the outer objectives of a model, with noise fixed by
+    (seed, step, task).
+    """
 
     model: TaskModel
     guide: Guide
@@ -46,7 +56,7 @@ class Problem:
         model: TaskModel,
         tasks: TaskSet,
         guide: object,
-        expectation: object,
+        expectation: str | Expectation,
         num_particles: int,
         frozen: bool,
         seed: int,
@@ -60,7 +70,8 @@ class Problem:
             return problem
         linear = model.looks_linear(tasks)
         quadratic = model.is_linear_gaussian
-        rule = make_expectation(expectation, model.weights.size, num_particles, linear, frozen, quadratic)  # type: ignore[arg-type]
+        size = model.weights.size
+        rule = make_expectation(expectation, size, num_particles, linear, frozen, quadratic)
         return cls(model, made, rule, int(seed))
 
     @property
@@ -78,7 +89,8 @@ class Problem:
         return self.expectation.deterministic
 
     def losses(self, name: str, batch: Batch, step: int) -> Losses:
-        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this step's noise.
+        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this
+        step's noise.
 
         "inner" is what phi minimises: F_i, as "elbo", unless the guide is Laplace's.
         """
@@ -87,7 +99,9 @@ class Problem:
         if not self.graphed:
             return lambda phi, eta: function(phi, eta, batch, noise)
         total = batch.total
-        graphs = self.model.graphs.setdefault((name, self.guide.key, self.model.prior, total, self.weights), {})
+        graphs = self.model.graphs.setdefault(
+            (name, self.guide.key, self.model.prior, total, self.weights), {}
+        )
         return Graphed(
             lambda known, phi, eta: function(phi, eta, batch_of(known[0], total), known[1]),
             (tensors_of(batch), noise),
@@ -95,7 +109,8 @@ class Problem:
         )
 
     def gradient_graph(self, name: str, batch: Batch, eta: Mapping[str, Tensor]) -> fx.GraphModule:
-        """The traced graph of those losses and their gradient in phi, to judge by what they cost; kept with the model.
+        """The traced graph of those losses and their gradient in phi, to judge by what they cost;
+        kept with the model.
 
         Raises CaptureError where they cannot be traced.
         """
@@ -105,17 +120,23 @@ class Problem:
         return losses.traced(losses_and_gradient, detach(self.start(batch, known)), known)
 
     def noise(self, name: str, batch: Batch, step: int) -> Tensor:
-        """The standardised points at which that objective takes its expectation, `(points, tasks or 1, D)`."""
+        """The standardised points at which that objective takes its expectation, `(points, tasks or
+        1, D)`.
+        """
         rule = self.expectation
         if name == "query_predictive" and not isinstance(rule, Point):
             if self.deterministic:
                 step = 0  # the same draws at every step: quasi-Newton steps and line searches need one function
             known = rule.num_particles if isinstance(rule, MonteCarlo) else 0
             rule = MonteCarlo(max(PREDICTIVE_PARTICLES, known))
-        return rule.points(self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step)
+        return rule.points(
+            self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step
+        )
 
     def scaled_losses(self, data: Data, share: Tensor) -> Losses:
-        """F_i under a delta guide, the likelihood of `data` (a minibatch of each task) counted `share` `(tasks,)` times."""
+        """F_i under a delta guide, the likelihood of `data` (a minibatch of each task) counted
+        `share` `(tasks,)` times.
+        """
         noise = data.x.new_zeros(1, 1, self.model.weights.size)
 
         def fn(phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
@@ -125,16 +146,19 @@ class Problem:
         return fn
 
     def is_point(self, batch: Batch, eta: Mapping[str, Tensor]) -> bool:
-        """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is then no bound."""
+        """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is
+        then no bound.
+        """
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
     def units(self, batch: Batch, phi: Tree, eta: Mapping[str, Tensor]) -> Tree | None:
-        """The size of a usual change of each entry of phi: the prior's sd of a location, 1 of the rest.
+        """The size of a usual change of each entry of phi: the prior's sd of a location, 1 of the
+        rest.
 
-        In them F's Hessian is 1 but for as many directions as a task has rows.  None where these are more than half the
-        weights, so that the data, not the prior, say how large changes are; where all would be one number; and of a user's own
-        guide, of which nothing is known.
+        In them F's Hessian is 1 but for as many directions as a task has rows.  None where these
+        are more than half the weights, so that the data, not the prior, say how large changes are;
+        where all would be one number; and of a user's own guide, of which nothing is known.
         """
         one = self.model.prior.uniform and phi.keys() == {"loc"}
         many = 2 * batch.support.mask.shape[1] > self.model.weights.size
@@ -144,11 +168,20 @@ class Problem:
             sd = self.model.prior_distribution(eta).stddev.detach()
         # a wider range would leave rounding to say what happens along the smallest
         sd = sd.clamp(min=sd.max() * torch.finfo(sd.dtype).eps ** 0.25)
-        return {name: sd.expand_as(x) if name == "loc" else torch.ones_like(x) for name, x in phi.items()}
+        return {
+            name: sd.expand_as(x) if name == "loc" else torch.ones_like(x)
+            for name, x in phi.items()
+        }
 
     def lr_scale(self, batch: Batch, minimizer: Minimizer) -> Tensor | None:
-        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`: 1 / a task's support points; else None."""
-        return batch.support.num_points.clamp(min=1).to(batch.support.x).reciprocal() if minimizer.per_point else None
+        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`: 1 / a task's
+        support points; else None.
+        """
+        return (
+            batch.support.num_points.clamp(min=1).to(batch.support.x).reciprocal()
+            if minimizer.per_point
+            else None
+        )
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
         """phi at the prior, differentiable in eta."""

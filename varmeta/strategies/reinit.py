@@ -14,10 +14,11 @@ from varmeta.strategies.strategy import Traits
 class Reinit(Joint):
     """`Joint`, with every phi_i and its optimiser state set back to the prior every `every` steps.
 
-    The post: "jointly minimize the variational objective with respect to theta0 and theta_i, but every once in a while
-    reinitialize theta_i to be theta0".  Each period has its own step-size schedule for phi, full at its start and falling to
-    zero at its end, while eta's falls once over the whole run; so phi's steps must be large enough to get from the prior
-    to the posterior within a period.
+    The post: "jointly minimize the variational objective with respect to theta0 and theta_i, but
+    every once in a while reinitialize theta_i to be theta0".  Each period has its own step-size
+    schedule for phi, full at its start and falling to zero at its end, while eta's falls once over
+    the whole run; so phi's steps must be large enough to get from the prior to the posterior within
+    a period.
     """
 
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=5e-2), kw_only=True)

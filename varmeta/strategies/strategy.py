@@ -1,9 +1,10 @@
 """Strategies: one variational objective, handled in different ways.
 
-A strategy answers four questions: where phi starts, how many inner steps it takes, how the derivative with respect to eta
-comes back through them, and which outer objective is differentiated.
+A strategy answers four questions: where phi starts, how many inner steps it takes, how the
+derivative with respect to eta comes back through them, and which outer objective is differentiated.
 
-`joint.py` holds the strategies that store phi, `implicit.py` and `unrolled.py` those for which it is a function of eta:
+`joint.py` holds the strategies that store phi, `implicit.py` and `unrolled.py` those for which it
+is a function of eta:
 
 | strategy     | start of phi     | inner steps       | derivative           | outer objective |
 | `Joint`      | stored per task  | phi and eta move together                | elbo            |
@@ -38,7 +39,8 @@ Eta = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy keeps between outer steps; every tree has one row for each task of the whole set.
+    """What a strategy keeps between outer steps; every tree has one row for each task of the whole
+    set.
 
     phi: the stored guide parameters (None where phi starts afresh at each step).
     inner: the inner minimiser's state for them.
@@ -60,9 +62,12 @@ class Stats:
 
     losses: G_i of every task, `(tasks,)`, without a graph.
     evaluations: gradient evaluations per task that the call took, a number or a scalar tensor.
-    inner, linear: the end of an inner solve and what is known of the linear system behind an implicit gradient.
-    diverged: whether a task's inner steps ended above where they started, `(tasks,)` or one for each draw and task.
-    ends: where the draws of a stochastic Alg ended.  unsettled: the share of them that ended on a ridge.
+    inner, linear: the end of an inner solve and what is known of the linear system behind an
+        implicit gradient.
+    diverged: whether a task's inner steps ended above where they started, `(tasks,)` or one for
+        each draw and task.
+    ends: where the draws of a stochastic Alg ended.  unsettled: the share of them that ended on a
+        ridge.
     """
 
     losses: Tensor
@@ -80,13 +85,18 @@ class Traits:
 
     noisy: `loss` draws random numbers anew at every step.
     line_search: the scalar's gradient is that of its value, so that a line search may trust both.
-    stored: each task's phi is kept from step to step, and is its posterior in the end; else it is found anew from the prior.
+    stored: each task's phi is kept from step to step, and is its posterior in the end; else it is
+        found anew from the prior.
     period: phi goes back to the prior every so many steps; None: never.
-    at_minimum: phi is a minimum of F_i, around which Laplace's evidence and quadrature's are defined.
-    moves_precision: the gradient of a query objective reaches the precision under a delta guide too.
-    memory: in how many gradients' worth of memory `loss` and `adapt` find room, for chunks of tasks.
+    at_minimum: phi is a minimum of F_i, around which Laplace's evidence and quadrature's are
+        defined.
+    moves_precision: the gradient of a query objective reaches the precision under a delta guide
+        too.
+    memory: in how many gradients' worth of memory `loss` and `adapt` find room, for chunks of
+        tasks.
     not_captured: why `loss` cannot be traced into one graph, in a sentence; None where it can.
-    not_in_pieces: why it gains nothing from an inner loop whose body is a graph; None where it does.
+    not_in_pieces: why it gains nothing from an inner loop whose body is a graph; None where it
+        does.
     minimizer: whose steps may diverge; None: nobody's.
     on_unconverged: what is done about an implicit gradient whose certificate is out of tolerance.
     """
@@ -112,11 +122,11 @@ class Traits:
 class Strategy(ABC):
     """How phi and eta are found; see the table above.
 
-    guide: "delta", "normal", "multivariate_normal", "low_rank", "laplace", "quadrature", one of `vm.guides`, or a factory of a
-        Pyro guide.
-    expectation, num_particles: how E_q is taken; "auto" is Gauss-Hermite for one weight per task, cubature where it
-        serves, else antithetic draws (docs/choices.md); "quadrature", Gauss-Hermite for up to three weights, is what a far from
-        quadratic likelihood wants.
+    guide: "delta", "normal", "multivariate_normal", "low_rank", "laplace", "quadrature", one of
+        `vm.guides`, or a factory of a Pyro guide.
+    expectation, num_particles: how E_q is taken; "auto" is Gauss-Hermite for one weight per task,
+        cubature where it serves, else antithetic draws (docs/choices.md); "quadrature",
+        Gauss-Hermite for up to three weights, is what a far from quadratic likelihood wants.
 
     The contract of a subclass is `init`, `loss`, `adapt` and `traits`.
     """
@@ -134,10 +144,14 @@ class Strategy(ABC):
         """The state before the first step, for the batch of all tasks."""
 
     @abstractmethod
-    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
-        """The outer objective (nats, summed over all tasks), whose gradient in eta is the meta-gradient.
+    def loss(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
+        """The outer objective (nats, summed over all tasks), whose gradient in eta is the
+        meta-gradient.
 
-        Backpropagating the scalar into eta gives that of `sum_i G_i + hyperprior`; for a minibatch, its unbiased estimate.
+        Backpropagating the scalar into eta gives that of `sum_i G_i + hyperprior`; for a minibatch,
+        its unbiased estimate.
         """
 
     @abstractmethod
@@ -146,17 +160,27 @@ class Strategy(ABC):
 
     @abstractmethod
     def traits(self, problem: Problem) -> Traits:
-        """What a fit must know before it takes steps.  Raises ValueError where the guide does not suit the strategy."""
+        """What a fit must know before it takes steps.  Raises ValueError where the guide does not
+        suit the strategy.
+        """
 
     def problem(self, model: TaskModel, tasks: TaskSet, seed: int) -> Problem:
-        return Problem.make(model, tasks, self.guide, self.expectation, self.num_particles, self.frozen, seed)
+        return Problem.make(
+            model, tasks, self.guide, self.expectation, self.num_particles, self.frozen, seed
+        )
 
     def total(self, problem: Problem, batch: Batch, eta: Eta, losses: Tensor) -> Tensor:
         """The sum over all tasks of losses `(tasks,)` of the batch, and the hyperprior's part."""
         return losses.sum() * (batch.total / len(batch)) + batch.share * problem.model.penalty(eta)
 
     def describe(self) -> str:
-        guide = self.guide if isinstance(self.guide, (str, Guide)) else getattr(self.guide, "__name__", "own guide")
+        guide = (
+            self.guide
+            if isinstance(self.guide, (str, Guide))
+            else getattr(self.guide, "__name__", "own guide")
+        )
         made = make_guide(guide) if guide in GUIDES or isinstance(guide, Guide) else None
-        outer = made.evidence_name if isinstance(made, Laplace) and self.outer == "elbo" else self.outer
+        outer = (
+            made.evidence_name if isinstance(made, Laplace) and self.outer == "elbo" else self.outer
+        )
         return f"{type(self).__name__}({guide}, outer={outer})"

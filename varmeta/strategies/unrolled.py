@@ -1,4 +1,6 @@
-"""K inner steps from the prior: `Unrolled` differentiates through them, `FirstOrder` and `Reptile` do not."""
+"""K inner steps from the prior: `Unrolled` differentiates through them, `FirstOrder` and `Reptile`
+do not.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,27 @@ from varmeta.numerics.adjoint import detached, unrolled
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, minimize
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
-from varmeta.strategies.amortised import DRAWS_ITS_OWN, MAX_TRACED_STEPS, Amortised, check_steps, has_diverged
+from varmeta.strategies.amortised import (
+    DRAWS_ITS_OWN,
+    MAX_TRACED_STEPS,
+    Amortised,
+    check_steps,
+    has_diverged,
+)
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.stochastic import StochasticAlg
 from varmeta.strategies.strategy import Eta, State, Stats, Traits
 from varmeta.tasks import Batch
 
-# Adam's steps are about its lr; one below this share of it had a gradient that is 0 but for rounding.
+# Adam's steps are about its lr; one below this share of it had a gradient that is 0 but for
+# rounding.
 STILL = 1e-6
 
 
 @dataclass(frozen=True)
 class KSteps(Amortised):
-    """phi_K after K first-order steps from the prior, phi_{k+1} = phi_k - step(dF/dphi_k), and G there.
+    """phi_K after K first-order steps from the prior, phi_{k+1} = phi_k - step(dF/dphi_k), and G
+    there.
 
     How the derivative of G comes back to eta is what subclasses say.
     """
@@ -44,22 +54,28 @@ class KSteps(Amortised):
         self._check_alg()
         if not isinstance(self.minimizer, FirstOrderMinimizer):
             raise ValueError(
-                f"{type(self).__name__} differentiates or counts first-order steps: minimizer must be GradientDescent or "
-                f"Adam, not {type(self.minimizer).__name__}"
+                f"{type(self).__name__} differentiates or counts first-order steps: minimizer must "
+                f"be GradientDescent or Adam, not {type(self.minimizer).__name__}"
             )
         if self.alg is not None and not self.takes_alg:
-            raise ValueError(f"{type(self).__name__} takes no alg: use Unrolled(alg=...) or Implicit(alg=...)")
+            raise ValueError(
+                f"{type(self).__name__} takes no alg: use Unrolled(alg=...) or Implicit(alg=...)"
+            )
 
     @abstractmethod
     def _through(
         self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
     ) -> tuple[Tensor, Solution, float]:
-        """G at phi_K, `(tasks,)`, with its derivative in eta; the end; and the gradient evaluations that this takes."""
+        """G at phi_K, `(tasks,)`, with its derivative in eta; the end; and the gradient evaluations
+        that this takes.
+        """
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         return State()
 
-    def loss(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> tuple[Tensor, State, Stats]:
+    def loss(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State
+    ) -> tuple[Tensor, State, Stats]:
         if self.alg is not None:
             return self._noisy_loss(self.alg, problem, batch, eta, state)
         inner, outer = self._objectives(problem, batch, state)
@@ -92,32 +108,40 @@ class KSteps(Amortised):
 
     def _steps(self, inner: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None) -> Solution:
         """phi_K without a derivative."""
-        return minimize(at(inner, eta), start, self.minimizer, steps=self.inner_steps, lr_scale=lr_scale)
+        return minimize(
+            at(inner, eta), start, self.minimizer, steps=self.inner_steps, lr_scale=lr_scale
+        )
 
     def _check_end(self, problem: Problem) -> None:
         if isinstance(problem.guide, Quadrature):
             raise ValueError(
-                f"{type(self).__name__} stops after {counted(self.inner_steps, 'step')}, but the {problem.guide.evidence_name} "
-                f"of this guide is that around the mode, and no evidence elsewhere: use vm.Implicit({self.guide!r})"
+                f"{type(self).__name__} stops after {counted(self.inner_steps, 'step')}, but the "
+                f"{problem.guide.evidence_name} of this guide is that around the mode, and no "
+                f"evidence elsewhere: use vm.Implicit({self.guide!r})"
             )
 
     def _check_start(self, problem: Problem) -> None:
         if isinstance(problem.guide, PyroGuide):
             raise ValueError(
-                f"{type(self).__name__} differentiates through the start of phi, but a guide of one's own starts where its "
-                "author put it, which carries no derivative to theta0: use Joint, Reinit, Implicit or Reptile"
+                f"{type(self).__name__} differentiates through the start of phi, but a guide of "
+                "one's own starts where its author put it, which carries no derivative to theta0: "
+                "use Joint, Reinit, Implicit or Reptile"
             )
 
     @property
     def _too_long(self) -> str | None:
         if self.inner_steps <= MAX_TRACED_STEPS:
             return None
-        return f"{self.inner_steps} inner steps are too many for one graph (at most {MAX_TRACED_STEPS})"
+        return (
+            f"{self.inner_steps} inner steps are too many for one graph (at most "
+            f"{MAX_TRACED_STEPS})"
+        )
 
 
 @dataclass(frozen=True)
 class Unrolled(KSteps):
-    """K inner steps from the prior, and the derivative through all of them (MAML with a delta guide; ABML with a normal).
+    """K inner steps from the prior, and the derivative through all of them (MAML with a delta
+    guide; ABML with a normal).
 
     phi_{k+1} = phi_k - step(dF/dphi_k), phi_0 = prior(eta);   dG/deta by backpropagation through the K steps.
     Reference: Finn et al. (2017); Ravi and Beatson (2019).
@@ -133,20 +157,31 @@ class Unrolled(KSteps):
         # every step's graph is kept for the way back
         memory = 4 * (1 + self.inner_steps)
         noisy, minimizer = self._is_noisy(problem), self.minimizer
-        return Traits(noisy, memory=memory, not_captured=graph, not_in_pieces=graph, minimizer=minimizer)
+        return Traits(
+            noisy, memory=memory, not_captured=graph, not_in_pieces=graph, minimizer=minimizer
+        )
 
     def _through(
         self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
     ) -> tuple[Tensor, Solution, float]:
         solution = minimize(
-            at(inner, eta), start, self.minimizer, steps=self.inner_steps, create_graph=True, lr_scale=lr_scale
+            at(inner, eta),
+            start,
+            self.minimizer,
+            steps=self.inner_steps,
+            create_graph=True,
+            lr_scale=lr_scale,
         )
         end = solution.value
-        # in double precision one step still leaves enough digits, also where another weight's change would move this one
+        # in double precision one step still leaves enough digits, also where another weight's
+        # change would move this one
         if isinstance(self.minimizer, Adam) and (
             self.inner_steps > 1 or any(x.dtype != torch.float64 for x in end.values())
         ):
-            end = {name: _kept_where_still(start[name], x, self.minimizer.lr) for name, x in end.items()}
+            end = {
+                name: _kept_where_still(start[name], x, self.minimizer.lr)
+                for name, x in end.items()
+            }
         # a gradient forward, a Hessian product (two gradients) backward
         return unrolled(outer, end, eta), solution, 3.0 * self.inner_steps + 1.5
 
@@ -154,9 +189,9 @@ class Unrolled(KSteps):
 def _kept_where_still(start: Tensor, end: Tensor, lr: float) -> Tensor:
     """`end`, which follows `start` one to one where Adam has not moved it.
 
-    That is so where a gradient is 0 all the way: a column of zeros, a unit that is dead in this task, a task without support.
-    Adam's step has the slope lr / eps there, some 1e6, and the way back through several steps would lose its digits in
-    terms of that size that cancel.
+    That is so where a gradient is 0 all the way: a column of zeros, a unit that is dead in this
+    task, a task without support. Adam's step has the slope lr / eps there, some 1e6, and the way
+    back through several steps would lose its digits in terms of that size that cancel.
     """
     moved = (end - start).detach()
     return torch.where(moved.abs() <= STILL * lr, start + moved, end)
@@ -181,7 +216,8 @@ class FirstOrder(KSteps):
 
 @dataclass(frozen=True)
 class Reptile(KSteps):
-    """K inner steps, then theta0 is pulled towards where they ended: lambda (theta0 - phi_K), the elbo with phi_K held fixed.
+    """K inner steps, then theta0 is pulled towards where they ended: lambda (theta0 - phi_K), the
+    elbo with phi_K held fixed.
 
     Reference: Nichol et al. (2018); its pull with the precision of the prior as the factor.
     """
@@ -192,7 +228,8 @@ class Reptile(KSteps):
         super().__post_init__()
         if self.outer != "elbo":
             raise ValueError(
-                f"Reptile pulls theta0 towards phi_K, which is the elbo's derivative; outer={self.outer!r}"
+                "Reptile pulls theta0 towards phi_K, which is the elbo's derivative; "
+                f"outer={self.outer!r}"
             )
 
     def traits(self, problem: Problem) -> Traits:

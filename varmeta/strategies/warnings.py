@@ -1,4 +1,6 @@
-"""What the caller of a strategy's `loss` is told about it: what the gradient rests on, and inner steps that diverge."""
+"""What the caller of a strategy's `loss` is told about it: what the gradient rests on, and inner
+steps that diverge.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.strategy import Stats, Traits
 from varmeta.tasks import Batch
 
-# The share of an algorithm's draws that may end on a ridge before the bias of the gradient is worth a warning.
+# The share of an algorithm's draws that may end on a ridge before the bias of the gradient is worth
+# a warning.
 MAX_UNSETTLED = 0.02
 
 
 def certificate(batch: Batch, stats: Stats) -> Certificate | None:
-    """What an implicit gradient rests on; None for other gradients, and where it was not to be worked out."""
+    """What an implicit gradient rests on; None for other gradients, and where it was not to be
+    worked out.
+    """
     if stats.inner is None or stats.linear is None:
         return None
     draws = len(stats.inner.result) // len(batch)  # of a stochastic Alg
@@ -23,7 +28,9 @@ def certificate(batch: Batch, stats: Stats) -> Certificate | None:
 
 
 def warning(traits: Traits, batch: Batch, stats: Stats) -> str | None:
-    """What to warn about (once), if anything.  Raises RuntimeError where the strategy was told to raise."""
+    """What to warn about (once), if anything.  Raises RuntimeError where the strategy was told to
+    raise.
+    """
     if stats.diverged is not None and traits.minimizer is not None:
         sentence = diverged(batch, stats.diverged, traits.minimizer)
         if sentence is not None:
@@ -36,8 +43,9 @@ def warning(traits: Traits, batch: Batch, stats: Stats) -> str | None:
     unsettled = 0.0 if stats.unsettled is None else float(stats.unsettled)
     if unsettled > MAX_UNSETTLED:
         return (
-            f"{unsettled:.1%} of the draws of alg ended on a ridge between two minima, where the noise does not settle "
-            "which one is reached and the gradient is biased: cool the noise down (cooling=True), or take more steps"
+            f"{unsettled:.1%} of the draws of alg ended on a ridge between two minima, where the "
+            "noise does not settle which one is reached and the gradient is biased: cool the noise "
+            "down (cooling=True), or take more steps"
         )
     return None if found is None or found.ok else str(found)
 
@@ -52,17 +60,21 @@ def diverged(batch: Batch, which: Tensor, minimizer: Minimizer) -> str | None:
     if not bad:
         return None
     first = f"{bad[0]!r}" + (" first" if len(bad) > 1 else "")
-    sentence = f"the inner steps diverge for {counted(len(bad), 'task')}, {first}, whose loss they raise: "
+    sentence = (
+        f"the inner steps diverge for {counted(len(bad), 'task')}, {first}, whose loss they raise: "
+    )
     if not isinstance(minimizer, GradientDescent):
         return sentence + "lower the minimizer's learning rate"
     points, lr = int(batch.support.num_points.max()), minimizer.lr
     if minimizer.per_point:
         return sentence + (
-            f"lower the minimizer's lr of {lr:g}, or use Adam, whose steps do not grow with the curvature "
-            "(a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of noise scale s)"
+            f"lower the minimizer's lr of {lr:g}, or use Adam, whose steps do not grow with the "
+            "curvature (a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of "
+            "noise scale s)"
         )
     return sentence + (
         f"losses are sums, so that lr={lr:g} on up to {counted(points, 'point')} is a step of "
-        f"{lr * points:g} on their mean.  Take GradientDescent({lr:g}, per_point=True), which divides "
-        "by the number of points, a lower lr, or Adam, whose steps do not grow with the curvature"
+        f"{lr * points:g} on their mean.  Take GradientDescent({lr:g}, per_point=True), which "
+        "divides by the number of points, a lower lr, or Adam, whose steps do not grow with the "
+        "curvature"
     )

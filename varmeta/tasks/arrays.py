@@ -17,11 +17,12 @@ LARGEST = 2**63 - 1  # of int64, as which whole numbers are kept
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """A dense copy without graph: floating numbers keep their precision, and uint8 (images) stays; other whole numbers and
-    booleans become int64.
+    """A dense copy without graph: floating numbers keep their precision, and uint8 (images) stays;
+    other whole numbers and booleans become int64.
 
-    Python numbers have no precision of their own and take torch's default dtype.  `what` opens every complaint, e.g.
-    "task 'a': support x".  Raises TypeError for what is not made of real numbers, ValueError for a ragged nested list.
+    Python numbers have no precision of their own and take torch's default dtype.  `what` opens
+    every complaint, e.g. "task 'a': support x".  Raises TypeError for what is not made of real
+    numbers, ValueError for a ragged nested list.
     """
     _refuse_masked(value, what)
     # a copy, because what has been checked must not change when the caller writes into the original
@@ -32,7 +33,11 @@ def as_tensor(value: Any, what: str) -> Tensor:
         tensor = tensor.to_dense()
     if tensor.dtype == torch.uint64 and bool((tensor.view(torch.int64) < 0).any()):
         _refuse_large(tensor.cpu().numpy(), what)
-    return tensor if tensor.is_floating_point() or tensor.dtype == torch.uint8 else tensor.to(torch.int64)
+    return (
+        tensor
+        if tensor.is_floating_point() or tensor.dtype == torch.uint8
+        else tensor.to(torch.int64)
+    )
 
 
 def _from_outside(value: Any, what: str) -> Tensor:
@@ -49,8 +54,8 @@ def _from_outside(value: Any, what: str) -> Tensor:
         raise TypeError(f"{what} is complex: give the real and imaginary parts as two columns")
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise TypeError(
-            f"{what} has dtype {array.dtype}, expected real numbers: code categories as 0, 1, 2, ... and give numbers "
-            "as float64, e.g. with np.asarray(values, dtype=float)"
+            f"{what} has dtype {array.dtype}, expected real numbers: code categories as 0, 1, 2, "
+            "... and give numbers as float64, e.g. with np.asarray(values, dtype=float)"
         )
     if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
         _refuse_large(array, what)
@@ -71,29 +76,35 @@ def _refuse_masked(value: Any, what: str) -> None:
         if hidden.any():
             row = int(np.argwhere(np.atleast_1d(hidden))[0, 0])
             raise ValueError(
-                f"{what}, row {row} (counted from 0), is masked, {int(hidden.sum())} of {counted(hidden.size, 'number')} "
-                f"in all: drop these rows (a row is given or not), impute them, or take .data if the mask means "
-                "nothing"
+                f"{what}, row {row} (counted from 0), is masked, {int(hidden.sum())} of "
+                f"{counted(hidden.size, 'number')} in all: drop these rows (a row is given or "
+                "not), impute them, or take .data if the mask means nothing"
             )
     elif isinstance(value, MaskedTensor):
-        raise TypeError(f"{what} is a MaskedTensor: drop the rows that it masks, and give .get_data()")
+        raise TypeError(
+            f"{what} is a MaskedTensor: drop the rows that it masks, and give .get_data()"
+        )
     elif isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, str)):
         for part in value:
             _refuse_masked(part, what)
     elif isinstance(value, (list, tuple)) and any(part is np.ma.masked for part in value):
-        _refuse_masked(np.ma.masked_array([0.0] * len(value), [part is np.ma.masked for part in value]), what)
+        _refuse_masked(
+            np.ma.masked_array([0.0] * len(value), [part is np.ma.masked for part in value]), what
+        )
 
 
 def _refuse_large(array: np.ndarray, what: str) -> None:
     row = int(np.argwhere(np.atleast_1d(array) > LARGEST)[0, 0])
     raise ValueError(
-        f"{what}, row {row} (counted from 0), is {array[array > LARGEST].reshape(-1)[0]}, beyond the integers that are kept "
-        f"(int64, up to {LARGEST}): give floats, or labels 0, 1, 2, ..."
+        f"{what}, row {row} (counted from 0), is {array[array > LARGEST].reshape(-1)[0]}, beyond "
+        f"the integers that are kept (int64, up to {LARGEST}): give floats, or labels 0, 1, 2, ..."
     )
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
-    """In another dtype, which must hold the numbers: finite data stay finite.  Raises ValueError that names the row."""
+    """In another dtype, which must hold the numbers: finite data stay finite.  Raises ValueError
+    that names the row.
+    """
     if dtype is None or tensor.dtype == dtype:
         return tensor
     new = tensor.to(dtype)
@@ -104,7 +115,8 @@ def to_dtype(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
             row = int(rows.any(-1).nonzero()[0])
             bad = tensor.reshape(len(rows), -1)[row][rows[row]][0].item()
             raise ValueError(
-                f"{what}, row {row} (counted from 0), is {bad:g}, which {str(dtype).removeprefix('torch.')} cannot hold (up to "
+                f"{what}, row {row} (counted from 0), is {bad:g}, which "
+                f"{str(dtype).removeprefix('torch.')} cannot hold (up to "
                 f"{torch.finfo(dtype).max:g}): use dtype=torch.float64, or smaller units"
             )
     return new
@@ -112,29 +124,42 @@ def to_dtype(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
 
 def _stack(value: Sequence[Any], what: str) -> Tensor:
     try:
-        return torch.stack([v.detach() if isinstance(v, Tensor) else _stack(v, what) for v in value])
+        return torch.stack(
+            [v.detach() if isinstance(v, Tensor) else _stack(v, what) for v in value]
+        )
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{what} is not one array: its rows differ in shape, dtype or device ({error})") from error
+        raise ValueError(
+            f"{what} is not one array: its rows differ in shape, dtype or device ({error})"
+        ) from error
 
 
 def as_part(pair: Any, what: str) -> Part | None:
     """(x, y) as tensors with one row per point each, or None; `what` as in "task 'a': support"."""
     if pair is None:
         return None
-    numbers = isinstance(pair, (tuple, list)) and pair and all(isinstance(value, (int, float)) for value in pair)
+    numbers = (
+        isinstance(pair, (tuple, list))
+        and pair
+        and all(isinstance(value, (int, float)) for value in pair)
+    )
     if not isinstance(pair, (tuple, list)) or len(pair) != 2 or numbers:
         length = f" of length {len(pair)}" if isinstance(pair, (tuple, list)) else ""
         raise TypeError(
-            f"{what} is a {type(pair).__name__}{length}{' of numbers' * bool(numbers)}, expected a pair (x, y), or None where "
-            "there are no data: write Task(support=(x, y), query=(x, y))"
+            f"{what} is a {type(pair).__name__}{length}{' of numbers' * bool(numbers)}, expected a "
+            "pair (x, y), or None where there are no data: write Task(support=(x, y), query=(x, y))"
         )
     x, y = as_tensor(pair[0], f"{what} x"), as_tensor(pair[1], f"{what} y")
     y = y.to(torch.int64) if y.dtype == torch.uint8 else y
     for name, tensor in (("x", x), ("y", y)):
         if tensor.dim() == 0:
-            raise ValueError(f"{what} {name} is a single number, expected one row per point: give [{tensor.item()}]")
+            raise ValueError(
+                f"{what} {name} is a single number, expected one row per point: give "
+                f"[{tensor.item()}]"
+            )
     if len(x) != len(y):
-        raise ValueError(f"{what} x has {len(x)} rows but y has {len(y)}: give one row of each per point")
+        raise ValueError(
+            f"{what} x has {len(x)} rows but y has {len(y)}: give one row of each per point"
+        )
     for name, tensor in (("x", x), ("y", y)):
         refuse_non_finite(tensor, f"{what} {name}")
     return x, y
@@ -147,7 +172,7 @@ def refuse_non_finite(tensor: Tensor, what: str) -> None:
         bad = tensor[row][~finite[row]].reshape(-1)[0].item()
         count = int((~finite).reshape(len(tensor), -1).any(-1).sum())
         raise ValueError(
-            f"{what}, row {row} (counted from 0), is {bad}; {count} of {counted(len(tensor), 'row')} "
-            f"{'is' if count == 1 else 'are'} not finite: drop these rows or impute them; a task without data is "
-            "Task(support=None)"
+            f"{what}, row {row} (counted from 0), is {bad}; {count} of "
+            f"{counted(len(tensor), 'row')} {'is' if count == 1 else 'are'} not finite: drop these "
+            "rows or impute them; a task without data is Task(support=None)"
         )

@@ -1,4 +1,6 @@
-"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask that says which rows are data."""
+"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask that says which rows
+are data.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Data:
 
     x: `(tasks, points, *features)`, floating.
     y: `(tasks, points, *event)`, floating or int64.
-    mask: `(tasks, points)`, True where a row is data.  Where it is False, x and y are 0 and mean nothing.
+    mask: `(tasks, points)`, True where a row is data.  Where it is False, x and y are 0 and mean
+        nothing.
     features: what is known of each task as a whole, by name, `(tasks,)`, in the dtype of x.
     """
 
@@ -38,20 +41,32 @@ class Data:
 
     @cached_property
     def filled(self) -> tuple[Tensor, Tensor]:
-        """x and y with a row of real data wherever there is padding: the task's first, or where it has none another task's.
+        """x and y with a row of real data wherever there is padding: the task's first, or where it
+        has none another task's.
 
-        The mask makes padding count for nothing, but a density or network that is infinite at 0 (a Gamma, a logarithm of x)
-        would still send 0 * inf = NaN back through it.
+        The mask makes padding count for nothing, but a density or network that is infinite at 0 (a
+        Gamma, a logarithm of x) would still send 0 * inf = NaN back through it.
         """
         return _fill(self.x, self.mask), _fill(self.y, self.mask)
 
-    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Data:
-        """On another device; `dtype` is given to floating tensors only, so class labels stay int64."""
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Data:
+        """On another device; `dtype` is given to floating tensors only, so class labels stay
+        int64.
+        """
         features = {name: cast(value, dtype, device) for name, value in self.features.items()}
-        return Data(cast(self.x, dtype, device), cast(self.y, dtype, device), self.mask.to(device=device), features)
+        return Data(
+            cast(self.x, dtype, device),
+            cast(self.y, dtype, device),
+            self.mask.to(device=device),
+            features,
+        )
 
     def take(self, rows: Tensor | slice) -> Data:
-        """The tasks at the positions `rows`, int64 `(n,)`, or views of those in a slice; still as wide as before."""
+        """The tasks at the positions `rows`, int64 `(n,)`, or views of those in a slice; still as
+        wide as before.
+        """
         features = {name: value[rows] for name, value in self.features.items()}
         return Data(self.x[rows], self.y[rows], self.mask[rows], features)
 
@@ -69,15 +84,19 @@ class Data:
     def take_points(self, index: Tensor) -> Data:
         """Of every task the rows `index`, int64 `(tasks, n)`."""
         task = torch.arange(len(self), device=index.device).unsqueeze(-1)
-        return replace(self, x=self.x[task, index], y=self.y[task, index], mask=self.mask[task, index])
+        return replace(
+            self, x=self.x[task, index], y=self.y[task, index], mask=self.mask[task, index]
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some tasks of a set, padded to the largest task of the whole set so that shapes do not change between batches.
+    """Some tasks of a set, padded to the largest task of the whole set so that shapes do not change
+    between batches.
 
     query: None where no task of the set has query data.
-    ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it stands.
+    ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it
+        stands.
     rows: int64 `(tasks,)`, positions in the whole set.
     total: how many tasks these stand for: as many as the set has, less for a part of a batch.
     whole: whether trees that are stored have a row for each of these and no others, in order.
@@ -94,19 +113,39 @@ class Batch:
     share: float = 1.0
 
     def part(self, begin: int, end: int) -> Batch:
-        """The tasks from `begin` up to `end`, a batch by itself: values of parts add up to that of the batch."""
+        """The tasks from `begin` up to `end`, a batch by itself: values of parts add up to that of
+        the batch.
+        """
         share = (end - begin) / len(self)
         query = None if self.query is None else self.query.part(begin, end)
-        support, names, rows = self.support.part(begin, end), self.names[begin:end], self.rows[begin:end]
-        return Batch(support, query, self.ids[begin:end], names, rows, self.total * share, True, self.share * share)
+        support, names, rows = (
+            self.support.part(begin, end),
+            self.names[begin:end],
+            self.rows[begin:end],
+        )
+        return Batch(
+            support,
+            query,
+            self.ids[begin:end],
+            names,
+            rows,
+            self.total * share,
+            True,
+            self.share * share,
+        )
 
     def of(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch's rows of what is stored for all tasks; all of it, and no copy, where the batch is everybody."""
+        """The batch's rows of what is stored for all tasks; all of it, and no copy, where the batch
+        is everybody.
+        """
         return stored if self.whole else {name: x[self.rows] for name, x in stored.items()}
 
     def into(self, stored: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
         """`stored` with the batch's rows replaced by `new`, as a new tree."""
-        return {name: new[name] if self.whole else x.index_copy(0, self.rows, new[name]) for name, x in stored.items()}
+        return {
+            name: new[name] if self.whole else x.index_copy(0, self.rows, new[name])
+            for name, x in stored.items()
+        }
 
     def __len__(self) -> int:
         return len(self.names)
@@ -123,8 +162,8 @@ class Batch:
     def require_query(self) -> Data:
         if self.query is None:
             raise ValueError(
-                "these tasks have no query data: give Task(query=(x, y)), from_frame(query=...), or split the support "
-                "with tasks.split(...)"
+                "these tasks have no query data: give Task(query=(x, y)), from_frame(query=...), "
+                "or split the support with tasks.split(...)"
             )
         return self.query
 
@@ -136,7 +175,9 @@ def _fill(values: Tensor, mask: Tensor) -> Tensor:
     some = mask.any(1)
     lender = first[some.long().argmax()] if len(first) else first
     shape = (-1,) + (1,) * (values.dim() - 2)
-    first = torch.where(some.reshape(shape), first, torch.where(some.any(), lender, torch.zeros_like(lender)))
+    first = torch.where(
+        some.reshape(shape), first, torch.where(some.any(), lender, torch.zeros_like(lender))
+    )
     return torch.where(mask.reshape(*mask.shape, *shape[1:]), values, first.unsqueeze(1))
 
 
@@ -145,7 +186,8 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str |
 
 
 def pad(parts: Sequence[Part | None], like: Part) -> Data:
-    """Stack ragged parts, None for a task without data; `like` is an empty part that gives shapes, dtypes and device.
+    """Stack ragged parts, None for a task without data; `like` is an empty part that gives shapes,
+    dtypes and device.
 
     >>> like = torch.zeros(0), torch.zeros(0)
     >>> data = pad([(torch.ones(1), torch.ones(1)), None, (torch.ones(2), torch.ones(2))], like)

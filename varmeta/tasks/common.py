@@ -12,9 +12,14 @@ from varmeta.tasks.arrays import Part, to_dtype
 
 
 def like_of(
-    names: list[str], supports: list[Part | None], queries: list[Part | None], dtype: torch.dtype | None
+    names: list[str],
+    supports: list[Part | None],
+    queries: list[Part | None],
+    dtype: torch.dtype | None,
 ) -> Part:
-    """An empty part with the shapes, dtypes and device that all parts share, or have to be brought to."""
+    """An empty part with the shapes, dtypes and device that all parts share, or have to be brought
+    to.
+    """
     known = [
         (f"task {name!r} ({what})", part)
         for what, parts in (("support", supports), ("query", queries))
@@ -31,12 +36,14 @@ def like_of(
         for what, tensor, reference in (("x", part[0], x0), ("y", part[1], y0)):
             if tensor.shape[1:] != reference.shape[1:]:
                 raise ValueError(
-                    f"{who}: a row of {what} has shape {tuple(tensor.shape[1:])}, but {tuple(reference.shape[1:])} in "
-                    f"{first}: all tasks, support and query, must share it; (n,) and (n, 1) differ, see reshape"
+                    f"{who}: a row of {what} has shape {tuple(tensor.shape[1:])}, but "
+                    f"{tuple(reference.shape[1:])} in {first}: all tasks, support and query, must "
+                    "share it; (n,) and (n, 1) differ, see reshape"
                 )
             if tensor.device != x0.device:
                 raise ValueError(
-                    f"{who}: {what} is on {tensor.device}, but x of {first} on {x0.device}: move them together with .to"
+                    f"{who}: {what} is on {tensor.device}, but x of {first} on {x0.device}: move "
+                    "them together with .to"
                 )
     seen: dict[torch.dtype, str] = {}
     for who, part in known:
@@ -44,8 +51,13 @@ def like_of(
             if tensor.is_floating_point():
                 seen.setdefault(tensor.dtype, f"{what} of {who}")
     if dtype is None and len(seen) > 1:
-        listed = ", ".join(f"{str(kind).removeprefix('torch.')} in {where}" for kind, where in seen.items())
-        raise ValueError(f"floating dtypes differ: {listed}: cast the data, or choose one with TaskSet(..., dtype=...)")
+        listed = ", ".join(
+            f"{str(kind).removeprefix('torch.')} in {where}" for kind, where in seen.items()
+        )
+        raise ValueError(
+            f"floating dtypes differ: {listed}: cast the data, or choose one with TaskSet(..., "
+            "dtype=...)"
+        )
     # bytes are images, and exact in any precision
     images = all(part[0].dtype == torch.uint8 for _, part in known)
     kind = dtype or next(iter(seen), torch.get_default_dtype() if images else torch.float64)
@@ -56,28 +68,41 @@ def like_of(
     )
 
 
-def fit_to(parts: list[Part | None], like: Part, names: Sequence[str], what: str) -> list[Part | None]:
-    """Parts in the dtypes of `like`; one without rows is None.  Raises ValueError for what these dtypes cannot hold."""
+def fit_to(
+    parts: list[Part | None], like: Part, names: Sequence[str], what: str
+) -> list[Part | None]:
+    """Parts in the dtypes of `like`; one without rows is None.  Raises ValueError for what these
+    dtypes cannot hold.
+    """
     return [
-        None if part is None or not len(part[0]) else in_dtypes(part, (like[0].dtype, like[1].dtype), name, what)
+        None
+        if part is None or not len(part[0])
+        else in_dtypes(part, (like[0].dtype, like[1].dtype), name, what)
         for part, name in zip(parts, names, strict=True)
     ]
 
 
-def in_dtypes(part: Part, dtypes: tuple[torch.dtype | None, torch.dtype | None], name: str | None, what: str) -> Part:
+def in_dtypes(
+    part: Part, dtypes: tuple[torch.dtype | None, torch.dtype | None], name: str | None, what: str
+) -> Part:
     """x and y in other dtypes, None for as they are; `what` as in "support"."""
     who = f"task {name!r}: {what}"
     return to_dtype(part[0], dtypes[0], f"{who} x"), to_dtype(part[1], dtypes[1], f"{who} y")
 
 
 def check_names(names: Sequence[str] | None, x: Tensor | None) -> tuple[str, ...] | None:
-    """The names of x's columns, as many as there are; x: an empty part's, None where no task has data."""
+    """The names of x's columns, as many as there are; x: an empty part's, None where no task has
+    data.
+    """
     if names is None:
         return None
     if isinstance(names, str):
-        raise TypeError(f"x_names must list one name per column, not the string {names!r}: write [{names!r}]")
+        raise TypeError(
+            f"x_names must list one name per column, not the string {names!r}: write [{names!r}]"
+        )
     if x is not None and (x.dim() > 2 or len(names) != math.prod(x.shape[1:])):
         raise ValueError(
-            f"x_names lists {list(names)}, but a row of x has shape {tuple(x.shape[1:])}: give one name per column"
+            f"x_names lists {list(names)}, but a row of x has shape {tuple(x.shape[1:])}: give one "
+            "name per column"
         )
     return tuple(map(str, names))

@@ -18,8 +18,8 @@ def as_features(given: Sequence[Any], names: Sequence[str]) -> list[dict[str, fl
 
     given: of each task a mapping of numbers, or None for none.
 
-    Raises TypeError for what is no mapping of names to numbers; ValueError, naming the task, for NaN and infinity, and where
-    one task has features that another lacks.
+    Raises TypeError for what is no mapping of names to numbers; ValueError, naming the task, for
+    NaN and infinity, and where one task has features that another lacks.
 
     >>> as_features([{"age": 3, "dose": 0.5}, {"dose": 1.0, "age": 4}], ["a", "b"])
     [{'age': 3.0, 'dose': 0.5}, {'age': 4.0, 'dose': 1.0}]
@@ -30,8 +30,9 @@ def as_features(given: Sequence[Any], names: Sequence[str]) -> list[dict[str, fl
         if set(features) != set(order):
             stray = set(features) ^ set(order)
             raise ValueError(
-                f"task {name!r} has the features {sorted(features)}, but task {names[0]!r} {sorted(order)}: every task of a set "
-                f"needs the same, so give or leave out {sorted(stray)}"
+                f"task {name!r} has the features {sorted(features)}, but task {names[0]!r} "
+                f"{sorted(order)}: every task of a set needs the same, so give or leave out "
+                f"{sorted(stray)}"
             )
     return [{key: features[key] for key in order} for features in found]
 
@@ -53,7 +54,8 @@ def _numbers(value: Any, who: str) -> dict[str, float]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise TypeError(
-            f"{who}: features must be a dict of numbers by name, such as {{'age': 3.5}}, not {kind_of(value)}"
+            f"{who}: features must be a dict of numbers by name, such as {{'age': 3.5}}, not "
+            f"{kind_of(value)}"
         )
     out = {}
     for name, entry in value.items():
@@ -63,9 +65,12 @@ def _numbers(value: Any, who: str) -> dict[str, float]:
             number = float(entry)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"{who}: the feature {name!r} must be one number, not {entry!r}: code categories as 0 and 1"
+                f"{who}: the feature {name!r} must be one number, not {entry!r}: code categories "
+                "as 0 and 1"
             ) from error
         if not math.isfinite(number):
-            raise ValueError(f"{who}: the feature {name!r} is {number}: impute it, or leave the task out")
+            raise ValueError(
+                f"{who}: the feature {name!r} is {number}: impute it, or leave the task out"
+            )
         out[name] = number
     return out

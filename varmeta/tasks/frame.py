@@ -20,10 +20,11 @@ Columns = str | Sequence[str]
 def parts_of_frame(
     frame: pd.DataFrame, task: str, x: Columns, y: Columns, query: str | None
 ) -> list[tuple[str, ArrayPart, ArrayPart | None]]:
-    """(name, support, query) of every group, groups in order of first appearance, rows in the table's order.
+    """(name, support, query) of every group, groups in order of first appearance, rows in the
+    table's order.
 
-    Raises ValueError, with the row's label in the table, for missing columns or values; TypeError for a column that is
-    not numeric.
+    Raises ValueError, with the row's label in the table, for missing columns or values; TypeError
+    for a column that is not numeric.
     """
     if not hasattr(frame, "columns"):
         raise TypeError(f"expected a pandas DataFrame, got {type(frame).__name__}")
@@ -33,8 +34,9 @@ def parts_of_frame(
     if (codes < 0).any():
         where = np.flatnonzero(codes < 0)
         raise ValueError(
-            f"column {task!r} is missing in {counted(len(where), 'row')}, first in row {_label(frame, where[0])}: every row must "
-            f"belong to a task; drop them with frame.dropna(subset=[{task!r}])"
+            f"column {task!r} is missing in {counted(len(where), 'row')}, first in row "
+            f"{_label(frame, where[0])}: every row must belong to a task; drop them with "
+            f"frame.dropna(subset=[{task!r}])"
         )
     names = [str(value) for value in values.tolist()]
     rows_of = _RowNames(frame, names, codes)
@@ -52,13 +54,19 @@ def parts_of_frame(
     return out
 
 
-def features_of_frame(frame: pd.DataFrame, task: str, names: Sequence[str]) -> list[dict[str, float]]:
-    """The columns `names`, of one value per task, as numbers by name for every group, in order of first appearance.
+def features_of_frame(
+    frame: pd.DataFrame, task: str, names: Sequence[str]
+) -> list[dict[str, float]]:
+    """The columns `names`, of one value per task, as numbers by name for every group, in order of
+    first appearance.
 
-    Raises ValueError for a column that differs within a task, naming two rows; else as `parts_of_frame`.
+    Raises ValueError for a column that differs within a task, naming two rows; else as
+    `parts_of_frame`.
     """
     if isinstance(names, str):
-        raise TypeError(f"features must list column names, not the string {names!r}: write [{names!r}]")
+        raise TypeError(
+            f"features must list column names, not the string {names!r}: write [{names!r}]"
+        )
     codes, values = _column(frame, task).factorize()
     found: list[dict[str, float]] = [{} for _ in values]
     _, first = np.unique(codes, return_index=True)
@@ -69,8 +77,9 @@ def features_of_frame(frame: pd.DataFrame, task: str, names: Sequence[str]) -> l
         if (column != expected).any():
             at = int(np.flatnonzero(column != expected)[0])
             raise ValueError(
-                f"the feature {name!r} is {column[at]} in {rows_of(at)}, but {expected[at]} in {rows_of(first[codes[at]])}: a "
-                "feature has one value per task; what differs between rows belongs to x"
+                f"the feature {name!r} is {column[at]} in {rows_of(at)}, but {expected[at]} in "
+                f"{rows_of(first[codes[at]])}: a feature has one value per task; what differs "
+                "between rows belongs to x"
             )
         for known, number in zip(found, column[first].tolist(), strict=True):
             known[name] = float(number)
@@ -94,10 +103,18 @@ def _label(frame: pd.DataFrame, position: int) -> str:
 
 def _column(frame: pd.DataFrame, name: Any) -> pd.Series:
     if not isinstance(name, str) and isinstance(name, Sequence):
-        raise TypeError(f"expected one column name, got {name!r}: join several columns into one first")
+        raise TypeError(
+            f"expected one column name, got {name!r}: join several columns into one first"
+        )
     if name not in frame.columns:
-        hint = ": it is in the index, so call frame.reset_index() first" if name in frame.index.names else ""
-        raise ValueError(f"the table has no column {name!r}{hint}; its columns are {list(frame.columns)}")
+        hint = (
+            ": it is in the index, so call frame.reset_index() first"
+            if name in frame.index.names
+            else ""
+        )
+        raise ValueError(
+            f"the table has no column {name!r}{hint}; its columns are {list(frame.columns)}"
+        )
     column = frame[name]
     if column.ndim != 1:
         raise ValueError(f"the table has several columns called {name!r}: rename them")
@@ -110,26 +127,35 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
     missing = column.isna().to_numpy()
     if missing.any():
         raise ValueError(
-            f"column {name!r} is missing in {counted(missing.sum(), 'row')}, first in {rows_of(int(missing.argmax()))}: drop "
-            f"them with frame.dropna(subset=[{name!r}]), or impute them"
+            f"column {name!r} is missing in {counted(missing.sum(), 'row')}, first in "
+            f"{rows_of(int(missing.argmax()))}: drop them with frame.dropna(subset=[{name!r}]), or "
+            "impute them"
         )
     array = np.asarray(column.to_numpy())
     if array.dtype.kind == "O" and getattr(column.dtype, "kind", "O") in "fiub":
-        array = array.astype(column.dtype.kind + "8")  # pandas' nullable numbers, in versions that give objects
-    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8 or str(column.dtype) == "category":
+        array = array.astype(
+            column.dtype.kind + "8"
+        )  # pandas' nullable numbers, in versions that give objects
+    if (
+        array.dtype.kind not in "fiub"
+        or array.dtype.itemsize > 8
+        or str(column.dtype) == "category"
+    ):
         raise TypeError(
-            f"column {name!r} has dtype {column.dtype}{_first_word(column, rows_of)}, expected numbers: for classes use "
-            f"frame[{name!r}].astype('category').cat.codes, for predictors pandas.get_dummies, for text "
-            "pandas.to_numeric"
+            f"column {name!r} has dtype {column.dtype}{_first_word(column, rows_of)}, expected "
+            f"numbers: for classes use frame[{name!r}].astype('category').cat.codes, for "
+            "predictors pandas.get_dummies, for text pandas.to_numeric"
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         first = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise ValueError(f"column {name!r} is {array[first]} in {rows_of(first)}: drop the row or impute it")
+        raise ValueError(
+            f"column {name!r} is {array[first]} in {rows_of(first)}: drop the row or impute it"
+        )
     if array.dtype.kind == "u" and array.size and array.max() > LARGEST:
         first = int(array.argmax())
         raise ValueError(
-            f"column {name!r} is {array[first]} in {rows_of(first)}, beyond the integers that are kept (int64, up to {LARGEST}): "
-            "give floats, or labels 0, 1, 2, ..."
+            f"column {name!r} is {array[first]} in {rows_of(first)}, beyond the integers that are "
+            f"kept (int64, up to {LARGEST}): give floats, or labels 0, 1, 2, ..."
         )
     return array if array.dtype.kind == "f" else array.astype(np.int64)
 
@@ -158,7 +184,7 @@ def _flags(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
     odd = np.flatnonzero((array != 0) & (array != 1))
     if len(odd):
         raise ValueError(
-            f"query={name!r} must mark query rows with True or 1 and support rows with False or 0, but it is "
-            f"{array[odd[0]]} in {rows_of(odd[0])}"
+            f"query={name!r} must mark query rows with True or 1 and support rows with False or 0, "
+            f"but it is {array[odd[0]]} in {rows_of(odd[0])}"
         )
     return array.astype(bool)

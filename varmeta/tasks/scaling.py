@@ -1,4 +1,6 @@
-"""Shift and scale of the data, remembered so that new tasks get the same and predictions come back in y's units."""
+"""Shift and scale of the data, remembered so that new tasks get the same and predictions come back
+in y's units.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Prior = TypeVar("Prior", covariant=True)
 
 @runtime_checkable
 class Reads(Protocol):
-    """What a scaling asks of a likelihood: whether y is a real number, and which part of y is the response."""
+    """What a scaling asks of a likelihood: whether y is a real number, and which part of y is the
+    response.
+    """
 
     @property
     def real_valued(self) -> bool: ...
@@ -54,11 +58,12 @@ class Scaling:
     """x -> (x - x_loc) / x_scale and y -> (y - y_loc) / y_scale.
 
     x_loc, x_scale: `(*features,)`, in x's units.
-    y_loc, y_scale: `(*event,)`, in y's units; 0 and 1 of what is no response, as of the weights of `Weighted`; int64 0 and 1
-        where integer y is left alone.
+    y_loc, y_scale: `(*event,)`, in y's units; 0 and 1 of what is no response, as of the weights of
+        `Weighted`; int64 0 and 1 where integer y is left alone.
     features: mean and sd over the tasks of each feature, by name.
     likelihood: what y was taken for; None: floating y for numbers, integers for classes or counts.
-    A log density of scaled y is brought to y's units by subtracting `y_scale.log()`, summed over the event.
+    A log density of scaled y is brought to y's units by subtracting `y_scale.log()`, summed over
+    the event.
     """
 
     x_loc: Tensor
@@ -70,16 +75,23 @@ class Scaling:
 
     @classmethod
     def of(
-        cls, x: Tensor, y: Tensor, features: Mapping[str, Tensor] | None = None, likelihood: Reads | None = None
+        cls,
+        x: Tensor,
+        y: Tensor,
+        features: Mapping[str, Tensor] | None = None,
+        likelihood: Reads | None = None,
     ) -> Scaling:
-        """Mean and sd of the rows x and y, and of each feature over tasks; the sd of a constant column is taken as 1.
+        """Mean and sd of the rows x and y, and of each feature over tasks; the sd of a constant
+        column is taken as 1.
 
         See `TaskSet.standardized`.  Raises TypeError where the likelihood is none.
         """
-        if likelihood is not None and (isinstance(likelihood, type) or not isinstance(likelihood, Reads)):
+        if likelihood is not None and (
+            isinstance(likelihood, type) or not isinstance(likelihood, Reads)
+        ):
             raise TypeError(
-                f"likelihood must be one of varmeta.likelihoods, such as Gaussian() or model.likelihood, "
-                f"not {kind_of(likelihood)}"
+                "likelihood must be one of varmeta.likelihoods, such as Gaussian() or "
+                f"model.likelihood, not {kind_of(likelihood)}"
             )
         y_moments = _moments_of_y(y, likelihood, x.dtype)
         known = {name: _moments(value.double()) for name, value in (features or {}).items()}
@@ -87,32 +99,42 @@ class Scaling:
         return cls(*_moments(x), *y_moments, moments, likelihood)
 
     def apply(self, tasks: Tasks) -> Tasks:
-        """The tasks, support and query, scaled by these numbers.  Raises ValueError where the shapes differ."""
+        """The tasks, support and query, scaled by these numbers.  Raises ValueError where the
+        shapes differ.
+        """
 
         def scaled(part: Part, name: str | None) -> Part:
             x, y = part
             for what, tensor, loc in (("x", x, self.x_loc), ("y", y, self.y_loc)):
                 if tensor.shape[1:] != loc.shape:
                     raise ValueError(
-                        f"task {name!r}: a row of {what} has shape {tuple(tensor.shape[1:])}, but this scaling was "
-                        f"made from rows of shape {tuple(loc.shape)}: give tasks with the same columns"
+                        f"task {name!r}: a row of {what} has shape {tuple(tensor.shape[1:])}, but "
+                        f"this scaling was made from rows of shape {tuple(loc.shape)}: give tasks "
+                        "with the same columns"
                     )
             y = (y.to(x) - self.y_loc.to(x)) / self.y_scale.to(x) if self._scales_y else y
             return (x - self.x_loc.to(x)) / self.x_scale.to(x), y
 
         if set(tasks.feature_names) != set(self.features):
             raise ValueError(
-                f"these tasks have the features {sorted(tasks.feature_names)}, but this scaling was made from tasks with "
-                f"{sorted(self.features)}: give the same"
+                f"these tasks have the features {sorted(tasks.feature_names)}, but this scaling "
+                f"was made from tasks with {sorted(self.features)}: give the same"
             )
 
         def standard(features: Mapping[str, float]) -> dict[str, float]:
-            return {name: (value - self.features[name][0]) / self.features[name][1] for name, value in features.items()}
+            return {
+                name: (value - self.features[name][0]) / self.features[name][1]
+                for name, value in features.items()
+            }
 
-        return tasks.mapped(scaled, standard, left_raw=not self._scales_y and self.likelihood is None)
+        return tasks.mapped(
+            scaled, standard, left_raw=not self._scales_y and self.likelihood is None
+        )
 
     def y_inverse(self, values: Tensor) -> Tensor:
-        """Scaled responses, or predictions of them, `(..., *event)`, in y's units; without weights, which are no responses."""
+        """Scaled responses, or predictions of them, `(..., *event)`, in y's units; without weights,
+        which are no responses.
+        """
         loc, scale = self.response
         return values * scale.to(values) + loc.to(values) if self._scales_y else values
 
@@ -124,12 +146,13 @@ class Scaling:
         return self.likelihood.observed(self.y_loc), self.likelihood.observed(self.y_scale)
 
     def raw_prior(self, fit: Learned[Prior]) -> Prior:
-        """The prior that `fit` learned from the scaled tasks, in the data's own units: theta0, covariance, noise scale.
+        """The prior that `fit` learned from the scaled tasks, in the data's own units: theta0,
+        covariance, noise scale.
 
         fit: of a linear model, `nn.Linear` with one output or `LinearPredictor`.
 
-        Raises TypeError for another model; ValueError where the raw-unit model is none of the same kind, as with centred data
-        and no intercept.
+        Raises TypeError for another model; ValueError where the raw-unit model is none of the same
+        kind, as with centred data and no intercept.
 
         >>> import varmeta as vm
         >>> tasks, scaling = vm.datasets.radon().standardized()
@@ -141,11 +164,17 @@ class Scaling:
 
     def __repr__(self) -> str:
         def numbers(loc: Tensor, scale: Tensor) -> str:
-            texts = [np.array2string(v.cpu().numpy(), precision=4, separator=", ", threshold=6) for v in (loc, scale)]
+            texts = [
+                np.array2string(v.cpu().numpy(), precision=4, separator=", ", threshold=6)
+                for v in (loc, scale)
+            ]
             return f"loc {texts[0]}, scale {texts[1]}"
 
         y = numbers(self.y_loc, self.y_scale) if self._scales_y else "left alone"
-        known = "".join(f"; {name}: loc {loc:.4g}, scale {scale:.4g}" for name, (loc, scale) in self.features.items())
+        known = "".join(
+            f"; {name}: loc {loc:.4g}, scale {scale:.4g}"
+            for name, (loc, scale) in self.features.items()
+        )
         return f"Scaling(x: {numbers(self.x_loc, self.x_scale)}; y: {y}{known})"
 
     @property
@@ -154,7 +183,9 @@ class Scaling:
 
 
 def _moments_of_y(y: Tensor, likelihood: Reads | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of y `(rows, *event)`, in `dtype` where it is scaled: 0 and 1 of what the likelihood does not take for a real number."""
+    """Of y `(rows, *event)`, in `dtype` where it is scaled: 0 and 1 of what the likelihood does not
+    take for a real number.
+    """
     none = torch.zeros_like(y[0]), torch.ones_like(y[0])
     if likelihood is None:
         return _moments(y) if y.is_floating_point() else none
@@ -164,7 +195,9 @@ def _moments_of_y(y: Tensor, likelihood: Reads | None, dtype: torch.dtype) -> tu
     positions = torch.arange(y[0].numel(), device=y.device).reshape(1, *y.shape[1:])
     response = torch.isin(positions[0], likelihood.observed(positions))
     loc, scale = _moments(y.to(dtype))
-    return torch.where(response, loc, torch.zeros_like(loc)), torch.where(response, scale, torch.ones_like(scale))
+    return torch.where(response, loc, torch.zeros_like(loc)), torch.where(
+        response, scale, torch.ones_like(scale)
+    )
 
 
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:

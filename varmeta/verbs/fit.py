@@ -59,35 +59,45 @@ def fit(
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
-    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or `Implicit("quadrature")` for a
-        linear predictor with one weight per task under a log-concave likelihood that is not Gaussian, without optimizer,
-        batch size or budget; `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior
+    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or
+        `Implicit("quadrature")` for a linear predictor with one weight per task under a log-concave
+        likelihood that is not Gaussian, without optimizer, batch size or budget;
+        `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior
         (`learn_precision="full"`) or a hyperguide; else `Joint("normal")`.
-    num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the others.
-    optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on (phi, eta) for `Joint` and
-        `Reinit` on small models whose expectations are free of noise; L-BFGS for `Implicit` and `Unrolled` with few
-        meta-parameters; else, and where the likelihood has kinks (a Laplace density) or a minibatch or a budget is given, Adam
-        at 1e-2.  Small models then start from the pooled fit; with kinks, a minibatch or an optimizer of your own from where
-        the model starts.
-    batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed, step).
-    hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and "multivariate_normal", its
-        posterior, by a Gaussian and importance weights (`Fit.hyper`, `Fit.hyperparameters()`), which then flows into
-        `posterior`, `adapt` and `predict`; "reml", theta0 and the shared parameters integrated out, the variances at their
-        best point, lme4's REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
-    schedule: a factor on the optimizer's learning rate: "cosine" (falls to zero over num_steps or the budget), "constant" (1), or
-        a function of the fraction of the way, from 0 at the first step towards 1.  A scheduler of torch.optim's, made in the
-        factory and stepped in `callback`, keeps its effect: both factors multiply.  The default L-BFGS ignores it.
-    budget: gradient evaluations per task, counted alike for every strategy; ends the run when spent.
-    compile: capture each step as one graph and compile it: "auto" where eager steps would take four times what compiling does,
-        True at once (10 to 90 seconds), False never.  Joint Newton steps are never compiled.  What cannot be captured runs
-        eagerly, which the log says once.
-    task_chunk_size: how many tasks of a step are worked on at a time, which bounds memory and changes nothing but
-        rounding.  None: all that fit into about a gigabyte; compiled, what stays in cache.  Joint Newton steps take all.
+    num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the
+        others.
+    optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on
+        (phi, eta) for `Joint` and `Reinit` on small models whose expectations are free of noise;
+        L-BFGS for `Implicit` and `Unrolled` with few meta-parameters; else, and where the
+        likelihood has kinks (a Laplace density) or a minibatch or a budget is given, Adam at 1e-2.
+        Small models then start from the pooled fit; with kinks, a minibatch or an optimizer of your
+        own from where the model starts.
+    batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed,
+        step).
+    hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and
+        "multivariate_normal", its posterior, by a Gaussian and importance weights (`Fit.hyper`,
+        `Fit.hyperparameters()`), which then flows into `posterior`, `adapt` and `predict`; "reml",
+        theta0 and the shared parameters integrated out, the variances at their best point, lme4's
+        REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
+    schedule: a factor on the optimizer's learning rate: "cosine" (falls to zero over num_steps or
+        the budget), "constant" (1), or a function of the fraction of the way, from 0 at the first
+        step towards 1.  A scheduler of torch.optim's, made in the factory and stepped in
+        `callback`, keeps its effect: both factors multiply.  The default L-BFGS ignores it.
+    budget: gradient evaluations per task, counted alike for every strategy; ends the run when
+        spent.
+    compile: capture each step as one graph and compile it: "auto" where eager steps would take four
+        times what compiling does, True at once (10 to 90 seconds), False never.  Joint Newton steps
+        are never compiled.  What cannot be captured runs eagerly, which the log says once.
+    task_chunk_size: how many tasks of a step are worked on at a time, which bounds memory and
+        changes nothing but rounding.  None: all that fit into about a gigabyte; compiled, what
+        stays in cache.  Joint Newton steps take all.
     progress: a progress bar; None shows one on a terminal only.
     callback: called with a dict of numbers after every step.
-    resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts from its first step.
+    resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts
+        from its first step.
 
-    Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.  SIGTERM is left to the
+    Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
+    SIGTERM is left to the
     process: see `sigterm_ends_fit`.
 
     Raises ValueError or TypeError, before any work, for input that does not fit together.
@@ -98,12 +108,21 @@ def fit(
     >>> result.converged
     True
     """
-    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not serve it
+    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do
+    # not serve it
     free = optimizer is None and batch_size is None and budget is None
     if strategy is None:
-        strategy = resume.strategy if isinstance(resume, Fit) else _default_strategy(model, hyperguide, free)
+        strategy = (
+            resume.strategy
+            if isinstance(resume, Fit)
+            else _default_strategy(model, hyperguide, free)
+        )
     if hyperguide is None:
-        hyperguide = resume.hyper.hyperguide if isinstance(resume, Fit) and resume.hyper is not None else "delta"
+        hyperguide = (
+            resume.hyper.hyperguide
+            if isinstance(resume, Fit) and resume.hyper is not None
+            else "delta"
+        )
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
@@ -114,13 +133,15 @@ def fit(
     check_hyperguide(hyperguide, model, tasks, strategy)
     if hyperguide != "delta" and not (optimizer is None and batch_size is None and budget is None):
         raise ValueError(
-            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
+            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size "
+            "and budget"
         )
     problem = strategy.problem(model, tasks, seed)
     check_strategy(strategy, problem, tasks)
     chunks.check(task_chunk_size, problem)
     whole = tasks.batch()
-    # a likelihood whose curvature no second derivative sees is descended by Adam, from where the model starts
+    # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
+    # model starts
     smooth = kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
     free = free and smooth
     resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
@@ -133,20 +154,28 @@ def fit(
         # in raw units Adam would otherwise spend a budget on the way to the data
         if smooth and optimizer is None and batch_size is None and is_regression(model, tasks, eta):
             eta = pooled_start(problem, whole, eta)
-            eta = _dense_start(model, tasks, whole, eta, seed) if quasi and problem.guide.at_mode else eta
+            eta = (
+                _dense_start(model, tasks, whole, eta, seed)
+                if quasi and problem.guide.at_mode
+                else eta
+            )
         run = Run(eta, strategy.init(problem, whole, eta))
     few = 200 if use_newton or quasi or hyperguide != "delta" else 2000
     steps = num_steps if num_steps is not None else None if budget is not None else few
     if steps is not None and run.step >= steps:
         raise ValueError(
-            f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, so give more"
+            f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, "
+            "so give more"
         )
-    ended = resume is not None and run.stop.startswith("stopped") and run.schedule == label(schedule)
+    ended = (
+        resume is not None and run.stop.startswith("stopped") and run.schedule == label(schedule)
+    )
     if ended and steps is not None and decay(run.step / steps) > decay(1.0):
         low = "to zero" if decay(1.0) == 0 else f"to {decay(1.0):.2g} of its full size"
         warnings.warn(
-            f"the step size of the run that is resumed had fallen {low} by its last step, {run.step}, and now starts "
-            "high again: schedule='constant', or an interrupted longer run, goes on as if it had never stopped",
+            f"the step size of the run that is resumed had fallen {low} by its last step, "
+            f"{run.step}, and now starts high again: schedule='constant', or an interrupted "
+            "longer run, goes on as if it had never stopped",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -158,7 +187,17 @@ def fit(
     try:
         if hyperguide != "delta":
             run.schedule = None
-            integrate(problem, strategy, whole, tasks, run, hyperguide, (steps or few) - run.step, seed, reports)
+            integrate(
+                problem,
+                strategy,
+                whole,
+                tasks,
+                run,
+                hyperguide,
+                (steps or few) - run.step,
+                seed,
+                reports,
+            )
         elif use_newton:
             newton(problem, strategy, whole, run, steps or few, reports)
         else:
@@ -174,7 +213,9 @@ def fit(
     run.seconds_compiling = seconds_compiling() - compiled
     result = Fit(model, tasks, strategy, seed, run)
     # where the user says when to stop, that it came before convergence is no surprise
-    reached = (num_steps is not None and run.step >= num_steps) or (budget is not None and run.evaluations >= budget)
+    reached = (num_steps is not None and run.step >= num_steps) or (
+        budget is not None and run.evaluations >= budget
+    )
     interrupted = run.stop.startswith("interrupted")
     # where an interruption came before the first step, nothing was learned that one could doubt
     found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
@@ -187,18 +228,21 @@ def fit(
 def _default_strategy(model: object, hyperguide: str | None, free: bool) -> Strategy:
     if not isinstance(model, TaskModel):  # about to be refused
         return Joint()
-    # one weight, and a posterior of one mode that is not Gaussian: the evidence itself; a Gaussian's bound may be far from it
+    # one weight, and a posterior of one mode that is not Gaussian: the evidence itself; a
+    # Gaussian's bound may be far from it
     one = model.weights.size == 1 and model.is_linear and not model.is_linear_gaussian
     if one and type(model.likelihood) in LOG_CONCAVE and free and hyperguide in (None, "delta"):
         return Implicit(Quadrature.name)
-    return Joint("multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model))
+    return Joint(
+        "multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model)
+    )
 
 
 def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed: int) -> Eta:
     """eta where the bound of a dense guide is best; as it came where that is not found.
 
-    On Laplace's evidence L-BFGS can overshoot to the edge of the covariances (an sd of 0), where all is flat; joint Newton
-    steps on the bound come back from there, and its optimum is near.
+    On Laplace's evidence L-BFGS can overshoot to the edge of the covariances (an sd of 0), where
+    all is flat; joint Newton steps on the bound come back from there, and its optimum is near.
     """
     dense = Joint("multivariate_normal")
     problem = dense.problem(model, tasks, seed)
@@ -218,10 +262,16 @@ def _check_arguments(
     batch_size: int | None, budget: float | None, resume: object, seed: int,
 ) -> None:  # fmt: skip
     check_kinds(model, tasks, strategy)
-    if optimizer is not None and (isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)):
-        raise TypeError("optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)")
+    if optimizer is not None and (
+        isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)
+    ):
+        raise TypeError(
+            "optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)"
+        )
     if resume is not None and not isinstance(resume, Fit):
-        raise TypeError(f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file")
+        raise TypeError(
+            f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file"
+        )
     whole_number("seed", seed, 0)
     for name, number in (("num_steps", num_steps), ("batch_size", batch_size)):
         if number is not None:
@@ -240,8 +290,14 @@ def _bar(progress: bool | None, total: int) -> tqdm | None:
 
 
 def _said_by(bar: tqdm | None) -> Callable[[bool], None] | None:
-    """What a bar says while a graph is compiled, which may take a minute in which it does not move."""
-    return None if bar is None else lambda compiling: bar.set_description("compiling" if compiling else None)
+    """What a bar says while a graph is compiled, which may take a minute in which it does not
+    move.
+    """
+    return (
+        None
+        if bar is None
+        else lambda compiling: bar.set_description("compiling" if compiling else None)
+    )
 
 
 def _reporter(bar: tqdm | None, callback: Callback | None) -> Callback:

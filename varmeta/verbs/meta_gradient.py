@@ -1,4 +1,6 @@
-"""One meta-gradient, with its certificate: the derivative of a strategy's outer objective with respect to eta."""
+"""One meta-gradient, with its certificate: the derivative of a strategy's outer objective with
+respect to eta.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ from varmeta.tasks import TaskSet
 class MetaGradient:
     """value: sum_i G_i in nats, and -log hyperprior where there is one.
 
-    grads: d value / d eta by name: theta0 and shared parameters by parameter name, then "log_precision...", "log_scale".
+    grads: d value / d eta by name: theta0 and shared parameters by parameter name, then
+        "log_precision...", "log_scale".
     certificate: for `Implicit`, what the gradient rests on; else None.
-    moving, selecting: with a `StochasticAlg`, the two parts of grads by name: how each minimum moves, and how the
-        probability of reaching it changes; else None.
+    moving, selecting: with a `StochasticAlg`, the two parts of grads by name: how each minimum
+        moves, and how the probability of reaching it changes; else None.
     """
 
     value: float
@@ -54,14 +57,15 @@ def meta_gradient(
     compile: str | bool = "auto",
     task_chunk_size: int | None = None,
 ) -> MetaGradient:
-    """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where the model starts).
+    """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where
+    the model starts).
 
-    compile: True captures and compiles it, for those who ask for many; "auto" and False do not, since one gradient is not
-        worth it.  The graphs are kept with the model.
+    compile: True captures and compiles it, for those who ask for many; "auto" and False do not,
+        since one gradient is not worth it.  The graphs are kept with the model.
     task_chunk_size: as in `fit`.
 
-    Raises ValueError for tasks or an eta that do not fit the model, TypeError for arguments of the wrong kind, RuntimeError
-    for an uncertified implicit gradient under `on_unconverged="raise"`.
+    Raises ValueError for tasks or an eta that do not fit the model, TypeError for arguments of the
+    wrong kind, RuntimeError for an uncertified implicit gradient under `on_unconverged="raise"`.
 
     >>> import varmeta as vm
     >>> model = vm.TaskModel(torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
@@ -80,28 +84,40 @@ def meta_gradient(
     if eta is not None:
         if set(eta) != set(start):
             raise ValueError(f"eta must have the names {sorted(start)}, not {sorted(eta)}")
-        given = {name: torch.as_tensor(eta[name]).detach().to(value) for name, value in start.items()}
+        given = {
+            name: torch.as_tensor(eta[name]).detach().to(value) for name, value in start.items()
+        }
         wrong = [name for name, value in start.items() if given[name].shape != value.shape]
         if wrong:
             raise ValueError(
-                f"eta[{wrong[0]!r}] has shape {tuple(given[wrong[0]].shape)}, expected {tuple(start[wrong[0]].shape)}"
+                f"eta[{wrong[0]!r}] has shape {tuple(given[wrong[0]].shape)}, expected "
+                f"{tuple(start[wrong[0]].shape)}"
             )
         lost = [name for name, value in given.items() if not bool(torch.isfinite(value).all())]
         if lost:
             raise ValueError(
-                f"eta[{lost[0]!r}] is not finite: a gradient is taken at finite numbers, such as those of fit.eta"
+                f"eta[{lost[0]!r}] is not finite: a gradient is taken at finite numbers, such as "
+                "those of fit.eta"
             )
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
     state = replace(strategy.init(problem, batch, leaves), certify=True)
-    scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(problem, batch, leaves, state)
+    scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(
+        problem, batch, leaves, state
+    )
     sentence = warning(traits, batch, stats)
     if sentence is not None:
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     grads = {name: found[name] for name in leaves}
-    moving = strategy.moving(problem, batch, leaves, state, stats) if isinstance(strategy, Amortised) else None
+    moving = (
+        strategy.moving(problem, batch, leaves, state, stats)
+        if isinstance(strategy, Amortised)
+        else None
+    )
     value, rests_on = float(scalar), certificate(batch, stats)
     if moving is None:
         return MetaGradient(value, grads, rests_on)
     part = gradient_by_name(moving, leaves, leaves)
-    return MetaGradient(value, grads, rests_on, part, {name: grads[name] - part[name] for name in grads})
+    return MetaGradient(
+        value, grads, rests_on, part, {name: grads[name] - part[name] for name in grads}
+    )

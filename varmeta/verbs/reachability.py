@@ -1,8 +1,10 @@
-"""Can the tasks' jointly optimised posteriors be reached from the prior?  The post's doubt about the joint objective, measured.
+"""Can the tasks' jointly optimised posteriors be reached from the prior?  The post's doubt about
+the joint objective, measured.
 
-The joint strategies move phi_i and theta0 together, so that phi_i may end in a basin that an inner loop from theta0 would not
-find: "the final values of theta_i which we reach by jointly optimizing over everything may not be reachable by doing SGD
-from theta0 from scratch" (Huszár 2019).
+The joint strategies move phi_i and theta0 together, so that phi_i may end in a basin that an inner
+loop from theta0 would not
+find: "the final values of theta_i which we reach by jointly optimizing over everything may not be
+reachable by doing SGD from theta0 from scratch" (Huszár 2019).
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ DRAWS = 64
 
 @dataclass(frozen=True)
 class Reachability:
-    """By task: F_i at the stored phi_i, F_i where Alg(f_i, theta0) ended, and the gap between them (nats).
+    """By task: F_i at the stored phi_i, F_i where Alg(f_i, theta0) ended, and the gap between them
+    (nats).
 
-    A gap above 0: the joint solution is better than what the inner loop reaches from the prior.  Below 0: the inner loop finds
-    a better one than the joint run had arrived at.
+    A gap above 0: the joint solution is better than what the inner loop reaches from the prior.
+    Below 0: the inner loop finds a better one than the joint run had arrived at.
     alg: what was run from the prior, in words.
     """
 
@@ -52,7 +55,8 @@ class Reachability:
 
         columns = {"stored": self.stored, "reached": self.reached, "gap": self.gap}
         return pd.DataFrame(
-            {name: value.tolist() for name, value in columns.items()}, index=pd.Index(self.names, name="task")
+            {name: value.tolist() for name, value in columns.items()},
+            index=pd.Index(self.names, name="task"),
         )
 
     def plot(self, ax: Any = None) -> Any:
@@ -63,23 +67,30 @@ class Reachability:
 
     def __str__(self) -> str:
         gap = self.gap.to(torch.float64)
-        low, middle, high = torch.quantile(gap, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        low, middle, high = torch.quantile(
+            gap, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+        ).tolist()
         worst = int(gap.argmax())
         return (
-            f"reached from the prior by {self.alg}, {len(gap)} tasks: F is worse than at the stored solution by {middle:.3g} "
-            f"nats in the median (10 % to 90 %: {low:.3g} to {high:.3g}), at most by {float(gap[worst]):.3g} "
-            f"({self.names[worst]!r}); by more than 1 nat in {float((gap > 1).double().mean()):.0%} of tasks"
+            f"reached from the prior by {self.alg}, {len(gap)} tasks: F is worse than at the "
+            f"stored solution by {middle:.3g} nats in the median (10 % to 90 %: {low:.3g} to "
+            f"{high:.3g}), at most by {float(gap[worst]):.3g} ({self.names[worst]!r}); by more "
+            f"than 1 nat in {float((gap > 1).double().mean()):.0%} of tasks"
         )
 
 
-def reachability(fit: Fit, minimizer: Minimizer | None = None, inner_steps: int | None = None) -> Reachability:
-    """How much worse F_i is at Alg(f_i, theta0), started from the learned prior, than at the stored phi_i.
+def reachability(
+    fit: Fit, minimizer: Minimizer | None = None, inner_steps: int | None = None
+) -> Reachability:
+    """How much worse F_i is at Alg(f_i, theta0), started from the learned prior, than at the stored
+    phi_i.
 
     fit: by `Joint` or `Reinit`, whose tasks' posteriors are stored.
-    minimizer, inner_steps: Alg.  By default Newton to tolerance; with noisy expectations the strategy's own rule for its
-        `adapt_steps`, new draws at every step.
+    minimizer, inner_steps: Alg.  By default Newton to tolerance; with noisy expectations the
+        strategy's own rule for its `adapt_steps`, new draws at every step.
 
-    Raises TypeError for a fit by another strategy, ValueError for a minimizer that noise does not allow.
+    Raises TypeError for a fit by another strategy, ValueError for a minimizer that noise does not
+    allow.
 
     >>> import varmeta as vm
     >>> model = vm.TaskModel(torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior())
@@ -90,19 +101,23 @@ def reachability(fit: Fit, minimizer: Minimizer | None = None, inner_steps: int 
     strategy, state = fit.strategy, fit.run.state
     if not isinstance(strategy, Joint) or state.phi is None:
         raise TypeError(
-            f"reachability compares with stored posteriors, and a fit by {type(strategy).__name__} stores none: use Joint or "
-            "Reinit"
+            f"reachability compares with stored posteriors, and a fit by {type(strategy).__name__} "
+            "stores none: use Joint or Reinit"
         )
     problem, batch = fit.problem, fit.tasks.batch()
     start = detach(problem.start(batch, fit.eta))
     if problem.deterministic:
         rule = NewtonCG() if minimizer is None else minimizer
         inner, rates = problem.losses("elbo", batch, 0), problem.lr_scale(batch, rule)
-        end = minimize(lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps, lr_scale=rates).value
+        end = minimize(
+            lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps, lr_scale=rates
+        ).value
     else:
         rule = strategy.minimizer if minimizer is None else minimizer
         if not isinstance(rule, FirstOrderMinimizer):
-            raise ValueError(f"with noisy expectations Alg is a first-order rule, not {type(rule).__name__}")
+            raise ValueError(
+                f"with noisy expectations Alg is a first-order rule, not {type(rule).__name__}"
+            )
         inner_steps = strategy.adapt_steps if inner_steps is None else inner_steps
         end, moments = start, rule.init(start)
         rates = problem.lr_scale(batch, rule)
@@ -115,7 +130,11 @@ def reachability(fit: Fit, minimizer: Minimizer | None = None, inner_steps: int 
     def value(phi: Tree) -> Tensor:
         draws = 1 if problem.deterministic else DRAWS
         with torch.no_grad():
-            return torch.stack([problem.losses("elbo", batch, -1 - k)(phi, fit.eta) for k in range(draws)]).mean(0)
+            return torch.stack(
+                [problem.losses("elbo", batch, -1 - k)(phi, fit.eta) for k in range(draws)]
+            ).mean(0)
 
     many = "to tolerance" if inner_steps is None else f"{inner_steps} steps"
-    return Reachability(batch.names, value(state.phi), value(end), f"{type(rule).__name__} ({many})")
+    return Reachability(
+        batch.names, value(state.phi), value(end), f"{type(rule).__name__} ({many})"
+    )

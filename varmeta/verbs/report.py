@@ -1,4 +1,6 @@
-"""What a comparison found: scores by method, seed and task, and intervals that hold over seeds and tasks."""
+"""What a comparison found: scores by method, seed and task, and intervals that hold over seeds and
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from varmeta.results.result import Fit
 if TYPE_CHECKING:
     import pandas as pd
 
-# A step is not cut in two, so a run may end a little above its budget; beyond this multiple it is said.
+# A step is not cut in two, so a run may end a little above its budget; beyond this multiple it is
+# said.
 OVERSPENT = 1.1
 
 
@@ -27,10 +30,11 @@ OVERSPENT = 1.1
 class Report:
     """scores: one row per method, seed and test task.  fits: by (method, seed).
 
-    runs: one row per method and seed: what was found of eta (hyperguide), by which solver ("budget", "exact" or "posterior
-        of eta", the last two outside the budget), what it cost, whether it failed, whether it had converged, why it stopped,
-        and what it warned about.
-    level: of the interval whose coverage was counted.  budget: gradient evaluations per task that each run was given.
+    runs: one row per method and seed: what was found of eta (hyperguide), by which solver
+        ("budget", "exact" or "posterior of eta", the last two outside the budget), what it cost,
+        whether it failed, whether it had converged, why it stopped, and what it warned about.
+    level: of the interval whose coverage was counted.  budget: gradient evaluations per task that
+        each run was given.
     """
 
     scores: pd.DataFrame
@@ -41,17 +45,22 @@ class Report:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Mean of each score over test tasks and seeds, with the ends of its 95 % interval, one row per method.
+        """Mean of each score over test tasks and seeds, with the ends of its 95 % interval, one row
+        per method.
 
-        The interval is for other seeds and other tasks (with a single seed, for other tasks alone); see `interval`.  A method
-        that has not settled in some run has none (NaN): where it goes on to is not a matter of seeds and tasks.
-        settled: whether every run that did not fail had.  solver: as in `runs`.  overspent: evaluations as a multiple of the
-        budget, where a run spent more than a tenth above it; else NaN.
+        The interval is for other seeds and other tasks (with a single seed, for other tasks alone);
+        see `interval`.  A method that has not settled in some run has none (NaN): where it goes on
+        to is not a matter of seeds and tasks.
+        settled: whether every run that did not fail had.  solver: as in `runs`.  overspent:
+        evaluations as a multiple of the budget, where a run spent more than a tenth above it; else
+        NaN.
         """
         import pandas as pd
 
         settled = self._settled
-        rows = {method: _summarise(cells, settled[method]) for method, cells in self._cells().items()}
+        rows = {
+            method: _summarise(cells, settled[method]) for method, cells in self._cells().items()
+        }
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
         by = self.runs.groupby("method", sort=False)
         rest = by[["evaluations", "seconds"]].mean()
@@ -67,23 +76,30 @@ class Report:
     @property
     def _settled(self) -> dict[str, bool]:
         good = self.runs["converged"].astype(bool) | (self.runs["failed"] > 0)
-        return {str(method): bool(value) for method, value in good.groupby(self.runs["method"]).all().items()}
+        return {
+            str(method): bool(value)
+            for method, value in good.groupby(self.runs["method"]).all().items()
+        }
 
     def differences(self, reference: str) -> pd.DataFrame:
-        """Every method less `reference`, on the same tasks and seeds: means with their 95 % intervals.
+        """Every method less `reference`, on the same tasks and seeds: means with their 95 %
+        intervals.
 
-        Methods share tasks, so a difference is known better than either score; where one of the two has not settled it has no
-        interval (NaN).  Raises ValueError for an unknown method.
+        Methods share tasks, so a difference is known better than either score; where one of the two
+        has not settled it has no interval (NaN).  Raises ValueError for an unknown method.
         """
         import pandas as pd
 
         cells = self._cells()
         if reference not in cells:
-            raise ValueError(f"reference must be one of the methods {list(cells)}, not {reference!r}")
+            raise ValueError(
+                f"reference must be one of the methods {list(cells)}, not {reference!r}"
+            )
         own, settled = cells[reference], self._settled
         rows = {
             method: _summarise(
-                {metric: part[metric].sub(own[metric]) for metric in part}, settled[method] and settled[reference]
+                {metric: part[metric].sub(own[metric]) for metric in part},
+                settled[method] and settled[reference],
             )
             for method, part in cells.items()
             if method != reference
@@ -95,7 +111,10 @@ class Report:
         metrics = self.scores.columns.difference(["task", "method", "seed", "n"], sort=False)
         # not pivot_table, which drops a score that is NaN throughout
         return {
-            method: {metric: part.pivot(index="seed", columns="task", values=metric) for metric in metrics}
+            method: {
+                metric: part.pivot(index="seed", columns="task", values=metric)
+                for metric in metrics
+            }
             for method, part in self.scores.groupby("method", sort=False)
         }
 
@@ -106,7 +125,9 @@ class Report:
         return plot_comparison(self.table, metric, ax, self.level)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder, which is made; each whole or not at all."""
+        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder, which is made; each whole
+        or not at all.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, table, index in (
@@ -127,7 +148,11 @@ class Report:
             text[metric] = [
                 f"{mean:.2f} [{low:.2f}, {high:.2f}]" if settled else f"{mean:.2f} (not settled)"
                 for mean, low, high, settled in zip(
-                    table[metric], table[f"{metric}_low"], table[f"{metric}_high"], table["settled"], strict=True
+                    table[metric],
+                    table[f"{metric}_low"],
+                    table[f"{metric}_high"],
+                    table["settled"],
+                    strict=True,
                 )
             ]
         text = text[[column for column in text if column not in costs] + costs]
@@ -143,20 +168,33 @@ class Report:
             if len(unsettled) > len(rest):
                 named = "every method" + (f" but {', '.join(rest)}" if rest else "")
             notes.append(
-                "not settled, so without an interval: a larger budget, or standardised tasks, may change the order "
-                f"(report.runs): {named}"
+                "not settled, so without an interval: a larger budget, or standardised tasks, may "
+                f"change the order (report.runs): {named}"
             )
         over = list(table.index[table["overspent"].notna()])
         if over:
-            notes.append(f"overspent, since one step took more than was left of the budget: {', '.join(over)}")
+            notes.append(
+                "overspent, since one step took more than was left of the budget: "
+                f"{', '.join(over)}"
+            )
         exact = list(table.index[table["solver"] == "exact"])
         if exact:
-            notes.append(f"solved exactly, outside the budget and alike for every seed: {', '.join(exact)}")
-        own = self.runs[self.runs["hyperguide"] != "delta"].groupby("method", sort=False)["hyperguide"].first()
+            notes.append(
+                f"solved exactly, outside the budget and alike for every seed: {', '.join(exact)}"
+            )
+        own = (
+            self.runs[self.runs["hyperguide"] != "delta"]
+            .groupby("method", sort=False)["hyperguide"]
+            .first()
+        )
         if len(own):
             notes.append("with a posterior of eta, found by a solver of its own outside the budget")
             notes += [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
-        said = self.runs[self.runs["warnings"] != ""].groupby("method", sort=False)["warnings"].agg(["size", "first"])
+        said = (
+            self.runs[self.runs["warnings"] != ""]
+            .groupby("method", sort=False)["warnings"]
+            .agg(["size", "first"])
+        )
         if len(said):
             notes.append("warnings (in full: report.runs)")
             notes += [
@@ -169,10 +207,10 @@ class Report:
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """An interval for the mean of `cells` `(seeds, tasks)` over other seeds and other tasks.
 
-    A crossed design with random seeds and tasks: the half-widths for seeds alone and for tasks alone, each with Student's t on
-    its own means, joined as the root of their squares.  A little wide where both matter, and honest where seeds are few.
-    With one seed it holds for other tasks alone.  NaN where a cell is not a number: a method must not be judged on what
-    went well.
+    A crossed design with random seeds and tasks: the half-widths for seeds alone and for tasks
+    alone, each with Student's t on its own means, joined as the root of their squares.  A little
+    wide where both matter, and honest where seeds are few. With one seed it holds for other tasks
+    alone.  NaN where a cell is not a number: a method must not be judged on what went well.
 
     >>> low, high = interval(np.array([[1.0, 2.0, 3.0]]))
     >>> round(low, 2), round(high, 2)
@@ -194,5 +232,9 @@ def _summarise(cells: Mapping[str, pd.DataFrame], settled: bool) -> dict[str, fl
     out: dict[str, float] = {}
     for metric, table in cells.items():
         low, high = interval(table.to_numpy()) if settled else (math.nan, math.nan)
-        out |= {metric: float(table.to_numpy().mean()), f"{metric}_low": low, f"{metric}_high": high}
+        out |= {
+            metric: float(table.to_numpy().mean()),
+            f"{metric}_low": low,
+            f"{metric}_high": high,
+        }
     return out

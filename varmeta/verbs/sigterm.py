@@ -14,11 +14,13 @@ from varmeta.verbs.fit import fit
 
 @contextlib.contextmanager
 def sigterm_ends_fit() -> Iterator[None]:
-    """Within the block SIGTERM ends a running `fit` as Ctrl-C does: it returns what has been learned, and the block goes on.
+    """Within the block SIGTERM ends a running `fit` as Ctrl-C does: it returns what has been
+    learned, and the block goes on.
 
-    At the end of the block the process ends by the SIGTERM that it got, with the exit status that it would have had (143 in a
-    shell); a second SIGTERM ends it at once.  Outside a fit, as in `save`, nothing is interrupted.  What handled SIGTERM before
-    the block does so after it.  Without the block varmeta leaves SIGTERM alone.
+    At the end of the block the process ends by the SIGTERM that it got, with the exit status that
+    it would have had (143 in a shell); a second SIGTERM ends it at once.  Outside a fit, as in
+    `save`, nothing is interrupted.  What handled SIGTERM before the block does so after it.
+    Without the block varmeta leaves SIGTERM alone.
 
     Raises ValueError outside the main thread, which alone gets signals.
 
@@ -32,7 +34,8 @@ def sigterm_ends_fit() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     if before is None:
         raise ValueError(
-            "SIGTERM is handled by code that is not Python's, which could not be put back: leave it to that"
+            "SIGTERM is handled by code that is not Python's, which could not be put back: leave "
+            "it to that"
         )
     received = False
 
