@@ -4,6 +4,7 @@ other.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,26 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import varmeta as vm
+from tests.fuzz.outcome import COUNTS
 
 TOTAL = int(os.environ.get("VARMETA_FUZZ", "500"))
 
 
 def examples(share: float) -> Callable[[Any], Any]:
     """This share of all examples goes to the test."""
-    return settings(max_examples=max(1, round(TOTAL * share)))
+
+    def given_so_many(test: Any) -> Any:
+        inner = test.hypothesis.inner_test
+
+        @functools.wraps(inner)
+        def counted(*args: Any, **kwargs: Any) -> None:
+            COUNTS["examples"] += 1
+            inner(*args, **kwargs)
+
+        test.hypothesis.inner_test = counted
+        return settings(max_examples=max(1, round(TOTAL * share)))(test)
+
+    return given_so_many
 
 
 @dataclass

@@ -56,6 +56,19 @@ def gaussian_task(
     )
 
 
+def log_evidence(
+    design: np.ndarray, y: np.ndarray, theta0: np.ndarray, factor: np.ndarray, scale: float
+) -> float:
+    """log N(y; X theta0, (X L)(X L)' + scale^2 I) for the factor L `(D, D)` of a dense prior's covariance."""
+    if not len(y):
+        return 0.0
+    x = matrix(design)
+    moved, residual = x * matrix(factor), matrix(y[:, None]) - x * matrix(theta0[:, None])
+    marginal = moved * moved.T + mp.mpf(float(scale)) ** 2 * mp.eye(len(y))
+    quadratic = (residual.T * mp.lu_solve(marginal, residual))[0]
+    return float(-(quadratic + mp.log(mp.det(marginal)) + len(y) * mp.log(2 * mp.pi)) / 2)
+
+
 def least_squares_centre(
     designs: list[np.ndarray], ys: list[np.ndarray], precision: np.ndarray, scale: float
 ) -> np.ndarray | None:

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 import varmeta as vm
 from tests.fuzz import oracles
 from tests.fuzz.made import Rows, examples, rows
-from tests.fuzz.outcome import attempt
+from tests.fuzz.outcome import attempt, came_to
+from varmeta.guides.kl import scale as scale_of
 
 GUIDE = "multivariate_normal"
+# A fit that comes to an end does so in fewer steps (43 at most of 40 examples); after 200 the others have none either.
+FEW = 50
 powers = st.sampled_from([0, 0, 0, -4, -2, 2, 4])
 
 
@@ -39,10 +42,20 @@ def log_evidence(data: Rows, theta0: np.ndarray, precision: np.ndarray, scale: f
 def test_theta0_is_generalised_least_squares(data: Rows, precision: int, scale: int) -> None:
     given_prior = vm.GaussianPrior(10.0**precision)
     model = model_of(data, given_prior, 10.0**scale)
-    outcome = attempt(lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "theta0")
+
+    def learned() -> tuple[vm.Fit, float | None]:
+        found = vm.fit(model, data.tasks, vm.Joint(GUIDE), FEW, progress=False)
+        return found, found.log_likelihood
+
+    outcome = attempt(learned, "theta0")
     if outcome.value is None:
         return
-    found = outcome.value
+    found, log_likelihood = outcome.value
+    if (
+        not found.converged
+    ):  # which it says itself; that a fit of so many steps is not, is no surprise to warn of
+        came_to("no number", "theta0")
+        return
     width = data.xs[0].shape[1] + 1
     lambdas = np.full(width, 10.0**precision)
     best = oracles.least_squares_centre(data.designs, data.ys, lambdas, 10.0**scale)
@@ -52,28 +65,41 @@ def test_theta0_is_generalised_least_squares(data: Rows, precision: int, scale: 
     if best is not None:
         lost = log_evidence(data, best, lambdas, 10.0**scale) - said
         right = lost <= 1e-5
-    if found.log_likelihood is not None:
-        right &= abs(found.log_likelihood - said) <= 1e-6 + 1e-9 * abs(said)
+    if log_likelihood is not None:
+        # of a theta0 far from 0 the last digit alone, divided by the noise's sd, moves the evidence by as much
+        last_digit = (
+            sum(float((np.abs(x) @ np.abs(at)).sum()) for x in data.designs) * 2.2e-16 / 10.0**scale
+        )
+        right &= abs(log_likelihood - said) <= 1e-6 + 1e-9 * abs(said) + last_digit
     outcome.must_be(right, "theta0")
 
 
 @examples(0.04)
-@given(rows(), st.sampled_from(["shared", "per_parameter", "full"]), st.booleans())
+@given(rows(most_tasks=3), st.sampled_from(["shared", "per_parameter", "full"]), st.booleans())
 def test_a_log_likelihood_is_that_of_the_estimates(
     data: Rows, learn: str, learn_scale: bool
 ) -> None:
     model = model_of(data, vm.GaussianPrior(learn_precision=learn), 0.5, learn_scale)
-    outcome = attempt(
-        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), f"learned {learn}"
-    )
-    if outcome.value is None or outcome.value.log_likelihood is None or learn == "full":
+
+    def learned() -> tuple[vm.Fit, float | None]:
+        found = vm.fit(model, data.tasks, vm.Joint(GUIDE), FEW, progress=False)
+        return found, found.log_likelihood
+
+    outcome = attempt(learned, f"learned {learn}")
+    if outcome.value is None:
         return
-    found = outcome.value
+    found, log_likelihood = outcome.value
+    if log_likelihood is None:
+        came_to("no number", f"learned {learn}")
+        return
     scale = 0.5 if found.prior.scale is None else float(found.prior.scale)
-    exact = log_evidence(data, vector(found.prior.loc), vector(found.prior.precision), scale)
-    outcome.must_be(
-        abs(found.log_likelihood - exact) <= 1e-5 + 1e-7 * abs(exact), f"learned {learn}"
-    )
+    # of a dense prior the factor, not the covariance: far from 0, columns cancel what its rounding leaves
+    factor = scale_of(model.prior_distribution(found.eta)).numpy()
+    factor = np.diag(factor) if factor.ndim == 1 else factor
+    theta0 = vector(found.prior.loc)
+    pairs = zip(data.designs, data.ys, strict=True)
+    exact = sum(oracles.log_evidence(x, y, theta0, factor, scale) for x, y in pairs)
+    outcome.must_be(abs(log_likelihood - exact) <= 1e-5 + 1e-7 * abs(exact), f"learned {learn}")
 
 
 @examples(0.02)
@@ -82,8 +108,9 @@ def test_adapt_is_the_conjugate_posterior(data: Rows, new: Rows, precision: int)
     if new.xs[0].shape[1] != data.xs[0].shape[1]:
         new = data
     model = model_of(data, vm.GaussianPrior(10.0**precision))
+    # adapt takes eta as it is, so it need not be a good one
     learned = attempt(
-        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "before adapt"
+        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), 1, progress=False), "before adapt"
     )
     if learned.value is None:
         return
@@ -133,11 +160,16 @@ def test_neighbours_do_not_matter(data: Rows, precision: int) -> None:
     """A task's posterior is the same alone and in company."""
     model = model_of(data, vm.GaussianPrior(10.0**precision))
     learned = attempt(
-        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), progress=False), "before neighbours"
+        lambda: vm.fit(model, data.tasks, vm.Joint(GUIDE), 1, progress=False), "before neighbours"
     )
     if learned.value is None:
         return
     together = attempt(lambda: learned.value.adapt(data.tasks), "together")
+    if (
+        together.value is not None and together.said
+    ):  # of numbers that are doubted nothing is claimed
+        came_to("doubted", "neighbours")
+        return
     alone = [
         attempt(lambda i=i: learned.value.adapt(data.tasks[[i]]), "alone")
         for i in range(len(data.ys))
@@ -151,5 +183,4 @@ def test_neighbours_do_not_matter(data: Rows, precision: int) -> None:
         for name, value in one.value.mean.items():
             sd = one.value.sd[name][0]
             apart = (together.value.mean[name][i] - value[0]).abs() - 1e-9 * value[0].abs()
-            one.said += together.said
             one.must_be(bool((apart <= 1e-4 * sd).all()), "neighbours")

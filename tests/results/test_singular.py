@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +121,30 @@ def test_adaptation_reaches_the_posterior_under_a_singular_prior(
         assert float(row["mean", "dose"]) == pytest.approx(0.4 - 0.02 * mean, abs=1e-4)
         assert float(row["sd", "a"]) == pytest.approx(0.5 * sd, rel=1e-2)
         assert float(row["sd", "dose"]) == pytest.approx(0.02 * sd, rel=1e-2)
+
+
+def test_a_singular_fit_far_from_zero_is_shown_without_standard_errors() -> None:
+    """x = 1000 plus thousandths: the curvature of a task's guide is singular but for rounding, and has no standard errors."""
+    xs = [
+        [1000.00017806, 1000.00213222, 1000.00130411, 1000.00149238, 1000.00046781, 999.99898095],
+        [999.99959626, 999.99956108],
+        [1000.00004958, 1000.0009354, 1000.00016452, 999.99885126, 999.999805],
+    ]
+    ys = [
+        [0.59837704, -2.62082904, -2.36084633, -2.06299713, -0.34652713, 3.09956725],
+        [0.87850323, 1.85365508],
+        [1.9793995, 0.94432048, 0.35207002, 0.40006876, 0.9575475],
+    ]
+    tasks = vm.TaskSet(
+        [vm.Task((np.array(x)[:, None], np.array(y))) for x, y in zip(xs, ys, strict=True)]
+    )
+    torch.manual_seed(0)
+    model = vm.TaskModel(
+        torch.nn.Linear(1, 1).double(),
+        vm.likelihoods.Gaussian(0.5),
+        vm.GaussianPrior(learn_precision="full"),
+    )
+    with pytest.warns(RuntimeWarning, match="singular"):
+        fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"))
+    assert fit.standard_errors is None
+    assert "converged" in str(fit)

@@ -64,8 +64,9 @@ class _Losses:
 class Curvature:
     """M at (phi, eta) as a function of the coordinates, to second order.
 
-    hessian `(size, size)`: of min_phi sum_i F_i plus the penalty, the Schur complement of phi's
-    blocks. follow `(tasks, m, size)`: d phi* = -follow d coordinates.
+    hessian `(size, size)`: of min_phi sum_i F_i plus the penalty, the Schur complement of phi's blocks.
+    follow `(tasks, m, size)`: d phi* = -follow d coordinates.
+    Both are NaN where rounding has left a task's block singular.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class Curvature:
         shared = SharedProblem(fn, phi, point, penalty)
         x, e = shared.start()
         _, _, a, b, c = shared.hessian(x, e)
-        self.follow = torch.linalg.solve(a, b)
+        follow, singular = torch.linalg.solve_ex(a, b)
+        self.follow = torch.where((singular != 0)[:, None, None], math.nan, follow)
         schur = c - (b.mT @ self.follow).sum(0)
         self.hessian = 0.5 * (schur + schur.mT)
 
