@@ -275,3 +275,28 @@ def test_the_loss_of_counts_is_the_objective_at_what_was_learned(shift: float) -
     assert fit.converged and fit.run.state.phi is not None
     losses = fit.problem.losses("elbo", fit.tasks.batch(), 0)(fit.run.state.phi, fit.eta)
     assert fit.loss == pytest.approx(float(losses.sum() + model.penalty(fit.eta)), abs=1e-8)
+
+
+def test_a_guide_that_has_lost_its_width_is_left_with_what_rounding_leaves_of_it() -> None:
+    """exp(-800) is 0: the logarithm of its share of a row was -inf, and the row's entries inf."""
+    tasks = lines(3.0, twin=0.5)
+    model = vm.TaskModel(
+        vm.LinearPredictor(["a", "b"]),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(learn_precision="full"),
+    )
+    batch = tasks.batch()
+    problem = vm.Joint("multivariate_normal").problem(model, tasks, 0)
+    eta = model.init(batch.support.x.new_zeros(()))
+    inside = Whitened.of(problem, batch, eta)
+    assert inside is not None
+    phi, at = inside.enter(problem.start(batch, eta), eta)
+    phi["log_scale"][0] = torch.tensor([1.0, -500.0, -800.0], dtype=F64)
+    left, raw = inside.leave(phi, at)
+    assert all(bool(value.isfinite().all()) for value in left.values())
+    factor = problem.guide.distribution(left, raw, batch.support).scale_tril[0, 0]
+    sd = factor.norm(dim=-1)
+    # rows of the covariance in the data's coordinates: one direction is left, of the width asked for
+    direction = inside.leave(phi | {"log_scale": phi["log_scale"].clamp(min=-30.0)}, at)[0]
+    expected = problem.guide.distribution(direction, raw, batch.support).scale_tril[0, 0]
+    torch.testing.assert_close(sd, expected.norm(dim=-1), rtol=1e-9, atol=0.0)
