@@ -55,7 +55,7 @@ def test_the_bar_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self) -> None:
             said.append("closed")
 
-    monkeypatch.setattr(sys.modules["varmeta.verbs.fit"], "_bar", lambda *_: Bar())
+    monkeypatch.setattr(sys.modules["varmeta.verbs.progress"], "_bar", lambda *_: Bar())
     monkeypatch.setattr(capture, "_compile", lambda graph, examples: graph)
     capture._COMPILED.graphs.clear()
     vm.fit(net_model(PRIOR, 4), ragged_tasks(3), vm.Joint("normal"), 2, adam, compile=True)

@@ -23,7 +23,6 @@ from varmeta.hyper.importance import importance
 from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.models.eta import HYPERGUIDES, HyperPosterior
 from varmeta.models.kinks import kinked
-from varmeta.models.model import TaskModel
 from varmeta.numerics.joint import Step
 from varmeta.numerics.quadrature import nodes
 from varmeta.numerics.solution import Result
@@ -42,7 +41,7 @@ MAX_SIZE = 24
 
 
 def check_hyperguide(
-    hyperguide: object, model: TaskModel, tasks: TaskSet, strategy: Strategy
+    hyperguide: object, problem: Problem, tasks: TaskSet, strategy: Strategy, free: bool
 ) -> None:
     """Refuse, before any work, what has no posterior of eta.  Raises ValueError or TypeError."""
     if not isinstance(hyperguide, str):
@@ -55,8 +54,11 @@ def check_hyperguide(
         raise ValueError(
             f"hyperguide={hyperguide!r} goes with vm.Joint(...), not with {type(strategy).__name__}"
         )
-    problem = strategy.problem(model, tasks, 0)
-    batch = tasks.batch()
+    if not free:
+        raise ValueError(
+            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
+        )
+    model, batch = problem.model, tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     if problem.is_point(batch, eta):
         raise ValueError(
@@ -88,22 +90,25 @@ def check_hyperguide(
             "as it is.  Fix it, learn_concentration=False"
         )
     coordinates = Coordinates(model, eta)
-    free = int(_free(coordinates, hyperguide).sum())
-    if not free:
+    size_of_eta = int(_free(coordinates, hyperguide).sum())
+    if not size_of_eta:
         raise ValueError(
             f"hyperguide={hyperguide!r} has nothing to integrate over: no theta0 is learned "
             "(learn_loc), nor anything shared.  Leave it out: the estimates are those of maximum "
             "likelihood"
         )
-    if free > MAX_SIZE:
+    if size_of_eta > MAX_SIZE:
         raise ValueError(
-            f"eta has {free} numbers to integrate over, more than the {MAX_SIZE} that "
+            f"eta has {size_of_eta} numbers to integrate over, more than the {MAX_SIZE} that "
             f"hyperguide={hyperguide!r} serves"
         )
     num_tasks, size = flatten(problem.start(batch, eta)).shape
-    if 2 * free * num_tasks * size * (size + free * (free + 3) // 2) > 4 * MAX_NEWTON_ENTRIES:
+    if (
+        2 * size_of_eta * num_tasks * size * (size + size_of_eta * (size_of_eta + 3) // 2)
+        > 4 * MAX_NEWTON_ENTRIES
+    ):
         raise ValueError(
-            f"{num_tasks} tasks with {size} guide parameters and {free} numbers in eta are too "
+            f"{num_tasks} tasks with {size} guide parameters and {size_of_eta} numbers in eta are too "
             f"many for hyperguide={hyperguide!r}"
         )
     prior = model.prior

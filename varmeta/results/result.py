@@ -65,13 +65,20 @@ class Fit:
     """A learned prior, with the tasks' posteriors and the record of the run."""
 
     def __init__(
-        self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int, run: Run
+        self,
+        model: TaskModel,
+        tasks: TaskSet,
+        strategy: Strategy,
+        seed: int,
+        run: Run,
+        problem: Problem | None = None,
     ) -> None:
         self.model = model
         self.tasks = tasks
         self.strategy = strategy
         self.seed = seed
         self.run = run
+        self.problem = strategy.problem(model, tasks, seed) if problem is None else problem
 
     # -- what was learned --------------------------------------------------------------------------
 
@@ -243,10 +250,6 @@ class Fit:
     def raw_prior(self, scaling: Scaling) -> LearnedPrior:
         """The prior in the units that the tasks had before `scaling`: see `Scaling.raw_prior`."""
         return raw_prior(scaling, self.model, self.eta, self.prior)
-
-    @cached_property
-    def problem(self) -> Problem:
-        return self.strategy.problem(self.model, self.tasks, self.seed)
 
     # -- posteriors --------------------------------------------------------------------------------
 

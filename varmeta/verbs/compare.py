@@ -1,35 +1,23 @@
-"""`compare`: several strategies on the same tasks, seeds and budget, beside baselines that pool
-everything or nothing.
-"""
+"""`compare`: several strategies on the same tasks, seeds and budget, beside two baselines."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from time import perf_counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from varmeta._checks import positive_number, probability, whole_number
-from varmeta.fitting.baselines import BASELINES, Pooled, baseline
+from varmeta.fitting.baselines import BASELINES
 from varmeta.fitting.compiled_step import check_compile
 from varmeta.fitting.descent import OptimizerFactory
-from varmeta.fitting.joint_newton import newton_applies
-from varmeta.fitting.pooled_start import is_regression
 from varmeta.hyper.integrate import check_hyperguide
 from varmeta.models.check import check_model
-from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
-from varmeta.results.result import Fit
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import TaskSet
-from varmeta.verbs.fit import fit
 from varmeta.verbs.report import Report
+from varmeta.verbs.runs import Outcome, Plan
 
 
 def compare(
@@ -120,96 +108,46 @@ def compare(
             f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}"
         )
     methods = [*strategies, *(BASELINES if baselines else ())]
-    scores, runs, fits = [], [], {}
-    solved: dict[str, tuple[Fit, float]] = {}
-    free = optimizer is None and batch_size is None
-    jobs = [(seed, name) for seed in seed_list for name in methods]
+    plan = Plan(
+        strategies, chosen, hyperguides, train, test, budget, optimizer, batch_size, num_samples,
+        level, compile,
+    )  # fmt: skip
+    jobs = [(name, seed) for seed in seed_list for name in methods]
+    done: list[Outcome] = []
     try:
-        for seed, name in tqdm(
+        for name, seed in tqdm(
             jobs, disable=None if progress is None else not progress, leave=False
         ):
-            started, integrated = _initialised(chosen[name], seed), hyperguides.get(name, "delta")
-            begin = perf_counter()
-            failed, reason, seconds, said, solver = 0, "", float("nan"), list[str](), "budget"
-            try:
-                with _collected(said):
-                    own, strategy, rows = _parts(name, strategies, started, train)
-                    if integrated != "delta":
-                        solver = "posterior of eta"
-                        result = fit(
-                            own, rows, strategy, seed=seed, hyperguide=integrated, progress=False
-                        )
-                    elif free and (name in solved or _is_solved(own, strategy, rows, seed)):
-                        solver = "exact"
-                        if name in solved:
-                            result, begin = solved[name][0], perf_counter() - solved[name][1]
-                        else:
-                            result = fit(
-                                own, rows, strategy, seed=seed, compile=compile, progress=False
-                            )
-                            solved[name] = result, perf_counter() - begin
-                    else:
-                        result = fit(
-                            own,
-                            rows,
-                            strategy,
-                            optimizer=optimizer,
-                            batch_size=batch_size,
-                            seed=seed,
-                            budget=budget,
-                            compile=compile,
-                            progress=False,
-                        )
-                    if result.stop.startswith("interrupted"):
-                        raise KeyboardInterrupt  # half a run is no result
-                    fits[name, seed] = result
-                    seconds, reason = perf_counter() - begin, result.stop
-                    score = result.adapt(test, compile=compile).score(
-                        num_samples=num_samples, seed=seed, level=level
-                    )
-                by_task = score.iloc[:-1].reset_index()  # without "all"
-                scores.append(by_task.assign(method=name, seed=seed))
-            except (ArithmeticError, RuntimeError, ValueError) as error:
-                failed, reason = 1, f"{type(error).__name__}: {error}"
-            known = fits.get((name, seed))
-            spent, settled = (
-                (float("nan"), False) if known is None else (known.run.evaluations, known.converged)
-            )
-            runs.append(
-                {
-                    "method": name,
-                    "seed": seed,
-                    "hyperguide": integrated,
-                    "solver": solver,
-                    "evaluations": spent,
-                    "seconds": seconds,
-                    "failed": failed,
-                    "converged": settled,
-                    "stop": reason,
-                    "warnings": "; ".join(said),
-                }
-            )
+            done.append(plan.run(name, seed))
             if callback is not None:
-                callback(runs[-1])
+                callback(done[-1].row)
     except KeyboardInterrupt:
-        if not any(not run["failed"] for run in runs):
-            raise
-        done = len(runs) // len(methods) * len(methods)  # whole seeds, if anything came of one
-        if not any(not run["failed"] for run in runs[:done]):
-            done = len(runs)
-        kept = {(run["method"], run["seed"]) for run in runs[:done]}
-        scores = [part for part in scores if (part["method"].iloc[0], part["seed"].iloc[0]) in kept]
+        total = len(done)
+        done = _complete(done, len(methods))
         warnings.warn(
-            f"interrupted after {len(runs)} of {len(jobs)} runs: the report holds the first {done}",
+            f"interrupted after {total} of {len(jobs)} runs: the report holds the first "
+            f"{len(done)}",
             RuntimeWarning,
             stacklevel=2,
         )
-        runs, fits = runs[:done], {key: value for key, value in fits.items() if key in kept}
+    scores = [outcome.score for outcome in done if outcome.score is not None]
     if not scores:
-        raise RuntimeError(f"every strategy failed; the first: {runs[0]['stop']}")
-    return Report(
-        pd.concat(scores, ignore_index=True), pd.DataFrame(runs), fits, level, float(budget)
-    )
+        raise RuntimeError(f"every strategy failed; the first: {done[0].row['stop']}")
+    fits = {(o.row["method"], o.row["seed"]): o.fit for o in done if o.fit is not None}
+    rows = pd.DataFrame([outcome.row for outcome in done])
+    return Report(pd.concat(scores, ignore_index=True), rows, fits, level, float(budget))
+
+
+def _complete(done: list[Outcome], num_methods: int) -> list[Outcome]:
+    """What an interrupted comparison keeps.  Raises KeyboardInterrupt where nothing came of it."""
+
+    def came_of(some: list[Outcome]) -> bool:
+        return any(not outcome.row["failed"] for outcome in some)
+
+    if not came_of(done):
+        raise KeyboardInterrupt
+    seeds = done[: len(done) // num_methods * num_methods]  # whole seeds, if anything came of one
+    return seeds if came_of(seeds) else done
 
 
 def _check(
@@ -266,75 +204,10 @@ def _hyperguides(
     every = train.merged()
     for name, value in named.items():
         try:
-            check_hyperguide(value, models[name], every, strategies[name])
+            strategy = strategies[name]
+            problem = strategy.problem(models[name], every, 0)
+            check_hyperguide(value, problem, every, strategy, free=True)
         except (TypeError, ValueError) as error:
             some = "" if isinstance(given, Mapping) else "; give a dict for some strategies only"
             raise type(error)(f"strategy {name!r}: {error}{some}") from error
     return named
-
-
-def _initialised(model: TaskModel, seed: int) -> TaskModel:
-    """The model with its network's layers initialised anew by `seed` (as PyTorch initialises
-    them).
-    """
-    if model.net is None:
-        return model
-    fresh = copy.copy(model)
-    net = copy.deepcopy(model.net).cpu()  # one generator, whatever the device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        for module in net.modules():
-            reset = getattr(module, "reset_parameters", None) or getattr(
-                module, "_reset_parameters", None
-            )
-            # frozen statistics are data, not a start
-            if callable(reset) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                reset()
-    # a start that the user gave to the prior stays
-    held = {*model.prior.start_loc, *model.weights.fixed}
-    new = {
-        name: value.detach().clone() for name, value in net.named_parameters() if name not in held
-    }
-    fresh.start = model.start | new
-    return fresh
-
-
-def _parts(
-    name: str, strategies: Mapping[str, Strategy], model: TaskModel, train: TaskSet
-) -> tuple[TaskModel, Strategy, TaskSet]:
-    """What is fitted to what under this name."""
-    if name in strategies:
-        strategy = strategies[name]
-    else:
-        model, strategy = baseline(name, model, train, strategies.values())
-    return model, strategy, train.merged() if strategy.outer == "elbo" else train
-
-
-def _is_solved(model: TaskModel, strategy: Strategy, rows: TaskSet, seed: int) -> bool:
-    """Whether `fit` without a budget goes to the optimum from the pooled fit, so that no seed and
-    no start matters.
-    """
-    batch = rows.batch()
-    eta = model.init(batch.support.x.new_zeros(()))
-    if not is_regression(model, rows, eta) or kinked(model, batch, eta) is not None:
-        return False
-    problem = strategy.problem(model, rows, seed)
-    # the pooled fit is where "pooled" ends
-    return isinstance(strategy, Pooled) or newton_applies(strategy, problem, batch, eta)
-
-
-@contextlib.contextmanager
-def _collected(said: list[str]) -> Iterator[None]:
-    """Keep what RuntimeWarnings say, each once, instead of showing it between the runs of a
-    comparison.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        try:
-            yield
-        finally:
-            kept = [item for item in caught if issubclass(item.category, RuntimeWarning)]
-            said.extend(dict.fromkeys(str(item.message) for item in kept))
-    for item in caught:
-        if item not in kept:
-            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)

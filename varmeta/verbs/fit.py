@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +16,7 @@ from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.run import Callback, Run
 from varmeta.fitting.schedule import Decay, decay_of, label
-from varmeta.graphs.capture import seconds_compiling, watcher
+from varmeta.graphs.capture import seconds_compiling
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
 from varmeta.guides.quadrature import Quadrature
@@ -32,11 +30,10 @@ from varmeta.results.result import Fit
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
+from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.tasks import Batch, TaskSet
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from varmeta.verbs.progress import progress_bar
 
 
 def fit(
@@ -97,8 +94,7 @@ def fit(
         from its first step.
 
     Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
-    SIGTERM is left to the
-    process: see `sigterm_ends_fit`.
+    SIGTERM is left to the process: see `sigterm_ends_fit`.
 
     Raises ValueError or TypeError, before any work, for input that does not fit together.
 
@@ -108,21 +104,16 @@ def fit(
     >>> result.converged
     True
     """
-    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do
-    # not serve it
+    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not
+    # serve it
     free = optimizer is None and batch_size is None and budget is None
-    if strategy is None:
-        strategy = (
-            resume.strategy
-            if isinstance(resume, Fit)
-            else _default_strategy(model, hyperguide, free)
-        )
+    if strategy is None and isinstance(resume, Fit):
+        strategy = resume.strategy
+    elif strategy is None:
+        strategy = _default_strategy(model, hyperguide, free)
     if hyperguide is None:
-        hyperguide = (
-            resume.hyper.hyperguide
-            if isinstance(resume, Fit) and resume.hyper is not None
-            else "delta"
-        )
+        hyper = resume.hyper if isinstance(resume, Fit) else None
+        hyperguide = "delta" if hyper is None else hyper.hyperguide
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
@@ -130,99 +121,101 @@ def fit(
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
-    check_hyperguide(hyperguide, model, tasks, strategy)
-    if hyperguide != "delta" and not (optimizer is None and batch_size is None and budget is None):
-        raise ValueError(
-            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size "
-            "and budget"
-        )
     problem = strategy.problem(model, tasks, seed)
+    check_hyperguide(hyperguide, problem, tasks, strategy, free)
     check_strategy(strategy, problem, tasks)
     chunks.check(task_chunk_size, problem)
     whole = tasks.batch()
+    eta = model.init(whole.support.x.new_zeros(()))
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
-    smooth = kinked(model, whole, model.init(whole.support.x.new_zeros(()))) is None
-    free = free and smooth
+    smooth = kinked(model, whole, eta) is None
     resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
-    eta = model.init(whole.support.x.new_zeros(())) if resumed is None else resumed.eta
-    use_newton = free and newton_applies(strategy, problem, whole, eta)
-    quasi = free and lbfgs_applies(strategy, problem, eta)
-    if resumed is not None:
-        run = resumed
-    else:
-        # in raw units Adam would otherwise spend a budget on the way to the data
-        if smooth and optimizer is None and batch_size is None and is_regression(model, tasks, eta):
-            eta = pooled_start(problem, whole, eta)
-            eta = (
-                _dense_start(model, tasks, whole, eta, seed)
-                if quasi and problem.guide.at_mode
-                else eta
-            )
-        run = Run(eta, strategy.init(problem, whole, eta))
-    few = 200 if use_newton or quasi or hyperguide != "delta" else 2000
+    way = _way(strategy, problem, whole, eta, hyperguide, free and smooth)
+    # in raw units Adam would otherwise spend a budget on the way to the data
+    pooled = smooth and optimizer is None and batch_size is None
+    run = _start(strategy, problem, tasks, eta, way, pooled) if resumed is None else resumed
+    few = 2000 if way == "steps" else 200
     steps = num_steps if num_steps is not None else None if budget is not None else few
-    if steps is not None and run.step >= steps:
+    _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
+    compiled = seconds_compiling()
+    run.hyper, run.undetermined = None, ()
+    with progress_bar(progress, steps or few, callback) as report:
+        if way == "hyperguide":
+            run.schedule, left = None, (steps or few) - run.step
+            integrate(problem, strategy, whole, tasks, run, hyperguide, left, seed, report)
+        elif way == "newton":
+            newton(problem, strategy, whole, run, steps or few, report)
+        else:
+            factory = optimizer or (lbfgs if way == "lbfgs" else adam)
+            decay = decay_of("constant") if way == "lbfgs" else decay
+            run.schedule = None if way == "lbfgs" else label(schedule)
+            plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
+            descend(problem, strategy, tasks, run, plan, report)
+    run.seconds_compiling = seconds_compiling() - compiled
+    result = Fit(model, tasks, strategy, seed, run, problem)
+    # where the user says when to stop, that it came before convergence is no surprise
+    reached = num_steps is not None and run.step >= num_steps
+    spent = budget is not None and run.evaluations >= budget
+    for sentence in _doubts(result, reached or spent):
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _way(
+    strategy: Strategy, problem: Problem, whole: Batch, eta: Eta, hyperguide: str, free: bool
+) -> str:
+    """The solver: "hyperguide", "newton", "lbfgs", or "steps" of an optimiser."""
+    if hyperguide != "delta":
+        return "hyperguide"
+    if free and newton_applies(strategy, problem, whole, eta):
+        return "newton"
+    return "lbfgs" if free and lbfgs_applies(strategy, problem, eta) else "steps"
+
+
+def _start(
+    strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, way: str, pooled: bool
+) -> Run:
+    """The run before its first step; a regression at the fit to all tasks at once, if `pooled`."""
+    whole = tasks.batch()
+    if pooled and is_regression(problem.model, tasks, eta):
+        eta = pooled_start(problem, whole, eta)
+        if way == "lbfgs" and problem.guide.at_mode:
+            eta = _dense_start(problem.model, tasks, whole, eta, problem.seed)
+    return Run(eta, strategy.init(problem, whole, eta))
+
+
+def _check_steps(run: Run, steps: int | None, decay: Decay, same_schedule: bool) -> None:
+    """Refuse steps that a resumed run has taken already; warn where its step size starts anew."""
+    if steps is None:
+        return
+    if run.step >= steps:
         raise ValueError(
             f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, "
             "so give more"
         )
-    ended = (
-        resume is not None and run.stop.startswith("stopped") and run.schedule == label(schedule)
-    )
-    if ended and steps is not None and decay(run.step / steps) > decay(1.0):
+    ended = same_schedule and run.stop.startswith("stopped")
+    if ended and decay(run.step / steps) > decay(1.0):
         low = "to zero" if decay(1.0) == 0 else f"to {decay(1.0):.2g} of its full size"
         warnings.warn(
             f"the step size of the run that is resumed had fallen {low} by its last step, "
             f"{run.step}, and now starts high again: schedule='constant', or an interrupted "
             "longer run, goes on as if it had never stopped",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    compiled = seconds_compiling()
-    bar = _bar(progress, steps or few)
-    reports = _reporter(bar, callback)
-    run.hyper, run.undetermined = None, ()
-    watching = watcher.set(_said_by(bar))
-    try:
-        if hyperguide != "delta":
-            run.schedule = None
-            integrate(
-                problem,
-                strategy,
-                whole,
-                tasks,
-                run,
-                hyperguide,
-                (steps or few) - run.step,
-                seed,
-                reports,
-            )
-        elif use_newton:
-            newton(problem, strategy, whole, run, steps or few, reports)
-        else:
-            factory = optimizer or (lbfgs if quasi else adam)
-            decay = decay_of("constant") if quasi else decay
-            run.schedule = None if quasi else label(schedule)
-            plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
-            descend(problem, strategy, tasks, run, plan, reports)
-    finally:
-        watcher.reset(watching)
-        if bar is not None:
-            bar.close()
-    run.seconds_compiling = seconds_compiling() - compiled
-    result = Fit(model, tasks, strategy, seed, run)
-    # where the user says when to stop, that it came before convergence is no surprise
-    reached = (num_steps is not None and run.step >= num_steps) or (
-        budget is not None and run.evaluations >= budget
-    )
+
+
+def _doubts(result: Fit, reached: bool) -> list[str]:
+    """What to warn of; reached: whether the run ended where its user said."""
+    run = result.run
     interrupted = run.stop.startswith("interrupted")
     # where an interruption came before the first step, nothing was learned that one could doubt
     found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
-    run.outlier = run.outlier or drowning_at_start(strategy, problem, whole, run.loss)
-    for sentence in [*([run.outlier] if run.outlier else []), *found]:
-        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
-    return result
+    run.outlier = run.outlier or drowning_at_start(
+        result.strategy, result.problem, result.tasks.batch(), run.loss
+    )
+    return [*([run.outlier] if run.outlier else []), *found]
 
 
 def _default_strategy(model: object, hyperguide: str | None, free: bool) -> Strategy:
@@ -278,34 +271,3 @@ def _check_arguments(
             whole_number(name, number)
     if budget is not None:
         positive_number("budget", budget)
-
-
-def _bar(progress: bool | None, total: int) -> tqdm | None:
-    if progress is False:
-        return None
-    from tqdm.auto import tqdm
-
-    # disable=None: tqdm's own word for "only on a terminal"
-    return tqdm(total=total, disable=None if progress is None else False, leave=False)
-
-
-def _said_by(bar: tqdm | None) -> Callable[[bool], None] | None:
-    """What a bar says while a graph is compiled, which may take a minute in which it does not
-    move.
-    """
-    return (
-        None
-        if bar is None
-        else lambda compiling: bar.set_description("compiling" if compiling else None)
-    )
-
-
-def _reporter(bar: tqdm | None, callback: Callback | None) -> Callback:
-    def report(row: dict[str, float]) -> None:
-        if bar is not None:
-            bar.update(1)
-            bar.set_postfix(loss=f"{row['loss']:.6g}", refresh=False)
-        if callback is not None:
-            callback(row)
-
-    return report

@@ -1,0 +1,186 @@
+"""One run of a comparison: a method with a seed, fitted, adapted to the test tasks and scored."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from varmeta.fitting.baselines import Pooled, baseline
+from varmeta.fitting.descent import OptimizerFactory
+from varmeta.fitting.joint_newton import newton_applies
+from varmeta.fitting.pooled_start import is_regression
+from varmeta.models.kinks import kinked
+from varmeta.models.model import TaskModel
+from varmeta.results.result import Fit
+from varmeta.strategies.strategy import Strategy
+from varmeta.tasks import TaskSet
+from varmeta.verbs.fit import fit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row of the report's `runs`; the tasks' scores and the fit, where it came so far."""
+
+    row: dict[str, Any]
+    score: pd.DataFrame | None
+    fit: Fit | None
+
+
+@dataclass
+class Plan:
+    """What a comparison runs with; see `compare`.  solved: what a method's exact fit took."""
+
+    strategies: Mapping[str, Strategy]
+    models: Mapping[str, TaskModel]
+    hyperguides: Mapping[str, str]
+    train: TaskSet
+    test: TaskSet
+    budget: float
+    optimizer: OptimizerFactory | None
+    batch_size: int | None
+    num_samples: int
+    level: float
+    compile: str | bool
+    solved: dict[str, tuple[Fit, float]] = field(default_factory=dict)
+
+    def run(self, name: str, seed: int) -> Outcome:
+        """Fit the method of this name, adapt to the test tasks and score them; errors are kept."""
+        started, said = _initialised(self.models[name], seed), list[str]()
+        failed, reason, solver, seconds = 0, "", "budget", float("nan")
+        result = score = None
+        try:
+            with _collected(said):
+                own, strategy, rows = _parts(name, self.strategies, started, self.train)
+                solver = self._solver(name, own, strategy, rows, seed)
+                result, seconds = self._fit(solver, name, own, strategy, rows, seed)
+                reason = result.stop
+                by_task = result.adapt(self.test, compile=self.compile).score(
+                    num_samples=self.num_samples, seed=seed, level=self.level
+                )
+            # without "all"
+            score = by_task.iloc[:-1].reset_index().assign(method=name, seed=seed)
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            failed, reason = 1, f"{type(error).__name__}: {error}"
+        row = {
+            "method": name,
+            "seed": seed,
+            "hyperguide": self.hyperguides.get(name, "delta"),
+            "solver": solver,
+            "evaluations": float("nan") if result is None else result.run.evaluations,
+            "seconds": seconds,
+            "failed": failed,
+            "converged": result is not None and result.converged,
+            "stop": reason,
+            "warnings": "; ".join(said),
+        }
+        return Outcome(row, score, result)
+
+    def _solver(
+        self, name: str, model: TaskModel, strategy: Strategy, rows: TaskSet, seed: int
+    ) -> str:
+        """What the report calls it: "posterior of eta", "exact" or "budget"."""
+        if name in self.hyperguides and self.hyperguides[name] != "delta":
+            return "posterior of eta"
+        free = self.optimizer is None and self.batch_size is None
+        if free and (name in self.solved or _is_solved(model, strategy, rows, seed)):
+            return "exact"
+        return "budget"
+
+    def _fit(
+        self, solver: str, name: str, model: TaskModel, strategy: Strategy, rows: TaskSet, seed: int
+    ) -> tuple[Fit, float]:
+        """The fit and its seconds.  Raises KeyboardInterrupt for half a run, which is no result."""
+        if solver == "exact" and name in self.solved:
+            return self.solved[name]
+        options: dict[str, Any] = {"compile": self.compile}
+        if solver == "posterior of eta":
+            options = {"hyperguide": self.hyperguides[name]}
+        elif solver == "budget":
+            options |= {"optimizer": self.optimizer, "batch_size": self.batch_size}
+            options |= {"budget": self.budget}
+        begin = perf_counter()
+        found = fit(model, rows, strategy, seed=seed, progress=False, **options)
+        if found.stop.startswith("interrupted"):
+            raise KeyboardInterrupt
+        seconds = perf_counter() - begin
+        if solver == "exact":
+            self.solved[name] = found, seconds
+        return found, seconds
+
+
+def _initialised(model: TaskModel, seed: int) -> TaskModel:
+    """The model with its network's layers initialised anew by `seed` (as PyTorch initialises
+    them).
+    """
+    if model.net is None:
+        return model
+    fresh = copy.copy(model)
+    net = copy.deepcopy(model.net).cpu()  # one generator, whatever the device
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for module in net.modules():
+            reset = getattr(module, "reset_parameters", None) or getattr(
+                module, "_reset_parameters", None
+            )
+            # frozen statistics are data, not a start
+            if callable(reset) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                reset()
+    # a start that the user gave to the prior stays
+    held = {*model.prior.start_loc, *model.weights.fixed}
+    new = {
+        name: value.detach().clone() for name, value in net.named_parameters() if name not in held
+    }
+    fresh.start = model.start | new
+    return fresh
+
+
+def _parts(
+    name: str, strategies: Mapping[str, Strategy], model: TaskModel, train: TaskSet
+) -> tuple[TaskModel, Strategy, TaskSet]:
+    """What is fitted to what under this name."""
+    if name in strategies:
+        strategy = strategies[name]
+    else:
+        model, strategy = baseline(name, model, train, strategies.values())
+    return model, strategy, train.merged() if strategy.outer == "elbo" else train
+
+
+def _is_solved(model: TaskModel, strategy: Strategy, rows: TaskSet, seed: int) -> bool:
+    """Whether `fit` without a budget goes to the optimum from the pooled fit, so that no seed and
+    no start matters.
+    """
+    batch = rows.batch()
+    eta = model.init(batch.support.x.new_zeros(()))
+    if not is_regression(model, rows, eta) or kinked(model, batch, eta) is not None:
+        return False
+    problem = strategy.problem(model, rows, seed)
+    # the pooled fit is where "pooled" ends
+    return isinstance(strategy, Pooled) or newton_applies(strategy, problem, batch, eta)
+
+
+@contextlib.contextmanager
+def _collected(said: list[str]) -> Iterator[None]:
+    """Keep what RuntimeWarnings say, each once, instead of showing it between the runs of a
+    comparison.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        try:
+            yield
+        finally:
+            kept = [item for item in caught if issubclass(item.category, RuntimeWarning)]
+            said.extend(dict.fromkeys(str(item.message) for item in kept))
+    for item in caught:
+        if item not in kept:
+            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)
