@@ -17,8 +17,8 @@ from torch import nn
 import varmeta as vm
 from tests.cases import linear_model, net_model, ragged_tasks, seeded
 from varmeta.fitting.baselines import BASELINES, Pooled, baseline
-from varmeta.verbs.runs import _initialised
 from varmeta.verbs.report import interval
+from varmeta.verbs.runs import _initialised
 
 PRIOR = vm.GaussianPrior(3.0)
 INNER: dict[str, Any] = {"inner_steps": 2, "minimizer": vm.GradientDescent(lr=0.01)}
