@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
-from varmeta.fitting.descent import _judge
 from varmeta.fitting.run import Run
+from varmeta.fitting.settling import judge
 from varmeta.strategies.strategy import State
 
 
@@ -211,7 +211,7 @@ def test_whether_a_run_has_settled(
     )
     losses = 100.0 + draws + slope * torch.arange(200)
     run = Run({}, State(None, None, 0, 1.0), [{"loss": x} for x in losses.tolist()])
-    _judge(run, 10, 1)
+    judge(run, 10, 1)
     assert run.converged is converged and re.search(verdict, run.stop)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.cases import adam, known, linear_model, net_model, ragged_tasks, scalar_model, seeded
 from varmeta.fitting.descent import _rows
+from varmeta.fitting.run import Run
 from varmeta.results.doubts import doubts
 from varmeta.strategies.strategy import Strategy
 
@@ -410,7 +411,7 @@ def test_a_run_without_learning_is_printed_too() -> None:
 
     fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint(), 5, adam, callback=at_once)
     assert "interrupted after 1 steps" in str(fit)
-    empty = vm.Fit(fit.model, fit.tasks, fit.strategy, 0, vm.result.Run(fit.eta, fit.run.state))
+    empty = vm.Fit(fit.model, fit.tasks, fit.strategy, 0, Run(fit.eta, fit.run.state))
     assert "not run" in str(empty) and np.isnan(empty.loss) and len(empty.history) == 0
 
 

@@ -17,18 +17,14 @@ from varmeta.fitting.compiled_step import Step
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Callback, Run, interrupted
 from varmeta.fitting.schedule import GIVEN, Decay, Rates
+from varmeta.fitting.settling import judge, promised, settled
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
-from varmeta.strategies.strategy import Eta, State, Strategy
+from varmeta.strategies.strategy import Eta, State, Strategy, Traits
 from varmeta.strategies.warnings import warning
 from varmeta.tasks import Batch, TaskSet
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
-# A run has settled when its mean objective changed by no more than this over its last third (nats
-# per task), or than chance makes of it; how far that is must be below RESOLVED, or nothing is
-# known.
-SETTLED = 0.01
-RESOLVED = 0.05
 # A line search that is stuck although its direction promises more than this (nats) is no
 # convergence.
 JUMP = 1e-3
@@ -89,24 +85,194 @@ def descend(
     callback: Callback | None,
 ) -> None:
     """Step eta by a torch optimiser; updates `run` in place, also when interrupted."""
-    eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
-    leaves = list(eta.values())
+    way = _Way(problem, strategy, tasks, run, plan)
+    run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
+    try:
+        for step in range(run.step, plan.num_steps if plan.num_steps is not None else 10**9):
+            if plan.budget is not None and way.spent >= plan.budget:
+                run.stop = (
+                    f"spent its budget of {plan.budget:g} gradient evaluations per task after "
+                    f"{step} steps"
+                )
+                break
+            if not way.step(step, callback) or way.arrived(step):
+                break
+    except KeyboardInterrupt:
+        run.stop = interrupted(run.step)
+    way.end()
+
+
+class _Way:
+    """The way of one run: what is kept from step to step.
+
+    safe: the last point at which the loss was finite, which a run that breaks off returns.
+    met: the losses of the last step that went well.
+    """
+
+    def __init__(
+        self, problem: Problem, strategy: Strategy, tasks: TaskSet, run: Run, plan: Descent
+    ) -> None:
+        self.problem, self.strategy, self.tasks = problem, strategy, tasks
+        self.run, self.plan = run, plan
+        self.traits = strategy.traits(problem)
+        self.eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
+        self.optimizer, self.rates = _optimizer(list(self.eta.values()), run, plan)
+        self.quasi_newton = isinstance(self.optimizer, torch.optim.LBFGS)
+        _check_goes_together(strategy, problem, plan, self.traits, self.quasi_newton)
+        self.take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
+        all_at_once = plan.batch_size is None or plan.batch_size >= len(tasks)
+        self.whole = tasks.batch() if all_at_once else None
+        self.first, self.begin = run.step, perf_counter() - run.seconds
+        self.spent = run.evaluations
+        self.safe = run.eta, run.state
+        self.broken = self.warned = False
+        self.met: tuple[Batch, Tensor] | None = None
+
+    def step(self, step: int, callback: Callback | None) -> bool:
+        """Take one; False where the run breaks off."""
+        plan, run, eta = self.plan, self.run, self.eta
+        whole_way = plan.num_steps or math.inf, plan.budget or math.inf
+        scale = plan.decay(max(step / whole_way[0], self.spent / whole_way[1]))
+        batch = self._batch(step)
+        before = replace(run.state, lr_scale=scale)
+        if self.traits.period is not None:
+            period = self.traits.period
+            before = _in_period(self.strategy, self.problem, self.tasks, eta, before, period)
+        here = {name: value.detach().clone() for name, value in eta.items()}
+        calls, lost = self._move(batch, before, scale)
+        value, gradient, state, stats = calls[0]
+        # one read a step
+        numbers = torch.stack([value, _norm(gradient), _norm(eta)]).tolist()
+        loss, gradient_norm, _ = numbers
+        if math.isfinite(loss):
+            self.safe = here, run.state
+        if lost or not all(map(math.isfinite, numbers)):
+            self._break_off(step, batch, here, before, calls)
+            return False
+        sentence = None if self.warned else warning(self.traits, batch, stats)
+        if sentence is not None:  # once: the next steps would say the same with other numbers
+            warnings.warn(sentence, RuntimeWarning, stacklevel=4)
+            self.warned = True
+        # a minibatch works for its own tasks only
+        share = len(batch) / len(self.tasks)
+        self.spent += share * sum(float(call.stats.evaluations) for call in calls)
+        run.state = state
+        self.met = batch, stats.losses
+        run.record(
+            callback,
+            step=step + 1,
+            loss=loss,
+            gradient_norm=gradient_norm,
+            evaluations=self.spent,
+            seconds=perf_counter() - self.begin,
+        )
+        return True
+
+    def _batch(self, step: int) -> Batch:
+        if self.whole is not None:
+            return self.whole
+        total = len(self.tasks)
+        return self.tasks.batch(
+            _rows(total, self.plan.batch_size or total, self.problem.seed, step)
+        )
+
+    def _move(self, batch: Batch, before: State, scale: float) -> tuple[list[Outcome], bool]:
+        """Let the optimiser step eta; what it evaluated, and whether its line search was lost."""
+        calls: list[Outcome] = []
+
+        def closure() -> float:
+            if calls and not math.isfinite(float(_norm(self.eta))):
+                raise _NowhereError  # where a line search may lead, and nothing can be computed
+            calls.append(self.take_step(self.problem, batch, self.eta, before))
+            for name, gradient in calls[-1].gradient.items():
+                self.eta[name].grad = gradient
+            return float(calls[-1].value)
+
+        try:
+            self.rates.step(closure, scale)
+        # an IndexError of torch's line search, of values that it cannot order
+        except (_NowhereError, IndexError):
+            if not self.quasi_newton:
+                raise
+            return calls, True
+        return calls, False
+
+    def _break_off(
+        self, step: int, batch: Batch, here: Eta, before: State, calls: list[Outcome]
+    ) -> None:
+        """Back to the last finite point.  Raises ValueError where that is none of this run's."""
+        met = [] if self.met is None else [self.met]
+        message = _what_failed(
+            self.strategy, self.problem, batch, here, before, met, calls, f"at step {step}"
+        )
+        if step == self.first:
+            raise ValueError(message)
+        self.run.stop = f"{message}; this is the fit of the last step at which it was"
+        warnings.warn(self.run.stop, RuntimeWarning, stacklevel=5)
+        self.broken, self.run.state = True, self.safe[1]
+        for name, value in self.safe[0].items():
+            self.eta[name].data.copy_(value)
+
+    def arrived(self, step: int) -> bool:
+        """Whether a run without noise has come to its end: its record is flat.
+
+        Quasi-Newton steps are large, so that two of them tell.
+        """
+        run, window = self.run, 2 if self.quasi_newton else 50
+        flat = self.whole is not None and not self.traits.noisy and settled(run.history, window)
+        if not flat:
+            return False
+        left = promised(self.optimizer) if self.quasi_newton else 0.0
+        kind = "quasi-Newton steps" if self.quasi_newton else "steps"
+        rounding = torch.finfo(next(iter(self.eta.values())).dtype).eps
+        run.converged = left <= max(JUMP, 100 * rounding * abs(run.history[-1]["loss"]))
+        run.stop = (
+            f"converged after {step + 1} {kind}: the objective no longer changes"
+            if run.converged
+            else f"after {step + 1} {kind} none lowers the objective, although its gradient "
+            f"promises {left:.1e} nats: it jumps, as where a task's loss has several minima and "
+            "eta decides which is found.  Take a Gaussian guide with vm.Joint, make the tasks' "
+            "weights fewer, or start elsewhere"
+        )
+        return True
+
+    def end(self) -> None:
+        """Write what was reached into the run."""
+        run, batch = self.run, self.whole or self.tasks.batch()
+        run.eta = {name: value.detach().clone() for name, value in self.eta.items()}
+        # of a run that broke off the optimiser's averages are not finite either
+        run.optimizer_state = None if self.broken else self.optimizer.state_dict()
+        run.loss = self.take_step.value(self.problem, batch, run.eta, run.state)
+        run.outlier = None if self.met is None or self.broken else drowning(*self.met)
+        if not self.quasi_newton and run.stop.startswith(("stopped", "spent")):
+            judge(run, len(self.tasks), self.traits.period or 1)
+
+
+def _optimizer(
+    leaves: list[Tensor], run: Run, plan: Descent
+) -> tuple[torch.optim.Optimizer, Rates]:
+    """The optimiser, where a resumed run left it.  Raises ValueError for one of another kind."""
     optimizer = plan.optimizer(leaves)
     rates = Rates(optimizer)
-    if run.optimizer_state is not None:
-        given = [dict(group) for group in optimizer.param_groups]
-        known, own = (
-            set(state["param_groups"][0]) for state in (run.optimizer_state, optimizer.state_dict())
+    if run.optimizer_state is None:
+        return optimizer, rates
+    given = [dict(group) for group in optimizer.param_groups]
+    states = run.optimizer_state, optimizer.state_dict()
+    known, own = (set(state["param_groups"][0]) for state in states)
+    # a file of version 0.1.0 knows no given rate: it goes on at the new optimizer's
+    if known | {GIVEN} != own:
+        raise ValueError(
+            "resume was stepped by another kind of optimizer: give fit(optimizer=...) the same "
+            "again"
         )
-        # a file of version 0.1.0 knows no given rate: it goes on at the new optimizer's
-        if known | {GIVEN} != own:
-            raise ValueError(
-                "resume was stepped by another kind of optimizer: give fit(optimizer=...) the same "
-                "again"
-            )
-        optimizer.load_state_dict(run.optimizer_state)
-        rates.go_on_from(given)
-    quasi_newton, traits = isinstance(optimizer, torch.optim.LBFGS), strategy.traits(problem)
+    optimizer.load_state_dict(run.optimizer_state)
+    rates.go_on_from(given)
+    return optimizer, rates
+
+
+def _check_goes_together(
+    strategy: Strategy, problem: Problem, plan: Descent, traits: Traits, quasi_newton: bool
+) -> None:
     if quasi_newton and traits.stored:
         raise ValueError(
             f"LBFGS evaluates the objective several times a step, but {type(strategy).__name__} "
@@ -117,134 +283,12 @@ def descend(
             "LBFGS's line search trusts value and gradient alike, but those of "
             f"{strategy.describe()} do not belong together: use Adam or SGD"
         )
-    if (
-        traits.period is not None
-        and plan.batch_size is not None
-        and isinstance(problem.guide, PyroGuide)
-    ):
+    minibatch = plan.batch_size is not None
+    if traits.period is not None and minibatch and isinstance(problem.guide, PyroGuide):
         raise ValueError(
             f"{type(strategy).__name__} with a guide of one's own needs all tasks in each step: "
             "leave batch_size out"
         )
-    take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
-    whole = tasks.batch() if plan.batch_size is None or plan.batch_size >= len(tasks) else None
-    start, begin = run.step, perf_counter() - run.seconds
-    spent = run.evaluations
-    # the last point at which the loss was finite; what a run that breaks off returns
-    safe, broken = (run.eta, run.state), False
-    warned = False
-    met: tuple[Batch, Tensor] | None = None  # the losses of the last step
-    run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
-    try:
-        for step in range(start, plan.num_steps if plan.num_steps is not None else 10**9):
-            fraction = max(step / (plan.num_steps or math.inf), spent / (plan.budget or math.inf))
-            if plan.budget is not None and spent >= plan.budget:
-                run.stop = (
-                    f"spent its budget of {plan.budget:g} gradient evaluations per task after "
-                    f"{step} steps"
-                )
-                break
-            scale = plan.decay(fraction)
-            batch = whole or tasks.batch(
-                _rows(len(tasks), plan.batch_size or len(tasks), problem.seed, step)
-            )
-            before = replace(run.state, lr_scale=scale)
-            if traits.period is not None:
-                before = _in_period(strategy, problem, tasks, eta, before, traits.period)
-            calls: list[Outcome] = []
-
-            def closure() -> float:
-                # B023: the closure is called within this step only
-                if calls and not math.isfinite(float(_norm(eta))):  # noqa: B023
-                    raise _NowhereError  # where a line search may lead, and nothing can be computed
-                calls.append(take_step(problem, batch, eta, before))  # noqa: B023
-                for name, gradient in calls[-1].gradient.items():  # noqa: B023
-                    eta[name].grad = gradient
-                return float(calls[-1].value)  # noqa: B023
-
-            here = {name: value.detach().clone() for name, value in eta.items()}
-            lost = False
-            try:
-                rates.step(closure, scale)
-            except (
-                _NowhereError,
-                IndexError,
-            ):  # an IndexError of torch's line search, of values that it cannot order
-                if not quasi_newton:
-                    raise
-                lost = True
-            value, gradient, state, stats = calls[0]
-            loss, gradient_norm, size = torch.stack(
-                [value, _norm(gradient), _norm(eta)]
-            ).tolist()  # one read a step
-            if math.isfinite(loss):
-                safe = here, run.state
-            if lost or not all(map(math.isfinite, (loss, gradient_norm, size))):
-                message = _what_failed(
-                    strategy,
-                    problem,
-                    batch,
-                    here,
-                    before,
-                    [] if met is None else [met],
-                    calls,
-                    f"at step {step}",
-                )
-                if step == start:
-                    raise ValueError(message)
-                run.stop = f"{message}; this is the fit of the last step at which it was"
-                warnings.warn(run.stop, RuntimeWarning, stacklevel=3)
-                broken, run.state = True, safe[1]
-                for name, before_it in safe[0].items():
-                    eta[name].data.copy_(before_it)
-                break
-            sentence = None if warned else warning(traits, batch, stats)
-            if sentence is not None:  # once: the next steps would say the same with other numbers
-                warnings.warn(sentence, RuntimeWarning, stacklevel=3)
-                warned = True
-            # a minibatch works for its own tasks only
-            share = len(batch) / len(tasks)
-            spent += share * sum(float(call.stats.evaluations) for call in calls)
-            run.state = state
-            met = batch, stats.losses
-            run.record(
-                callback,
-                step=step + 1,
-                loss=loss,
-                gradient_norm=gradient_norm,
-                evaluations=spent,
-                seconds=perf_counter() - begin,
-            )
-            # without noise a flat record is the end; quasi-Newton steps are large, so two of them
-            # tell
-            if (
-                whole is not None
-                and not traits.noisy
-                and _settled(run.history, 2 if quasi_newton else 50)
-            ):
-                left = _promised(optimizer) if quasi_newton else 0.0
-                kind = "quasi-Newton steps" if quasi_newton else "steps"
-                run.converged = left <= max(JUMP, 100 * torch.finfo(value.dtype).eps * abs(loss))
-                run.stop = (
-                    f"converged after {step + 1} {kind}: the objective no longer changes"
-                    if run.converged
-                    else f"after {step + 1} {kind} none lowers the objective, although its "
-                    f"gradient promises {left:.1e} nats: it "
-                    "jumps, as where a task's loss has several minima and eta decides which is "
-                    "found.  Take a Gaussian guide with vm.Joint, make the tasks' weights fewer, "
-                    "or start elsewhere"
-                )
-                break
-    except KeyboardInterrupt:
-        run.stop = interrupted(run.step)
-    run.eta = {name: value.detach().clone() for name, value in eta.items()}
-    run.optimizer_state = (
-        None if broken else optimizer.state_dict()
-    )  # its averages are not finite either
-    run.loss = take_step.value(problem, whole or tasks.batch(), run.eta, run.state)
-    run.outlier = None if met is None or broken else drowning(*met)
-    if not quasi_newton and run.stop.startswith(("stopped", "spent")):
-        _judge(run, len(tasks), traits.period or 1)
 
 
 def _in_period(
@@ -313,54 +357,3 @@ def _rows(total: int, size: int, seed: int, step: int) -> Tensor:
         .sort()
         .values
     )
-
-
-def _settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-10) -> bool:
-    """Whether the last `window` losses are equal up to rounding."""
-    losses = [row["loss"] for row in history[-window:]]
-    return len(losses) == window and max(losses) - min(losses) <= tolerance * max(
-        1.0, abs(losses[-1])
-    )
-
-
-def _promised(optimizer: torch.optim.Optimizer) -> float:
-    """By how much the last direction of L-BFGS would have lowered the objective, were it the
-    quadratic that it took it for.
-    """
-    state = next(iter(optimizer.state.values()))
-    return -0.5 * float(state["prev_flat_grad"] @ state["d"])
-
-
-def _judge(run: Run, num_tasks: int, every: int) -> None:
-    """Whether a first-order run settled: the mean loss of its last tenth against the tenth that
-    ended at 70 %.
-
-    Not the tenth before: under a falling step size nothing moves at the end, whether or not it has
-        arrived.
-    every: look at each that many-th step only (the ends of `Reinit`'s periods).
-    """
-    losses = torch.tensor(
-        [row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64
-    )
-    tenth = max(1, len(losses) // 10)
-    if len(losses) < (30 if every == 1 else 4):
-        return
-    late, earlier = losses[-tenth:], losses[-4 * tenth : -3 * tenth]
-    change = float(earlier.mean() - late.mean())
-    # what minibatches and draws make of it by chance
-    noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
-    longer = "the budget" if run.stop.startswith("spent") else "num_steps"
-    still = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
-    run.converged = still and noise <= RESOLVED * num_tasks
-    if run.converged:
-        verdict = "which has settled"
-    elif still:
-        verdict = (
-            f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
-        )
-    elif change > 0:
-        verdict = f"so it is still moving: raise {longer} or the learning rate"
-    else:
-        verdict = "so it does not descend: lower the learning rate"
-    moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"
-    run.stop += f"; over its last third the mean objective {moved} nats, {verdict}"

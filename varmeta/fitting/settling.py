@@ -1,0 +1,66 @@
+"""When a run of steps has come to its end: by a flat record, or by its last third."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from varmeta.fitting.run import Run
+
+# A run has settled when its mean objective changed by no more than this over its last third (nats
+# per task), or than chance makes of it; how far that is must be below RESOLVED, or nothing is
+# known.
+SETTLED = 0.01
+RESOLVED = 0.05
+
+
+def settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-10) -> bool:
+    """Whether the last `window` losses are equal up to rounding."""
+    losses = [row["loss"] for row in history[-window:]]
+    return len(losses) == window and max(losses) - min(losses) <= tolerance * max(
+        1.0, abs(losses[-1])
+    )
+
+
+def promised(optimizer: torch.optim.Optimizer) -> float:
+    """By how much the last direction of L-BFGS would have lowered the objective, were it the
+    quadratic that it took it for.
+    """
+    state = next(iter(optimizer.state.values()))
+    return -0.5 * float(state["prev_flat_grad"] @ state["d"])
+
+
+def judge(run: Run, num_tasks: int, every: int) -> None:
+    """Whether a first-order run settled: the mean loss of its last tenth against the tenth that
+    ended at 70 %.
+
+    Not the tenth before: under a falling step size nothing moves at the end, whether or not it has
+        arrived.
+    every: look at each that many-th step only (the ends of `Reinit`'s periods).
+    """
+    losses = torch.tensor(
+        [row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64
+    )
+    tenth = max(1, len(losses) // 10)
+    if len(losses) < (30 if every == 1 else 4):
+        return
+    late, earlier = losses[-tenth:], losses[-4 * tenth : -3 * tenth]
+    change = float(earlier.mean() - late.mean())
+    # what minibatches and draws make of it by chance
+    noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
+    longer = "the budget" if run.stop.startswith("spent") else "num_steps"
+    still = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
+    run.converged = still and noise <= RESOLVED * num_tasks
+    if run.converged:
+        verdict = "which has settled"
+    elif still:
+        verdict = (
+            f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
+        )
+    elif change > 0:
+        verdict = f"so it is still moving: raise {longer} or the learning rate"
+    else:
+        verdict = "so it does not descend: lower the learning rate"
+    moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"
+    run.stop += f"; over its last third the mean objective {moved} nats, {verdict}"
