@@ -119,31 +119,42 @@ def _constants(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.target in _LIKE and value.is_floating_point():
-            with graph.inserting_before(node):
-                made = {"dtype": value.dtype, "device": value.device}
-                full = graph.call_function(
-                    aten.full.default, (list(value.shape), _LIKE[node.target]), made
-                )
-            full.meta["val"] = value.contiguous()
-            node.replace_all_uses_with(full)
+            node.replace_all_uses_with(_full(graph, node))
         elif (
             node.target in _NEUTRAL
             and not node.kwargs
             and all(isinstance(x, fx.Node) for x in node.args)
         ):
-            first, other = node.args
-            neutral = _NEUTRAL[node.target]
-            if node.target in (aten.add.Tensor, aten.mul.Tensor) and _filled_with(first) == neutral:
-                first, other = other, first
-            if _filled_with(other) != neutral or first.meta["val"].dtype != value.dtype:
-                continue
-            same = first
-            if shape_of(first) != tuple(value.shape):
-                with graph.inserting_before(node):
-                    same = graph.call_function(aten.expand.default, (first, list(value.shape)))
-                same.meta["val"] = first.meta["val"].expand(value.shape)
-            node.replace_all_uses_with(same)
+            same = _unchanged(graph, node)
+            if same is not None:
+                node.replace_all_uses_with(same)
     graph.eliminate_dead_code()
+
+
+def _full(graph: fx.Graph, node: Node) -> Node:
+    """Zeros or ones, of a shape that is written out."""
+    value = node.meta["val"]
+    with graph.inserting_before(node):
+        made = {"dtype": value.dtype, "device": value.device}
+        full = graph.call_function(aten.full.default, (list(value.shape), _LIKE[node.target]), made)
+    full.meta["val"] = value.contiguous()
+    return full
+
+
+def _unchanged(graph: fx.Graph, node: Node) -> Node | None:
+    """What a sum with zeros, or a product with ones, is equal to; None where it is neither."""
+    value, (first, other) = node.meta["val"], node.args
+    neutral = _NEUTRAL[node.target]
+    if node.target in (aten.add.Tensor, aten.mul.Tensor) and _filled_with(first) == neutral:
+        first, other = other, first
+    if _filled_with(other) != neutral or first.meta["val"].dtype != value.dtype:
+        return None
+    if shape_of(first) == tuple(value.shape):
+        return first
+    with graph.inserting_before(node):
+        same = graph.call_function(aten.expand.default, (first, list(value.shape)))
+    same.meta["val"] = first.meta["val"].expand(value.shape)
+    return same
 
 
 def _filled_with(node: Node) -> float | None:
@@ -187,17 +198,8 @@ def _narrowed(graph: fx.Graph) -> None:
     That is the derivative of something that was looked at once for all tasks and weights: zeros but
     for the first, until a sum over them ends it.
     """
-    first: dict[
-        Node, tuple[Node, set[int]]
-    ] = {}  # those entries, and the axes along which zeros follow
-
-    def call(node: Node, target: Any, *args: Any) -> Node:
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        value, rest = args[0].meta["val"], args[1:]
-        new.meta["val"] = value if target is aten.add.Tensor else target(value, *rest)
-        return new
-
+    # those entries, and the axes along which zeros follow
+    first: dict[Node, tuple[Node, set[int]]] = {}
     for node in list(graph.nodes):
         if node.target is aten.slice_backward.default and node.args[3:] == (0, 1, 1):
             source, shape, axis = node.args[:3]
@@ -207,27 +209,50 @@ def _narrowed(graph: fx.Graph) -> None:
         known = [first[x] for x in node.all_input_nodes if x in first]
         if not known or node.kwargs:
             continue
-        (inner, axes), shape = known[0], shape_of(node)
-        if node.target is aten.add.Tensor and len(known) == 2:
-            other, its = known[1]
-            if axes == its and shape_of(node.args[0]) == shape_of(node.args[1]):
-                first[node] = call(node, aten.add.Tensor, inner, other), axes
-        elif node.target is aten.reshape.default and len(axes) == 1:
-            # a row of its own, whatever axes of length one stand around it
-            size = shape_of(node.args[0])[min(axes)]
-            if 0 < math.prod(shape_of(node.args[0])) == size == math.prod(shape) and size in shape:
-                ones = [1] * len(shape)
-                first[node] = call(node, aten.reshape.default, inner, ones), {shape.index(size)}
-        elif node.target is aten.sum.default:
-            node.replace_all_uses_with(call(node, aten.sum.default, inner))
-        elif node.target is aten.sum.dim_IntList and node.args[1]:
-            summed = {axis % len(shape_of(node.args[0])) for axis in node.args[1]}
-            new = call(node, node.target, inner, *node.args[1:])
-            if axes <= summed:
-                node.replace_all_uses_with(new)
-            elif len(node.args) > 2 and node.args[2]:  # the axes keep their places
-                first[node] = new, axes - summed
+        narrow = _narrow(graph, node, known)
+        if narrow is None:
+            continue
+        if narrow[1]:
+            first[node] = narrow
+        else:  # a sum has ended the zeros
+            node.replace_all_uses_with(narrow[0])
     graph.eliminate_dead_code()
+
+
+def _narrow(
+    graph: fx.Graph, node: Node, known: list[tuple[Node, set[int]]]
+) -> tuple[Node, set[int]] | None:
+    """A node's own first entries, and the axes along which zeros follow, from those of its inputs;
+    None where they are not known.
+    """
+    (inner, axes), shape = known[0], shape_of(node)
+    if node.target is aten.add.Tensor and len(known) == 2:
+        other, its = known[1]
+        if axes == its and shape_of(node.args[0]) == shape_of(node.args[1]):
+            return _call(graph, node, aten.add.Tensor, inner, other), axes
+    elif node.target is aten.reshape.default and len(axes) == 1:
+        # a row of its own, whatever axes of length one stand around it
+        size = shape_of(node.args[0])[min(axes)]
+        if 0 < math.prod(shape_of(node.args[0])) == size == math.prod(shape) and size in shape:
+            ones = [1] * len(shape)
+            new = _call(graph, node, aten.reshape.default, inner, ones)
+            return new, {shape.index(size)}
+    elif node.target is aten.sum.default:
+        return _call(graph, node, aten.sum.default, inner), set()
+    elif node.target is aten.sum.dim_IntList and node.args[1]:
+        summed = {axis % len(shape_of(node.args[0])) for axis in node.args[1]}
+        keeps_places = len(node.args) > 2 and node.args[2]
+        if axes <= summed or keeps_places:
+            return _call(graph, node, node.target, inner, *node.args[1:]), axes - summed
+    return None
+
+
+def _call(graph: fx.Graph, node: Node, target: Any, *args: Any) -> Node:
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    value, rest = args[0].meta["val"], args[1:]
+    new.meta["val"] = value if target is aten.add.Tensor else target(value, *rest)
+    return new
 
 
 def _whole(graph: fx.Graph) -> None:

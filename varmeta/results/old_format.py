@@ -70,18 +70,19 @@ def _check_size(content: Any, size: int) -> None:
         elif isinstance(value, (list, tuple)):
             waiting += value
         elif isinstance(value, torch.Tensor):
-            end = (
-                value.storage_offset()
-                + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
-                + 1
-            )
-            if value.numel() and end * value.element_size() > value.untyped_storage().nbytes():
-                raise DamagedError("a tensor reaches beyond its numbers")
-            if value.untyped_storage().nbytes() > size:
-                raise DamagedError("a tensor has more numbers than the file")
+            _check_tensor(value, size)
             numbers += value.numel() * value.element_size()
         if count > size or numbers > SHARED * size:
             raise DamagedError("its content is far larger than the file")
+
+
+def _check_tensor(value: torch.Tensor, size: int) -> None:
+    steps = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    end = value.storage_offset() + steps + 1
+    if value.numel() and end * value.element_size() > value.untyped_storage().nbytes():
+        raise DamagedError("a tensor reaches beyond its numbers")
+    if value.untyped_storage().nbytes() > size:
+        raise DamagedError("a tensor has more numbers than the file")
 
 
 def check_likelihood(saved: str, model: TaskModel, shown: str) -> None:
