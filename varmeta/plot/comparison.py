@@ -47,15 +47,41 @@ def plot_comparison(
         _loss(table, by, level).sort_values(ascending=False, na_position="first").index
     ]
     ax = axes_for(ax, figsize=(7.0, 0.42 * len(table) + 1.2))
-    rows = np.arange(len(table))
+    settled = table["settled"].to_numpy(bool) if "settled" in table else np.ones(len(table), bool)
+    if metric == "coverage":
+        ax.axvline(level, color=MUTED, lw=1, ls="--", zorder=1)
+        ax.hlines(
+            np.arange(len(table)), level, _interval(table, metric)[0], color=MUTED, lw=1, zorder=1
+        )
+    _draw_intervals(ax, table, metric, settled)
+    edges = _edges(_loss(table, metric, level).to_numpy(float), table, metric)
+    _limit(ax, metric, edges)
+    _write_beside(ax, table, metric, settled, edges)
+    ax.set_yticks(np.arange(len(table)), [_name(name, row) for name, row in table.iterrows()])
+    ax.set_ylim(-0.6, len(table) - 0.4)
+    name = (
+        f"coverage of the {percent(level)} interval"
+        if metric == "coverage"
+        else AXIS_NAMES.get(metric, metric)
+    )
+    order = "" if metric == by else "\n(methods in the order of their log density)"
+    open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
+    ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}")
+    tidy(ax, "x")
+    return ax
+
+
+def _interval(table: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mean, low, high = (
         table[name].to_numpy(float) for name in (metric, f"{metric}_low", f"{metric}_high")
     )
-    if metric == "coverage":
-        ax.axvline(level, color=MUTED, lw=1, ls="--", zorder=1)
-        ax.hlines(rows, level, mean, color=MUTED, lw=1, zorder=1)
-    errors = np.clip([mean - low, high - mean], 0, None)
-    settled = table["settled"].to_numpy(bool) if "settled" in table else np.ones(len(table), bool)
+    return mean, low, high
+
+
+def _draw_intervals(ax: Any, table: pd.DataFrame, metric: str, settled: np.ndarray) -> None:
+    """Means with their intervals; of methods that have not settled the mean alone."""
+    mean, low, high = _interval(table, metric)
+    rows, errors = np.arange(len(table)), np.clip([mean - low, high - mean], 0, None)
     ax.errorbar(
         mean[settled],
         rows[settled],
@@ -69,28 +95,35 @@ def plot_comparison(
         mec="white",
     )
     ax.plot(mean[~settled], rows[~settled], "o", color=INK, ms=5, mfc="white", mew=1.4)
+
+
+def _limit(ax: Any, metric: str, edges: tuple[float, float] | None) -> None:
+    """Let the axis end where a score can be no more, or where methods failed by far."""
     if metric == "coverage":  # with two seeds intervals are longer than all that a share can be
         left, right = ax.get_xlim()
         ax.set_xlim(max(left, -0.02), min(right, 1.02))
-    edges = _edges(_loss(table, metric, level).to_numpy(float), table, metric)
     if edges is not None:
         ax.set_xlim(*sorted(edges))
     if metric in AXIS_NAMES and metric != "log_density":
         ax.set_xlim(left=max(0.0, ax.get_xlim()[0]))  # what an interval says of less is not there
-    for row in rows:
+
+
+def _write_beside(
+    ax: Any,
+    table: pd.DataFrame,
+    metric: str,
+    settled: np.ndarray,
+    edges: tuple[float, float] | None,
+) -> None:
+    """The numbers of methods off the axis, at its edge, and a word on those without a score."""
+    mean, low, high = _interval(table, metric)
+    for row in range(len(table)):
         if not np.isfinite(mean[row]):
             text, at, side = "no score: every run failed", ax.get_xlim()[0], "left"
         elif edges is not None and not min(edges) <= mean[row] <= max(edges):
             at, side = (edges[1], "left") if edges[1] < edges[0] else (edges[1], "right")
-            ax.plot(
-                at,
-                row,
-                marker="<" if side == "left" else ">",
-                color=INK,
-                ms=7,
-                clip_on=False,
-                zorder=4,
-            )
+            shape = "<" if side == "left" else ">"
+            ax.plot(at, row, marker=shape, color=INK, ms=7, clip_on=False, zorder=4)
             text = f"{mean[row]:.2f}" + (
                 f" [{low[row]:.2f}, {high[row]:.2f}]" if settled[row] else ""
             )
@@ -110,18 +143,6 @@ def plot_comparison(
             zorder=5,
             bbox={"fc": "white", "ec": "none", "pad": 1.0},
         )
-    ax.set_yticks(rows, [_name(name, row) for name, row in table.iterrows()])
-    ax.set_ylim(-0.6, len(table) - 0.4)
-    name = (
-        f"coverage of the {percent(level)} interval"
-        if metric == "coverage"
-        else AXIS_NAMES.get(metric, metric)
-    )
-    order = "" if metric == by else "\n(methods in the order of their log density)"
-    open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
-    ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}")
-    tidy(ax, "x")
-    return ax
 
 
 def _name(method: Hashable, row: pd.Series) -> str:

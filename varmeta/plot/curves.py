@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from varmeta.plot.style import BAND, INK, percent, tidy
 
 if TYPE_CHECKING:
     from varmeta.posteriors.posterior import Posterior
+    from varmeta.tasks import Task
     from varmeta.tasks.scaling import Scaling
 
 LEVELS = {0.9: 0.25, 0.5: 0.45}
@@ -43,6 +45,38 @@ def plot_curves(
     observations of several numbers.
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
+    _check(posterior, tasks)
+    posterior = posterior.take(tasks)
+    grid = torch.as_tensor(x).reshape(-1, *posterior.trained.x_shape)
+    drawn = curves(posterior, grid, num_samples, seed)
+    bands = {level: drawn.band.interval(level) for level in LEVELS}
+    own = axes is None
+    axes = _grid_of_axes(len(tasks)) if own else axes
+    units = _Units(scaling)
+    binary = drawn.of_mean and all(
+        _is_binary(task.support) and _is_binary(task.query) for task in posterior.tasks
+    )
+    what = "interval of the mean" if drawn.of_mean else "interval of observations"
+    for index, (ax, name) in enumerate(zip(np.ravel(axes), tasks, strict=False)):
+        for level, (low, high) in bands.items():
+            ax.fill_between(
+                units.x(grid),
+                units.y(low[index]),
+                units.y(high[index]),
+                color=BAND,
+                alpha=LEVELS[level],
+                lw=0,
+                label=f"{percent(level)} {what}",
+            )
+        ax.plot(units.x(grid), units.y(drawn.mean.mean[index]), color=INK, lw=1.5, label="mean")
+        _draw_data(ax, posterior.tasks[index], units, index if binary else None)
+        ax.set_title(name, fontsize=9)
+        tidy(ax)
+    _explain(axes, own, len(tasks), (labels[0] or _column(posterior), labels[1]))
+    return axes
+
+
+def _check(posterior: Posterior, tasks: list[str]) -> None:
     unknown = [name for name in tasks if name not in posterior.names]
     if unknown or not tasks:
         raise ValueError(
@@ -54,55 +88,36 @@ def plot_curves(
             f"a curve is drawn over one predictor, but a row of x has shape {shape}: see "
             "posterior.expected"
         )
-    posterior = posterior.take(tasks)
-    grid = torch.as_tensor(x).reshape(-1, *shape)
-    drawn = curves(posterior, grid, num_samples, seed)
-    bands = {level: drawn.band.interval(level) for level in LEVELS}
-    own = axes is None
-    axes = _grid_of_axes(len(tasks)) if own else axes
 
-    def in_x(values: Tensor) -> np.ndarray:
+
+@dataclass(frozen=True)
+class _Units:
+    """The units of the figure: the data's own, where standardised tasks come with their scaling."""
+
+    scaling: Scaling | None
+
+    def x(self, values: Tensor) -> np.ndarray:
         values = values.cpu()
-        scaled = (
-            values
-            if scaling is None
-            else values * scaling.x_scale.to(values) + scaling.x_loc.to(values)
-        )
-        return np.asarray(scaled).reshape(-1)
+        if self.scaling is not None:
+            scale, loc = self.scaling.x_scale.to(values), self.scaling.x_loc.to(values)
+            values = values * scale + loc
+        return np.asarray(values).reshape(-1)
 
-    def in_y(values: Tensor) -> np.ndarray:
+    def y(self, values: Tensor) -> np.ndarray:
         values = values.cpu()
-        return np.asarray(values if scaling is None else scaling.y_inverse(values)).reshape(-1)
+        values = values if self.scaling is None else self.scaling.y_inverse(values)
+        return np.asarray(values).reshape(-1)
 
-    binary = drawn.of_mean and all(
-        _is_binary(task.support) and _is_binary(task.query) for task in posterior.tasks
-    )
-    what = "interval of the mean" if drawn.of_mean else "interval of observations"
-    for index, (ax, name) in enumerate(zip(np.ravel(axes), tasks, strict=False)):
-        for level, (low, high) in bands.items():
-            ax.fill_between(
-                in_x(grid),
-                in_y(low[index]),
-                in_y(high[index]),
-                color=BAND,
-                alpha=LEVELS[level],
-                lw=0,
-                label=f"{percent(level)} {what}",
-            )
-        ax.plot(in_x(grid), in_y(drawn.mean.mean[index]), color=INK, lw=1.5, label="mean")
-        task = posterior.tasks[index]
-        for part, label, face in (
-            (task.support, "adapted to", INK),
-            (task.query, "held out", "white"),
-        ):
-            if part is not None:
-                y = in_y(_shares(part[1]))
-                y = _jittered(y, index) if binary else y
-                ax.scatter(in_x(part[0]), y, s=16, fc=face, ec=INK, lw=1, zorder=3, label=label)
-        ax.set_title(name, fontsize=9)
-        tidy(ax)
-    _explain(axes, own, len(tasks), (labels[0] or _column(posterior), labels[1]))
-    return axes
+
+def _draw_data(ax: Any, task: Task, units: _Units, jitter: int | None) -> None:
+    """A task's observations; jitter: the seed by which 0 and 1 are drawn apart, None for
+    numbers.
+    """
+    for part, label, face in ((task.support, "adapted to", INK), (task.query, "held out", "white")):
+        if part is not None:
+            y = units.y(_shares(part[1]))
+            y = y if jitter is None else _jittered(y, jitter)
+            ax.scatter(units.x(part[0]), y, s=16, fc=face, ec=INK, lw=1, zorder=3, label=label)
 
 
 def _grid_of_axes(number: int) -> Any:

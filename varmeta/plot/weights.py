@@ -39,40 +39,10 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
         len(labels) if few else 1, 1, figsize=size, squeeze=False, layout="constrained"
     )
     spread = 0.45 if few else 0.25
-    jitter = np.random.default_rng(0).uniform(-spread, spread, len(means))
+    heights = np.random.default_rng(0).uniform(-spread, spread, len(means))
     for row, label in enumerate(labels):
         ax, height = (axes[row, 0], 0) if few else (axes[0, 0], row)
-        for name, z, width, colour in INTERVALS:
-            ax.hlines(
-                height,
-                loc[row] - z * sd[row],
-                loc[row] + z * sd[row],
-                color=colour,
-                lw=width,
-                zorder=1,
-                label=name,
-            )
-        ax.scatter(
-            means[:, row],
-            height + jitter,
-            s=14 if few else 8,
-            fc=INK,
-            ec="white",
-            lw=0.4,
-            alpha=0.8,
-            zorder=2,
-            label="tasks' posterior means",
-        )
-        ax.scatter(
-            loc[row],
-            height,
-            marker="|",
-            s=420 if few else 160,
-            lw=2,
-            color="black",
-            zorder=3,
-            label="theta0",
-        )
+        _draw_weight(ax, height, loc[row], sd[row], means[:, row], heights, large=few)
         if few:
             ax.set_yticks([0], [label])
             ax.set_ylim(-0.8, 0.8)
@@ -81,7 +51,49 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
         axes[0, 0].set_ylim(len(labels) - 0.4, -0.6)
     for ax in axes[:, 0]:
         tidy(ax)
-    handles, names = axes[0, 0].get_legend_handles_labels()
+    _explain(figure, axes[0, 0])
+    return axes
+
+
+def _draw_weight(
+    ax: Any,
+    height: int,
+    loc: float,
+    sd: float,
+    means: np.ndarray,
+    heights: np.ndarray,
+    large: bool,
+) -> None:
+    """One weight's prior around `loc`, at a height, and the tasks' means about it."""
+    for name, z, width, colour in INTERVALS:
+        left, right = loc - z * sd, loc + z * sd
+        ax.hlines(height, left, right, color=colour, lw=width, zorder=1, label=name)
+    ax.scatter(
+        means,
+        height + heights,
+        s=14 if large else 8,
+        fc=INK,
+        ec="white",
+        lw=0.4,
+        alpha=0.8,
+        zorder=2,
+        label="tasks' posterior means",
+    )
+    ax.scatter(
+        loc,
+        height,
+        marker="|",
+        s=420 if large else 160,
+        lw=2,
+        color="black",
+        zorder=3,
+        label="theta0",
+    )
+
+
+def _explain(figure: Any, ax: Any) -> None:
+    """A legend of what was drawn on one of the axes, which is on all of them."""
+    handles, names = ax.get_legend_handles_labels()
     entries = dict(zip(names, handles, strict=True))
     legend = figure.legend(
         entries.values(), entries, loc="outside lower center", ncols=4, fontsize=8, frameon=False
@@ -90,7 +102,6 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
         set_sizes = getattr(handle, "set_sizes", None)
         if set_sizes is not None:  # as large as on the axes, theta0 would fill the legend
             set_sizes([60])
-    return axes
 
 
 def plot_gaps(gap: Any, ax: Any = None) -> Any:
