@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from varmeta._checks import kind_of
 from varmeta.files.remember import Remembers
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors import hyperprior as densities
+from varmeta.priors.check import (
+    check_hyperpriors,
+    check_precision,
+    checked_covariance,
+    checked_learn_loc,
+    checked_lkj,
+)
 from varmeta.priors.covariates import Covariates, check_covariates
 from varmeta.priors.hyperprior import Hyperprior
 from varmeta.priors.weights import Weights
 
-LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
 PRECISION = "log_precision"
 TRIL = "prior_tril"
 
@@ -80,94 +84,18 @@ class GaussianPrior(Remembers):
         covariates: Covariates = None,
         learn_loc: bool | Sequence[str] = True,
     ) -> None:
-        if learn_precision not in LEARN_PRECISION:
-            raise ValueError(
-                f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}"
-            )
-        if isinstance(precision, Mapping):
-            for name, value in precision.items():
-                _check_precision(value, f"the precision of {name!r}")
-        elif precision is not None:
-            count = _check_precision(precision, "the precision").numel()
-            if count != 1:
-                raise ValueError(
-                    f"the precision must be one number, not {count}: give a dict by parameter name"
-                )
-        if covariance is not None:
-            covariance = torch.as_tensor(covariance)
-            covariance = (
-                covariance if covariance.is_floating_point() else covariance.to(torch.float64)
-            )
-            if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
-                raise ValueError(
-                    f"covariance must be a square matrix, not of shape {tuple(covariance.shape)}"
-                )
-            if bool(torch.linalg.cholesky_ex(covariance).info) or not torch.allclose(
-                covariance, covariance.mT
-            ):
-                raise ValueError("covariance must be symmetric and positive definite")
-            if precision is not None:
-                raise ValueError(
-                    "give a precision or a covariance, not both: they are two ways to say the same"
-                )
-            if learn_precision not in (None, "full"):
-                raise ValueError(
-                    "a dense covariance goes with learn_precision=None or 'full', not "
-                    f"{learn_precision!r}"
-                )
-        if hyperprior is not None:
-            if not isinstance(hyperprior, torch.distributions.Distribution):
-                raise TypeError(
-                    "hyperprior must be a distribution over the precision, not "
-                    f"{type(hyperprior).__name__}"
-                )
-            if learn_precision is None:
-                raise ValueError(
-                    "a hyperprior needs a precision to act on: set learn_precision, or leave it out"
-                )
-            if learn_precision == "full":
-                raise ValueError(
-                    "a hyperprior on a dense covariance is not offered: use "
-                    "learn_precision='per_parameter'"
-                )
-        if scale_hyperprior is not None and learn_precision is None:
-            raise ValueError(
-                "a scale_hyperprior needs a standard deviation to act on: set learn_precision, or "
-                "leave it out"
-            )
-        if scale_hyperprior is not None and hyperprior is not None:
-            raise ValueError(
-                "give a hyperprior on the precision or a scale_hyperprior on the sd, not both"
-            )
-        if isinstance(scale_hyperprior, Mapping) and learn_precision == "shared":
-            raise ValueError(
-                "with learn_precision='shared' there is one sd: scale_hyperprior must be one "
-                "distribution"
-            )
+        check_precision(precision, learn_precision)
         self.start = precision
         self.learn_precision = learn_precision
         self.start_loc = dict(loc or {})
-        self.covariance = covariance
+        self.covariance = checked_covariance(covariance, precision, learn_precision)
+        check_hyperpriors(hyperprior, scale_hyperprior, learn_precision)
         self.hyperprior = hyperprior
         self.scale_hyperprior = densities.check(scale_hyperprior, "scale_hyperprior")
         self.loc_hyperprior = densities.check(loc_hyperprior, "loc_hyperprior")
-        if not (lkj > 0 and math.isfinite(lkj)):
-            raise ValueError(f"lkj must be a positive finite number, not {lkj}")
-        if lkj != 1.0 and learn_precision != "full":
-            raise ValueError(
-                f"lkj={lkj:g} is a density of learned correlations, and "
-                f"learn_precision={learn_precision!r} learns none: set learn_precision='full', or "
-                "leave it out"
-            )
-        self.lkj = float(lkj)
+        self.lkj = checked_lkj(lkj, learn_precision)
         self.covariates = check_covariates(covariates)
-        if not isinstance(learn_loc, (bool, list, tuple)) or (
-            not isinstance(learn_loc, bool) and not all(isinstance(name, str) for name in learn_loc)
-        ):
-            raise TypeError(
-                f"learn_loc must be True, False or a list of parameter names, not {learn_loc!r}"
-            )
-        self.learn_loc = learn_loc if isinstance(learn_loc, bool) else tuple(learn_loc)
+        self.learn_loc = checked_learn_loc(learn_loc)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
@@ -472,21 +400,6 @@ class GaussianPrior(Remembers):
         # in its own precision: what is positive definite in float64 need not be so in float32
         log_precision, tril = log_precision_and_tril(torch.linalg.cholesky(self.covariance))
         return log_precision.to(like), tril.to(like)
-
-
-def _check_precision(value: Any, what: str) -> Tensor:
-    if isinstance(value, (str, bool)):
-        hint = (
-            f": write GaussianPrior(learn_precision={value!r})" if value in LEARN_PRECISION else ""
-        )
-        raise TypeError(f"{what} must be a number, not {value!r}{hint}")
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what} must be a number or a tensor, not {kind_of(value)}") from error
-    if not bool((tensor > 0).all()) or not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{what} must be positive and finite, not {tensor.tolist()}")
-    return tensor
 
 
 def log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
