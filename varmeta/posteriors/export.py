@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from varmeta.files.version import __version__
 from varmeta.guides.kl import location
 from varmeta.models.eta import natural
 from varmeta.models.labels import coefficients
+from varmeta.models.model import TaskModel
 from varmeta.posteriors import arviz as inference_data
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.observer import Observer
@@ -21,6 +22,19 @@ from varmeta.posteriors.observer import Observer
 # Draws of all weights are left out beyond this many numbers (80 MB); their distance from theta0
 # always goes in.
 MAX_WEIGHT_NUMBERS = 10_000_000
+# After the draws, by "variable" or "group/variable".
+DIMS = {
+    "theta": ["task", "weight"],
+    "distance": ["task"],
+    "theta0": ["weight"],
+    "prior_sd": ["weight"],
+    "coefficients": ["coefficient"],
+    "posterior_predictive/y": ["obs"],
+    "observed_data/y": ["obs"],
+    "log_likelihood/y": ["obs"],
+    "log_joint": ["task"],
+    "log_q": ["task"],
+}
 
 
 @dataclass(frozen=True)
@@ -44,61 +58,21 @@ def groups(
 
     names: the labels of the axes "task" and "weight".  record: what a fit adds of its run.
     """
-    q, model = observer.q, observer.model
-    delta = q.is_point
+    q = observer.q
     draws = q.theta(num_samples, seed)
-    prior = model.prior_distribution(q.eta)
     hyper = _hyper_draws(q, num_samples, x_names)
+    named = coefficients(observer.model, q.eta, x_names)
     with torch.no_grad():
-        about = {"theta0": location(prior), "prior_sd": prior.stddev}
-        named = coefficients(model, q.eta, x_names)
-        about |= {"coefficients": torch.stack(list(named.values()))} if named else {}
-        found: dict[str, dict[str, Any]] = {
-            "posterior": {"distance": (draws.squeeze(-2) - q.centres(num_samples)).norm(dim=-1)}
-            | hyper,
-            "constant_data": {} if hyper else about,
-        }
-        if draws.numel() <= MAX_WEIGHT_NUMBERS:
-            found["posterior"]["theta"] = draws.squeeze(-2)
-    dims = {
-        "theta": ["task", "weight"],
-        "distance": ["task"],
-        "theta0": ["weight"],
-        "prior_sd": ["weight"],
-        "coefficients": ["coefficient"],
-        "posterior_predictive/y": ["obs"],
-        "observed_data/y": ["obs"],
-        "log_likelihood/y": ["obs"],
+        distance = (draws.squeeze(-2) - q.centres(num_samples)).norm(dim=-1)
+    found: dict[str, dict[str, Any]] = {
+        "posterior": {"distance": distance} | hyper,
+        # under a posterior of eta its numbers are among the draws
+        "constant_data": {} if hyper else _prior(observer.model, q.eta, named),
     }
-    obs_task: dict[str, Any] = {}
-    support = q.batch.support
-    if bool(support.mask.any()):
-        evaluated = observer.evaluate(support, num_samples, seed)
-        flat = support.mask
-        assert evaluated.samples is not None
-        tasks = np.array(q.batch.names)[flat.nonzero()[:, 0].cpu().numpy()]
-        found["posterior_predictive"] = {"y": evaluated.samples[:, flat]}
-        found["observed_data"] = {"y": evaluated.y[flat]}
-        if found["observed_data"]["y"].dim() > 1:
-            extra = found["observed_data"]["y"].dim() - 1
-            responses = (
-                ["response"] if extra == 1 else [f"response_{axis}" for axis in range(extra)]
-            )
-            for group in ("posterior_predictive", "observed_data"):
-                dims[f"{group}/y"] = ["obs", *responses]
-        if not delta:  # a point's LOO would be its in-sample density
-            found["log_likelihood"] = {"y": evaluated.log_prob[:, flat]}
-        if not delta and not hyper:  # with eta integrated out the draws are not those of a guide
-            log_q = q.distribution.log_prob(draws).squeeze(-1)
-            log_prior = q.prior.log_prob(draws).squeeze(-1)
-            log_joint = log_prior + evaluated.weighted
-            found["sample_stats"] = {"log_joint": log_joint, "log_q": log_q}
-            dims |= {"log_joint": ["task"], "log_q": ["task"]}
-        obs_task = {
-            name: tasks
-            for name in ("posterior_predictive", "observed_data", "log_likelihood")
-            if name in found
-        }
+    if draws.numel() <= MAX_WEIGHT_NUMBERS:
+        found["posterior"]["theta"] = draws.squeeze(-2)
+    observed = _observed(observer, draws, seed, of_guide=not hyper)
+    found |= observed.groups
     facts = {
         "inference_library": "varmeta",
         "inference_library_version": __version__,
@@ -107,6 +81,7 @@ def groups(
     }
     labels: dict[str, Any] = dict(names)
     labels |= {"coefficient": list(named)} if named and not hyper else {}
+    dims = DIMS | observed.dims
     if record is not None:
         found["fit"] = dict(record.history)
         dims |= {f"fit/{name}": ["step"] for name in record.history}
@@ -116,7 +91,56 @@ def groups(
         group: {name: _array(value) for name, value in values.items()}
         for group, values in found.items()
     }
-    return inference_data.to_arviz(arrays, dims, labels, obs_task, facts)
+    return inference_data.to_arviz(arrays, dims, labels, observed.tasks, facts)
+
+
+def _prior(
+    model: TaskModel, eta: Mapping[str, Tensor], named: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The prior where eta is a point; named: the coefficients of the tasks' features."""
+    with torch.no_grad():
+        prior = model.prior_distribution(eta)
+        found = {"theta0": location(prior), "prior_sd": prior.stddev}
+        return found | ({"coefficients": torch.stack(list(named.values()))} if named else {})
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """The groups of the data, the dimensions of y where a row has several, and by group the task of
+    each observation.
+    """
+
+    groups: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    dims: dict[str, list[str]] = field(default_factory=dict)
+    tasks: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def _observed(observer: Observer, draws: Tensor, seed: int, of_guide: bool) -> _Observed:
+    """The data, their predictive and what the draws are worth; of_guide: whether a guide made them,
+    with eta a point.
+    """
+    q, support = observer.q, observer.q.batch.support
+    flat = support.mask
+    if not bool(flat.any()):
+        return _Observed()
+    evaluated = observer.evaluate(support, len(draws), seed)
+    assert evaluated.samples is not None
+    y = evaluated.y[flat]
+    found = {"posterior_predictive": {"y": evaluated.samples[:, flat]}, "observed_data": {"y": y}}
+    dims: dict[str, list[str]] = {}
+    if y.dim() > 1:
+        extra = y.dim() - 1
+        responses = ["response"] if extra == 1 else [f"response_{axis}" for axis in range(extra)]
+        dims = {f"{group}/y": ["obs", *responses] for group in found}
+    if not q.is_point:  # a point's LOO would be its in-sample density
+        found["log_likelihood"] = {"y": evaluated.log_prob[:, flat]}
+    task = np.array(q.batch.names)[flat.nonzero()[:, 0].cpu().numpy()]
+    tasks = dict.fromkeys(found, task)
+    if of_guide and not q.is_point:
+        log_q = q.distribution.log_prob(draws).squeeze(-1)
+        log_prior = q.prior.log_prob(draws).squeeze(-1)
+        found["sample_stats"] = {"log_joint": log_prior + evaluated.weighted, "log_q": log_q}
+    return _Observed(found, dims, tasks)
 
 
 def _hyper_draws(q: Draws, num_samples: int, x_names: tuple[str, ...] | None) -> dict[str, Tensor]:
