@@ -96,50 +96,11 @@ def _read(path: str | PathLike[str], shown: str) -> bytes:
 
 
 def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strategy | None) -> Fit:
-    shapes = {name: list(shape) for name, shape in model.weights.shapes.items()}
-    if json.loads(content["weights"]) != shapes:
-        raise Refused(
-            f"{shown} is a fit of a model with weights {content['weights']}, but this model has "
-            f"{shapes}"
-        )
+    _check_model(content, shown, model)
+    _check_learned(content, shown, model)
+    _check_covariance(content, shown, model)
     eta = content["eta"]
     like = next(iter(eta.values()))
-    if "model" in content:
-        found = difference(json.loads(content["model"]), configuration(model), model)
-        if found is not None:
-            raise Refused(
-                f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted"
-            )
-        other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
-        if other is not None:
-            raise Refused(
-                f"{shown} is a fit of a network with {other}: give it the network that was fitted"
-            )
-    else:
-        _old_format.check_likelihood(content["likelihood"], model, shown)
-    expected = {name: list(value.shape) for name, value in model.init(like).items()}
-    learned = {name: list(value.shape) for name, value in eta.items()}
-    if learned != expected:
-        raise Refused(
-            f"{shown} learned {learned}, but this model has {expected}: give it the fit's "
-            "learn_precision, shared and covariates"
-        )
-    prior = model.prior_distribution(eta)
-    covariance, kept = (
-        prior.covariance_matrix if model.prior.dense else prior.variance,
-        content["covariance"],
-    )
-    if kept.dim() > covariance.dim():  # files of before hold zeros beside the variances
-        covariance = torch.diag(covariance)
-    if kept.shape != covariance.shape:
-        raise ValueError(f"its covariance has the shape {tuple(kept.shape)}")
-    scale = prior.stddev
-    units = scale.square() if covariance.dim() == 1 else torch.outer(scale, scale)
-    if not torch.allclose(covariance / units, kept / units, atol=1e-4):
-        raise Refused(
-            f"{shown} is a fit under another prior: its covariance was {kept.tolist()}, but that "
-            f"of this model would be {covariance.tolist()}"
-        )
     tasks = TaskSet(
         [
             Task(support, query, name, own)
@@ -157,29 +118,99 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
             "densities.  Its code (the network's forward, the program, a distribution) has changed "
             "since, or varmeta has"
         )
-    described = json.loads(content["strategy"])
-    if strategy is None:
-        strategy = _rebuild(described)
-        if not isinstance(strategy, Strategy):
-            raise ValueError(f"{type(strategy).__name__} is no strategy")
-        check_strategy(strategy, strategy.problem(model, tasks, 0), tasks, for_fit=False)
-    elif type(strategy).__name__ != described["kind"]:
-        raise Refused(f"{shown} is a fit by {described['kind']}, not by {strategy!r}")
-    state = State(content["phi"], content["inner"], **content["counters"])
-    record = (
-        content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule")
-    )
-    kept = content["hyper"]
-    run = Run(eta, state, *record)
-    run.hyper = None if kept is None else HyperPosterior(**kept)
+    strategy = _strategy(json.loads(content["strategy"]), shown, model, tasks, strategy)
+    run = _run(content)
     fit = Fit(model, tasks, strategy, content["seed"], run)
-    if state.phi is not None:
+    phi = run.state.phi
+    if phi is not None:
         started = fit.problem.start(tasks.batch(), eta)
-        if {n: v.shape for n, v in started.items()} != {n: v.shape for n, v in state.phi.items()}:
+        if {n: v.shape for n, v in started.items()} != {n: v.shape for n, v in phi.items()}:
             raise ValueError("its 'phi' are not those of its guide and tasks")
     if "model" not in content:
         warnings.warn(_old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
     return fit
+
+
+def _check_model(content: dict[str, Any], shown: str, model: TaskModel) -> None:
+    """Refuse a model made with other arguments, as far as the file knows them."""
+    shapes = {name: list(shape) for name, shape in model.weights.shapes.items()}
+    if json.loads(content["weights"]) != shapes:
+        raise Refused(
+            f"{shown} is a fit of a model with weights {content['weights']}, but this model has "
+            f"{shapes}"
+        )
+    if "model" not in content:
+        _old_format.check_likelihood(content["likelihood"], model, shown)
+        return
+    found = difference(json.loads(content["model"]), configuration(model), model)
+    if found is not None:
+        raise Refused(
+            f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted"
+        )
+    other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
+    if other is not None:
+        raise Refused(
+            f"{shown} is a fit of a network with {other}: give it the network that was fitted"
+        )
+
+
+def _check_learned(content: dict[str, Any], shown: str, model: TaskModel) -> None:
+    eta = content["eta"]
+    like = next(iter(eta.values()))
+    expected = {name: list(value.shape) for name, value in model.init(like).items()}
+    learned = {name: list(value.shape) for name, value in eta.items()}
+    if learned != expected:
+        raise Refused(
+            f"{shown} learned {learned}, but this model has {expected}: give it the fit's "
+            "learn_precision, shared and covariates"
+        )
+
+
+def _check_covariance(content: dict[str, Any], shown: str, model: TaskModel) -> None:
+    """Refuse a model that makes another prior of the same eta."""
+    prior, kept = model.prior_distribution(content["eta"]), content["covariance"]
+    covariance = prior.covariance_matrix if model.prior.dense else prior.variance
+    if kept.dim() > covariance.dim():  # files of before hold zeros beside the variances
+        covariance = torch.diag(covariance)
+    if kept.shape != covariance.shape:
+        raise ValueError(f"its covariance has the shape {tuple(kept.shape)}")
+    scale = prior.stddev
+    units = scale.square() if covariance.dim() == 1 else torch.outer(scale, scale)
+    if not torch.allclose(covariance / units, kept / units, atol=1e-4):
+        raise Refused(
+            f"{shown} is a fit under another prior: its covariance was {kept.tolist()}, but that "
+            f"of this model would be {covariance.tolist()}"
+        )
+
+
+def _strategy(
+    described: dict[str, Any],
+    shown: str,
+    model: TaskModel,
+    tasks: TaskSet,
+    given: Strategy | None,
+) -> Strategy:
+    """The strategy that the file describes, or the given one of that kind."""
+    if given is not None:
+        if type(given).__name__ != described["kind"]:
+            raise Refused(f"{shown} is a fit by {described['kind']}, not by {given!r}")
+        return given
+    strategy = _rebuild(described)
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"{type(strategy).__name__} is no strategy")
+    check_strategy(strategy, strategy.problem(model, tasks, 0), tasks, for_fit=False)
+    return strategy
+
+
+def _run(content: dict[str, Any]) -> Run:
+    state = State(content["phi"], content["inner"], **content["counters"])
+    record = (
+        content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule")
+    )
+    run = Run(content["eta"], state, *record)
+    kept = content["hyper"]
+    run.hyper = None if kept is None else HyperPosterior(**kept)
+    return run
 
 
 def _rebuild(value: Any) -> Any:

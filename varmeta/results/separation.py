@@ -12,6 +12,7 @@ separation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,36 +72,49 @@ def separated(fit: Fit) -> dict[str, float]:
     def loss(flat: Tensor) -> Tensor:
         return pooled_loss(model, batch, named(flat)) + model.penalty(named(flat))
 
-    at, zero = vector(best), torch.zeros_like(vector(best))
+    at = vector(best)
+    direction = _direction(loss, at, rows)
+    if direction is None:
+        return {}
+    along, moves = direction
+    with torch.no_grad():
+        rise = float(loss(at + along) - loss(at))
+    if not (math.isfinite(rise) and rise <= RISE):
+        return {}
+    labels = parameter_labels(model, fit.tasks.x_names)
+    every = [label for name in names for label in labels[name]]
+    reached = vector(cast(fit.eta, torch.float64)).tolist()
+    part = (moves > TAKES_PART * moves.max()).tolist()
+    return {label: number for label, number, yes in zip(every, reached, part, strict=True) if yes}
+
+
+def _direction(
+    loss: Callable[[Tensor], Tensor], at: Tensor, rows: int
+) -> tuple[Tensor, Tensor] | None:
+    """Far out along the directions in which the likelihood has saturated at `at`, and by how much
+    each coefficient moves, in units in which its information is 1; None where there are none.
+    """
+    zero = torch.zeros_like(at)
     before, after = (torch.autograd.functional.hessian(loss, point) / rows for point in (zero, at))
     if not bool(before.isfinite().all() and after.isfinite().all()):
-        return {}
+        return None
     # in units in which each coefficient alone has information 1 at zero, and without what is
     # collinear there
     unit = before.diagonal().clamp(min=torch.finfo(at.dtype).tiny).rsqrt()
     values, vectors = torch.linalg.eigh(unit[:, None] * before * unit)
     kept = values > COLLINEAR * values[-1]
     if not bool(kept.any()):
-        return {}
+        return None
     root = unit[:, None] * (vectors[:, kept] * values[kept].rsqrt())  # root' before root = 1
     share, axes = torch.linalg.eigh(root.mT @ after @ root)
     soft = root @ axes[:, share < SATURATED]
     if not soft.shape[1]:
-        return {}
+        return None
     # the part of the way from zero to here that lies where the likelihood has saturated points
     # outwards
     direction = soft @ (soft.mT @ (before @ at))
     size = float((direction @ before @ direction).clamp(min=0).sqrt())
     if not size > 0:
-        return {}
+        return None
     direction = direction * (FAR / size)
-    with torch.no_grad():
-        rise = float(loss(at + direction) - loss(at))
-    if not (math.isfinite(rise) and rise <= RISE):
-        return {}
-    moves = (direction / unit).abs()
-    labels = parameter_labels(model, fit.tasks.x_names)
-    every = [label for name in names for label in labels[name]]
-    reached = vector(cast(fit.eta, torch.float64)).tolist()
-    part = (moves > TAKES_PART * moves.max()).tolist()
-    return {label: number for label, number, yes in zip(every, reached, part, strict=True) if yes}
+    return direction, (direction / unit).abs()
