@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -118,71 +118,60 @@ class LearnedPrior:
 
     def table(self, errors: Mapping[str, Tensor] | None = None) -> str:
         """The prior as text; errors: standard errors by parameter name, a column beside theta0."""
-        rows, shared, moved = self._rows, self._shared_rows, self._coefficient_rows
-        beside = {}
-        if errors is not None:
-            known = {
-                name: torch.full_like(value, torch.nan) for name, value in self.loc.items()
-            } | dict(errors)
-            own = [float(e) for name in self.loc for e in known[name].reshape(-1)]
-            common = [
-                float(e)
-                for name in (*self.shared, *self.coefficients)
-                for e in errors[name].reshape(-1)
-            ]
-            beside = dict(
-                zip([label for label, *_ in (*rows, *shared, *moved)], own + common, strict=True)
-            )
-
-        def error(label: str) -> str:
-            number = beside.get(label, math.nan)
-            return "" if not beside else f" {'':>12}" if math.isnan(number) else f" {number:>12.5g}"
-
-        shown, shown_shared = rows[:ROWS], shared[:ROWS]
-        labels = [label for label, _, _ in shown] + [
-            label for label, _ in (*shown_shared, *moved[:ROWS])
-        ]
+        parts = (self._rows, self._shared_rows, self._coefficient_rows)
+        labels = [label for rows in parts for label, *_ in rows[:ROWS]]
         width = max(map(len, [NOISE_SCALE, *self.observation, *labels]))
-        gap = f" {'':>12}" if beside else ""
-        lines = [
-            f"{'weight':<{width}} {'theta0':>12}{' std. error'.rjust(13) if beside else ''} "
-            f"{'prior sd':>12}"
+        columns = _Columns(width, None if errors is None else self._errors(errors))
+        return "\n".join(
+            [
+                columns.line("weight", "theta0", "std. error", f"{'prior sd':>12}"),
+                *self._weight_lines(columns),
+                *_entry_lines(columns, self._shared_rows, "shared", "shared numbers"),
+                *_entry_lines(columns, self._coefficient_rows, "covariate", "coefficients"),
+                *(
+                    columns.line(name, "", "", f"{float(value):>12.5g}")
+                    for name, value in self.observation.items()
+                ),
+                *self._correlation_lines(width),
+            ]
+        )
+
+    def _errors(self, errors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Standard errors by label, NaN where theta0 is held."""
+        own = {name: torch.full_like(value, torch.nan) for name, value in self.loc.items()}
+        own |= errors
+        numbers = [float(e) for name in self.loc for e in own[name].reshape(-1)]
+        numbers += [
+            float(e)
+            for name in (*self.shared, *self.coefficients)
+            for e in errors[name].reshape(-1)
         ]
+        every = (*self._rows, *self._shared_rows, *self._coefficient_rows)
+        return dict(zip([label for label, *_ in every], numbers, strict=True))
+
+    def _weight_lines(self, columns: _Columns) -> list[str]:
         # a number that was given must not be read as a finding
         fixed = "" if self.is_learned else " (fixed)"
         given = [
             name in self.held for name, value in self.loc.items() for _ in range(value.numel())
         ]
-        lines += [
-            f"{label:<{width}} {mean:>12.5g}{error(label)} "
-            f"{spread:>12.5g}{fixed}{' (theta0 fixed)' if held else ''}"
-            for (label, mean, spread), held in zip(shown, given, strict=False)
+        rows = self._rows
+        lines = [
+            columns.row(label, mean, f"{spread:>12.5g}{fixed}{' (theta0 fixed)' if held else ''}")
+            for (label, mean, spread), held in zip(rows[:ROWS], given, strict=False)
         ]
-        lines += [f"... and {len(rows) - ROWS} weights more"] if len(rows) > ROWS else []
-        lines += [
-            f"{label:<{width}} {number:>12.5g}{error(label)} {'shared':>12}"
-            for label, number in shown_shared
-        ]
-        lines += [f"... and {len(shared) - ROWS} shared numbers more"] if len(shared) > ROWS else []
-        lines += [
-            f"{label:<{width}} {number:>12.5g}{error(label)} {'covariate':>12}"
-            for label, number in moved[:ROWS]
-        ]
-        lines += [f"... and {len(moved) - ROWS} coefficients more"] if len(moved) > ROWS else []
-        lines += [
-            f"{name:<{width}} {'':>12}{gap} {float(x):>12.5g}"
-            for name, x in self.observation.items()
-        ]
+        return lines + _left_out(rows, "weights")
+
+    def _correlation_lines(self, width: int) -> list[str]:
         dense = self.dense_covariance
-        if (
-            dense is not None
-            and len(rows) <= MAX_CORRELATIONS
-            and bool((dense - torch.diag(dense.diagonal())).any())
-        ):
-            lines.append("correlations of the prior")
-            for label, row in zip(self.labels, self.correlation.tolist(), strict=True):
-                lines.append(f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row))
-        return "\n".join(lines)
+        if dense is None or len(dense) > MAX_CORRELATIONS:
+            return []
+        if not bool((dense - torch.diag(dense.diagonal())).any()):
+            return []
+        return ["correlations of the prior"] + [
+            f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row)
+            for label, row in zip(self.labels, self.correlation.tolist(), strict=True)
+        ]
 
     def __repr__(self) -> str:
         parts = [
@@ -207,3 +196,32 @@ def _entries(
         for name, value in named.items()
         for label, number in zip(labels[name], value.reshape(-1).tolist(), strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of the table: a label, a number, its standard error where there are any, and what
+    is said of it.
+    """
+
+    width: int
+    errors: Mapping[str, float] | None
+
+    def row(self, label: str, number: float, last: str) -> str:
+        error = math.nan if self.errors is None else self.errors[label]
+        return self.line(label, f"{number:.5g}", "" if math.isnan(error) else f"{error:.5g}", last)
+
+    def line(self, label: str, number: str, error: str, last: str) -> str:
+        beside = "" if self.errors is None else f" {error:>12}"
+        return f"{label:<{self.width}} {number:>12}{beside} {last}"
+
+
+def _entry_lines(
+    columns: _Columns, rows: list[tuple[str, float]], kind: str, several: str
+) -> list[str]:
+    lines = [columns.row(label, number, f"{kind:>12}") for label, number in rows[:ROWS]]
+    return lines + _left_out(rows, several)
+
+
+def _left_out(rows: Sized, several: str) -> list[str]:
+    return [f"... and {len(rows) - ROWS} {several} more"] if len(rows) > ROWS else []

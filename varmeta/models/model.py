@@ -153,6 +153,44 @@ class TaskModel(Remembers):
         # it
         self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
+        self._check_names(start, shared)
+        self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
+        varying = [name for name in start if name not in self.shared]
+        # how the tasks' features move the weights: by their names in eta, where they stand beside
+        # theta0
+        self.coefficients = coefficients_of(self.prior.covariates, varying, self.shared)
+        start |= {
+            key: torch.zeros_like(start[name]) for key, (name, _) in self.coefficients.items()
+        }
+        self.start = start | self._start_loc(start)
+        if not varying:
+            raise ValueError(
+                "every parameter is shared, so nothing is left to differ between tasks: share fewer"
+            )
+        held = {name: self.start[name] for name in self._held(varying)}
+        known = {} if self.net is None else fan_ins(self.net)
+        self.weights = Weights(
+            {name: start[name].shape for name in varying},
+            held,
+            {n: known[n] for n in varying if n in known},
+        )
+        if self.prior.lkj != 1.0 and self.weights.size == 1:
+            raise ValueError(
+                f"lkj={self.prior.lkj:g} is a density of correlations, and one weight per task has "
+                "none: leave it out"
+            )
+        if not self.init(torch.zeros(())):
+            raise ValueError(
+                "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are "
+                "all given"
+            )
+        # its names are checked here, before any work
+        self.prior.init(self.weights, torch.zeros(()))
+
+    def _check_names(self, start: Mapping[str, Tensor], shared: tuple[str, ...]) -> None:
+        """Raises ValueError for a pattern of nothing that is learned, and for a parameter that has
+        the name of another entry of eta.
+        """
         for pattern in shared:
             if any(matches(name, pattern) for name in start):
                 continue
@@ -172,19 +210,17 @@ class TaskModel(Remembers):
                 raise ValueError(
                     f"the parameter name {name!r} is one that varmeta uses itself: rename it"
                 )
-        self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
-        varying = [name for name in start if name not in self.shared]
-        # how the tasks' features move the weights: by their names in eta, where they stand beside
-        # theta0
-        self.coefficients = coefficients_of(self.prior.covariates, varying, self.shared)
-        start |= {
-            key: torch.zeros_like(start[name]) for key, (name, _) in self.coefficients.items()
-        }
+
+    def _start_loc(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """theta0 and coefficients where the prior's loc puts them.  Raises ValueError for a name
+        that there is not, in a loc_hyperprior too, and for another shape.
+        """
         unknown = set(self.prior.start_loc) - set(start)
         if unknown:
             raise ValueError(
                 f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}"
             )
+        placed = {}
         for name, value in self.prior.start_loc.items():
             value = (
                 value.detach()
@@ -196,7 +232,7 @@ class TaskModel(Remembers):
                     f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected "
                     f"{tuple(start[name].shape)}"
                 )
-            start[name] = value.expand(start[name].shape).clone()
+            placed[name] = value.expand(start[name].shape).clone()
         stray = set(
             self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()
         ) - set(start)
@@ -204,31 +240,7 @@ class TaskModel(Remembers):
             raise ValueError(
                 f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}"
             )
-        self.start = start
-        if not varying:
-            raise ValueError(
-                "every parameter is shared, so nothing is left to differ between tasks: share fewer"
-            )
-        held = {name: start[name] for name in self._held(varying)}
-        known = {} if self.net is None else fan_ins(self.net)
-        self.weights = Weights(
-            {name: start[name].shape for name in varying},
-            held,
-            {n: known[n] for n in varying if n in known},
-        )
-        if self.prior.lkj != 1.0 and self.weights.size == 1:
-            raise ValueError(
-                f"lkj={self.prior.lkj:g} is a density of correlations, and one weight per task has "
-                "none: leave it out"
-            )
-        if not self.init(torch.zeros(())):
-            raise ValueError(
-                "learn_loc=False leaves nothing to learn: theta0, the precision and the noise are "
-                "all given"
-            )
-        self.prior.init(
-            self.weights, torch.zeros(())
-        )  # its names are checked here, before any work
+        return placed
 
     def _held(self, varying: list[str]) -> list[str]:
         """The weights whose theta0 is not learned.  Raises ValueError for a name that there is
