@@ -4,6 +4,7 @@ REML estimates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
 
@@ -18,8 +19,8 @@ from varmeta.fitting.run import Callback, Run, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.coordinates import Coordinates
-from varmeta.hyper.family import fit_gaussian
-from varmeta.hyper.importance import importance
+from varmeta.hyper.family import Gaussian, fit_gaussian
+from varmeta.hyper.importance import Weighted, importance
 from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.models.eta import HYPERGUIDES, HyperPosterior
 from varmeta.models.kinks import kinked
@@ -29,7 +30,7 @@ from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import detach, flatten
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.problem import Problem
-from varmeta.strategies.strategy import State, Strategy
+from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 
 # Draws of eta that are kept; proposals in each round of importance sampling, the more the cheaper
@@ -56,10 +57,29 @@ def check_hyperguide(
         )
     if not free:
         raise ValueError(
-            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size and budget"
+            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size "
+            "and budget"
         )
     model, batch = problem.model, tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))
+    _check_problem(hyperguide, problem, batch, eta)
+    _check_size(hyperguide, problem, batch, eta)
+    prior = model.prior
+    if (
+        hyperguide != "reml"
+        and prior.learn_precision
+        and len(tasks) < 3
+        and not (prior.hyperprior or prior.scale_hyperprior)
+    ):
+        raise ValueError(
+            f"{counted(len(tasks), 'task')} and a flat hyperprior on the prior's sd have no "
+            "posterior, which takes at least 3: give GaussianPrior(scale_hyperprior=...)"
+        )
+
+
+def _check_problem(hyperguide: str, problem: Problem, batch: Batch, eta: Eta) -> None:
+    """Refuse guides and models whose evidence, or its curvature, is not to be had."""
+    model = problem.model
     if problem.is_point(batch, eta):
         raise ValueError(
             f"hyperguide={hyperguide!r} weighs eta by each task's evidence, of which a delta guide "
@@ -89,8 +109,11 @@ def check_hyperguide(
             "its flat density: as it grows, the counts become Poisson's and the likelihood stays "
             "as it is.  Fix it, learn_concentration=False"
         )
-    coordinates = Coordinates(model, eta)
-    size_of_eta = int(_free(coordinates, hyperguide).sum())
+
+
+def _check_size(hyperguide: str, problem: Problem, batch: Batch, eta: Eta) -> None:
+    """Refuse an eta without numbers to integrate over, or with too many."""
+    size_of_eta = int(_free(Coordinates(problem.model, eta), hyperguide).sum())
     if not size_of_eta:
         raise ValueError(
             f"hyperguide={hyperguide!r} has nothing to integrate over: no theta0 is learned "
@@ -108,19 +131,8 @@ def check_hyperguide(
         > 4 * MAX_NEWTON_ENTRIES
     ):
         raise ValueError(
-            f"{num_tasks} tasks with {size} guide parameters and {size_of_eta} numbers in eta are too "
-            f"many for hyperguide={hyperguide!r}"
-        )
-    prior = model.prior
-    if (
-        hyperguide != "reml"
-        and prior.learn_precision
-        and len(tasks) < 3
-        and not (prior.hyperprior or prior.scale_hyperprior)
-    ):
-        raise ValueError(
-            f"{counted(len(tasks), 'task')} and a flat hyperprior on the prior's sd have no "
-            "posterior, which takes at least 3: give GaussianPrior(scale_hyperprior=...)"
+            f"{num_tasks} tasks with {size} guide parameters and {size_of_eta} numbers in eta are "
+            f"too many for hyperguide={hyperguide!r}"
         )
 
 
@@ -159,47 +171,8 @@ def integrate(
             seconds=perf_counter() - begin,
         )
 
-    try:
-        found = fit_gaussian(
-            problem,
-            batch,
-            coordinates,
-            run.eta,
-            free,
-            diagonal=hyperguide == "normal",
-            jacobian=hyperguide != "reml",
-            # importance weights mend the rest; REML has none to mend it
-            tolerance=1e-9 if hyperguide == "reml" else 1e-6,
-            max_steps=max_steps,
-            callback=arrived,
-        )
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(_no_evidence(problem, batch, run)) from error
-    if found.result in (Result.NON_FINITE, Result.DIVERGED):
-        losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
-        raise ValueError(
-            non_finite(batch, losses, "at the start")
-            if not losses.isfinite().all()
-            else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
-        )
-    gaussian = problem.model.is_linear_gaussian
-
-    def log_density(points: Tensor) -> Tensor:
-        evidence = conditionals(
-            problem.model, batch, coordinates.eta_of(points), gaussian
-        ).log_evidence.sum(-1)
-        if bool(evidence.isnan().any()):
-            raise ValueError(_no_evidence(problem, batch, run))
-        # under "reml" the sds are a point, and a Jacobian there would count as evidence
-        return evidence + coordinates.log_density_of(points, hyperguide != "reml")
-
-    several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
-    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
-    number = max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
-    try:
-        weighted = importance(log_density, found.mean, found.factor, number, seed)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError(_no_evidence(problem, batch, run)) from error
+    found = _gaussian(problem, batch, run, coordinates, free, hyperguide, max_steps, arrived)
+    weighted = _weighted(problem, batch, run, coordinates, hyperguide, found, seed)
     run.hyper = HyperPosterior(
         hyperguide=hyperguide,
         points=coordinates.eta_of(weighted.points),
@@ -225,6 +198,75 @@ def integrate(
         else f"after {counted(steps, 'Newton step')}: "
         f"{WHY_IT_ENDED.get(found.result, 'it was to be no more')}"
     )
+
+
+def _gaussian(
+    problem: Problem,
+    batch: Batch,
+    run: Run,
+    coordinates: Coordinates,
+    free: Tensor,
+    hyperguide: str,
+    max_steps: int,
+    callback: Callable[[Step], object],
+) -> Gaussian:
+    """q(eta) by the best bound, from where the run stands.  Raises ValueError where the objective
+    is not finite.
+    """
+    try:
+        found = fit_gaussian(
+            problem,
+            batch,
+            coordinates,
+            run.eta,
+            free,
+            diagonal=hyperguide == "normal",
+            jacobian=hyperguide != "reml",
+            # importance weights mend the rest; REML has none to mend it
+            tolerance=1e-9 if hyperguide == "reml" else 1e-6,
+            max_steps=max_steps,
+            callback=callback,
+        )
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(_no_evidence(problem, batch, run)) from error
+    if found.result in (Result.NON_FINITE, Result.DIVERGED):
+        losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+        raise ValueError(
+            non_finite(batch, losses, "at the start")
+            if not losses.isfinite().all()
+            else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
+        )
+    return found
+
+
+def _weighted(
+    problem: Problem,
+    batch: Batch,
+    run: Run,
+    coordinates: Coordinates,
+    hyperguide: str,
+    found: Gaussian,
+    seed: int,
+) -> Weighted:
+    """Draws around the Gaussian, weighted by the evidence of all tasks."""
+    gaussian = problem.model.is_linear_gaussian
+
+    def log_density(points: Tensor) -> Tensor:
+        evidence = conditionals(
+            problem.model, batch, coordinates.eta_of(points), gaussian
+        ).log_evidence.sum(-1)
+        if bool(evidence.isnan().any()):
+            raise ValueError(_no_evidence(problem, batch, run))
+        # under "reml" the sds are a point, and a Jacobian there would count as evidence
+        return evidence + coordinates.log_density_of(points, hyperguide != "reml")
+
+    several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
+    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
+    number = max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
+    try:
+        return importance(log_density, found.mean, found.factor, number, seed)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(_no_evidence(problem, batch, run)) from error
 
 
 def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
