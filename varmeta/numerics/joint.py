@@ -128,94 +128,126 @@ def minimize_jointly(
     x, e = problem.start()
     eps = torch.finfo(x.dtype).eps
     tolerance = max(tolerance, 1e-6 if eps > 1e-10 else 1e-14)
-    losses, total = problem.loss(x, e)
-    history, damping, was_small = [total], 0.0, False
-    result, decrement, steps = Result.STEP_LIMIT, math.nan, 0
-    model = Quadratic(problem, x, e, losses) if max_steps else None
-    failed, blocked = torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
+    place = _Place(x, e, *problem.loss(x, e))
+    model = Quadratic(problem, x, e, place.losses) if max_steps else None
+    history, decrement, damping, was_small, blocked = [place.total], math.nan, 0.0, False, 0
+    result, failed = Result.STEP_LIMIT, torch.zeros(len(x), dtype=torch.bool, device=x.device)
     if model is not None and not model.finite:
         result, failed = Result.NON_FINITE, model.failed
-    while model is not None and model.finite and steps < max_steps:
-        good, slack = (x, e, losses), 10 * eps * max(1.0, float(losses.abs().sum()))
-        decrement, limit = (
-            model.decrement_phi + model.decrement_eta,
-            tolerance * max(1.0, abs(total)),
-        )
-        small = decrement <= limit
-
-        x, losses, reduced, walled, trials = _settle_phi(
-            problem, model, x, e, losses, thorough=not small
-        )
-        base = float(losses.sum() + problem.penalty(e))
-        # while phi has everything to gain, what eta has may drown in rounding errors, which any
-        # step would pass
-        moved = None
-        if len(e) and (small or model.eta_decrement(reduced) > slack):
-            moved = _move_eta(problem, model, x, e, base, reduced, damping, slack)
-        x, e, losses, new, damping = moved or (x, e, losses, base, 0.0)
-        stuck = moved is None and not new < total - slack
-        if small or stuck:
-            way_out = _escape(problem, model, x, e, new, max(limit, slack))
-            if way_out is not None:
-                (x, e, losses, new), small, stuck = way_out, False, False
-        done = small and (was_small or stuck)
-        if not (done or stuck) and steps + 1 < max_steps:
-            # The trials above looked at losses alone, and a derivative may be lost where the loss
-            # is finite. At a wall each step covers half of what is left: such steps are few, not
-            # endless.
-            arrived = Quadratic(problem, x, e, losses)
-            ahead: Quadratic | None = arrived
-            if not arrived.finite:
-                nearer = _step_back(
-                    problem,
-                    good,
-                    (x, e),
-                    arrived,
-                    total + slack,
-                    max(0, _TRIALS - blocked - trials),
-                )
-                walled, trials = nearer.failed, trials + nearer.trials
-                x, e, losses, new, small = nearer.x, nearer.e, nearer.losses, nearer.total, False
-                ahead = nearer.model
-            if ahead is None:
-                result, failed = Result.DIVERGED, walled
-                break
-            blocked, model = (blocked + trials if trials else 0), ahead
-        total, steps = new, steps + 1
-        history.append(total)
-        if callback is not None:
-            callback(Step(steps, total, *problem.named(x, e), problem.evaluations))
+    while model is not None and model.finite and len(history) <= max_steps:
+        slack = 10 * eps * max(1.0, float(place.losses.abs().sum()))
+        limit = tolerance * max(1.0, abs(place.total))
+        decrement = model.decrement_phi + model.decrement_eta
+        move = _move(problem, model, place, damping, decrement <= limit, limit, slack)
         # a second small decrement: the step between them is what makes the parameters, not the loss
         # alone, exact
+        done = move.small and (was_small or move.stuck)
+        if not (done or move.stuck) and len(history) < max_steps:
+            ahead, move = _model_ahead(problem, place, move, slack, blocked)
+            if ahead is None:
+                result, failed = Result.DIVERGED, move.walled
+                break
+            blocked, model = (blocked + move.trials if move.trials else 0), ahead
+        place, damping, was_small = move.place, move.damping, move.small
+        history.append(place.total)
+        if callback is not None:
+            point = problem.named(place.x, place.e)
+            callback(Step(len(history) - 1, place.total, *point, problem.evaluations))
         if done:
             result = Result.CONVERGED
             break
-        if trials and (stuck or blocked >= _TRIALS):
-            result, failed = Result.DIVERGED, walled
+        if move.trials and (move.stuck or blocked >= _TRIALS):
+            result, failed = Result.DIVERGED, move.walled
             break
-        if stuck:
+        if move.stuck:
             result = Result.STAGNATED
             break
-        was_small = small
-    g_phi, g_eta = problem.gradient(x, e)
-    stats = {
+    stats = _stats(problem, model, place, history, decrement, result, failed)
+    return JointSolution(*problem.named(place.x, place.e), result, stats)
+
+
+class _Place(NamedTuple):
+    """Rows of phi, eta, the losses there, and their total with the penalty."""
+
+    x: Tensor
+    e: Tensor
+    losses: Tensor
+    total: float
+
+
+class _Move(NamedTuple):
+    """Where an iteration's steps lead.
+
+    small: whether there was next to nothing to gain, and no saddle to leave; stuck: whether no step
+        lowers the total.
+    walled: the tasks that a derivative not finite stopped; trials: how often.
+    """
+
+    place: _Place
+    damping: float
+    small: bool
+    stuck: bool
+    walled: Tensor
+    trials: int
+
+
+def _stats(
+    problem: SharedProblem,
+    model: Quadratic | None,
+    place: _Place,
+    history: list[float],
+    decrement: float,
+    result: Result,
+    failed: Tensor,
+) -> dict[str, Any]:
+    """See `minimize_jointly`."""
+    g_phi, g_eta = problem.gradient(place.x, place.e)
+    exact = result == Result.CONVERGED and torch.finfo(place.x.dtype).eps < 1e-10
+    ended_by_it = result in (Result.NON_FINITE, Result.DIVERGED)
+    return {
         "loss": history,
-        "losses": losses,
+        "losses": place.losses,
         "decrement": decrement,
         "gradient_norm": math.sqrt(float(g_phi.square().sum() + g_eta.square().sum())),
-        "steps": steps,
+        "steps": len(history) - 1,
         "evaluations": problem.evaluations,
-        "flat": _flat(problem, model)
-        if result == Result.CONVERGED and model and len(e) and eps < 1e-10
-        else (),
-        "failed": failed
-        if result in (Result.NON_FINITE, Result.DIVERGED)
-        else torch.zeros_like(failed),
+        "flat": _flat(problem, model) if exact and model and len(place.e) else (),
+        "failed": failed if ended_by_it else torch.zeros_like(failed),
     }
-    return JointSolution(*problem.named(x, e), result, stats)
 
 
 # -- the steps -------------------------------------------------------------------------------------
+
+
+def _move(
+    problem: SharedProblem,
+    model: Quadratic,
+    place: _Place,
+    damping: float,
+    small: bool,
+    limit: float,
+    slack: float,
+) -> _Move:
+    """Steps of phi and then of eta from a place, or out of a saddle.
+
+    small: whether the decrement is within `limit`; slack: what rounding may make of the total.
+    """
+    x, losses, reduced, walled, trials = _settle_phi(
+        problem, model, place.x, place.e, place.losses, thorough=not small
+    )
+    settled = _Place(x, place.e, losses, float(losses.sum() + problem.penalty(place.e)))
+    # while phi has everything to gain, what eta has may drown in rounding errors, which any step
+    # would pass
+    moved = None
+    if len(place.e) and (small or model.eta_decrement(reduced) > slack):
+        moved = _move_eta(problem, model, settled, reduced, damping, slack)
+    reached, damping = moved or (settled, 0.0)
+    stuck = moved is None and not reached.total < place.total - slack
+    if small or stuck:
+        way_out = _escape(problem, model, reached, max(limit, slack))
+        if way_out is not None:
+            reached, small, stuck = way_out, False, False
+    return _Move(reached, damping, small, stuck, walled, trials)
 
 
 def _settle_phi(
@@ -303,24 +335,22 @@ def _newton_phi(
 def _move_eta(
     problem: SharedProblem,
     model: Quadratic,
-    x: Tensor,
-    e: Tensor,
-    base: float,
+    place: _Place,
     reduced: Tensor,
     last: float,
     slack: float,
-) -> tuple[Tensor, Tensor, Tensor, float, float] | None:
-    """One step of eta with phi following; None where no damping lowers the total.  `last`: the
-    damping used before.
+) -> tuple[_Place, float] | None:
+    """One step of eta with phi following, and its damping; None where none lowers the total.
+    `last`: the damping used before.
     """
     # such that the softest direction, the likeliest to be overdone, is halved
     damping, first = 0.0, min(_FIRST_DAMPING, float(model.eta.values.min()))
     for _ in range(_TRIALS):
         step = model.eta_step(reduced, damping)
-        x_new, e_new = x - model.follow @ step, e + step
+        x_new, e_new = place.x - model.follow @ step, place.e + step
         losses, total = problem.loss(x_new, e_new)
         goal = (
-            base
+            place.total
             + slack
             + _SUFFICIENT * float((reduced * step).sum() + 0.5 * model.eta.square(step))
         )
@@ -333,21 +363,38 @@ def _move_eta(
             x_new, losses = _newton_phi(problem, x_new, e_new, losses)
             total = float(losses.sum() + problem.penalty(e_new))
         if math.isfinite(total) and total <= goal:
-            return x_new, e_new, losses, total, damping
+            return _Place(x_new, e_new, losses, total), damping
         # no need to begin from the bottom each time
         damping = damping * _MORE_DAMPING if damping else max(last / _MORE_DAMPING**2, first)
     return None
 
 
+def _model_ahead(
+    problem: SharedProblem, good: _Place, move: _Move, slack: float, blocked: int
+) -> tuple[Quadratic | None, _Move]:
+    """The model where the steps lead, or, where a derivative is lost there, at a place on the way;
+    None where there is none.  `blocked`: trials of the iterations just before.
+
+    The steps looked at losses alone, and a derivative may be lost where the loss is finite.  At a
+    wall each step covers half of what is left: such steps are few, not endless.
+    """
+    arrived = Quadratic(problem, move.place.x, move.place.e, move.place.losses)
+    if arrived.finite:
+        return arrived, move
+    left = max(0, _TRIALS - blocked - move.trials)
+    nearer = _step_back(problem, good, move.place, arrived, good.total + slack, left)
+    trials = move.trials + nearer.trials
+    return nearer.model, move._replace(
+        place=nearer.place, small=False, walled=nearer.failed, trials=trials
+    )
+
+
 class _Nearer(NamedTuple):
-    """A point before a wall, with its model; `model` None where there is none.  failed: the tasks
+    """A place before a wall, with its model; `model` None where there is none.  failed: the tasks
     last to blame.
     """
 
-    x: Tensor
-    e: Tensor
-    losses: Tensor
-    total: float
+    place: _Place
     model: Quadratic | None
     failed: Tensor
     trials: int
@@ -355,56 +402,53 @@ class _Nearer(NamedTuple):
 
 def _step_back(
     problem: SharedProblem,
-    good: tuple[Tensor, Tensor, Tensor],
-    arrived: tuple[Tensor, Tensor],
+    good: _Place,
+    arrived: _Place,
     ahead: Quadratic,
     goal: float,
     trials: int,
 ) -> _Nearer:
-    """A point between a good one and one where a derivative is not finite, where all is finite and
+    """A place between a good one and one where a derivative is not finite, where all is finite and
     the total at most `goal`.
 
     Only the tasks to blame step back, as long as that serves: one at a wall must not hold up the
         others.
     """
-    x_good, e_good, losses_good = good
-    along_x, along_e = arrived[0] - x_good, arrived[1] - e_good
-    share, whole, failed = x_good.new_ones(len(x_good), 1), 1.0, ahead.failed
+    along_x, along_e = arrived.x - good.x, arrived.e - good.e
+    share, whole, failed = good.x.new_ones(len(good.x), 1), 1.0, ahead.failed
     for trial in range(trials):
         bad = failed.unsqueeze(-1)
         if trial < _OWN_TRIALS and bool(bad.any()):
             share = torch.where(bad, 0.5 * share, share)
         else:
             whole *= 0.5
-        x, e = x_good + whole * share * along_x, e_good + whole * along_e
+        x, e = good.x + whole * share * along_x, good.e + whole * along_e
         losses, total = problem.loss(x, e)
         if not (math.isfinite(total) and total <= goal):
             continue
         model = Quadratic(problem, x, e, losses)
         if model.finite:
-            return _Nearer(x, e, losses, total, model, failed, trial + 1)
+            return _Nearer(_Place(x, e, losses, total), model, failed, trial + 1)
         failed = model.failed
-    return _Nearer(x_good, e_good, losses_good, math.nan, None, failed, trials)
+    return _Nearer(good, None, failed, trials)
 
 
-def _escape(
-    problem: SharedProblem, model: Quadratic, x: Tensor, e: Tensor, total: float, gain: float
-) -> tuple[Tensor, Tensor, Tensor, float] | None:
+def _escape(problem: SharedProblem, model: Quadratic, place: _Place, gain: float) -> _Place | None:
     """Leave a saddle along negative curvature, of eta or else of phi, if that lowers the total by
     more than `gain`.
     """
     ways = []
-    if len(e) and bool(model.eta.lowest < _NEGATIVE):
+    if len(place.e) and bool(model.eta.lowest < _NEGATIVE):
         ways.append((-(model.follow @ model.eta.direction), model.eta.direction))
     saddle = (model.phi.lowest < _NEGATIVE).unsqueeze(-1)
     if bool(saddle.any()):
-        ways.append((torch.where(saddle, model.phi.direction, 0.0), torch.zeros_like(e)))
+        ways.append((torch.where(saddle, model.phi.direction, 0.0), torch.zeros_like(place.e)))
     for along_x, along_e in ways:
         for length in (1.0, -1.0, 0.1, -0.1, 0.01, -0.01):
-            x_new, e_new = x + length * along_x, e + length * along_e
-            losses, new = problem.loss(x_new, e_new)
-            if math.isfinite(new) and new < total - gain:
-                return x_new, e_new, losses, new
+            x, e = place.x + length * along_x, place.e + length * along_e
+            losses, total = problem.loss(x, e)
+            if math.isfinite(total) and total < place.total - gain:
+                return _Place(x, e, losses, total)
     return None
 
 
