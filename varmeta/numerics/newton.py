@@ -138,88 +138,88 @@ class NewtonCG(Minimizer):
         x = tree.flatten(tree.detach(phi))
         scales = None if units is None else _scales(units, phi)
         point = _point(fn, x, phi)
-        loss, norm = point.loss, point.norm
-        start = norm
-        allowed = tolerance * (1 + norm)
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        here = _Here(x, point.loss, point.norm)
+        start, allowed = point.norm, tolerance * (1 + point.norm)
+        finite = torch.isfinite(point.loss) & torch.isfinite(point.norm)
         # also a start whose gradient looks small: in what units is for the Hessian to say
-        active = finite & (norm > 0)
+        active = finite & (point.norm > 0)
         result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
         result = torch.where(finite, result, int(Result.NON_FINITE))
-        eps = torch.finfo(x.dtype).eps
-        curvature, forcing = torch.full_like(norm, math.nan), torch.full_like(norm, 0.1)
+        curvature, forcing = torch.full_like(start, math.nan), torch.full_like(start, 0.1)
         idle = taken = torch.zeros_like(result)
-        evaluations = torch.ones_like(norm)
+        evaluations = torch.ones_like(start)
 
         for _ in range(max_steps if steps is None else steps):
             if not bool(active.any()):
                 break
-            direction, met, convex, work, sound = self._direction(point, active, forcing, scales)
-            curvature = torch.where(active, met, curvature)
-            moving = active & sound
-            direction = torch.where(moving[:, None], direction, 0)
-            slope = torch.where(moving, _dot(point.gradient, direction), 0)
-            promise, rounding = -0.5 * slope, 10 * eps * loss.abs().clamp(min=1)
+            way = self._direction(point, active, forcing, scales)
+            curvature = torch.where(active, way.curvature, curvature)
+            moving = active & way.sound
+            step = self._step_along(fn, phi, here, point, way.direction, moving)
+            point = step.point
+            evaluations = evaluations + torch.where(active, way.work + step.work, 0)
 
-            trial = _point(fn, x + direction, phi)
-            lower = trial.loss <= loss + torch.minimum(_ARMIJO * slope, -rounding)
-            # sums that cancel leave more rounding than the loss's size tells; the gradient is there
-            # to judge
-            level = (trial.loss <= loss + 100 * rounding) & (trial.norm <= 0.9 * norm)
-            good = moving & torch.isfinite(trial.norm) & (lower | level)
-            # where the promise is below rounding, shorter steps would be judged by noise
-            shorter = moving & ~good & (promise > rounding)
-            longer = good & lower & (_dot(trial.gradient, direction) < _STEEP * slope)
-            longer = longer & (self.damping == 0)  # or it would undo the damping
-            length = good.to(x.dtype)
-            work = work + 1
-            if bool((shorter | longer).any()):
-                line = _Line(fn, x, direction, phi, loss, slope, rounding)
-                length, trials = line.search(
-                    length, trial.loss, shorter, longer, self.max_backtracks
-                )
-                trial = _point(fn, x + length[:, None] * direction, phi)
-                work = work + 0.5 * trials + (shorter | longer)
-            evaluations = evaluations + torch.where(active, work, 0)
-
-            stepped = moving & (length > 0)
-            arrived_finite = torch.isfinite(trial.norm)
-            broken = (active & ~sound) | (stepped & ~arrived_finite)
+            stepped = moving & (step.length > 0)
+            arrived_finite = torch.isfinite(point.norm)
+            broken = (active & ~way.sound) | (stepped & ~arrived_finite)
             stepped = stepped & arrived_finite
-            # at a kink, as of a ReLU, Newton's promises are broken again and again while the loss
-            # creeps
-            gain = loss - trial.loss
-            creeping = (
-                stepped & (gain <= _BROKEN * promise) & (gain <= _CREEP * loss.abs().clamp(min=1))
-            )
-            idle = torch.where(creeping, idle + 1, 0)
-            stuck = moving & ((length == 0) | (idle >= _PATIENCE))
-            ratio = (trial.norm / norm).square().clamp(eps**0.5, 0.1)
-            forcing = torch.where(stepped, ratio, forcing)
-            x = torch.where(stepped[:, None], trial.x, x)
-            loss, norm = (
-                torch.where(stepped, trial.loss, loss),
-                torch.where(stepped, trial.norm, norm),
-            )
+            idle = torch.where(stepped & step.creeping(here), idle + 1, 0)
+            stuck = moving & ((step.length == 0) | (idle >= _PATIENCE))
+            forcing = torch.where(stepped, _forcing(point.norm / here.norm), forcing)
+            here = here.moved(point, stepped)
             taken = taken + stepped
 
-            small = norm <= allowed
-            done = stepped & small & ((promise <= tolerance) | (norm == 0))
-            done = done | (stuck & (small | (promise <= rounding.clamp(max=tolerance))))
+            small = here.norm <= allowed
+            done = stepped & small & ((step.promise <= tolerance) | (here.norm == 0))
+            in_rounding = step.promise <= step.rounding.clamp(max=tolerance)
+            done = done | (stuck & (small | in_rounding))
             result = torch.where(stuck, int(Result.STAGNATED), result)
             result = torch.where(done, int(Result.CONVERGED), result)
-            result = torch.where(done & ~convex, int(Result.NEGATIVE_CURVATURE), result)
+            result = torch.where(done & ~way.convex, int(Result.NEGATIVE_CURVATURE), result)
             result = torch.where(broken, int(Result.NON_FINITE), result)
             active = stepped & ~done & ~stuck
-            point = trial
         stats = {
-            "gradient_norm": norm,
+            "gradient_norm": here.norm,
             "start_gradient_norm": start,
             "steps": taken,
             "evaluations": evaluations,
             "curvature": curvature,
         }
-        return Solution(tree.unflatten(x, phi), result, stats)
+        return Solution(tree.unflatten(here.x, phi), result, stats)
+
+    def _step_along(
+        self,
+        fn: Losses,
+        phi: Tree,
+        here: _Here,
+        point: _Point | _GraphedPoint,
+        direction: Tensor,
+        moving: Tensor,
+    ) -> _Step:
+        """A full step of the tasks that move, or, where it serves badly, one of another length."""
+        x, loss = here.x, here.loss
+        direction = torch.where(moving[:, None], direction, 0)
+        slope = torch.where(moving, _dot(point.gradient, direction), 0)
+        promise = -0.5 * slope
+        rounding = 10 * torch.finfo(x.dtype).eps * loss.abs().clamp(min=1)
+
+        trial = _point(fn, x + direction, phi)
+        lower = trial.loss <= loss + torch.minimum(_ARMIJO * slope, -rounding)
+        # sums that cancel leave more rounding than the loss's size tells; the gradient is there
+        # to judge
+        level = (trial.loss <= loss + 100 * rounding) & (trial.norm <= 0.9 * here.norm)
+        good = moving & torch.isfinite(trial.norm) & (lower | level)
+        # where the promise is below rounding, shorter steps would be judged by noise
+        shorter = moving & ~good & (promise > rounding)
+        longer = good & lower & (_dot(trial.gradient, direction) < _STEEP * slope)
+        longer = longer & (self.damping == 0)  # or it would undo the damping
+        length, work = good.to(x.dtype), torch.ones_like(loss)
+        if bool((shorter | longer).any()):
+            line = _Line(fn, x, direction, phi, loss, slope, rounding)
+            length, trials = line.search(length, trial.loss, shorter, longer, self.max_backtracks)
+            trial = _point(fn, x + length[:, None] * direction, phi)
+            work = work + 0.5 * trials + (shorter | longer)
+        return _Step(trial, length, promise, rounding, work)
 
     def _direction(
         self, point: _Point | _GraphedPoint, active: Tensor, forcing: Tensor, scales: Tensor | None
@@ -229,6 +229,47 @@ class NewtonCG(Minimizer):
             return _dense_direction(point, active, self.damping)
         limit = min(2 * size, 500) if self.max_cg_steps is None else self.max_cg_steps
         return _truncated_direction(point, active, self.damping, forcing, limit, scales)
+
+
+class _Here(NamedTuple):
+    """Where the tasks stand: their last rows with a finite loss and gradient."""
+
+    x: Tensor
+    loss: Tensor
+    norm: Tensor
+
+    def moved(self, point: _Point | _GraphedPoint, stepped: Tensor) -> _Here:
+        return _Here(
+            torch.where(stepped[:, None], point.x, self.x),
+            torch.where(stepped, point.loss, self.loss),
+            torch.where(stepped, point.norm, self.norm),
+        )
+
+
+class _Step(NamedTuple):
+    """A step, each `(tasks,)`: where it leads, by which length, 0 for none.
+
+    promise: by how much the quadratic model of a full step lowers the loss; rounding: of the loss;
+        work: in gradients.
+    """
+
+    point: _Point | _GraphedPoint
+    length: Tensor
+    promise: Tensor
+    rounding: Tensor
+    work: Tensor
+
+    def creeping(self, here: _Here) -> Tensor:
+        """Whether it gains next to nothing: at a kink, as of a ReLU, Newton's promises are broken
+        again and again while the loss creeps.
+        """
+        gain = here.loss - self.point.loss
+        return (gain <= _BROKEN * self.promise) & (gain <= _CREEP * here.loss.abs().clamp(min=1))
+
+
+def _forcing(ratio: Tensor) -> Tensor:
+    """How accurate the next direction must be, from the ratio of the last two gradients."""
+    return ratio.square().clamp(torch.finfo(ratio.dtype).eps ** 0.5, 0.1)
 
 
 class _Point:
