@@ -123,7 +123,7 @@ class LearnedPrior:
         width = max(map(len, [NOISE_SCALE, *self.observation, *labels]))
         columns = _Columns(width, None if errors is None else self._errors(errors))
         return "\n".join(
-            [
+            (
                 columns.line("weight", "theta0", "std. error", f"{'prior sd':>12}"),
                 *self._weight_lines(columns),
                 *_entry_lines(columns, self._shared_rows, "shared", "shared numbers"),
@@ -133,7 +133,7 @@ class LearnedPrior:
                     for name, value in self.observation.items()
                 ),
                 *self._correlation_lines(width),
-            ]
+            )
         )
 
     def _errors(self, errors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -146,8 +146,8 @@ class LearnedPrior:
             for name in (*self.shared, *self.coefficients)
             for e in errors[name].reshape(-1)
         ]
-        every = (*self._rows, *self._shared_rows, *self._coefficient_rows)
-        return dict(zip([label for label, *_ in every], numbers, strict=True))
+        others = (*self._shared_rows, *self._coefficient_rows)
+        return dict(zip([*self.labels, *(label for label, _ in others)], numbers, strict=True))
 
     def _weight_lines(self, columns: _Columns) -> list[str]:
         # a number that was given must not be read as a finding
