@@ -18,6 +18,7 @@ import torch
 import varmeta as vm
 from tests.cases import adam, linear_model, net_model, ragged_tasks
 from varmeta.graphs import capture
+from varmeta.results.resume import run_to_resume
 
 PRIOR = vm.GaussianPrior(3.0, "shared")
 
@@ -176,9 +177,9 @@ def test_strategies_that_hold_a_tensor_can_be_compared() -> None:
 
     fit = vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 2, adam)
     kept = vm.Fit(fit.model, fit.tasks, holding(0.9, 0.99), 0, fit.run)
-    assert kept.run_to_resume(fit.model, fit.tasks, holding(0.9, 0.99), 0).step == 2
+    assert run_to_resume(kept, fit.model, fit.tasks, holding(0.9, 0.99), 0).step == 2
     with pytest.raises(ValueError, match="resume is a fit by Joint"):
-        kept.run_to_resume(fit.model, fit.tasks, holding(0.9, 0.98), 0)
+        run_to_resume(kept, fit.model, fit.tasks, holding(0.9, 0.98), 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import warnings
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from varmeta._checks import counted
@@ -20,7 +17,6 @@ from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.integrated import IntegratedDraws
-from varmeta.models import constants
 from varmeta.models.check import check_model
 from varmeta.models.eta import HyperPosterior
 from varmeta.models.kinks import kinked
@@ -208,7 +204,7 @@ class Fit:
         return -self.loss if self._is_tight else None
 
     @cached_property
-    def guide_cost(self) -> str | None:
+    def _guide_cost(self) -> str | None:
         """What is lost by a guide that cannot be the tasks' posteriors, in words; None where it is
         little or not known.
         """
@@ -399,50 +395,6 @@ class Fit:
         """
         save(path, self.model, self.tasks, self.strategy, self.seed, self.run, self.prior)
 
-    # -- going on ----------------------------------------------------------------------------------
-
-    def run_to_resume(self, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int) -> Run:
-        """A copy of the run to go on from.  Raises ValueError where model, tasks, strategy or seed
-        differ.
-        """
-        if seed != self.seed:
-            raise ValueError(
-                f"resume was run with seed={self.seed}: give fit the same, or its noise and "
-                "batches would change"
-            )
-        start = model.init(tasks.batch().support.x.new_zeros(()))
-        if {name: value.shape for name, value in start.items()} != {
-            n: v.shape for n, v in self.eta.items()
-        }:
-            raise ValueError(
-                f"resume is a fit of another model: it has {sorted(self.eta)}, this model "
-                f"{sorted(start)}"
-            )
-        fixed = constants.fingerprint(self.model.net, self.model.constants)
-        other = constants.difference(fixed, model.net, model.constants)
-        if other is not None:
-            raise ValueError(
-                f"resume is a fit of a network with {other}: give fit the same network"
-            )
-        held = self.model.weights.fixed
-        if any(
-            not torch.equal(value.to(held[name]), held[name])
-            for name, value in model.weights.fixed.items()
-        ):
-            raise ValueError(
-                "resume is a fit with theta0 held at another place: give the prior the same loc"
-            )
-        other = self.tasks.first_difference(tasks)
-        if other is not None:
-            raise ValueError(
-                f"resume is a fit of other tasks ({other}): give the same data in the same order"
-            )
-        if not _alike(strategy, self.strategy):
-            raise ValueError(
-                f"resume is a fit by {_unlike(self.strategy, strategy)}: give fit the same strategy"
-            )
-        return copy.deepcopy(self.run)
-
     # -- print -------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
@@ -478,7 +430,7 @@ class Fit:
         if self.hyper is not None and self.hyper.hyperguide != "reml":
             return f"{line}; log evidence by importance weights: {self.hyper.log_evidence:.4f}"
         if self.log_likelihood is None:
-            return "\n".join(filter(None, (line, self.guide_cost)))
+            return "\n".join(filter(None, (line, self._guide_cost)))
         return (
             f"{line}, so the {'REML ' if self.hyper else ''}log likelihood is "
             f"{self.log_likelihood:.4f}"
@@ -487,37 +439,3 @@ class Fit:
     def __repr__(self) -> str:
         end = "converged" if self.converged else "not converged"
         return f"<Fit: {summary.method(self.strategy, self.is_point, len(self.tasks))}, {end}>"
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Equal, also where a tensor is part of it, which `==` compares entry by entry."""
-    if type(one) is not type(other):
-        return (
-            bool(one == other)
-            if not isinstance(one, Tensor) and not isinstance(other, Tensor)
-            else False
-        )
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
-    if dataclasses.is_dataclass(one):
-        return all(
-            _alike(getattr(one, f.name), getattr(other, f.name))
-            for f in dataclasses.fields(one)
-            if f.compare
-        )
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    return bool(one == other)
-
-
-def _unlike(one: Strategy, other: Strategy) -> str:
-    """`one, not other`, in as few words as tell them apart."""
-    if type(one) is not type(other):
-        return f"{type(one).__name__}, not {type(other).__name__}"
-    names = [
-        f.name
-        for f in dataclasses.fields(one)
-        if not _alike(getattr(one, f.name), getattr(other, f.name))
-    ]
-    mine, its = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (one, other))
-    return f"{type(one).__name__}({mine}), not {type(other).__name__}({its})"

@@ -27,6 +27,7 @@ from varmeta.models.model import TaskModel
 from varmeta.models.responses import left_raw, one_scale_for_all
 from varmeta.results.doubts import doubts
 from varmeta.results.result import Fit
+from varmeta.results.resume import run_to_resume
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
@@ -130,7 +131,7 @@ def fit(
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
     smooth = kinked(model, whole, eta) is None
-    resumed = None if resume is None else resume.run_to_resume(model, tasks, strategy, seed)
+    resumed = None if resume is None else run_to_resume(resume, model, tasks, strategy, seed)
     way = _way(strategy, problem, whole, eta, hyperguide, free and smooth)
     # in raw units Adam would otherwise spend a budget on the way to the data
     pooled = smooth and optimizer is None and batch_size is None

@@ -1,0 +1,92 @@
+"""Go on from a fit, `fit(..., resume=...)`: only with the same model, tasks, strategy and seed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.fitting.run import Run
+from varmeta.models import constants
+from varmeta.models.model import TaskModel
+from varmeta.results.result import Fit
+from varmeta.strategies.strategy import Strategy
+from varmeta.tasks import TaskSet
+
+
+def run_to_resume(fit: Fit, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int) -> Run:
+    """A copy of a fit's run to go on from.  Raises ValueError where model, tasks, strategy or seed
+    differ.
+    """
+    if seed != fit.seed:
+        raise ValueError(
+            f"resume was run with seed={fit.seed}: give fit the same, or its noise and "
+            "batches would change"
+        )
+    start = model.init(tasks.batch().support.x.new_zeros(()))
+    if {name: value.shape for name, value in start.items()} != {
+        n: v.shape for n, v in fit.eta.items()
+    }:
+        raise ValueError(
+            f"resume is a fit of another model: it has {sorted(fit.eta)}, this model "
+            f"{sorted(start)}"
+        )
+    fixed = constants.fingerprint(fit.model.net, fit.model.constants)
+    other = constants.difference(fixed, model.net, model.constants)
+    if other is not None:
+        raise ValueError(f"resume is a fit of a network with {other}: give fit the same network")
+    held = fit.model.weights.fixed
+    if any(
+        not torch.equal(value.to(held[name]), held[name])
+        for name, value in model.weights.fixed.items()
+    ):
+        raise ValueError(
+            "resume is a fit with theta0 held at another place: give the prior the same loc"
+        )
+    other = fit.tasks.first_difference(tasks)
+    if other is not None:
+        raise ValueError(
+            f"resume is a fit of other tasks ({other}): give the same data in the same order"
+        )
+    if not _alike(strategy, fit.strategy):
+        raise ValueError(
+            f"resume is a fit by {_unlike(fit.strategy, strategy)}: give fit the same strategy"
+        )
+    return copy.deepcopy(fit.run)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Equal, also where a tensor is part of it, which `==` compares entry by entry."""
+    if type(one) is not type(other):
+        return (
+            bool(one == other)
+            if not isinstance(one, Tensor) and not isinstance(other, Tensor)
+            else False
+        )
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    if dataclasses.is_dataclass(one):
+        return all(
+            _alike(getattr(one, f.name), getattr(other, f.name))
+            for f in dataclasses.fields(one)
+            if f.compare
+        )
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)
+
+
+def _unlike(one: Strategy, other: Strategy) -> str:
+    """`one, not other`, in as few words as tell them apart."""
+    if type(one) is not type(other):
+        return f"{type(one).__name__}, not {type(other).__name__}"
+    names = [
+        f.name
+        for f in dataclasses.fields(one)
+        if not _alike(getattr(one, f.name), getattr(other, f.name))
+    ]
+    mine, its = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (one, other))
+    return f"{type(one).__name__}({mine}), not {type(other).__name__}({its})"
