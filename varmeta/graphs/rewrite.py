@@ -230,16 +230,16 @@ def _narrow(
         other, its = known[1]
         if axes == its and shape_of(node.args[0]) == shape_of(node.args[1]):
             return _call(graph, node, aten.add.Tensor, inner, other), axes
-    elif node.target is aten.reshape.default and len(axes) == 1:
+    if node.target is aten.reshape.default and len(axes) == 1:
         # a row of its own, whatever axes of length one stand around it
         size = shape_of(node.args[0])[min(axes)]
         if 0 < math.prod(shape_of(node.args[0])) == size == math.prod(shape) and size in shape:
             ones = [1] * len(shape)
             new = _call(graph, node, aten.reshape.default, inner, ones)
             return new, {shape.index(size)}
-    elif node.target is aten.sum.default:
+    if node.target is aten.sum.default:
         return _call(graph, node, aten.sum.default, inner), set()
-    elif node.target is aten.sum.dim_IntList and node.args[1]:
+    if node.target is aten.sum.dim_IntList and node.args[1]:
         summed = {axis % len(shape_of(node.args[0])) for axis in node.args[1]}
         keeps_places = len(node.args) > 2 and node.args[2]
         if axes <= summed or keeps_places:
