@@ -24,7 +24,7 @@ from torch import nn
 import varmeta as vm
 from varmeta.plot import plot_curves, plot_prior
 from varmeta.posteriors import arviz as inference_data
-from varmeta.posteriors import metrics
+from varmeta.posteriors import calibration
 
 # lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual
 # sd, log likelihood.
@@ -117,7 +117,7 @@ def tasks_of(countries: pd.DataFrame) -> vm.TaskSet:
 def floor(points: int, draws: int = 4000) -> float:
     """The calibration error of perfect forecasts of a few independent observations."""
     uniform = torch.rand(draws, points, generator=torch.Generator().manual_seed(0))
-    return float(torch.stack([metrics.calibration_error(row) for row in uniform]).mean())
+    return float(torch.stack([calibration.calibration_error(row) for row in uniform]).mean())
 
 
 def said(row: dict[str, Any]) -> None:

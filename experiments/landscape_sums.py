@@ -35,9 +35,8 @@ def waves(theta: Tensor, c: Tensor) -> Tensor:
 def family(num_tasks: int, seed: int, phase: float = math.pi) -> Tensor:
     """Coefficients a, w, b, c, `(tasks, 4)`; phases b in [-phase, phase]."""
     u = torch.rand(num_tasks, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    low, high = torch.tensor(
-        [[0.5, 2.0, -phase, -2.0], [1.5, 4.0, phase, 2.0]], dtype=torch.float64
-    )
+    low = torch.tensor([0.5, 2.0, -phase, -2.0], dtype=torch.float64)
+    high = torch.tensor([1.5, 4.0, phase, 2.0], dtype=torch.float64)
     return low + (high - low) * u
 
 

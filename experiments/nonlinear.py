@@ -177,7 +177,8 @@ def quadrature(posterior: vm.Posterior, nodes: int = 15) -> Tensor:
             + posterior.log_likelihood(theta)
             + (log_weights + 0.5 * z.square().sum(-1)).unsqueeze(-1)
         )
-        return terms.logsumexp(0) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        value: Tensor = terms.logsumexp(0) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return value
 
 
 def fitted(

@@ -255,7 +255,8 @@ class TwoModules(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) + self.head(torch.tanh(x @ self.basis.T))
+        out: Tensor = self.body(x) + self.head(torch.tanh(x @ self.basis.T))
+        return out
 
 
 def two_modules(num_tasks: int, points: int, seed: int) -> tuple[vm.TaskModel, vm.TaskSet]:

@@ -23,12 +23,14 @@ def network(work: Work) -> nn.Sequential:
 
 
 def misfit(net: Any, x: Tensor, y: Tensor) -> Tensor:
-    return 0.5 * (net(x) - y).square().sum() + HALF_LOG_2PI * y.numel()
+    squares: Tensor = (net(x) - y).square().sum()
+    return 0.5 * squares + HALF_LOG_2PI * y.numel()
 
 
 def away(own: Any, theta0: Any) -> Tensor:
     """lambda/2 |theta - theta0|^2."""
-    return 0.5 * PRECISION * sum((a - b).square().sum() for a, b in zip(own, theta0, strict=True))
+    squares: Tensor = sum((a - b).square().sum() for a, b in zip(own, theta0, strict=True))
+    return 0.5 * PRECISION * squares
 
 
 def each_task(work: Work) -> list[tuple[Tensor, ...]]:

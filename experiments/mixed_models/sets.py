@@ -25,7 +25,8 @@ def table(name: str) -> pd.DataFrame:
 
 
 def reference(name: str, file: str) -> dict[str, Any]:
-    return json.loads((SHARED / name / file).read_text())
+    numbers: dict[str, Any] = json.loads((SHARED / name / file).read_text())
+    return numbers
 
 
 def regression(

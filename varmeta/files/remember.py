@@ -40,7 +40,7 @@ def remembered(make: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[A
     """
 
     @functools.wraps(make)
-    def making(cls: Any, *args: P.args, **kwargs: P.kwargs) -> T:
+    def making(cls: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         made = make(cls, *args, **kwargs)
         _remember(made, make, cls, args, kwargs)
         return made

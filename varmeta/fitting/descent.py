@@ -340,9 +340,10 @@ def _num_steps(plan: Descent) -> float:
 
 
 def _norm(eta: Eta) -> Tensor:
-    return torch.linalg.vector_norm(
+    norm: Tensor = torch.linalg.vector_norm(
         torch.cat([value.detach().reshape(-1) for value in eta.values()])
     )
+    return norm
 
 
 def _rows(total: int, size: int, seed: int, step: int) -> Tensor:

@@ -166,11 +166,8 @@ def pooled_loss(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
 def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The mean Hessian of one observation's loss in theta0, `(D, D)`."""
     weights, count = model.weights, batch.support.mask.sum().clamp(min=1)
-    hessian = torch.autograd.functional.hessian
-    return (
-        hessian(
-            lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)),
-            weights.flatten(eta),
-        )
-        / count
+    hessian: Tensor = torch.autograd.functional.hessian(
+        lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)),
+        weights.flatten(eta),
     )
+    return hessian / count

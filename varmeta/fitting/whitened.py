@@ -255,7 +255,7 @@ def whitened_correlation(problem: Problem, batch: Batch, eta: Eta) -> Tensor | N
     if inside is None:
         return None
     factor = inside.factor(inside.enter({}, eta)[1]).double()
-    rows = factor / factor.norm(dim=-1, keepdim=True)
+    rows: Tensor = factor / factor.norm(dim=-1, keepdim=True)
     return rows @ rows.mT
 
 
@@ -311,11 +311,15 @@ def _split(flat: Tensor, eta: Mapping[str, Tensor], names: tuple[str, ...]) -> E
 
 
 def _solve(lower: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(lower.expand(*b.shape[:-2], *lower.shape), b, upper=False)
+    batch = b.shape[:-2]
+    x: Tensor = torch.linalg.solve_triangular(lower.expand(*batch, *lower.shape), b, upper=False)
+    return x
 
 
 def _back(upper: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(upper.expand(*b.shape[:-2], *upper.shape), b, upper=True)
+    batch = b.shape[:-2]
+    x: Tensor = torch.linalg.solve_triangular(upper.expand(*batch, *upper.shape), b, upper=True)
+    return x
 
 
 def _scales(factor: Tensor, phi: Tree) -> Tree:

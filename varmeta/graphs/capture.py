@@ -235,7 +235,7 @@ def _compiled_by(
     # the graph is made of plain operations already: nothing for torch.compile's front end, and its
     # guards, to add
     with torch.no_grad(), _kept_on_disk(), _without_remarks():
-        compiled = _inductor.compile(graph, list(examples), options=options)
+        compiled: Function = _inductor.compile(graph, list(examples), options=options)
         compiled(*examples)
     return compiled
 
@@ -318,7 +318,7 @@ def eager_seconds(graph: fx.GraphModule) -> float:
     """What one eager evaluation of a traced function takes, from the number and size of its
     operations.
     """
-    number = sum(node.op == "call_function" for node in graph.graph.nodes)
+    number: int = sum(node.op == "call_function" for node in graph.graph.nodes)
     return number * _SECONDS_PER_OPERATION + graph_bytes(graph) * _SECONDS_PER_BYTE
 
 

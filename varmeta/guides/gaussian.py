@@ -114,8 +114,8 @@ class LowRankNormal(StructuredNormal):
         self.root = root
         eye = torch.eye(self.factor.shape[-1], dtype=loc.dtype, device=loc.device)
         # cholesky_ex: a line search may ask for a point that is not finite, which is no error
-        self._r = torch.linalg.cholesky_ex(eye + self.factor.mT @ self.factor).L
-        self._v = torch.linalg.solve_triangular(self._r, self.factor.mT, upper=False)
+        self._r: Tensor = torch.linalg.cholesky_ex(eye + self.factor.mT @ self.factor).L
+        self._v: Tensor = torch.linalg.solve_triangular(self._r, self.factor.mT, upper=False)
 
     def scaled(self, noise: Tensor) -> Tensor:
         eye = torch.eye(self._r.shape[-1], dtype=noise.dtype, device=noise.device)
@@ -154,7 +154,8 @@ class LowRankNormal(StructuredNormal):
 
     def squares_in(self, factor: Tensor) -> Tensor:
         root = torch.diag_embed(self.root) if self.root.dim() == 1 else self.root
-        m = torch.linalg.solve_triangular(factor, root, upper=False) * self.spread.unsqueeze(-2)
+        ratio: Tensor = torch.linalg.solve_triangular(factor, root, upper=False)
+        m = ratio * self.spread.unsqueeze(-2)
         return m.square().sum((-2, -1)) - (m @ self._v.mT).square().sum((-2, -1))
 
     def _like(self, loc: Tensor, parts: tuple[Tensor, ...]) -> LowRankNormal:
@@ -222,6 +223,7 @@ def times(matrix: Tensor, v: Tensor) -> Tensor:
 
 def _solve(a: Tensor, b: Tensor, upper: bool) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return torch.linalg.solve_triangular(
+    x: Tensor = torch.linalg.solve_triangular(
         a.expand(batch + a.shape[-2:]), b.expand(batch + b.shape[-2:]), upper=upper
     )
+    return x

@@ -88,7 +88,7 @@ class Guide(ABC):
             )
         # AutoNormal draws an auxiliary Gaussian and hands it on as a Delta; theta is real, so that
         # Gaussian is q
-        q = random[0]["fn"] if random else sites[SITE]["fn"]
+        q: dist.TorchDistribution = random[0]["fn"] if random else sites[SITE]["fn"]
         require_closed_form(q)
         if q.batch_shape != (len(data), 1) or len(q.event_shape) != 1:
             raise ValueError(

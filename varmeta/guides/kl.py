@@ -33,7 +33,8 @@ def moved_by(q: dist.TorchDistribution, offset: Tensor | None) -> dist.TorchDist
     if isinstance(q, StructuredNormal):
         return q.moved(loc)
     if isinstance(q, Independent):
-        return dist.Normal(loc, q.base_dist.scale).to_event(1)
+        moved: dist.TorchDistribution = dist.Normal(loc, q.base_dist.scale).to_event(1)
+        return moved
     return dist.MultivariateNormal(loc, scale_tril=q.scale_tril)
 
 
@@ -67,8 +68,10 @@ def scale(q: dist.TorchDistribution) -> Tensor | None:
     if isinstance(q, StructuredNormal):
         return q.scale_matrix
     if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
-        return q.base_dist.scale
-    return q.scale_tril
+        sd: Tensor = q.base_dist.scale
+        return sd
+    factor: Tensor = q.scale_tril
+    return factor
 
 
 def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
@@ -124,8 +127,10 @@ def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tens
         return ratio.square().sum(-1) if diagonal else ratio.square().sum((-2, -1))
     factor = torch.diag_embed(q_scale) if isinstance(q, Independent) else q_scale
     batch = torch.broadcast_shapes(p_scale.shape, factor.shape)
-    ratio = torch.linalg.solve_triangular(p_scale.expand(batch), factor.expand(batch), upper=False)
-    return ratio.square().sum((-2, -1))
+    whole: Tensor = torch.linalg.solve_triangular(
+        p_scale.expand(batch), factor.expand(batch), upper=False
+    )
+    return whole.square().sum((-2, -1))
 
 
 def _log_det(q: dist.TorchDistribution) -> Tensor:

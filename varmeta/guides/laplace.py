@@ -230,4 +230,5 @@ def _raised(h: Tensor, root: Tensor) -> Tensor:
     white = torch.where(
         torch.isfinite(white).all(-1, keepdim=True).all(-2, keepdim=True), white, 0.0
     )
-    return (FLOOR - 1.0 - torch.linalg.eigvalsh(white)[:, 0]).clamp_min(0.0)
+    least: Tensor = torch.linalg.eigvalsh(white)[:, 0]
+    return (FLOOR - 1.0 - least).clamp_min(0.0)

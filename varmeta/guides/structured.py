@@ -179,7 +179,7 @@ def _first_factor(size: int, rank: int) -> Tensor:
     by a rule.
     """
     rows, columns = torch.tril_indices(size, rank)
-    full = torch.randn(
-        size, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ).tril()
-    return (LENGTH * full / full.norm(dim=0))[rows, columns]
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(size, rank, generator=generator, dtype=torch.float64).tril()
+    length: Tensor = full.norm(dim=0)
+    return (LENGTH * full / length)[rows, columns]

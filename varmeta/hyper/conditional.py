@@ -62,7 +62,8 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
         trace = poutine.trace(poutine.condition(model, {SITE: theta.unsqueeze(-2)})).get_trace(
             eta, data
         )
-        prior = cast("Any", trace.nodes[SITE]["fn"]).log_prob(theta.unsqueeze(-2)).squeeze(-1)
+        fn = cast("Any", trace.nodes[SITE]["fn"])
+        prior: Tensor = fn.log_prob(theta.unsqueeze(-2)).squeeze(-1)
         return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
 
 

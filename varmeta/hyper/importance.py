@@ -87,7 +87,8 @@ class _Proposal:
         free = self.factor.shape[1]
         rows = self.factor.abs().sum(1) > 0
         square = self.factor[rows]
-        z = torch.linalg.solve_triangular(square, (points - self.mean)[:, rows].mT, upper=False).mT
+        offset = (points - self.mean)[:, rows].mT
+        z: Tensor = torch.linalg.solve_triangular(square, offset, upper=False).mT
         log_det = square.diagonal().abs().log().sum()
         q = z.square().sum(-1)
         if math.isinf(self.degrees):

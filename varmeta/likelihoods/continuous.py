@@ -43,7 +43,8 @@ class StudentT(LocationScale):
         self.df = positive("df", df)
 
     def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        return dist.StudentT(loc.new_tensor(self.df), loc, scale)
+        noise: dist.TorchDistribution = dist.StudentT(loc.new_tensor(self.df), loc, scale)
+        return noise
 
 
 class LogNormal(LocationScale):

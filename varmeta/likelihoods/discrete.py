@@ -23,7 +23,8 @@ class Bernoulli(Likelihood):
     def distribution(
         self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
     ) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=out)
+        outcome: dist.TorchDistribution = dist.Bernoulli(logits=out)
+        return outcome
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
         return (y != 0) & (y != 1), "0 or 1"
@@ -177,8 +178,9 @@ class _GammaPoisson(dist.GammaPoisson):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        c, y = self.concentration, value
-        mean = c / self.rate
+        c: Tensor = self.concentration
+        y = value
+        mean: Tensor = c / self.rate
         return (
             _log_rising(c, y)
             - (y + 1).lgamma()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import pyro
 import pyro.distributions as dist
@@ -183,7 +183,11 @@ class Counted(TorchFunctionMode):
     or tasks, of one.
     """
 
-    total = 0
+    total: int = 0
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -144,7 +144,8 @@ def _drawn(model: TaskModel, eta: dict[str, Tensor], x: Tensor) -> Tensor:
         for s in trace.nodes.values()
         if s["type"] == "sample" and not poutine.util.site_is_subsample(s)
     )
-    return site["value"][0]
+    drawn: Tensor = site["value"][0]
+    return drawn
 
 
 def _size(value: Tensor) -> float:

@@ -502,7 +502,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(a, dim=-1)
+    return norm
 
 
 def _host_reads_every(x: Tensor) -> int:

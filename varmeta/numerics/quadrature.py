@@ -49,4 +49,5 @@ def normal_points(number: int, size: int, seed: int) -> Tensor:
     """
     engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
     uniform = engine.draw(number, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
-    return torch.special.ndtri(uniform)
+    normal: Tensor = torch.special.ndtri(uniform)
+    return normal

@@ -17,7 +17,7 @@ def lower_root(root: Tensor) -> Tensor:
     By QR: `root @ root.mT`, whose condition is the square, need be no positive definite matrix any
         more.
     """
-    upper = torch.linalg.qr(root.mT).R
+    upper: Tensor = torch.linalg.qr(root.mT).R
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return (signs.unsqueeze(-1) * upper).mT
 
@@ -83,6 +83,7 @@ def root_of_covariance(matrix: Tensor) -> Tensor:
 
     Such a direction gets the variance that rounding leaves room for, in units of the sds.
     """
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not bool(failed.any()):
         return factor

@@ -64,4 +64,5 @@ def _spread(fn: dist.TorchDistribution) -> Tensor:
     # the middles of equally likely parts: one random number for each point of the grid would make
     # the band jagged
     parts = (torch.arange(number, dtype=fn.loc.dtype, device=fn.loc.device) + 0.5) / number
-    return fn.icdf(parts.reshape(-1, *[1] * len(fn.batch_shape))).flatten(0, 1)
+    values: Tensor = fn.icdf(parts.reshape(-1, *[1] * len(fn.batch_shape)))
+    return values.flatten(0, 1)

@@ -174,7 +174,8 @@ def loo_elpd(data: Any, var_name: str | None = None) -> xr.DataArray:
         )
     names = pointwise["task_id"].values
     order = names[np.sort(np.unique(names, return_index=True)[1])]
-    return pointwise.groupby("task_id").sum().sel(task_id=order)
+    by_task: xr.DataArray = pointwise.groupby("task_id").sum().sel(task_id=order)
+    return by_task
 
 
 # -- inside ----------------------------------------------------------------------------------------

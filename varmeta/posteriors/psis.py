@@ -114,4 +114,6 @@ def _quantiles(p: np.ndarray, k: np.ndarray, scale: np.ndarray) -> np.ndarray:
     k, scale = k[:, None], scale[:, None]
     near = np.abs(k) < np.finfo(float).eps
     safe = np.where(near, 1.0, k)
-    return scale * np.where(near, -np.log1p(-p), np.expm1(-safe * np.log1p(-p)) / safe)
+    standard = np.where(near, -np.log1p(-p), np.expm1(-safe * np.log1p(-p)) / safe)
+    quantiles: np.ndarray = scale * standard
+    return quantiles

@@ -203,7 +203,8 @@ class GaussianPrior(Remembers):
         else:
             sd = torch.exp(-0.5 * self.log_precision(weights, eta, loc))
         if not self.dense:
-            return dist.Normal(loc, sd).to_event(1)
+            diagonal: dist.TorchDistribution = dist.Normal(loc, sd).to_event(1)
+            return diagonal
         tril = eta[TRIL] if TRIL in eta else self._start_dense(weights, loc)[1]
         return dist.MultivariateNormal(
             loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size)

@@ -243,7 +243,9 @@ class TaskSet:
         outside = array[(array < -len(self)) | (array >= len(self))]
         if len(outside):
             self._position(outside[0])  # says so
-        return (array % len(self)).tolist()  # a landscape asks for 100,000 rows
+        # not one by one: a landscape asks for 100,000 rows
+        positions: list[int] = (array % len(self)).tolist()
+        return positions
 
     @property
     def dtype(self) -> torch.dtype:
