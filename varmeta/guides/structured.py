@@ -18,7 +18,8 @@ from varmeta.guides.dense import Dense
 from varmeta.guides.gaussian import BlockNormal, LowRankNormal
 from varmeta.guides.guide import BoundGuide, copies, sample
 from varmeta.guides.kl import location, scale
-from varmeta.models.model import TaskModel, matches
+from varmeta.models.model import TaskModel
+from varmeta.models.start import matches
 from varmeta.numerics.tree import Tree
 from varmeta.priors.prior import unit_lower
 from varmeta.tasks import Data

@@ -123,7 +123,8 @@ def _reader(model: TaskModel, eta: dict[str, Tensor]) -> Callable[[Tensor, Tenso
     own = {name: eta[name] for name in model.weights.names}
     if model.net is not None:
         run = model.one_task(eta, next(iter(eta.values())))
-        return lambda x, y: run(own, x)
+        weights = {name: value for name, value in own.items() if name not in model.task_weights}
+        return lambda x, y: run(weights, x)
     theta = model.weights.flatten(own).reshape(1, 1, -1)
 
     def log_density(x: Tensor, y: Tensor | None) -> Tensor:

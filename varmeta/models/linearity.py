@@ -1,12 +1,13 @@
-"""Whether a network's output is linear in some of its parameters, known from how it is built and
-never by trying it out.
+"""Whether a network's output is linear in some of its parameters, known from how it is built; and
+whether it looks so, which is tried out and proves nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from varmeta.models.linear_predictor import LinearPredictor
 
@@ -69,3 +70,21 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a call of the module is its class's `forward` and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     return not any(hooks) and "forward" not in vars(module)
+
+
+def looks_straight(run: Callable[[Tensor], Tensor], theta: Tensor) -> bool:
+    """Whether second differences of `run` around theta `(D,)` vanish but for rounding, along one
+    direction; run: of points `(3, 1, D)`.  It proves nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    step = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
+    # a kink may lie far from the start, so steps of several lengths
+    for length in (1.0, 32.0, 1024.0):
+        points = torch.stack([theta + length * step, theta, theta - length * step]).unsqueeze(1)
+        with torch.no_grad():
+            plus, middle, minus = run(points)
+        size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
+        bend, rounding = (plus + minus - 2 * middle).abs().max(), torch.finfo(theta.dtype).eps
+        if not bool(bend <= 1e3 * rounding * size):
+            return False
+    return True

@@ -11,11 +11,9 @@ The program is called with eta (everything shared) and padded data; nothing is s
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import fnmatch
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import pyro
@@ -23,19 +21,21 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from varmeta._checks import kind_of
 from varmeta.files.remember import Remembers, remembered
-from varmeta.likelihoods.base import SCALE, Likelihood
+from varmeta.likelihoods.base import Likelihood
 from varmeta.likelihoods.weighted import is_gaussian
-from varmeta.models.check_net import check_net, check_output
+from varmeta.models import network
+from varmeta.models.check_net import check_net
 from varmeta.models.constants import constants, frozen, hold_padding_rows
 from varmeta.models.fan_in import fan_ins
-from varmeta.models.linearity import is_linear_in
+from varmeta.models.linearity import is_linear_in, looks_straight
+from varmeta.models.observe import observe_output
 from varmeta.models.program import DATA, SITE, TASKS, observed_log_prob, starts
+from varmeta.models.start import check_names, held_by, matches, placed_by
 from varmeta.priors.covariates import coefficients_of, offset
-from varmeta.priors.prior import PRECISION, TRIL, GaussianPrior
+from varmeta.priors.prior import GaussianPrior
 from varmeta.priors.weights import Weights
 from varmeta.tasks import Data, TaskSet
 
@@ -153,7 +153,8 @@ class TaskModel(Remembers):
         # it
         self.graphs: dict[Any, Any] = {}
         shared = tuple(shared)
-        self._check_names(start, shared)
+        own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
+        check_names(start, shared, self.constants, own)
         self.shared = tuple(n for n in start if any(matches(n, pattern) for pattern in shared))
         varying = [name for name in start if name not in self.shared]
         # how the tasks' features move the weights: by their names in eta, where they stand beside
@@ -162,12 +163,12 @@ class TaskModel(Remembers):
         start |= {
             key: torch.zeros_like(start[name]) for key, (name, _) in self.coefficients.items()
         }
-        self.start = start | self._start_loc(start)
+        self.start = start | placed_by(self.prior, start)
         if not varying:
             raise ValueError(
                 "every parameter is shared, so nothing is left to differ between tasks: share fewer"
             )
-        held = {name: self.start[name] for name in self._held(varying)}
+        held = {name: self.start[name] for name in held_by(self.prior, varying)}
         known = {} if self.net is None else fan_ins(self.net)
         self.weights = Weights(
             {name: start[name].shape for name in varying},
@@ -186,92 +187,6 @@ class TaskModel(Remembers):
             )
         # its names are checked here, before any work
         self.prior.init(self.weights, torch.zeros(()))
-
-    def _check_names(self, start: Mapping[str, Tensor], shared: tuple[str, ...]) -> None:
-        """Raises ValueError for a pattern of nothing that is learned, and for a parameter that has
-        the name of another entry of eta.
-        """
-        for pattern in shared:
-            if any(matches(name, pattern) for name in start):
-                continue
-            fixed = [name for name in self.constants if matches(name, pattern)]
-            if fixed:
-                raise ValueError(
-                    f"shared pattern {pattern!r} matches only parameters with requires_grad=False "
-                    f"({fixed[0]!r} first), which are constants: leave the pattern out, or have "
-                    "them learned by requires_grad_(True)"
-                )
-            raise ValueError(
-                f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}"
-            )
-        own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
-        for name in start:
-            if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
-                raise ValueError(
-                    f"the parameter name {name!r} is one that varmeta uses itself: rename it"
-                )
-
-    def _start_loc(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """theta0 and coefficients where the prior's loc puts them.  Raises ValueError for a name
-        that there is not, in a loc_hyperprior too, and for another shape.
-        """
-        unknown = set(self.prior.start_loc) - set(start)
-        if unknown:
-            raise ValueError(
-                f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}"
-            )
-        placed = {}
-        for name, value in self.prior.start_loc.items():
-            value = (
-                value.detach()
-                if isinstance(value, Tensor)
-                else torch.as_tensor(value, dtype=torch.float64)
-            )
-            if value.numel() != 1 and value.shape != start[name].shape:
-                raise ValueError(
-                    f"the prior's loc of {name!r} has shape {tuple(value.shape)}: expected "
-                    f"{tuple(start[name].shape)}"
-                )
-            placed[name] = value.expand(start[name].shape).clone()
-        stray = set(
-            self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else ()
-        ) - set(start)
-        if stray:
-            raise ValueError(
-                f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}"
-            )
-        return placed
-
-    def _held(self, varying: list[str]) -> list[str]:
-        """The weights whose theta0 is not learned.  Raises ValueError for a name that there is
-        not.
-        """
-        learned = self.prior.learn_loc
-        if isinstance(learned, bool):
-            held = [] if learned else varying
-        else:
-            for pattern in learned:
-                if not any(matches(name, pattern) for name in varying):
-                    raise ValueError(
-                        f"learn_loc names {pattern!r}, but the weights that vary between tasks are "
-                        f"{varying} (what is shared is always learned)"
-                    )
-            held = [
-                name for name in varying if not any(matches(name, pattern) for pattern in learned)
-            ]
-        named = self.prior.loc_hyperprior if isinstance(self.prior.loc_hyperprior, Mapping) else {}
-        both = [name for name in held if name in named]
-        if both:
-            raise ValueError(
-                f"loc_hyperprior is about theta0 of {both}, which learn_loc holds fixed: leave one "
-                "out"
-            )
-        if held == varying and self.prior.loc_hyperprior is not None and not named:
-            raise ValueError(
-                f"loc_hyperprior is about theta0, all of which learn_loc={learned!r} holds fixed: "
-                "leave one out"
-            )
-        return held
 
     # -- eta ---------------------------------------------------------------------------------------
 
@@ -398,30 +313,7 @@ class TaskModel(Remembers):
         tasks, points)` first.
         """
         assert self.likelihood is not None  # a network has one
-        obs = None if y is None else self.likelihood.observed(y)
-        if obs is not None and self.likelihood.kind != "classification":
-            obs = obs.to(out.dtype)
-        # a single channel is dropped, unless y has it too
-        if (
-            self.likelihood.kind != "classification"
-            and out.dim() == batch + 1
-            and out.shape[-1] == 1
-        ):
-            out = out if obs is not None and obs.dim() == 3 else out.squeeze(-1)
-        noise = self.likelihood.distribution(out, eta, y)
-        if len(noise.batch_shape) > batch:
-            noise = noise.to_event(len(noise.batch_shape) - batch)
-        if obs is not None and noise.event_shape != obs.shape[2:]:
-            # broadcasting would hide it
-            raise ValueError(
-                f"the network's output for a row, {tuple(out.shape[batch:])}, does not fit "
-                f"{self.likelihood!r} of a y with rows of shape {tuple(obs.shape[2:])}"
-            )
-        weights = None if y is None else self.likelihood.weights(y)
-        if weights is None:
-            return pyro.sample("y", noise, obs=obs)
-        with poutine.scale(scale=weights.to(out)):
-            return pyro.sample("y", noise, obs=obs)
+        return observe_output(self.likelihood, out, eta, y, batch)
 
     def _network(
         self,
@@ -436,41 +328,23 @@ class TaskModel(Remembers):
         if lead and math.prod(lead) == 1:  # a single point: nothing to batch over but the tasks
             out = self._network(theta.reshape(theta.shape[-2:]), eta, x, task_chunk_size)
             return out.reshape(*lead, *out.shape)
-        aside = self.likelihood.task_weights()
+        aside = self.task_weights
         weights = {
             name: value
             for name, value in self.weights.unflatten(theta).items()
             if name not in aside
         }
-        call = torch.func.vmap(self.one_task(eta, x), chunk_size=task_chunk_size)
-        for _ in lead if weights else ():  # points of an expectation: the same x for each
-            call = torch.func.vmap(call, in_dims=(0, None))
-        out = call(weights, x)
-        return (
-            out if weights else out.expand(*lead, *out.shape)
-        )  # only the likelihood's own weights vary
+        # none where only the likelihood's own weights vary
+        return network.all_tasks(self.one_task(eta, x), weights, x, lead, task_chunk_size)
 
-    def one_task(
-        self, eta: Mapping[str, Tensor], like: Tensor
-    ) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-        """The network as `fn(weights by name, x (points, ...)) -> (points, channels)`, in the
-        precision of `like`.
-
-        Raises ValueError, when it is run, where what the network puts out is not a tensor with a
-        row for each of x's.
+    def one_task(self, eta: Mapping[str, Tensor], like: Tensor) -> network.Network:
+        """The network at eta's shared parameters, in the precision of `like`; weights of the
+        likelihood are no business of it.
         """
         assert self.net is not None and self.likelihood is not None
-        net, aside = self.net, self.likelihood.task_weights()
+        aside = self.likelihood.task_weights()
         shared = {name: eta[name] for name in self.shared if name not in aside}
-        fixed = constants(net, self.constants, like)
-
-        def run(own: dict[str, Tensor], x: Tensor) -> Tensor:
-            x = x.unsqueeze(-1) if x.dim() == 1 else x
-            own = {name: value for name, value in own.items() if name not in aside}
-            with _differentiable_attention():
-                return check_output(torch.func.functional_call(net, own | shared | fixed, (x,)), x)
-
-        return run
+        return network.one_task(self.net, shared | constants(self.net, self.constants, like))
 
     @property
     def is_linear(self) -> bool:
@@ -500,28 +374,17 @@ class TaskModel(Remembers):
         program, True.
 
         Good for choosing where a fit starts and at which points it looks.  It proves nothing, and
-        no number may be called
-        exact because of it: see `is_linear`.
+        no number may be called exact because of it: see `is_linear`.
         """
         data = tasks.batch().support
         if self.net is None or self.is_linear or not data.mask.shape[1]:
             return self.net is None or self.is_linear
         data = data.take(data.num_points.argmax().reshape(1))
         eta = self.init(data.x.new_zeros(()))
-        theta = self.weights.flatten(eta)
-        generator = torch.Generator().manual_seed(0)
-        step = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
-        # a kink may lie far from the start, so steps of several lengths
-        for length in (1.0, 32.0, 1024.0):
-            points = torch.stack([theta + length * step, theta, theta - length * step]).unsqueeze(1)
-            with torch.no_grad():
-                plus, middle, minus = self._network(points, eta, data.filled[0])
-            size = max(float(plus.abs().max()), float(minus.abs().max()), 1e-30)
-            if not bool(
-                (plus + minus - 2 * middle).abs().max() <= 1e3 * torch.finfo(theta.dtype).eps * size
-            ):
-                return False
-        return True
+        x = data.filled[0]
+        return looks_straight(
+            lambda points: self._network(points, eta, x), self.weights.flatten(eta)
+        )
 
     def __repr__(self) -> str:
         program = self._program
@@ -532,11 +395,6 @@ class TaskModel(Remembers):
         )
         noise = "" if self.likelihood is None else f", {self.likelihood!r}"
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
-
-
-def matches(name: str, pattern: str) -> bool:
-    # the name itself too: a column may be called "dose [mg]"
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def negative_log_likelihood(
@@ -550,17 +408,3 @@ def negative_log_likelihood(
     if not data.mask.shape[1]:
         return prior, theta.new_zeros(theta.shape[:2])
     return prior, -observed_log_prob(trace).sum(-1)
-
-
-@contextlib.contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention written out: PyTorch's fused kernels have no second derivative, and some no first
-    one under vmap.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
