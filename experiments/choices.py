@@ -1,14 +1,16 @@
 """What stands behind the numbers of docs/choices.md and docs/traps.md that no test holds: one small
 measurement each.
 
-    python -m experiments.choices                    lists them
-    python -m experiments.choices --only guide       prints the rows of one; --size smoke: the smallest case
+    python -m experiments.choices                lists them
+    python -m experiments.choices --only guide   prints one's rows; --size smoke: the smallest case
     python -m experiments.choices --only all
 
 guide        dense against mean-field guides by the number of weights a task.
-steps        joint Newton steps of lme4's models, in raw units (data beside a checkout where they are not shipped).
+steps        joint Newton steps of lme4's models, in raw units (data beside a checkout where they
+             are not shipped).
 groups       tasks grouped by size against one rectangle (radon_all, beside a checkout).
-precision    solves in the prior's sds against plain ones: the error of the gradient in float64 and float32.
+precision    solves in the prior's sds against plain ones: the error of the gradient in float64 and
+             float32.
 certificate  how far from the minimum a gradient was taken, and how wrong it is. theophylline the
 posterior of the prior, and the optimum with exchanged rates (data beside a checkout).
 
@@ -287,10 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warnings.simplefilter(
                 "ignore", RuntimeWarning
             )  # a mean-field guide is doubtful, which is the point
-            print(
-                f"{name}\n{pd.DataFrame(MEASURES[name](options.size == 'smoke')).to_string(index=False)}",
-                flush=True,
-            )
+            rows = pd.DataFrame(MEASURES[name](options.size == "smoke"))
+            print(f"{name}\n{rows.to_string(index=False)}", flush=True)
 
 
 if __name__ == "__main__":

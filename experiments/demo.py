@@ -1,10 +1,11 @@
 """The main job on real data: learn a prior from tasks by every strategy, adapt it to tasks never
 seen, and compare.
 
-(a) Radon in 85 counties and growth of 30 rats: intercept and slope per task with a dense prior and a dense guide, beside
-    the exact maximum-likelihood fits of lme4.
-(b) Life expectancy in 142 countries: a neural-network prior from 85 training countries; 28 unseen countries are adapted
-    from 1952-1977 and scored on 1982-2007.  Every strategy, the same seeds, the same budget of gradient evaluations.
+(a) Radon in 85 counties and growth of 30 rats: intercept and slope per task with a dense prior and
+    a dense guide, beside the exact maximum-likelihood fits of lme4.
+(b) Life expectancy in 142 countries: a neural-network prior from 85 training countries; 28 unseen
+    countries are adapted from 1952-1977 and scored on 1982-2007.  Every strategy, the same seeds,
+    the same budget of gradient evaluations.
 
     python -m experiments.demo --out results/demo --seeds 3 --size full
 """

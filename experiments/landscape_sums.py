@@ -5,7 +5,7 @@ Task i has f_i(t) = a sin(w t + b) + 0.1 (t - c)^2 with a ~ U(0.5, 1.5), w ~ U(2
 pi), c ~ U(-2, 2); lambda = 1 and theta* is the global minimum.  A seed is one family of tasks; its
 first 1, 4, 16, 64, 256 are the sums.
 
-    python -m experiments.landscape_sums --seeds 20 --precision 3 --phase 0.5     # other families: b ~ U(-0.5, 0.5)
+    python -m experiments.landscape_sums --seeds 20 --precision 3 --phase 0.5  # b ~ U(-0.5, 0.5)
 """
 
 from __future__ import annotations

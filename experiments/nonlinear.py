@@ -6,10 +6,13 @@ starts lead where?
 
     python -m experiments.nonlinear --out results/nonlinear --size full
 
-fits         every model by both guides: the objective, the log likelihood at the estimates by quadrature and by importance
-             weights, the reading of k-hat per task, and what the fit warned about.
-quantities   the estimates beside nlme's, and the log likelihood that nlme reports beside the one that its estimates have.
-starts       fits from random starts: how many reach the best optimum, and how many fail to without a word.
+fits         every model by both guides: the objective, the log likelihood at the estimates by
+             quadrature and by importance weights, the reading of k-hat per task, and what the fit
+             warned about.
+quantities   the estimates beside nlme's, and the log likelihood that nlme reports beside the one
+             that its estimates have.
+starts       fits from random starts: how many reach the best optimum, and how many fail to without
+             a word.
 """
 
 from __future__ import annotations

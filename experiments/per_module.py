@@ -3,10 +3,10 @@ Meta-Learning with Shrinkage.
 
     python -m experiments.per_module --out results/per_module --seeds 3 --size full
 
-thresholds   x_tn ~ N(theta_t, 1), n = 1..N, theta_t ~ N(phi, sigma^2): gradient descent on the joint MAP objective collapses
-             or stops where their Corollary 1 says; a Gaussian guide gives the exact marginal
-             maximum S - 1/N; the predictive estimate (theta by MAP on half of the data, sigma by
-             the other half) is consistent.
+thresholds   x_tn ~ N(theta_t, 1), n = 1..N, theta_t ~ N(phi, sigma^2): gradient descent on the
+             joint MAP objective collapses or stops where their Corollary 1 says; a Gaussian guide
+             gives the exact marginal maximum S - 1/N; the predictive estimate (theta by MAP on half
+             of the data, sigma by the other half) is consistent.
 linear       the paper's linear experiment: the sds that are learned, and the loss on new tasks.
 spiral       the same where the mean is a rotation that depends on the weights' norm.
 head         two modules, of which only the head differs between tasks: precisions per module.

@@ -4,9 +4,10 @@ cost?
 One function with many minima, f(t) = sin 3t + 0.2 t^2 at lambda = 1, where every smoothed objective
 is known by quadrature.
 
-(a) The smoothed objective E f(theta), theta ~ Alg(f, theta0), for several noise levels, beside the deterministic one.
-(b) Its gradient at twenty anchors for each kind of noise: at least 10^5 draws against central differences of the quadrature,
-    and the part that the implicit function theorem alone gives.
+(a) The smoothed objective E f(theta), theta ~ Alg(f, theta0), for several noise levels, beside the
+    deterministic one.
+(b) Its gradient at twenty anchors for each kind of noise: at least 10^5 draws against central
+    differences of the quadrature, and the part that the implicit function theorem alone gives.
 (c) Standard error per cost of the estimators, as the walk gets longer.
 
     python -m experiments.stochastic --out results/stochastic --size full

@@ -19,7 +19,9 @@ FENCE = re.compile(
 )
 NUMBER = re.compile(r"((?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?)")
 RELATIVE = 1e-4
-ROUNDING = 1e-6  # what is below it is what a solver left over: `fit` stops there, by another digit on another processor
+# what is below it is what a solver left over: `fit` stops there, by another digit on another
+# processor
+ROUNDING = 1e-6
 STEPS = 2  # and may take so many steps more or fewer
 NOTES = {
     "demo output: begin": "not compared",  # `make readme` writes it

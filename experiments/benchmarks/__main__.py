@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks --out results/benchmarks --size full --only a,b,c
 
-a  iMAML meta-gradient, 16 gradient steps + 5 of CG           d  time to a given accuracy of an exact fit
-b  second-order MAML, 5 steps                                 e  growth of time and peak memory
-c  joint mean-field step, analytic KL, Adam                   f  fraction of the machine's limit
+a  iMAML meta-gradient, 16 gradient steps + 5 of CG    d  time to a given accuracy of an exact fit
+b  second-order MAML, 5 steps                          e  growth of time and peak memory
+c  joint mean-field step, analytic KL, Adam            f  fraction of the machine's limit
                                                               g  what compiling costs, and "auto"
                                                               beside eager
 

@@ -3,8 +3,10 @@ and its given start.
 
 Per task i, with theta the network's weights, r the residuals and lambda = 2 the prior's precision:
 
-    F_i(theta) = 1/2 sum r_support^2 + lambda/2 |theta - theta0|^2        the inner problem
-    G_i(theta) = 1/2 sum r_query^2 + points/2 log(2 pi)                   the outer objective, a Gaussian's -log density
+    F_i(theta) = 1/2 sum r_support^2 + lambda/2 |theta - theta0|^2    the inner problem
+    G_i(theta) = 1/2 sum r_query^2 + points/2 log(2 pi)               the outer objective
+
+with G_i a Gaussian's -log density.
 
 imaml: 16 gradient steps on F from theta0, then 5 steps of CG on (d2F) u = dG; the meta-gradient is
 sum_i lambda u_i.

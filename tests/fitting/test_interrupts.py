@@ -152,7 +152,8 @@ import os, signal, torch, varmeta as vm
 model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian())
 stop = lambda row: os.kill(os.getpid(), signal.SIGTERM) if row["step"] == 3 else None
 with vm.sigterm_ends_fit():
-    fit = vm.fit(model, vm.datasets.lines(5), vm.Joint("normal"), 50, lambda p: torch.optim.Adam(p), callback=stop)
+    adam = lambda p: torch.optim.Adam(p)
+    fit = vm.fit(model, vm.datasets.lines(5), vm.Joint("normal"), 50, adam, callback=stop)
     fit.save({str(tmp_path / "fit.pt")!r})
 print("never")
 """

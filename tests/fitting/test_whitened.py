@@ -296,7 +296,7 @@ def test_a_guide_that_has_lost_its_width_is_left_with_what_rounding_leaves_of_it
     assert all(bool(value.isfinite().all()) for value in left.values())
     factor = problem.guide.distribution(left, raw, batch.support).scale_tril[0, 0]
     sd = factor.norm(dim=-1)
-    # rows of the covariance in the data's coordinates: one direction is left, of the width asked for
+    # rows of the covariance in the data's coordinates: one direction is left, as wide as asked for
     direction = inside.leave(phi | {"log_scale": phi["log_scale"].clamp(min=-30.0)}, at)[0]
     expected = problem.guide.distribution(direction, raw, batch.support).scale_tril[0, 0]
     torch.testing.assert_close(sd, expected.norm(dim=-1), rtol=1e-9, atol=0.0)

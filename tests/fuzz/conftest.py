@@ -1,4 +1,7 @@
-"""How many examples: a part of `make test`, ten thousand by `make fuzz` (VARMETA_FUZZ=10000); and what came of them."""
+"""How many examples, and what came of them.
+
+A few are a part of `make test`; `make fuzz` asks for ten thousand (VARMETA_FUZZ=10000).
+"""
 
 import os
 from typing import Any

@@ -59,7 +59,7 @@ def gaussian_task(
 def log_evidence(
     design: np.ndarray, y: np.ndarray, theta0: np.ndarray, factor: np.ndarray, scale: float
 ) -> float:
-    """log N(y; X theta0, (X L)(X L)' + scale^2 I) for the factor L `(D, D)` of a dense prior's covariance."""
+    """log N(y; X theta0, (X L)(X L)' + scale^2 I), L `(D, D)` the factor of a dense covariance."""
     if not len(y):
         return 0.0
     x = matrix(design)

@@ -23,7 +23,8 @@ LONGEST = 60  # seconds
 OURS = (ValueError, TypeError, RuntimeError, FloatingPointError)
 # A complaint that is shorter says neither what came nor what to do.
 SHORTEST = 25
-# What came of every question so far; an example may ask several.  A failing one is asked again while it is made smaller.
+# What came of every question so far; an example may ask several.  A failing one is asked again
+# while it is made smaller.
 COUNTS: Counter[str] = Counter()
 KINDS = (
     "examples",

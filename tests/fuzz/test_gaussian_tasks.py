@@ -14,7 +14,8 @@ from tests.fuzz.outcome import attempt, came_to
 from varmeta.guides.kl import scale as scale_of
 
 GUIDE = "multivariate_normal"
-# A fit that comes to an end does so in fewer steps (43 at most of 40 examples); after 200 the others have none either.
+# A fit that comes to an end does so in fewer steps (43 at most of 40 examples); after 200 the
+# others have none either.
 FEW = 50
 powers = st.sampled_from([0, 0, 0, -4, -2, 2, 4])
 
@@ -66,7 +67,8 @@ def test_theta0_is_generalised_least_squares(data: Rows, precision: int, scale: 
         lost = log_evidence(data, best, lambdas, 10.0**scale) - said
         right = lost <= 1e-5
     if log_likelihood is not None:
-        # of a theta0 far from 0 the last digit alone, divided by the noise's sd, moves the evidence by as much
+        # of a theta0 far from 0 the last digit alone, divided by the noise's sd, moves the evidence
+        # by as much
         last_digit = (
             sum(float((np.abs(x) @ np.abs(at)).sum()) for x in data.designs) * 2.2e-16 / 10.0**scale
         )
@@ -93,7 +95,8 @@ def test_a_log_likelihood_is_that_of_the_estimates(
         came_to("no number", f"learned {learn}")
         return
     scale = 0.5 if found.prior.scale is None else float(found.prior.scale)
-    # of a dense prior the factor, not the covariance: far from 0, columns cancel what its rounding leaves
+    # of a dense prior the factor, not the covariance: far from 0, columns cancel what its rounding
+    # leaves
     factor = scale_of(model.prior_distribution(found.eta)).numpy()
     factor = np.diag(factor) if factor.ndim == 1 else factor
     theta0 = vector(found.prior.loc)

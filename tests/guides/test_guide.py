@@ -187,9 +187,14 @@ def test_a_subset_of_tasks_uses_exactly_its_own_rows(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("own", "built_in"),
-    [("own delta", "delta"), ("AutoDelta", "delta"), ("own normal", "normal"), ("AutoNormal", "normal"),
-     ("own dense", "multivariate_normal")],
-)  # fmt: skip
+    [
+        ("own delta", "delta"),
+        ("AutoDelta", "delta"),
+        ("own normal", "normal"),
+        ("AutoNormal", "normal"),
+        ("own dense", "multivariate_normal"),
+    ],
+)
 def test_own_guides_have_the_loss_of_the_built_in_family(own: str, built_in: str) -> None:
     model, batch = net_model(LEARNED), ragged_tasks(4).batch()
     eta = moved(start(model))

@@ -319,9 +319,10 @@ def test_a_network_may_leave_out_its_only_channel(points: int) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: L.Gaussian(scale=0.0), lambda: L.Gaussian(scale=float("nan")), lambda: L.StudentT(df=-1.0),
-        lambda: L.Categorical(1), lambda: L.Binomial(0), lambda: L.NegativeBinomial(0.0), lambda: L.Ordinal(1),
-        lambda: L.Ordinal(2.5), lambda: L.LogNormal(-1.0),
+        lambda: L.Gaussian(scale=0.0), lambda: L.Gaussian(scale=float("nan")),
+        lambda: L.StudentT(df=-1.0), lambda: L.LogNormal(-1.0),
+        lambda: L.Categorical(1), lambda: L.Ordinal(1), lambda: L.Ordinal(2.5),
+        lambda: L.Binomial(0), lambda: L.NegativeBinomial(0.0),
     ],
 )  # fmt: skip
 def test_settings_without_meaning(make: Any) -> None:

@@ -54,7 +54,7 @@ def tasks_of(*sizes: int, dtype: torch.dtype = F64) -> vm.TaskSet:
     )
 
 
-# -- images --------------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def episodes(number: int, wrong: int | None = None) -> vm.TaskSet:
@@ -109,7 +109,10 @@ def test_the_work_does_not_grow_with_the_episodes(rows_run: list[int]) -> None:
 @pytest.mark.parametrize("number", [2, 60])
 def test_every_class_is_looked_at(number: int) -> None:
     """Both where all tasks are run and where the network is run on some only."""
-    match = rf"task 'episode {number - 1}', row 4: y = 5 is outside the support of Categorical: expected a class 0, ..., 4"
+    match = (
+        rf"task 'episode {number - 1}', row 4: y = 5 is outside the support of Categorical: "
+        "expected a class 0, ..., 4"
+    )
     with pytest.raises(ValueError, match=match):
         check_model(conv(), episodes(number, wrong=5))
 
@@ -148,40 +151,66 @@ def test_every_weighted_count_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
                 )
 
 
-# -- what does not run ---------------------------------------------------------------------------------------------------
+# -- what does not run -----------------------------------------------------------------------------
 
 
 REFUSED_WHEN_MADE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "script": (lambda: torch.jit.script(nn.Linear(4, 1)), "the network is TorchScript"),
-    "script_layer": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 1))), "layer '0' is TorchScript"),
+    "script_layer": (
+        lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 1))), "layer '0' is TorchScript",
+    ),
     "compiled": (lambda: torch.compile(nn.Linear(4, 1)), "the network comes from torch.compile"),
     "weight_norm": (
         lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 1))),
-        r"layer '0' has torch.nn.utils.weight_norm, .* use torch.nn.utils.parametrizations.weight_norm",
+        r"layer '0' has torch.nn.utils.weight_norm, .* use "
+        r"torch.nn.utils.parametrizations.weight_norm",
     ),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1)), "layer '0' is a LazyLinear that has seen no data"),
-    "lstm_cell": (lambda: Net(lambda net, x: x, nn.LSTMCell(4, 1)), r"layer 'layer' is recurrent \(LSTMCell\).*GRUCell"),
-    "sparse": (lambda: Net(lambda net, x: x, nn.Embedding(3, 1, sparse=True)), r"layer 'layer' \(Embedding\) has sparse"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1)),
+        "layer '0' is a LazyLinear that has seen no data",
+    ),
+    "lstm_cell": (
+        lambda: Net(lambda net, x: x, nn.LSTMCell(4, 1)),
+        r"layer 'layer' is recurrent \(LSTMCell\).*GRUCell",
+    ),
+    "sparse": (
+        lambda: Net(lambda net, x: x, nn.Embedding(3, 1, sparse=True)),
+        r"layer 'layer' \(Embedding\) has sparse",
+    ),
     "max_norm": (
-        lambda: Net(lambda net, x: x, nn.EmbeddingBag(3, 1, max_norm=1.0)), r"layer 'layer' \(EmbeddingBag\) has max_norm",
+        lambda: Net(lambda net, x: x, nn.EmbeddingBag(3, 1, max_norm=1.0)),
+        r"layer 'layer' \(EmbeddingBag\) has max_norm",
     ),
     "frequency": (
-        lambda: Net(lambda net, x: x, nn.Embedding(3, 1, scale_grad_by_freq=True)), "whose gradient is not that of the",
+        lambda: Net(lambda net, x: x, nn.Embedding(3, 1, scale_grad_by_freq=True)),
+        "whose gradient is not that of the",
     ),
 }  # fmt: skip
 REFUSED_ON_DATA: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "tuple": (lambda: Net(lambda net, x: (net.out(x), x)), "task 'task 1' .*: the network puts out a tuple, expected one tensor"),
+    "tuple": (
+        lambda: Net(lambda net, x: (net.out(x), x)),
+        "task 'task 1' .*: the network puts out a tuple, expected one tensor",
+    ),
     "dict": (lambda: Net(lambda net, x: {"y": net.out(x)}), "the network puts out a dict"),
-    "one_number": (lambda: Net(lambda net, x: net.out(x).mean()), r"of shape \(\) for x of shape \(5, 4\): expected a row"),
-    "some_rows": (lambda: Net(lambda net, x: net.out(x)[:2]), r"of shape \(2, 1\) for x of shape \(5, 4\)"),
+    "one_number": (
+        lambda: Net(lambda net, x: net.out(x).mean()),
+        r"of shape \(\) for x of shape \(5, 4\): expected a row",
+    ),
+    "some_rows": (
+        lambda: Net(lambda net, x: net.out(x)[:2]),
+        r"of shape \(2, 1\) for x of shape \(5, 4\)",
+    ),
     "dropout": (
-        lambda: nn.Sequential(nn.Linear(4, 2), Drop(), nn.Linear(2, 1)), "in layer '1', Drop: it draws random numbers",
+        lambda: nn.Sequential(nn.Linear(4, 2), Drop(), nn.Linear(2, 1)),
+        "in layer '1', Drop: it draws random numbers",
     ),
     "in_place": (
-        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1)), r"writes into its input, .*inplace=True: \['0'\]",
+        lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1)),
+        r"writes into its input, .*inplace=True: \['0'\]",
     ),
     "padding_idx": (
-        lambda: nn.Sequential(Table(), nn.Linear(4, 1)), "'0.table' has another gradient in the second of two equal tasks",
+        lambda: nn.Sequential(Table(), nn.Linear(4, 1)),
+        "'0.table' has another gradient in the second of two equal tasks",
     ),
 }  # fmt: skip
 

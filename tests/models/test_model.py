@@ -156,13 +156,21 @@ def test_shared_parameters_are_no_weights() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: vm.TaskModel(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), GAUSSIAN), ValueError, "GroupNorm"),
         (
-            lambda: vm.TaskModel(nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), GAUSSIAN, batch_norm="frozen"),
+            lambda: vm.TaskModel(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)), GAUSSIAN),
+            ValueError, "GroupNorm",
+        ),
+        (
+            lambda: vm.TaskModel(
+                nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), GAUSSIAN,
+                batch_norm="frozen",
+            ),
             ValueError, "layer '0' keeps no running statistics",
         ),
-        (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, batch_norm="keep"), ValueError, "batch_norm "
-            "must be"),
+        (
+            lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, batch_norm="keep"),
+            ValueError, "batch_norm must be",
+        ),
         (lambda: vm.TaskModel(nn.Tanh(), GAUSSIAN), ValueError, "no parameters"),
         (lambda: vm.TaskModel(nn.Linear(1, 1), GAUSSIAN, shared=["nose"]), ValueError, "matches "
             "none"),

@@ -162,7 +162,10 @@ def test_the_noise_has_the_distribution(fn: Any, cdf: Callable[[Any], Any]) -> N
     ("fn", "mass"),
     [
         (dist.Bernoulli(0.3), stats.bernoulli(0.3).pmf),
-        (dist.Categorical(torch.tensor([0.5, 0.0, 0.2, 0.3])), lambda k: np.array([0.5, 0.0, 0.2, 0.3])[k]),
+        (
+            dist.Categorical(torch.tensor([0.5, 0.0, 0.2, 0.3])),
+            lambda k: np.array([0.5, 0.0, 0.2, 0.3])[k],
+        ),
         (dist.Poisson(2.5), stats.poisson(2.5).pmf),
         (dist.Binomial(3, 0.4), stats.binom(3, 0.4).pmf),
         (dist.Geometric(0.4), lambda k: 0.4 * 0.6**k),

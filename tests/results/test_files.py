@@ -101,9 +101,10 @@ def signed(words: bytes, numbers: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     "words",
     [
-        b"", b"{", b"null", b"[]", b"3", b'{"dict": []}', b'{"dict": [[]]}', b'{"dict": [[{"dict": []}, 1]]}',
-        b'{"dict": 3}', b'{"code": "os"}', b'{"tensor": []}', b'{"tensor": ["float64", [-1]]}', b"[" * 10**6,
-        b'{"tensor": ["float64", [1000000000000]]}', b'{"tensor": ["float64", [0, 99999999999999999999]]}',
+        b"", b"{", b"null", b"[]", b"3", b'{"dict": []}', b'{"dict": [[]]}',
+        b'{"dict": [[{"dict": []}, 1]]}', b'{"dict": 3}', b'{"code": "os"}', b'{"tensor": []}',
+        b'{"tensor": ["float64", [-1]]}', b"[" * 10**6, b'{"tensor": ["float64", [1000000000000]]}',
+        b'{"tensor": ["float64", [0, 99999999999999999999]]}',
         b'{"tensor": ["object", [1]]}', b'{"tuple": {"dict": []}}', b"9" * 10**5, b"\xff",
     ],
 )  # fmt: skip
@@ -226,15 +227,20 @@ def nested() -> Any:
     return value
 
 
+LONG = torch.zeros(1, 1, dtype=torch.float64).expand(600_000_000, 1)  # one number on disk
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"history": bomb()}, {"history": nested()},
-        {"tasks": [("a", (torch.zeros(1, 1, dtype=torch.float64).expand(600_000_000, 1), torch.zeros(1)), None)]},
-        {"eta": {}}, {"eta": {"weight": 3}}, {"counters": {"step": 1}}, {"counters": {"step": 1, "lr_scale": 1.0, "x": 1}},
+        {"tasks": [("a", (LONG, torch.zeros(1)), None)]},
+        {"eta": {}}, {"eta": {"weight": 3}},
+        {"counters": {"step": 1}}, {"counters": {"step": 1, "lr_scale": 1.0, "x": 1}},
         {"strategy": "[" * 10**5}, {"strategy": "{}"}, {"strategy": '{"kind": "Joint", "no": 1}'},
         {"strategy": '{"kind": "Adam"}'},
-        {"weights": "{"}, {"likelihood": "Gaussian {"}, {"hyper": {"points": {}}}, {"phi": {"loc": torch.zeros(1, 1)}},
+        {"weights": "{"}, {"likelihood": "Gaussian {"},
+        {"hyper": {"points": {}}}, {"phi": {"loc": torch.zeros(1, 1)}},
     ],
 )  # fmt: skip
 def test_made_up_files_of_the_format_before(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_adaptation_reaches_the_posterior_under_a_singular_prior(
 
 
 def test_a_singular_fit_far_from_zero_is_shown_without_standard_errors() -> None:
-    """x = 1000 plus thousandths: the curvature of a task's guide is singular but for rounding, and has no standard errors."""
+    """x = 1000 plus thousandths: the curvature of a task's guide is singular but for rounding."""
     xs = [
         [1000.00017806, 1000.00213222, 1000.00130411, 1000.00149238, 1000.00046781, 999.99898095],
         [999.99959626, 999.99956108],

@@ -191,9 +191,7 @@ def test_which_rule_is_taken() -> None:
         make_expectation(3, 3, 2, True, False)  # type: ignore[arg-type]
 
 
-def test_the_predictive_objective_is_one_function_at_every_step_where_the_problem_is_deterministic() -> (
-    None
-):
+def test_the_predictive_objective_is_one_function_where_the_problem_is_deterministic() -> None:
     model, batch = linear_model(vm.GaussianPrior(1.0)), ragged_tasks(3).batch()
     for expectation, fixed in (("cubature", True), ("monte_carlo", False)):
         made, eta = problem(model, "normal", expectation), start(model)

@@ -104,7 +104,10 @@ def test_the_column_of_weights_stays(kind: Any) -> None:
 def test_fit_says_that_y_was_left_raw() -> None:
     tasks, _ = grams().standardized()
     pooled = np.concatenate(GRAMS)
-    numbers = rf"is not \(mean {pooled.mean():.4g}, sd {pooled.std():.4g}\).*standardized\(model.likelihood\)"
+    numbers = (
+        rf"is not \(mean {pooled.mean():.4g}, sd {pooled.std():.4g}\)"
+        r".*standardized\(model.likelihood\)"
+    )
     for some in (tasks, tasks[:4], tasks.to(torch.float32)):
         with pytest.warns(RuntimeWarning, match=numbers if len(some) == 12 else "is not"):
             vm.fit(fixed(L.Gaussian()), some, vm.Joint("delta"), num_steps=1)
@@ -123,7 +126,8 @@ def test_no_word_where_it_is_right_to_leave_y(likelihood: L.Likelihood) -> None:
 def test_only_a_likelihood_says_what_y_is() -> None:
     with pytest.raises(
         TypeError,
-        match=r"likelihood must be one of varmeta.likelihoods, such as Gaussian\(\) or model.likelihood",
+        match=r"likelihood must be one of varmeta.likelihoods, such as Gaussian\(\) or "
+        r"model.likelihood",
     ):
         grams().standardized(model(L.Gaussian()))  # type: ignore[arg-type]
 

@@ -38,7 +38,8 @@ def sinusoids(
 
     >>> tasks = sinusoids(3, 5, 10, seed=1)
     >>> tasks
-    TaskSet(3 tasks, 15 support points (5 to 5 per task), 30 query points (10 to 10 per task), x (1,), float32)
+    TaskSet(3 tasks, 15 support points (5 to 5 per task),
+            30 query points (10 to 10 per task), x (1,), float32)
     >>> tasks.names
     ('sinusoid 1.0', 'sinusoid 1.1', 'sinusoid 1.2')
     """

@@ -122,7 +122,8 @@ def gapminder(
         (Python).
 
     >>> gapminder("test")
-    TaskSet(28 tasks, 168 support points (6 to 6 per task), 168 query points (6 to 6 per task), x (1,), float64)
+    TaskSet(28 tasks, 168 support points (6 to 6 per task),
+            168 query points (6 to 6 per task), x (1,), float64)
     """
     splits = ("train", "val", "test")
     if split is not None and split not in splits:

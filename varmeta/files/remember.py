@@ -53,7 +53,9 @@ def _remember(made: T, constructor: Callable[..., Any], first: Any, args: Any, k
     made.constructed_with = {}
     try:
         bound = inspect.signature(constructor).bind(first, *args, **kwargs)
-    except TypeError:  # the constructor itself says it better; and a copy is made without arguments, and gets the original's
+    except TypeError:
+        # the constructor itself says it better; and a copy is made without arguments, and gets the
+        # original's
         return
     bound.apply_defaults()
     made.constructed_with = dict(list(bound.arguments.items())[1:])

@@ -323,8 +323,10 @@ def _back(upper: Tensor, b: Tensor) -> Tensor:
 
 
 def _scales(factor: Tensor, phi: Tree) -> Tree:
-    """A guide's entries from its factor `(tasks, D, D)`, the diagonal held off 0: a step far out may
-    leave a guide no width at all, which has no logarithm."""
+    """A guide's entries from its factor `(tasks, D, D)`, the diagonal held off 0.
+
+    A step far out may leave a guide no width at all, which has no logarithm.
+    """
     least = torch.finfo(factor.dtype).eps * factor.norm(dim=-1)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     held = torch.maximum(diagonal, least).clamp(min=torch.finfo(factor.dtype).tiny)

@@ -64,7 +64,8 @@ class _Losses:
 class Curvature:
     """M at (phi, eta) as a function of the coordinates, to second order.
 
-    hessian `(size, size)`: of min_phi sum_i F_i plus the penalty, the Schur complement of phi's blocks.
+    hessian `(size, size)`: of min_phi sum_i F_i plus the penalty, the Schur complement of phi's
+        blocks.
     follow `(tasks, m, size)`: d phi* = -follow d coordinates.
     Both are NaN where rounding has left a task's block singular.
     """

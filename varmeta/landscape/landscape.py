@@ -1,14 +1,17 @@
 """What theta0 sees when a task has one scalar weight: theta*(theta0), its jumps, and the two
 meta-objectives over them.
 
-    F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2         the regularised loss of task i
-    theta_i*(theta0)   = argmin_theta F_i(theta; theta0)                  the global one: `argmin`; from theta0: `reached`
-    M(theta0)          = sum_i g_i(theta_i*(theta0))                      the meta-objective of iMAML
-    M_var(theta0)      = sum_i F_i(theta_i*(theta0); theta0)              the variational one: the Moreau envelope of f_i
+    F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2   the regularised loss of task i
+    theta_i*(theta0)   = argmin_theta F_i(theta; theta0)            the global one
+    M(theta0)          = sum_i g_i(theta_i*(theta0))                the meta-objective of iMAML
+    M_var(theta0)      = sum_i F_i(theta_i*(theta0); theta0)        the variational one
+
+`argmin` is theta_i*, `reached` the minimum that descent from theta0 comes to; a summand of M_var is
+the Moreau envelope of f_i.
 
 In one dimension all of it can be known for certain, which is what pictures and tests need.  It is
-computed by the parts that
-serve networks: the model's own losses, the inner minimisers and the adjoints.
+computed by the parts that serve networks: the model's own losses, the inner minimisers and the
+adjoints.
 
 Source: F. Huszar, Notes on iMAML (2019); J. J. Moreau, Proximite et dualite dans un espace
 hilbertien (1965).
@@ -128,7 +131,8 @@ class Landscape:
         coefficients: of f_i, `(tasks, K)`; None for one task without any.  query: those of g_i;
             None where g_i = f_i.
 
-        >>> bowls = Landscape.of(lambda theta, c: (theta - c[..., 0]) ** 2 / 2, 1.0, [[-1.0], [3.0]])
+        >>> bowl = lambda theta, c: (theta - c[..., 0]) ** 2 / 2
+        >>> bowls = Landscape.of(bowl, 1.0, [[-1.0], [3.0]])
         >>> bowls.argmin(0.0)  # half-way to each
         tensor([[-0.5000, 1.5000]], dtype=torch.float64)
         """
@@ -245,9 +249,10 @@ class Landscape:
 
         "closed form": lambda / (lambda + f''(theta*)), the post's 1 / (1 + f'') at lambda = 1.
         "implicit": `ImplicitAdjoint`, which knows products with the Hessian only.
-        "unrolled": backpropagation through 40 steps of gradient descent, each of 1/2 / curvature, to the minimum from the
-            grid point beside it.
-        "central differences": of the problem solved again at theta0 +- 1e-5; beside a jump the gap over 2e-5.
+        "unrolled": backpropagation through 40 steps of gradient descent, each of 1/2 / curvature,
+            to the minimum from the grid point beside it.
+        "central differences": of the problem solved again at theta0 +- 1e-5; beside a jump the gap
+            over 2e-5.
 
         Raises ValueError for another route.
         """

@@ -39,7 +39,8 @@ def lowest_of(row: Tensor, values: Tensor, points: Tensor, num_rows: int) -> Ten
     """The point with the lowest value of each row, `(num_rows,)`, from rows, values and points
     `(starts,)`.
 
-    >>> lowest_of(torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0, 5.0]), torch.tensor([10.0, 20.0, 30.0]), 2)
+    >>> values, at = torch.tensor([2.0, 1.0, 5.0]), torch.tensor([10.0, 20.0, 30.0])
+    >>> lowest_of(torch.tensor([0, 0, 1]), values, at, 2)
     tensor([20., 30.])
     """
     lowest = values.new_full((num_rows,), torch.inf).scatter_reduce(0, row, values, "amin")

@@ -131,7 +131,8 @@ class NegativeBinomial(Likelihood):
     concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with
         `learn_concentration=False`; at infinity the counts are Poisson's.
 
-    >>> d = NegativeBinomial(2.0, learn_concentration=False).distribution(torch.tensor(3.0).log(), {})
+    >>> counts = NegativeBinomial(2.0, learn_concentration=False)
+    >>> d = counts.distribution(torch.tensor(3.0).log(), {})
     >>> d.mean, d.variance
     (tensor(3.0000), tensor(7.5000))
     """

@@ -49,10 +49,11 @@ class Weighted(Likelihood):
 
     So `from_frame(..., y=["count", "weight"])`.  Weights are positive.  What a weight means:
 
-    precision=False: the observation counts w times, p(y | out)^w, as in brms and in glmer; a weight of 2 is the row twice.
-    precision=True: the observation is that much more precise, scale^2 / w in the place of scale^2, as in lmer, whose variance
-        is sigma^2 / w; a weight of 2 is the mean of two rows.  For likelihoods with a scale: Gaussian, StudentT, and LogNormal,
-        where it is the scale of log y.
+    precision=False: the observation counts w times, p(y | out)^w, as in brms and in glmer; a weight
+        of 2 is the row twice.
+    precision=True: the observation is that much more precise, scale^2 / w in the place of scale^2,
+        as in lmer, whose variance is sigma^2 / w; a weight of 2 is the mean of two rows.  For
+        likelihoods with a scale: Gaussian, StudentT, and LogNormal, where it is the scale of log y.
 
     Of a Gaussian whose scale is known both say the same of the network's weights; a learned scale,
     and all that hangs on it (priors, standard errors, predictions), differs.  A prediction needs no

@@ -3,7 +3,9 @@
 With x' = (x - m) / s and y' = (y - l) / k, the coefficients of y on x are an affine function of
 those of y' on x':
 
-    slope_j = k / s_j slope'_j,    intercept = l + k (intercept' - sum_j m_j / s_j slope'_j),    noise scale = k scale'.
+    slope_j     = k / s_j slope'_j
+    intercept   = l + k (intercept' - sum_j m_j / s_j slope'_j)
+    noise scale = k scale'
 
 Coefficients of the prior's covariates go through the same linear map, less its shift, and are
 divided by their feature's sd; so a feature that moves a slope of the scaled data moves the

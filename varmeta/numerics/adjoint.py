@@ -53,15 +53,16 @@ class ImplicitAdjoint:
     answer.
 
     Args:
-        linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct` where a task has at most
-            32 numbers (in any units), else `CG`.
-        certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement" says about how far off in
-            the unit of the loss phi is.
+        linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct`
+            where a task has at most 32 numbers (in any units), else `CG`.
+        certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement"
+            says about how far off in the unit of the loss phi is.
 
     Example: The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0
         + 2) / 2, so the derivative of phi^2 / 2 with respect to theta0 is phi / 2.
 
-        >>> inner = lambda phi, eta: 0.5 * (phi["w"] - eta["theta0"]) ** 2 + 0.5 * (phi["w"] - 2.0) ** 2
+        >>> near = lambda w, to: 0.5 * (w - to) ** 2
+        >>> inner = lambda phi, eta: near(phi["w"], eta["theta0"]) + near(phi["w"], 2.0)
         >>> outer = lambda phi, eta: 0.5 * phi["w"] ** 2
         >>> eta = {"theta0": torch.tensor(0.0, requires_grad=True)}
         >>> losses, stats = ImplicitAdjoint()(inner, outer, {"w": torch.tensor([1.0])}, eta)
@@ -92,12 +93,13 @@ class ImplicitAdjoint:
         Args:
             inner, outer: see `Objective`; `inner` twice differentiable at `phi`.
             phi: the inner minimum, tensors `(tasks, ...)`; its graph is not used.
-            eta: tensors of any shape, some of which ask for a gradient.  Either objective may ignore any of them.
+            eta: tensors of any shape, some of which ask for a gradient.  Either objective may
+                ignore any of them.
             guess: of u, where `CG` starts: the u of a problem nearby.
-            units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a preconditioner of its own
-                takes their squares for one.
-            ceiling: a quadratic form v' M v that v' H^-1 v is nowhere above, H the Hessian of `inner` in phi at *any* phi; None
-                where none is known.
+            units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a
+                preconditioner of its own takes their squares for one.
+            ceiling: a quadratic form v' M v that v' H^-1 v is nowhere above, H the Hessian of
+                `inner` in phi at *any* phi; None where none is known.
 
         Returns: losses `(tasks,)`, and the stats that certify them, each `(tasks,)`:
             "gradient_norm", |d_phi inner|; "decrement", an estimate of 1/2 g' H^-1 g with g = d_phi
@@ -107,9 +109,10 @@ class ImplicitAdjoint:
             loss lies above its minimum by at most (NaN without a ceiling); "residual" and
             "linear_result" of the linear solve (0 and CONVERGED where the envelope theorem made it
             unnecessary); "linear_error", an estimate of the relative error of u in the norm of H,
-            |r| / sqrt(curvature u'v) with r = v - H u and the smallest curvature that the solves met ("curvature", NaN where
-            none was made); "linear_bound", which it is at most, sqrt(r' M r / (u'v + u'r)) (NaN
-            without a ceiling); "products" with H; and, given a guess, the tree u, "solution".
+            |r| / sqrt(curvature u'v) with r = v - H u and the smallest curvature that the solves
+            met ("curvature", NaN where none was made); "linear_bound", which it is at most,
+            sqrt(r' M r / (u'v + u'r)) (NaN without a ceiling); "products" with H; and, given a
+            guess, the tree u, "solution".
 
         Raises:
             ValueError: an objective does not return one loss per task.
@@ -364,7 +367,8 @@ def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
     Example:
         >>> scale = torch.tensor(3.0, requires_grad=True)
         >>> phi = {"w": scale * torch.tensor([2.0])}
-        >>> torch.autograd.grad(detached(lambda phi, eta: eta["scale"] * phi["w"], phi, {"scale": scale}).sum(), scale)
+        >>> fn = lambda phi, eta: eta["scale"] * phi["w"]
+        >>> torch.autograd.grad(detached(fn, phi, {"scale": scale}).sum(), scale)
         (tensor(6.),)
     """
     return _losses(outer, tree.detach(phi), eta, "outer")

@@ -23,7 +23,7 @@ def cannot_be_batched(error: BaseException) -> bool:
 
     >>> cannot_be_batched(RuntimeError("vmap: It looks like you're calling .item() on a Tensor."))
     True
-    >>> cannot_be_batched(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+    >>> cannot_be_batched(RuntimeError("The size of tensor a (3) must match that of tensor b (4)"))
     False
     """
     text = str(error).lower()

@@ -36,7 +36,8 @@ _OWN_TRIALS = 8  # halvings of the tasks alone whose derivative is lost, before 
 _RESETTLE = 3  # Newton steps of phi at a trial point of eta
 _LATE = 1.0  # nats: below this decrement the end is near
 _NEGATIVE = -1e-6  # an equilibrated eigenvalue below this is negative beyond rounding
-_FLAT = 1e-5  # one below this says that some entries of eta can hardly be told apart (0 where they cannot at all)
+# one below this says that some entries of eta can hardly be told apart (0 where they cannot at all)
+_FLAT = 1e-5
 
 
 class JointSolution(NamedTuple):
@@ -109,8 +110,8 @@ def minimize_jointly(
         loss, else CONVERGED or STEP_LIMIT.
 
     Raises:
-        ValueError: phi is empty or its leading sizes differ, an argument is out of range, or fn does not return one
-            differentiable loss per task.
+        ValueError: phi is empty or its leading sizes differ, an argument is out of range, or fn
+            does not return one differentiable loss per task.
         TypeError: the tensors are not floating, or of several dtypes.
 
     Sources: modified Newton steps and their damping, Nocedal and Wright, Numerical Optimization
@@ -118,7 +119,8 @@ def minimize_jointly(
     equilibration, Ruiz, report RAL-TR-2001-034.
 
     Example:
-        >>> fn = lambda phi, eta: (phi["w"] - torch.tensor([1.0, 3.0])) ** 2 + (phi["w"] - eta["loc"]) ** 2
+        >>> y = torch.tensor([1.0, 3.0])
+        >>> fn = lambda phi, eta: (phi["w"] - y) ** 2 + (phi["w"] - eta["loc"]) ** 2
         >>> solution = minimize_jointly(fn, {"w": torch.zeros(2)}, {"loc": torch.tensor(0.0)})
         >>> solution.phi["w"], solution.eta["loc"], solution.result.name
         (tensor([1.5000, 2.5000]), tensor(2.), 'CONVERGED')

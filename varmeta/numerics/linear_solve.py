@@ -68,14 +68,16 @@ class CG(LinearSolver):
     `Result.STAGNATED` says that this did not help.
 
     Args:
-        rtol: stop at |b - A x| <= rtol |b|; a number, or one per task as a tensor `(tasks,)`.  Default 1e-10 in
-            float64 and 1e-5 in lower precision; never tighter than the rounding of the dtype.
-        max_steps: limit on the steps of a task.  Default 10 size + 10, at most 1000: exact arithmetic needs `size`.
-        preconditioner: product with an approximation of A^-1, symmetric positive definite; if it is not, the task
-            ends as NEGATIVE_CURVATURE.
-        energy_rtol: stop, too, where the last four steps added no more than this share of b'x, which grows to b'A^-1 b.  A small
-            residual says little of that number: weak directions of A hide in it.  An estimate, no bound: what a later step
-            would find is not known.
+        rtol: stop at |b - A x| <= rtol |b|; a number, or one per task as a tensor `(tasks,)`.
+            Default 1e-10 in float64 and 1e-5 in lower precision; never tighter than the rounding of
+            the dtype.
+        max_steps: limit on the steps of a task.  Default 10 size + 10, at most 1000: exact
+            arithmetic needs `size`.
+        preconditioner: product with an approximation of A^-1, symmetric positive definite; if it is
+            not, the task ends as NEGATIVE_CURVATURE.
+        energy_rtol: stop, too, where the last four steps added no more than this share of b'x,
+            which grows to b'A^-1 b.  A small residual says little of that number: weak directions
+            of A hide in it.  An estimate, no bound: what a later step would find is not known.
 
     `solve` may be given a guess of x, where each task starts if that leaves less than starting at 0
     does.
@@ -85,7 +87,8 @@ class CG(LinearSolver):
 
     Example:
         >>> A = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])  # one task
-        >>> solution = CG().solve(lambda v: {"w": (A @ v["w"][..., None])[..., 0]}, {"w": torch.tensor([[3.0, 3.0]])})
+        >>> product = lambda v: {"w": (A @ v["w"][..., None])[..., 0]}
+        >>> solution = CG().solve(product, {"w": torch.tensor([[3.0, 3.0]])})
         >>> solution.value["w"], solution.worst.name
         (tensor([[1., 1.]]), 'CONVERGED')
     """
@@ -251,15 +254,17 @@ class Neumann(LinearSolver):
 
     Args:
         num_terms: the largest number of terms.
-        step: size of the step, in units of 1 / curvature; it converges for 0 < step < 2 / (largest eigenvalue).
-            Default 1 / (1.1 x an estimate of that eigenvalue), which costs 10 more products.
+        step: size of the step, in units of 1 / curvature; it converges for 0 < step < 2 / (largest
+            eigenvalue).  Default 1 / (1.1 x an estimate of that eigenvalue), which costs 10 more
+            products.
         rtol: as in `CG`.
 
     Raises:
         ValueError: a choice is out of range.
 
     Example:
-        >>> solution = Neumann(step=0.25).solve(lambda v: {"w": 2.0 * v["w"]}, {"w": torch.tensor([6.0])})
+        >>> twice = lambda v: {"w": 2.0 * v["w"]}
+        >>> solution = Neumann(step=0.25).solve(twice, {"w": torch.tensor([6.0])})
         >>> [round(float(x), 4) for x in solution.value["w"]], solution.worst.name
         ([3.0], 'CONVERGED')
     """
@@ -342,7 +347,8 @@ class Direct(LinearSolver):
     residual is above the root of its rounding.
 
     Example:
-        >>> solution = Direct().solve(lambda v: {"w": 4.0 * v["w"]}, {"w": torch.tensor([[2.0, 8.0]])})
+        >>> product = lambda v: {"w": 4.0 * v["w"]}
+        >>> solution = Direct().solve(product, {"w": torch.tensor([[2.0, 8.0]])})
         >>> solution.value["w"], solution.stats["curvature"]
         (tensor([[0.5000, 2.0000]]), tensor([4.]))
     """

@@ -96,12 +96,15 @@ def minimize(
         steps: None, to tolerance; or a fixed number K.
         tolerance: default 1e-8 in float64, 1e-4 in lower precision.
         max_steps: the limit where `steps` is None.
-        create_graph: keep the graph of all steps, so that the value can be differentiated with respect to the start and
-            to whatever else fn depends on.  A task that ends NON_FINITE may put NaN into that derivative.
-        units: the size of a usual change of each entry of phi, shaped as phi; only their ratios within a task matter.
-            `NewtonCG` takes its conjugate directions in them where it does not form the Hessian; nothing else looks at them.
-        lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`; None: 1.  A rule that is
-            `per_point` needs it: 1 / the number of points whose losses a task's loss is the sum of.
+        create_graph: keep the graph of all steps, so that the value can be differentiated with
+            respect to the start and to whatever else fn depends on.  A task that ends NON_FINITE
+            may put NaN into that derivative.
+        units: the size of a usual change of each entry of phi, shaped as phi; only their ratios
+            within a task matter.  `NewtonCG` takes its conjugate directions in them where it does
+            not form the Hessian; nothing else looks at them.
+        lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`;
+            None: 1.  A rule that is `per_point` needs it: 1 / the number of points whose losses a
+            task's loss is the sum of.
 
     Returns: `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN
         after a fixed number of first-order steps, which spend no gradient on it);
@@ -113,7 +116,8 @@ def minimize(
         per task. TypeError: phi is not floating, or of several dtypes.
 
     Example:
-        >>> fn = lambda phi: (phi["w"] - torch.tensor([1.0, 2.0])) ** 2  # two tasks, one number each
+        >>> y = torch.tensor([1.0, 2.0])  # two tasks, one number each
+        >>> fn = lambda phi: (phi["w"] - y) ** 2
         >>> solution = minimize(fn, {"w": torch.zeros(2)}, GradientDescent(lr=0.5))
         >>> solution.value["w"], solution.worst.name, solution.stats["steps"]
         (tensor([1., 2.]), 'CONVERGED', tensor([1, 1]))
@@ -385,7 +389,9 @@ class _Advance:
         finite = torch.isfinite(losses)
         if self.to_tolerance:
             finite = finite & torch.isfinite(norm)
-        else:  # nobody asks for the norm, and where the gradient is not finite the next loss will not be
+        else:
+            # nobody asks for the norm, and where the gradient is not finite the next loss will not
+            # be
             norm = torch.full_like(losses, math.nan)
         broken, arrived = active & ~finite, active & finite
         converged = arrived & (norm <= walk["threshold"])
@@ -422,7 +428,8 @@ class GradientDescent(FirstOrderMinimizer):
 
     Raises ValueError for a learning rate that is not positive, TypeError for one that is no number.
 
-    >>> GradientDescent(lr=0.1).update({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}, {})[0]["w"]
+    >>> phi, gradient = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
+    >>> GradientDescent(lr=0.1).update(phi, gradient, {})[0]["w"]
     tensor([0.8000])
     """
 
@@ -459,7 +466,8 @@ class Adam(FirstOrderMinimizer):
     Raises ValueError for an lr or eps that is not positive, or betas outside [0, 1).
 
     >>> adam, phi = Adam(lr=0.1), {"w": torch.tensor([1.0])}
-    >>> adam.update(phi, {"w": torch.tensor([30.0])}, adam.init(phi))[0]["w"]  # the first step is lr, in any units
+    >>> gradient = {"w": torch.tensor([30.0])}
+    >>> adam.update(phi, gradient, adam.init(phi))[0]["w"]  # the first step is lr, in any units
     tensor([0.9000])
     """
 

@@ -25,7 +25,9 @@ from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
-_ARMIJO = 0.1  # the share of slope x length that a step must gain; with 1e-4 steps that overshoot are taken too often
+# the share of slope x length that a step must gain; with 1e-4 steps that overshoot are taken too
+# often
+_ARMIJO = 0.1
 _STEEP = (
     0.3  # a step after which the slope is still this share of what it was has been much too short
 )
@@ -37,7 +39,8 @@ _BROKEN, _CREEP, _PATIENCE = (
 _HOST_READS_EVERY = (
     4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
 )
-_CHUNK = 8  # Hessian rows per batched product: most of the speed of all at once, a bounded part of the memory
+# Hessian rows per batched product: most of the speed of all at once, a bounded part of the memory
+_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class NewtonCG(Minimizer):
     wanders there.
 
     A task ends as
-      CONVERGED, when |g| <= tolerance (1 + |g at its start|) and the last step promised to lower the loss by no more than
-        `tolerance`: in the parameters' units, or after a poor start, the first condition alone says little.  Also when no
-        step gets further, and what is promised is below `tolerance` and the loss's rounding, 10 eps max(1, |loss|);
+      CONVERGED, when |g| <= tolerance (1 + |g at its start|) and the last step promised to lower
+        the loss by no more than `tolerance`: in the parameters' units, or after a poor start, the
+        first condition alone says little.  Also when no step gets further, and what is promised is
+        below `tolerance` and the loss's rounding, 10 eps max(1, |loss|);
       NEGATIVE_CURVATURE, when one of these holds but the last H was indefinite: a saddle;
-      STAGNATED, when no step lowers the loss, or five in a row by next to nothing, as at the kink of a ReLU;
+      STAGNATED, when no step lowers the loss, or five in a row by next to nothing, as at the kink
+        of a ReLU;
       NON_FINITE, when its loss, gradient or Hessian is not finite, at its last finite point.
 
     There is no state, and no graph: `create_graph` is refused.  fn meets far points in the search;
@@ -67,11 +72,13 @@ class NewtonCG(Minimizer):
     off).
 
     Args:
-        max_cg_steps: Hessian products per direction; default twice the parameters of a task, at most 500.
-        damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of phi)^2.  Steps are not
-            doubled then.
+        max_cg_steps: Hessian products per direction; default twice the parameters of a task, at
+            most 500.
+        damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of
+            phi)^2.  Steps are not doubled then.
         max_backtracks: trial lengths per line search, beyond the first.
-        dense_size: up to how many parameters a task H is formed; costs as many products, and its cube.  0: never.
+        dense_size: up to how many parameters a task H is formed; costs as many products, and its
+            cube.  0: never.
 
     In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's
     last direction met, NaN where none was needed.
@@ -80,7 +87,8 @@ class NewtonCG(Minimizer):
 
     Example:
         >>> from varmeta.numerics.minimize import minimize
-        >>> fn = lambda phi: (phi["w"] ** 2 + torch.tensor([1.0, 4.0])).sqrt()  # two tasks, one number each
+        >>> c = torch.tensor([1.0, 4.0])  # two tasks, one number each
+        >>> fn = lambda phi: (phi["w"] ** 2 + c).sqrt()
         >>> solution = minimize(fn, {"w": torch.tensor([0.5, 30.0])}, NewtonCG())
         >>> solution.worst.name, bool(solution.value["w"].abs().max() < 1e-3)
         ('CONVERGED', True)
@@ -303,7 +311,8 @@ class _Point:
                 parts[name].reshape(v.shape[:-1] + self._like[name].shape[1:]) for name in names
             ],
             retain_graph=True,
-            allow_unused=True,  # and not materialize_grads, whose zeros would lack the batch of vectors
+            # and not materialize_grads, whose zeros would lack the batch of vectors
+            allow_unused=True,
             is_grads_batched=v.dim() == 3,
         )
         columns = [

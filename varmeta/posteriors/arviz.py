@@ -58,7 +58,8 @@ def to_arviz(
     attrs of another type.
 
     >>> draws = np.zeros((100, 3))  # 100 draws of 3 tasks' weights
-    >>> data = to_arviz({"posterior": {"slope": draws}}, {"slope": ["task"]}, {"task": ["a", "b", "c"]})
+    >>> groups, coords = {"posterior": {"slope": draws}}, {"task": ["a", "b", "c"]}
+    >>> data = to_arviz(groups, {"slope": ["task"]}, coords)
     >>> dict(data["posterior"].sizes)
     {'chain': 1, 'draw': 100, 'task': 3}
     """

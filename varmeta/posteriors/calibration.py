@@ -22,7 +22,8 @@ def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
     numpy does; S draws make the interval too narrow by about 2/S in probability.  Calibrated
     continuous predictions give `level`.
 
-    >>> interval_coverage(torch.arange(101.0)[:, None].expand(101, 2), torch.tensor([5.0, 96.0]), level=0.9)
+    >>> draws = torch.arange(101.0)[:, None].expand(101, 2)
+    >>> interval_coverage(draws, torch.tensor([5.0, 96.0]), level=0.9)
     tensor(0.5000)
     """
     level = probability("level", level)
@@ -113,7 +114,7 @@ def expected_calibration_error(probs: Tensor, y: Tensor, num_bins: int = 15) -> 
     if bool(confidence.isnan().any()):
         return confidence.new_tensor(math.nan)
     index = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
-    # |sum in the bin of (correct - confidence)| / n is |accuracy - confidence| times the bin's share
+    # |sum in the bin of (correct - confidence)| / n: |accuracy - confidence| times the bin's share
     gap = confidence.new_zeros(num_bins).index_add(
         0, index, (best == y).to(confidence.dtype) - confidence
     )

@@ -104,8 +104,8 @@ class Posterior:
         """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as
         lme4's `coef`.
 
-        deviations: means as deviations from theta0 (or from its mean) and what features add to it, as lme4's `ranef`.  The sds
-            are those of the weights either way.
+        deviations: means as deviations from theta0 (or from its mean) and what features add to it,
+            as lme4's `ranef`.  The sds are those of the weights either way.
         Shared parameters are the same for all tasks and stand in `Fit.prior.shared`.
         """
         import pandas as pd
@@ -126,9 +126,10 @@ class Posterior:
     def predict(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
         """Draws of new observations at x.
 
-        x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the training tasks' columns),
-            or a list with one array per task (of any lengths).
-        For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how many.
+        x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the
+            training tasks' columns), or a list with one array per task (of any lengths).
+        For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how
+        many.
 
         Raises ValueError where a list does not have one array per task, for NaN and infinity, for
         rows of another shape than those of the training tasks, and for arrays of different lengths
@@ -193,13 +194,15 @@ class Posterior:
         query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data
             (or, where none of them has any, support data) are scored; or a list of (x, y), None for
             a task without; None takes the tasks' own query data.
-        Columns: n; log_density (nats per observation, of the predictive distribution, whatever weight the observation has in
-        the fit); for numbers rmse, coverage of the
-            central `level` interval, calibration_error and crps; for classes error_rate and calibration_error.
+        Columns: n; log_density (nats per observation, of the predictive distribution, whatever
+            weight the observation has in the fit); for numbers rmse, coverage of the central
+            `level` interval, calibration_error and crps; for classes error_rate and
+            calibration_error.
         The rmse is of the predictive mean, without the noise of single observations.
-        Exact, without draws, where the model is known to be linear and Gaussian (`nn.Linear`, `LinearPredictor` or a last layer
-            under `likelihoods.Gaussian`, eta a point).  Otherwise by draws: `table.attrs["log_density_se"]` has the Monte-Carlo
-            standard error of each row's log_density, 0 where it is exact or the guide is a point.
+        Exact, without draws, where the model is known to be linear and Gaussian (`nn.Linear`,
+            `LinearPredictor` or a last layer under `likelihoods.Gaussian`, eta a point).  Otherwise
+            by draws: `table.attrs["log_density_se"]` has the Monte-Carlo standard error of each
+            row's log_density, 0 where it is exact or the guide is a point.
         A task without data to score gets no row.  A task's row does not depend on the other tasks.
 
         Raises ValueError for other tasks, another number or order of them, data that the model

@@ -72,7 +72,8 @@ class Prediction:
         low, high: the central interval of probability `level`.  Of an observation with several
         numbers (responses, classes) each gets a row, and a column `response` says which.
 
-        >>> prediction = Prediction(torch.tensor([[[1.0]], [[3.0]]]), torch.tensor([[True]]), ("a",))
+        >>> draws = torch.tensor([[[1.0]], [[3.0]]])
+        >>> prediction = Prediction(draws, torch.tensor([[True]]), ("a",))
         >>> prediction.frame().round(2)
           task  point  mean    sd  low  high
         0    a      0   2.0  1.41  1.1   2.9

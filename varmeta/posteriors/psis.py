@@ -31,7 +31,8 @@ def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     the min(draws / 5, 3 sqrt(draws)) largest weights.  k-hat is +inf where the tail has fewer than
     five different weights above the rest, and -inf where all weights are equal to rounding.
 
-    >>> weights, k = smooth(np.log(np.random.default_rng(0).pareto(2.0, (1, 4000)) + 1))  # a tail of shape 1/2
+    >>> ratios = np.random.default_rng(0).pareto(2.0, (1, 4000)) + 1  # a tail of shape 1/2
+    >>> weights, k = smooth(np.log(ratios))
     >>> bool(abs(k[0] - 0.5) < 0.2), bool(abs(np.exp(weights).sum() - 1) < 1e-12)
     (True, True)
     """

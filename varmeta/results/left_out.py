@@ -4,7 +4,8 @@ without a refit.
 With a flat hyperprior on eta (as it is learned: logarithms of scales), the density of task i's data
 given all others' is
 
-    p(y_i | Y_-i) = int p(y_i | eta) p(eta | Y_-i) d eta,   p(eta | Y_-i) ~ prod_{j != i} p(y_j | eta).
+    p(y_i | Y_-i) = int p(y_i | eta) p(eta | Y_-i) d eta,
+    p(eta | Y_-i) ~ prod_{j != i} p(y_j | eta).
 
 Draws eta_s come from a multivariate t at the maximum of sum_j log p(y_j | eta), whose curvature is
 taken by autograd, and are weighted towards p(eta | Y_-i), the weights Pareto smoothed.  Each p(y_j

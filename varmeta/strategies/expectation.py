@@ -100,7 +100,8 @@ class Quantiles:
     width: of 0 and 1 with random intercepts of sd 4 its "bound" lies 10 nats above the log
         likelihood (docs/guides.md).
 
-    >>> z = Quantiles().points(1, torch.zeros((), dtype=torch.float64), torch.zeros(1), 0, 0).flatten()
+    >>> at = torch.zeros((), dtype=torch.float64)
+    >>> z = Quantiles().points(1, at, torch.zeros(1), 0, 0).flatten()
     >>> round(float(z.square().mean()), 6), round(float(z.exp().mean()), 2)  # E exp(z) = 1.65
     (1.0, 1.64)
     """
@@ -137,7 +138,8 @@ class GaussHermite:
 
     >>> rule = GaussHermite(32)
     >>> z = rule.points(1, torch.zeros((), dtype=torch.float64), torch.zeros(1), 0, 0).flatten()
-    >>> round(float((torch.tensor(rule.weights(1)) * (2 * z).exp()).sum()), 6)  # E exp(2 z) = exp(2)
+    >>> weights = torch.tensor(rule.weights(1))
+    >>> round(float((weights * (2 * z).exp()).sum()), 6)  # E exp(2 z) = exp(2)
     7.389056
     """
 

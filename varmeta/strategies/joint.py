@@ -29,7 +29,9 @@ from varmeta.tasks import Batch
 class Joint(Strategy):
     """Minimise sum_i F_i(phi_i, eta) over eta and every phi_i together: the post's M(theta0, Q_i).
 
-    phi_i <- phi_i - step(dF_i/dphi_i),   eta <- eta - step(sum_i dF_i/deta), from one gradient of both.
+    phi_i <- phi_i - step(dF_i/dphi_i),   eta <- eta - step(sum_i dF_i/deta)
+
+    from one gradient of both.
 
     minimizer: the first-order rule for phi; `fit` steps eta by torch.optim.  On small models `fit`
         replaces both by one Newton iteration on (phi, eta), unless an optimizer, batch size or

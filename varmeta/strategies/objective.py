@@ -1,9 +1,9 @@
 """The objectives of a task, pure in (phi, eta, batch, noise): `fn(phi, eta, batch, noise) -> loss
 of each task`.
 
-    F_i = KL[q_i || p] + E_q f_i          "elbo": the inner problem, and the post's variational objective
-    KL[q_i || p] + E_q g_i                "query_elbo": with a separate validation loss g
-    E_q g_i                               "query": MAML, iMAML
+    F_i = KL[q_i || p] + E_q f_i    "elbo": the inner problem, and the post's variational objective
+    KL[q_i || p] + E_q g_i          "query_elbo": with a separate validation loss g
+    E_q g_i                         "query": MAML, iMAML
     -log E_q p(query_i | theta)           "query_predictive": Chen et al. (2019)
 
 f_i and g_i are summed over a task's observations, never averaged.  With a delta guide the first two

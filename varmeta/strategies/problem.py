@@ -126,7 +126,9 @@ class Problem:
         rule = self.expectation
         if name == "query_predictive" and not isinstance(rule, Point):
             if self.deterministic:
-                step = 0  # the same draws at every step: quasi-Newton steps and line searches need one function
+                # the same draws at every step: quasi-Newton steps and line searches need one
+                # function
+                step = 0
             known = rule.num_particles if isinstance(rule, MonteCarlo) else 0
             rule = MonteCarlo(max(PREDICTIVE_PARTICLES, known))
         return rule.points(

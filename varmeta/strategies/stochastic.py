@@ -35,7 +35,7 @@ class StochasticAlg:
     `Unrolled` and `Implicit`.
 
         theta_0     = theta0 + start_scale Lambda^-1/2 eps
-        theta_{k+1} = theta_k - lr grad F_k(theta_k) + sqrt(2 lr T_k) xi_k,    k = 0, ..., num_steps - 1
+        theta_{k+1} = theta_k - lr grad F_k(theta_k) + sqrt(2 lr T_k) xi_k,  k < num_steps
 
     with eps, xi ~ N(0, I), F_k the penalised loss F_i on `batch_size` rows drawn without
     replacement (their loss scaled up to the task's size), and T_k the temperature, constant or

@@ -143,7 +143,9 @@ class Unrolled(KSteps):
     """K inner steps from the prior, and the derivative through all of them (MAML with a delta
     guide; ABML with a normal).
 
-    phi_{k+1} = phi_k - step(dF/dphi_k), phi_0 = prior(eta);   dG/deta by backpropagation through the K steps.
+    phi_{k+1} = phi_k - step(dF/dphi_k),   phi_0 = prior(eta)
+
+    dG/deta by backpropagation through the K steps.
     Reference: Finn et al. (2017); Ravi and Beatson (2019).
     """
 

@@ -156,8 +156,10 @@ class Scaling:
 
         >>> import varmeta as vm
         >>> tasks, scaling = vm.datasets.radon().standardized()
-        >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
-        >>> scaling.raw_prior(vm.fit(model, tasks, vm.Joint("multivariate_normal")))  # radon in log(pCi/L), floor 0 or 1
+        >>> prior = vm.GaussianPrior(learn_precision="full")
+        >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), prior)
+        >>> fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"))
+        >>> scaling.raw_prior(fit)  # radon in log(pCi/L), floor 0 or 1
         LearnedPrior(floor -0.6561 (sd 0.314), intercept 1.494 (sd 0.333), noise scale 0.717)
         """
         return fit.raw_prior(self)

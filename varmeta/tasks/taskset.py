@@ -83,7 +83,8 @@ class TaskSet:
     devices, x_names of another number, features that some tasks lack.
     TypeError: what is not made of real numbers.
 
-    >>> tasks = TaskSet([Task(support=([0.0, 1.0], [0.5, 1.5])), Task(support=([2.0], [2.5]), name="late")])
+    >>> first, late = Task(([0.0, 1.0], [0.5, 1.5])), Task(support=([2.0], [2.5]), name="late")
+    >>> tasks = TaskSet([first, late])
     >>> tasks
     TaskSet(2 tasks, 3 support points (1 to 2 per task), no query, x (), float32)
     >>> tasks.batch().support.mask.tolist()
@@ -179,7 +180,8 @@ class TaskSet:
         numbers.
 
         >>> import pandas
-        >>> frame = pandas.DataFrame({"school": ["b", "b", "a"], "hours": [1, 2, 3], "score": [0.5, 1.0, 2.0]})
+        >>> columns = {"school": ["b", "b", "a"], "hours": [1, 2, 3], "score": [0.5, 1.0, 2.0]}
+        >>> frame = pandas.DataFrame(columns)
         >>> tasks = TaskSet.from_frame(frame, task="school", x=["hours"], y="score")
         >>> tasks.names, tuple(tasks.batch().support.x.shape)
         (('b', 'a'), (2, 2, 1))
@@ -389,7 +391,8 @@ class TaskSet:
         Raises ValueError for a negative count, or a fraction that is not between 0 and 1.
 
         >>> TaskSet([Task(support=([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]))]).split(2)
-        TaskSet(1 task, 2 support points (2 to 2 per task), 1 query points (1 to 1 per task), x (), float32)
+        TaskSet(1 task, 2 support points (2 to 2 per task),
+                1 query points (1 to 1 per task), x (), float32)
         """
         is_count = isinstance(num_support, (int, np.integer)) and not isinstance(num_support, bool)
         if not (
@@ -410,7 +413,8 @@ class TaskSet:
         """The tasks that have query data: `split` gives a task of one row none.  Raises ValueError
         where no task has any.
 
-        >>> TaskSet([Task(([0.0], [1.0])), Task(([0.0, 1.0], [1.0, 2.0]))]).split(0.5).with_query().names
+        >>> tasks = TaskSet([Task(([0.0], [1.0])), Task(([0.0, 1.0], [1.0, 2.0]))])
+        >>> tasks.split(0.5).with_query().names
         ('task 1',)
         """
         rows = [
@@ -458,7 +462,8 @@ class TaskSet:
         >>> tasks[0].support[0].tolist(), scaling.y_loc.item(), scaling.y_scale.item()
         ([-1.0, 1.0], 10.0, 1.0)
         >>> from varmeta import likelihoods
-        >>> tasks, scaling = TaskSet([Task(support=([1.0, 3.0], [10, 14]))]).standardized(likelihoods.Gaussian())
+        >>> raw = TaskSet([Task(support=([1.0, 3.0], [10, 14]))])
+        >>> tasks, scaling = raw.standardized(likelihoods.Gaussian())
         >>> tasks[0].support[1].tolist()
         [-1.0, 1.0]
         """

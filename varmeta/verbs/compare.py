@@ -80,13 +80,17 @@ def compare(
     has no posterior of eta to find; TypeError for arguments of the wrong kind; RuntimeError where
     every run failed.
 
+    >>> from torch import nn
     >>> import varmeta as vm
-    >>> train, test = vm.datasets.lines(12, 5, noise=0.1), vm.datasets.lines(4, 3, 3, seed=1, noise=0.1)
+    >>> train = vm.datasets.lines(12, 5, noise=0.1)
+    >>> test = vm.datasets.lines(4, 3, 3, seed=1, noise=0.1)
     >>> prior = vm.GaussianPrior(learn_precision="per_parameter")
     >>> model = vm.TaskModel(nn.Linear(1, 1), vm.likelihoods.Gaussian(), prior)
-    >>> both = {"eta a point": vm.Joint("multivariate_normal"), "posterior of eta": vm.Joint("multivariate_normal")}
+    >>> dense = vm.Joint("multivariate_normal")
+    >>> both = {"eta a point": dense, "posterior of eta": dense}
     >>> chosen = {"posterior of eta": "multivariate_normal"}
-    >>> report = compare(both, model, train, test, 1, hyperguide=chosen, budget=50, baselines=False, compile=False)
+    >>> options = {"budget": 50, "baselines": False, "compile": False}
+    >>> report = compare(both, model, train, test, 1, hyperguide=chosen, **options)
     >>> report.runs["hyperguide"].tolist()
     ['delta', 'multivariate_normal']
     """

@@ -100,12 +100,13 @@ def fit(
     Raises ValueError or TypeError, before any work, for input that does not fit together.
 
     >>> import varmeta as vm
-    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared"))
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), prior)
     >>> result = vm.fit(model, vm.datasets.lines(20, num_support=5, noise=0.1))
     >>> result.converged
     True
     """
-    # a budget is spent step by step, so the solvers whose steps are large and of unequal cost do not
+    # a budget is spent step by step, so solvers whose steps are large and of unequal cost do not
     # serve it
     free = optimizer is None and batch_size is None and budget is None
     if strategy is None and isinstance(resume, Fit):

@@ -68,8 +68,10 @@ def meta_gradient(
     wrong kind, RuntimeError for an uncertified implicit gradient under `on_unconverged="raise"`.
 
     >>> import varmeta as vm
-    >>> model = vm.TaskModel(torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
-    >>> result = vm.meta_gradient(model, vm.datasets.lines(5, num_query=5), vm.Implicit(outer="query"))
+    >>> net = torch.nn.Linear(1, 1).double()
+    >>> model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0))
+    >>> tasks = vm.datasets.lines(5, num_query=5)
+    >>> result = vm.meta_gradient(model, tasks, vm.Implicit(outer="query"))
     >>> sorted(result.grads), result.certificate.ok
     (['bias', 'log_scale', 'weight'], True)
     """

@@ -93,7 +93,8 @@ def reachability(
     allow.
 
     >>> import varmeta as vm
-    >>> model = vm.TaskModel(torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior())
+    >>> net = torch.nn.Linear(1, 1).double()
+    >>> model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior())
     >>> fit = vm.fit(model, vm.datasets.lines(5, dtype=torch.float64), vm.Joint("normal"))
     >>> bool(vm.reachability(fit).gap.abs().max() < 1e-6)  # one basin: reached
     True
