@@ -1,4 +1,4 @@
-"""Sizes that a reader can hold: functions, how deep they nest, and what a class shows.
+"""Sizes that a reader can hold: functions, how deep they nest, what a class shows, and lines.
 
 Docstrings are not code, so they do not count; comments do.
 """
@@ -14,7 +14,7 @@ import pytest
 import varmeta
 
 ROOT = Path(varmeta.__file__).parent
-MAX_LINES, MAX_DEPTH, MAX_MEMBERS = 60, 4, 20
+MAX_LINES, MAX_DEPTH, MAX_MEMBERS, MAX_COLUMNS = 60, 4, 20, 100
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _BLOCKS = (
@@ -89,6 +89,9 @@ def oversize(root: Path) -> Iterator[str]:
                     yield f"{at}:{node.lineno} {node.name} nests {levels} deep"
             elif isinstance(node, ast.ClassDef) and (number := len(members(node))) > MAX_MEMBERS:
                 yield f"{at}:{node.lineno} {node.name} has {number} public members"
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > MAX_COLUMNS:
+                yield f"{at}:{number} has {len(line)} columns"
 
 
 def test_nothing_is_oversize() -> None:
@@ -139,6 +142,8 @@ _ELIF = "def f(x):\n  if x:\n    x = 1\n" + "  elif x:\n    x = 1\n" * 6
         ("class A:\n" + "  y: int\n" * 3 + "  def _f(): ...\n" * 30, None),
         ("class A:\n" + "".join(f"  x{n}: int\n" for n in range(21)), "21 public members"),
         ("class A:\n" + "".join(f"  def x{n}(): ...\n" for n in range(21)), "21 public members"),
+        ("x = 1  # " + "-" * 91, None),
+        ("x = 1  # " + "-" * 92, "101 columns"),
     ],
 )
 def test_every_size_is_counted(text: str, found: str | None, tmp_path: Path) -> None:

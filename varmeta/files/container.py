@@ -146,7 +146,8 @@ def _decoded(value: Any, numbers: memoryview) -> tuple[Any, memoryview]:
     inside, numbers = _decoded(inner, numbers)
     if kind == "tuple":
         return tuple(inside), numbers
-    return {key: one for key, one in inside}, numbers  # noqa: C416 (dict() would take pairs of letters too)
+    # dict() would take pairs of letters too
+    return {key: one for key, one in inside}, numbers  # noqa: C416
 
 
 def _tensor(described: Any, numbers: memoryview) -> tuple[Tensor, memoryview]:

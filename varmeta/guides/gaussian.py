@@ -71,7 +71,8 @@ class StructuredNormal(dist.TorchDistribution):
         size = self.event_shape[0]
         return -0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) - self.log_det
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+    # torch's own signature
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         shape = self._extended_shape(sample_shape)
         return self.loc + self.scaled(
             torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)

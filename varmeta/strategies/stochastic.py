@@ -155,7 +155,11 @@ class StochasticAlg:
         points = [here]
         for k in range(self.num_steps):
             losses = self._losses(problem, batch, many, step, k, num_draws)
-            _, point, gradient = value_and_gradient(lambda phi: losses(phi, eta), here, graph)  # noqa: B023
+            _, point, gradient = value_and_gradient(
+                lambda phi: losses(phi, eta),  # noqa: B023
+                here,
+                graph,
+            )
             here = add(point if graph else detach(point), gradient, -self.lr)
             if self.temperature:
                 here = {

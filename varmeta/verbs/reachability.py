@@ -125,7 +125,10 @@ def reachability(
         for step in range(inner_steps):
             noisy = problem.losses("elbo", batch, step)
             factor = (1.0 - step / inner_steps) * (1.0 if rates is None else rates)
-            _, point, gradient = value_and_gradient(lambda phi: noisy(phi, fit.eta), end)  # noqa: B023
+            _, point, gradient = value_and_gradient(
+                lambda phi: noisy(phi, fit.eta),  # noqa: B023
+                end,
+            )
             end, moments = rule.update(detach(point), gradient, moments, factor)
 
     def value(phi: Tree) -> Tensor:
