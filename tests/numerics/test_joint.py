@@ -634,3 +634,23 @@ def test_a_thin_wall_is_stepped_over() -> None:
     solution = minimize_jointly(lambda phi, eta: (Band.apply(phi["w"]) - 3.0) ** 2, {"w": x}, {})
     assert solution.result == Result.CONVERGED
     torch.testing.assert_close(solution.phi["w"], double(3.0), rtol=0, atol=1e-8)
+
+
+def test_an_infinite_total_has_not_converged() -> None:
+    """Outside a hyperprior's support: every decrement is small beside it."""
+
+    def wall(eta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.where(eta["loc"] < 3.0, 0.0, torch.inf)
+
+    def fn(phi: dict[str, torch.Tensor], eta: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (phi["w"] - centres) ** 2 + (phi["w"] - eta["loc"]) ** 2
+
+    phi, eta = {"w": torch.zeros(2).double()}, {"loc": torch.tensor(5.0).double()}
+    centres = torch.tensor([9.0, 11.0]).double()
+    outside = minimize_jointly(fn, phi, eta, penalty=wall)
+    assert outside.result == Result.NON_FINITE
+    # a step that comes back inside is one
+    centres = torch.tensor([1.0, 2.0]).double()
+    back = minimize_jointly(fn, phi, eta, penalty=wall)
+    assert back.result == Result.CONVERGED
+    assert float(back.eta["loc"]) == pytest.approx(1.5)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import varmeta as vm
 from varmeta.hyper.coordinates import Coordinates
+from varmeta.priors.hyperprior import edges, in_dtype, log_density
 
 F64 = torch.float64
 LIKE = torch.zeros((), dtype=F64)
@@ -242,3 +243,26 @@ def test_a_density_of_the_precision_has_the_precisions_jacobian() -> None:
 def test_what_is_refused(make: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         make()
+
+
+def test_where_supports_end() -> None:
+    log_of = [dist.transforms.ExpTransform().inv]
+    for density, low, high in (
+        (dist.Normal(0.0, 1.0), -math.inf, math.inf),
+        (dist.Gumbel(0.0, 1.0), -math.inf, math.inf),
+        (dist.Uniform(-1.0, 2.0), -1.0, 2.0),
+        (dist.HalfNormal(1.0), 0.0, math.inf),
+        (dist.Exponential(1.0), 0.0, math.inf),
+        (dist.Pareto(2.0, 1.0), 2.0, math.inf),
+        (dist.TransformedDistribution(dist.Uniform(0.0, 4.0), log_of), -math.inf, math.log(4.0)),
+    ):
+        found = tuple(float(end) for end in edges(in_dtype(density, LIKE)))
+        assert found == pytest.approx((low, high)), density
+
+
+def test_a_density_is_0_outside_its_support() -> None:
+    """torch's exponential density goes on below 0, and theta0 was drawn there."""
+    at = torch.tensor([-0.5, 0.5], dtype=torch.float64)
+    inside, outside = (log_density(dist.Exponential(2.0), {"x": value}) for value in at.flip(0))
+    assert float(inside) == pytest.approx(math.log(2.0) - 1.0)
+    assert float(outside) == -math.inf

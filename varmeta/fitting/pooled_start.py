@@ -14,10 +14,10 @@ from varmeta.fitting.buckets import elbo_losses
 from varmeta.guides.delta import Delta
 from varmeta.models.model import TaskModel
 from varmeta.numerics.joint_model import SharedProblem
-from varmeta.numerics.minimize import minimize
+from varmeta.numerics.minimize import Losses, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, leaves
 from varmeta.priors.prior import PRECISION, TRIL
 from varmeta.strategies.expectation import MAX_CUBATURE_SIZE, Cubature, GaussHermite
 from varmeta.strategies.objective import Objective
@@ -30,6 +30,8 @@ MAX_ETA_SIZE = 300
 # A prior that is too wide is narrowed by this factor of its precision, at most so many times (its
 # sds by a thousand).
 _NARROWER, _MOST_NARROW = 4.0, 11
+# How far ahead an edge is looked for, as a share of 1 or of a number's size.
+_NEAR = 0.01
 # Information below this is none: a mean that has saturated, or a weight that enters nowhere.
 NO_INFORMATION = 1e-100
 
@@ -148,10 +150,32 @@ def pooled_fit(
     solution = minimize(fn, start, NewtonCG(), max_steps=100)
     if solution.worst == Result.NON_FINITE:
         return None
+    if solution.worst != Result.CONVERGED:
+        edges = _at_edges(fn, solution.value)
+        # a mode there says nothing of the data, and no step leads on: better where it came from
+        again = pooled_fit(model, batch, eta, {*hold, *edges}) if edges else None
+        if again is not None:
+            return again
     best = eta | {name: value.squeeze(0) for name, value in solution.value.items()}
 
     information = _information(model, batch, best)
     return (best, information) if bool(torch.isfinite(information).all()) else None
+
+
+def _at_edges(fn: Losses, row: Tree) -> list[str]:
+    """The names along which fn stops being finite a little further down its gradient: where the
+    support of their hyperprior ends.
+    """
+    point = leaves(row)
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(fn(point).sum(), list(point.values()), allow_unused=True)
+    found = []
+    for (name, value), slope in zip(row.items(), slopes, strict=True):
+        if slope is not None and bool(slope.any()):
+            step = _NEAR * value.abs().clamp(min=1.0) * slope / slope.abs().max()
+            if not bool(fn(row | {name: value - step}).isfinite().all()):
+                found.append(name)
+    return found
 
 
 def pooled_loss(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:

@@ -6,6 +6,8 @@ transformed correlations.
     prior_tril, entries of U          asinh(U); of two weights, atanh of their correlation
     log_scale, other scales           themselves
 
+Where the support of a hyperprior has an edge, `bounds` put it at infinity.
+
 A posterior density of these coordinates needs the Jacobian of the hyperpriors' own units, which
 `log_density` has in it.
 """
@@ -17,6 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from varmeta.hyper.bounds import bounds
 from varmeta.models.model import TaskModel
 from varmeta.priors.hyperprior import log_correlation_jacobian
 from varmeta.priors.prior import PRECISION, TRIL, unit_lower
@@ -30,7 +33,8 @@ class Coordinates:
     sd, in the noise scale, and over correlation matrices.
     """
 
-    def __init__(self, model: TaskModel, eta: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: TaskModel, eta: Mapping[str, Tensor], bounded: bool = False) -> None:
+        """bounded: whether edges of the hyperpriors' supports are put at infinity."""
         self.model = model
         self.shapes = {name: value.shape for name, value in eta.items()}
         like = next(iter(eta.values()))
@@ -39,6 +43,7 @@ class Coordinates:
             if model.likelihood is None
             else {n for n in model.likelihood.init(like) if n[:4] == "log_"}
         )
+        self.bounds = bounds(model, self.shapes) if bounded else {}
 
     @property
     def size(self) -> int:
@@ -54,7 +59,8 @@ class Coordinates:
 
     def of(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The coordinates of eta."""
-        return {name: self._of(name, eta) for name in self.shapes}
+        found = {name: self._of(name, eta) for name in self.shapes}
+        return found | {name: one.coordinate(found[name]) for name, one in self.bounds.items()}
 
     def _of(self, name: str, eta: Mapping[str, Tensor]) -> Tensor:
         if name.partition(".")[0] == PRECISION:
@@ -64,6 +70,7 @@ class Coordinates:
 
     def eta(self, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """eta at these coordinates."""
+        coordinates = self._inside(coordinates)
         tril = {name: torch.sinh(value) for name, value in coordinates.items() if name == TRIL}
         found = {}
         for name, value in coordinates.items():
@@ -73,6 +80,11 @@ class Coordinates:
             else:
                 found[name] = tril.get(name, value)
         return found
+
+    def _inside(self, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The coordinates in the units that are listed above, whatever their edges."""
+        moved = {name: one.value(coordinates[name]) for name, one in self.bounds.items()}
+        return dict(coordinates) | moved
 
     def log_density(self, coordinates: Mapping[str, Tensor], jacobian: bool = True) -> Tensor:
         """log of the hyperpriors' density, up to a constant.
@@ -84,6 +96,9 @@ class Coordinates:
         total = next(iter(coordinates.values())).new_zeros(()) - self.model.penalty(eta)
         if not jacobian:
             return total
+        for name, one in self.bounds.items():
+            total = total + one.log_slope(coordinates[name])
+        coordinates = self._inside(coordinates)
         # d precision / d log sd = -2 precision, d sd / d log sd = sd
         power = -2.0 if prior.hyperprior is not None else 1.0
         for name, value in coordinates.items():

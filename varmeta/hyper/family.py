@@ -31,6 +31,9 @@ from varmeta.priors.prior import unit_lower
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch
 
+# Times that the Gaussian's scale may be narrowed, by half a unit of its logarithm, where it starts.
+_NARROWER = 8
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -102,7 +105,7 @@ def fit_gaussian(
     callback: Callable[[Step], object] | None = None,
 ) -> Gaussian:
     """q(eta), from eta = `start`: at the mode first, with the curvature there, and from there to
-    the best bound.
+    the best bound.  Its result is NON_FINITE where no place has a finite bound.
 
     free: which coordinates get a Gaussian, `(size,)`; the others get their best point.
     diagonal: whether the coordinates are independent under q.
@@ -126,8 +129,7 @@ def fit_gaussian(
         _Bound(problem, batch, coordinates, penalty, place, free, diagonal, single)
         for place in ((mode.phi, mode.eta), (still.phi, begin))
     ]
-    values = [bound.start_value() for bound in bounds]
-    best = bounds[0] if values[0] <= values[1] or not math.isfinite(values[1]) else bounds[1]
+    best = min(bounds, key=lambda bound: bound.value)
     return best.minimum(tolerance, max_steps, callback)
 
 
@@ -173,14 +175,27 @@ class _Bound:
         }
         if not diagonal and self.count > 1:
             self.parameters["tril"] = torch.zeros(self.count * (self.count - 1) // 2).to(axes)
-        # a hyperprior's support may end between the nodes
-        for _ in range(8):
-            if bool(self.penalty(self.parameters).isfinite()):
+        self.value = math.inf
+        self._begin(phi, curvature.follow)
+
+    def _begin(self, phi: Tree, follow: Tensor) -> None:
+        """Start the rows and the scale: narrower than the curvature says as long as that helps.
+
+        A curvature is no width where the loss is not quadratic, and a hyperprior's support may end
+        between the nodes.
+        """
+        widest = self.parameters["log_scale"]
+        for narrower in range(_NARROWER + 1):
+            parameters = self.parameters | {"log_scale": widest - 0.5 * narrower}
+            moved = self.points(parameters) - self.centre
+            flat = flatten(phi) - torch.einsum("tmp,kp->ktm", follow, moved)
+            rows = unflatten(flat.reshape(-1, flat.shape[-1]), phi)
+            value = self._start_value(rows, parameters)
+            if value < self.value or narrower == 0:
+                self.parameters, self.rows = parameters, rows
+                self.value = value if math.isfinite(value) else math.inf
+            elif math.isfinite(self.value):
                 break
-            self.parameters["log_scale"] = self.parameters["log_scale"] - 0.5
-        moved = self.points(self.parameters) - self.centre
-        rows = flatten(phi) - torch.einsum("tmp,kp->ktm", curvature.follow, moved)
-        self.rows = unflatten(rows.reshape(-1, rows.shape[-1]), phi)
 
     def factor(self, parameters: Mapping[str, Tensor]) -> Tensor:
         diagonal = torch.diag_embed(parameters["log_scale"].exp())
@@ -205,12 +220,9 @@ class _Bound:
         density = rowwise(lambda vector: self._penalty(self.coordinates.named(vector)))
         return density(self.points(parameters)).mean() - parameters["log_scale"].sum()
 
-    def start_value(self) -> float:
+    def _start_value(self, rows: Tree, parameters: Mapping[str, Tensor]) -> float:
         with torch.no_grad():
-            return (
-                float(self.fn(self.rows, self.parameters).sum() + self.penalty(self.parameters))
-                - self._entropy
-            )
+            return float(self.fn(rows, parameters).sum() + self.penalty(parameters)) - self._entropy
 
     @property
     def _entropy(self) -> float:

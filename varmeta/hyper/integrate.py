@@ -17,6 +17,7 @@ from varmeta.fitting.buckets import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.fitting.run import Callback, Run, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
+from varmeta.hyper.bounds import check_support
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import Gaussian, fit_gaussian
@@ -158,7 +159,10 @@ def integrate(
     Raises ValueError where the objective is not finite.
     """
     begin, first = perf_counter() - run.seconds, run.step
-    coordinates = Coordinates(problem.model, run.eta)
+    bounded = hyperguide != "reml"  # under which theta0's Gaussian is exact as it is
+    if not bounded:
+        check_support(problem.model, run.eta)
+    coordinates = Coordinates(problem.model, run.eta, bounded)
     free = _free(coordinates, hyperguide)
     spent = run.evaluations
 

@@ -105,9 +105,9 @@ def minimize_jointly(
         without curvature to speak of leads along: what fn does not determine one by one), and
         "failed" (the tasks that a loss or derivative not finite ended it at, `(tasks,)`). A step to
         where one is not finite is shortened, first of the tasks to blame alone. The result is
-        NON_FINITE where that is so at the start, DIVERGED where no step to a lower loss is left but
-        such (the last good point is returned), STAGNATED where rounding lets no step lower the
-        loss, else CONVERGED or STEP_LIMIT.
+        NON_FINITE where that is so at the start, or of the total at the end, DIVERGED where no step
+        to a lower loss is left but such (the last good point is returned), STAGNATED where rounding
+        lets no step lower the loss, else CONVERGED or STEP_LIMIT.
 
     Raises:
         ValueError: phi is empty or its leading sizes differ, an argument is out of range, or fn
@@ -138,7 +138,8 @@ def minimize_jointly(
         result, failed = Result.NON_FINITE, model.failed
     while model is not None and model.finite and len(history) <= max_steps:
         slack = 10 * eps * max(1.0, float(place.losses.abs().sum()))
-        limit = tolerance * max(1.0, abs(place.total))
+        # an infinite total, as outside a hyperprior's support, is no unit to measure a step by
+        limit = tolerance * max(1.0, abs(place.total)) if math.isfinite(place.total) else 0.0
         decrement = model.decrement_phi + model.decrement_eta
         move = _move(problem, model, place, damping, decrement <= limit, limit, slack)
         # a second small decrement: the step between them is what makes the parameters, not the loss
@@ -164,6 +165,8 @@ def minimize_jointly(
         if move.stuck:
             result = Result.STAGNATED
             break
+    if not math.isfinite(place.total):
+        result = Result.NON_FINITE
     stats = _stats(problem, model, place, history, decrement, result, failed)
     return JointSolution(*problem.named(place.x, place.e), result, stats)
 

@@ -32,8 +32,42 @@ def log_density(hyperprior: Hyperprior, named: Mapping[str, Tensor]) -> Tensor |
         for name, value in named.items():
             one = hyperprior.get(name) if isinstance(hyperprior, Mapping) else hyperprior
             if one is not None:
-                total = total + in_dtype(one, value).log_prob(value).sum()
+                total = total + _log_prob(in_dtype(one, value), value).sum()
     return total
+
+
+def _log_prob(one: Any, value: Tensor) -> Tensor:
+    # not every density of torch ends where its support does: an exponential one goes on below 0
+    density, (low, high) = one.log_prob(value), edges(one)
+    return torch.where((value < low) | (value > high), -torch.inf, density)
+
+
+TRANSFORMED = (torch.distributions.TransformedDistribution, dist.TransformedDistribution)
+
+
+def edges(distribution: Any) -> tuple[Tensor, Tensor]:
+    """Where the support of a distribution over one number ends, infinite where it does not.
+
+    >>> edges(dist.Uniform(0.0, 2.0))
+    (tensor(0.), tensor(2.))
+    """
+    try:
+        support = distribution.support
+    except NotImplementedError:  # a distribution of one's own need not say
+        support = None
+    low = torch.as_tensor(getattr(support, "lower_bound", -torch.inf))
+    high = torch.as_tensor(getattr(support, "upper_bound", torch.inf))
+    # a transform's range is all that torch says of what it makes of a bounded one
+    transforms = distribution.transforms if type(distribution) in TRANSFORMED else ()
+    if transforms and all(transform.bijective for transform in transforms):
+        ends = edges(distribution.base_dist)
+        for transform in transforms:
+            ends = transform(ends[0]), transform(ends[1])
+        low, high = (
+            torch.maximum(low, torch.minimum(*ends)),
+            torch.minimum(high, torch.maximum(*ends)),
+        )
+    return low.where(~low.isnan(), -torch.inf), high.where(~high.isnan(), torch.inf)
 
 
 # Where a tail is looked at, as logarithms of a precision: a maximum beyond the first (an sd of

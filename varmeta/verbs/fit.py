@@ -20,6 +20,7 @@ from varmeta.graphs.capture import seconds_compiling
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
 from varmeta.guides.quadrature import Quadrature
+from varmeta.hyper.bounds import check_support
 from varmeta.hyper.integrate import check_hyperguide, integrate
 from varmeta.models.check import check_model
 from varmeta.models.kinks import kinked
@@ -184,6 +185,8 @@ def _start(
         eta = pooled_start(problem, whole, eta)
         if way == "lbfgs" and problem.guide.at_mode:
             eta = _dense_start(problem.model, tasks, whole, eta, problem.seed)
+    if way != "hyperguide":
+        check_support(problem.model, eta)
     return Run(eta, strategy.init(problem, whole, eta))
 
 
