@@ -1,6 +1,4 @@
-"""Words and numbers that complaints share: what came instead, and numbers that users type, checked
-by name.
-"""
+"""Words and numbers that complaints share, and checks by name of numbers that users type."""
 
 from __future__ import annotations
 

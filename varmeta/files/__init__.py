@@ -1,3 +1,1 @@
-"""What a saved file is made of: remembered arguments, plain values, a checksum, written whole or
-not at all.
-"""
+"""What a saved file is made of: plain values, a checksum, written whole or not at all."""

@@ -1,6 +1,4 @@
-"""What every comparison stands beside: one set of weights for all tasks, and every task on its
-own.
-"""
+"""What every comparison stands beside: one set of weights for all, and each task alone."""
 
 from __future__ import annotations
 

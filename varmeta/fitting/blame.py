@@ -1,6 +1,4 @@
-"""Which task it is whose numbers end a step: looked for when one has failed, and at no other
-time.
-"""
+"""Which task's numbers ended a step: looked for when a step failed, at no other time."""
 
 from __future__ import annotations
 

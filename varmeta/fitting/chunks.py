@@ -1,5 +1,4 @@
-"""Tasks by the chunk, one after the other: memory then does not grow with their number, and what is
-worked on stays in cache.
+"""Tasks by the chunk: memory does not grow with their number, and work stays in cache.
 
 Given eta, tasks have nothing to do with each other, and their noise follows their names.  So values
 and gradients of chunks add up, to rounding, to those of all tasks, and everything with a task axis

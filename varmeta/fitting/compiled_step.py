@@ -1,5 +1,6 @@
-"""A strategy's step by compiled graphs: the same step, traced once through Pyro, autograd and the
-inner loop.
+"""A strategy's step by compiled graphs.
+
+It is the same step, traced once through Pyro, autograd and the inner loop.
 
 As one graph where its loops have a fixed, small number of steps.  Everything that changes between
 steps is then an input: eta, the rows of phi and of the inner minimiser's state, the step size, the

@@ -1,6 +1,4 @@
-"""Float32 data, judged in float64: whether an objective is flat shows only beyond the digits that
-float32 has.
-"""
+"""Float32 data judged in float64: flatness shows only beyond the digits of float32."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Joint Newton: minimise sum_i F_i(phi_i, eta) over eta and every phi_i at once, for small
-models.
-"""
+"""Joint Newton: minimise sum_i F_i(phi_i, eta) over eta and every phi_i, for small models."""
 
 from __future__ import annotations
 

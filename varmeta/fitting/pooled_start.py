@@ -1,6 +1,4 @@
-"""Where small models start: at the best fit to all tasks at once, so that the data's units do not
-matter.
-"""
+"""Where small models start: at the best fit to all tasks at once, in any units of the data."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Schedules of the step size: factors on the learning rate of the optimiser, whatever that is at
-the time.
-"""
+"""Schedules of the step size: factors on whatever learning rate the optimiser then has."""
 
 from __future__ import annotations
 

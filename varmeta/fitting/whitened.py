@@ -1,5 +1,4 @@
-"""Coordinates in which joint Newton fits a dense prior over weights that enter linearly, whatever
-the columns' units and origins.
+"""Coordinates for a dense prior over linear weights, free of the columns' units and origins.
 
     out = D theta_i + E beta + constant, [D E] = [Q_d Q_e] R over the rows of all tasks (QR), so
     that out = Q_d w_i + Q_e b + constant with w_i = R_d theta_i + R_de beta and b = R_e beta; w_i =

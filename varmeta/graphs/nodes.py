@@ -1,6 +1,4 @@
-"""Nodes of a traced graph: what they are called here, their shapes, and whether they hold memory of
-their own.
-"""
+"""Nodes of a traced graph: names, shapes, and which hold memory of their own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Rewrite a traced graph into one that computes the same with fewer passes over memory, before it
-is compiled.
+"""Rewrite a traced graph to compute the same with fewer passes over memory.
+
+It is done before the graph is compiled.
 
 Here: what need not be computed at all.  How products are laid out: `rewrite_products.py`.  Rows in
 parts: `rewrite_parts.py`.

@@ -1,5 +1,4 @@
-"""Lay out a graph's batched products so that the library is fast at them and nobody copies a
-transpose.
+"""Lay out a graph's batched products so that they are fast and no transpose is copied.
 
 The gradient of a layer `h @ W.T` comes transposed, and its derivative is a product of two
 transposes.  Both cost more than the arithmetic of a small network (docs/speed.md).

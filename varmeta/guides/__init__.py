@@ -1,6 +1,4 @@
-"""The guides with options, under the name that users type:
-`vm.Joint(vm.guides.LowRank(rank=3))`.
-"""
+"""The guides with options, as users type them: `vm.Joint(vm.guides.LowRank(rank=3))`."""
 
 from varmeta.guides.delta import Delta
 from varmeta.guides.dense import Dense

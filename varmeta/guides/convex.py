@@ -1,6 +1,4 @@
-"""Where f_i is convex by construction, so that the prior bounds the Hessian of the inner problem
-from below.
-"""
+"""Where f_i is convex by construction, the prior bounds the inner Hessian from below."""
 
 from __future__ import annotations
 

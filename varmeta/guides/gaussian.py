@@ -1,5 +1,6 @@
-"""Gaussians over theta whose scale A (covariance A A') is known by what it does to a vector, never
-as a D x D matrix.
+"""Gaussians over theta whose scale A is known by its products, never as a D x D matrix.
+
+The covariance is A A'.
 """
 
 from __future__ import annotations

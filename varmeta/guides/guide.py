@@ -1,5 +1,4 @@
-"""Guides q(theta; phi_i): one point or Gaussian per task, with the parameters phi as explicit
-arguments.
+"""Guides q(theta; phi_i): a point or Gaussian per task, with phi as explicit arguments.
 
 A guide is a Pyro program that samples the model's site `theta` under the plate `tasks`.  phi is a
 tree with the task axis first, so that rows can be taken, put back and reset to the prior.

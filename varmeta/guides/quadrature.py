@@ -1,5 +1,4 @@
-"""The evidence of a task with few weights by adaptive Gauss-Hermite quadrature, and the posterior's
-moments.
+"""Evidence and posterior moments of a task with few weights, by Gauss-Hermite quadrature.
 
 With theta* the mode, H the curvature there, L L' = H^-1, and nodes z_j of weight w_j for N(0, I),
 

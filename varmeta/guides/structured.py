@@ -1,6 +1,4 @@
-"""Guides between mean-field and dense: a few correlated directions per task, or one dense block of
-weights.
-"""
+"""Guides between mean-field and dense: a few directions, or one dense block of weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Posteriors of the tasks' weights given eta, for many eta at once: mode, curvature, and what
-quadrature makes of them.
+"""Posteriors of the tasks' weights at many eta: mode, curvature, and moments by quadrature.
 
 p(theta_i | y_i, eta) for K values of eta and T tasks are K T small problems.  Newton's method finds
 each mode; the Gaussian of the curvature there places the nodes of a quadrature (adaptive

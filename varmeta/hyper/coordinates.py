@@ -1,5 +1,6 @@
-"""Coordinates of eta in which its posterior is nearly Gaussian: theta0 as it is, log sds,
-transformed correlations.
+"""Coordinates of eta in which its posterior is nearly Gaussian.
+
+They are theta0 as it is, log sds, and transformed correlations.
 
     theta0, shared parameters         themselves
     log_precision                     log of each weight's own sd

@@ -1,5 +1,4 @@
-"""The Gaussian of eta: q(eta) prod_i q_i(theta_i | eta), fitted by the same bound that fits the
-prior.
+"""The Gaussian of eta: q(eta) prod_i q_i(theta_i | eta), by the bound that fits the prior.
 
 With M(eta) = sum_i min_phi F_i(phi, eta), an upper bound on -log p(y | eta), the bound on -log p(y)
 is

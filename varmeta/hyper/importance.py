@@ -1,5 +1,6 @@
-"""From the Gaussian of eta to draws of its posterior: importance weights, smoothed, with a second
-and third try at the tails.
+"""From the Gaussian of eta to draws of its posterior: smoothed weights, and further tries.
+
+Importance weights are smoothed; a second and a third try reach for the tails.
 
 The first proposals come from the Gaussian itself, so that their k-hat says how near it is.  Where
 it is not near enough, Student's t with the moments that the weights found join in, and all draws

@@ -1,6 +1,4 @@
-"""`fit(..., hyperguide=...)`: the posterior of eta, or of theta0 alone with the variances at their
-REML estimates.
-"""
+"""`fit(..., hyperguide=...)`: the posterior of eta, or of theta0 at REML variances."""
 
 from __future__ import annotations
 

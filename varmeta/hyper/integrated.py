@@ -1,6 +1,4 @@
-"""Posteriors of tasks with eta integrated out: for each draw of eta the task's own posterior under
-it.
-"""
+"""Posteriors of tasks with eta integrated out: for each draw of eta, the task's own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What theta0 sees when a task has one scalar weight: theta*(theta0), its jumps, and the two
-meta-objectives over them.
+"""What theta0 sees with one weight a task: theta*(theta0), its jumps, two meta-objectives.
 
     F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2   the regularised loss of task i
     theta_i*(theta0)   = argmin_theta F_i(theta; theta0)            the global one

@@ -1,5 +1,6 @@
-"""Functions of one number on a grid: where their lowest minimum can be, and where it jumps as a
-parabola moves over them.
+"""Functions of one number on a grid: where the lowest minimum can be, and where it jumps.
+
+It jumps as a parabola moves over them.
 
 The grid is the only thing here that is not exact: what is narrower than two of its steps is not
 seen.

@@ -1,5 +1,6 @@
-"""A model tried on the data once, before any work: what does not fit is said in the user's
-words.
+"""A model tried on the data once, before any work.
+
+What does not fit is said in the user's words.
 """
 
 from __future__ import annotations

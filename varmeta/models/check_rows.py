@@ -1,5 +1,4 @@
-"""Whether a row's output depends on the task's other rows: then padding, which tasks of unequal
-size get, is no padding.
+"""Whether a row's output depends on the task's other rows: then padding is no padding.
 
 Batch statistics, a mean over the support and attention between points do that.  A short task would
 see the rows that fill it up, and what is computed would be of other data.  Where no task is padded

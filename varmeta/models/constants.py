@@ -1,5 +1,6 @@
-"""What of a network is never learned: parameters with `requires_grad=False`, buffers, and an
-embedding's padding row.
+"""What of a network is never learned: frozen parameters, buffers, embeddings' padding rows.
+
+Frozen parameters are those with `requires_grad=False`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The posterior of eta: draws of it, a table that a person can read, and how far the Gaussian was
-from it.
-"""
+"""The posterior of eta: draws, a readable table, and how far the Gaussian was from it."""
 
 from __future__ import annotations
 

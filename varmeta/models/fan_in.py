@@ -1,5 +1,6 @@
-"""How many inputs the layer of each parameter has: the precision at which a network's outputs
-neither grow nor fade.
+"""How many inputs the layer of each parameter has.
+
+They set the precision at which a network's outputs neither grow nor fade.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Likelihoods whose curvature sits in kinks, where no second derivative sees it: a Laplace
-density's, at its middle.
+"""Likelihoods whose curvature sits in kinks, where no second derivative sees it.
+
+A Laplace density's sits at its middle.
 
 By the fundamental theorem the change of a slope along a path is the integral of the curvature on
 the way.  Automatic differentiation knows the curvature between the kinks only, so what is missing

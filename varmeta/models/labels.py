@@ -1,6 +1,4 @@
-"""What the numbers of a model are called when a person reads them: `dose` and `intercept` where
-that is known.
-"""
+"""What a model's numbers are called when read: `dose` and `intercept` where that is known."""
 
 from __future__ import annotations
 

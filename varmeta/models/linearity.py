@@ -1,5 +1,6 @@
-"""Whether a network's output is linear in some of its parameters, known from how it is built; and
-whether it looks so, which is tried out and proves nothing.
+"""Whether an output is linear in some parameters, known from how the network is built.
+
+It is never found by trying it out.
 """
 
 from __future__ import annotations

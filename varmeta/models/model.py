@@ -1,5 +1,4 @@
-"""The generative model of a set of tasks, as one Pyro program: theta_i ~ prior, y_in ~ p(y | x_in,
-theta_i).
+"""The model of tasks as one Pyro program: theta_i ~ prior, y_in ~ p(y | x_in, theta_i).
 
     with plate("tasks"):
         theta ~ N(theta0, Lambda^-1), and Gamma z_i is added where the prior has covariates

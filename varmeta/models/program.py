@@ -1,5 +1,6 @@
-"""What a user's Pyro program may be: its params, its plates, what its observations come to, and
-what is left of Pyro's complaints about it.
+"""What a user's Pyro program may be, and what is left of Pyro's complaints about it.
+
+That is its params, its plates, and what its observations come to.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What to say where y is in other units than its noise scale: whole numbers left raw, several
-responses of one scale.
+"""What to say where y is not in its noise scale's units.
+
+That is whole numbers left raw, and several responses of one scale.
 """
 
 from __future__ import annotations

@@ -1,3 +1,1 @@
-"""Minimise, solve and differentiate many small problems at once; torch only, and no word of
-tasks.
-"""
+"""Minimise, solve and differentiate many small problems at once; torch only, no tasks."""

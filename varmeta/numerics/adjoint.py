@@ -1,5 +1,4 @@
-"""How a derivative with respect to eta passes through an inner minimum: implicitly, by unrolling,
-or not at all.
+"""How a derivative passes an inner minimum: implicitly, by unrolling, or not at all.
 
 `phi*(eta) = argmin_phi inner(phi, eta)`, per task; wanted is the derivative of `outer(phi*(eta),
 eta)`.  Nothing here knows how phi* was found, and `unrolled` alone cares.

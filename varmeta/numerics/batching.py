@@ -1,5 +1,6 @@
-"""Which errors mean that PyTorch cannot batch an operation, so that a loop is the answer; any other
-is the caller's to see.
+"""Which errors mean that PyTorch cannot batch an operation, so that a loop is the answer.
+
+Any other error is the caller's to see.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Newton's method for many small problems that share a few numbers: min over phi, eta of sum_i
-F_i(phi_i, eta) + penalty(eta).
+"""Newton for many problems that share numbers: min over phi, eta of sum_i F_i + penalty.
+
+F_i(phi_i, eta) is smooth, the penalty a function of eta alone.
 
 The Hessian is an arrowhead: one block A_i per task, borders B_i, and a corner C.  Eliminating phi
 leaves the Schur complement S = C - sum_i B_i' A_i^-1 B_i, as small as eta, so a Newton step costs

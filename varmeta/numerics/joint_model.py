@@ -1,5 +1,4 @@
-"""The arrowhead problem as numbers: its losses, gradient and Hessian blocks, and the convex
-quadratic that models it.
+"""The arrowhead problem as numbers: losses, gradient, Hessian blocks, and its convex model.
 
 Everything here works on rows `(tasks, m)` for phi and one vector `(p,)` for eta.
 """

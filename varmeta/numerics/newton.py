@@ -1,5 +1,6 @@
-"""Minimise one smooth loss per task by Newton's method, given only a function that autograd
-differentiates twice.
+"""Minimise one smooth loss per task by Newton's method, given only the loss.
+
+The loss is a function that autograd differentiates twice.
 
 Each iteration builds the graph of the gradient once, takes a direction from the Hessian
 (`_dense_direction` for few parameters, `_truncated_direction` for many), and searches along it,

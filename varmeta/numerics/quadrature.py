@@ -1,6 +1,4 @@
-"""Points and weights for expectations under N(0, I): Gauss-Hermite for a few numbers, quasi-random
-points for many.
-"""
+"""Points and weights for E under N(0, I): Gauss-Hermite for few numbers, else quasi-random."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Lower triangular roots of positive definite matrices, without the loss of digits that squaring
-brings.
-"""
+"""Lower triangular roots of positive definite matrices, losing no digits by squaring."""
 
 from __future__ import annotations
 

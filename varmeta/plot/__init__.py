@@ -1,6 +1,4 @@
-"""Figures of what was learned, under the name that users type: `from varmeta.plot import
-plot_curves`.
-"""
+"""Figures of what was learned, as users type them: `from varmeta.plot import plot_curves`."""
 
 from varmeta.plot.comparison import plot_comparison
 from varmeta.plot.curves import plot_curves

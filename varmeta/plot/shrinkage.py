@@ -1,6 +1,4 @@
-"""Figures of what pooling did: shrinkage arrows, priors beside posteriors, curves drawn from the
-prior.
-"""
+"""Figures of what pooling did: arrows, priors beside posteriors, curves from the prior."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What all figures share: colours, a place to draw on.  Matplotlib is imported when one is
-drawn.
+"""What all figures share: colours, a place to draw on.
+
+Matplotlib is imported when one is drawn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Figures of the weights: the learned prior with the tasks' posterior means; gaps of a
-`Reachability`.
-"""
+"""Figures of the weights: the prior with the tasks' means; gaps of a `Reachability`."""
 
 from __future__ import annotations
 

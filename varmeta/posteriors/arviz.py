@@ -1,5 +1,4 @@
-"""Draws and data as labelled arrays in the groups that ArviZ reads: `InferenceData` under 0.x,
-`DataTree` under 1.x.
+"""Draws and data as labelled arrays for ArviZ: `InferenceData` in 0.x, `DataTree` in 1.x.
 
 This file knows neither torch nor tasks: numpy arrays come in.  ArviZ and xarray are imported inside
 the functions, because that takes seconds.  No ArviZ converter is called (0.x and 1.x share none

@@ -1,6 +1,4 @@
-"""Whether stated probabilities hold: coverage of intervals, calibration of quantiles and of
-classes.
-"""
+"""Whether stated probabilities hold: those of intervals, of quantiles and of classes."""
 
 from __future__ import annotations
 

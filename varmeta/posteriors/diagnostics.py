@@ -1,5 +1,4 @@
-"""How good a task's guide is: importance-weighted evidence beside the bound, and the shape of the
-weights' tail.
+"""How good a task's guide is: importance-weighted evidence, and the weights' tail.
 
 With draws theta_s of q_i and weights w_s = p(y_i, theta_s | eta) / q_i(theta_s): the mean of log
 w_s is the ELBO, the log of the mean of w_s an estimate of log p(y_i | eta) that lies above it, and

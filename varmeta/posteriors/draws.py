@@ -1,6 +1,4 @@
-"""The posteriors of a batch of tasks' weights, and draws from them with the eta that each belongs
-to.
-"""
+"""Posteriors of a batch of tasks' weights, and draws from them, each with its eta."""
 
 from __future__ import annotations
 

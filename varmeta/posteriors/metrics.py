@@ -1,5 +1,6 @@
-"""How good a prediction is, judged on what was observed: from draws of the predictive distribution,
-torch only.
+"""How good a prediction is, judged on what was observed: from draws, torch only.
+
+The draws are of the predictive distribution.
 
 Draws come first: `samples` is `(draws, n, *event)`, drawn from each observation's predictive
 distribution, and `y` is `(n, *event)`.  Where an observation is a vector, each of its numbers is

@@ -1,5 +1,6 @@
-"""Noise of observations as a function of (seed, task's name, draw, place in the task), whatever
-stands beside the task.
+"""Noise of observations as a function of (seed, task's name, draw, place in the task).
+
+So it is the same whatever stands beside the task.
 
 A distribution draws by PyTorch's random operations, which read one stream in the order of memory:
 with one task more, or one row of padding more, every later number is another.  Within `TaskNoise`

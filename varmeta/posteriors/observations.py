@@ -1,6 +1,4 @@
-"""Observations under draws of the weights: their site in the program's trace, densities, means,
-class probabilities.
-"""
+"""Observations under draws of the weights: site, densities, means, class probabilities."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where a posterior is asked to predict, and on what it is scored: checked against the tasks that
-the prior was learned from.
-"""
+"""Where a posterior predicts and what it is scored on, checked against the training tasks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Draws of what will be observed, or of its mean, and what is read off them: means, intervals, a
-table.
-"""
+"""Draws of what will be observed, or of its mean: means, intervals, a table."""
 
 from __future__ import annotations
 

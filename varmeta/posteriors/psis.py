@@ -1,5 +1,4 @@
-"""Pareto smoothed importance sampling: are importance weights fit for use, and with their largest
-ones smoothed.
+"""Pareto smoothed importance sampling: are importance weights fit for use?
 
 numpy only.  The largest weights of a row are taken for draws of a generalised Pareto distribution;
 its shape k-hat says how heavy their tail is, and their expected order statistics replace them.

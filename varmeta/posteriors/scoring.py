@@ -1,6 +1,4 @@
-"""How `Posterior.score` judges observations: exactly where the predictive distribution is known,
-else by draws.
-"""
+"""How `Posterior.score` judges observations: exactly where that is known, else by draws."""
 
 from __future__ import annotations
 

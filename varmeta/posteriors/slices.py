@@ -1,6 +1,4 @@
-"""How much of a prediction is worked on at a time: some draws, and where one draw of all tasks is
-too much, some tasks.
-"""
+"""How much of a prediction is worked on at a time: some draws, or one draw of some tasks."""
 
 from __future__ import annotations
 

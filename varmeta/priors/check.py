@@ -1,6 +1,4 @@
-"""What may be said of a `GaussianPrior`: its arguments one by one, and those that exclude each
-other.
-"""
+"""What may be said of a `GaussianPrior`: its arguments one by one, and what excludes what."""
 
 from __future__ import annotations
 

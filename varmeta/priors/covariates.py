@@ -1,5 +1,4 @@
-"""A prior whose location is linear in what is known of a task: theta_i ~ N(theta0 + Gamma z_i,
-Lambda^-1).
+"""A prior linear in what is known of a task: theta_i ~ N(theta0 + Gamma z_i, Lambda^-1).
 
 The program samples u_i = theta_i - Gamma z_i ~ N(theta0, Lambda^-1), and Gamma z_i is added before
 the likelihood sees the weights.  So guides, divergences and solvers know one theta0 for all tasks:

@@ -1,5 +1,4 @@
-"""What is believed about eta before the data: densities of theta0, of the prior's sds or
-precisions, of its correlations.
+"""Beliefs about eta before the data: theta0, the prior's sds or precisions, correlations.
 
 Every density is one of the quantity that it names, whatever numbers eta holds it in: a half-normal
 on an sd is a density of that sd.  A maximum under it is then a maximum in those units;

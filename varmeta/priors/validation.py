@@ -1,6 +1,4 @@
-"""Pyro's and torch's validation for the length of a block, put back also where blocks of several
-threads overlap.
-"""
+"""Pyro's and torch's validation for the length of a block, put back across threads too."""
 
 from __future__ import annotations
 

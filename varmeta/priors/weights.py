@@ -1,6 +1,4 @@
-"""The names and shapes of a task's weights, and the way between named tensors and one vector theta
-of size D.
-"""
+"""Names and shapes of a task's weights: between named tensors and one vector theta."""
 
 from __future__ import annotations
 

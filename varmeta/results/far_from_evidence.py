@@ -1,6 +1,4 @@
-"""Whether a converged objective says too little of the evidence of its own estimates to be passed
-over in silence.
-"""
+"""Whether a converged objective says too little of its own estimates' evidence."""
 
 from __future__ import annotations
 

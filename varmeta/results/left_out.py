@@ -1,5 +1,4 @@
-"""How well the prior predicts a task that it has not seen: every training task left out in turn,
-without a refit.
+"""How the prior predicts unseen tasks: each training task left out in turn, no refit.
 
 With a flat hyperprior on eta (as it is learned: logarithms of scales), the density of task i's data
 given all others' is

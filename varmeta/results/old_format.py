@@ -1,5 +1,6 @@
-"""Files of the format before ("varmeta fit 3"): torch's own, without a checksum and without the
-model's configuration.
+"""Files of the format before ("varmeta fit 3"), which are torch's own.
+
+Such a file has no checksum, nor the model's configuration.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Outcomes that a predictor separates: the likelihood rises for ever along some coefficients, and
-has no maximum.
+"""Outcomes that a predictor separates: the likelihood rises for ever, without a maximum.
 
 A loss that is convex in the coefficients has no minimum where it falls, or stays, along a direction
 d for ever (its recession direction), and which directions these are does not depend on where one

@@ -1,5 +1,6 @@
-"""Standard errors of theta0 and the shared parameters: the curvature of M(eta) = sum_i min_phi
-F_i(phi, eta) at the optimum.
+"""Standard errors of theta0 and the shared parameters: the curvature of M at the optimum.
+
+M(eta) = sum_i min_phi F_i(phi, eta).
 
 As lme4's, they are given the variances: the inverse of the Hessian's block of theta0 and the shared
 parameters.  Exact where the bound is, in linear-Gaussian models; elsewhere as good as the bound's

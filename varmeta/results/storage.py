@@ -1,6 +1,4 @@
-"""Write a fit: tensors and plain values under a checksum, whole or not at all; no code is ever
-written.
-"""
+"""Write a fit: tensors and plain values under a checksum, whole or not at all; no code."""
 
 from __future__ import annotations
 

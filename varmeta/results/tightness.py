@@ -1,6 +1,4 @@
-"""How far a fit's objective lies from the evidence of its own estimates: what the guide costs, in
-nats.
-"""
+"""How far a fit's objective lies from its estimates' evidence: the guide's cost in nats."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Amortised strategies: phi is a function of eta, the end of an inner loop that starts at the
-prior.
-"""
+"""Amortised strategies: phi is a function of eta, where an inner loop from the prior ends."""
 
 from __future__ import annotations
 

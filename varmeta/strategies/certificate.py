@@ -1,5 +1,4 @@
-"""What an implicit gradient rests on: was the inner minimum reached, and was the linear system
-solved?
+"""What an implicit gradient rests on: was the minimum reached, and the system solved?
 
 The implicit function theorem holds at a minimum only.  After 16 gradient steps a small network's
 implicit gradient can be off by more than its own length (`experiments.choices`, certificate); here

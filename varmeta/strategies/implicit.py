@@ -1,6 +1,4 @@
-"""`Implicit`: phi is the argmin of the inner problem, differentiated by the implicit function
-theorem.
-"""
+"""`Implicit`: phi is the inner argmin, differentiated by the implicit function theorem."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The objectives of a task, pure in (phi, eta, batch, noise): `fn(phi, eta, batch, noise) -> loss
-of each task`.
+"""The objectives of a task, pure: `fn(phi, eta, batch, noise) -> loss of each task`.
 
     F_i = KL[q_i || p] + E_q f_i    "elbo": the inner problem, and the post's variational objective
     KL[q_i || p] + E_q g_i          "query_elbo": with a separate validation loss g

@@ -1,5 +1,4 @@
-"""Coordinates in which a dense guide meets new tasks under a dense prior: theta = theta0 + L u, u ~
-N(0, 1), q(u) = N(m, C C').
+"""A dense guide under a dense prior: theta = theta0 + L u, u ~ N(0, 1), q(u) = N(m, C C').
 
 Where the prior has all but lost a direction (a correlation of 1 or -1), F_i in the weights' own
 coordinates is a valley many

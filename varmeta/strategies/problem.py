@@ -1,5 +1,6 @@
-"""One model under one guide, with its rule for expectations and its seed: everything a strategy
-needs to make losses.
+"""One model under one guide, with its rule for expectations and its seed.
+
+It is everything that a strategy needs to make losses.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Alg as a distribution: the inner loop with a random start, minibatches and Langevin noise, and
-the score of that noise.
+"""Alg as a distribution: a random start, minibatches, Langevin noise, and its score.
 
 The post's generalisation of the meta-objective is E_{theta ~ Alg(f_i, theta0)} g_i(theta).  It
 depends on eta in two ways: each minimum moves, and the probability of ending in it changes.

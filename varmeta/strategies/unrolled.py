@@ -1,5 +1,6 @@
-"""K inner steps from the prior: `Unrolled` differentiates through them, `FirstOrder` and `Reptile`
-do not.
+"""K inner steps from the prior, with the derivative through them (`Unrolled`) or without.
+
+`FirstOrder` and `Reptile` do not differentiate through the steps.
 """
 
 from __future__ import annotations

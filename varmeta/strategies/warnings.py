@@ -1,6 +1,4 @@
-"""What the caller of a strategy's `loss` is told about it: what the gradient rests on, and inner
-steps that diverge.
-"""
+"""What the caller of a strategy's `loss` is told: what it rests on, steps that diverge."""
 
 from __future__ import annotations
 

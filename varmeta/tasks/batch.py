@@ -1,6 +1,4 @@
-"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask that says which rows
-are data.
-"""
+"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask of the data."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Shift and scale of the data, remembered so that new tasks get the same and predictions come back
-in y's units.
-"""
+"""Shift and scale of the data, remembered for new tasks and for predictions in y's units."""
 
 from __future__ import annotations
 

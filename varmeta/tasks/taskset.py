@@ -1,6 +1,4 @@
-"""Many small related data sets: `Task` is one of them, `TaskSet` all of them, `Batch` what a model
-sees.
-"""
+"""Many small data sets: `Task` is one, `TaskSet` all, `Batch` what a model sees."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""One meta-gradient, with its certificate: the derivative of a strategy's outer objective with
-respect to eta.
-"""
+"""One meta-gradient with its certificate: d/d eta of a strategy's outer objective."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Can the tasks' jointly optimised posteriors be reached from the prior?  The post's doubt about
-the joint objective, measured.
+"""Can the tasks' jointly optimised posteriors be reached from the prior?
+
+It is the post's doubt about the joint objective, measured.
 
 The joint strategies move phi_i and theta0 together, so that phi_i may end in a basin that an inner
 loop from theta0 would not

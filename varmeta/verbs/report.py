@@ -1,6 +1,4 @@
-"""What a comparison found: scores by method, seed and task, and intervals that hold over seeds and
-tasks.
-"""
+"""What a comparison found: scores by method, seed and task, with their intervals."""
 
 from __future__ import annotations
 
