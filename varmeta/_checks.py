@@ -31,8 +31,9 @@ def kind_of(value: Any) -> str:
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """value as an int, also numpy's; ValueError for a number that is not whole or too small,
-    TypeError for other things.
+    """value as an int, also numpy's.
+
+    ValueError for a number that is not whole or too small, TypeError for other things.
 
     >>> whole_number("num_steps", 5)
     5
@@ -47,8 +48,9 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 
 
 def probability(name: str, value: Any) -> float:
-    """value as a float between 0 and 1, the ends left out; ValueError for another number, TypeError
-    for other things.
+    """value as a float between 0 and 1, the ends left out.
+
+    ValueError for another number, TypeError for other things.
     """
     problem = f"{name} must be a probability between 0 and 1, such as 0.9, not {value!r}"
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
@@ -59,8 +61,9 @@ def probability(name: str, value: Any) -> float:
 
 
 def positive_number(name: str, value: Any, least: float = 1.0) -> float:
-    """value as a float of at least `least`; ValueError for a smaller one, TypeError for other
-    things.
+    """value as a float of at least `least`.
+
+    ValueError for a smaller one, TypeError for other things.
     """
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number of at least {least:g}, not {value!r}")

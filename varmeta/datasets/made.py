@@ -146,8 +146,9 @@ def _tasks(
     noise: float,
     dtype: torch.dtype | None,
 ) -> TaskSet:
-    """Points on every task's curve.  Curves, inputs and noise of support and query have streams of
-    their own.
+    """Points on every task's curve.
+
+    Curves, inputs and noise of support and query have streams of their own.
     """
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, not {num_tasks}")

@@ -56,8 +56,9 @@ def write(path: str | PathLike[str], parts: Iterable[bytes | memoryview]) -> Non
 
 @contextlib.contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """The name of a new file beside `path`, for writers that want a name; at the end it takes the
-    place of `path`.
+    """The name of a new file beside `path`, for writers that want a name.
+
+    At the end it takes the place of `path`.
 
     Raises as `write`.
     """

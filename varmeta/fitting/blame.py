@@ -74,8 +74,9 @@ def drowning_at_start(
 
 
 def drowning(batch: Batch, end: Tensor) -> str | None:
-    """The task in the rounding of whose loss those of the others are lost, in a sentence; None
-    where there is none.
+    """The task in the rounding of whose loss those of the others are lost, in a sentence.
+
+    None where there is none.
     """
     rows = batch.support.mask.sum(1) + (0 if batch.query is None else batch.query.mask.sum(1))
     size = end.detach().abs().double()

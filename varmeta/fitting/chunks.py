@@ -158,8 +158,9 @@ def value(
     state: State,
     size: int | None = None,
 ) -> float:
-    """The outer objective at eta and the state, for the record (nats), chunk by chunk; of a noisy
-    one a mean over draws.
+    """The outer objective at eta and the state, for the record (nats), chunk by chunk.
+
+    Of a noisy one a mean over draws.
     """
     known = {name: value.detach() for name, value in eta.items()}
     traits = strategy.traits(problem)

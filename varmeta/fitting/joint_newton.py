@@ -70,8 +70,9 @@ def newton(
     max_steps: int,
     callback: Callback | None,
 ) -> None:
-    """Move `run` to the minimum, in place; an interruption leaves it at the last step that was
-    completed.
+    """Move `run` to the minimum, in place.
+
+    An interruption leaves it at the last step that was completed.
 
     In float64, whatever the data are in: steps are few, and in float32 an objective without a
     maximum looks like one that has converged.  `Reinit` sets phi back to the prior after every

@@ -45,8 +45,9 @@ _FLOOR, _FLOOR_OF_START = 1e-6, 1e-7
 
 @dataclass(frozen=True)
 class Whitened:
-    """The coordinates of one problem.  eta's names are kept: theta0's hold psi, the shared ones b,
-    the prior's the factor L.
+    """The coordinates of one problem.
+
+    eta's names are kept: theta0's hold psi, the shared ones b, the prior's the factor L.
     """
 
     problem: Problem
@@ -203,8 +204,9 @@ class Whitened:
     # -- the objective -----------------------------------------------------------------------------
 
     def losses(self) -> Losses:
-        """F_i `(tasks,)` of these coordinates; the values are those of the raw ones where log p is
-        quadratic in theta.
+        """F_i `(tasks,)` of these coordinates.
+
+        The values are those of the raw ones where log p is quadratic in theta.
 
         Elsewhere they differ by what the expectation's rule is off: its points lie along the axes
         of another root of the same covariance.
@@ -247,8 +249,9 @@ class Whitened:
 
 
 def whitened_correlation(problem: Problem, batch: Batch, eta: Eta) -> Tensor | None:
-    """The prior's correlations `(D, D)` between the weights of whitened columns; None where there
-    are no such columns.
+    """The prior's correlations `(D, D)` between the weights of whitened columns.
+
+    None where there are no such columns.
     """
     inside = Whitened.of(problem, batch, eta)
     if inside is None:

@@ -91,8 +91,9 @@ class Captured:
 
 
 def _shape_of(tree: Any, leaves: list[Tensor]) -> Any:
-    """What tells trees of one structure from others, hashable; appends the leaves, in pytree's
-    order.
+    """What tells trees of one structure from others, hashable.
+
+    Appends the leaves, in pytree's order.
 
     pytree's own, which serves all kinds of nodes, took a tenth of a small step.
     """
@@ -105,8 +106,9 @@ def _shape_of(tree: Any, leaves: list[Tensor]) -> Any:
 
 
 def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSpec) -> Traced:
-    """The graph of `function`, whose arguments are `leaves` in that structure; dead operations are
-    dropped.
+    """The graph of `function`, whose arguments are `leaves` in that structure.
+
+    Dead operations are dropped.
     """
     out: list[pytree.TreeSpec] = []
 
@@ -241,8 +243,9 @@ def _compiled_by(
 
 
 def _wrappers(examples: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Options for what calls the kernels one after another, the best first; the last, Python's, is
-    always there.
+    """Options for what calls the kernels one after another, the best first.
+
+    The last, Python's, is always there.
 
     One in C++ takes up to 10 % less of a step of many kernels, and compiles as fast where the
     kernels are a file of their own (docs/speed.md).  It has not been tried on a GPU.
@@ -281,8 +284,9 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _kept_on_disk() -> AbstractContextManager[object]:
-    """Within it, what is compiled is found again by other processes; the compiler refuses to where
-    it knows of no shapes.
+    """Within it, what is compiled is found again by other processes.
+
+    The compiler refuses to where it knows of no shapes.
     """
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode

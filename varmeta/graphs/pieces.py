@@ -68,8 +68,9 @@ class Graphed:
 
 
 def run(fn: Any, piece: Piece, *args: Any) -> Any:
-    """`piece(fn, *args)`, as a graph where fn is `Graphed`.  piece: hashable, equal for equal
-    work.
+    """`piece(fn, *args)`, as a graph where fn is `Graphed`.
+
+    piece: hashable, equal for equal work.
     """
     return fn.run(piece, *args) if isinstance(fn, Graphed) else apply(fn, piece, *args)
 

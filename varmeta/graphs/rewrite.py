@@ -257,8 +257,9 @@ def _call(graph: fx.Graph, node: Node, target: Any, *args: Any) -> Node:
 
 
 def _whole(graph: fx.Graph) -> None:
-    """A concatenation of one part, and a cut into one, are nothing; a step of CG on a single vector
-    has both.
+    """A concatenation of one part, and a cut into one, are nothing.
+
+    A step of CG on a single vector has both.
     """
     for node in list(graph.nodes):
         if node.target is aten.cat.default and len(node.args[0]) == 1:

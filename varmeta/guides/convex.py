@@ -23,8 +23,9 @@ LOG_CONCAVE = (Gaussian, LogNormal, Bernoulli, Binomial, Categorical, Poisson, N
 
 
 def inverse_ceiling(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -> Quadratic | None:
-    """v -> v' Lambda^-1 v, which v' H^-1 v is nowhere above, H the inner problem's Hessian; None
-    where that is not known.
+    """v -> v' Lambda^-1 v, which v' H^-1 v is nowhere above, H the inner problem's Hessian.
+
+    None where that is not known.
 
     At a point theta the inner loss is 1/2 (theta - theta0)' Lambda (theta - theta0) + f_i(theta),
     and f_i is convex where the output is affine in theta and the likelihood log-concave, so that H

@@ -136,8 +136,9 @@ class Laplace(BoundGuide):
         )
 
     def raised(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        """By how many of the prior's precisions H was raised, `(tasks,)`; 0 where it is positive
-        definite.
+        """By how many of the prior's precisions H was raised, `(tasks,)`.
+
+        0 where it is positive definite.
         """
         with torch.no_grad():
             return self._factor(phi, eta, data)[1]

@@ -212,8 +212,9 @@ def _gaussian(
     max_steps: int,
     callback: Callable[[Step], object],
 ) -> Gaussian:
-    """q(eta) by the best bound, from where the run stands.  Raises ValueError where the objective
-    is not finite.
+    """q(eta) by the best bound, from where the run stands.
+
+    Raises ValueError where the objective is not finite.
     """
     try:
         found = fit_gaussian(

@@ -175,8 +175,9 @@ class Rows:
         return minimize(lambda phi: inner(phi, self.eta), phi_of(start), minimizer, **how)
 
     def polish(self, start: Tensor) -> Tensor:
-        """The minimum beside `start`, to the last digits; warns where Newton's method does not get
-        there.
+        """The minimum beside `start`, to the last digits.
+
+        Warns where Newton's method does not get there.
         """
         found = self.minimize(NewtonCG(), start, tolerance=_TIGHT)
         failed = int((found.result != Result.CONVERGED).sum())

@@ -182,8 +182,9 @@ class Landscape:
     # -- Alg ---------------------------------------------------------------------------------------
 
     def argmin(self, anchors: Anchors) -> Tensor:
-        """theta_i*(theta0), the global minimum of the regularised loss, `(anchors, tasks)`; at a
-        jump, either end of it.
+        """theta_i*(theta0), the global minimum of the regularised loss, `(anchors, tasks)`.
+
+        At a jump, either end of it.
 
         Raises ValueError for anchors that are not finite, for an f that is not finite on the way,
         and for one that falls as fast as the penalty rises; warns (RuntimeWarning) where Newton's

@@ -34,8 +34,9 @@ class Likelihood(Remembers, ABC):
         return {}
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it learned, on a scale and under names for people to read; further axes of eta in
-        front stay.
+        """What it learned, on a scale and under names for people to read.
+
+        Further axes of eta in front stay.
         """
         return {}
 
@@ -46,8 +47,9 @@ class Likelihood(Remembers, ABC):
         return {}
 
     def penalty(self, eta: Mapping[str, Tensor]) -> Tensor | float:
-        """-log of the hyperpriors' density at the likelihood's entries of eta; 0 where there are
-        none.
+        """-log of the hyperpriors' density at the likelihood's entries of eta.
+
+        0 where there are none.
         """
         return 0.0
 

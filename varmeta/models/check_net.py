@@ -162,8 +162,9 @@ def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
 
 
 def check_output(out: object, x: Tensor) -> Tensor:
-    """What a network puts out for one task's x.  Raises ValueError for anything but a tensor with a
-    row for each of x's.
+    """What a network puts out for one task's x.
+
+    Raises ValueError for anything but a tensor with a row for each of x's.
     """
     if not isinstance(out, Tensor):
         raise ValueError(

@@ -54,8 +54,9 @@ def check_padding(model: TaskModel, data: Data, with_y: bool = True) -> None:
 def rows_meet(
     model: TaskModel, data: Data, with_y: bool = True, reorder: bool = False
 ) -> str | None:
-    """Where rows of one task meet: a layer, "the network" or "the program"; None where a row stands
-    for itself.
+    """Where rows of one task meet: a layer, "the network" or "the program".
+
+    None where a row stands for itself.
 
     A task is run alone and followed by other rows, at the start and at a point away from it, where
     a layer that starts at 0 shows too.  No other sizes than of these two runs are tried, and

@@ -45,8 +45,9 @@ def hold_padding_rows(net: nn.Module) -> None:
 
 
 class _Constant:
-    """A forward hook that puts `row` where the input is `index`; its class tells it from the user's
-    hooks.
+    """A forward hook that puts `row` where the input is `index`.
+
+    Its class tells it from the user's hooks.
     """
 
     def __init__(self, index: int, row: Tensor) -> None:

@@ -33,8 +33,9 @@ SCALES, NODES = 4.0, 48
 
 
 def kinked(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor]) -> str | None:
-    """The name of an observed density of one real number with a kink in that number; None where
-    there is none.
+    """The name of an observed density of one real number with a kink in that number.
+
+    None where there is none.
 
     Looked at along y, so that of a program too it says what the density is, whatever its parameters
     are made of.  A kink in a parameter alone (a network of ReLUs, `pyro.factor`) is not looked for.

@@ -17,8 +17,9 @@ TRANSPARENT = (nn.Identity, nn.Flatten, nn.Dropout)
 def parameter_labels(
     model: TaskModel, x_names: tuple[str, ...] | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """Labels of every entry of each parameter, flattened, by parameter name; shared parameters and
-    coefficients too.
+    """Labels of every entry of each parameter, flattened, by parameter name.
+
+    Shared parameters and coefficients too.
 
     A linear layer that reads x itself is labelled by x's columns; everything else as in
     `Weights.labels`.  A coefficient of the prior's covariates is called as the weight that it

@@ -213,8 +213,9 @@ class TaskModel(Remembers):
         return self.prior.distribution(self.weights, eta)
 
     def offset(self, eta: Mapping[str, Tensor], data: Data) -> Tensor | None:
-        """Gamma z_i, by how much the tasks' features move their weights, `(tasks, D)`; None where
-        the prior has no covariates.
+        """Gamma z_i, by how much the tasks' features move their weights, `(tasks, D)`.
+
+        None where the prior has no covariates.
         """
         return offset(self.coefficients, self.weights, eta, data.features)
 
@@ -262,8 +263,9 @@ class TaskModel(Remembers):
         y: Tensor | None,
         task_chunk_size: int | None = None,
     ) -> Any:
-        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`; x `(tasks, points,
-        ...)`.
+        """Sample, or with y observe, the data given theta `(..., tasks, 1, D)`.
+
+        x `(tasks, points, ...)`.
 
         task_chunk_size: how many tasks a network runs on at a time, which bounds memory where no
             gradient is taken.
@@ -337,8 +339,9 @@ class TaskModel(Remembers):
         return network.all_tasks(self.one_task(eta, x), weights, x, lead, task_chunk_size)
 
     def one_task(self, eta: Mapping[str, Tensor], like: Tensor) -> network.Network:
-        """The network at eta's shared parameters, in the precision of `like`; weights of the
-        likelihood are no business of it.
+        """The network at eta's shared parameters, in the precision of `like`.
+
+        Weights of the likelihood are no business of it.
         """
         assert self.net is not None and self.likelihood is not None
         aside = self.likelihood.task_weights()
@@ -369,8 +372,9 @@ class TaskModel(Remembers):
         return is_gaussian(self.likelihood) and not self.task_weights and self.is_linear
 
     def looks_linear(self, tasks: TaskSet) -> bool:
-        """Whether the output looks linear in the weights that vary, by second differences; of a
-        program, True.
+        """Whether the output looks linear in the weights that vary, by second differences.
+
+        Of a program, True.
 
         Good for choosing where a fit starts and at which points it looks.  It proves nothing, and
         no number may be called exact because of it: see `is_linear`.

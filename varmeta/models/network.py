@@ -16,8 +16,9 @@ Network = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
 def one_task(net: nn.Module, fixed: dict[str, Tensor]) -> Network:
-    """The network as a function of the weights that vary; fixed: by name, what is the same for all
-    tasks.
+    """The network as a function of the weights that vary.
+
+    fixed: by name, what is the same for all tasks.
 
     Raises ValueError, when it is run, where what the network puts out is not a tensor with a row
     for each of x's.

@@ -21,8 +21,9 @@ TASKS, DATA, SITE = "tasks", "data", "theta"
 
 
 def starts(params: Any) -> dict[str, Tensor]:
-    """Where each param starts: at zeros of its shape, or at its tensor.  Raises TypeError or
-    ValueError, naming the param.
+    """Where each param starts: at zeros of its shape, or at its tensor.
+
+    Raises TypeError or ValueError, naming the param.
     """
     if not isinstance(params, Mapping):
         raise TypeError(

@@ -18,8 +18,9 @@ APART = 3.0
 
 
 def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
-    """A warning where responses whose sds lie far apart share a noise scale that is learned; None
-    where they do not.
+    """A warning where responses whose sds lie far apart share a noise scale that is learned.
+
+    None where they do not.
 
     The scale is then that of the largest, and what is said of the others (standard errors,
     intervals) is as wide.

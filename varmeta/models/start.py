@@ -46,8 +46,9 @@ def check_names(
 
 
 def placed_by(prior: GaussianPrior, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """theta0 and coefficients where the prior's loc puts them.  Raises ValueError for a name
-    that there is not, in a loc_hyperprior too, and for another shape.
+    """theta0 and coefficients where the prior's loc puts them.
+
+    Raises ValueError for a name that there is not, in a loc_hyperprior too, and for another shape.
     """
     unknown = set(prior.start_loc) - set(start)
     if unknown:

@@ -419,8 +419,9 @@ def _gradient(
 
 
 def _pull_back(outputs: Tree, point: Tree, v: Tree) -> Tree:
-    """(d outputs / d point)^T v; where `outputs` is a gradient, the product of its Hessian with
-    v.
+    """(d outputs / d point)^T v.
+
+    Where `outputs` is a gradient, the product of its Hessian with v.
     """
     # an entry that is constant, as the gradient of a linear term, has no graph; autograd refuses it
     names = [name for name, x in outputs.items() if x.requires_grad]

@@ -311,8 +311,9 @@ def _before_walls(
 def _move_phi(
     problem: SharedProblem, convex: Convex, x: Tensor, e: Tensor, losses: Tensor, g_phi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step of phi at fixed eta; each task raises its own damping until its loss falls, or stays
-    where it is.
+    """One step of phi at fixed eta.
+
+    Each task raises its own damping until its loss falls, or stays where it is.
     """
     slack = 10 * torch.finfo(x.dtype).eps * losses.abs().clamp(min=1)
     damping = x.new_zeros(len(x), 1, 1)
@@ -346,8 +347,9 @@ def _move_eta(
     last: float,
     slack: float,
 ) -> tuple[_Place, float] | None:
-    """One step of eta with phi following, and its damping; None where none lowers the total.
-    `last`: the damping used before.
+    """One step of eta with phi following, and its damping.
+
+    None where none lowers the total. `last`: the damping used before.
     """
     # such that the softest direction, the likeliest to be overdone, is halved
     damping, first = 0.0, min(_FIRST_DAMPING, float(model.eta.values.min()))

@@ -35,8 +35,9 @@ BUSY = 50_000
 
 
 class SharedProblem:
-    """fn plus penalty on flat tensors: x `(tasks, m)` for phi, e `(p,)` for eta.  Counts its
-    evaluations.
+    """fn plus penalty on flat tensors: x `(tasks, m)` for phi, e `(p,)` for eta.
+
+    Counts its evaluations.
     """
 
     def __init__(
@@ -207,8 +208,9 @@ class Convex(NamedTuple):
     direction: Tensor
 
     def solve(self, b: Tensor, damping: Tensor | float = 0.0) -> Tensor:
-        """(M + damping D^-2)^-1 b for `b` `(..., n, k)`; damping broadcasts against `(..., n,
-        1)`.
+        """(M + damping D^-2)^-1 b for `b` `(..., n, k)`.
+
+        Damping broadcasts against `(..., n, 1)`.
         """
         rotated = self.vectors.mT @ (self.scale.unsqueeze(-1) * b)
         return self.scale.unsqueeze(-1) * (

@@ -41,8 +41,9 @@ class Minimizer(ABC):
 
     @abstractmethod
     def init(self, phi: Tree) -> Tree:
-        """The state before the first step; every tensor has the task axis first, so rows can be
-        taken and put back.
+        """The state before the first step.
+
+        Every tensor has the task axis first, so rows can be taken and put back.
         """
 
     @abstractmethod

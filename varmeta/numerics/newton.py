@@ -46,8 +46,9 @@ _CHUNK = 8
 
 @dataclass(frozen=True)
 class NewtonCG(Minimizer):
-    """Newton's method with a line search, per task; quadratic convergence, on convex and other
-    functions.
+    """Newton's method with a line search, per task.
+
+    Quadratic convergence, on convex and other functions.
 
     Up to `dense_size` parameters a task the Hessian H is formed, rescaled to a unit diagonal so
     that the units of the parameters do not matter, and its eigenvalues are taken by absolute

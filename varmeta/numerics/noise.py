@@ -74,8 +74,9 @@ def uniform(
     *,
     first: int = 0,
 ) -> Tensor:
-    """Uniform draws `(num, tasks, size)` in the open interval (0, 1); never 0 or 1, so logarithms
-    are finite.
+    """Uniform draws `(num, tasks, size)` in the open interval (0, 1).
+
+    Never 0 or 1, so logarithms are finite.
 
     Arguments, errors and invariances as for `normal`, but independent of it; more coordinates begin
     with fewer too.

@@ -42,8 +42,9 @@ def nodes(size: int, number: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def normal_points(number: int, size: int, seed: int) -> Tensor:
-    """A scrambled Sobol sequence as standard normal points `(number, size)`, float64; a function of
-    its arguments alone.
+    """A scrambled Sobol sequence as standard normal points `(number, size)`, float64.
+
+    A function of its arguments alone.
     """
     engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
     uniform = engine.draw(number, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)

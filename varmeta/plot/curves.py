@@ -110,8 +110,9 @@ class _Units:
 
 
 def _draw_data(ax: Any, task: Task, units: _Units, jitter: int | None) -> None:
-    """A task's observations; jitter: the seed by which 0 and 1 are drawn apart, None for
-    numbers.
+    """A task's observations.
+
+    jitter: the seed by which 0 and 1 are drawn apart, None for numbers.
     """
     for part, label, face in ((task.support, "adapted to", INK), (task.query, "held out", "white")):
         if part is not None:
@@ -168,8 +169,9 @@ def _column(posterior: Posterior) -> str | None:
 
 
 def _shares(y: Tensor) -> Tensor:
-    """Successes out of trials as shares, `(points, 2)` to `(points,)`; other observations as they
-    are.
+    """Successes out of trials as shares, `(points, 2)` to `(points,)`.
+
+    Other observations as they are.
     """
     return y[:, 0] / y[:, 1] if y.dim() == 2 and y.shape[1] == 2 else y
 

@@ -31,8 +31,9 @@ def no_pooling(fit: Fit) -> Tensor:
 
 
 def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = None) -> Any:
-    """Arrows from every task's own estimate to its posterior mean, for two weights by label;
-    returns the axes.
+    """Arrows from every task's own estimate to its posterior mean, for two weights by label.
+
+    Returns the axes.
 
     The cross is theta0, the ellipse the prior's two sds.  Tasks without data have no arrow.  Where
     features move the prior, it is drawn for a task whose features are at their mean.

@@ -50,8 +50,9 @@ class Draws(ABC):
 
     @abstractmethod
     def theta(self, num_samples: int, seed: int) -> Tensor:
-        """Draws of the weights `(num_samples, tasks, 1, D)`; a task's do not depend on the
-        others.
+        """Draws of the weights `(num_samples, tasks, 1, D)`.
+
+        A task's do not depend on the others.
         """
 
     @abstractmethod
@@ -60,8 +61,9 @@ class Draws(ABC):
 
     @abstractmethod
     def etas(self, num_samples: int) -> dict[str, Tensor]:
-        """The eta behind each of as many draws, `(num_samples, ...)`; empty where eta is a
-        point.
+        """The eta behind each of as many draws, `(num_samples, ...)`.
+
+        Empty where eta is a point.
         """
 
     @abstractmethod
@@ -79,8 +81,9 @@ class Draws(ABC):
         return self.kind == "delta"
 
     def offset(self, eta: Mapping[str, Tensor]) -> Tensor | None:
-        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`; None where they
-        add nothing.
+        """What the tasks' features add to their weights under eta, `(tasks, 1, D)`.
+
+        None where they add nothing.
         """
         by = self.model.offset(eta, self.batch.support)
         return None if by is None else by.unsqueeze(-2)

@@ -116,8 +116,9 @@ class _Observed:
 
 
 def _observed(observer: Observer, draws: Tensor, seed: int, of_guide: bool) -> _Observed:
-    """The data, their predictive and what the draws are worth; of_guide: whether a guide made them,
-    with eta a point.
+    """The data, their predictive and what the draws are worth.
+
+    of_guide: whether a guide made them, with eta a point.
     """
     q, support = observer.q, observer.q.batch.support
     flat = support.mask
@@ -144,8 +145,9 @@ def _observed(observer: Observer, draws: Tensor, seed: int, of_guide: bool) -> _
 
 
 def _hyper_draws(q: Draws, num_samples: int, x_names: tuple[str, ...] | None) -> dict[str, Tensor]:
-    """Draws of eta in natural units, those behind the draws of the weights; none where eta is a
-    point.
+    """Draws of eta in natural units, those behind the draws of the weights.
+
+    None where eta is a point.
     """
     eta = q.etas(num_samples)
     if not eta:

@@ -58,8 +58,9 @@ def rmse(prediction: Tensor, y: Tensor) -> Tensor:
 
 
 def crps_sample(samples: Tensor, y: Tensor, fair: bool = True) -> Tensor:
-    """Continuous ranked probability score E|X - y| - 1/2 E|X - X'|, `(n, *event)`, in y's units;
-    smaller is better.
+    """Continuous ranked probability score E|X - y| - 1/2 E|X - X'|, `(n, *event)`, in y's units.
+
+    Smaller is better.
 
     fair: average |X - X'| over pairs of different draws.  That is unbiased for the score of the
         distribution drawn from, whatever the number of draws (at least 2), and may be slightly
@@ -87,8 +88,9 @@ def crps_sample(samples: Tensor, y: Tensor, fair: bool = True) -> Tensor:
 
 
 def error_rate(probs: Tensor, y: Tensor) -> Tensor:
-    """The share of observations whose most probable class is not y, a scalar; among equals the
-    first class counts.
+    """The share of observations whose most probable class is not y, a scalar.
+
+    Among equals the first class counts.
 
     probs: `(n, classes)`, nonnegative, rows sum to 1.
     y: classes 0, ..., C-1, `(n,)`.
@@ -102,8 +104,9 @@ def error_rate(probs: Tensor, y: Tensor) -> Tensor:
 
 
 def log_density_se(log_probs: Tensor) -> float:
-    """Monte-Carlo standard error of the mean over n of `log_density(log_probs)`; log_probs `(draws,
-    n)`.
+    """Monte-Carlo standard error of the mean over n of `log_density(log_probs)`.
+
+    log_probs `(draws, n)`.
 
     By the delta method; NaN for a single draw.  Too small where few draws carry the mean.
 
@@ -124,8 +127,9 @@ def numbers(
     mean: Tensor | None = None,
     point: bool = False,
 ) -> dict[str, float]:
-    """The table's row for numeric responses; log_probs `(draws, n)`, in nats per observation
-    averaged over n.
+    """The table's row for numeric responses.
+
+    log_probs `(draws, n)`, in nats per observation averaged over n.
 
     mean: the predictive mean, of y's shape; None: that of the samples, which has noise^2 / draws
         more in its square error.
@@ -175,8 +179,9 @@ def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str,
 def classes(
     log_probs: Tensor, probs: Tensor, y: Tensor, level: float = 0.9, point: bool = False
 ) -> dict[str, float]:
-    """The table's row for classes; probs `(draws, n, classes)` are averaged over draws, `level` is
-    not used; point as above.
+    """The table's row for classes.
+
+    probs `(draws, n, classes)` are averaged over draws, `level` is not used; point as above.
     """
     predictive = probs.mean(0)
     return {

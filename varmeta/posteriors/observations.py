@@ -89,8 +89,9 @@ def samples_more(trace: poutine.Trace) -> bool:
 
 
 def known_mean(fn: dist.TorchDistribution) -> Tensor | None:
-    """The mean, NaN where there is none (Cauchy's); None for classes and where the distribution
-    does not tell.
+    """The mean, NaN where there is none (Cauchy's).
+
+    None for classes and where the distribution does not tell.
     """
     if isinstance(fn, dist.Categorical):
         return None

@@ -86,8 +86,9 @@ class Observer:
         num_samples: int,
         seed: int,
     ) -> Tensor:
-        """What `read` takes from the distribution of new observations under each draw; a point is
-        one draw.
+        """What `read` takes from the distribution of new observations under each draw.
+
+        A point is one draw.
         """
         theta = self.q.theta(1 if self.q.is_point else num_samples, seed)
         with self.stream(seed, data) as stream:

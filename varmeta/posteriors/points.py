@@ -71,8 +71,9 @@ def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data
 
 
 def _columns_of(x: Any, trained: TaskSet) -> Any:
-    """The columns of a table by name, so that their order in it does not matter; anything else as
-    it is.
+    """The columns of a table by name, so that their order in it does not matter.
+
+    Anything else as it is.
     """
     if not hasattr(x, "columns"):
         return x

@@ -83,16 +83,18 @@ class Posterior:
 
     @property
     def sd(self) -> dict[str, Tensor]:
-        """Posterior standard deviation by parameter name, `(tasks, *shape)`; zero for a delta
-        guide.
+        """Posterior standard deviation by parameter name, `(tasks, *shape)`.
+
+        Zero for a delta guide.
         """
         q = self.distribution
         spread = torch.zeros_like(q.mean) if isinstance(q, dist.Delta) else q.stddev
         return self.model.weights.unflatten(spread.squeeze(-2))
 
     def sample(self, num_samples: int = 1000, seed: int = 0) -> dict[str, Tensor]:
-        """Draws of the weights by parameter name, `(num_samples, tasks, *shape)`; a task's draws do
-        not depend on the others.
+        """Draws of the weights by parameter name, `(num_samples, tasks, *shape)`.
+
+        A task's draws do not depend on the others.
         """
         return self.model.weights.unflatten(self.draws(num_samples, seed))
 

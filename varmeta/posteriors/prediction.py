@@ -64,8 +64,9 @@ class Prediction:
         return self.samples[:, index, self.mask[index]]
 
     def frame(self, level: float = 0.9) -> pd.DataFrame:
-        """One row per task and point (counted from 0): task, point, mean, sd, low, high; without
-        padding.
+        """One row per task and point (counted from 0): task, point, mean, sd, low, high.
+
+        Without padding.
 
         low, high: the central interval of probability `level`.  Of an observation with several
         numbers (responses, classes) each gets a row, and a column `response` says which.

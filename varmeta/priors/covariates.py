@@ -21,8 +21,9 @@ Coefficients = Mapping[str, tuple[str, str]]
 
 
 def check_covariates(given: object) -> Covariates:
-    """Lists of feature names, for all weights or by parameter name, as tuples.  Raises TypeError or
-    ValueError.
+    """Lists of feature names, for all weights or by parameter name, as tuples.
+
+    Raises TypeError or ValueError.
     """
     if given is None:
         return None

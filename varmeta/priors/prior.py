@@ -167,8 +167,9 @@ class GaussianPrior(Remembers):
         return {f"{PRECISION}.{module}": torch.cat(part).mean() for module, part in parts.items()}
 
     def log_precision(self, weights: Weights, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """log lambda of every weight, `(D,)`; for a dense covariance, of every weight given those
-        before it.
+        """log lambda of every weight, `(D,)`.
+
+        For a dense covariance, of every weight given those before it.
         """
         if self.learn_precision is None:
             return (
@@ -231,8 +232,9 @@ class GaussianPrior(Remembers):
         )
 
     def learned_sds(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The learned standard deviations, named as in `learned`; of "full" by parameter name, each
-        weight's on its own.
+        """The learned standard deviations, named as in `learned`.
+
+        Of "full" by parameter name, each weight's on its own.
         """
         sds = {name: torch.exp(-0.5 * value) for name, value in self.learned(eta).items()}
         return (

@@ -61,8 +61,9 @@ class Weights:
         return tuple(labels)
 
     def module(self, name: str) -> str:
-        """The module that owns a parameter: `body.0` for `body.0.weight`; a bare name is its own
-        module.
+        """The module that owns a parameter: `body.0` for `body.0.weight`.
+
+        A bare name is its own module.
         """
         return name.rpartition(".")[0] or name
 

@@ -58,8 +58,9 @@ def numbers_of(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor]) -> T
 
 
 def same_numbers(saved: Tensor, now: Tensor, dtype: torch.dtype) -> bool:
-    """Equal up to what another machine's order of sums makes of them; what is not finite must stay
-    so.
+    """Equal up to what another machine's order of sums makes of them.
+
+    What is not finite must stay so.
     """
     if saved.shape != now.shape:
         return False

@@ -42,8 +42,9 @@ FEW = 6
 
 
 def doubts(fit: Fit, own_end: bool = False) -> list[str]:
-    """Sentences to warn with, every one that holds.  own_end: the user chose where the run ends, so
-    that it may do so before convergence.
+    """Sentences to warn with, every one that holds.
+
+    own_end: the user chose where the run ends, so that it may do so before convergence.
     """
     unfinished = not fit.converged and not own_end
     found = [f"the fit has not converged: {fit.stop}"] if unfinished else []

@@ -30,8 +30,9 @@ SHARED = 1000
 
 
 def unpacked(data: bytes) -> Any:
-    """The content of such a file.  Raises DamagedError for anything else, before it takes more
-    memory than the file.
+    """The content of such a file.
+
+    Raises DamagedError for anything else, before it takes more memory than the file.
     """
     foreign = DamagedError("it has another format, is damaged, or holds code, which is never run")
     try:

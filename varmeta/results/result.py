@@ -106,8 +106,9 @@ class Fit:
 
     @property
     def seconds_compiling(self) -> float:
-        """What compiling took of this fit; another of the same shapes pays nothing in this process,
-        and little in the next.
+        """What compiling took of this fit.
+
+        Another of the same shapes pays nothing in this process, and little in the next.
         """
         return self.run.seconds_compiling
 
@@ -205,8 +206,9 @@ class Fit:
 
     @cached_property
     def _guide_cost(self) -> str | None:
-        """What is lost by a guide that cannot be the tasks' posteriors, in words; None where it is
-        little or not known.
+        """What is lost by a guide that cannot be the tasks' posteriors, in words.
+
+        None where it is little or not known.
         """
         known = (
             self.converged

@@ -18,8 +18,9 @@ from varmeta.tasks import TaskSet
 
 
 def run_to_resume(fit: Fit, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int) -> Run:
-    """A copy of a fit's run to go on from.  Raises ValueError where model, tasks, strategy or seed
-    differ.
+    """A copy of a fit's run to go on from.
+
+    Raises ValueError where model, tasks, strategy or seed differ.
     """
     if seed != fit.seed:
         raise ValueError(

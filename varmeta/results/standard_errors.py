@@ -38,8 +38,9 @@ def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Ten
 def of_bound(
     problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]
 ) -> dict[str, Tensor] | None:
-    """By the curvature of the bound minimised over phi, in double precision; None where this is no
-    minimum.
+    """By the curvature of the bound minimised over phi, in double precision.
+
+    None where this is no minimum.
     """
     wide = in_double(problem, batch, phi, eta)
     batch, phi, at = (batch, phi, eta) if wide is None else wide
@@ -51,8 +52,9 @@ def of_bound(
 def of_evidence(
     problem: Problem, batch: Batch, phi: Tree, eta: Eta, names: list[str]
 ) -> dict[str, Tensor] | None:
-    """By the curvature of the evidence by quadrature, -log p(y | eta), in all of eta; None where
-    this is no minimum.
+    """By the curvature of the evidence by quadrature, -log p(y | eta), in all of eta.
+
+    None where this is no minimum.
 
     The nodes stay where they are: the integral does not depend on where it is looked at.
     """

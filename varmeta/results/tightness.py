@@ -25,8 +25,9 @@ CHEAP = 2_000_000
 
 
 def exact_evidence(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
-    """log p(y | eta) of the batch's tasks in nats, by the closed form; None where the model is not
-    known to have one.
+    """log p(y | eta) of the batch's tasks in nats, by the closed form.
+
+    None where the model is not known to have one.
     """
     if not model.is_linear_gaussian:
         return None
@@ -38,8 +39,9 @@ def exact_evidence(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
 
 
 def evidence_by_quadrature(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
-    """log p(y | eta) of the batch's tasks in nats, by adaptive quadrature; None where that is not
-    cheap, or has no mode.
+    """log p(y | eta) of the batch's tasks in nats, by adaptive quadrature.
+
+    None where that is not cheap, or has no mode.
     """
     size = model.weights.size
     if size not in NODES or batch.support.mask.numel() * NODES[size] ** size > CHEAP:
@@ -58,8 +60,9 @@ def excess(model: TaskModel, eta: Eta, loss: float, evidence: float) -> float:
 
 
 def cost(model: TaskModel, batch: Batch, eta: Eta, loss: float) -> str | None:
-    """What a guide costs whose family does not hold the posteriors, in words; None where it is
-    little, or not known.
+    """What a guide costs whose family does not hold the posteriors, in words.
+
+    None where it is little, or not known.
     """
     evidence = exact_evidence(model, batch, eta)
     if evidence is None or excess(model, eta, loss, evidence) < NOTED:

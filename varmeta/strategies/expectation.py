@@ -58,8 +58,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Cubature:
-    """Spherical cubature of third degree: the 2 D points +-sqrt(D) e_j.  Exact for quadratics, and
-    without noise.
+    """Spherical cubature of third degree: the 2 D points +-sqrt(D) e_j.
+
+    Exact for quadratics, and without noise.
 
     rotations: 0 takes the axes e_j; R takes R random orthonormal bases instead, always the same
         ones, 2 D R points in all. A point on an axis moves one weight by sqrt(D) standard

@@ -56,8 +56,9 @@ class Objective:
         return divergence + self.mean(nll)
 
     def inner(self, phi: Tree, eta: Mapping[str, Tensor], batch: Batch, noise: Tensor) -> Tensor:
-        """What phi minimises: F_i; under Laplace's guide the penalised loss, whose minimum is the
-        mode.
+        """What phi minimises: F_i.
+
+        Under Laplace's guide the penalised loss, whose minimum is the mode.
         """
         if isinstance(self.guide, Laplace):
             return self.guide.penalised(phi, eta, batch.support)

@@ -39,8 +39,9 @@ Eta = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy keeps between outer steps; every tree has one row for each task of the whole
-    set.
+    """What a strategy keeps between outer steps.
+
+    Every tree has one row for each task of the whole set.
 
     phi: the stored guide parameters (None where phi starts afresh at each step).
     inner: the inner minimiser's state for them.
@@ -160,8 +161,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def traits(self, problem: Problem) -> Traits:
-        """What a fit must know before it takes steps.  Raises ValueError where the guide does not
-        suit the strategy.
+        """What a fit must know before it takes steps.
+
+        Raises ValueError where the guide does not suit the strategy.
         """
 
     def problem(self, model: TaskModel, tasks: TaskSet, seed: int) -> Problem:

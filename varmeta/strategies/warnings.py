@@ -16,8 +16,9 @@ MAX_UNSETTLED = 0.02
 
 
 def certificate(batch: Batch, stats: Stats) -> Certificate | None:
-    """What an implicit gradient rests on; None for other gradients, and where it was not to be
-    worked out.
+    """What an implicit gradient rests on.
+
+    None for other gradients, and where it was not to be worked out.
     """
     if stats.inner is None or stats.linear is None:
         return None
@@ -26,8 +27,9 @@ def certificate(batch: Batch, stats: Stats) -> Certificate | None:
 
 
 def warning(traits: Traits, batch: Batch, stats: Stats) -> str | None:
-    """What to warn about (once), if anything.  Raises RuntimeError where the strategy was told to
-    raise.
+    """What to warn about (once), if anything.
+
+    Raises RuntimeError where the strategy was told to raise.
     """
     if stats.diverged is not None and traits.minimizer is not None:
         sentence = diverged(batch, stats.diverged, traits.minimizer)

@@ -102,8 +102,9 @@ def _refuse_large(array: np.ndarray, what: str) -> None:
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
-    """In another dtype, which must hold the numbers: finite data stay finite.  Raises ValueError
-    that names the row.
+    """In another dtype, which must hold the numbers: finite data stay finite.
+
+    Raises ValueError that names the row.
     """
     if dtype is None or tensor.dtype == dtype:
         return tensor

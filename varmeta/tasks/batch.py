@@ -62,8 +62,9 @@ class Data:
         )
 
     def take(self, rows: Tensor | slice) -> Data:
-        """The tasks at the positions `rows`, int64 `(n,)`, or views of those in a slice; still as
-        wide as before.
+        """The tasks at the positions `rows`, int64 `(n,)`, or views of those in a slice.
+
+        Still as wide as before.
         """
         features = {name: value[rows] for name, value in self.features.items()}
         return Data(self.x[rows], self.y[rows], self.mask[rows], features)
@@ -133,8 +134,9 @@ class Batch:
         )
 
     def of(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch's rows of what is stored for all tasks; all of it, and no copy, where the batch
-        is everybody.
+        """The batch's rows of what is stored for all tasks.
+
+        All of it, and no copy, where the batch is everybody.
         """
         return stored if self.whole else {name: x[self.rows] for name, x in stored.items()}
 

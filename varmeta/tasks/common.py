@@ -71,8 +71,9 @@ def like_of(
 def fit_to(
     parts: list[Part | None], like: Part, names: Sequence[str], what: str
 ) -> list[Part | None]:
-    """Parts in the dtypes of `like`; one without rows is None.  Raises ValueError for what these
-    dtypes cannot hold.
+    """Parts in the dtypes of `like`.
+
+    One without rows is None.  Raises ValueError for what these dtypes cannot hold.
     """
     return [
         None
@@ -91,8 +92,9 @@ def in_dtypes(
 
 
 def check_names(names: Sequence[str] | None, x: Tensor | None) -> tuple[str, ...] | None:
-    """The names of x's columns, as many as there are; x: an empty part's, None where no task has
-    data.
+    """The names of x's columns, as many as there are.
+
+    x: an empty part's, None where no task has data.
     """
     if names is None:
         return None

@@ -79,8 +79,9 @@ class Scaling:
         features: Mapping[str, Tensor] | None = None,
         likelihood: Reads | None = None,
     ) -> Scaling:
-        """Mean and sd of the rows x and y, and of each feature over tasks; the sd of a constant
-        column is taken as 1.
+        """Mean and sd of the rows x and y, and of each feature over tasks.
+
+        The sd of a constant column is taken as 1.
 
         See `TaskSet.standardized`.  Raises TypeError where the likelihood is none.
         """
@@ -97,8 +98,9 @@ class Scaling:
         return cls(*_moments(x), *y_moments, moments, likelihood)
 
     def apply(self, tasks: Tasks) -> Tasks:
-        """The tasks, support and query, scaled by these numbers.  Raises ValueError where the
-        shapes differ.
+        """The tasks, support and query, scaled by these numbers.
+
+        Raises ValueError where the shapes differ.
         """
 
         def scaled(part: Part, name: str | None) -> Part:
@@ -130,8 +132,9 @@ class Scaling:
         )
 
     def y_inverse(self, values: Tensor) -> Tensor:
-        """Scaled responses, or predictions of them, `(..., *event)`, in y's units; without weights,
-        which are no responses.
+        """Scaled responses, or predictions of them, `(..., *event)`, in y's units.
+
+        Without weights, which are no responses.
         """
         loc, scale = self.response
         return values * scale.to(values) + loc.to(values) if self._scales_y else values

@@ -30,8 +30,9 @@ __all__ = ["Batch", "Data", "Task", "TaskSet"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Task:
-    """The data of one task.  It is checked, and turned into tensors, when it is put into a
-    `TaskSet`.
+    """The data of one task.
+
+    It is checked, and turned into tensors, when it is put into a `TaskSet`.
 
     support: (x, y), arrays, tensors or lists with one row per point, to adapt with; None or empty:
         no data yet.
@@ -353,8 +354,9 @@ class TaskSet:
         return Batch(self._support.take(at), query, self._ids[at], names, at, len(self))
 
     def first_difference(self, other: TaskSet) -> str | None:
-        """Where another set differs from this one, in a few words; None where every name and number
-        is the same.
+        """Where another set differs from this one, in a few words.
+
+        None where every name and number is the same.
         """
         if len(self) != len(other):
             return f"{len(other)} tasks instead of {len(self)}"
@@ -408,8 +410,9 @@ class TaskSet:
         )
 
     def with_query(self) -> TaskSet:
-        """The tasks that have query data: `split` gives a task of one row none.  Raises ValueError
-        where no task has any.
+        """The tasks that have query data: `split` gives a task of one row none.
+
+        Raises ValueError where no task has any.
 
         >>> tasks = TaskSet([Task(([0.0], [1.0])), Task(([0.0, 1.0], [1.0, 2.0]))])
         >>> tasks.split(0.5).with_query().names
@@ -443,8 +446,9 @@ class TaskSet:
         return self._derived([replace(task, support=joined(task), query=None) for task in self])
 
     def standardized(self, likelihood: Reads | None = None) -> tuple[TaskSet, Scaling]:
-        """Every x column and y with mean 0 and sd 1 over all tasks' support rows pooled; features
-        over tasks.
+        """Every x column and y with mean 0 and sd 1 over all tasks' support rows pooled.
+
+        Features over tasks.
 
         likelihood: says what y is.  Of Gaussian and StudentT (and a likelihood of one's own whose
             kind is "regression") integers are numbers and are scaled too; classes, counts,

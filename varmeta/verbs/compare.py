@@ -193,8 +193,9 @@ def _hyperguides(
     models: Mapping[str, TaskModel],
     train: TaskSet,
 ) -> dict[str, str]:
-    """What is found of eta by strategy, for those named.  Raises ValueError, naming the strategy
-    that cannot.
+    """What is found of eta by strategy, for those named.
+
+    Raises ValueError, naming the strategy that cannot.
     """
     if isinstance(given, Mapping):
         stray = set(given) - set(strategies)

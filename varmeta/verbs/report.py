@@ -123,8 +123,9 @@ class Report:
         return plot_comparison(self.table, metric, ax, self.level)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder, which is made; each whole
-        or not at all.
+        """Write `scores.csv`, `runs.csv` and `table.csv` into a folder, which is made.
+
+        Each whole or not at all.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
