@@ -24,8 +24,9 @@ def sinusoids(
     noise: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> TaskSet:
-    """y = a sin(x - b), with a ~ U(amplitude) and b ~ U(phase) for each task and x ~ U(x_range) for
-    each point.
+    """y = a sin(x - b) with a ~ U(amplitude), b ~ U(phase) for each task.
+
+    x ~ U(x_range) for each point.
 
     The ranges are those of Finn, Abbeel and Levine, Model-Agnostic Meta-Learning, ICML 2017.  x
     `(points, 1)`, y `(points,)`; `noise` is the sd of normal noise in support and query.  dtype
@@ -67,8 +68,9 @@ def polynomials(
     noise: float = 0.1,
     dtype: torch.dtype | None = None,
 ) -> TaskSet:
-    """y = sum_k c_k x^k + noise, with c_k ~ N(loc[k], scale[k]^2) for each task: a mixed model
-    whose prior is known.
+    """y = sum_k c_k x^k + noise, with c_k ~ N(loc[k], scale[k]^2) for each task.
+
+    It is a mixed model whose prior is known.
 
     loc: the prior mean of every coefficient, constant first, so its length is the degree + 1.
     scale: the prior sd of every coefficient, or one for all; 0 for a coefficient that all tasks
@@ -97,8 +99,9 @@ def lines(
     noise: float = 0.1,
     dtype: torch.dtype | None = None,
 ) -> TaskSet:
-    """y = a + b x + noise, with a ~ N(intercept) and b ~ N(slope), each given as (mean, sd):
-    `polynomials` of degree 1.
+    """y = a + b x + noise, with a ~ N(intercept) and b ~ N(slope): `polynomials` of degree 1.
+
+    intercept and slope are given as (mean, sd).
 
     >>> lines(4, 5).names[0]
     'line 0.0'

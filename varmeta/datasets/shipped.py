@@ -105,8 +105,9 @@ def gapminder(
 def gapminder(
     split: str | None = None, *, gdp: bool = False, as_frame: bool = False
 ) -> TaskSet | pd.DataFrame:
-    """Life expectancy in 142 countries every five years from 1952 to 2007: extrapolate 30 years
-    from 30.
+    """Life expectancy in 142 countries every five years: extrapolate 30 years from 30.
+
+    The years are 1952 to 2007.
 
     A task is a country.  Support: the six years to 1977; query: the six from 1982.  x `(6, 1)`:
     (year - 1979.5) / 20; y `(6,)`: life expectancy at birth in years.  float64.

@@ -58,8 +58,9 @@ def packed(content: Any) -> list[bytes]:
 
 
 def unpacked(data: bytes) -> Any:
-    """What was packed.  Raises DamagedError where the bytes differ in anything, or ask for more
-    numbers than there are.
+    """What was packed.
+
+    Raises DamagedError where the bytes differ in anything, or ask for more numbers than there are.
     """
     view = memoryview(data)
     if bytes(view[: len(MAGIC)]) != MAGIC:

@@ -35,9 +35,7 @@ class Remembers:
 
 
 def remembered(make: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """For another constructor (under `classmethod`): what it makes remembers its arguments
-    instead.
-    """
+    """For another constructor (a `classmethod`): what it makes remembers its arguments instead."""
 
     @functools.wraps(make)
     def making(cls: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:

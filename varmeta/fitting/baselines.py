@@ -56,8 +56,9 @@ class Pooled(Strategy):
 def baseline(
     name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]
 ) -> tuple[TaskModel, Strategy]:
-    """The model and strategy of a baseline; "no pooling" steps and adapts its posteriors as the
-    first `Joint` does.
+    """The model and strategy of a baseline.
+
+    "no pooling" steps and adapts its posteriors as the first `Joint` does.
     """
     alone = copy.copy(model)
     # theta0 is what all tasks have in common here, also where the model holds it at a value of its
@@ -84,8 +85,9 @@ def baseline(
 
 
 def no_pooling(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Tensor:
-    """Every task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 % of one
-    observation.
+    """Every task fitted on its own, `(tasks, D)`.
+
+    That is its mode under a prior that weighs 1 % of one observation.
 
     eta: of a fit; shared parameters and the noise scale are taken from it.
     """

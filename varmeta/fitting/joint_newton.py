@@ -44,8 +44,7 @@ WHY_IT_ENDED = {
 
 
 def newton_applies(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> bool:
-    """Whether the whole joint problem is small and free of noise, so that Newton's method serves
-    it.
+    """Whether the joint problem is small and free of noise, so that Newton's method serves it.
 
     `Implicit` with the same objective inside and outside is the profile of the joint one over phi,
     and the Schur complement that a step takes is the profile's Hessian; so it is served too.

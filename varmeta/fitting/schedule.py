@@ -63,8 +63,7 @@ def label(schedule: str | Decay) -> str:
 
 
 class Rates:
-    """The learning rates of an optimizer, to which a schedule's factor is applied for the length of
-    one step.
+    """The rates of an optimizer, with a schedule's factor on them for the length of one step.
 
     Between two steps the optimizer holds the rates without the factor, so that a scheduler of the
     user's own, stepped from `fit(callback=...)`, reads and writes what it would without a schedule.

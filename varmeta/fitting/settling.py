@@ -32,8 +32,9 @@ def promised(optimizer: torch.optim.Optimizer) -> float:
 
 
 def judge(run: Run, num_tasks: int, every: int) -> None:
-    """Whether a first-order run settled: the mean loss of its last tenth against the tenth that
-    ended at 70 %.
+    """Whether a first-order run settled.
+
+    The mean loss of its last tenth is held against the tenth that ended at 70 %.
 
     Not the tenth before: under a falling step size nothing moves at the end, whether or not it has
         arrived.

@@ -46,9 +46,7 @@ class Guide(ABC):
     def doubt(
         self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
     ) -> str | None:
-        """What should make one doubt these posteriors of the tasks called `names`, in a
-        sentence.
-        """
+        """What should make one doubt these posteriors of the tasks called `names`."""
         return None
 
     @abstractmethod

@@ -22,8 +22,9 @@ def location(q: dist.TorchDistribution) -> Tensor:
 
 
 def moved_by(q: dist.TorchDistribution, offset: Tensor | None) -> dist.TorchDistribution:
-    """A point or Gaussian whose location `(..., D)` is moved by `offset`, with which it broadcasts;
-    itself for None.
+    """A point or Gaussian whose location `(..., D)` is moved by `offset`, which broadcasts.
+
+    Itself for None.
     """
     if offset is None:
         return q
@@ -75,8 +76,9 @@ def scale(q: dist.TorchDistribution) -> Tensor | None:
 
 
 def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
-    """KL[q || p] per task, in nats; for a point q = delta(theta): -log p(theta), which is no
-    divergence and gives no bound.
+    """KL[q || p] per task, in nats.
+
+    For a point q = delta(theta) it is -log p(theta), which is no divergence and gives no bound.
 
     With p = N(mu, S S') and q = N(m, L L'):
     KL = 1/2 |S^-1 L|^2 + 1/2 |S^-1 (m - mu)|^2 - D/2 + log det S - log det L.

@@ -27,8 +27,9 @@ MAX_DENSE_SIZE = 20
 
 
 def default_guide(model: TaskModel) -> str:
-    """The name of the guide where none was asked for: dense for few weights per task, or under a
-    dense prior, else mean-field.
+    """The name of the guide where none was asked for.
+
+    Dense for few weights per task, or under a dense prior, else mean-field.
 
     A mean-field guide leaves out how a task's weights depend on each other, and with it the prior's
     sds come out too small (sleepstudy's uncorrelated intercepts: 20.4 where the maximum of the

@@ -21,8 +21,9 @@ from varmeta.tasks import Data
 
 
 class PyroGuide(Guide):
-    """A user's own Pyro guide, made by `factory(model)`: an `AutoNormal`, `AutoDelta`, or a
-    `PyroModule` of one's own.
+    """A user's own Pyro guide, made by `factory(model)`.
+
+    An `AutoNormal`, an `AutoDelta`, or a `PyroModule` of one's own.
 
     It is called as `guide(eta, data)` and samples the site `theta`, event shape `(D,)`, under
     `pyro.plate("tasks", len(data), dim=-2)`; with covariates that is the weights less what the

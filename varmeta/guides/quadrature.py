@@ -36,8 +36,9 @@ PER_WEIGHT = {1: 51, 2: 11, 3: 7}
 
 @dataclass(frozen=True, repr=False)
 class Quadrature(Laplace):
-    """q_i: the Gaussian with the mean and covariance of the posterior of task i; "elbo" is -log
-    p(y_i | eta) itself.
+    """q_i is the Gaussian with the mean and covariance of the posterior of task i.
+
+    "elbo" is -log p(y_i | eta) itself.
 
     Both by adaptive Gauss-Hermite quadrature around the mode, see the head of this module.  For up
     to three weights per task and `Implicit`; it is neither a bound nor an approximation that must

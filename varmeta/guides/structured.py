@@ -94,8 +94,9 @@ class LowRank(BoundGuide):
 
 @dataclass(frozen=True, repr=False)
 class Structured(BoundGuide):
-    """Dense over the weights of one module or parameter, mean-field over the others: q_i = N(loc_i,
-    A_i A_i').
+    """Dense over the weights of one module or parameter, mean-field over the others.
+
+    q_i = N(loc_i, A_i A_i').
 
     dense: patterns of parameter names, such as ("head.*",); the weights that they match are
         correlated with each other.

@@ -54,9 +54,7 @@ class Conditionals:
 
 
 def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-    """log p(theta | eta) + log p(y_i | x_i, theta, eta), `(J, tasks)`, for theta `(J, tasks,
-    D)`.
-    """
+    """log p(theta | eta) + log p(y_i | x_i, theta, eta), `(J, tasks)`, theta `(J, tasks, D)`."""
     with validation_enabled(False):
         trace = poutine.trace(poutine.condition(model, {SITE: theta.unsqueeze(-2)})).get_trace(
             eta, data

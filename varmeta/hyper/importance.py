@@ -49,8 +49,9 @@ class Weighted:
     evidence_error: float
 
     def resampled(self, number: int, seed: int) -> Tensor:
-        """Rows of `points`, `(number,)`: systematic resampling, each row about number times its
-        weight.
+        """Rows of `points`, `(number,)`, each about number times its weight.
+
+        By systematic resampling.
         """
         uniform = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         at = (torch.arange(number, dtype=torch.float64) + uniform) / number
@@ -119,8 +120,7 @@ def _gamma_quantile(uniform: Tensor, shape: float) -> Tensor:
 def importance(
     log_density: Callable[[Tensor], Tensor], mean: Tensor, factor: Tensor, number: int, seed: int
 ) -> Weighted:
-    """Weighted draws of the density exp(log_density(points)) over the coordinates that the factor
-    moves.
+    """Weighted draws of exp(log_density(points)) over the coordinates that the factor moves.
 
     log_density: of rows `(N, size)`, `(N,)`; -inf where there is none.  number: draws per round.
     """

@@ -44,8 +44,9 @@ _MAX_STEPS = 20_000
 
 
 class Jump(NamedTuple):
-    """At `anchor` the minimum of a task's regularised loss passes from `left` to `right`, which is
-    as low.
+    """At `anchor` the minimum of a task's loss passes from `left` to `right`, which is as low.
+
+    The loss is the regularised one.
     """
 
     anchor: float
@@ -174,9 +175,7 @@ class Landscape:
         return self._anchored.penalty(_line(theta, "theta"), _line(anchor, "anchor"))[:, None]
 
     def regularized(self, theta: Anchors, anchor: float) -> Tensor:
-        """F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2 at one anchor, `(thetas,
-        tasks)`.
-        """
+        """F_i = f_i(theta) + lambda/2 (theta - theta0)^2 at one anchor, `(thetas, tasks)`."""
         return self.loss(theta) + self.penalty(theta, anchor)
 
     # -- Alg ---------------------------------------------------------------------------------------
@@ -199,8 +198,9 @@ class Landscape:
     def reached(
         self, anchors: Anchors, minimizer: FirstOrderMinimizer = _DOWNHILL, steps: int | None = None
     ) -> Tensor:  # fmt: skip
-        """Alg(f_i, theta0) started at theta0 itself, `(anchors, tasks)`: the post's "closest local
-        minimum".
+        """Alg(f_i, theta0) started at theta0 itself, `(anchors, tasks)`.
+
+        It is the post's "closest local minimum".
 
         steps: K steps and no more; None: until it stands, and then to the last digit by Newton's
             method.  Gradient descent whose lr is below 1 / curvature never steps over a stationary
@@ -244,8 +244,9 @@ class Landscape:
         ]
 
     def derivative(self, anchors: Anchors, route: str = "implicit") -> Tensor:
-        """d theta_i* / d theta0 of `argmin`, `(anchors, tasks)`, by one of four routes that agree
-        away from jumps.
+        """d theta_i* / d theta0 of `argmin`, `(anchors, tasks)`, by one of four routes.
+
+        They agree away from jumps.
 
         "closed form": lambda / (lambda + f''(theta*)), the post's 1 / (1 + f'') at lambda = 1.
         "implicit": `ImplicitAdjoint`, which knows products with the Hessian only.
@@ -285,8 +286,9 @@ class Landscape:
         return self._outer("query", _line(anchors, "anchors"), theta)
 
     def variational_objective(self, anchors: Anchors, theta: Tensor | None = None) -> Tensor:
-        """F_i(theta_i*; theta0) = f_i(theta_i*) + lambda/2 (theta_i* - theta0)^2, `(anchors,
-        tasks)`.
+        """F_i(theta_i*; theta0), theta_i* the minimum, `(anchors, tasks)`.
+
+        F_i = f_i(theta_i*) + lambda/2 (theta_i* - theta0)^2.
 
         With the global minimum it is the Moreau envelope of f_i: continuous, also where theta*
             jumps.
@@ -296,8 +298,9 @@ class Landscape:
     def gradient(
         self, anchors: Anchors, outer: str = "query", theta: Tensor | None = None
     ) -> Tensor:
-        """Each task's meta-gradient, `(anchors, tasks)`, by `ImplicitAdjoint`: the objective's
-        derivative between jumps.
+        """Each task's meta-gradient, `(anchors, tasks)`, by `ImplicitAdjoint`.
+
+        It is the objective's derivative between jumps.
 
         outer: "query", of `meta_objective`; "elbo", of `variational_objective`: lambda (theta0 -
             theta*), no Hessian.

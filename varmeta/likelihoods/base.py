@@ -21,8 +21,9 @@ NOISE_SCALE = "noise scale"  # for people
 
 
 class Likelihood(Remembers, ABC):
-    """p(y | out).  `out` is the network's output, `(..., points, channels)`; a single channel may
-    be left out.
+    """p(y | out).
+
+    `out` is the network's output, `(..., points, channels)`; a single channel may be left out.
 
     A likelihood's own learned numbers live in eta; `init` gives their start.
     """
@@ -41,8 +42,9 @@ class Likelihood(Remembers, ABC):
         return {}
 
     def task_weights(self) -> dict[str, Tensor]:
-        """Where the likelihood's own weights, which differ between tasks, start: by name, in their
-        shape.
+        """Where the likelihood's own weights, which differ between tasks, start.
+
+        By name, in their shape.
         """
         return {}
 
@@ -66,8 +68,9 @@ class Likelihood(Remembers, ABC):
     def distribution(
         self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
     ) -> dist.TorchDistribution:
-        """The distribution of the observations; `y` only for what it says about the design (numbers
-        of trials).
+        """The distribution of the observations.
+
+        `y` only for what it says about the design (numbers of trials).
         """
 
     def observed(self, y: Tensor) -> Tensor:
@@ -105,8 +108,9 @@ def not_count(y: Tensor) -> Tensor:
 
 
 class LocationScale(Likelihood):
-    """A location from the network and one scale, fixed, learned as `log_scale`, or each task's own;
-    several channels: several responses.
+    """A location from the network and one scale, fixed, learned, or each task's own.
+
+    A learned one is `log_scale`; several channels are several responses.
     """
 
     def __init__(

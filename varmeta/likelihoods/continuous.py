@@ -9,8 +9,9 @@ from varmeta.likelihoods.base import LocationScale, positive
 
 
 class Gaussian(LocationScale):
-    """y = out + scale * N(0, 1); `scale` (in y's units) is learned from where it starts, or fixed
-    with `learn_scale=False`.
+    """y = out + scale * N(0, 1).
+
+    `scale` (in y's units) is learned from where it starts, or fixed with `learn_scale=False`.
 
     Several responses share the scale: bring them to one (`TaskSet.standardized`), or write a Pyro
         program with `to_event(1)`.
@@ -26,8 +27,9 @@ class Gaussian(LocationScale):
 
 
 class StudentT(LocationScale):
-    """y = out + scale * t(df), for data with outliers; `df` > 0 is fixed; per_task as of
-    `Gaussian`.
+    """y = out + scale * t(df), for data with outliers.
+
+    `df` > 0 is fixed; per_task as of `Gaussian`.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class StudentT(LocationScale):
 
 
 class LogNormal(LocationScale):
-    """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation; `scale` is
-    that of log y.
+    """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation.
+
+    `scale` is that of log y.
     """
 
     real_valued = False  # a shift would leave the support

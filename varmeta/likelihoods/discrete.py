@@ -31,8 +31,9 @@ class Bernoulli(Likelihood):
 
 
 class Categorical(Likelihood):
-    """y a class 0, ..., C-1 (integers); the network puts out C unnormalised log probabilities, C =
-    `num_classes`.
+    """y a class 0, ..., C-1 (integers).
+
+    The network puts out C unnormalised log probabilities, C = `num_classes`.
     """
 
     kind = "classification"
@@ -125,8 +126,9 @@ class Binomial(Likelihood):
 
 
 class NegativeBinomial(Likelihood):
-    """y a count with mean m = exp(out) and variance m + m^2 / concentration: counts that vary more
-    than Poisson's.
+    """y a count with mean m = exp(out) and variance m + m^2 / concentration.
+
+    Counts that vary more than Poisson's.
 
     concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with
         `learn_concentration=False`; at infinity the counts are Poisson's.
@@ -206,8 +208,9 @@ def _log_rising(c: Tensor, y: Tensor) -> Tensor:
 
 
 class Ordinal(Likelihood):
-    """y an ordered class 0, ..., C-1: log odds of y > k are out - c_k, with C - 1 learned cutpoints
-    c_0 = 0 < c_1 < ...
+    """y an ordered class 0, ..., C-1: log odds of y > k are out - c_k.
+
+    The C - 1 cutpoints c_0 = 0 < c_1 < ... are learned.
 
     The first cutpoint is 0, since the network's intercept would move with it.  The others are
     learned by the logarithms of their distances (`log_gaps`), which start at 1.  The cumulative

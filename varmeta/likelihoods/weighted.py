@@ -44,8 +44,9 @@ def _attribute(name: str) -> property:
 
 @forwarding
 class Weighted(Likelihood):
-    """Another likelihood with a weight w for each observation: y has one column more, the weight,
-    last.
+    """Another likelihood with a weight w for each observation.
+
+    y has one column more, the weight, last.
 
     So `from_frame(..., y=["count", "weight"])`.  Weights are positive.  What a weight means:
 

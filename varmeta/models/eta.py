@@ -69,8 +69,9 @@ class HyperPosterior:
     def frame(
         self, model: TaskModel, x_names: tuple[str, ...] | None = None, level: float = 0.9
     ) -> pd.DataFrame:
-        """Mean, sd, median and the ends of the central interval of each quantity of `natural`, from
-        the weighted draws.
+        """Mean, sd, median and central interval of each quantity of `natural`.
+
+        From the weighted draws; of the interval its ends.
         """
         import pandas as pd
 

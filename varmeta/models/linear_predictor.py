@@ -13,8 +13,7 @@ INTERCEPT = "intercept"
 
 
 class LinearPredictor(nn.Module):
-    """intercept + sum_j x_j coefficient_j, every coefficient a parameter that is called as its
-    column is.
+    """intercept + sum_j x_j coefficient_j, each coefficient a parameter called as its column is.
 
     So single coefficients can be shared, or get a precision of their own, by name; those of
     `nn.Linear` are one tensor. `y ~ age + dose + (1 + dose | g)` is

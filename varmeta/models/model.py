@@ -190,8 +190,9 @@ class TaskModel(Remembers):
     # -- eta ---------------------------------------------------------------------------------------
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """Where eta starts, on the dtype and device of `like`: theta0 and shared parameters by
-        name, then the rest.
+        """Where eta starts, on the dtype and device of `like`.
+
+        theta0 and shared parameters by name, then the rest.
 
         What is not learned has no entry: theta0 that `learn_loc` holds, and precisions and noise
             scales that are given.
@@ -207,8 +208,9 @@ class TaskModel(Remembers):
         return {name: value.detach().clone() for name, value in eta.items()}
 
     def prior_distribution(self, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """N(theta0, Lambda^-1), event shape `(D,)`: p(theta | eta) of a task whose features move
-        nothing.
+        """N(theta0, Lambda^-1), event shape `(D,)`.
+
+        That is p(theta | eta) of a task whose features move nothing.
         """
         return self.prior.distribution(self.weights, eta)
 
@@ -302,8 +304,9 @@ class TaskModel(Remembers):
         x: Tensor,
         task_chunk_size: int | None = None,
     ) -> Tensor:
-        """What the network puts out for theta `(..., tasks, 1, D)`: `(..., tasks, points,
-        channels)`.
+        """What the network puts out for theta `(..., tasks, 1, D)`.
+
+        Of shape `(..., tasks, points, channels)`.
         """
         return self._network(theta.squeeze(-2), eta, x, task_chunk_size)
 
@@ -350,8 +353,7 @@ class TaskModel(Remembers):
 
     @property
     def is_linear(self) -> bool:
-        """Whether the network's output is known to be linear in the weights that vary, by how it is
-        built.
+        """Whether the output is known to be linear in the weights that vary, by how it is built.
 
         Of a Pyro program, and of a network with a `forward` of its own, nothing is known: False.
         """
@@ -366,8 +368,9 @@ class TaskModel(Remembers):
 
     @property
     def is_linear_gaussian(self) -> bool:
-        """Whether every p(theta_i | y_i, eta) is known to be Gaussian, by how the model is
-        built.
+        """Whether every p(theta_i | y_i, eta) is known to be Gaussian.
+
+        By how the model is built.
         """
         return is_gaussian(self.likelihood) and not self.task_weights and self.is_linear
 

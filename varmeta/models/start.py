@@ -1,5 +1,6 @@
-"""Where theta0 and the shared parameters start, by name: what they may be called, where the prior
-puts them, and which it holds there.
+"""Where theta0 and the shared parameters start, by name.
+
+Here: what they may be called, where the prior puts them, and which it holds there.
 """
 
 from __future__ import annotations

@@ -360,8 +360,9 @@ def unrolled(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
 
 
 def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
-    """Outer losses `(tasks,)` at `phi` taken as a constant: only the direct dependence on eta is
-    differentiated.
+    """Outer losses `(tasks,)` at `phi` taken as a constant.
+
+    Only the direct dependence on eta is differentiated.
 
     Example:
         >>> scale = torch.tensor(3.0, requires_grad=True)

@@ -58,8 +58,9 @@ class LinearSolver(ABC):
 
 @dataclass(frozen=True)
 class CG(LinearSolver):
-    """Conjugate gradients (Hestenes and Stiefel 1952; Nocedal and Wright 2006, algorithm 5.3),
-    batched over tasks.
+    """Conjugate gradients, batched over tasks.
+
+    Source: Hestenes and Stiefel (1952); Nocedal and Wright (2006), algorithm 5.3.
 
     A must be positive definite.  A direction without positive curvature ends that task with
     `Result.NEGATIVE_CURVATURE` and the iterate before it, which is 0 when it is the first
@@ -241,8 +242,9 @@ def conjugate_gradient(
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
-    """The Neumann series x = step sum_k (I - step A)^k b (Lorraine, Vicol and Duvenaud 2020), one
-    product per term.
+    """The Neumann series x = step sum_k (I - step A)^k b, one product per term.
+
+    Source: Lorraine, Vicol and Duvenaud (2020).
 
     It is the fixed-point iteration x <- x + step (b - A x) from 0.  For symmetric A the residual's
     norm is a log-convex
@@ -336,8 +338,9 @@ class Neumann(LinearSolver):
 
 @dataclass(frozen=True)
 class Direct(LinearSolver):
-    """A dense solve: A is built from `size` products, O(tasks size^2) memory and O(tasks size^3)
-    time.
+    """A dense solve: A is built from `size` products.
+
+    It takes O(tasks size^2) memory and O(tasks size^3) time.
 
     Cholesky where A is positive definite.  Elsewhere by eigenvalues, those within rounding of 0
     left out: the solution if A is invertible, else the shortest least-squares one.  A negative

@@ -416,8 +416,9 @@ class _Advance:
 
 @dataclass(frozen=True)
 class GradientDescent(FirstOrderMinimizer):
-    """phi <- phi - lr g, or with `per_point` phi <- phi - (lr / n) g for a task of n support
-    points.
+    """phi <- phi - lr g.
+
+    With `per_point` phi <- phi - (lr / n) g for a task of n support points.
 
     Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its
     points, where the field takes

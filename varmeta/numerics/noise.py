@@ -95,8 +95,9 @@ def uniform(
 
 
 def task_id(name: str) -> int:
-    """A task's number from its name: 63 bits of BLAKE2b, the same in every process and on every
-    machine.
+    """A task's number from its name: 63 bits of BLAKE2b.
+
+    It is the same in every process and on every machine.
 
     >>> task_id("Aitkin county") == task_id("Aitkin county") != task_id("Anoka county")
     True

@@ -11,8 +11,9 @@ from varmeta.numerics.tree import Tree
 
 
 class Result(enum.IntEnum):
-    """How an iteration ended; the larger, the worse.  `.sentence` says it and ends in something to
-    do.
+    """How an iteration ended; the larger, the worse.
+
+    `.sentence` says it and ends in something to do.
     """
 
     CONVERGED = 0

@@ -32,8 +32,9 @@ def plot_curves(
     scaling: Scaling | None = None,
     labels: tuple[str | None, str | None] = (None, None),
 ) -> Any:
-    """The mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name, with
-    their data; returns the axes.
+    """The mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name.
+
+    With their data.  Returns the axes.
 
     For numbers the bands are of single observations.  For counts and for 0 and 1 the curve is the
     rate or probability and the bands say where that is; 0 and 1 are drawn a little apart, successes

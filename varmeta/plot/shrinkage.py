@@ -22,8 +22,9 @@ ELLIPSE = 2.0
 
 
 def no_pooling(fit: Fit) -> Tensor:
-    """Every training task fitted on its own, `(tasks, D)`: its mode under a prior that weighs 1 %
-    of one observation.
+    """Every training task fitted on its own, `(tasks, D)`.
+
+    That is its mode under a prior that weighs 1 % of one observation.
 
     Shared parameters and the noise scale are the fit's.
     """
@@ -93,8 +94,9 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
 
 
 def plot_posteriors(fit: Fit, weight: str, ax: Any = None) -> Any:
-    """Densities of one weight, by label: of the learned prior, and of every training task's
-    posterior; returns the axes.
+    """Densities of one weight, by label: of the prior, and of each training task's posterior.
+
+    Returns the axes.
 
     Where features move the prior, it is drawn for a task whose features are at their mean. Raises
     ValueError for a weight that there is not, and for a delta guide, whose posteriors have no
@@ -129,8 +131,9 @@ def plot_posteriors(fit: Fit, weight: str, ax: Any = None) -> Any:
 def plot_prior_curves(
     fit: Fit, x: Any, num_draws: int = 20, seed: int = 0, ax: Any = None, level: float = 0.9
 ) -> Any:
-    """What the prior learned, as functions: curves of tasks drawn from it over a one-dimensional
-    grid x; returns the axes.
+    """What the prior learned, as functions: curves of tasks drawn from it over a grid x.
+
+    The grid is one-dimensional.  Returns the axes.
 
     The curve is the mean of an observation (a probability, a rate); the band holds `level` of 1,000
     such curves at each x. Where features move the prior, the new tasks' are at their mean.

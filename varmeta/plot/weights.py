@@ -17,8 +17,9 @@ MAX_AXES = 6
 
 
 def plot_prior(fit: Fit, limit: int = 30) -> Any:
-    """theta0, the prior's 50 % and 90 % intervals, and the tasks' posterior means, for every weight
-    (at most `limit`).
+    """theta0, the prior's 50 % and 90 % intervals, and the tasks' posterior means.
+
+    For every weight (at most `limit`).
 
     A few weights get an axis each, since their units differ; more share one.  The dots' heights
     mean nothing.  Where features move the prior, it is drawn for a task whose features are at their

@@ -90,8 +90,9 @@ def save(data: Any, path: str | PathLike[str]) -> None:
 
 
 def load(path: str | PathLike[str]) -> Any:
-    """Read a netCDF file written by `save` into memory, and close it, so that it can be written
-    again.
+    """Read a netCDF file written by `save` into memory, and close it.
+
+    So it can be written again.
 
     Raises FileNotFoundError.
     """
@@ -139,8 +140,9 @@ def pareto_k(log_weights: Any) -> np.ndarray:
 
 
 def loo_elpd(data: Any, var_name: str | None = None) -> xr.DataArray:
-    """Expected log predictive density of each task's observations, each left out in turn:
-    `(task_id,)`.
+    """Expected log predictive density, each observation left out in turn: `(task_id,)`.
+
+    Summed over each task's observations.
 
     The sum is ArviZ's `loo`.  It tells how well a model would predict further observations of the
     *same* tasks.  To compare objectives or guides use held-out data (`posterior.score`), since the

@@ -13,8 +13,9 @@ from varmeta._checks import probability
 
 
 def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
-    """The share of observations inside the central interval of probability `level`, ends included;
-    a scalar.
+    """The share of observations inside the central interval of probability `level`, a scalar.
+
+    Ends are included.
 
     The ends are the draws' quantiles (1 - level)/2 and (1 + level)/2, interpolated linearly as
     numpy does; S draws make the interval too narrow by about 2/S in probability.  Calibrated
@@ -33,8 +34,7 @@ def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
 
 
 def pit(samples: Tensor, y: Tensor) -> Tensor:
-    """Probability integral transform: where y falls among its draws, `(n, *event)`, between 0 and
-    1.
+    """Probability integral transform: where y falls among its draws, `(n, *event)`, in [0, 1].
 
     (draws below y + half of the draws equal to y + 1/2) / (S + 1): uniform up to 1/S where
     predictions are calibrated and continuous.  For discrete y it is the mid-PIT, which has mean 1/2
@@ -55,8 +55,7 @@ def calibration_error(
     levels: Sequence[float] | Tensor | None = None,
     kind: Literal["absolute", "rms"] = "absolute",
 ) -> Tensor:
-    """Mean over levels p of |share of observations with PIT <= p, minus p|, a scalar between 0 and
-    1.
+    """Mean over levels p of |share of observations with PIT <= p, minus p|, a scalar in [0, 1].
 
     samples: `(draws, n, *event)`; or, with y None, values of the predictive distribution function
         at the observations (`pit`, or an exact one), of any shape.

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 
 class Posterior:
-    """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`; `trained`
-    are the training tasks.
+    """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`.
+
+    `trained` are the training tasks.
 
     q: where the weights are and how they are drawn.
     """
@@ -66,9 +67,7 @@ class Posterior:
 
     @property
     def distribution(self) -> dist.TorchDistribution:
-        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, in the order of
-        `labels`.
-        """
+        """q of every task: batch shape `(tasks, 1)`, event shape `(D,)`, ordered as `labels`."""
         return self.q.distribution
 
     @property
@@ -103,8 +102,9 @@ class Posterior:
         return self.q.theta(num_samples, seed).squeeze(-2)
 
     def frame(self, deviations: bool = False) -> pd.DataFrame:
-        """Posterior means and sds, a row per task: `frame()["mean"]` has a column per weight, as
-        lme4's `coef`.
+        """Posterior means and sds, a row per task.
+
+        `frame()["mean"]` has a column per weight, as lme4's `coef`.
 
         deviations: means as deviations from theta0 (or from its mean) and what features add to it,
             as lme4's `ranef`.  The sds are those of the weights either way.
@@ -141,8 +141,9 @@ class Posterior:
         return Prediction(self.observer.new(data, num_samples, seed), data.mask, self.names)
 
     def expected(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
-        """Draws of the mean of an observation at x: of a probability, a rate, a curve, without the
-        noise of single observations.
+        """Draws of the mean of an observation at x, without the noise of single observations.
+
+        Of a probability, a rate, a curve.
 
         x: as for `predict`.  For classes their probabilities, in a last axis; for `Binomial`
         without `total_count`, of one trial.  Its interval says where the mean is, that of `predict`
@@ -190,8 +191,9 @@ class Posterior:
     def score(
         self, query: Any = None, num_samples: int = 1000, seed: int = 0, level: float = 0.9
     ) -> pd.DataFrame:
-        """How well the tasks' held-out observations are predicted: one row per task, and "all" over
-        all observations.
+        """How well held-out observations are predicted, one row per task.
+
+        "all" is the row over all observations.
 
         query: a TaskSet or list of Tasks in the order of this posterior's tasks, whose query data
             (or, where none of them has any, support data) are scored; or a list of (x, y), None for
@@ -233,8 +235,9 @@ class Posterior:
         return table
 
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """The log evidence log p(y_i | eta) of every task's support data by importance sampling,
-        beside the bound; in nats.
+        """The log evidence log p(y_i | eta) of every task's support data, in nats.
+
+        By importance sampling, beside the bound.
 
         One row per task, and "all", their sum.  Columns: objective, what the guide's own objective
         says (-F_i; under Laplace's guide Laplace's evidence); elbo, the mean log weight of
@@ -247,8 +250,9 @@ class Posterior:
         return evidence(self.observer, num_samples, seed)
 
     def diagnose(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
-        """How near each task's guide is to its posterior: the columns of `evidence`, and gap, ess,
-        k_hat, reading.
+        """How near each task's guide is to its posterior.
+
+        Columns: those of `evidence`, and gap, ess, k_hat, reading.
 
         gap: evidence - elbo, in nats, an estimate of KL[q_i || posterior].  ess: how many
         independent draws of the posterior the weighted draws are worth.  k_hat: shape of the
@@ -275,8 +279,9 @@ class Posterior:
         return self.observer.log_likelihood(theta, self.q.eta if eta is None else eta)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
-        """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x): posterior, predictive, log likelihood
-        and the data.
+        """An ArviZ `InferenceData` (0.x) or `DataTree` (1.x).
+
+        With posterior, predictive, log likelihood and the data.
 
         Observations are flat with a `task_id` coordinate.  A delta guide gets no log likelihood:
         its LOO would be the in-sample density.  The log likelihood is of one observation each: of

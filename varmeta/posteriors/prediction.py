@@ -36,8 +36,9 @@ class Prediction:
         return self._floating.std(0, correction=min(1, len(self.samples) - 1))
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the central interval of probability `level`, `(tasks, points,
-        ...)` each.
+        """Ends of the central interval of probability `level`, `(tasks, points, ...)` each.
+
+        The lower one first.
         """
         level = probability("level", level)
         # sorted here: torch.quantile refuses more than 16 million numbers

@@ -28,8 +28,9 @@ TRIL = "prior_tril"
 
 
 class GaussianPrior(Remembers):
-    """N(theta0, Lambda^-1) over the weights of a task; lambda is a *precision*, the inverse of a
-    variance.
+    """N(theta0, Lambda^-1) over the weights of a task.
+
+    lambda is a *precision*, the inverse of a variance.
 
     precision: where learning starts, or the fixed value: one number, a dict by parameter or module
         name whose values are numbers or tensors of the parameter's shape.  Units: 1 / (weight's
@@ -140,8 +141,9 @@ class GaussianPrior(Remembers):
     # -- eta ---------------------------------------------------------------------------------------
 
     def init(self, weights: Weights, like: Tensor) -> dict[str, Tensor]:
-        """The prior's entries of eta, beside theta0: `log_precision...` and, for "full",
-        `prior_tril`.
+        """The prior's entries of eta, beside theta0.
+
+        `log_precision...` and, for "full", `prior_tril`.
         """
         self._check_names(weights)
         if self.learn_precision is None:
@@ -193,8 +195,9 @@ class GaussianPrior(Remembers):
         return torch.cat(parts)
 
     def distribution(self, weights: Weights, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one where the
-        covariance is dense.
+        """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one.
+
+        Multivariate where the covariance is dense.
         """
         loc = weights.flatten(eta)
         if self.learn_precision == "shared":

@@ -48,8 +48,9 @@ class Weights:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One readable name per weight: `0.bias[3]`, or the bare parameter name where it is a
-        single number.
+        """One readable name per weight.
+
+        `0.bias[3]`, or the bare parameter name where it is a single number.
         """
         labels = []
         for name, shape in self.shapes.items():

@@ -94,8 +94,10 @@ class Fit:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row per outer step: step, loss (nats), evaluations (gradients per task so far),
-        seconds; with a torch optimiser gradient_norm too.
+        """One row per outer step: step, loss (nats), evaluations, seconds.
+
+        Evaluations are gradients per task so far; with a torch optimiser there is gradient_norm
+        too.
         """
         import pandas as pd
 
@@ -114,8 +116,9 @@ class Fit:
 
     @property
     def loss(self) -> float:
-        """The outer objective over all training tasks, in nats, at what was learned; `loss_name`
-        says what it is.
+        """The outer objective over all training tasks, in nats, at what was learned.
+
+        `loss_name` says what it is.
         """
         return self.run.loss
 
@@ -154,16 +157,18 @@ class Fit:
 
     @property
     def hyper(self) -> HyperPosterior | None:
-        """The posterior of eta, where `fit` was given a hyperguide; `eta` is then its mean in
-        nearly Gaussian coordinates.
+        """The posterior of eta, where `fit` was given a hyperguide.
+
+        `eta` is then its mean in nearly Gaussian coordinates.
         """
         return self.run.hyper
 
     def hyperparameters(self, level: float = 0.9) -> pd.DataFrame:
-        """The posterior of theta0, of the prior's sds and correlations and of the noise scale:
-        mean, sd, median and the ends of the central interval of probability `level`.  Raises
-        ValueError where eta is a point (`hyperguide="delta"`), and for a level that is not between
-        0 and 1.
+        """The posterior of theta0, of the prior's sds and correlations and of the noise scale.
+
+        Columns: mean, sd, median and the ends of the central interval of probability `level`.
+        Raises ValueError where eta is a point (`hyperguide="delta"`), and for a level that is not
+        between 0 and 1.
         """
         if self.hyper is None:
             raise ValueError(
@@ -173,9 +178,10 @@ class Fit:
 
     @cached_property
     def standard_errors(self) -> dict[str, Tensor] | None:
-        """Standard errors of theta0 and the shared parameters by name, given the variances, as
-        lme4's; under a posterior of eta its standard deviations.  None where there are none:
-        points, networks, noisy or unfinished fits.
+        """Standard errors of theta0 and the shared parameters by name, as lme4's.
+
+        Given the variances.  Under a posterior of eta its standard deviations.  None where there
+        are none: points, networks, noisy or unfinished fits.
         """
         names = [
             name for name in self.model.start if name in self.eta
@@ -195,9 +201,11 @@ class Fit:
 
     @property
     def log_likelihood(self) -> float | None:
-        """log p(y) at the estimates, with the weights integrated out (and under "reml" theta0 too),
-        where it is exact: a model that is linear by construction, with Gaussian noise, under a
-        guide that can be the tasks' posteriors, in a fit that has converged to them.  Else None.
+        """log p(y) at the estimates, the weights integrated out, where exact; else None.
+
+        Under "reml" theta0 is integrated out too.  It is exact for a model that is linear by
+        construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit
+        that has converged to them.
         """
         kind = "delta" if self.hyper is None else self.hyper.hyperguide
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
@@ -252,8 +260,10 @@ class Fit:
     # -- posteriors --------------------------------------------------------------------------------
 
     def posterior(self) -> Posterior:
-        """The posteriors of the training tasks: those stored, or found anew where the strategy
-        stores none (or, as `Reinit` within a period, was interrupted on the way to them).
+        """The posteriors of the training tasks.
+
+        Those stored, or found anew where the strategy stores none (or, as `Reinit` within a period,
+        was interrupted on the way to them).
         """
         state = self.run.state
         if self.run.hyper is not None:
@@ -269,8 +279,7 @@ class Fit:
     def adapt(
         self, tasks: TaskSet, *, compile: str | bool = "auto", task_chunk_size: int | None = None
     ) -> Posterior:
-        """The posteriors of new tasks: the same inner problem as in training, on their support
-        data.
+        """The posteriors of new tasks: training's inner problem, on their support data.
 
         compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is
             worth it.
@@ -348,8 +357,9 @@ class Fit:
     def leave_one_task_out(
         self, num_samples: int = 1000, num_particles: int = 1000, seed: int = 0
     ) -> pd.DataFrame:
-        """log p(y_i | the other tasks' data) of every training task, by importance weights instead
-        of refits; in nats.
+        """log p(y_i | the other tasks' data) of every training task, in nats.
+
+        By importance weights instead of refits.
 
         One row per task, and "all", their sum, which compares priors and models on the same tasks
         (larger is better).
@@ -370,8 +380,9 @@ class Fit:
         return leave_one_task_out(self.posterior().observer, num_samples, num_particles, seed)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
-        """The training tasks' posteriors, the learned prior and the record of the run, for ArviZ
-        0.23 or 1.x.
+        """The training tasks' posteriors, the learned prior and the run's record, for ArviZ.
+
+        ArviZ 0.23 or 1.x.
         """
         table = self.history
         steps = table["step"].to_numpy(dtype=int)
@@ -392,8 +403,9 @@ class Fit:
         return groups(found.observer, names, num_samples, seed, self.tasks.x_names, record)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the fit as tensors and plain values (no pickled code); `varmeta.load(path, model)`
-        reads it.
+        """Write the fit as tensors and plain values (no pickled code).
+
+        `varmeta.load(path, model)` reads it.
         """
         save(path, self.model, self.tasks, self.strategy, self.seed, self.run, self.prior)
 

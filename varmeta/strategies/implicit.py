@@ -32,8 +32,9 @@ from varmeta.tasks import Batch
 
 @dataclass(frozen=True)
 class Implicit(Amortised):
-    """phi_i*(eta) = argmin F_i(., eta), and the derivative of the outer objective G through it
-    (amortised; iMAML).
+    """phi_i*(eta) = argmin F_i(., eta), and the derivative of G through it (amortised; iMAML).
+
+    G is the outer objective.
 
     dG/deta = d_eta G - (d2F/dphi deta)' u   with   (d2F/dphi2) u = d_phi G.
 

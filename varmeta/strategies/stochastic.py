@@ -30,8 +30,9 @@ ESTIMATORS = ("auto", "score", "pathwise")
 
 @dataclass(frozen=True)
 class StochasticAlg:
-    """Alg(f_i, theta0) as a distribution over the weights that the inner loop ends at, for
-    `Unrolled` and `Implicit`.
+    """Alg(f_i, theta0) as a distribution over where the inner loop ends.
+
+    For `Unrolled` and `Implicit`.
 
         theta_0     = theta0 + start_scale Lambda^-1/2 eps
         theta_{k+1} = theta_k - lr grad F_k(theta_k) + sqrt(2 lr T_k) xi_k,  k < num_steps

@@ -148,8 +148,9 @@ class Strategy(ABC):
     def loss(
         self, problem: Problem, batch: Batch, eta: Eta, state: State
     ) -> tuple[Tensor, State, Stats]:
-        """The outer objective (nats, summed over all tasks), whose gradient in eta is the
-        meta-gradient.
+        """The outer objective (nats, summed over all tasks).
+
+        Its gradient in eta is the meta-gradient.
 
         Backpropagating the scalar into eta gives that of `sum_i G_i + hyperprior`; for a minibatch,
         its unbiased estimate.

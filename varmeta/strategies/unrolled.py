@@ -141,8 +141,9 @@ class KSteps(Amortised):
 
 @dataclass(frozen=True)
 class Unrolled(KSteps):
-    """K inner steps from the prior, and the derivative through all of them (MAML with a delta
-    guide; ABML with a normal).
+    """K inner steps from the prior, and the derivative through all of them.
+
+    MAML with a delta guide; ABML with a normal.
 
     phi_{k+1} = phi_k - step(dF/dphi_k),   phi_0 = prior(eta)
 
@@ -219,8 +220,9 @@ class FirstOrder(KSteps):
 
 @dataclass(frozen=True)
 class Reptile(KSteps):
-    """K inner steps, then theta0 is pulled towards where they ended: lambda (theta0 - phi_K), the
-    elbo with phi_K held fixed.
+    """K inner steps, then theta0 is pulled towards where they ended.
+
+    By lambda (theta0 - phi_K), the elbo with phi_K held fixed.
 
     Reference: Nichol et al. (2018); its pull with the precision of the prior as the factor.
     """

@@ -50,8 +50,9 @@ class Data:
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Data:
-        """On another device; `dtype` is given to floating tensors only, so class labels stay
-        int64.
+        """On another device.
+
+        `dtype` is given to floating tensors only, so class labels stay int64.
         """
         features = {name: cast(value, dtype, device) for name, value in self.features.items()}
         return Data(
@@ -90,8 +91,9 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some tasks of a set, padded to the largest task of the whole set so that shapes do not change
-    between batches.
+    """Some tasks of a set, padded to the largest task of the whole set.
+
+    So shapes do not change between batches.
 
     query: None where no task of the set has query data.
     ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it

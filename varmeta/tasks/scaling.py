@@ -147,8 +147,9 @@ class Scaling:
         return self.likelihood.observed(self.y_loc), self.likelihood.observed(self.y_scale)
 
     def raw_prior(self, fit: Learned[Prior]) -> Prior:
-        """The prior that `fit` learned from the scaled tasks, in the data's own units: theta0,
-        covariance, noise scale.
+        """The prior that `fit` learned from the scaled tasks, in the data's own units.
+
+        theta0, covariance, noise scale.
 
         fit: of a linear model, `nn.Linear` with one output or `LinearPredictor`.
 

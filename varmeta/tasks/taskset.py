@@ -335,8 +335,7 @@ class TaskSet:
         )
 
     def batch(self, rows: Sequence[int] | np.ndarray | Tensor | None = None) -> Batch:
-        """The tasks at the positions `rows` (None: all of them), padded to the largest task of the
-        whole set.
+        """The tasks at the positions `rows` (None: all), padded to the set's largest task.
 
         The tensors may share memory with the set: do not write into them.
         """
@@ -428,8 +427,9 @@ class TaskSet:
         return self[rows]
 
     def merged(self) -> TaskSet:
-        """Each task's query data joined to its support: the inverse of `split`, up to the order of
-        rows.
+        """Each task's query data joined to its support.
+
+        The inverse of `split`, up to the order of rows.
 
         >>> TaskSet([Task(([1.0], [2.0]), query=([3.0], [4.0]))]).merged()[0].support
         (tensor([1., 3.]), tensor([2., 4.]))

@@ -39,8 +39,9 @@ def compare(
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:
-    """Fit every strategy on `train`, adapt to each task of `test` from its support data, score on
-    its query data.
+    """Fit each strategy on `train`, adapt to each task of `test`, score on its query data.
+
+    Tasks are adapted to from their support data.
 
     Every strategy sees every row of the training tasks: with `outer="elbo"` (and in the baselines)
     the query data join the support; the other objectives keep the two apart.

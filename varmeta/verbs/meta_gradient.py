@@ -55,8 +55,9 @@ def meta_gradient(
     compile: str | bool = "auto",
     task_chunk_size: int | None = None,
 ) -> MetaGradient:
-    """The gradient of `strategy`'s outer objective, summed over all tasks, at eta (by default where
-    the model starts).
+    """The gradient of `strategy`'s outer objective, summed over all tasks, at eta.
+
+    By default where the model starts.
 
     compile: True captures and compiles it, for those who ask for many; "auto" and False do not,
         since one gradient is not worth it.  The graphs are kept with the model.

@@ -31,8 +31,7 @@ DRAWS = 64
 
 @dataclass(frozen=True)
 class Reachability:
-    """By task: F_i at the stored phi_i, F_i where Alg(f_i, theta0) ended, and the gap between them
-    (nats).
+    """By task: F_i at the stored phi_i, where Alg(f_i, theta0) ended, and the gap (nats).
 
     A gap above 0: the joint solution is better than what the inner loop reaches from the prior.
     Below 0: the inner loop finds a better one than the joint run had arrived at.
@@ -83,8 +82,9 @@ class Reachability:
 def reachability(
     fit: Fit, minimizer: Minimizer | None = None, inner_steps: int | None = None
 ) -> Reachability:
-    """How much worse F_i is at Alg(f_i, theta0), started from the learned prior, than at the stored
-    phi_i.
+    """How much worse F_i is at Alg(f_i, theta0) than at the stored phi_i.
+
+    Alg starts from the learned prior.
 
     fit: by `Joint` or `Reinit`, whose tasks' posteriors are stored.
     minimizer, inner_steps: Alg.  By default Newton to tolerance; with noisy expectations the

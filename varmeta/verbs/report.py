@@ -43,8 +43,9 @@ class Report:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Mean of each score over test tasks and seeds, with the ends of its 95 % interval, one row
-        per method.
+        """Mean of each score over test tasks and seeds, one row per method.
+
+        With the ends of its 95 % interval.
 
         The interval is for other seeds and other tasks (with a single seed, for other tasks alone);
         see `interval`.  A method that has not settled in some run has none (NaN): where it goes on
@@ -80,8 +81,9 @@ class Report:
         }
 
     def differences(self, reference: str) -> pd.DataFrame:
-        """Every method less `reference`, on the same tasks and seeds: means with their 95 %
-        intervals.
+        """Every method less `reference`, on the same tasks and seeds.
+
+        Means with their 95 % intervals.
 
         Methods share tasks, so a difference is known better than either score; where one of the two
         has not settled it has no interval (NaN).  Raises ValueError for an unknown method.

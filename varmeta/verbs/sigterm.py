@@ -14,8 +14,9 @@ from varmeta.verbs.fit import fit
 
 @contextlib.contextmanager
 def sigterm_ends_fit() -> Iterator[None]:
-    """Within the block SIGTERM ends a running `fit` as Ctrl-C does: it returns what has been
-    learned, and the block goes on.
+    """Within the block SIGTERM ends a running `fit` as Ctrl-C does.
+
+    It returns what has been learned, and the block goes on.
 
     At the end of the block the process ends by the SIGTERM that it got, with the exit status that
     it would have had (143 in a shell); a second SIGTERM ends it at once.  Outside a fit, as in
