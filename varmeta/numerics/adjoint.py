@@ -135,7 +135,7 @@ class ImplicitAdjoint:
                 # respect to eta
                 v = None if envelope else _gradient(losses, point, retain_graph=True)
                 u, solved = self._certified(
-                    lambda x: _pull_back(gradient, point, x), v, g, guess, units, ceiling
+                    lambda x: _pull_back(gradient, point, x), v, g, point, guess, units, ceiling
                 )
                 stats |= solved
                 if u is not None:
@@ -167,7 +167,9 @@ class ImplicitAdjoint:
             def matvec(x: Tree) -> Tree:
                 return tree.unflatten(run(product, call, tree.flatten(x)), point)
 
-            u, solved = self._certified(matvec, None if envelope else v, g, guess, units, ceiling)
+            u, solved = self._certified(
+                matvec, None if envelope else v, g, point, guess, units, ceiling
+            )
             stats = _nothing_solved(g, ceiling) | solved
         else:
             stats = _nothing_solved(v, ceiling)
@@ -187,6 +189,7 @@ class ImplicitAdjoint:
         product: Matvec,
         v: Tree | None,
         g: Tree,
+        point: Tree,
         guess: Tree | None,
         units: Tree | None,
         ceiling: Quadratic | None,
@@ -199,7 +202,9 @@ class ImplicitAdjoint:
             products = products + solution.stats["products"]
         stats: dict[str, Any] = {"curvature": curvature, "products": products}
         if self.certify:
-            stats["decrement"] = 0.5 * tree.dot(solutions[-1].value, g)
+            hidden = _hidden_by_rounding(product, point, curvature, ceiling)
+            stats["decrement"] = 0.5 * tree.dot(solutions[-1].value, g) + hidden
+            stats["products"] = products + 1
         if v is None:
             return None, stats
         u, residual = solutions[0].value, solutions[0].stats["residual"]
@@ -253,6 +258,25 @@ class ImplicitAdjoint:
             rough = replace(known, rtol=None, energy_rtol=0.1)
             solutions.append(rough.solve(product, g))
         return solutions
+
+
+def _hidden_by_rounding(
+    product: Matvec, point: Tree, curvature: Tensor, ceiling: Quadratic | None
+) -> Tensor:
+    """Nats of a decrement that no gradient tells: what its rounding comes to in weak directions.
+
+    A gradient is a sum of terms as large as |H| |phi|, and carries eps of their size, in whatever
+    direction; how large H is a direction of no meaning tells, which hardly ever is a weak one.
+    """
+    flat = tree.flatten(point).detach()
+    way = torch.cos(torch.arange(flat.shape[1], dtype=flat.dtype, device=flat.device) + 0.5)
+    way = (way / way.norm()).expand_as(flat)
+    stretched = tree.unflatten(flat.norm(dim=1, keepdim=True) * way, point)
+    lost = torch.finfo(flat.dtype).eps * tree.norm(tree.detach(product(stretched)))
+    if ceiling is not None:
+        return 0.5 * ceiling(tree.unflatten(lost[:, None] * way, point))
+    weakest = curvature.clamp(min=torch.finfo(flat.dtype).tiny)
+    return torch.where(curvature > 0, 0.5 * lost.square() / weakest, 0.0)
 
 
 def _in_units(solver: LinearSolver, units: Tree | None) -> LinearSolver:

@@ -36,6 +36,7 @@ _CORRECTIONS = 2  # further steps of phi with the Hessian at hand, before eta mo
 _OWN_TRIALS = 8  # halvings of the tasks alone whose derivative is lost, before all step back
 _RESETTLE = 3  # Newton steps of phi at a trial point of eta
 _LATE = 1.0  # nats: below this decrement the end is near
+_MOST = 1e-3  # nats; a decrement above this is never next to nothing, however large the total
 _NEGATIVE = -1e-6  # an equilibrated eigenvalue below this is negative beyond rounding
 # one below this says that some entries of eta can hardly be told apart (0 where they cannot at all)
 _FLAT = 1e-5
@@ -139,8 +140,10 @@ def minimize_jointly(
         result, failed = Result.NON_FINITE, model.failed
     while model is not None and model.finite and len(history) <= max_steps:
         slack = 10 * eps * max(1.0, float(place.losses.abs().sum()))
-        # an infinite total, as outside a hyperprior's support, is no unit to measure a step by
-        limit = tolerance * max(1.0, abs(place.total)) if math.isfinite(place.total) else 0.0
+        # a share of a total so large that whole nats are left in it is no convergence, nor one of an
+        # infinite total, as outside a hyperprior's support
+        limit = min(tolerance * max(1.0, abs(place.total)), max(_MOST, slack))
+        limit = limit if math.isfinite(place.total) else 0.0
         decrement = model.decrement_phi + model.decrement_eta
         move = _move(problem, model, place, damping, decrement <= limit, limit, slack)
         # a second small decrement: the step between them is what makes the parameters, not the loss
