@@ -126,7 +126,7 @@ def groups(small: bool) -> Rows:
         model = regression(
             ["floor"], vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
         )
-        with patch("varmeta.fitting.buckets._WORTH", worth):
+        with patch("varmeta.fitting.groups_by_size._WORTH", worth):
             fit, seconds = fitted(model, tasks)
         rows.append(
             {

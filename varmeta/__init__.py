@@ -11,7 +11,7 @@ from varmeta.numerics.minimize import Adam, GradientDescent
 from varmeta.numerics.newton import NewtonCG
 from varmeta.posteriors.posterior import Posterior
 from varmeta.posteriors.prediction import Prediction
-from varmeta.priors.prior import GaussianPrior
+from varmeta.priors.gaussian_prior import GaussianPrior
 from varmeta.results.load import load
 from varmeta.results.result import Fit
 from varmeta.strategies.certificate import Certificate

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import varmeta as vm
 from experiments.mixed_models.sets import INTERCEPT, radon, rats, reference, regression, table
-from varmeta.models.eta import natural
+from varmeta.models.hyper_posterior import natural
 
 
 @dataclass(frozen=True)

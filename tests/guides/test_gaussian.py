@@ -11,7 +11,7 @@ from torch.distributions import kl_divergence
 from tests.common import F64, randn
 from varmeta.guides.gaussian import BlockNormal, LowRankNormal, StructuredNormal
 from varmeta.guides.kl import kl, move
-from varmeta.priors.prior import unit_lower
+from varmeta.priors.gaussian_prior import unit_lower
 
 SIZE = 6
 BATCH = (3, 1)

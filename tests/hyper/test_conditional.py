@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.fuzz.oracles import gaussian_task
-from varmeta.fitting.buckets import buckets, elbo_losses
+from varmeta.fitting.groups_by_size import buckets, elbo_losses
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics.quadrature import nodes, normal_points
@@ -124,7 +124,7 @@ def test_nodes_are_those_of_a_standard_normal(size: int) -> None:
 
 
 def test_groups_of_ragged_tasks_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("varmeta.fitting.buckets._WORTH", 10)
+    monkeypatch.setattr("varmeta.fitting.groups_by_size._WORTH", 10)
     tasks = ragged((3, 40, 0, 2, 38, 3, 5))
     batch = tasks.batch()
     groups = buckets(batch)

@@ -17,7 +17,7 @@ from tests.hyper.test_integrate import one_way_data, one_way_tasks
 from varmeta.fitting.pooled_start import pooled_start
 from varmeta.hyper.bounds import Bounds
 from varmeta.hyper.coordinates import Coordinates
-from varmeta.models.eta import natural
+from varmeta.models.hyper_posterior import natural
 from varmeta.models.model import TaskModel
 
 F64 = torch.float64

@@ -16,7 +16,7 @@ import torch
 
 import varmeta as vm
 from tests.conftest import shared_data
-from varmeta.models.eta import natural
+from varmeta.models.hyper_posterior import natural
 
 F64 = torch.float64
 TASKS, ROWS = 12, 5
@@ -277,7 +277,7 @@ def test_print(one_way: vm.Fit) -> None:
 
 
 def test_few_effective_draws_are_said(one_way: vm.Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("varmeta.models.eta.MIN_ESS", 1e9)
+    monkeypatch.setattr("varmeta.models.hyper_posterior.MIN_ESS", 1e9)
     with pytest.warns(RuntimeWarning, match="draws of eta carry weight"):
         vm.fit(one_way_model(), one_way.tasks, hyperguide="multivariate_normal", progress=False)
 

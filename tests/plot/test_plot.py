@@ -16,7 +16,7 @@ from torch import nn
 import varmeta as vm
 from tests.cases import known, linear_model, net_model, ragged_tasks, seeded
 from varmeta.plot import plot_comparison, plot_curves, plot_prior
-from varmeta.plot.curve import NOISE_POINTS, curves
+from varmeta.plot.curve_values import NOISE_POINTS, curves
 
 GRID = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
 

@@ -255,7 +255,7 @@ def test_a_program_of_the_users_own() -> None:
 def test_many_weights_are_left_out_but_their_distance_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("varmeta.posteriors.export.MAX_WEIGHT_NUMBERS", 100)
+    monkeypatch.setattr("varmeta.posteriors.arviz_groups.MAX_WEIGHT_NUMBERS", 100)
     tasks = ragged_tasks(2)
     data = known(net_model(PRIOR), tasks, vm.Joint()).adapt(tasks).to_arviz(50)
     assert set(data["posterior"].data_vars) == {"distance"}

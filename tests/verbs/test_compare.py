@@ -17,8 +17,8 @@ from torch import nn
 import varmeta as vm
 from tests.cases import linear_model, net_model, ragged_tasks, seeded
 from varmeta.fitting.baselines import BASELINES, Pooled, baseline
+from varmeta.verbs.compare_runs import _initialised
 from varmeta.verbs.report import interval
-from varmeta.verbs.runs import _initialised
 
 PRIOR = vm.GaussianPrior(3.0)
 INNER: dict[str, Any] = {"inner_steps": 2, "minimizer": vm.GradientDescent(lr=0.01)}
@@ -47,7 +47,7 @@ Starts = dict[tuple[str, int], dict[str, torch.Tensor]]
 def comparison() -> tuple[vm.Report, Starts]:
     """The report, and where each of its fits started."""
     starts: Starts = {}
-    module = sys.modules["varmeta.verbs.runs"]  # the attribute of that name is the function
+    module = sys.modules["varmeta.verbs.compare_runs"]  # the attribute of that name is the function
     real = module.fit
 
     def spy(model: vm.TaskModel, tasks: vm.TaskSet, strategy: Any, **options: Any) -> vm.Fit:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
+from varmeta.fitting.convergence import judge
 from varmeta.fitting.run import Run
-from varmeta.fitting.settling import judge
 from varmeta.strategies.strategy import State
 
 

@@ -17,7 +17,7 @@ from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import detach
-from varmeta.priors.prior import GaussianPrior
+from varmeta.priors.gaussian_prior import GaussianPrior
 from varmeta.strategies.expectation import Point
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.problem import Problem

@@ -14,10 +14,10 @@ from torch import Tensor
 from varmeta.fitting.blame import drowning, largest, what_failed
 from varmeta.fitting.chunks import Outcome
 from varmeta.fitting.compiled_step import Step
+from varmeta.fitting.convergence import judge, promised, settled
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Callback, Run, interrupted
 from varmeta.fitting.schedule import GIVEN, Decay, Rates
-from varmeta.fitting.settling import judge, promised, settled
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy, Traits

@@ -7,8 +7,8 @@ from dataclasses import replace
 from time import perf_counter
 
 from varmeta.fitting.blame import drowning, largest
-from varmeta.fitting.buckets import elbo_losses
-from varmeta.fitting.in_double import cast, in_double
+from varmeta.fitting.float64 import cast, in_double
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.run import Callback, Run, interrupted, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from varmeta.fitting.buckets import elbo_losses
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.guides.delta import Delta
 from varmeta.models.model import TaskModel
 from varmeta.numerics.joint_model import SharedProblem
@@ -16,7 +16,7 @@ from varmeta.numerics.minimize import Losses, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, leaves
-from varmeta.priors.prior import PRECISION, TRIL
+from varmeta.priors.gaussian_prior import PRECISION, TRIL
 from varmeta.strategies.expectation import MAX_CUBATURE_SIZE, Cubature, GaussHermite
 from varmeta.strategies.objective import Objective
 from varmeta.strategies.problem import Problem

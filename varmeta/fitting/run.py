@@ -14,7 +14,7 @@ from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch
 
 if TYPE_CHECKING:
-    from varmeta.models.eta import HyperPosterior
+    from varmeta.models.hyper_posterior import HyperPosterior
 
 Callback = Callable[[dict[str, float]], None]
 

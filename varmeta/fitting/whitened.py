@@ -22,13 +22,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.fitting.buckets import buckets
+from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.dense import Dense
 from varmeta.models.model import TaskModel
-from varmeta.models.program import DATA, TASKS, observed_log_prob
+from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree, take
 from varmeta.numerics.triangular import lower_root
-from varmeta.priors.prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
+from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.strategy import Eta

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from varmeta.guides.kl import has_closed_form, location, require_closed_form
 from varmeta.models.model import TaskModel
-from varmeta.models.program import SITE, TASKS
+from varmeta.models.pyro_program import SITE, TASKS
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Data
 

@@ -29,7 +29,7 @@ from varmeta._checks import counted
 from varmeta.guides.guide import BoundGuide, copies, sample
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel, negative_log_likelihood
-from varmeta.models.program import DATA, TASKS, observed_log_prob
+from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data

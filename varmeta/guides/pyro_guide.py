@@ -15,7 +15,7 @@ from torch import Tensor
 from varmeta.guides.guide import Guide, _AtLocation
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel
-from varmeta.models.program import SITE
+from varmeta.models.pyro_program import SITE
 from varmeta.numerics.tree import Tree
 from varmeta.tasks import Data
 

@@ -19,7 +19,7 @@ from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel
 from varmeta.models.start import matches
 from varmeta.numerics.tree import Tree
-from varmeta.priors.prior import unit_lower
+from varmeta.priors.gaussian_prior import unit_lower
 from varmeta.tasks import Data
 
 # At the start: the length of each column of W, whose gradient vanishes at exactly 0, and what the

@@ -18,8 +18,8 @@ from torch.nn.functional import softplus
 
 from varmeta.likelihoods.base import SCALE
 from varmeta.models.model import TaskModel
+from varmeta.priors.gaussian_prior import PRECISION, TRIL
 from varmeta.priors.hyperprior import edges, in_dtype
-from varmeta.priors.prior import PRECISION, TRIL
 
 # The nearest to an edge that a start may be: a share of the width, or of 1 where there is one edge.
 _NEAREST = 1e-6

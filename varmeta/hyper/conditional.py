@@ -17,11 +17,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.fitting.buckets import buckets
+from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.kl import location, scale
 from varmeta.hyper.rows import rowwise
 from varmeta.models.model import TaskModel
-from varmeta.models.program import SITE, observed_log_prob
+from varmeta.models.pyro_program import SITE, observed_log_prob
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.quadrature import nodes

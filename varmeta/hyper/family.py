@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varmeta.fitting.buckets import buckets, elbo_losses
+from varmeta.fitting.groups_by_size import buckets, elbo_losses
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.rows import rowwise
 from varmeta.numerics.joint import Step, minimize_jointly
 from varmeta.numerics.joint_model import Penalty, SharedLosses, SharedProblem
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten, map_tree, unflatten
-from varmeta.priors.prior import unit_lower
+from varmeta.priors.gaussian_prior import unit_lower
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varmeta._checks import counted
 from varmeta.fitting.blame import largest
-from varmeta.fitting.buckets import buckets
+from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.fitting.run import Callback, Run, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
@@ -21,7 +21,7 @@ from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import Gaussian, fit_gaussian
 from varmeta.hyper.importance import Weighted, importance
 from varmeta.likelihoods.discrete import CONCENTRATION
-from varmeta.models.eta import HYPERGUIDES, HyperPosterior
+from varmeta.models.hyper_posterior import HYPERGUIDES, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.numerics.joint import Step
 from varmeta.numerics.quadrature import nodes

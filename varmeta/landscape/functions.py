@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta.models.model import TaskModel
-from varmeta.priors.prior import GaussianPrior
+from varmeta.priors.gaussian_prior import GaussianPrior
 from varmeta.tasks import Task, TaskSet
 
 

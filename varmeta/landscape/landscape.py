@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varmeta.landscape.anchored import Anchored, RowDescent, phi_of, theta_of
 from varmeta.landscape.functions import model_of_function, tasks_of_coefficients
+from varmeta.landscape.global_minima import Anchored, RowDescent, phi_of, theta_of
 from varmeta.landscape.wells import locate_jumps
 from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel

@@ -27,7 +27,7 @@ from varmeta.models.check_net import (
 )
 from varmeta.models.check_rows import ROWS, check_padding
 from varmeta.models.model import TaskModel
-from varmeta.models.program import (
+from varmeta.models.pyro_program import (
     DATA,
     SITE,
     TASKS,

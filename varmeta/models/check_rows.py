@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from varmeta.models.model import TaskModel
-from varmeta.models.program import observed_log_prob
+from varmeta.models.pyro_program import observed_log_prob
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 

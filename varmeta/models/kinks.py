@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta.models.model import TaskModel
-from varmeta.models.program import SITE
+from varmeta.models.pyro_program import SITE
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Batch
 

@@ -31,10 +31,10 @@ from varmeta.models.constants import constants, frozen, hold_padding_rows
 from varmeta.models.fan_in import fan_ins
 from varmeta.models.linearity import is_linear_in, looks_straight
 from varmeta.models.observe import observe_output
-from varmeta.models.program import DATA, SITE, TASKS, observed_log_prob, starts
+from varmeta.models.pyro_program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.models.start import check_names, held_by, matches, placed_by
 from varmeta.priors.covariates import coefficients_of, offset
-from varmeta.priors.prior import GaussianPrior
+from varmeta.priors.gaussian_prior import GaussianPrior
 from varmeta.priors.weights import Weights
 from varmeta.tasks import Data, TaskSet
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varmeta.likelihoods.base import SCALE
-from varmeta.priors.prior import PRECISION, TRIL, GaussianPrior
+from varmeta.priors.gaussian_prior import PRECISION, TRIL, GaussianPrior
 
 
 def check_names(

@@ -140,8 +140,8 @@ def minimize_jointly(
         result, failed = Result.NON_FINITE, model.failed
     while model is not None and model.finite and len(history) <= max_steps:
         slack = 10 * eps * max(1.0, float(place.losses.abs().sum()))
-        # a share of a total so large that whole nats are left in it is no convergence, nor one of an
-        # infinite total, as outside a hyperprior's support
+        # a share of a total so large that whole nats are left in it is no convergence, nor is one
+        # of an infinite total, as outside a hyperprior's support
         limit = min(tolerance * max(1.0, abs(place.total)), max(_MOST, slack))
         limit = limit if math.isfinite(place.total) else 0.0
         decrement = model.decrement_phi + model.decrement_eta

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta.plot.curve import curves
+from varmeta.plot.curve_values import curves
 from varmeta.plot.style import BAND, INK, percent, tidy
 
 if TYPE_CHECKING:

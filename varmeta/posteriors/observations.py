@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.models.program import SITE
+from varmeta.models.pyro_program import SITE
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 

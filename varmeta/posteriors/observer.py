@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.models.program import observed_log_prob
+from varmeta.models.pyro_program import observed_log_prob
 from varmeta.posteriors import slices as _slices
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.observation_noise import TaskNoise

@@ -13,12 +13,12 @@ from varmeta._checks import counted, probability, whole_number
 from varmeta.guides.kl import location
 from varmeta.models.check_rows import check_padding
 from varmeta.models.labels import parameter_labels
-from varmeta.posteriors import export
+from varmeta.posteriors import arviz_groups
 from varmeta.posteriors.diagnostics import diagnose, evidence
 from varmeta.posteriors.draws import Draws
+from varmeta.posteriors.inputs import points, scored
 from varmeta.posteriors.observations import mean_of
 from varmeta.posteriors.observer import Observer
-from varmeta.posteriors.points import points, scored
 from varmeta.posteriors.prediction import Prediction
 from varmeta.posteriors.scoring import row_of
 from varmeta.tasks import Data, TaskSet
@@ -288,7 +288,7 @@ class Posterior:
         one that counts w times (`Weighted`) ArviZ's LOO leaves one copy out.
         """
         names = {"task": list(self.names), "weight": list(self.labels)}
-        return export.groups(self.observer, names, num_samples, seed, self.trained.x_names)
+        return arviz_groups.groups(self.observer, names, num_samples, seed, self.trained.x_names)
 
     def __repr__(self) -> str:
         guide, count = self.q.guide_name, self.model.weights.size

@@ -13,14 +13,14 @@ from varmeta.fitting.pooled_start import NO_INFORMATION, is_regression, pooled_f
 from varmeta.fitting.whitened import whitened_correlation
 from varmeta.likelihoods.base import SCALE
 from varmeta.likelihoods.discrete import CONCENTRATION
-from varmeta.priors.prior import PRECISION, TRIL
+from varmeta.priors.gaussian_prior import PRECISION, TRIL
+from varmeta.results.evidence_gap import can_be_exact
+from varmeta.results.excess_noise import unexplained
 from varmeta.results.far_from_evidence import far_from_evidence
 from varmeta.results.separation import separated
-from varmeta.results.tightness import can_be_exact
-from varmeta.results.unexplained import unexplained
 
 if TYPE_CHECKING:
-    from varmeta.models.eta import HyperPosterior
+    from varmeta.models.hyper_posterior import HyperPosterior
     from varmeta.results.result import Fit
 
 # A weight whose prior precision exceeds what the best-informed task knows about it by this factor

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from varmeta.guides.quadrature import Quadrature
+from varmeta.results.evidence_gap import evidence_by_quadrature, excess
 from varmeta.results.result import Fit
-from varmeta.results.tightness import evidence_by_quadrature, excess
 
 # Nats, in all and per task, beyond which it does.
 FAR, FAR_PER_TASK = 1.0, 0.01

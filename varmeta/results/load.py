@@ -18,7 +18,7 @@ from varmeta.files.plain import difference
 from varmeta.fitting.run import Run
 from varmeta.guides.guide import Guide
 from varmeta.models import constants
-from varmeta.models.eta import HyperPosterior
+from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import Minimizer

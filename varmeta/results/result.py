@@ -16,23 +16,23 @@ from varmeta.fitting.compiled_step import check_compile
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
-from varmeta.hyper.integrated import IntegratedDraws
+from varmeta.hyper.integrated_draws import IntegratedDraws
 from varmeta.models.check import check_model
-from varmeta.models.eta import HyperPosterior
+from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.model import TaskModel
 from varmeta.models.raw_units import raw_prior
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
+from varmeta.posteriors.arviz_groups import Record, groups
 from varmeta.posteriors.draws import GuideDraws
-from varmeta.posteriors.export import Record, groups
-from varmeta.posteriors.points import check_columns
+from varmeta.posteriors.inputs import check_columns
 from varmeta.posteriors.posterior import Posterior
 from varmeta.results import standard_errors, summary
-from varmeta.results.left_out import leave_one_task_out
+from varmeta.results.evidence_gap import can_be_exact, cost, is_tight
+from varmeta.results.leave_one_out import leave_one_task_out
 from varmeta.results.storage import save
-from varmeta.results.tightness import can_be_exact, cost, is_tight
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy

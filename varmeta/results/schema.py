@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varmeta.models.eta import HyperPosterior
+from varmeta.models.hyper_posterior import HyperPosterior
 
 Check = Callable[[Any], bool]
 

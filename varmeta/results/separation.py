@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from varmeta.fitting.in_double import cast, doubled
+from varmeta.fitting.float64 import cast, doubled
 from varmeta.fitting.pooled_start import is_regression, pooled_fit, pooled_loss
 from varmeta.models.labels import parameter_labels
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varmeta.fitting.buckets import elbo_losses
-from varmeta.fitting.in_double import in_double
+from varmeta.fitting.float64 import in_double
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
-from varmeta.models.eta import HyperPosterior
+from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.numerics.tree import Tree
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from varmeta._checks import counted
 from varmeta.hyper.importance import GOOD_K
-from varmeta.models.eta import HyperPosterior
+from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.learned_prior import ROWS
 from varmeta.strategies.strategy import Strategy
 

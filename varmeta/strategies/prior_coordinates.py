@@ -21,7 +21,7 @@ from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, map_tree
-from varmeta.priors.prior import unit_lower
+from varmeta.priors.gaussian_prior import unit_lower
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.problem import Problem
 

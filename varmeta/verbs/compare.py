@@ -16,8 +16,8 @@ from varmeta.models.model import TaskModel
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import TaskSet
+from varmeta.verbs.compare_runs import Outcome, Plan
 from varmeta.verbs.report import Report
-from varmeta.verbs.runs import Outcome, Plan
 
 
 def compare(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varmeta.files.version import __version__
 from varmeta.guides.kl import location
-from varmeta.models.eta import natural
+from varmeta.models.hyper_posterior import natural
 from varmeta.models.labels import coefficients
 from varmeta.models.model import TaskModel
 from varmeta.posteriors import arviz as inference_data

@@ -11,7 +11,7 @@ from torch import Tensor
 from varmeta._checks import whole_number
 from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, log_joint
 from varmeta.hyper.rows import rowwise
-from varmeta.models.eta import HyperPosterior
+from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics import noise
 from varmeta.numerics.triangular import root_of_covariance

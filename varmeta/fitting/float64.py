@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from varmeta.fitting.buckets import elbo_losses
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.numerics.tree import Tree
 from varmeta.strategies.problem import Problem
