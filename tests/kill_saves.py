@@ -67,6 +67,14 @@ def state(path: Path) -> str:
     return "whole" if values in ({1.0}, {2.0}) else f"other numbers {values}"
 
 
+def end(process: int, how: signal.Signals) -> None:
+    """Strike until it has ended: an interrupt that falls into a finaliser is lost to Python."""
+    os.kill(process, how)
+    while os.waitpid(process, os.WNOHANG)[0] == 0:
+        time.sleep(0.05)
+        os.kill(process, how)
+
+
 def strike(number: int, how: signal.Signals, seed: int) -> dict[str, int]:
     """What `number` processes leave behind that are struck while they save."""
     chance, fits = random.Random(seed), [fit(1.0), fit(2.0)]
@@ -79,8 +87,7 @@ def strike(number: int, how: signal.Signals, seed: int) -> dict[str, int]:
             if process == 0:
                 save_for_ever(fits, path)
             time.sleep(chance.uniform(0.01, 0.1))
-            os.kill(process, how)
-            os.waitpid(process, 0)
+            end(process, how)
             found = state(path)
             counts["left beside"] += len(list(Path(folder).iterdir())) - 1
         counts[found] = counts.get(found, 0) + 1
