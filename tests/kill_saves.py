@@ -46,6 +46,8 @@ def small_fit() -> vm.Fit:
 
 def save_for_ever(fits: list[vm.Fit], path: Path) -> None:
     """Save them in turn, until somebody ends it; in a process of its own."""
+    # what a shell starts in the background ignores interrupts, and Python keeps to that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for turn in range(10**9):
             fits[turn % len(fits)].save(path)
@@ -67,14 +69,6 @@ def state(path: Path) -> str:
     return "whole" if values in ({1.0}, {2.0}) else f"other numbers {values}"
 
 
-def end(process: int, how: signal.Signals) -> None:
-    """Strike until it has ended: an interrupt that falls into a finaliser is lost to Python."""
-    os.kill(process, how)
-    while os.waitpid(process, os.WNOHANG)[0] == 0:
-        time.sleep(0.05)
-        os.kill(process, how)
-
-
 def strike(number: int, how: signal.Signals, seed: int) -> dict[str, int]:
     """What `number` processes leave behind that are struck while they save."""
     chance, fits = random.Random(seed), [fit(1.0), fit(2.0)]
@@ -87,7 +81,8 @@ def strike(number: int, how: signal.Signals, seed: int) -> dict[str, int]:
             if process == 0:
                 save_for_ever(fits, path)
             time.sleep(chance.uniform(0.01, 0.1))
-            end(process, how)
+            os.kill(process, how)
+            os.waitpid(process, 0)
             found = state(path)
             counts["left beside"] += len(list(Path(folder).iterdir())) - 1
         counts[found] = counts.get(found, 0) + 1
