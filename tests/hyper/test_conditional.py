@@ -222,17 +222,16 @@ def test_columns_that_repeat_each_other_under_a_wide_prior(
 
 
 def test_a_fit_to_columns_that_repeat_each_other_has_a_right_log_likelihood_or_none() -> None:
-    pairs = far_apart(30, 1e6, 0.0, 1e6)
+    pairs = far_apart(10, 1e6, 0.0, 1e6)
     torch.manual_seed(0)
     model = vm.TaskModel(
         nn.Linear(2, 1).double(),
         vm.likelihoods.Gaussian(0.5, learn_scale=False),
         vm.GaussianPrior(learn_precision="shared"),
     )
-    with pytest.warns(RuntimeWarning, match="runs to zero"):
-        fit = vm.fit(
-            model, vm.TaskSet([vm.Task(pair) for pair in pairs]), vm.Joint("multivariate_normal")
-        )
+    tasks = vm.TaskSet([vm.Task(pair) for pair in pairs])
+    with pytest.warns(RuntimeWarning, match="has not converged"):
+        fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"))
     # 1e12 nats in float64: the objective is the evidence but for its rounding, of some hundred
     # nats, which is no 1e-4
     assert fit.log_likelihood is None
