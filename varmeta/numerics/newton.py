@@ -26,8 +26,8 @@ from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
-# nats that a step may promise where a task is said to have converged, in double precision
-_MOST = 1e-3
+# nats that a step may promise where a task is said to have converged
+_MOST = {torch.float64: 1e-8, torch.float32: 0.1}
 # the share of slope x length that a step must gain; with 1e-4 steps that overshoot are taken too
 # often
 _ARMIJO = 0.1
@@ -185,7 +185,7 @@ class NewtonCG(Minimizer):
             done = stepped & small & ((step.promise <= tolerance) | (here.norm == 0))
             in_rounding = step.promise <= step.rounding.clamp(max=tolerance)
             # rounding in a gradient of any size may hide whole nats from a relative tolerance
-            near = step.promise <= max(_MOST, 300 * torch.finfo(here.x.dtype).eps ** 0.5)
+            near = step.promise <= max(tolerance, _MOST[here.x.dtype])
             done = done | (stuck & ((small & near) | in_rounding))
             result = torch.where(stuck, int(Result.STAGNATED), result)
             result = torch.where(done, int(Result.CONVERGED), result)
