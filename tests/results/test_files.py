@@ -327,7 +327,10 @@ def test_nothing_to_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_save_leaves_a_whole_file(how: signal.Signals) -> None:
     """Five of the two hundred that `python -m tests.kill_saves` runs."""
-    assert strike(5, how, seed=3) == {"whole": 5, "left beside": 0}
+    found = strike(5, how, seed=3)
+    left = found.pop("left beside")
+    assert found == {"whole": 5}
+    assert left == 0 or how == signal.SIGKILL  # which leaves no time to clean up
 
 
 def test_files_that_another_writer_makes(tmp_path: Path) -> None:
