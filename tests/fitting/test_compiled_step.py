@@ -206,7 +206,7 @@ def test_a_captured_step_is_the_eager_step(strategy: str, guide: str) -> None:
     )
 
 
-# With this many weights a task's row stays in parts in the graph (numerics/rewrite_parts.py);
+# With this many weights a task's row stays in parts in the graph (graphs/rewrite_parts.py);
 # shorter rows are left whole. One inner step, as where they are compiled: what two hand on is seen
 # with few weights above.
 MANY = [

@@ -155,6 +155,8 @@ def test_a_mean_with_an_edge_meets_its_grid(name: str) -> None:
     row = fit.hyperparameters().loc["intercept"]
     assert row["mean"] == pytest.approx(expected, abs=0.05 * sd)
     assert row["sd"] == pytest.approx(sd, rel=0.05)
+    assert fit.standard_errors is not None  # of theta0, not of the Gaussian's coordinates
+    assert float(fit.standard_errors["intercept"]) == pytest.approx(row["sd"], rel=1e-6)
 
 
 def test_a_start_outside_the_support_is_refused() -> None:

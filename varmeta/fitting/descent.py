@@ -118,10 +118,10 @@ class _Way:
         self.eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
         self.optimizer, self.rates = _optimizer(list(self.eta.values()), run, plan)
         self.quasi_newton = isinstance(self.optimizer, torch.optim.LBFGS)
-        _check_goes_together(strategy, problem, plan, self.traits, self.quasi_newton)
-        self.take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
         all_at_once = plan.batch_size is None or plan.batch_size >= len(tasks)
+        _check_goes_together(strategy, problem, self.traits, self.quasi_newton, not all_at_once)
         self.whole = tasks.batch() if all_at_once else None
+        self.take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
         self.first, self.begin = run.step, perf_counter() - run.seconds
         self.spent = run.evaluations
         self.safe = run.eta, run.state
@@ -271,7 +271,7 @@ def _optimizer(
 
 
 def _check_goes_together(
-    strategy: Strategy, problem: Problem, plan: Descent, traits: Traits, quasi_newton: bool
+    strategy: Strategy, problem: Problem, traits: Traits, quasi_newton: bool, minibatch: bool
 ) -> None:
     if quasi_newton and traits.stored:
         raise ValueError(
@@ -283,7 +283,6 @@ def _check_goes_together(
             "LBFGS's line search trusts value and gradient alike, but those of "
             f"{strategy.describe()} do not belong together: use Adam or SGD"
         )
-    minibatch = plan.batch_size is not None
     if traits.period is not None and minibatch and isinstance(problem.guide, PyroGuide):
         raise ValueError(
             f"{type(strategy).__name__} with a guide of one's own needs all tasks in each step: "

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HYPERGUIDES = ("delta", "normal", "multivariate_normal", "reml")
-# k-hat above this: the Gaussian is not near enough for its own draws to be corrected.
-MAX_K = 0.7
 # Fewer effective draws than this make no posterior.
 MIN_ESS = 100.0
 

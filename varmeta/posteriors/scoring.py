@@ -62,7 +62,8 @@ def normal_predictive(observer: Observer, data: Data) -> tuple[Tensor, Tensor] |
         or model.weights.size > MAX_EXACT_SIZE
     ):
         return None
-    centre, factor = location(q.distribution).unsqueeze(0), scale(q.distribution)
+    posterior = q.distribution
+    centre, factor = location(posterior).unsqueeze(0), scale(posterior)
     theta = centre
     if factor is not None:
         columns = torch.diag_embed(factor) if factor.dim() == centre.dim() - 1 else factor

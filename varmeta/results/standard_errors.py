@@ -25,14 +25,25 @@ from varmeta.tasks import Batch
 
 
 def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Tensor]:
-    """Of a posterior of eta: the sds of its Gaussian, exact under "reml" for a linear model, by
-    parameter name.
+    """Of a posterior of eta: its sds by parameter name.
 
-    The weighted draws are those of `Fit.hyperparameters`.
+    Under "reml" those of its Gaussian, exact for a linear model; else those of the weighted draws,
+    as in `Fit.hyperparameters`: the Gaussian's coordinates are not eta's where a hyperprior's
+    support has an edge.
     """
+    if hyper.hyperguide != "reml":
+        return {name: _sd(hyper.points[name], hyper.log_weights.exp()) for name in names}
     sds = hyper.factor.square().sum(1).sqrt().split([value.numel() for value in eta.values()])
     named = dict(zip(eta, sds, strict=True))
     return {name: named[name].reshape(eta[name].shape) for name in names}
+
+
+def _sd(points: Tensor, weights: Tensor) -> Tensor:
+    """Of points `(N, ...)` whose weights `(N,)` add up to 1."""
+    weights = weights.to(points)
+    mean = torch.tensordot(weights, points, 1)
+    variance: Tensor = torch.tensordot(weights, (points - mean).square(), 1)
+    return variance.sqrt()
 
 
 def of_bound(

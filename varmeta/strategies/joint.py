@@ -1,4 +1,4 @@
-"""Strategies that store phi for every task: phi and eta move together."""
+"""`Joint`: phi is stored for every task, and phi and eta move together."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Problem:
     guide: Guide
     expectation: Expectation
     seed: int
-    # whether the losses are to be run as compiled graphs, piece by piece (numerics/pieces.py)
+    # whether the losses are to be run as compiled graphs, piece by piece (graphs/pieces.py)
     graphed: bool = False
 
     @classmethod

@@ -3,8 +3,8 @@
 A strategy answers four questions: where phi starts, how many inner steps it takes, how the
 derivative with respect to eta comes back through them, and which outer objective is differentiated.
 
-`joint.py` holds the strategies that store phi, `implicit.py` and `unrolled.py` those for which it
-is a function of eta:
+`joint.py` and `reinit.py` hold the strategies that store phi, `implicit.py` and `unrolled.py` those
+for which it is a function of eta:
 
 | strategy     | start of phi     | inner steps       | derivative           | outer objective |
 | `Joint`      | stored per task  | phi and eta move together                | elbo            |
