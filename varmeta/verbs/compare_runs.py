@@ -70,7 +70,7 @@ class Plan:
                 )
             # without "all"
             score = by_task.iloc[:-1].reset_index().assign(method=name, seed=seed)
-        except (ArithmeticError, RuntimeError, ValueError) as error:
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             failed, reason = 1, f"{type(error).__name__}: {error}"
         row = {
             "method": name,

@@ -121,13 +121,13 @@ def fit(
     decay = decay_of(schedule)
     check_compile(compile)
     check_model(model, tasks)
-    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
-        if sentence is not None:
-            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     problem = strategy.problem(model, tasks, seed)
     check_hyperguide(hyperguide, problem, tasks, strategy, free)
     check_strategy(strategy, problem, tasks)
     chunks.check(task_chunk_size, problem)
+    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
+        if sentence is not None:
+            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     whole = tasks.batch()
     eta = model.init(whole.support.x.new_zeros(()))
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
