@@ -59,8 +59,8 @@ def check_strategy(
             raise ValueError(
                 f"{type(strategy).__name__} does not end at the mode, but the "
                 f"{guide.evidence_name} of this guide is that around the mode, and no evidence "
-                f"elsewhere: use vm.Implicit({strategy.guide!r}), or say Traits(at_minimum=True) of "
-                "a strategy of your own that does end there"
+                f"elsewhere: use vm.Implicit({strategy.guide!r}), or say Traits(at_minimum=True) "
+                "of a strategy of your own that does end there"
             )
         _check_precision(strategy, problem, traits, tasks)
     return traits
