@@ -24,6 +24,7 @@ import varmeta as vm
 from tests.cases import known, ragged_tasks, seeded
 from tests.common import moved, problem, start
 from tests.conftest import shared_data
+from varmeta.fitting.descent import JUMP
 from varmeta.guides.laplace import FLOOR
 
 
@@ -381,10 +382,11 @@ def test_the_fit_does_not_depend_on_where_a_predictor_is_counted_from() -> None:
         )
         fits.append(vm.fit(model, vm.TaskSet(found, dtype=torch.float64), vm.Implicit("laplace")))
     assert fits[0].converged and fits[1].converged
-    assert fits[0].loss == pytest.approx(fits[1].loss, abs=1e-4)
+    # L-BFGS claims no more of each than JUMP, on a singular optimum, which is flat
+    assert fits[0].loss == pytest.approx(fits[1].loss, abs=2 * JUMP)
     for fit in fits:
         assert float(fit.prior.sd["dose"]) > 0.003
-    # the log of an sd is known to 1 / sqrt(2 * 25 clinics) at best: a twentieth of that, since the
-    # optimum is flat
-    log_sds = [float(fit.prior.sd["dose"].log()) for fit in fits]
-    assert log_sds[0] == pytest.approx(log_sds[1], abs=0.05 / math.sqrt(50))
+    # 2 JUMP nats apart an estimate may lie sqrt(4 JUMP) = 0.06 of its standard error apart, which is
+    # 0.3 here (1 / sqrt(2 * 25 clinics) if slopes were seen, and outcomes are binary): half as much
+    # again, since the optimum is flat
+    assert log_sds[0] == pytest.approx(log_sds[1], abs=1.5 * 0.3 * math.sqrt(4 * JUMP))
