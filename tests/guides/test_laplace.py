@@ -386,7 +386,8 @@ def test_the_fit_does_not_depend_on_where_a_predictor_is_counted_from() -> None:
     assert fits[0].loss == pytest.approx(fits[1].loss, abs=2 * JUMP)
     for fit in fits:
         assert float(fit.prior.sd["dose"]) > 0.003
-    # 2 JUMP nats apart an estimate may lie sqrt(4 JUMP) = 0.06 of its standard error apart, which is
-    # 0.3 here (1 / sqrt(2 * 25 clinics) if slopes were seen, and outcomes are binary): half as much
-    # again, since the optimum is flat
+    # 2 JUMP nats apart, estimates may lie sqrt(4 JUMP) = 0.06 of their standard error apart, which
+    # is 0.3 here (1 / sqrt(2 * 25 clinics) if slopes were seen, and outcomes are binary): half as
+    # much again, since the optimum is flat
+    log_sds = [float(fit.prior.sd["dose"].log()) for fit in fits]
     assert log_sds[0] == pytest.approx(log_sds[1], abs=1.5 * 0.3 * math.sqrt(4 * JUMP))
