@@ -164,18 +164,23 @@ def value(
     """
     known = {name: value.detach() for name, value in eta.items()}
     traits = strategy.traits(problem)
-    draws = VALUE_DRAWS if traits.stored and traits.noisy else 1
     parts = list(split(batch, len(batch) if size is None else size))
-    found = (
-        float(
-            strategy.loss(problem, part, known, replace(own, step=own.step + k, certify=False))[
-                0
-            ].detach()
-        )
-        for part, own in zip(parts, states(state, batch, parts), strict=True)
-        for k in range(draws)
-    )
-    return math.fsum(found) / draws
+
+    def one(part: Batch, own: State) -> float:
+        if not traits.stored:
+            return float(
+                strategy.loss(problem, part, known, replace(own, certify=False))[0].detach()
+            )
+        assert own.phi is not None
+        draws = VALUE_DRAWS if traits.noisy else 1
+        with torch.no_grad():  # phi is given, so that neither a gradient nor a step is needed
+            losses = [
+                problem.losses(strategy.outer, part, own.step + k)(own.phi, known)
+                for k in range(draws)
+            ]
+            return float(strategy.total(problem, part, known, torch.stack(losses).mean(0)))
+
+    return math.fsum(map(one, parts, states(state, batch, parts)))
 
 
 def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solution:

@@ -37,7 +37,7 @@ def judge(run: Run, num_tasks: int, every: int) -> None:
     The mean loss of its last tenth is held against the tenth that ended at 70 %.
 
     Not the tenth before: under a falling step size nothing moves at the end, whether or not it has
-        arrived.
+    arrived.
     every: look at each that many-th step only (the ends of `Reinit`'s periods).
     """
     losses = torch.tensor(

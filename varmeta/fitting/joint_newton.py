@@ -78,9 +78,10 @@ def newton(
     period, or as soon as a period has converged, and is done when two periods end at the same
     value.
     """
-    period = strategy.traits(problem).period or max_steps
+    resets = strategy.traits(problem).period
+    period = resets or max_steps
     begin, last = perf_counter() - run.seconds, math.inf
-    run.converged, run.undetermined = False, ()
+    run.converged = False
     stored = run.state.phi is not None
     if not stored:
         run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
@@ -97,13 +98,10 @@ def newton(
             )
             loss = float(solution.stats["loss"][-1])
             run.outlier = drowning(batch, solution.stats["losses"])
-            run.converged = solution.result == Result.CONVERGED
-            if (
-                run.converged
-                and isinstance(strategy, Reinit)
-                and abs(loss - last) > 1e-8 * max(1.0, abs(loss))
-            ):
-                run.converged = False  # from the prior once more: is it reached again?
+            elsewhere = abs(loss - last) > 1e-8 * max(1.0, abs(loss))
+            # after a period: from the prior once more, is it reached again?
+            once_more = resets is not None and elsewhere
+            run.converged = solution.result == Result.CONVERGED and not once_more
             if run.converged:
                 left = float(solution.stats["decrement"])
                 run.stop = (
@@ -128,7 +126,7 @@ def newton(
                     run.stop += f"; it ended {_where(batch, solution)}"
                 return
             last = loss
-            if isinstance(strategy, Reinit):
+            if resets is not None:
                 run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
     except KeyboardInterrupt:
         run.stop = interrupted(run.step)

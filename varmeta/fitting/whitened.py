@@ -26,7 +26,7 @@ from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.dense import Dense
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
-from varmeta.numerics.tree import Tree, take
+from varmeta.numerics.tree import Tree, named_parts, take
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.priors.validation import validation_enabled
@@ -308,8 +308,7 @@ def _flat(eta: Mapping[str, Tensor], names: tuple[str, ...], like: Tensor) -> Te
 
 
 def _split(flat: Tensor, eta: Mapping[str, Tensor], names: tuple[str, ...]) -> Eta:
-    parts = flat.split([eta[name].numel() for name in names]) if names else ()
-    return {name: part.reshape(eta[name].shape) for name, part in zip(names, parts, strict=True)}
+    return named_parts(flat, {name: eta[name] for name in names})
 
 
 def _solve(lower: Tensor, b: Tensor) -> Tensor:

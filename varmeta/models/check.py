@@ -42,6 +42,8 @@ from varmeta.tasks import Data, TaskSet
 # Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one
 # of each size.
 EVERYONE = 4_000_000
+# something else is wrong with the program, and whoever runs it next says what
+ELSEWHERE_WRONG = (RuntimeError, ValueError, IndexError, NotImplementedError)
 
 
 def check_model(model: TaskModel, tasks: TaskSet) -> None:
@@ -259,12 +261,7 @@ def _check_support(
             for site in sites
             if site["is_observed"]
         ]
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-        NotImplementedError,
-    ):  # something else is wrong: the caller says what
+    except ELSEWHERE_WRONG:
         return
     for site, bad in found:
         for task, row in (bad & data.mask).nonzero()[:1].tolist():
@@ -285,12 +282,7 @@ def _check_start(
     """
     try:
         sites = program.get_trace(eta, data).nodes
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-        NotImplementedError,
-    ):  # something else is wrong: the caller says what
+    except ELSEWHERE_WRONG:
         return
     shape = (2, *data.mask.shape)
     start = ", ".join(

@@ -25,6 +25,7 @@ from varmeta.likelihoods.base import NOISE_SCALE, TASK_SCALE
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
 from varmeta.models.model import TaskModel
+from varmeta.numerics.tree import named_parts
 from varmeta.tasks.scaling import Scaling
 
 
@@ -64,7 +65,7 @@ def raw_prior(
     mean[varying] = mean[varying] - sum(
         scaling.features[feature][0] * by for feature, by in moved.items()
     )
-    named = dict(zip(start, mean.split([value.numel() for value in start.values()]), strict=True))
+    named = named_parts(mean, start)
     coefficients, labels = _named(model, prior, moved)
     return replace(
         prior,
@@ -72,7 +73,7 @@ def raw_prior(
         precision=model.weights.unflatten(sd**-2),
         sd=model.weights.unflatten(sd),
         dense_covariance=covariance,
-        shared={name: named[name].reshape(start[name].shape) for name in model.shared},
+        shared={name: named[name] for name in model.shared},
         coefficients=coefficients,
         coefficient_labels=labels,
         observation={}

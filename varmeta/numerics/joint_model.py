@@ -83,11 +83,7 @@ class SharedProblem:
         return x_entry, e_entry
 
     def named_eta(self, e: Tensor) -> dict[str, Tensor]:
-        parts = e.split([value.numel() for value in self.eta.values()]) if self.eta else ()
-        return {
-            name: part.reshape(value.shape)
-            for (name, value), part in zip(self.eta.items(), parts, strict=True)
-        }
+        return tree.named_parts(e, self.eta)
 
     def named(self, x: Tensor, e: Tensor) -> tuple[Tree, dict[str, Tensor]]:
         return tree.unflatten(x, self.phi), self.named_eta(e)

@@ -6,7 +6,7 @@ a tree by `scale` and `where`.  Nothing here knows what the tensors mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -91,4 +91,17 @@ def unflatten(flat: Tensor, like: Tree) -> Tree:
     return {
         name: part.reshape(len(flat), *x.shape[1:])
         for (name, x), part in zip(like.items(), parts, strict=True)
+    }
+
+
+def named_parts(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a vector `(size,)` under the names and in the shapes of `like`, no task axis.
+
+    >>> named_parts(torch.arange(3.0), {"a": torch.zeros(()), "b": torch.zeros(1, 2)})
+    {'a': tensor(0.), 'b': tensor([[1., 2.]])}
+    """
+    parts = vector.split([value.numel() for value in like.values()]) if like else ()
+    return {
+        name: part.reshape(value.shape)
+        for (name, value), part in zip(like.items(), parts, strict=True)
     }

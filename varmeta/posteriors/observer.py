@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta.models.pyro_program import observed_log_prob
-from varmeta.posteriors import slices as _slices
+from varmeta.posteriors import slices
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.observation_noise import TaskNoise
 from varmeta.posteriors.observations import (
@@ -56,7 +56,7 @@ class Observer:
     ) -> Iterator[poutine.Trace]:
         """The program's traces under slices of the draws theta, sampling from `stream`."""
         x, first = data.filled[0], 0
-        draws, tasks = _slices.sizes(self.model, self.q.eta, theta, data)
+        draws, tasks = slices.sizes(self.model, self.q.eta, theta, data)
         for eta, part in self.q.with_eta(theta, draws):
             stream.at(first, len(part))
             yield poutine.trace(self._program(part, tasks)).get_trace(eta, x, y)
@@ -145,7 +145,7 @@ class Observer:
         parts = []
         with validation_enabled(False):
             if theta.shape not in self._sizes:
-                self._sizes[theta.shape] = _slices.sizes(self.model, eta, theta, data)
+                self._sizes[theta.shape] = slices.sizes(self.model, eta, theta, data)
             draws, tasks = self._sizes[theta.shape]
             for some in theta.split(draws):
                 trace = poutine.trace(self._program(some, tasks)).get_trace(eta, *data.filled)
@@ -172,7 +172,7 @@ def _sampled(
     for all of them.
     """
     first = 0
-    for part in theta.split(_slices.draws_of_observations(data)):
+    for part in theta.split(slices.draws_of_observations(data)):
         stream.at(first, len(part))
         yield fn.expand((len(part), *fn.batch_shape[1:])).sample()
         first += len(part)

@@ -15,6 +15,7 @@ eta, so that it is a smooth function of eta.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from varmeta._checks import whole_number
 from varmeta.numerics.noise import normal
+from varmeta.numerics.tree import named_parts
 from varmeta.posteriors import psis
 from varmeta.posteriors.diagnostics import MIN_DRAWS, NO_DENSITY
 from varmeta.posteriors.observer import Observer
@@ -39,25 +41,30 @@ DEGREES = 5
 NEWTON_STEPS = 4
 
 
+def check(eta: Mapping[str, Tensor], num_tasks: int, num_samples: int, num_particles: int) -> None:
+    """Refuse what cannot be left out of, before any work.  Raises ValueError or TypeError."""
+    whole_number("num_samples", num_samples, MIN_DRAWS)
+    whole_number("num_particles", num_particles, MIN_DRAWS)
+    size = sum(value.numel() for value in eta.values())
+    if size > MAX_SIZE:
+        raise ValueError(
+            f"the prior has {size} numbers, but the curvature of their evidence is formed for at "
+            f"most {MAX_SIZE}: score held-out tasks instead, fit.adapt(new_tasks).score()"
+        )
+    if num_tasks < 3:
+        raise ValueError(
+            f"leaving a task out of {num_tasks} leaves no prior to learn: give three tasks or more"
+        )
+
+
 def leave_one_task_out(
     observer: Observer, num_samples: int, num_particles: int, seed: int
 ) -> pd.DataFrame:
     """See `Fit.leave_one_task_out`."""
     import pandas as pd
 
-    whole_number("num_samples", num_samples, MIN_DRAWS)
-    whole_number("num_particles", num_particles, MIN_DRAWS)
     names = observer.q.batch.names
     size = sum(value.numel() for value in observer.q.eta.values())
-    if size > MAX_SIZE:
-        raise ValueError(
-            f"the prior has {size} numbers, but the curvature of their evidence is formed for at "
-            f"most {MAX_SIZE}: score held-out tasks instead, fit.adapt(new_tasks).score()"
-        )
-    if len(names) < 3:
-        raise ValueError(
-            f"leaving a task out of {len(names)} leaves no prior to learn: give three tasks or more"
-        )
     of_eta = _Evidence(observer, num_particles, seed)
     centre, factor = _gaussian(of_eta)
     standard, log_q = _student(num_samples, size, seed, centre)
@@ -100,11 +107,7 @@ class _Evidence:
         self.centred = theta if by is None else theta - by
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([value.numel() for value in self.eta.values()])
-        return {
-            name: part.reshape(self.eta[name].shape)
-            for name, part in zip(self.eta, parts, strict=True)
-        }
+        return named_parts(flat, self.eta)
 
     def penalty(self, flat: Tensor) -> Tensor:
         return torch.as_tensor(self.model.penalty(self.named(flat))).to(flat)

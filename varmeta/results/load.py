@@ -22,8 +22,7 @@ from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import Minimizer
-from varmeta.results import old_format as _old_format
-from varmeta.results import schema as _schema
+from varmeta.results import old_format, schema
 from varmeta.results.configuration import configuration, numbers_of, same_numbers
 from varmeta.results.result import Fit
 from varmeta.strategies.check import check_strategy
@@ -55,12 +54,12 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     data = _read(path, shown)
     try:
         if data.startswith(MAGIC):
-            content, checks = unpacked(data), _schema.PRESENT
+            content, checks = unpacked(data), schema.PRESENT
         else:
-            content, checks = _old_format.unpacked(data), _schema.BEFORE
+            content, checks = old_format.unpacked(data), schema.BEFORE
     except DamagedError as error:
         raise ValueError(f"{shown} is not a varmeta fit (Fit.save writes one): {error}") from error
-    fault = _schema.fault(content, checks)
+    fault = schema.fault(content, checks)
     if fault is not None:
         raise ValueError(f"{shown} is damaged: {fault}")
     try:
@@ -127,7 +126,7 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
         if {n: v.shape for n, v in started.items()} != {n: v.shape for n, v in phi.items()}:
             raise ValueError("its 'phi' are not those of its guide and tasks")
     if "model" not in content:
-        warnings.warn(_old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
+        warnings.warn(old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
     return fit
 
 
@@ -140,7 +139,7 @@ def _check_model(content: dict[str, Any], shown: str, model: TaskModel) -> None:
             f"{shapes}"
         )
     if "model" not in content:
-        _old_format.check_likelihood(content["likelihood"], model, shown)
+        old_format.check_likelihood(content["likelihood"], model, shown)
         return
     found = difference(json.loads(content["model"]), configuration(model), model)
     if found is not None:

@@ -29,9 +29,8 @@ from varmeta.posteriors.arviz_groups import Record, groups
 from varmeta.posteriors.draws import GuideDraws
 from varmeta.posteriors.inputs import check_columns
 from varmeta.posteriors.posterior import Posterior
-from varmeta.results import standard_errors, summary
+from varmeta.results import leave_one_out, standard_errors, summary
 from varmeta.results.evidence_gap import can_be_exact, cost, is_tight
-from varmeta.results.leave_one_out import leave_one_task_out
 from varmeta.results.storage import save
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.problem import Problem
@@ -377,7 +376,9 @@ class Fit:
                 f"this fit has integrated over eta (hyperguide={self.hyper.hyperguide!r}), which "
                 "leaving a task out does by itself: give it a fit with hyperguide='delta'"
             )
-        return leave_one_task_out(self.posterior().observer, num_samples, num_particles, seed)
+        leave_one_out.check(self.eta, len(self.tasks), num_samples, num_particles)
+        observer = self.posterior().observer
+        return leave_one_out.leave_one_task_out(observer, num_samples, num_particles, seed)
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """The training tasks' posteriors, the learned prior and the run's record, for ArviZ.

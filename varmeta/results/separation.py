@@ -20,6 +20,7 @@ from torch import Tensor
 from varmeta.fitting.float64 import cast, doubled
 from varmeta.fitting.pooled_start import is_regression, pooled_fit, pooled_loss
 from varmeta.models.labels import parameter_labels
+from varmeta.numerics.tree import named_parts
 
 if TYPE_CHECKING:
     from varmeta.results.result import Fit
@@ -63,10 +64,7 @@ def separated(fit: Fit) -> dict[str, float]:
         return torch.cat([eta[name].detach().reshape(-1) for name in names])
 
     def named(flat: Tensor) -> dict[str, Tensor]:
-        parts = flat.split([start[name].numel() for name in names])
-        return best | {
-            name: part.reshape(start[name].shape) for name, part in zip(names, parts, strict=True)
-        }
+        return best | named_parts(flat, {name: start[name] for name in names})
 
     def loss(flat: Tensor) -> Tensor:
         return pooled_loss(model, batch, named(flat)) + model.penalty(named(flat))

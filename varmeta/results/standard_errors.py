@@ -18,7 +18,7 @@ from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
 from varmeta.models.hyper_posterior import HyperPosterior
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, named_parts
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import Batch
@@ -33,9 +33,8 @@ def of_hyper(hyper: HyperPosterior, eta: Eta, names: list[str]) -> dict[str, Ten
     """
     if hyper.hyperguide != "reml":
         return {name: _sd(hyper.points[name], hyper.log_weights.exp()) for name in names}
-    sds = hyper.factor.square().sum(1).sqrt().split([value.numel() for value in eta.values()])
-    named = dict(zip(eta, sds, strict=True))
-    return {name: named[name].reshape(eta[name].shape) for name in names}
+    named = named_parts(hyper.factor.square().sum(1).sqrt(), eta)
+    return {name: named[name] for name in names}
 
 
 def _sd(points: Tensor, weights: Tensor) -> Tensor:
@@ -77,11 +76,7 @@ def of_evidence(
         constant = log_p - log_joint(model, theta, eta, data)
 
     def total(vector: Tensor) -> Tensor:
-        parts = vector.split([value.numel() for value in eta.values()])
-        here = {
-            name: part.reshape(value.shape)
-            for (name, value), part in zip(eta.items(), parts, strict=True)
-        }
+        here = named_parts(vector, eta)
         evidence = (constant + log_joint(model, theta, here, data)).logsumexp(0)
         return model.penalty(here) - evidence.sum()
 
@@ -100,6 +95,4 @@ def _from(hessian: Tensor, names: list[str], eta: dict[str, Tensor]) -> dict[str
     if int(info) or not bool(factor.isfinite().all()):
         return None
     errors = torch.cholesky_inverse(factor).diagonal().sqrt().to(next(iter(eta.values())))
-    ordered = [name for name in eta if name in names]
-    parts = errors.split([eta[name].numel() for name in ordered])
-    return {name: part.reshape(eta[name].shape) for name, part in zip(ordered, parts, strict=True)}
+    return named_parts(errors, {name: value for name, value in eta.items() if name in names})
