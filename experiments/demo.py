@@ -26,6 +26,7 @@ import varmeta as vm
 from varmeta.plot import plot_curves, plot_prior
 from varmeta.posteriors import arviz as inference_data
 from varmeta.posteriors import calibration
+from varmeta.strategies.objective import OuterName
 
 # lme4 1.1-31, ML, `y ~ x + (x | task)`: intercept, slope, their sds, their correlation, residual
 # sd, log likelihood.
@@ -90,7 +91,7 @@ def strategies() -> dict[str, vm.Joint | vm.Implicit | vm.Unrolled | vm.FirstOrd
     """
     inner, adam = vm.GradientDescent(lr=0.003), vm.Adam(lr=3e-2)
 
-    def implicit(outer: str) -> vm.Implicit:
+    def implicit(outer: OuterName) -> vm.Implicit:
         # five steps an outer step, from where the last ones ended: the certificates say how far
         # that is from a minimum
         return vm.Implicit("delta", outer, 5, adam, vm.CG(max_steps=5), warm_start=True)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from varmeta.numerics.minimize import minimize
+from varmeta.strategies.objective import OuterName
 
-OBJECTIVES = {"imaml": "query", "variational": "elbo"}
+OBJECTIVES: dict[str, OuterName] = {"imaml": "query", "variational": "elbo"}
 LEVELS = (0.01, 0.05, 0.1)
 NUM_TASKS, PRECISION, NOISE = 8, 10.0, 0.3
 

@@ -6,9 +6,10 @@ from varmeta.landscape.landscape import Landscape
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.model import TaskModel
-from varmeta.numerics.linear_solve import CG, Direct, Neumann
-from varmeta.numerics.minimize import Adam, GradientDescent
+from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
+from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, Minimizer
 from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.solution import Result, Solution
 from varmeta.posteriors.posterior import Posterior
 from varmeta.posteriors.prediction import Prediction
 from varmeta.priors.gaussian_prior import GaussianPrior
@@ -19,6 +20,7 @@ from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.reinit import Reinit
 from varmeta.strategies.stochastic import StochasticAlg
+from varmeta.strategies.strategy import State, Stats, Strategy, Traits
 from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
 from varmeta.verbs.compare import compare
@@ -36,6 +38,9 @@ __all__ = [
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
     "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg", "guides",
+    # what strategies, minimisers and solvers of your own are made of (docs/extend.md)
+    "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",
+    "Solution", "Result",
     # verbs and what they return
     "fit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",

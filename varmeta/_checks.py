@@ -30,6 +30,21 @@ def kind_of(value: Any) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
+def name_of(code: Any) -> str:
+    """What a function, or anything that is called like one, is called.
+
+    >>> name_of(print), name_of(slice(1))
+    ('print', 'slice')
+    """
+    return str(getattr(code, "__name__", type(code).__name__))
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError, with the choices, for a value that is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+
+
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """value as an int, also numpy's.
 

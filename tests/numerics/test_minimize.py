@@ -33,6 +33,10 @@ def bowl(phi):
     return steepness * ((flat - 0.3).cosh().sum(-1) + 0.1 * flat.sum(-1) ** 2)
 
 
+def step(rule, phi, state):
+    return rule.update(phi, value_and_gradient(bowl, phi)[2], state)
+
+
 @pytest.mark.parametrize(
     ("rule", "optimizer"),
     [
@@ -56,16 +60,12 @@ def test_the_rule_is_torchs(rule, optimizer):
     for name, value in solution.value.items():
         assert torch.allclose(value, leaves[name], rtol=0, atol=1e-7)
 
-    # and step by step, from the gradient or from the function
-    by_step, by_update = (phi, rule.init(phi)), (phi, rule.init(phi))
+    # and step by step, from the gradient
+    by_step = phi, rule.init(phi)
     for _ in range(40):
-        by_step = rule.step(bowl, *by_step)
-        by_update = rule.update(
-            by_update[0], value_and_gradient(bowl, by_update[0])[2], by_update[1]
-        )
+        by_step = step(rule, *by_step)
     for name, value in solution.value.items():
         assert torch.equal(by_step[0][name], value)
-        assert torch.equal(by_update[0][name], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -281,13 +281,13 @@ def test_divergence_ends_as_non_finite():
 @pytest.mark.parametrize("rule", RULES)
 def test_state_has_the_task_axis_first(rule):
     phi = start()
-    state = rule.step(bowl, phi, rule.init(phi))[1]
+    state = step(rule, phi, rule.init(phi))[1]
     assert all(len(x) == 3 for x in state.values())
     # a row that is put back to the start behaves as on its first step, whatever the others do
     if state:
         mixed = tree.put(state, torch.tensor([1]), tree.take(rule.init(phi), torch.tensor([1])))
-        fresh = rule.step(bowl, phi, rule.init(phi))[0]
-        found = rule.step(bowl, phi, mixed)[0]
+        fresh = step(rule, phi, rule.init(phi))[0]
+        found = step(rule, phi, mixed)[0]
         assert torch.equal(tree.flatten(found)[1], tree.flatten(fresh)[1])
 
 

@@ -82,7 +82,7 @@ def test_the_direction_and_its_price():
     assert torch.allclose(tree.flatten(one.value), torch.linalg.solve(a, b), rtol=1e-10)
     # loss and gradient twice, six Hessian products
     assert one.stats["evaluations"].tolist() == [2 + 2 * 6] * 4
-    damped = NewtonCG(damping=3.0).step(fn, phi, {})[0]
+    damped = minimize(fn, phi, NewtonCG(damping=3.0), steps=1).value
     expected = torch.linalg.solve(a + 3 * torch.eye(6, dtype=torch.float64), b)
     assert torch.allclose(tree.flatten(damped), expected, rtol=1e-10)
     # CG with all its steps, and its curvature: a Rayleigh quotient lies among the eigenvalues
@@ -582,8 +582,6 @@ def test_a_task_does_not_depend_on_its_company():
 def test_steps_cannot_be_unrolled():
     with pytest.raises(ValueError, match="GradientDescent or Adam"):
         minimize(lambda phi: phi["w"] ** 2, {"w": double(1.0)}, DENSE, create_graph=True)
-    with pytest.raises(ValueError, match="GradientDescent or Adam"):
-        DENSE.step(lambda phi: phi["w"] ** 2, {"w": double(1.0)}, {}, create_graph=True)
 
 
 def test_runs_under_no_grad():

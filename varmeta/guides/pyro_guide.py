@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuideList, AutoStructured
 from torch import Tensor
 
+from varmeta._checks import name_of
 from varmeta.guides.guide import Guide, _AtLocation
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel
@@ -53,7 +54,7 @@ class PyroGuide(Guide):
 
     def __init__(self, factory: Callable[[Callable[..., Any]], Any]) -> None:
         self.factory = factory
-        self.name = getattr(factory, "__name__", type(factory).__name__)
+        self.name = name_of(factory)
         self._model: TaskModel | None = None
         # one module per number of tasks: an autoguide remembers the plate size of its first call
         self._modules: dict[int, torch.nn.Module] = {}

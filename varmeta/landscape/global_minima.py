@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from varmeta.tasks import TaskSet
 _TIGHT = 1e-13  # of inner gradients: central differences divide what is left of them by 2e-5
 _MAX_SIZE = 2_000_000  # points of the grid x tasks, before a loss that has no minimum is given up
 _CHUNK = 500_000  # numbers in one table of anchors x grid
+
+
+RowOuter = Literal["f", "query", "elbo"]
 
 
 class Grid(NamedTuple):
@@ -150,7 +153,7 @@ class Rows:
         # the post's simplification, where there is no validation loss
         self._batch = batch if batch.query is not None else replace(batch, query=batch.support)
 
-    def losses(self, name: str) -> Losses:
+    def losses(self, name: RowOuter) -> Losses:
         """`fn(phi, eta) -> (rows,)`: "elbo" and "query" as for any problem, and "f", the loss on
         the support alone.
         """
@@ -158,7 +161,7 @@ class Rows:
             return self._problem.losses("query", replace(self._batch, query=self._batch.support), 0)
         return self._problem.losses(name, self._batch, 0)
 
-    def __call__(self, name: str, theta: Tensor) -> Tensor:
+    def __call__(self, name: RowOuter, theta: Tensor) -> Tensor:
         return self.losses(name)(phi_of(theta), self.eta)
 
     def slopes(self, theta: Tensor) -> tuple[Tensor, Tensor]:

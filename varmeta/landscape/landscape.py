@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from varmeta._checks import one_of
 from varmeta.landscape.functions import model_of_function, tasks_of_coefficients
 from varmeta.landscape.global_minima import Anchored, RowDescent, phi_of, theta_of
 from varmeta.landscape.wells import locate_jumps
@@ -36,7 +37,9 @@ from varmeta.results.result import Fit
 from varmeta.strategies.problem import Losses
 from varmeta.tasks import TaskSet
 
-ROUTES = ("closed form", "implicit", "unrolled", "central differences")
+Route = Literal["closed form", "implicit", "unrolled", "central differences"]
+ROUTES: tuple[Route, ...] = get_args(Route)
+AnchoredOuter = Literal["query", "elbo"]  # iMAML's, and the variational one
 Anchors = Tensor | Sequence[float] | float
 
 _DOWNHILL = GradientDescent(0.01)
@@ -243,7 +246,7 @@ class Landscape:
             for at, i, left, right in zip(*columns, strict=True)
         ]
 
-    def derivative(self, anchors: Anchors, route: str = "implicit") -> Tensor:
+    def derivative(self, anchors: Anchors, route: Route = "implicit") -> Tensor:
         """d theta_i* / d theta0 of `argmin`, `(anchors, tasks)`, by one of four routes.
 
         They agree away from jumps.
@@ -257,8 +260,7 @@ class Landscape:
 
         Raises ValueError for another route.
         """
-        if route not in ROUTES:
-            raise ValueError(f"route must be one of {ROUTES}, not {route!r}")
+        one_of("route", route, ROUTES)
         anchors = _line(anchors, "anchors")
         if route == "central differences":
             step = 1e-5
@@ -296,7 +298,7 @@ class Landscape:
         return self._outer("elbo", _line(anchors, "anchors"), theta) - self.normaliser
 
     def gradient(
-        self, anchors: Anchors, outer: str = "query", theta: Tensor | None = None
+        self, anchors: Anchors, outer: AnchoredOuter = "query", theta: Tensor | None = None
     ) -> Tensor:
         """Each task's meta-gradient, `(anchors, tasks)`, by `ImplicitAdjoint`.
 
@@ -307,10 +309,7 @@ class Landscape:
 
         Raises ValueError for another outer objective.
         """
-        if outer not in ("query", "elbo"):
-            raise ValueError(
-                f"outer must be 'query' (iMAML's) or 'elbo' (the variational one), not {outer!r}"
-            )
+        one_of("outer", outer, get_args(AnchoredOuter))
         anchors = _line(anchors, "anchors")
         return self._gradient(anchors, self._minima(anchors, theta), outer)
 
@@ -324,11 +323,11 @@ class Landscape:
             )
         return theta.detach().to(torch.float64)
 
-    def _outer(self, name: str, anchors: Tensor, theta: Tensor | None) -> Tensor:
+    def _outer(self, name: AnchoredOuter, anchors: Tensor, theta: Tensor | None) -> Tensor:
         theta = self._minima(anchors, theta)
         return self._anchored.rows(anchors)(name, theta.flatten()).reshape(len(anchors), -1)
 
-    def _gradient(self, anchors: Tensor, theta: Tensor, outer: str | Losses) -> Tensor:
+    def _gradient(self, anchors: Tensor, theta: Tensor, outer: AnchoredOuter | Losses) -> Tensor:
         rows = self._anchored.rows(anchors, live=True)
         inner = rows.losses("elbo")
         # the inner function itself, so that the envelope theorem is seen to apply

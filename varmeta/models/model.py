@@ -21,7 +21,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from varmeta._checks import kind_of
+from varmeta._checks import kind_of, name_of
 from varmeta.files.remember import Remembers, remembered
 from varmeta.likelihoods.base import Likelihood
 from varmeta.likelihoods.weighted import is_gaussian
@@ -394,11 +394,7 @@ class TaskModel(Remembers):
 
     def __repr__(self) -> str:
         program = self._program
-        what = (
-            type(self.net).__name__
-            if program is None
-            else getattr(program, "__name__", type(program).__name__)
-        )
+        what = type(self.net).__name__ if program is None else name_of(program)
         noise = "" if self.likelihood is None else f", {self.likelihood!r}"
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
 

@@ -74,6 +74,22 @@ def without_shapes(error: BaseException) -> str:
     return str(error).partition("\nTrace Shapes:")[0].rstrip()
 
 
+def observed_site(trace: poutine.Trace) -> Any:
+    """The site of the observations: the one called y, or the only one."""
+    sites = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and name != SITE and not site_is_subsample(site)
+    }
+    if "y" in sites:
+        return sites["y"]
+    if len(sites) != 1:
+        raise ValueError(
+            f"the program samples {sorted(sites)}: call the observed site 'y', or sample just one"
+        )
+    return next(iter(sites.values()))
+
+
 def observed_log_prob(
     trace: poutine.Trace, shape: tuple[int, ...] | None = None, weighted: bool = True
 ) -> Tensor:

@@ -34,25 +34,13 @@ _HOST_READS_EVERY = (
 
 
 class Minimizer(ABC):
-    """A way to minimise.  Subclasses hold choices, never state."""
+    """A way to minimise: `solve`.  Subclasses hold choices, never state.
+
+    A rule that needs the gradient alone is written faster as a `FirstOrderMinimizer`.
+    """
 
     takes_units = False
     per_point = False
-
-    @abstractmethod
-    def init(self, phi: Tree) -> Tree:
-        """The state before the first step.
-
-        Every tensor has the task axis first, so rows can be taken and put back.
-        """
-
-    @abstractmethod
-    def step(
-        self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False
-    ) -> tuple[Tree, Tree]:
-        """One step for every task; with `create_graph` it can be differentiated, else it carries no
-        graph.
-        """
 
     @abstractmethod
     def solve(
@@ -65,8 +53,9 @@ class Minimizer(ABC):
         max_steps: int,
         create_graph: bool,
     ) -> Solution:
-        """What `minimize` calls once it has checked the arguments; with `units` too where
-        `takes_units`, and `lr_scale`.
+        """What `minimize` calls once it has checked the arguments, which see.
+
+        With `units` too where the class says `takes_units`.
         """
 
 
@@ -177,19 +166,20 @@ class FirstOrderMinimizer(Minimizer):
     """A rule that needs the gradient alone: a subclass writes `init` and `update`."""
 
     @abstractmethod
+    def init(self, phi: Tree) -> Tree:
+        """The state before the first step.
+
+        Every tensor has the task axis first, so rows can be taken and put back.
+        """
+
+    @abstractmethod
     def update(
         self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
     ) -> tuple[Tree, Tree]:
-        """One step from a gradient already at hand, as a pure function.
+        """One step from a gradient already at hand, as a pure function: phi and the state after.
 
         lr_scale: multiplies the learning rate (a schedule); a number, or one per task `(tasks,)`.
         """
-
-    def step(
-        self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False
-    ) -> tuple[Tree, Tree]:
-        _, point, gradient = value_and_gradient(fn, phi, create_graph)
-        return self.update(point if create_graph else tree.detach(point), gradient, state)
 
     def solve(
         self,

@@ -71,7 +71,7 @@ class NewtonCG(Minimizer):
         of a ReLU;
       NON_FINITE, when its loss, gradient or Hessian is not finite, at its last finite point.
 
-    There is no state, and no graph: `create_graph` is refused.  fn meets far points in the search;
+    There is no graph: `create_graph` is refused.  fn meets far points in the search;
     it must answer with inf or nan, not with an exception (switch the validation of distributions
     off).
 
@@ -120,16 +120,6 @@ class NewtonCG(Minimizer):
                 "max_backtracks and dense_size must not be negative, but are "
                 f"{self.max_backtracks}, {self.dense_size}"
             )
-
-    def init(self, phi: Tree) -> Tree:
-        return {}
-
-    def step(
-        self, fn: Losses, phi: Tree, state: Tree, create_graph: bool = False
-    ) -> tuple[Tree, Tree]:
-        return self.solve(
-            fn, phi, steps=1, tolerance=0.0, max_steps=1, create_graph=create_graph
-        ).value, state
 
     def solve(
         self,

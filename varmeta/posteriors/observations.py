@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -51,22 +50,6 @@ def quiet_scope(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def observed_site(trace: poutine.Trace) -> Any:
-    """The site of the observations: the one called y, or the only one."""
-    sites = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and name != SITE and not poutine.util.site_is_subsample(site)
-    }
-    if "y" in sites:
-        return sites["y"]
-    if len(sites) != 1:
-        raise ValueError(
-            f"the program samples {sorted(sites)}: call the observed site 'y', or sample just one"
-        )
-    return next(iter(sites.values()))
 
 
 def class_probabilities(fn: dist.TorchDistribution) -> Tensor:

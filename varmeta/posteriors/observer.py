@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.models.pyro_program import observed_log_prob
+from varmeta.models.pyro_program import observed_log_prob, observed_site
 from varmeta.posteriors import slices
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.observation_noise import TaskNoise
@@ -20,7 +20,6 @@ from varmeta.posteriors.observations import (
     Evaluated,
     class_probabilities,
     known_mean,
-    observed_site,
     quiet_scope,
     samples_more,
 )

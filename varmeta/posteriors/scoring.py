@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from varmeta.guides.kl import location, scale
+from varmeta.models.pyro_program import observed_site
 from varmeta.posteriors import metrics
-from varmeta.posteriors.observations import observed_site
 from varmeta.posteriors.observer import Observer
 from varmeta.tasks import Data
 

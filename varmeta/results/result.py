@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from varmeta._checks import counted
+from varmeta._checks import counted, name_of
 from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
 from varmeta.fitting.compiled_step import check_compile
@@ -131,7 +131,15 @@ class Fit:
                 "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
             )
             return f"negative ELBO, {integrated} integrated out"
-        name = {
+        name = self._objective_name
+        return f"{name} - log hyperprior" if self.model.has_hyperprior else name
+
+    @property
+    def _objective_name(self) -> str:
+        outer = self.strategy.outer
+        if callable(outer):
+            return name_of(outer)
+        return {
             "elbo": "penalised loss (MAP; no bound)"
             if self.is_point
             else "negative ELBO" + " by cubature" * self._is_cubature_rough
@@ -144,8 +152,7 @@ class Fit:
             else "KL + query loss",
             "query": "query loss (no bound)" if self.is_point else "query loss",
             "query_predictive": "-log predictive of the query" + " (no bound)" * self.is_point,
-        }[self.strategy.outer]
-        return f"{name} - log hyperprior" if self.model.has_hyperprior else name
+        }[outer]
 
     @cached_property
     def _is_cubature_rough(self) -> bool:
@@ -441,7 +448,9 @@ class Fit:
         """The objective, and what it is worth as a log likelihood."""
         if not self.run.history:
             return "not run"
-        line = f"{self.loss_name}: {self.loss:.4f} nats"
+        # what a function of the user's own measures is not known
+        unit = "" if callable(self.strategy.outer) else " nats"
+        line = f"{self.loss_name}: {self.loss:.4f}{unit}"
         if self.hyper is not None and self.hyper.hyperguide != "reml":
             return f"{line}; log evidence by importance weights: {self.hyper.log_evidence:.4f}"
         if self.log_likelihood is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from varmeta._checks import name_of
 from varmeta.files.container import packed
 from varmeta.files.version import __version__
 from varmeta.files.write import write
@@ -101,4 +102,4 @@ def _describe(value: Any) -> Any:
             "dtype": str(value.dtype),
             "values": value.detach().cpu().tolist(),
         }
-    return {"kind": "code", "name": getattr(value, "__name__", type(value).__name__)}
+    return {"kind": "code", "name": name_of(value)}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from varmeta._checks import counted, kind_of
+import torch
+from torch import Tensor
+
+from varmeta._checks import counted, kind_of, name_of
 from varmeta.guides.laplace import Laplace
 from varmeta.models.check_rows import rows_meet
 from varmeta.models.kinks import kinked
@@ -10,8 +13,9 @@ from varmeta.models.model import TaskModel
 from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
+from varmeta.numerics.tree import take
 from varmeta.strategies.amortised import Amortised
-from varmeta.strategies.objective import OUTER
+from varmeta.strategies.objective import OwnObjective, check_outer
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Strategy, Traits
 from varmeta.tasks import TaskSet
@@ -37,9 +41,10 @@ def check_strategy(
     Raises TypeError for parts of another kind, ValueError for what does not go together.
     """
     _check_parts(strategy)
-    if strategy.outer not in OUTER:
-        raise ValueError(f"unknown outer objective {strategy.outer!r}: choose one of {OUTER}")
-    if strategy.outer != "elbo":
+    check_outer(strategy.outer)
+    if callable(strategy.outer):
+        _check_own_outer(strategy.outer, problem, tasks)
+    elif strategy.outer != "elbo":
         _check_query(strategy, tasks)
     elif for_fit and not bool(tasks.batch().support.mask.any()):
         others = ", or learn from the query rows by vm.Implicit(outer='query')"
@@ -99,6 +104,32 @@ def _check_query(strategy: Strategy, tasks: TaskSet) -> None:
         )
 
 
+def _check_own_outer(outer: OwnObjective, problem: Problem, tasks: TaskSet) -> None:
+    """Run it on two tasks of unlike lengths: it must give one loss each, of each task alone."""
+    lengths = [sum(len(part[1]) for part in (t.support, t.query) if part) for t in tasks]
+    shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
+    pair = tasks[[longest, shortest] if longest != shortest else [0]].batch()
+    eta = problem.model.init(pair.support.x.new_zeros(()))
+    phi = problem.start(pair, eta)
+    losses = problem.losses(outer, pair, 0)(phi, eta)
+    if not isinstance(losses, Tensor) or losses.shape != (len(pair),):
+        came = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else kind_of(losses)
+        raise ValueError(
+            f"the outer objective {name_of(outer)!r} must return one loss per task, of "
+            f"{counted(len(pair), 'task')} shape ({len(pair)},), not {came}: sum over "
+            "everything but the task axis"
+        )
+    alone = tasks[[shortest]].batch()
+    one = problem.losses(outer, alone, 0)(take(phi, slice(len(pair) - 1, None)), eta)
+    if not torch.allclose(losses[-1:], one, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"the outer objective {name_of(outer)!r} gives task {alone.names[0]!r} "
+            f"{float(one):.6g} nats alone and {float(losses[-1]):.6g} beside {pair.names[0]!r}: "
+            "leave out rows where data.mask is False (padding), and let no task's loss depend on "
+            "another task"
+        )
+
+
 def _check_curvature(strategy: Strategy, problem: Problem, tasks: TaskSet) -> None:
     """Refuse a likelihood with kinks where its second derivative is what the answer is made of."""
     minimizer = getattr(strategy, "minimizer", None)
@@ -142,7 +173,8 @@ def _check_precision(strategy: Strategy, problem: Problem, traits: Traits, tasks
         return
     if not problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
         return
-    if strategy.outer in ("query", "query_predictive"):
+    if strategy.outer not in ("elbo", "query_elbo"):
+        # the user's own is taken for what it can be: an objective that has an optimum
         if not traits.moves_precision:
             raise ValueError(
                 f"{type(strategy).__name__} with a delta guide passes no derivative to the "

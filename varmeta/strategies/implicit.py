@@ -23,6 +23,7 @@ from varmeta.strategies.amortised import (
     check_steps,
     has_diverged,
 )
+from varmeta.strategies.objective import Outer
 from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.stochastic import StochasticAlg
@@ -39,7 +40,8 @@ class Implicit(Amortised):
     dG/deta = d_eta G - (d2F/dphi deta)' u   with   (d2F/dphi2) u = d_phi G.
 
     outer: "elbo" (the post's variational objective, where the envelope theorem leaves no linear
-        system), "query" (iMAML), "query_elbo" or "query_predictive".
+        system), "query" (iMAML), "query_elbo" or "query_predictive"; or a function of your own, see
+        docs/extend.md.
     inner_steps: None, to tolerance; or a fixed number K, in which case the gradient is exact only
         as far as phi_K is the minimum: look at the certificate.
     on_unconverged: "warn" (once per fit), "raise" or "ignore" a gradient whose certificate is out
@@ -53,7 +55,7 @@ class Implicit(Amortised):
     Reference: Rajeswaran et al. (2019).
     """
 
-    outer: str = "elbo"
+    outer: Outer = "elbo"
     inner_steps: int | None = None
     minimizer: Minimizer = field(default_factory=NewtonCG)
     linear_solver: LinearSolver | None = None

@@ -12,7 +12,6 @@ from torch import Tensor
 from varmeta.graphs.pieces import at, run
 from varmeta.guides.delta import Delta
 from varmeta.guides.guide import Guide
-from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.models.kinks import kinked
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
@@ -46,7 +45,6 @@ class Joint(Strategy):
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=1e-2), kw_only=True)
     adapt_steps: int = field(default=1000, kw_only=True)
 
-    outer = "elbo"
     frozen = False
 
     def traits(self, problem: Problem) -> Traits:
@@ -112,10 +110,10 @@ def _adapt_with_fresh_noise(
     The location starts at the mode and moves in units of the prior's sd, so that it is reached in
     any units.
     """
-    ours = not isinstance(problem.guide, PyroGuide)
+    has_location = problem.has_location(phi)
     unit = {name: torch.ones_like(x) for name, x in phi.items()}
     origin = {name: torch.zeros_like(x) for name, x in phi.items()}
-    if ours:
+    if has_location:
         points = replace(problem, guide=Delta(), expectation=Point())
         point = {"loc": phi["loc"]}
         penalised = at(points.losses("elbo", batch, 0), eta)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, fx
 
-from varmeta.graphs.pieces import Graphed
+from varmeta.graphs.pieces import Graphed, at
 from varmeta.guides.guide import Guide
 from varmeta.guides.make import make_guide
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import losses_and_gradient
-from varmeta.numerics.minimize import Minimizer
+from varmeta.numerics.minimize import Minimizer, minimize
+from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, detach
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.expectation import (
@@ -28,7 +30,7 @@ from varmeta.strategies.expectation import (
     Point,
     make_expectation,
 )
-from varmeta.strategies.objective import Objective
+from varmeta.strategies.objective import Objective, Outer
 from varmeta.tasks import Batch, Data, TaskSet
 from varmeta.tasks.tensors import batch_of, tensors_of
 
@@ -89,11 +91,11 @@ class Problem:
     def deterministic(self) -> bool:
         return self.expectation.deterministic
 
-    def losses(self, name: str, batch: Batch, step: int) -> Losses:
-        """`fn(phi, eta) -> (tasks,)` for the objective of that name, on this batch and with this
-        step's noise.
+    def losses(self, name: Outer | Literal["inner"], batch: Batch, step: int) -> Losses:
+        """`fn(phi, eta) -> (tasks,)` for that objective, on this batch and with this step's noise.
 
-        "inner" is what phi minimises: F_i, as "elbo", unless the guide is Laplace's.
+        name: one of the four, or a function of the user's own; "inner" is what phi minimises: F_i,
+            as "elbo", unless the guide is Laplace's.
         """
         function = self.objective.outer(name)
         noise = self.noise(name, batch, step)
@@ -109,7 +111,9 @@ class Problem:
             graphs,
         )
 
-    def gradient_graph(self, name: str, batch: Batch, eta: Mapping[str, Tensor]) -> fx.GraphModule:
+    def gradient_graph(
+        self, name: Literal["inner", "elbo"], batch: Batch, eta: Mapping[str, Tensor]
+    ) -> fx.GraphModule:
         """The traced graph of those losses and their gradient in phi, to judge by what they cost;
         kept with the model.
 
@@ -120,7 +124,7 @@ class Problem:
         assert isinstance(losses, Graphed)
         return losses.traced(losses_and_gradient, detach(self.start(batch, known)), known)
 
-    def noise(self, name: str, batch: Batch, step: int) -> Tensor:
+    def noise(self, name: Outer | Literal["inner"], batch: Batch, step: int) -> Tensor:
         """The standardised points at which that objective takes its expectation, `(points, tasks or
         1, D)`.
         """
@@ -165,7 +169,7 @@ class Problem:
         """
         one = self.model.prior.uniform and phi.keys() == {"loc"}
         many = 2 * batch.support.mask.shape[1] > self.model.weights.size
-        if one or many or isinstance(self.guide, PyroGuide):
+        if one or many or not self.has_location(phi):
             return None
         with validation_enabled(False):
             sd = self.model.prior_distribution(eta).stddev.detach()
@@ -175,6 +179,15 @@ class Problem:
             name: sd.expand_as(x) if name == "loc" else torch.ones_like(x)
             for name, x in phi.items()
         }
+
+    def has_location(self, phi: Tree) -> bool:
+        """Whether phi["loc"] is q's mean, `(tasks, D)`, as in all guides but a Pyro guide's."""
+        size = self.model.weights.size
+        return (
+            not isinstance(self.guide, PyroGuide)
+            and "loc" in phi
+            and phi["loc"].shape[1:] == (size,)
+        )
 
     def lr_scale(self, batch: Batch, minimizer: Minimizer) -> Tensor | None:
         """What a rule that is `per_point` multiplies its rate with, `(tasks,)`: 1 / a task's
@@ -190,3 +203,31 @@ class Problem:
         """phi at the prior, differentiable in eta."""
         with validation_enabled(False):  # a line search may ask for a point without a finite scale
             return self.guide.init(self.model, eta, batch.support)
+
+    def minimize(
+        self,
+        batch: Batch,
+        eta: Mapping[str, Tensor],
+        minimizer: Minimizer,
+        *,
+        start: Tree | None = None,
+        step: int = 0,
+        steps: int | None = None,
+        tolerance: float | None = None,
+    ) -> Solution:
+        """phi where F_i is least, without a graph to eta.
+
+        start: where phi starts; None: at the prior.  step: the outer step, whose noise is taken.
+        steps, tolerance: as in `numerics.minimize.minimize`.
+        """
+        known = detach(dict(eta))
+        phi = detach(self.start(batch, known)) if start is None else start
+        return minimize(
+            at(self.losses("inner", batch, step), known),
+            phi,
+            minimizer,
+            steps=steps,
+            tolerance=tolerance,
+            units=self.units(batch, phi, known),
+            lr_scale=self.lr_scale(batch, minimizer),
+        )

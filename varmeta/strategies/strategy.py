@@ -13,6 +13,8 @@ for which it is a function of eta:
 | `Unrolled`   | the prior        | K                 | through the iterates | any of the four |
 | `FirstOrder` | the prior        | K                 | d phi_K/d phi_0 = 1  | any of the four |
 | `Reptile`    | the prior        | K                 | phi_K held fixed     | elbo            |
+
+In the place of any of the four a function of the user's own may stand (`objective.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
+from varmeta._checks import name_of
 from varmeta.guides.guide import Guide
 from varmeta.guides.laplace import Laplace
 from varmeta.guides.make import GUIDES, make_guide
@@ -31,6 +34,7 @@ from varmeta.models.model import TaskModel
 from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree
+from varmeta.strategies.objective import Outer
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch, TaskSet
 
@@ -136,9 +140,13 @@ class Strategy(ABC):
     expectation: str = field(default="auto", kw_only=True)
     num_particles: int = field(default=2, kw_only=True)
 
-    # not annotated: constants of the class here, a field where a strategy lets its user choose
-    outer = "elbo"
+    # not annotated: a constant of the class
     frozen = True  # the noise of the expectation is held fixed while phi is minimised
+
+    @property
+    def outer(self) -> Outer:
+        """The outer objective; a field where a strategy lets its user choose."""
+        return "elbo"
 
     @abstractmethod
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
@@ -177,13 +185,9 @@ class Strategy(ABC):
         return losses.sum() * (batch.total / len(batch)) + batch.share * problem.model.penalty(eta)
 
     def describe(self) -> str:
-        guide = (
-            self.guide
-            if isinstance(self.guide, (str, Guide))
-            else getattr(self.guide, "__name__", "own guide")
-        )
+        guide = self.guide if isinstance(self.guide, (str, Guide)) else name_of(self.guide)
         made = make_guide(guide) if guide in GUIDES or isinstance(guide, Guide) else None
-        outer = (
-            made.evidence_name if isinstance(made, Laplace) and self.outer == "elbo" else self.outer
-        )
+        outer = self.outer if isinstance(self.outer, str) else name_of(self.outer)
+        if isinstance(made, Laplace) and outer == "elbo":
+            outer = made.evidence_name
         return f"{type(self).__name__}({guide}, outer={outer})"

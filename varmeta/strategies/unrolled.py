@@ -26,6 +26,7 @@ from varmeta.strategies.amortised import (
     check_steps,
     has_diverged,
 )
+from varmeta.strategies.objective import Outer
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.stochastic import StochasticAlg
 from varmeta.strategies.strategy import Eta, State, Stats, Traits
@@ -44,7 +45,7 @@ class KSteps(Amortised):
     How the derivative of G comes back to eta is what subclasses say.
     """
 
-    outer: str = "query"
+    outer: Outer = "query"
     inner_steps: int = 5
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: GradientDescent(lr=0.01))
 
@@ -227,7 +228,7 @@ class Reptile(KSteps):
     Reference: Nichol et al. (2018); its pull with the precision of the prior as the factor.
     """
 
-    outer: str = "elbo"
+    outer: Outer = "elbo"
 
     def __post_init__(self) -> None:
         super().__post_init__()
