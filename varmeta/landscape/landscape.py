@@ -106,11 +106,10 @@ class Landscape:
         if not 0 < spacing < math.inf:
             raise ValueError(f"spacing must be a positive number, not {spacing}")
         tasks = tasks.to(torch.float64)
-        asked = [task.query is not None for task in tasks]
-        if any(asked) and not all(asked):
+        bare = tasks.query_rows.bare(tasks.names)
+        if 0 < len(bare) < len(tasks):
             raise ValueError(
-                f"task {tasks.names[asked.index(False)]!r} has no query data although others have: "
-                "give all, or none"
+                f"task {bare[0]!r} has no query data although others have: give all, or none"
             )
         check_model(model, tasks)
         self.model, self.tasks = model, tasks

@@ -5,8 +5,6 @@ That is whole numbers left raw, and several responses of one scale.
 
 from __future__ import annotations
 
-import torch
-
 from varmeta.likelihoods.base import LocationScale
 from varmeta.likelihoods.continuous import LogNormal
 from varmeta.likelihoods.weighted import Weighted
@@ -27,14 +25,13 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     """
     likelihood = model.likelihood
     inner = likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
-    parts = [task.support[1] for task in tasks if task.support is not None]
     if (
         likelihood is None
         or not (isinstance(inner, LocationScale) and inner.learn_scale)
-        or not parts
+        or not len(tasks.support_rows.y)
     ):
         return None
-    y = likelihood.observed(torch.cat(parts)).double()
+    y = likelihood.observed(tasks.support_rows.y).double()
     if y.dim() < 2 or y[0].numel() < 2:
         return None
     rows = y.reshape(len(y), -1)
@@ -61,10 +58,10 @@ def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
     takes them for numbers.
     """
     likelihood = model.likelihood
-    supports = [task.support[1] for task in tasks if task.support is not None]
-    if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not supports:
+    y = tasks.support_rows.y
+    if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not len(y):
         return None
-    y = likelihood.observed(torch.cat(supports)).double()
+    y = likelihood.observed(y).double()
     return (
         f"x is standardised but y, of whole numbers, is not (mean {float(y.mean()):.4g}, sd "
         f"{float(y.std(correction=0)):.4g}), since standardized() takes them for classes or "

@@ -18,7 +18,7 @@ from varmeta.tasks.arrays import as_tensor, refuse_non_finite, to_dtype
 def check_columns(tasks: TaskSet, trained: TaskSet) -> None:
     """Raise ValueError for tasks whose x has other columns than the training tasks'."""
     # tasks without any data do not know their columns
-    if all(task.support is None and task.query is None for task in tasks):
+    if not len(tasks.support_rows.x) and not len(tasks.query_rows.x):
         return
     if tasks.x_shape != trained.x_shape:
         raise ValueError(

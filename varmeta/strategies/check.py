@@ -46,12 +46,12 @@ def check_strategy(
         _check_own_outer(strategy.outer, problem, tasks)
     elif strategy.outer != "elbo":
         _check_query(strategy, tasks)
-    elif for_fit and not bool(tasks.batch().support.mask.any()):
+    elif for_fit and not len(tasks.support_rows.x):
         others = ", or learn from the query rows by vm.Implicit(outer='query')"
         raise ValueError(
             f"{'the task has' if len(tasks) == 1 else f'none of the {len(tasks)} tasks has'} "
             "support rows, so there is nothing to learn the prior from: give Task(support=(x, y))"
-            + (others if all(task.query is not None for task in tasks) else "")
+            + ("" if tasks.query_rows.bare(tasks.names) else others)
         )
     _check_curvature(strategy, problem, tasks)
     traits = strategy.traits(problem)
@@ -91,7 +91,7 @@ def _check_parts(strategy: Strategy) -> None:
 
 
 def _check_query(strategy: Strategy, tasks: TaskSet) -> None:
-    missing = [task.name for task in tasks if task.query is None or not len(task.query[1])]
+    missing = tasks.query_rows.bare(tasks.names)
     if missing:
         raise ValueError(
             f"outer={strategy.outer!r} needs query data, but {counted(len(missing), 'task')} of "

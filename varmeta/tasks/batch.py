@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from varmeta.tasks.arrays import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,23 +182,3 @@ def _fill(values: Tensor, mask: Tensor) -> Tensor:
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-
-
-def pad(parts: Sequence[Part | None], like: Part) -> Data:
-    """Stack ragged parts, None for a task without data; `like` is an empty part that gives shapes,
-    dtypes and device.
-
-    >>> like = torch.zeros(0), torch.zeros(0)
-    >>> data = pad([(torch.ones(1), torch.ones(1)), None, (torch.ones(2), torch.ones(2))], like)
-    >>> data.x.tolist(), data.num_points.tolist()
-    ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [1, 0, 2])
-    """
-    device = like[0].device
-    sizes = torch.tensor([0 if part is None else len(part[0]) for part in parts], dtype=torch.int64)
-    mask = (torch.arange(int(sizes.max())) < sizes[:, None]).to(device)
-    filled = [part for part in parts if part is not None]
-    x, y = (like[i].new_zeros(*mask.shape, *like[i].shape[1:]) for i in (0, 1))
-    if filled:  # the mask reads row by row, which is the order of the concatenation
-        x[mask] = torch.cat([part[0] for part in filled])
-        y[mask] = torch.cat([part[1] for part in filled])
-    return Data(x, y, mask)

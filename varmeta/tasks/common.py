@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ def like_of(
     """An empty part with the shapes, dtypes and device that all parts share, or have to be brought
     to.
     """
-    known = [
-        (f"task {name!r} ({what})", part)
-        for what, parts in (("support", supports), ("query", queries))
-        for name, part in zip(names, parts, strict=True)
-        if part is not None
-    ]
+    # the first of every kind speaks for the others
+    kinds: dict[tuple[Any, ...], tuple[str, str, Part]] = {}
+    for what, parts in (("support", supports), ("query", queries)):
+        for name, part in zip(names, parts, strict=True):
+            if part is not None:
+                some = bool(part[0].shape[0])
+                own = ((values.shape[1:], values.dtype, values.device) for values in part)
+                kinds.setdefault((some, *own), (name, what, part))
+    known = [(f"task {name!r} ({what})", part) for name, what, part in kinds.values()]
     # a part without rows says something about shapes only if nobody else does: [] has no features
     known = [(who, part) for who, part in known if len(part[0])] or known[:1]
     if not known:
@@ -89,6 +93,11 @@ def in_dtypes(
     """x and y in other dtypes, None for as they are; `what` as in "support"."""
     who = f"task {name!r}: {what}"
     return to_dtype(part[0], dtypes[0], f"{who} x"), to_dtype(part[1], dtypes[1], f"{who} y")
+
+
+def in_precision(part: Part, dtype: torch.dtype | None, name: str | None, what: str) -> Part:
+    """x, and y where it is floating, in another dtype, None for as they are."""
+    return in_dtypes(part, (dtype, dtype if part[1].is_floating_point() else None), name, what)
 
 
 def check_names(names: Sequence[str] | None, x: Tensor | None) -> tuple[str, ...] | None:

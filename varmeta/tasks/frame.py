@@ -1,35 +1,83 @@
-"""A long table, one row per observation, becomes one (x, y) per group."""
+"""A long table, one row per observation, becomes the rows of its groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from varmeta._checks import counted
 from varmeta.tasks.arrays import LARGEST
+from varmeta.tasks.common import in_precision
+from varmeta.tasks.features import as_features
+from varmeta.tasks.rows import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ArrayPart = tuple[np.ndarray, np.ndarray]
 Columns = str | Sequence[str]
 
 
-def parts_of_frame(
-    frame: pd.DataFrame, task: str, x: Columns, y: Columns, query: str | None
-) -> list[tuple[str, ArrayPart, ArrayPart | None]]:
-    """(name, support, query) of every group, groups in order of first appearance, rows in the
-    table's order.
+@dataclass(frozen=True)
+class Table:
+    """A long table by its tasks, in order of first appearance; a task's rows keep their order.
 
-    Raises ValueError, with the row's label in the table, for missing columns or values; TypeError
-    for a column that is not numeric.
+    features: by name, `(tasks,)`, float64.
+    """
+
+    names: list[str]
+    support: Rows
+    query: Rows
+    features: dict[str, Tensor]
+
+
+def table_of_frame(
+    frame: pd.DataFrame,
+    task: str,
+    x: Columns,
+    y: Columns,
+    query: str | None,
+    features: Sequence[str],
+) -> Table:
+    """Columns of a table, checked once for all tasks, as rows in one floating dtype.
+
+    Raises ValueError, with the row's label in the table, for missing columns or values, and for a
+    feature that differs within a task; TypeError for a column that is not numeric.
     """
     if not hasattr(frame, "columns"):
         raise TypeError(f"expected a pandas DataFrame, got {type(frame).__name__}")
     if not len(frame):
         raise ValueError("the table has no rows: give at least one observation")
+    codes, names = _tasks(frame, task)
+    rows_of = _RowNames(frame, names, codes)
+    xs, ys = _block(frame, x, rows_of), _block(frame, y, rows_of)
+    if ys.ndim == 2 and not ys.shape[1]:
+        raise ValueError("y=[] has no columns: name at least one")
+    is_query = None if query is None else _flags(frame, query, rows_of)
+    if isinstance(features, str):
+        raise TypeError(
+            f"features must list column names, not the string {features!r}: write [{features!r}]"
+        )
+    order = np.argsort(codes, kind="stable")
+    first = order[np.concatenate([[0], np.bincount(codes).cumsum()[:-1]])]
+    known = {name: _feature(frame, name, codes, first, rows_of) for name in features}
+    # the first task's, for names that are no strings; the numbers have been checked
+    as_features([{name: float(value[0]) for name, value in known.items()}], names[:1])
+    asked = np.zeros(len(order), bool) if is_query is None else is_query[order]
+    support, held_out = (
+        _rows(xs, ys, codes, at, names, what)
+        for what, at in (("support", order[~asked]), ("query", order[asked]))
+    )
+    return Table(names, support, held_out, known)
+
+
+def _tasks(frame: pd.DataFrame, task: str) -> tuple[np.ndarray, list[str]]:
+    """For each row the position of its task, and the tasks' names."""
     codes, values = _column(frame, task).factorize()
     if (codes < 0).any():
         where = np.flatnonzero(codes < 0)
@@ -38,52 +86,35 @@ def parts_of_frame(
             f"{_label(frame, where[0])}: every row must belong to a task; drop them with "
             f"frame.dropna(subset=[{task!r}])"
         )
-    names = [str(value) for value in values.tolist()]
-    rows_of = _RowNames(frame, names, codes)
-    xs, ys = _block(frame, x, rows_of), _block(frame, y, rows_of)
-    if ys.ndim == 2 and not ys.shape[1]:
-        raise ValueError("y=[] has no columns: name at least one")
-    is_query = np.zeros(len(frame), bool) if query is None else _flags(frame, query, rows_of)
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    out = []
-    for name, rows in zip(names, groups, strict=True):
-        support, held_out = rows[~is_query[rows]], rows[is_query[rows]]
-        asked = (xs[held_out], ys[held_out]) if len(held_out) else None
-        out.append((name, (xs[support], ys[support]), asked))
-    return out
+    return codes, [str(value) for value in values.tolist()]
 
 
-def features_of_frame(
-    frame: pd.DataFrame, task: str, names: Sequence[str]
-) -> list[dict[str, float]]:
-    """The columns `names`, of one value per task, as numbers by name for every group, in order of
-    first appearance.
+def _rows(
+    xs: np.ndarray, ys: np.ndarray, codes: np.ndarray, at: np.ndarray, names: list[str], what: str
+) -> Rows:
+    """The rows at the positions `at`, which are sorted by task, as tensors of their own."""
+    counts = torch.from_numpy(np.bincount(codes[at], minlength=len(names)))
+    rows = Rows(torch.from_numpy(xs[at]), torch.from_numpy(ys[at]), counts)
+    # one table, so its columns are brought to their common precision instead of refused
+    floating = [part.dtype for part in (rows.x, rows.y) if part.is_floating_point()]
+    kind = reduce(torch.promote_types, floating) if floating else torch.float64
+    return rows.mapped(lambda part, name: in_precision(part, kind, name, what), names)
 
-    Raises ValueError for a column that differs within a task, naming two rows; else as
-    `parts_of_frame`.
-    """
-    if isinstance(names, str):
-        raise TypeError(
-            f"features must list column names, not the string {names!r}: write [{names!r}]"
+
+def _feature(
+    frame: pd.DataFrame, name: str, codes: np.ndarray, first: np.ndarray, rows_of: _RowNames
+) -> Tensor:
+    """A column of one value per task, `(tasks,)`, float64; `first`: each task's first row."""
+    column = _numbers(frame, name, rows_of)
+    expected = column[first][codes]
+    if (column != expected).any():
+        at = int(np.flatnonzero(column != expected)[0])
+        raise ValueError(
+            f"the feature {name!r} is {column[at]} in {rows_of(at)}, but {expected[at]} in "
+            f"{rows_of(first[codes[at]])}: a feature has one value per task; what differs "
+            "between rows belongs to x"
         )
-    codes, values = _column(frame, task).factorize()
-    found: list[dict[str, float]] = [{} for _ in values]
-    _, first = np.unique(codes, return_index=True)
-    rows_of = _RowNames(frame, [str(value) for value in values.tolist()], codes)
-    for name in names:
-        column = _numbers(frame, name, rows_of)
-        expected = column[first][codes]
-        if (column != expected).any():
-            at = int(np.flatnonzero(column != expected)[0])
-            raise ValueError(
-                f"the feature {name!r} is {column[at]} in {rows_of(at)}, but {expected[at]} in "
-                f"{rows_of(first[codes[at]])}: a feature has one value per task; what differs "
-                "between rows belongs to x"
-            )
-        for known, number in zip(found, column[first].tolist(), strict=True):
-            known[name] = float(number)
-    return found
+    return torch.from_numpy(column[first].astype(np.float64))
 
 
 class _RowNames:
@@ -157,7 +188,9 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
             f"column {name!r} is {array[first]} in {rows_of(first)}, beyond the integers that are "
             f"kept (int64, up to {LARGEST}): give floats, or labels 0, 1, 2, ..."
         )
-    return array if array.dtype.kind == "f" else array.astype(np.int64)
+    # torch reads no foreign byte order
+    kind = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else np.int64
+    return array.astype(kind, copy=False)
 
 
 def _first_word(column: pd.Series, rows_of: _RowNames) -> str:

@@ -37,7 +37,7 @@ class Scalable(Protocol):
     def mapped(
         self,
         rows: Callable[[Part, str | None], Part],
-        features: Callable[[Mapping[str, float]], dict[str, float]],
+        features: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         left_raw: bool,
     ) -> Self: ...
 
@@ -121,7 +121,7 @@ class Scaling:
                 f"was made from tasks with {sorted(self.features)}: give the same"
             )
 
-        def standard(features: Mapping[str, float]) -> dict[str, float]:
+        def standard(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {
                 name: (value - self.features[name][0]) / self.features[name][1]
                 for name, value in features.items()

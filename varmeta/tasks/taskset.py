@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -15,52 +14,21 @@ from torch import Tensor
 
 from varmeta._checks import counted, kind_of
 from varmeta.numerics.noise import task_id
-from varmeta.tasks.arrays import Part, as_part
-from varmeta.tasks.batch import Batch, Data, cast, pad
-from varmeta.tasks.common import check_names, fit_to, in_dtypes, like_of
-from varmeta.tasks.features import as_features, stacked
-from varmeta.tasks.frame import Columns, features_of_frame, parts_of_frame
+from varmeta.tasks.arrays import Part, as_part, refuse_non_finite
+from varmeta.tasks.batch import Batch, Data
+from varmeta.tasks.common import check_names, fit_to, in_precision, like_of
+from varmeta.tasks.features import as_features, in_dtype_of, refuse_infinite
+from varmeta.tasks.frame import Columns, table_of_frame
+from varmeta.tasks.positions import position_of, positions_of
+from varmeta.tasks.rows import Rows
 from varmeta.tasks.scaling import Reads, Scaling
+from varmeta.tasks.split import kept_rows
+from varmeta.tasks.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Batch", "Data", "Task", "TaskSet"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Task:
-    """The data of one task.
-
-    It is checked, and turned into tensors, when it is put into a `TaskSet`.
-
-    support: (x, y), arrays, tensors or lists with one row per point, to adapt with; None or empty:
-        no data yet.
-    query: (x, y) of the same shapes, to be judged on.
-    name: unique in a set; unnamed tasks are called "task 0", "task 1", ... by their position.
-    features: what is known of the task as a whole, numbers by name, the same names in every task of
-        a set: what `GaussianPrior(covariates=...)` moves the prior by.
-    """
-
-    support: tuple[Any, Any] | None = None
-    query: tuple[Any, Any] | None = None
-    name: str | None = None
-    features: Mapping[str, float] | None = None
-
-    def __repr__(self) -> str:
-        sizes = [
-            f"{part}={_size(getattr(self, part))}"
-            for part in ("support", "query")
-            if getattr(self, part) is not None
-        ]
-        return f"Task({', '.join([repr(self.name), *sizes])})"
-
-
-def _size(part: Any) -> str:
-    try:
-        return f"{len(part[1])} points"
-    except (TypeError, IndexError):  # not checked yet
-        return type(part).__name__
 
 
 class TaskSet:
@@ -90,6 +58,10 @@ class TaskSet:
     [[True, True], [True, False]]
     """
 
+    # without padding, which one large task among many makes much larger than the data
+    support_rows: Rows
+    query_rows: Rows
+    names: tuple[str, ...]
     x_names: tuple[str, ...] | None
     # whether a scaling that was told of no likelihood left whole numbers in y as they were
     left_raw = False
@@ -115,39 +87,72 @@ class TaskSet:
         names = [
             f"task {i}" if task.name is None else str(task.name) for i, task in enumerate(given)
         ]
-        supports = [
-            as_part(t.support, f"task {name!r}: support")
-            for t, name in zip(given, names, strict=True)
-        ]
-        queries = [
-            as_part(t.query, f"task {name!r}: query") for t, name in zip(given, names, strict=True)
-        ]
+        supports, queries = (
+            [
+                as_part(getattr(t, what), f"task {name!r}: {what}")
+                for t, name in zip(given, names, strict=True)
+            ]
+            for what in ("support", "query")
+        )
         like = like_of(names, supports, queries, dtype)
         features = as_features([task.features for task in given], names)
-        parts = fit_to(supports, like, names, "support"), fit_to(queries, like, names, "query")
-        checked = [Task(*ts) for ts in zip(*parts, names, features, strict=True)]
+        support, query = (
+            Rows.of(fit_to(parts, like, names, what), like)
+            for parts, what in ((supports, "support"), (queries, "query"))
+        )
         some = any(part is not None for part in (*supports, *queries))
-        self._set(checked, like, check_names(x_names, like[0] if some else None))
+        self._set(names, support, query, features, check_names(x_names, like[0] if some else None))
 
-    def _set(self, tasks: list[Task], like: Part, x_names: tuple[str, ...] | None) -> None:
-        if not tasks:
+    def _set(
+        self,
+        names: Sequence[str],
+        support: Rows,
+        query: Rows,
+        features: dict[str, Tensor],
+        x_names: tuple[str, ...] | None,
+    ) -> None:
+        if not names:
             raise ValueError("no tasks: a TaskSet needs at least one Task (it may have no data)")
-        self.names = tuple(str(task.name) for task in tasks)
-        twice = [name for name, count in Counter(self.names).items() if count > 1]
-        if twice:
+        if len(set(names)) < len(names):
+            twice = [name for name, count in Counter(names).items() if count > 1]
             raise ValueError(
                 f"{counted(len(twice), 'task name')} {'is' if len(twice) == 1 else 'are'} used "
                 f"more than once, {twice[0]!r} first: names tell tasks apart, so give each its own "
                 "with Task(name=...)"
             )
-        self._tasks, self._like, self.x_names = tasks, like, x_names
+        self.names, self.x_names, self._known = tuple(names), x_names, features
+        self.support_rows, self.query_rows = support, query
 
-    def _derived(self, tasks: list[Task], like: Part | None = None) -> TaskSet:
-        """The same columns with other tasks, which have been checked already."""
-        new = TaskSet.__new__(TaskSet)
-        new._set(tasks, self._like if like is None else like, self.x_names)
+    def _derived(
+        self,
+        support: Rows | None = None,
+        query: Rows | None = None,
+        names: Sequence[str] | None = None,
+        features: dict[str, Tensor] | None = None,
+    ) -> Self:
+        """The same but for what is given, which has been checked already."""
+        new = type(self).__new__(type(self))
+        new._set(
+            self.names if names is None else names,
+            self.support_rows if support is None else support,
+            self.query_rows if query is None else query,
+            self._known if features is None else features,
+            self.x_names,
+        )
         new.left_raw = self.left_raw
         return new
+
+    def _changed(
+        self,
+        change: Callable[[Part, str | None, str], Part],
+        features: dict[str, Tensor] | None = None,
+    ) -> Self:
+        """With `change((x, y), name, what)` of all rows, `what` as in "support"."""
+        return self._derived(
+            self.support_rows.mapped(lambda part, name: change(part, name, "support"), self.names),
+            self.query_rows.mapped(lambda part, name: change(part, name, "query"), self.names),
+            features=features,
+        )
 
     @classmethod
     def from_frame(
@@ -185,25 +190,27 @@ class TaskSet:
         >>> tasks.names, tuple(tasks.batch().support.x.shape)
         (('b', 'a'), (2, 2, 1))
         """
-        parts = parts_of_frame(frame, task, x, y, query)
-        known = features_of_frame(frame, task, features)
-        # one table, so its columns are brought to their common precision instead of refused
-        kinds = {a.dtype for a in parts[0][1] if a.dtype.kind == "f"}
-        common = torch.from_numpy(np.zeros(0, np.result_type(*kinds))).dtype if kinds else None
-        x_names = [x] if isinstance(x, str) else x
-        tasks = [
-            Task(support, asked, name, own)
-            for (name, support, asked), own in zip(parts, known, strict=True)
-        ]
-        return cls(tasks, dtype=common, x_names=x_names)
+        table = table_of_frame(frame, task, x, y, query, features)
+        new = cls.__new__(cls)
+        x_names = check_names([x] if isinstance(x, str) else x, table.support.x)
+        new._set(table.names, table.support, table.query, table.features, x_names)
+        return new
 
     # -- the tasks ---------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self.names)
 
     def __iter__(self) -> Iterator[Task]:
-        return iter(self._tasks)
+        return map(self._task, range(len(self)))
+
+    def _task(self, position: int) -> Task:
+        return Task(
+            self.support_rows.part(position),
+            self.query_rows.part(position),
+            self.names[position],
+            {name: float(value[position]) for name, value in self._known.items()},
+        )
 
     @overload
     def __getitem__(self, index: int | str) -> Task: ...
@@ -218,54 +225,40 @@ class TaskSet:
                 raise KeyError(
                     f"no task is called {index!r}; the first names are {list(self.names[:5])}"
                 )
-            return self._tasks[self.names.index(index)]
+            return self._task(self.names.index(index))
         if isinstance(index, slice):
-            return self._derived(self._tasks[index])
+            # a copy, because torch reads no negative strides
+            return self._taken(np.arange(len(self))[index].copy())
         if np.ndim(index.cpu() if isinstance(index, Tensor) else index) == 0:
-            return self._tasks[self._position(index)]
-        return self._derived([self._tasks[i] for i in self._positions(index)])
+            return self._task(position_of(index, len(self)))
+        return self._taken(positions_of(index, len(self)))
 
-    def _position(self, index: Any) -> int:
-        i = operator.index(index)
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"there is no task at position {i}: the set has {len(self)} tasks")
-        return i % len(self)
-
-    def _positions(self, index: Any) -> list[int]:
-        array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
-        if array.ndim != 1 or (array.dtype.kind not in "iub" and array.size):
-            raise TypeError(f"expected a list of positions or a mask, got {index!r}")
-        if array.dtype.kind == "b":
-            if len(array) != len(self):
-                raise IndexError(
-                    f"the mask has {len(array)} entries but the set has {len(self)} tasks"
-                )
-            array = np.flatnonzero(array)
-        outside = array[(array < -len(self)) | (array >= len(self))]
-        if len(outside):
-            self._position(outside[0])  # says so
-        # not one by one: a landscape asks for 100,000 rows
-        positions: list[int] = (array % len(self)).tolist()
-        return positions
+    def _taken(self, positions: np.ndarray) -> TaskSet:
+        at = torch.from_numpy(positions)
+        support, query = (
+            rows.take(at.to(self.device)) for rows in (self.support_rows, self.query_rows)
+        )
+        features = {name: value[at] for name, value in self._known.items()}
+        return self._derived(support, query, [self.names[i] for i in positions.tolist()], features)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of x, and of y where it is floating."""
-        return self._like[0].dtype
+        return self.support_rows.x.dtype
 
     @property
     def x_shape(self) -> tuple[int, ...]:
         """The shape of a row of x; `()` where no task has data."""
-        return tuple(self._like[0].shape[1:])
+        return tuple(self.support_rows.x.shape[1:])
 
     @property
     def feature_names(self) -> tuple[str, ...]:
         """What is known of every task as a whole, by name."""
-        return tuple(self._tasks[0].features or ())
+        return tuple(self._known)
 
     @property
     def device(self) -> torch.device:
-        return self._like[0].device
+        return self.support_rows.x.device
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -280,32 +273,20 @@ class TaskSet:
                 "device="
             )
 
-        def move(part: Part | None, name: str | None, what: str) -> Part | None:
-            if part is None:
-                return None
-            x, y = in_dtypes(
-                part, (dtype, dtype if part[1].is_floating_point() else None), name, what
-            )
+        if dtype in (None, self.dtype) and device in (None, self.device):
+            return self
+
+        def move(part: Part, name: str | None, what: str) -> Part:
+            x, y = in_precision(part, dtype, name, what)
             return x.to(device=device), y.to(device=device)
 
-        like = cast(self._like[0], dtype, device), cast(self._like[1], dtype, device)
-        return self._derived(
-            [
-                replace(
-                    t,
-                    support=move(t.support, t.name, "support"),
-                    query=move(t.query, t.name, "query"),
-                )
-                for t in self
-            ],
-            like,
-        )
+        return self._changed(move)
 
     def __repr__(self) -> str:
         count = counted(len(self), "task")
-        parts = [_describe(what, [getattr(t, what) for t in self]) for what in ("support", "query")]
+        parts = _describe("support", self.support_rows), _describe("query", self.query_rows)
         kind = str(self.dtype).removeprefix("torch.") + (
-            "" if self._like[1].is_floating_point() else ", y int64"
+            "" if self.support_rows.y.is_floating_point() else ", y int64"
         )
         known = f", features {', '.join(self.feature_names)}" if self.feature_names else ""
         return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}{known}, {kind})"
@@ -314,22 +295,20 @@ class TaskSet:
 
     @cached_property
     def _support(self) -> Data:
-        return replace(pad([task.support for task in self], self._like), features=self._features)
+        return replace(self.support_rows.padded(), features=self._features)
 
     @cached_property
     def _query(self) -> Data | None:
-        queries = [task.query for task in self]
-        if all(query is None for query in queries):
+        if not len(self.query_rows.x):
             return None
-        return replace(pad(queries, self._like), features=self._features)
+        return replace(self.query_rows.padded(), features=self._features)
 
     @cached_property
     def _features(self) -> dict[str, Tensor]:
-        return stacked([task.features or {} for task in self], self._like[0])
+        return in_dtype_of(self.support_rows.x, self._known)
 
     @cached_property
     def _ids(self) -> Tensor:
-
         return torch.tensor(
             [task_id(name) for name in self.names], dtype=torch.int64, device=self.device
         )
@@ -344,12 +323,12 @@ class TaskSet:
             return Batch(
                 self._support, self._query, self._ids, self.names, everyone, len(self), whole=True
             )
-        positions = self._positions(rows)
-        if not positions:
+        positions = positions_of(rows, len(self))
+        if not len(positions):
             raise ValueError("rows is empty: a batch needs at least one task")
-        at = torch.tensor(positions, device=self.device)
+        at = torch.from_numpy(positions).to(self.device)
         query = None if self._query is None else self._query.take(at)
-        names = tuple(self.names[i] for i in positions)
+        names = tuple(self.names[i] for i in positions.tolist())
         return Batch(self._support.take(at), query, self._ids[at], names, at, len(self))
 
     def first_difference(self, other: TaskSet) -> str | None:
@@ -359,6 +338,14 @@ class TaskSet:
         """
         if len(self) != len(other):
             return f"{len(other)} tasks instead of {len(self)}"
+        known = [{n: v.tolist() for n, v in tasks._known.items()} for tasks in (self, other)]
+        if (
+            self.names == other.names
+            and self.support_rows.same(other.support_rows)
+            and self.query_rows.same(other.query_rows)
+            and known[0] == known[1]
+        ):
+            return None
         for mine, its in zip(self, other, strict=True):
             if mine.name != its.name:
                 return f"{its.name!r} where it had {mine.name!r}"
@@ -393,19 +380,9 @@ class TaskSet:
         TaskSet(1 task, 2 support points (2 to 2 per task),
                 1 query points (1 to 1 per task), x (), float32)
         """
-        is_count = isinstance(num_support, (int, np.integer)) and not isinstance(num_support, bool)
-        if not (
-            num_support >= 0 if is_count else isinstance(num_support, float) and 0 < num_support < 1
-        ):
-            raise ValueError(
-                f"num_support is {num_support!r}, expected a count 0, 1, 2, ... or a fraction like "
-                "0.5"
-            )
-        if operator.index(seed) < 0:
-            raise ValueError(f"seed is {seed}, expected 0, 1, 2, ...")
-        ids = self._ids.tolist()
+        kept = kept_rows(self.support_rows, num_support, seed, self._ids)
         return self._derived(
-            [_split(t, num_support, (seed, i)) for t, i in zip(self, ids, strict=True)]
+            self.support_rows.where(kept), self.query_rows.joined(self.support_rows.where(~kept))
         )
 
     def with_query(self) -> TaskSet:
@@ -417,10 +394,8 @@ class TaskSet:
         >>> tasks.split(0.5).with_query().names
         ('task 1',)
         """
-        rows = [
-            row for row, task in enumerate(self) if task.query is not None and len(task.query[1])
-        ]
-        if not rows:
+        rows = np.flatnonzero(self.query_rows.counts.cpu().numpy())
+        if not len(rows):
             raise ValueError(
                 "none of these tasks has query data: give Task(query=(x, y)), or split the support"
             )
@@ -435,15 +410,10 @@ class TaskSet:
         (tensor([1., 3.]), tensor([2., 4.]))
         """
 
-        def joined(task: Task) -> Part | None:
-            parts = [part for part in (task.support, task.query) if part is not None]
-            return (
-                (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
-                if parts
-                else None
-            )
-
-        return self._derived([replace(task, support=joined(task), query=None) for task in self])
+        nothing = torch.zeros(len(self.query_rows.x), dtype=torch.bool, device=self.device)
+        return self._derived(
+            self.support_rows.joined(self.query_rows), self.query_rows.where(nothing)
+        )
 
     def standardized(self, likelihood: Reads | None = None) -> tuple[TaskSet, Scaling]:
         """Every x column and y with mean 0 and sd 1 over all tasks' support rows pooled.
@@ -469,37 +439,39 @@ class TaskSet:
         >>> tasks[0].support[1].tolist()
         [-1.0, 1.0]
         """
-        supports = [task.support for task in self if task.support is not None]
-        if not supports:
+        rows = self.support_rows
+        if not len(rows.x):
             raise ValueError(
                 "no task has support data, so there is nothing to take a mean of: standardize with "
                 "others"
             )
-        x, y = (torch.cat([support[i] for support in supports]) for i in (0, 1))
-        scaling = Scaling.of(x, y, self.batch().support.features, likelihood)
+        scaling = Scaling.of(rows.x, rows.y, self._features, likelihood)
         return scaling.apply(self), scaling
 
     def mapped(
         self,
         rows: Callable[[Part, str | None], Part],
-        features: Callable[[Mapping[str, float]], dict[str, float]],
+        features: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         left_raw: bool,
     ) -> Self:
         """The tasks with every (x, y), support and query, replaced by `rows((x, y), name)`, and
-        their features likewise.
+        their features, `(tasks,)`, likewise.
 
+        rows: takes any number of rows, and gives one for each: it is called with all at once and no
+            name, and task by task where it refuses, so that it can name the task.
         left_raw: whether whole numbers in y were left as they were for want of a likelihood.
         """
 
-        def one(task: Task) -> Task:
-            support, query = (
-                None if p is None else rows(p, task.name) for p in (task.support, task.query)
-            )
-            return replace(
-                task, support=support, query=query, features=features(task.features or {})
-            )
+        def one(part: Part, name: str | None, what: str) -> Part:
+            x, y = rows(part, name)
+            refuse_non_finite(x, f"task {name!r}: {what} x")
+            refuse_non_finite(y, f"task {name!r}: {what} y")
+            return in_precision((x, y), self.dtype, name, what)
 
-        new = type(self)([one(task) for task in self], dtype=self.dtype, x_names=self.x_names)
+        known = features(self._known)
+        refuse_infinite(known, self.names)
+        some = len(self.support_rows.x) or len(self.query_rows.x)
+        new = self._changed(one, known) if some else self._derived(features=known)
         new.left_raw = left_raw
         return new
 
@@ -515,29 +487,8 @@ def no_tasks(value: object) -> str:
     return f"{kind_of(value)}: write TaskSet([Task(support=(x, y)), ...])"
 
 
-def _split(task: Task, num_support: int | float, seed: tuple[int, int]) -> Task:
-    if task.support is None:
-        return task
-    x, y = task.support
-    keep = min(int(num_support), len(y))
-    if isinstance(num_support, float):
-        keep = min(max(round(num_support * len(y)), 1), max(len(y) - 1, 1))
-    chosen = np.random.default_rng(seed).permutation(len(y))[:keep]
-    kept = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    kept[torch.from_numpy(chosen)] = True
-    x_rest, y_rest = (
-        torch.cat([*([task.query[i]] if task.query else []), task.support[i][~kept]])
-        for i in (0, 1)
-    )
-    return replace(
-        task,
-        support=(x[kept], y[kept]) if keep else None,
-        query=(x_rest, y_rest) if len(y_rest) else None,
-    )
-
-
-def _describe(what: str, parts: list[Part | None]) -> str:
-    sizes = [0 if part is None else len(part[1]) for part in parts]
+def _describe(what: str, rows: Rows) -> str:
+    sizes = rows.counts.tolist()
     return (
         f"{sum(sizes)} {what} points ({min(sizes)} to {max(sizes)} per task)"
         if any(sizes)

@@ -176,7 +176,7 @@ def _check(
     for name, strategy in strategies.items():
         for tasks in (train, test):
             check_kinds(models[name], tasks, strategy)
-    bare = [task.name for task in test if task.query is None or not len(task.query[1])]
+    bare = test.query_rows.bare(test.names)
     if bare:
         raise ValueError(
             f"the test tasks are scored on query data, but {bare[0]!r} has none: use "

@@ -1,0 +1,42 @@
+"""The data of one task, as they are given and as they are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Task:
+    """The data of one task.
+
+    It is checked, and turned into tensors, when it is put into a `TaskSet`.
+
+    support: (x, y), arrays, tensors or lists with one row per point, to adapt with; None or empty:
+        no data yet.
+    query: (x, y) of the same shapes, to be judged on.
+    name: unique in a set; unnamed tasks are called "task 0", "task 1", ... by their position.
+    features: what is known of the task as a whole, numbers by name, the same names in every task of
+        a set: what `GaussianPrior(covariates=...)` moves the prior by.
+    """
+
+    support: tuple[Any, Any] | None = None
+    query: tuple[Any, Any] | None = None
+    name: str | None = None
+    features: Mapping[str, float] | None = None
+
+    def __repr__(self) -> str:
+        sizes = [
+            f"{part}={_size(getattr(self, part))}"
+            for part in ("support", "query")
+            if getattr(self, part) is not None
+        ]
+        return f"Task({', '.join([repr(self.name), *sizes])})"
+
+
+def _size(part: Any) -> str:
+    try:
+        return f"{len(part[1])} points"
+    except (TypeError, IndexError):  # not checked yet
+        return type(part).__name__
