@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from experiments.mixed_models.sets import SHARED, dyestuff, regression, sleepstudy, table
+from varmeta.guides.make import GuideName
 from varmeta.strategies.problem import Problem
 
 Rows = list[dict[str, Any]]
@@ -48,7 +49,7 @@ def without_units(known: bool) -> Iterator[None]:
 
 
 def fitted(
-    model: vm.TaskModel, tasks: vm.TaskSet, guide: str = "multivariate_normal"
+    model: vm.TaskModel, tasks: vm.TaskSet, guide: GuideName = "multivariate_normal"
 ) -> tuple[vm.Fit, float]:
     """The joint fit, and its seconds."""
     begin = perf_counter()

@@ -36,6 +36,7 @@ from torch import Tensor
 import varmeta as vm
 from experiments.mixed_models.sets import SHARED, reference, table
 from varmeta.plot import BAND, INK, plot_curves
+from varmeta.priors.check import LearnPrecision
 
 Params = dict[str, Tensor]
 Rows = list[dict[str, Any]]
@@ -86,7 +87,7 @@ class Case:
     program: Callable[[Params, Tensor, Tensor | None], Any]
     start: dict[str, float]
     shared: tuple[str, ...]
-    learn_precision: str
+    learn_precision: LearnPrecision
     reference: str | None = None
     wide: dict[str, float] = field(default_factory=dict)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import varmeta as vm
+from varmeta.priors.check import LearnPrecision
 
 VARIANCES = (0.20, 0.29, 0.31, 1.0, 4.0)
 POINTS = 10
@@ -179,7 +180,7 @@ def vectors(kind: str, num_tasks: int, points: int, seed: int) -> vm.TaskSet:
     return vm.TaskSet([vm.Task((x, row[:points]), (x, row[points:])) for row in y])
 
 
-def vector_model(kind: str, learn: str) -> vm.TaskModel:
+def vector_model(kind: str, learn: LearnPrecision) -> vm.TaskModel:
     noise = torch.tensor(NOISE[kind], dtype=torch.float64)
 
     def program(params: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Tensor:
@@ -201,7 +202,7 @@ def many_weights(
     only: Sequence[str] = (),
 ) -> Rows:
     """Learned sds, and the loss of new tasks' query after adaptation (nats per observation)."""
-    methods = {
+    methods: dict[str, tuple[LearnPrecision, vm.Joint | vm.Implicit]] = {
         "ELBO, dense, per weight": (
             "per_parameter",
             vm.Joint("multivariate_normal", expectation="cubature"),

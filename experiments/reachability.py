@@ -29,6 +29,7 @@ from torch import nn
 
 import varmeta as vm
 from experiments.demo import tasks_of
+from varmeta.guides.make import GuideName
 from varmeta.plot import BAND, INK, MUTED
 from varmeta.verbs.report import interval
 
@@ -41,7 +42,11 @@ SIZES: dict[str, dict[str, int]] = {
     "full": {"steps": 2000, "seeds": 5},
     "smoke": {"steps": 40, "seeds": 2},
 }
-PANELS = (("sinusoids", "delta"), ("life expectancy", "delta"), ("life expectancy", "normal"))
+PANELS: tuple[tuple[str, GuideName], ...] = (
+    ("sinusoids", "delta"),
+    ("life expectancy", "delta"),
+    ("life expectancy", "normal"),
+)
 
 
 def sinusoids(seed: int) -> tuple[vm.TaskModel, vm.TaskSet, vm.TaskSet]:
@@ -88,13 +93,13 @@ def initialised(net: nn.Module, seed: int) -> nn.Module:
     return net
 
 
-def strategy(guide: str, every: int | None) -> vm.Joint:
+def strategy(guide: GuideName, every: int | None) -> vm.Joint:
     options: dict[str, Any] = {"minimizer": vm.Adam(lr=3e-2), "adapt_steps": 400}
     return vm.Joint(guide, **options) if every is None else vm.Reinit(guide, every=every, **options)
 
 
 def run(
-    data: str, guide: str, every: int | None, seed: int, steps: int
+    data: str, guide: GuideName, every: int | None, seed: int, steps: int
 ) -> tuple[dict[str, Any], vm.Reachability, pd.Series]:
     model, train, test = DATA[data](seed)
     # the last period ends with the run, so that the stored posteriors are at the end of theirs
@@ -135,7 +140,10 @@ def run(
 
 
 def figures(
-    cells: dict[tuple[str, str, int], np.ndarray], gaps: pd.DataFrame, periods: Periods, out: Path
+    cells: dict[tuple[str, GuideName, int], np.ndarray],
+    gaps: pd.DataFrame,
+    periods: Periods,
+    out: Path,
 ) -> None:
     import matplotlib.pyplot as plt
 

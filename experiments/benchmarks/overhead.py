@@ -16,7 +16,7 @@ import sys
 import tempfile
 from itertools import pairwise
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 STEPS = (10, 100, 500, 1_000, 2_000, 5_600)
 STRATEGIES = ("joint", "unrolled")
@@ -30,7 +30,9 @@ def main() -> None:
         print(json.dumps(asked | measure(**asked)))
 
 
-def measure(strategy: str, compile: str | bool, steps: int, tasks: int) -> dict[str, Any]:
+def measure(
+    strategy: str, compile: Literal["auto", True, False], steps: int, tasks: int
+) -> dict[str, Any]:
     """Seconds of `fit` the first and the second time, and of its steps without the slowest."""
     import torch
 

@@ -20,6 +20,7 @@ from experiments.mixed_models.sets import (
     sleepstudy,
     table,
 )
+from varmeta.priors.check import LearnPrecision
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Classical:
     fit: str
     tasks: Callable[[], vm.TaskSet]
     columns: tuple[str, ...]
-    learn: str
+    learn: LearnPrecision
     shared: tuple[str, ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:

@@ -26,8 +26,9 @@ from scipy import stats
 import varmeta as vm
 from experiments.mixed_models.sets import INTERCEPT, reference, regression, table
 from varmeta.hyper.conditional import conditionals, log_joint
+from varmeta.models.hyper_posterior import Hyperguide
 
-METHODS: dict[str, tuple[Any, str]] = {
+METHODS: dict[str, tuple[Any, Hyperguide]] = {
     "normal": (vm.Joint("normal", expectation="cubature"), "delta"),
     "multivariate_normal": (vm.Joint("multivariate_normal", expectation="cubature"), "delta"),
     "multivariate_normal, 64 points": (

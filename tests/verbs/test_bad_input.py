@@ -206,7 +206,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown expectation": (
         lambda: fit(strategy=vm.Joint(expectation="exact")),
         ValueError,
-        "expectation must be 'auto'",
+        "expectation must be one of",
     ),
     "unknown shared": (
         lambda: vm.TaskModel(nn.Linear(1, 1), gaussian(), PRIOR, shared=["body.*"]),

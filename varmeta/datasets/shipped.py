@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from importlib.resources import files
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
+from varmeta._checks import one_of
 from varmeta.tasks import TaskSet
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,14 +100,14 @@ def eight_schools(*, as_frame: bool = False) -> TaskSet | pd.DataFrame:
 
 @overload
 def gapminder(
-    split: str | None = ..., *, gdp: bool = ..., as_frame: Literal[False] = ...
+    split: Split | None = ..., *, gdp: bool = ..., as_frame: Literal[False] = ...
 ) -> TaskSet: ...
 @overload
 def gapminder(
-    split: str | None = ..., *, gdp: bool = ..., as_frame: Literal[True]
+    split: Split | None = ..., *, gdp: bool = ..., as_frame: Literal[True]
 ) -> pd.DataFrame: ...
 def gapminder(
-    split: str | None = None, *, gdp: bool = False, as_frame: bool = False
+    split: Split | None = None, *, gdp: bool = False, as_frame: bool = False
 ) -> TaskSet | pd.DataFrame:
     """Life expectancy in 142 countries every five years: extrapolate 30 years from 30.
 
@@ -126,9 +130,7 @@ def gapminder(
     TaskSet(28 tasks, 168 support points (6 to 6 per task),
             168 query points (6 to 6 per task), x (1,), float64)
     """
-    splits = ("train", "val", "test")
-    if split is not None and split not in splits:
-        raise ValueError(f"split must be one of {splits}, or None for all countries, not {split!r}")
+    one_of("split", split, (None, *SPLITS))
     frame = _read("gapminder")
     if split is not None:
         frame = frame[frame["task_split"] == split].reset_index(drop=True)

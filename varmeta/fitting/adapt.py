@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from varmeta.fitting import chunks
-from varmeta.fitting.compiled_step import MANY, fall_back, pieces_are_worth_it
+from varmeta.fitting.compiled_step import MANY, Compile, fall_back, pieces_are_worth_it
 from varmeta.graphs.capture import CaptureError
 from varmeta.numerics.solution import Solution
 from varmeta.strategies.problem import Problem
@@ -18,7 +18,7 @@ def adapt(
     problem: Problem,
     batch: Batch,
     eta: Eta,
-    compile: str | bool,
+    compile: Compile,
     task_chunk_size: int | None = None,
 ) -> Solution:
     """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""

@@ -18,11 +18,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import NoneType
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
-from varmeta._checks import kind_of
+from varmeta._checks import kind_of, one_of
 from varmeta.fitting import chunks
 from varmeta.fitting.chunks import Outcome
 from varmeta.graphs.capture import Captured, CaptureError, compile_seconds, eager_seconds
@@ -35,7 +35,8 @@ from varmeta.tasks.tensors import batch_of, tensors_of
 log = logging.getLogger("varmeta")
 
 
-COMPILE = ("auto", True, False)
+Compile = Literal["auto", True, False]
+COMPILE: tuple[Compile, ...] = get_args(Compile)
 
 
 # "auto" compiles where eager steps would take this many times what compiling takes.  A graph
@@ -60,8 +61,7 @@ SOLVE, PIECES = 30, 12
 
 
 def check_compile(value: object) -> None:
-    if value not in COMPILE:
-        raise ValueError(f"compile must be 'auto', True or False, not {value!r}")
+    one_of("compile", value, COMPILE)
 
 
 class Step:
@@ -79,7 +79,7 @@ class Step:
     def __init__(
         self,
         strategy: Strategy,
-        compile: str | bool,
+        compile: Compile,
         num_steps: float,
         task_chunk_size: int | None = None,
     ) -> None:

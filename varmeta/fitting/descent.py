@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varmeta.fitting.blame import drowning, largest, what_failed
 from varmeta.fitting.chunks import Outcome
-from varmeta.fitting.compiled_step import Step
+from varmeta.fitting.compiled_step import Compile, Step
 from varmeta.fitting.convergence import judge, promised, settled
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Callback, Run, interrupted
@@ -72,7 +72,7 @@ class Descent:
     budget: float | None
     batch_size: int | None
     decay: Decay
-    compile: str | bool = "auto"
+    compile: Compile = "auto"
     task_chunk_size: int | None = None
 
 

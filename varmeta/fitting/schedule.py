@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 
 from varmeta._checks import kind_of
 
 Decay = Callable[[float], float]
-DECAYS: dict[str, Decay] = {
+ScheduleName = Literal["cosine", "constant"]
+SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
+DECAYS: dict[ScheduleName, Decay] = {
     "cosine": lambda fraction: 0.5 * (1.0 + math.cos(math.pi * min(1.0, fraction))),
     "constant": lambda fraction: 1.0,
 }
@@ -22,21 +25,19 @@ OWN = "own"
 GIVEN = "given_lr"
 
 
-def decay_of(schedule: str | Decay) -> Decay:
+def decay_of(schedule: ScheduleName | Decay) -> Decay:
     """The factor as a function of the fraction of the way, from 0 to 1.
 
     Raises ValueError for an unknown name and for a function whose factor at the start, half way or
     the end is no finite number of at least 0; TypeError for what is neither.
     """
     if isinstance(schedule, str):
-        if schedule not in DECAYS:
-            raise ValueError(
-                f"schedule must be one of {sorted(DECAYS)} or a function, not {schedule!r}"
-            )
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES} or a function, not {schedule!r}")
         return DECAYS[schedule]
     if not callable(schedule):
         raise TypeError(
-            f"schedule must be one of {sorted(DECAYS)} or a function of the fraction of the way, "
+            f"schedule must be one of {SCHEDULES} or a function of the fraction of the way, "
             f"not {kind_of(schedule)}"
         )
 
@@ -58,7 +59,7 @@ def decay_of(schedule: str | Decay) -> Decay:
     return checked
 
 
-def label(schedule: str | Decay) -> str:
+def label(schedule: ScheduleName | Decay) -> str:
     return schedule if isinstance(schedule, str) else OWN
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +25,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent
 
-from varmeta._checks import counted
+from varmeta._checks import counted, one_of
 from varmeta.guides.guide import BoundGuide, copies, sample
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel, negative_log_likelihood
@@ -34,7 +34,8 @@ from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
-HESSIANS = ("auto", "exact", "gauss_newton")
+HessianName = Literal["auto", "exact", "gauss_newton"]
+HESSIANS: tuple[HessianName, ...] = get_args(HessianName)
 # Rows of the exact Hessian cost a second derivative each; beyond this many weights a network takes
 # the Gauss-Newton matrix.
 MAX_EXACT_SIZE = 64
@@ -61,7 +62,7 @@ class Laplace(BoundGuide):
     Raises ValueError for an unknown Hessian, and for one that the model does not have.
     """
 
-    hessian: str = "auto"
+    hessian: HessianName = "auto"
 
     name = "laplace"
     at_mode = True
@@ -69,8 +70,7 @@ class Laplace(BoundGuide):
     evidence_name = "Laplace evidence"
 
     def __post_init__(self) -> None:
-        if self.hessian not in HESSIANS:
-            raise ValueError(f"hessian must be one of {HESSIANS}, not {self.hessian!r}")
+        one_of("hessian", self.hessian, HESSIANS)
 
     def __repr__(self) -> str:
         return self.name if self.hessian == "auto" else f"{self.name}(hessian={self.hessian})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,16 +17,18 @@ from varmeta.guides.quadrature import Quadrature
 from varmeta.guides.structured import LowRank
 from varmeta.models.model import TaskModel
 
-GUIDES: dict[str, type[Guide]] = {
-    guide.name: guide for guide in (Delta, MeanField, Dense, LowRank, Laplace, Quadrature)
-}
+GuideName = Literal["delta", "normal", "multivariate_normal", "low_rank", "laplace", "quadrature"]
+GUIDE_NAMES: tuple[GuideName, ...] = get_args(GuideName)
+GUIDES: dict[str, type[Guide]] = dict(
+    zip(GUIDE_NAMES, (Delta, MeanField, Dense, LowRank, Laplace, Quadrature), strict=True)
+)
 
 # Up to here joint Newton steps find a dense guide's fit, and a mean-field one ends far above it
 # (`experiments.choices`, guide).
 MAX_DENSE_SIZE = 20
 
 
-def default_guide(model: TaskModel) -> str:
+def default_guide(model: TaskModel) -> GuideName:
     """The name of the guide where none was asked for.
 
     Dense for few weights per task, or under a dense prior, else mean-field.
@@ -42,7 +44,7 @@ def default_guide(model: TaskModel) -> str:
     )
 
 
-def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
+def make_guide(guide: GuideName | Callable[..., Any] | Guide) -> Guide:
     """The guide behind a name, or around a factory of Pyro guides.
 
     Raises ValueError for an unknown name.
@@ -54,7 +56,7 @@ def make_guide(guide: str | Callable[..., Any] | Guide) -> Guide:
     if isinstance(guide, str):
         if guide not in GUIDES:
             raise ValueError(
-                f"unknown guide {guide!r}: choose one of {sorted(GUIDES)}, or pass a factory of a "
+                f"unknown guide {guide!r}: choose one of {GUIDE_NAMES}, or pass a factory of a "
                 "Pyro guide"
             )
         return GUIDES[guide]()

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted
+from varmeta._checks import counted, one_of
 from varmeta.fitting.blame import largest
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
@@ -21,7 +21,7 @@ from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import Gaussian, fit_gaussian
 from varmeta.hyper.importance import Weighted, importance
 from varmeta.likelihoods.discrete import CONCENTRATION
-from varmeta.models.hyper_posterior import HYPERGUIDES, HyperPosterior
+from varmeta.models.hyper_posterior import HYPERGUIDES, Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.numerics.joint import Step
 from varmeta.numerics.quadrature import nodes
@@ -41,13 +41,12 @@ MAX_SIZE = 24
 
 
 def check_hyperguide(
-    hyperguide: object, problem: Problem, tasks: TaskSet, strategy: Strategy, free: bool
+    hyperguide: Hyperguide, problem: Problem, tasks: TaskSet, strategy: Strategy, free: bool
 ) -> None:
     """Refuse, before any work, what has no posterior of eta.  Raises ValueError or TypeError."""
     if not isinstance(hyperguide, str):
         raise TypeError(f"hyperguide must be one of {HYPERGUIDES}, not {hyperguide!r}")
-    if hyperguide not in HYPERGUIDES:
-        raise ValueError(f"hyperguide must be one of {HYPERGUIDES}, not {hyperguide!r}")
+    one_of("hyperguide", hyperguide, HYPERGUIDES)
     if hyperguide == "delta":
         return
     if type(strategy) is not Joint:
@@ -76,7 +75,7 @@ def check_hyperguide(
         )
 
 
-def _check_problem(hyperguide: str, problem: Problem, batch: Batch, eta: Eta) -> None:
+def _check_problem(hyperguide: Hyperguide, problem: Problem, batch: Batch, eta: Eta) -> None:
     """Refuse guides and models whose evidence, or its curvature, is not to be had."""
     model = problem.model
     if problem.is_point(batch, eta):
@@ -110,7 +109,7 @@ def _check_problem(hyperguide: str, problem: Problem, batch: Batch, eta: Eta) ->
         )
 
 
-def _check_size(hyperguide: str, problem: Problem, batch: Batch, eta: Eta) -> None:
+def _check_size(hyperguide: Hyperguide, problem: Problem, batch: Batch, eta: Eta) -> None:
     """Refuse an eta without numbers to integrate over, or with too many."""
     size_of_eta = int(_free(Coordinates(problem.model, eta), hyperguide).sum())
     if not size_of_eta:
@@ -135,7 +134,7 @@ def _check_size(hyperguide: str, problem: Problem, batch: Batch, eta: Eta) -> No
         )
 
 
-def _free(coordinates: Coordinates, hyperguide: str) -> Tensor:
+def _free(coordinates: Coordinates, hyperguide: Hyperguide) -> Tensor:
     location = coordinates.is_location
     return location if hyperguide == "reml" else torch.ones_like(location)
 
@@ -146,7 +145,7 @@ def integrate(
     batch: Batch,
     tasks: TaskSet,
     run: Run,
-    hyperguide: str,
+    hyperguide: Hyperguide,
     max_steps: int,
     seed: int,
     callback: Callback | None,
@@ -208,7 +207,7 @@ def _gaussian(
     run: Run,
     coordinates: Coordinates,
     free: Tensor,
-    hyperguide: str,
+    hyperguide: Hyperguide,
     max_steps: int,
     callback: Callable[[Step], object],
 ) -> Gaussian:
@@ -247,7 +246,7 @@ def _weighted(
     batch: Batch,
     run: Run,
     coordinates: Coordinates,
-    hyperguide: str,
+    hyperguide: Hyperguide,
     found: Gaussian,
     seed: int,
 ) -> Weighted:

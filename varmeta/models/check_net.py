@@ -7,14 +7,14 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.weight_norm import WeightNorm
 
-from varmeta._checks import counted
+from varmeta._checks import counted, one_of
 from varmeta.priors.weights import Weights
 from varmeta.tasks import TaskSet
 
@@ -217,6 +217,8 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
+BatchNorm = Literal["refuse", "frozen"]
+BATCH_NORMS: tuple[BatchNorm, ...] = get_args(BatchNorm)
 # What an embedding does to its gradient or its weights by the side.
 _EMBEDDING = {
     "sparse": "whose gradients cannot be taken for many tasks at once",
@@ -225,12 +227,11 @@ _EMBEDDING = {
 }
 
 
-def check_net(net: nn.Module, batch_norm: str) -> None:
+def check_net(net: nn.Module, batch_norm: BatchNorm) -> None:
     """Raise ValueError, naming the layer, for what cannot be run or would not be right for many
     tasks.
     """
-    if batch_norm not in ("refuse", "frozen"):
-        raise ValueError(f"batch_norm must be 'refuse' or 'frozen', not {batch_norm!r}")
+    one_of("batch_norm", batch_norm, BATCH_NORMS)
     for name, module in net.named_modules():
         why = _refusal(module)
         if why is not None:

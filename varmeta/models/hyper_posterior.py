@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from varmeta.models.model import TaskModel
 if TYPE_CHECKING:
     import pandas as pd
 
-HYPERGUIDES = ("delta", "normal", "multivariate_normal", "reml")
+Hyperguide = Literal["delta", "normal", "multivariate_normal", "reml"]
+HYPERGUIDES: tuple[Hyperguide, ...] = get_args(Hyperguide)
 # Fewer effective draws than this make no posterior.
 MIN_ESS = 100.0
 
@@ -38,7 +39,7 @@ class HyperPosterior:
         proper only where every hyperprior is.
     """
 
-    hyperguide: str
+    hyperguide: Hyperguide
     points: dict[str, Tensor]
     log_weights: Tensor
     rows: Tensor

@@ -26,7 +26,7 @@ from varmeta.files.remember import Remembers, remembered
 from varmeta.likelihoods.base import Likelihood
 from varmeta.likelihoods.weighted import is_gaussian
 from varmeta.models import network
-from varmeta.models.check_net import check_net
+from varmeta.models.check_net import BatchNorm, check_net
 from varmeta.models.constants import constants, frozen, hold_padding_rows
 from varmeta.models.fan_in import fan_ins
 from varmeta.models.linearity import is_linear_in, looks_straight
@@ -73,7 +73,7 @@ class TaskModel(Remembers):
         likelihood: Likelihood,
         prior: GaussianPrior | None = None,
         shared: Iterable[str] = (),
-        batch_norm: str = "refuse",
+        batch_norm: BatchNorm = "refuse",
     ) -> None:
         if not isinstance(net, nn.Module):
             raise TypeError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from varmeta._checks import probability
+from varmeta._checks import one_of, probability
+
+ErrorKind = Literal["absolute", "rms"]
+ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 
 
 def interval_coverage(samples: Tensor, y: Tensor, level: float = 0.9) -> Tensor:
@@ -53,7 +56,7 @@ def calibration_error(
     samples: Tensor,
     y: Tensor | None = None,
     levels: Sequence[float] | Tensor | None = None,
-    kind: Literal["absolute", "rms"] = "absolute",
+    kind: ErrorKind = "absolute",
 ) -> Tensor:
     """Mean over levels p of |share of observations with PIT <= p, minus p|, a scalar in [0, 1].
 
@@ -72,8 +75,7 @@ def calibration_error(
     >>> calibration_error(torch.tensor([0.1, 0.4, 0.8]), levels=[0.5])
     tensor(0.1667)
     """
-    if kind not in ("absolute", "rms"):
-        raise ValueError(f"kind is {kind!r}, expected 'absolute' or 'rms'")
+    one_of("kind", kind, ERROR_KINDS)
     values = (_floating(samples) if y is None else pit(samples, y)).reshape(-1)
     if not len(values):
         raise ValueError("there are no observations to judge: give at least one")

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from varmeta._checks import kind_of
+from varmeta._checks import kind_of, one_of
 from varmeta.priors.hyperprior import Hyperprior
 
-LEARN_PRECISION = (None, "shared", "per_module", "per_parameter", "full")
+LearnPrecision = Literal["shared", "per_module", "per_parameter", "full"]
+LEARN_PRECISION: tuple[LearnPrecision | None, ...] = (None, *get_args(LearnPrecision))
 
 
 def check_precision(precision: Any, learn_precision: Any) -> None:
     """Raises ValueError or TypeError for a precision that is none, or is to be learned in no known
     way.
     """
-    if learn_precision not in LEARN_PRECISION:
-        raise ValueError(
-            f"learn_precision must be one of {LEARN_PRECISION}, not {learn_precision!r}"
-        )
+    one_of("learn_precision", learn_precision, LEARN_PRECISION)
     if isinstance(precision, Mapping):
         for name, value in precision.items():
             _count(value, f"the precision of {name!r}")
@@ -51,7 +49,7 @@ def _count(value: Any, what: str) -> int:
 
 
 def checked_covariance(
-    covariance: Tensor | None, precision: object, learn_precision: str | None
+    covariance: Tensor | None, precision: object, learn_precision: LearnPrecision | None
 ) -> Tensor | None:
     """The covariance in floating numbers.  Raises ValueError where it is none, or is said twice."""
     if covariance is None:
@@ -78,7 +76,7 @@ def checked_covariance(
 
 
 def check_hyperpriors(
-    hyperprior: object, scale_hyperprior: Hyperprior, learn_precision: str | None
+    hyperprior: object, scale_hyperprior: Hyperprior, learn_precision: LearnPrecision | None
 ) -> None:
     """Raises ValueError or TypeError for a density of what is not learned, and for two of the
     same.
@@ -114,7 +112,7 @@ def check_hyperpriors(
         )
 
 
-def checked_lkj(lkj: float, learn_precision: str | None) -> float:
+def checked_lkj(lkj: float, learn_precision: LearnPrecision | None) -> float:
     if not (lkj > 0 and math.isfinite(lkj)):
         raise ValueError(f"lkj must be a positive finite number, not {lkj}")
     if lkj != 1.0 and learn_precision != "full":

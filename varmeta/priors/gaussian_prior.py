@@ -13,6 +13,7 @@ from varmeta.files.remember import Remembers
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors import hyperprior as densities
 from varmeta.priors.check import (
+    LearnPrecision,
     check_hyperpriors,
     check_precision,
     checked_covariance,
@@ -74,7 +75,7 @@ class GaussianPrior(Remembers):
     def __init__(
         self,
         precision: float | Mapping[str, float | Tensor] | None = None,
-        learn_precision: str | None = None,
+        learn_precision: LearnPrecision | None = None,
         *,
         loc: Mapping[str, Tensor | float] | None = None,
         covariance: Tensor | None = None,

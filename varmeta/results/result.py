@@ -12,7 +12,7 @@ from torch import Tensor
 from varmeta._checks import counted, name_of
 from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
-from varmeta.fitting.compiled_step import check_compile
+from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
@@ -283,7 +283,7 @@ class Fit:
         return self._by_guide(state.phi, self.tasks)
 
     def adapt(
-        self, tasks: TaskSet, *, compile: str | bool = "auto", task_chunk_size: int | None = None
+        self, tasks: TaskSet, *, compile: Compile = "auto", task_chunk_size: int | None = None
     ) -> Posterior:
         """The posteriors of new tasks: training's inner problem, on their support data.
 

@@ -12,12 +12,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta._checks import one_of
 from varmeta.numerics import noise
 from varmeta.numerics.quadrature import nodes
 
@@ -30,6 +31,10 @@ MAX_FROZEN_SIZE = {True: 512, False: 64}
 ROTATIONS = 8
 # Gauss-Hermite's points for each weight, by the number of weights.
 HERMITE = {1: 32, 2: 12, 3: 8}
+
+
+ExpectationName = Literal["auto", "quadrature", "cubature", "quantiles", "monte_carlo"]
+EXPECTATIONS: tuple[ExpectationName, ...] = get_args(ExpectationName)
 
 
 class Expectation(Protocol):
@@ -181,7 +186,7 @@ class MonteCarlo:
 
 
 def make_expectation(
-    name: str | Expectation,
+    name: ExpectationName | Expectation,
     size: int,
     num_particles: int,
     linear: bool,
@@ -202,6 +207,7 @@ def make_expectation(
                 f"expectation must be a name or a rule with `points`, not {type(name).__name__}"
             )
         return name
+    one_of("expectation", name, EXPECTATIONS)
     if name == "auto" and size == 1 and not quadratic and (linear or frozen):
         name = "quadrature"
     if name == "auto":
@@ -218,14 +224,9 @@ def make_expectation(
         return GaussHermite(HERMITE[size])
     if name == "monte_carlo":
         return MonteCarlo(num_particles)
-    if name == "quantiles":
-        if size != 1:
-            raise ValueError(
-                "expectation='quantiles' serves models with one weight per task, and this has "
-                f"{size}: use 'cubature', or 'monte_carlo' with more particles"
-            )
-        return Quantiles()
-    raise ValueError(
-        "expectation must be 'auto', 'quadrature', 'cubature', 'quantiles' or 'monte_carlo', not "
-        f"{name!r}"
-    )
+    if size != 1:
+        raise ValueError(
+            "expectation='quantiles' serves models with one weight per task, and this has "
+            f"{size}: use 'cubature', or 'monte_carlo' with more particles"
+        )
+    return Quantiles()

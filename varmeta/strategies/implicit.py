@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varmeta._checks import one_of
 from varmeta.graphs.pieces import at
 from varmeta.guides.convex import inverse_ceiling
 from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
@@ -27,7 +28,14 @@ from varmeta.strategies.objective import Outer
 from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.stochastic import StochasticAlg
-from varmeta.strategies.strategy import Eta, State, Stats, Traits
+from varmeta.strategies.strategy import (
+    ON_UNCONVERGED,
+    Eta,
+    OnUnconverged,
+    State,
+    Stats,
+    Traits,
+)
 from varmeta.tasks import Batch
 
 
@@ -59,15 +67,12 @@ class Implicit(Amortised):
     inner_steps: int | None = None
     minimizer: Minimizer = field(default_factory=NewtonCG)
     linear_solver: LinearSolver | None = None
-    on_unconverged: str = "warn"
+    on_unconverged: OnUnconverged = "warn"
     warm_start: bool = field(default=False, kw_only=True)
     tolerance: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.on_unconverged not in ("warn", "raise", "ignore"):
-            raise ValueError(
-                f"on_unconverged must be 'warn', 'raise' or 'ignore', not {self.on_unconverged!r}"
-            )
+        one_of("on_unconverged", self.on_unconverged, ON_UNCONVERGED)
         check_steps(self.inner_steps)
         self._check_alg()
         if self.alg is not None and not self.alg.uses_score:

@@ -12,6 +12,7 @@ from torch import Tensor
 from varmeta.graphs.pieces import at, run
 from varmeta.guides.delta import Delta
 from varmeta.guides.guide import Guide
+from varmeta.guides.make import GuideName
 from varmeta.models.kinks import kinked
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
@@ -41,7 +42,7 @@ class Joint(Strategy):
         Meta-MinibatchProx.
     """
 
-    guide: str | Guide | Callable[..., Any] = "normal"
+    guide: GuideName | Guide | Callable[..., Any] = "normal"
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=1e-2), kw_only=True)
     adapt_steps: int = field(default=1000, kw_only=True)
 

@@ -25,6 +25,7 @@ from varmeta.numerics.tree import Tree, detach
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.expectation import (
     Expectation,
+    ExpectationName,
     GaussHermite,
     MonteCarlo,
     Point,
@@ -59,7 +60,7 @@ class Problem:
         model: TaskModel,
         tasks: TaskSet,
         guide: object,
-        expectation: str | Expectation,
+        expectation: ExpectationName | Expectation,
         num_particles: int,
         frozen: bool,
         seed: int,

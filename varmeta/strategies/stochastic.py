@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from varmeta._checks import one_of
 from varmeta.guides.kl import location, move
 from varmeta.numerics import noise
 from varmeta.numerics.arguments import no_tensors
@@ -25,7 +27,8 @@ from varmeta.tasks import Batch
 # (2^40).
 _ALG = 2**41
 _STEPS_APART = 2**20  # inner steps that one outer step may take
-ESTIMATORS = ("auto", "score", "pathwise")
+Estimator = Literal["auto", "score", "pathwise"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class StochasticAlg:
     batch_size: int | None = None
     num_draws: int = 8
     cooling: bool = True
-    estimator: str = "auto"
+    estimator: Estimator = "auto"
 
     def __post_init__(self) -> None:
         no_tensors(self)
@@ -103,8 +106,7 @@ class StochasticAlg:
                 "nothing is random here: give start_scale, temperature or batch_size, or leave alg "
                 "out"
             )
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {ESTIMATORS}, not {self.estimator!r}")
+        one_of("estimator", self.estimator, ESTIMATORS)
         if self.estimator == "score" and not self.temperature:
             raise ValueError(
                 "estimator='score' needs the density of Langevin noise: give temperature > 0"

@@ -22,23 +22,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from varmeta._checks import name_of
 from varmeta.guides.guide import Guide
 from varmeta.guides.laplace import Laplace
-from varmeta.guides.make import GUIDES, make_guide
+from varmeta.guides.make import GUIDE_NAMES, GuideName, make_guide
 from varmeta.models.model import TaskModel
 from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree
+from varmeta.strategies.expectation import ExpectationName
 from varmeta.strategies.objective import Outer
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch, TaskSet
 
 Eta = dict[str, Tensor]
+OnUnconverged = Literal["warn", "raise", "ignore"]
+ON_UNCONVERGED: tuple[OnUnconverged, ...] = get_args(OnUnconverged)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Traits:
     not_captured: str | None = None
     not_in_pieces: str | None = None
     minimizer: Minimizer | None = None
-    on_unconverged: str = "ignore"
+    on_unconverged: OnUnconverged = "ignore"
 
     def settled(self, state: State) -> bool:
         """Whether the stored phi are the tasks' posteriors now, and not on their way there."""
@@ -136,8 +139,8 @@ class Strategy(ABC):
     The contract of a subclass is `init`, `loss`, `adapt` and `traits`.
     """
 
-    guide: str | Guide | Callable[..., Any] = "delta"
-    expectation: str = field(default="auto", kw_only=True)
+    guide: GuideName | Guide | Callable[..., Any] = "delta"
+    expectation: ExpectationName = field(default="auto", kw_only=True)
     num_particles: int = field(default=2, kw_only=True)
 
     # not annotated: a constant of the class
@@ -186,7 +189,8 @@ class Strategy(ABC):
 
     def describe(self) -> str:
         guide = self.guide if isinstance(self.guide, (str, Guide)) else name_of(self.guide)
-        made = make_guide(guide) if guide in GUIDES or isinstance(guide, Guide) else None
+        known = isinstance(self.guide, Guide) or self.guide in GUIDE_NAMES
+        made = make_guide(self.guide) if known else None
         outer = self.outer if isinstance(self.outer, str) else name_of(self.outer)
         if isinstance(made, Laplace) and outer == "elbo":
             outer = made.evidence_name

@@ -8,10 +8,11 @@ from typing import Any
 
 from varmeta._checks import positive_number, probability, whole_number
 from varmeta.fitting.baselines import BASELINES
-from varmeta.fitting.compiled_step import check_compile
+from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.descent import OptimizerFactory
 from varmeta.hyper.integrate import check_hyperguide
 from varmeta.models.check import check_model
+from varmeta.models.hyper_posterior import Hyperguide
 from varmeta.models.model import TaskModel
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.strategy import Strategy
@@ -28,14 +29,14 @@ def compare(
     seeds: int | list[int] = 5,
     *,
     models: Mapping[str, TaskModel] | None = None,
-    hyperguide: str | Mapping[str, str] | None = None,
+    hyperguide: Hyperguide | Mapping[str, Hyperguide] | None = None,
     budget: float = 2000,
     optimizer: OptimizerFactory | None = None,
     batch_size: int | None = None,
     baselines: bool = True,
     num_samples: int = 500,
     level: float = 0.9,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
     progress: bool | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Report:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from varmeta.fitting.baselines import Pooled, baseline
+from varmeta.fitting.compiled_step import Compile
 from varmeta.fitting.descent import OptimizerFactory
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.pooled_start import is_regression
@@ -51,7 +52,7 @@ class Plan:
     batch_size: int | None
     num_samples: int
     level: float
-    compile: str | bool
+    compile: Compile
     solved: dict[str, tuple[Fit, float]] = field(default_factory=dict)
 
     def run(self, name: str, seed: int) -> Outcome:

@@ -10,19 +10,19 @@ import torch
 from varmeta._checks import positive_number, whole_number
 from varmeta.fitting import chunks
 from varmeta.fitting.blame import drowning_at_start
-from varmeta.fitting.compiled_step import check_compile
+from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.run import Callback, Run
-from varmeta.fitting.schedule import Decay, decay_of, label
+from varmeta.fitting.schedule import Decay, ScheduleName, decay_of, label
 from varmeta.graphs.capture import seconds_compiling
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
-from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.integrate import check_hyperguide, integrate
 from varmeta.models.check import check_model
+from varmeta.models.hyper_posterior import Hyperguide
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
 from varmeta.models.responses import left_raw, one_scale_for_all
@@ -47,10 +47,10 @@ def fit(
     batch_size: int | None = None,
     seed: int = 0,
     *,
-    hyperguide: str | None = None,
-    schedule: str | Decay = "cosine",
+    hyperguide: Hyperguide | None = None,
+    schedule: ScheduleName | Decay = "cosine",
     budget: float | None = None,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
     task_chunk_size: int | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
@@ -166,7 +166,7 @@ def fit(
 
 
 def _way(
-    strategy: Strategy, problem: Problem, whole: Batch, eta: Eta, hyperguide: str, free: bool
+    strategy: Strategy, problem: Problem, whole: Batch, eta: Eta, hyperguide: Hyperguide, free: bool
 ) -> str:
     """The solver: "hyperguide", "newton", "lbfgs", or "steps" of an optimiser."""
     if hyperguide != "delta":
@@ -223,14 +223,14 @@ def _doubts(result: Fit, reached: bool) -> list[str]:
     return [*([run.outlier] if run.outlier else []), *found]
 
 
-def _default_strategy(model: object, hyperguide: str | None, free: bool) -> Strategy:
+def _default_strategy(model: object, hyperguide: Hyperguide | None, free: bool) -> Strategy:
     if not isinstance(model, TaskModel):  # about to be refused
         return Joint()
     # one weight, and a posterior of one mode that is not Gaussian: the evidence itself; a
     # Gaussian's bound may be far from it
     one = model.weights.size == 1 and model.is_linear and not model.is_linear_gaussian
     if one and type(model.likelihood) in LOG_CONCAVE and free and hyperguide in (None, "delta"):
-        return Implicit(Quadrature.name)
+        return Implicit("quadrature")
     return Joint(
         "multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model)
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting import chunks
-from varmeta.fitting.compiled_step import Step, check_compile
+from varmeta.fitting.compiled_step import Compile, Step, check_compile
 from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import gradient_by_name
@@ -52,7 +52,7 @@ def meta_gradient(
     seed: int = 0,
     eta: Mapping[str, Tensor] | None = None,
     *,
-    compile: str | bool = "auto",
+    compile: Compile = "auto",
     task_chunk_size: int | None = None,
 ) -> MetaGradient:
     """The gradient of `strategy`'s outer objective, summed over all tasks, at eta.
