@@ -7,7 +7,8 @@ from typing import Any
 
 
 def counted(number: int, noun: str) -> str:
-    """
+    """The number and the noun, which takes an s unless there is one.
+
     >>> counted(1, "task"), counted(3, "task")
     ('1 task', '3 tasks')
     """

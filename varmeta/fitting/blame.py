@@ -29,8 +29,9 @@ def what_failed(
     losses: Tensor,
     when: str,
 ) -> str:
-    """A sentence that names the task whose loss, or else whose gradient, is not finite at eta; else
-    whose loss is largest.
+    """Name the task whose loss, else whose gradient, is not finite at eta, in a sentence.
+
+    Where all are finite, the one whose loss is largest.
     """
     if not bool(torch.isfinite(losses).all()):
         return non_finite(batch, losses, when)
@@ -59,8 +60,9 @@ def largest(batch: Batch, losses: Tensor) -> str:
 def drowning_at_start(
     strategy: Strategy, problem: Problem, batch: Batch, loss: float
 ) -> str | None:
-    """The same where the model starts, for a fit that ended at such a `loss`: by then all tasks may
-    have been drawn after one.
+    """Say the same of where the model starts, for a fit that ended at such a `loss`.
+
+    By then all tasks may have been drawn after one.
     """
     if abs(loss) * torch.finfo(batch.support.x.dtype).eps <= LOST:  # NaN goes on
         return None

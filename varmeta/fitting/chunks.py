@@ -39,8 +39,9 @@ FEW = 10**6
 
 
 class Outcome(NamedTuple):
-    """What one step gives: the outer objective, its gradient in eta by name, and what
-    `Strategy.loss` returns beside it.
+    """What one step gives: the outer objective, and its gradient in eta by name.
+
+    With them goes what `Strategy.loss` returns beside its scalar.
     """
 
     value: Tensor
@@ -74,8 +75,9 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
 
 
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
-    """How many tasks at a time of a compiled step: about `CACHE`, and if possible all chunks alike,
-    or two are compiled.
+    """How many tasks at a time of a compiled step: about `CACHE`.
+
+    If possible all chunks are alike, or two graphs are compiled.
     """
     like = batch.support.x
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):

@@ -197,8 +197,9 @@ def fall_back(reason: str) -> None:
 
 
 def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: float) -> bool:
-    """Whether that many inner solves, of a typical length, are enough work to compile a minimiser's
-    and a solver's pieces.
+    """Whether that many inner solves, of a typical length, are worth compiling their pieces.
+
+    The pieces are a minimiser's and a solver's.
     """
     graph = problem.gradient_graph("elbo", batch, eta)
     return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)

@@ -24,8 +24,9 @@ def settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-
 
 
 def promised(optimizer: torch.optim.Optimizer) -> float:
-    """By how much the last direction of L-BFGS would have lowered the objective, were it the
-    quadratic that it took it for.
+    """By how much L-BFGS's last direction promised to lower the objective.
+
+    That is, were the objective the quadratic that it took it for.
     """
     state = next(iter(optimizer.state.values()))
     return -0.5 * float(state["prev_flat_grad"] @ state["d"])

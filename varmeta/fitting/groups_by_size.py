@@ -23,8 +23,9 @@ _WORTH = 4_000
 
 
 def buckets(batch: Batch) -> list[tuple[Tensor, Batch]]:
-    """Groups of tasks, each with its positions in `batch` and its support padded to its own largest
-    task only.
+    """Groups of tasks of a like size: their positions in `batch`, and their batch.
+
+    Each group's support is padded to its own largest task only.
 
     The query is left out.  Every task is in one group; a single group where more would not save
     work.

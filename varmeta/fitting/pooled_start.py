@@ -35,8 +35,9 @@ NO_INFORMATION = 1e-100
 
 
 def is_regression(model: TaskModel, tasks: TaskSet, eta: Eta) -> bool:
-    """Few weights, few meta-parameters, and an output linear in the weights (or a program): not a
-    network.
+    """Whether this is a regression, not a network.
+
+    That is few weights, few meta-parameters, and an output linear in the weights (or a program).
     """
     small = (
         model.weights.size <= MAX_CUBATURE_SIZE
@@ -46,9 +47,10 @@ def is_regression(model: TaskModel, tasks: TaskSet, eta: Eta) -> bool:
 
 
 def pooled_start(problem: Problem, batch: Batch, eta: Eta) -> Eta:
-    """eta with theta0, shared parameters and noise scales at their best fit to all tasks at once,
-    as if tasks did not differ, and a learned precision at what one observation knows, each unless
-    the user said where it starts.
+    """eta at the best fit to all tasks at once, as if tasks did not differ.
+
+    So start theta0, shared parameters and noise scales; a learned precision starts at what one
+    observation knows.  What the user gave a start keeps it.
 
     Data in raw units (weights of hundreds of grams, a predictor around 2,000) put the optimum far
     from where a model starts; this brings the quadratic and quasi-Newton methods near enough, in
@@ -123,8 +125,9 @@ def _bends(problem: Problem, batch: Batch, eta: Eta, goal: float) -> bool:
 def pooled_fit(
     model: TaskModel, batch: Batch, eta: Eta, hold: Collection[str] = ()
 ) -> tuple[Eta, Tensor] | None:
-    """eta fitted to all tasks at once, and what one observation knows there: the mean Hessian of
-    its loss, `(D, D)`.
+    """eta fitted to all tasks at once, and what one observation knows there.
+
+    The latter is the mean Hessian of its loss, `(D, D)`.
 
     hold: names that stay where they are.  None where the fit is not finite, and where no task has
         support rows.

@@ -76,8 +76,9 @@ class Rates:
             group.setdefault(GIVEN, float(group["lr"]))
 
     def go_on_from(self, groups: list[dict[str, object]]) -> None:
-        """After a saved state was loaded: keep its rates where this optimizer was made with the
-        same, else take the new.
+        """Keep a loaded state's rates where this optimizer was made with the same ones.
+
+        Else take the new.
 
         groups: the parameter groups as the factory made them, before the state was loaded.
         """

@@ -63,8 +63,10 @@ class Whitened:
 
     @classmethod
     def of(cls, problem: Problem, batch: Batch, eta: Eta) -> Whitened | None:
-        """None where the model is not linear by construction, its prior or guide not dense, or its
-        columns collinear.
+        """The whitened problem, or None where the model has none.
+
+        It has none where it is not linear by construction, its prior or guide is not dense, or its
+        columns are collinear.
         """
         model = problem.model
         if model.prior.learn_precision != "full" or model.prior.scale_hyperprior is not None:

@@ -43,8 +43,9 @@ class CaptureError(RuntimeError):
 
 
 class Traced(NamedTuple):
-    """A graph of plain tensor operations, the constants that are its last inputs, and the tree that
-    it returns.
+    """A graph of plain tensor operations, its constants, and the tree that it returns.
+
+    The constants are the graph's last inputs.
     """
 
     graph: fx.GraphModule
@@ -53,8 +54,9 @@ class Traced(NamedTuple):
 
 
 class Captured:
-    """`function` as a graph, made at its first call for each structure and shapes of its arguments,
-    then compiled.
+    """`function` as a compiled graph, made at the first call with such arguments.
+
+    One graph for each structure and shapes of the arguments.
 
     function: pure in its arguments, trees (dicts, lists, tuples) of tensors; no Python value may
         depend on a tensor's numbers.  Returns a tree of tensors, which carry no graph.
@@ -143,8 +145,9 @@ def _one_fake_mode() -> Iterator[None]:
 
 
 def tracing() -> bool:
-    """Whether this is being traced into a graph: no number can be read then, so loops run to their
-    limit, masked.
+    """Whether this is being traced into a graph.
+
+    No number can be read then, so loops run to their limit, masked.
     """
     return get_proxy_mode() is not None
 
@@ -200,8 +203,9 @@ def seconds_compiling() -> float:
 
 
 def compile_graph(graph: fx.GraphModule, examples: Sequence[Tensor]) -> Function:
-    """The compiled graph: an equal one of this process, or a new one, compiled and tried on the
-    examples.
+    """The compiled graph: an equal one of this process, or a new one.
+
+    A new one is compiled and tried on the examples.
     """
     key = (graph.code, signature(examples))
     if key not in _COMPILED.graphs:
@@ -319,8 +323,9 @@ _FIRST_COMPILATION, _COMPILATION_PER_OPERATION = (
 
 
 def eager_seconds(graph: fx.GraphModule) -> float:
-    """What one eager evaluation of a traced function takes, from the number and size of its
-    operations.
+    """What one eager evaluation of a traced function takes, in seconds.
+
+    It is estimated from the number and size of the function's operations.
     """
     number: int = sum(node.op == "call_function" for node in graph.graph.nodes)
     return number * _SECONDS_PER_OPERATION + graph_bytes(graph) * _SECONDS_PER_BYTE

@@ -81,8 +81,9 @@ def apply(fn: Any, piece: Piece, *args: Any) -> Any:
 
 
 def linearize(fn: Any, piece: Piece, *args: Any) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """What `piece(fn, *args)` returns: a value, and a linear map of tensors shaped like the first
-    of args.
+    """What `piece(fn, *args)` returns: a value, and a linear map.
+
+    The map takes tensors shaped like the first of args.
 
     Where fn is `Graphed`, the work that does not depend on the map's argument is done here, once,
     and the map is a `Graphed`.

@@ -28,8 +28,9 @@ _READS_STRIDES = {
 
 
 def rewrite(graph: fx.GraphModule) -> None:
-    """In place; the outputs are the same but for rounding, and for logarithms of exponentials that
-    underflow, which stay finite.
+    """Rewrite the graph in place; its outputs stay the same but for rounding.
+
+    Logarithms of exponentials that underflow stay finite, too.
 
     A graph that writes into its tensors, or reads memory as it lies, is left alone.
     """

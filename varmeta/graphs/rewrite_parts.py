@@ -79,8 +79,9 @@ class _Parts:
 
 
 def in_parts(graph: fx.Graph) -> None:
-    """Carry concatenations along the last axis through what acts on each number, until they are cut
-    apart again.
+    """Carry concatenations along the last axis on until they are cut apart again.
+
+    They are carried through what acts on each number by itself.
     """
     sizes = _cut_sizes(graph)
     if sizes is None:

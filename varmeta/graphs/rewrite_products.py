@@ -47,8 +47,9 @@ def _by_columns(node: Node) -> bool:
 
 
 def transposed_products(graph: fx.Graph) -> None:
-    """The transpose of a batched product is the product of the transposes: nothing is left to copy.
-    So of sums of them.
+    """Replace the transpose of a batched product by the product of the transposes.
+
+    So nothing is left to copy.  The same of sums of products.
     """
     for node in list(graph.nodes):
         if node.target is not aten.transpose.int:

@@ -19,8 +19,9 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True, repr=False)
 class Dense(Guide):
-    """q_i = N(loc_i, L_i L_i') with L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular:
-    one block per task.
+    """q_i = N(loc_i, L_i L_i'): one dense block per task.
+
+    L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular.
     """
 
     name = "multivariate_normal"

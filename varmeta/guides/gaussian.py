@@ -95,8 +95,9 @@ class StructuredNormal(dist.TorchDistribution):
 
 
 class LowRankNormal(StructuredNormal):
-    """N(loc, S Q^-1 S') with a precision Q in the units of a scale S, diagonal plus low rank: Q =
-    diag(1/s) (I + W W') diag(1/s).
+    """N(loc, S Q^-1 S') with a precision Q, diagonal plus low rank, in the units of a scale S.
+
+    Q = diag(1/s) (I + W W') diag(1/s).
 
     parts: s `(..., D)` and W `(..., D, rank)`.  root: S, `(D,)` where it is diagonal, else lower
     triangular `(D, D)`. With R R' = I + W'W (a `rank` x `rank` Cholesky factor), by Woodbury's
@@ -165,8 +166,9 @@ class LowRankNormal(StructuredNormal):
 
 
 class BlockNormal(StructuredNormal):
-    """N(loc, A A') with A = diag(s) B: B unit lower triangular on the weights `block` `(m,)`, the
-    identity on the others.
+    """N(loc, A A') with A = diag(s) B, dense on the weights `block` `(m,)` alone.
+
+    B is unit lower triangular on those weights and the identity on the others.
 
     parts: s `(..., D)` and the unit lower triangle `(..., m, m)`.
     """

@@ -57,8 +57,9 @@ def require_closed_form(q: dist.TorchDistribution) -> None:
 
 
 def scale(q: dist.TorchDistribution) -> Tensor | None:
-    """sd `(..., D)` of a diagonal normal, the factor `(..., D, D)` of a dense one, None for a
-    point.
+    """The scale of q: sd `(..., D)`, factor `(..., D, D)`, or None.
+
+    The sd of a diagonal normal, the factor of a dense one, None for a point.
 
     Of a structured one its whole matrix A, which only few weights allow.  Raises TypeError for any
     other distribution.

@@ -98,8 +98,9 @@ class Quadrature(Laplace):
     def at_nodes(
         self, phi: Tree, eta: Mapping[str, Tensor], data: Data
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """theta at the nodes `(J, tasks, D)`; log p(y, theta) + log w + z'z / 2 there `(J, tasks)`;
-        the factor L.
+        """theta at the nodes, the log joint density with its weight there, and the factor L.
+
+        theta `(J, tasks, D)`; log p(y, theta) + log w + z'z / 2, `(J, tasks)`.
         """
         size = phi["loc"].shape[-1]
         z, log_weight = nodes(size, self.num_nodes or PER_WEIGHT[size])

@@ -29,8 +29,9 @@ LENGTH, ADDED = 0.3, 0.05
 
 @dataclass(frozen=True, repr=False)
 class LowRank(BoundGuide):
-    """q_i = N(loc_i, S Q_i^-1 S'), S S' the prior's covariance, with a precision Q = I + diag(e^a)
-    + C C', C `(D, rank)`.
+    """q_i = N(loc_i, S Q_i^-1 S') with a precision Q_i, diagonal plus low rank.
+
+    S S' is the prior's covariance, and Q = I + diag(e^a) + C C' with C `(D, rank)`.
 
     rank: columns of C; None: the root of D, rounded.  n observations raise the precision of a
         linear model along n directions at most, so that a rank of n is exact there.  Where C would

@@ -28,8 +28,10 @@ _F64 = torch.zeros((), dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Bounds:
-    """Numbers strictly between low and high, each infinite or a tensor's entry, and their
-    coordinates, which are the numbers themselves far from an edge.
+    """Numbers strictly between low and high, and their coordinates.
+
+    low and high are infinite or a tensor's entries.  Far from an edge the coordinates are the
+    numbers themselves.
     """
 
     low: Tensor
@@ -79,8 +81,9 @@ def _unsoftplus(y: Tensor) -> Tensor:
 
 
 def bounds(model: TaskModel, shapes: Mapping[str, torch.Size]) -> dict[str, Bounds]:
-    """Of the entries of eta whose hyperpriors have edges, in the units of `Coordinates`: log sds,
-    log scales, all else as it is.
+    """The bounds of those entries of eta whose hyperpriors have edges.
+
+    In the units of `Coordinates`: log sds, log scales, all else as it is.
     """
     found = {name: _bounds(model, name, shape, TRIL in shapes) for name, shape in shapes.items()}
     return {

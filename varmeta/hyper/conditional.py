@@ -40,9 +40,10 @@ FLAT = 0.01
 
 @dataclass(frozen=True)
 class Conditionals:
-    """Of K values of eta (first) and T tasks (second): log p(y_i | eta), nats; mode, mean `(K, T,
-    D)`; the lower factor of the covariance at the mode and the covariance, `(K, T, D, D)`; whether
-    Newton's method converged.
+    """What is known of every task, `(K, T)` first, under K values of eta.
+
+    log p(y_i | eta), nats; mode and mean, `(K, T, D)`; the lower factor of the covariance at the
+    mode and the covariance, `(K, T, D, D)`; whether Newton's method converged.
     """
 
     log_evidence: Tensor

@@ -27,8 +27,9 @@ from varmeta.priors.hyperprior import log_correlation_jacobian
 
 
 class Coordinates:
-    """The map between eta and its coordinates, one tensor of the same name and shape for each of
-    eta's.
+    """The map between eta and its coordinates.
+
+    The coordinates are one tensor of the same name and shape for each of eta's.
 
     Where no hyperprior is given the density is flat in theta0 and the shared parameters, in each
     sd, in the noise scale, and over correlation matrices.

@@ -103,8 +103,10 @@ def fit_gaussian(
     max_steps: int = 200,
     callback: Callable[[Step], object] | None = None,
 ) -> Gaussian:
-    """q(eta), from eta = `start`: at the mode first, with the curvature there, and from there to
-    the best bound.  Its result is NON_FINITE where no place has a finite bound.
+    """q(eta) at its best bound, from eta = `start`.
+
+    It is put at the mode first, with the curvature there, and goes from there to the best bound.
+    Its result is NON_FINITE where no place has a finite bound.
 
     free: which coordinates get a Gaussian, `(size,)`; the others get their best point.
     diagonal: whether the coordinates are independent under q.

@@ -150,8 +150,9 @@ def integrate(
     seed: int,
     callback: Callback | None,
 ) -> None:
-    """Move `run` to the posterior of eta, in place: run.hyper, with eta at its mean and phi at that
-    eta.
+    """Move `run` to the posterior of eta, in place.
+
+    run.hyper is that posterior, run.eta its mean, and phi is at that eta.
 
     Raises ValueError where the objective is not finite.
     """

@@ -23,8 +23,9 @@ CANDIDATES = 16
 
 
 class IntegratedDraws(Draws):
-    """p(theta_i | y), the average of p(theta_i | y_i, eta) over draws of p(eta | y of the training
-    tasks).
+    """p(theta_i | y), the average of p(theta_i | y_i, eta) over draws of eta.
+
+    eta is drawn from p(eta | y of the training tasks).
 
     Draws come from these, not from the guide: from the Gaussian of the curvature at each mode,
     chosen among several by the likelihood where the model is not linear-Gaussian.  `distribution`

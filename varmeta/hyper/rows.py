@@ -12,9 +12,10 @@ from varmeta.numerics.batching import cannot_be_batched
 
 
 def rowwise(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """fn over the leading axis of all its arguments, tensors or dicts of tensors: by `vmap`, or one
-    by one where a program uses an operation that vmap refuses.  Other errors are raised as they
-    are.
+    """fn over the leading axis of all its arguments, tensors or dicts of tensors.
+
+    By `vmap`, or one by one where a program uses an operation that vmap refuses.  Other errors are
+    raised as they are.
 
     >>> rowwise(lambda x, named: x + named["y"])(torch.ones(2), {"y": torch.tensor([1.0, 2.0])})
     tensor([2., 3.])

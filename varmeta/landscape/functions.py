@@ -17,8 +17,9 @@ from varmeta.tasks import Task, TaskSet
 def model_of_function(
     f: Callable[..., Tensor], precision: float, has_coefficients: bool
 ) -> TaskModel:
-    """The model whose negative log likelihood is f(theta), or f(theta, c) with c the x of a task's
-    one data row.
+    """The model whose negative log likelihood is f(theta), or f(theta, c).
+
+    c is the x of a task's one data row.
 
     Raises TypeError for what is no function, and (when it runs) ValueError for one that does not
     keep theta's shape.

@@ -43,8 +43,9 @@ class Grid(NamedTuple):
 
 
 class Anchored:
-    """F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2 for any pairs of an anchor and
-    a task.
+    """F_i(theta; theta0) for any pairs of an anchor theta0 and a task.
+
+    F_i(theta; theta0) = f_i(theta) + lambda/2 (theta - theta0)^2.
 
     eta: everything shared; its theta0 is replaced by the anchors.  All tensors are float64.
     """
@@ -154,8 +155,9 @@ class Rows:
         self._batch = batch if batch.query is not None else replace(batch, query=batch.support)
 
     def losses(self, name: RowOuter) -> Losses:
-        """`fn(phi, eta) -> (rows,)`: "elbo" and "query" as for any problem, and "f", the loss on
-        the support alone.
+        """`fn(phi, eta) -> (rows,)` of the objective of that name.
+
+        "elbo" and "query" are as for any problem; "f" is the loss on the support alone.
         """
         if name == "f":
             return self._problem.losses("query", replace(self._batch, query=self._batch.support), 0)
@@ -217,7 +219,8 @@ def phi_of(theta: Tensor) -> Tree:
 
 
 def theta_of(phi: Tree, eta: Mapping[str, Tensor] | None = None) -> Tensor:
-    """theta `(rows,)`; also an outer objective, whose gradient in theta0 is then d theta* / d
-    theta0.
+    """theta `(rows,)` of the delta guide's parameters.
+
+    As an outer objective its gradient in theta0 is d theta* / d theta0.
     """
     return phi["loc"][:, 0]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 def lowest_wells(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and grid points `(starts,)` of every local minimum whose bottom may be the lowest of its
-    row.
+    """Every local minimum whose bottom may be the lowest of its row.
+
+    Its rows and grid points, `(starts,)` each.
 
     values: `(rows, points)` on an even grid, at least three points.  Each row has one start or
     more: a well of the second difference d has its bottom at most d / 8 below its lowest grid
@@ -37,8 +38,9 @@ def lowest_wells(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lowest_of(row: Tensor, values: Tensor, points: Tensor, num_rows: int) -> Tensor:
-    """The point with the lowest value of each row, `(num_rows,)`, from rows, values and points
-    `(starts,)`.
+    """The point with the lowest value of each row, `(num_rows,)`.
+
+    rows, values and points are `(starts,)` each.
 
     >>> values, at = torch.tensor([2.0, 1.0, 5.0]), torch.tensor([10.0, 20.0, 30.0])
     >>> lowest_of(torch.tensor([0, 0, 1]), values, at, 2)

@@ -59,8 +59,9 @@ class Likelihood(Remembers, ABC):
 
     @property
     def real_valued(self) -> bool:
-        """Whether y may be shifted and scaled, and so whether integers in it are numbers, no
-        classes and no counts.
+        """Whether y may be shifted and scaled.
+
+        So whole numbers in it are numbers, neither classes nor counts.
         """
         return self.kind == "regression"
 
@@ -82,8 +83,9 @@ class Likelihood(Remembers, ABC):
         return None
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
-        """Which observations, `(points,)` or `(points, responses)`, lie outside the support, and
-        what the support is.
+        """Which observations lie outside the support, and what the support is.
+
+        The former is `(points,)` or `(points, responses)`.
         """
         return torch.zeros(len(y), dtype=torch.bool), "any real number"
 

@@ -18,9 +18,10 @@ T = TypeVar("T", bound=type[Likelihood])
 
 
 def forwarding(cls: T) -> T:
-    """A likelihood around another one, its attribute `likelihood`: every public member that `cls`
-    does not define is the other's.  So a member that `Likelihood` gains later is forwarded too,
-    instead of answered by the base class.
+    """Forward to `self.likelihood` every public member that the class does not define.
+
+    `cls` is a likelihood around another one, its attribute `likelihood`.  So a member that
+    `Likelihood` gains later is forwarded too, instead of answered by the base class.
     """
     for name, member in vars(Likelihood).items():
         if not name.startswith("_") and name not in vars(cls):
@@ -118,9 +119,10 @@ class Weighted(Likelihood):
 
 
 def is_gaussian(likelihood: Likelihood | None) -> bool:
-    """Whether y is known to be Gaussian around the network's output, so that with an output linear
-    in the weights p(y | eta) is Gaussian too.  Likelihood weights are not: p^w is no density of y.
-    Exact classes: a subclass may be anything.
+    """Whether y is known to be Gaussian around the network's output.
+
+    Then p(y | eta) is Gaussian too where the output is linear in the weights.  Likelihood weights
+    are not: p^w is no density of y.  Exact classes: a subclass may be anything.
     """
     if type(likelihood) is Weighted and likelihood.precision:
         return is_gaussian(likelihood.likelihood)

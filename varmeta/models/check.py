@@ -182,8 +182,9 @@ def _quiet() -> Iterator[None]:
 
 
 class Counted(TorchFunctionMode):
-    """Counts the numbers that operations within it put out, `total`; of what runs for many points
-    or tasks, of one.
+    """Counts the numbers that operations within it put out, `total`.
+
+    What runs for many points or tasks counts as for one.
     """
 
     total: int = 0

@@ -22,8 +22,9 @@ from varmeta.tasks import TaskSet
 def warn_unless_twice_differentiable(
     net: nn.Module, loss: Callable[[Tensor], Tensor], theta: Tensor, x: Tensor
 ) -> None:
-    """Warn, naming the layer, where the loss has a first derivative and no second (fused kernels,
-    custom functions).
+    """Warn, naming the layer, where the loss has a first derivative and no second.
+
+    Fused kernels and custom functions may have none.
 
     Newton steps, `Implicit` and `Unrolled` need the second; first-order strategies do not, so this
     is no error.
@@ -69,8 +70,9 @@ def warn_unless_twice_differentiable(
 
 
 def check_batching(weights: Weights, loss: Callable[[Tensor], Tensor], theta: Tensor) -> None:
-    """Raise ValueError, naming the parameter, where the second of two equal tasks gets another
-    gradient than the first.
+    """Raise ValueError, naming the parameter, where equal tasks get unequal gradients.
+
+    Two equal tasks are tried, and the second is compared with the first.
 
     So it is with PyTorch's rule for an embedding's padding row, where it is not that of an
     `nn.Embedding`, which is held.
@@ -106,8 +108,7 @@ def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> str 
 
 @contextlib.contextmanager
 def layer_entered(net: nn.Module | None) -> Iterator[Callable[[], str]]:
-    """Within it, the yielded function says which layer of the network was entered last and not
-    left.
+    """Yield a function that says which layer was entered last and not left.
 
     A linear layer of another width than its input raises a ValueError that says both.
     """
@@ -150,8 +151,9 @@ def _check_width(who: str, what: str, module: nn.Linear, args: tuple[Any, ...]) 
 
 
 def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
-    """Raise ValueError where the network names its columns and x's have other names or another
-    order.
+    """Raise ValueError where x's columns are not those that the network names.
+
+    Other names and another order are refused.
     """
     columns = getattr(net, "columns", None)
     if isinstance(columns, tuple) and tasks.x_names is not None and columns != tasks.x_names:
@@ -228,8 +230,9 @@ _EMBEDDING = {
 
 
 def check_net(net: nn.Module, batch_norm: BatchNorm) -> None:
-    """Raise ValueError, naming the layer, for what cannot be run or would not be right for many
-    tasks.
+    """Raise ValueError, naming the layer, for what cannot serve many tasks.
+
+    That is what cannot be run for many, or would not be right.
     """
     one_of("batch_norm", batch_norm, BATCH_NORMS)
     for name, module in net.named_modules():

@@ -19,8 +19,9 @@ def frozen(net: nn.Module) -> tuple[str, ...]:
 
 
 def constants(net: nn.Module, names: tuple[str, ...], x: Tensor) -> dict[str, Tensor]:
-    """The parameters called `names` and all buffers, on x's device; what is floating in x's
-    precision.
+    """The parameters called `names` and all buffers, on x's device.
+
+    What is floating is in x's precision.
     """
     known = dict(net.named_parameters())
     found = {name: known[name] for name in names} | dict(net.named_buffers())
@@ -61,8 +62,9 @@ class _Constant:
 
 
 def fingerprint(net: nn.Module | None, names: tuple[str, ...]) -> dict[str, str]:
-    """A hash of each constant's numbers by name, whatever their precision: a fit holds only with
-    the same ones.
+    """A hash of each constant's numbers by name, whatever their precision.
+
+    A fit holds only with the same ones.
     """
     if net is None:
         return {}
@@ -81,8 +83,9 @@ def fingerprint(net: nn.Module | None, names: tuple[str, ...]) -> dict[str, str]
 def difference(
     fitted: Mapping[str, str], net: nn.Module | None, names: tuple[str, ...]
 ) -> str | None:
-    """Where a network's constants are not those of a fit, whose `fingerprint` is given, in a few
-    words.
+    """Where a network's constants are not those of a fit, in a few words.
+
+    The fit's are given by their `fingerprint`.
     """
     found = fingerprint(net, names)
     for name in (*found, *fitted):

@@ -9,8 +9,9 @@ from torch import nn
 
 
 def fan_ins(net: nn.Module) -> dict[str, int]:
-    """The inputs of its layer by parameter name, where there is more than one; empty for a net of a
-    single layer.
+    """The number of inputs of its layer by parameter name, where it is more than one.
+
+    Empty for a net of a single layer.
 
     As PyTorch's own starts have it, a bias has the fan-in of the weights beside it.  One layer is a
     regression, whose weights have the units of its columns, of which their number says nothing; an

@@ -104,9 +104,10 @@ class HyperPosterior:
 def natural(
     model: TaskModel, eta: Mapping[str, Tensor], x_names: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """What eta with a leading axis S says, `(S,)` each, by readable name: theta0 as its weight is
-    called, shared parameters, coefficients of covariates, `sd(...)`, `cor(..., ...)`, what the
-    likelihood learned (`noise scale`).
+    """What eta, with a leading axis S, says in readable units and names, `(S,)` each.
+
+    theta0 as its weight is called, shared parameters, coefficients of covariates, `sd(...)`,
+    `cor(..., ...)`, and what the likelihood learned (`noise scale`).
     """
     labels = parameter_labels(model, x_names)
     names = [label for name in model.weights.names for label in labels[name]]

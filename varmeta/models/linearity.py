@@ -20,8 +20,9 @@ _LINEAR_MAPS = (nn.Identity, nn.Flatten, nn.Unflatten)
 
 
 def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
-    """Whether the output is known to be linear (affine) in the parameters called `names` together,
-    the others fixed.
+    """Whether the output is known to be linear (affine) in the parameters `names` together.
+
+    The others are fixed.
 
     Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` in which `names` belong to one
     such layer that no other
@@ -74,8 +75,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def looks_straight(run: Callable[[Tensor], Tensor], theta: Tensor) -> bool:
-    """Whether second differences of `run` around theta `(D,)` vanish but for rounding, along one
-    direction; run: of points `(3, 1, D)`.  It proves nothing.
+    """Whether second differences of `run` around theta `(D,)` vanish but for rounding.
+
+    They are taken along one direction; run takes points `(3, 1, D)`.  It proves nothing.
     """
     generator = torch.Generator().manual_seed(0)
     step = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)

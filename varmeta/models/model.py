@@ -222,8 +222,9 @@ class TaskModel(Remembers):
         return offset(self.coefficients, self.weights, eta, data.features)
 
     def moved(self, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
-        """theta `(..., tasks, 1, D)` as it is sampled, around theta0, with what the tasks' features
-        add: the tasks' weights.
+        """The tasks' weights: theta with what the tasks' features add.
+
+        theta `(..., tasks, 1, D)` is as it is sampled, around theta0.
         """
         by = self.offset(eta, data)
         return theta if by is None else theta + by.unsqueeze(-2)
@@ -281,8 +282,9 @@ class TaskModel(Remembers):
 
     @property
     def task_weights(self) -> tuple[str, ...]:
-        """The likelihood's own weights among those that differ between tasks, such as a noise scale
-        of each task.
+        """The likelihood's own weights among those that differ between tasks.
+
+        A noise scale of each task is one.
         """
         own = () if self.likelihood is None else self.likelihood.task_weights()
         return tuple(name for name in own if name not in self.shared)
@@ -313,8 +315,9 @@ class TaskModel(Remembers):
     def observe_output(
         self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int
     ) -> Any:
-        """Sample, or with y observe, the data given the network's output, `batch` axes `(...,
-        tasks, points)` first.
+        """Sample, or with y observe, the data given the network's output.
+
+        The output's first `batch` axes are `(..., tasks, points)`.
         """
         assert self.likelihood is not None  # a network has one
         return observe_output(self.likelihood, out, eta, y, batch)
@@ -361,9 +364,7 @@ class TaskModel(Remembers):
 
     @property
     def all_linear(self) -> bool:
-        """Whether that holds of the shared parameters too, so that the output is linear in all of
-        them together.
-        """
+        """Whether the output is linear in the weights and the shared parameters together."""
         return self.net is not None and is_linear_in(self.net, (*self.weights.names, *self.shared))
 
     @property
@@ -402,8 +403,9 @@ class TaskModel(Remembers):
 def negative_log_likelihood(
     model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: Data
 ) -> tuple[dist.TorchDistribution, Tensor]:
-    """The prior of theta, and -log p(data_i | theta) for theta `(points, tasks, 1, D)`, `(points,
-    tasks)`.
+    """The prior of theta, and -log p(data_i | theta), `(points, tasks)`.
+
+    theta is `(points, tasks, 1, D)`.
     """
     trace = poutine.trace(poutine.condition(model, {SITE: theta})).get_trace(eta, data)
     prior = cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])

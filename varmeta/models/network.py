@@ -39,8 +39,10 @@ def all_tasks(
     lead: torch.Size,
     task_chunk_size: int | None,
 ) -> Tensor:
-    """Outputs `(*lead, tasks, points, channels)` for weights `(*lead, tasks, *shape)` and x
-    `(tasks, points, ...)`; without any weights the same for all of `lead`.
+    """Outputs `(*lead, tasks, points, channels)` of all tasks at once.
+
+    weights `(*lead, tasks, *shape)` and x `(tasks, points, ...)`; without any weights the outputs
+    are the same for all of `lead`.
     """
     call = torch.func.vmap(network, chunk_size=task_chunk_size)
     if not weights:

@@ -15,8 +15,9 @@ from varmeta.likelihoods.base import Likelihood
 def observe_output(
     likelihood: Likelihood, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None, batch: int
 ) -> Any:
-    """Sample, or with y observe, the data given the network's output, `batch` axes `(..., tasks,
-    points)` first.
+    """Sample, or with y observe, the data given the network's output.
+
+    The output's first `batch` axes are `(..., tasks, points)`.
 
     Raises ValueError where an output and an observation differ in shape.
     """

@@ -48,8 +48,9 @@ def starts(params: Any) -> dict[str, Tensor]:
 
 
 class RefusePlates(Messenger):
-    """Within it, a plate beyond the first ones called `supplied` raises a ValueError: the axes are
-    there already.
+    """Refuses, within it, a plate beyond the first ones called `supplied`.
+
+    It raises a ValueError: the axes are there already.
     """
 
     def __init__(self, supplied: set[str]) -> None:
@@ -68,8 +69,9 @@ class RefusePlates(Messenger):
 
 
 def without_shapes(error: BaseException) -> str:
-    """A message without the table of shapes that Pyro appends, in which every number is varmeta's
-    own.
+    """A message without the table of shapes that Pyro appends.
+
+    In that table every number is varmeta's own.
     """
     return str(error).partition("\nTrace Shapes:")[0].rstrip()
 

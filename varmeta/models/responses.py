@@ -54,8 +54,9 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
 
 
 def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
-    """A warning where `standardized()` took whole numbers in y for classes or counts, and the model
-    takes them for numbers.
+    """A warning where the model takes for numbers what looks like classes or counts.
+
+    `standardized()` left these whole numbers in y raw.
     """
     likelihood = model.likelihood
     y = tasks.support_rows.y

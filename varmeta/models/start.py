@@ -21,8 +21,10 @@ def check_names(
     constants: tuple[str, ...],
     own: Collection[str],
 ) -> None:
-    """Raises ValueError for a pattern of nothing that is learned, and for a parameter that has
-    the name of another entry of eta.
+    """Raise ValueError for names of parameters that cannot be kept.
+
+    That is a pattern of nothing that is learned, and a parameter that has the name of another entry
+    of eta.
 
     own: the likelihood's entries.
     """

@@ -19,8 +19,9 @@ _WORDS = (
 
 
 def cannot_be_batched(error: BaseException) -> bool:
-    """Whether `error` says that an operation has no batching rule, and not that something is wrong
-    with it or with memory.
+    """Whether `error` says that an operation has no batching rule.
+
+    Else something is wrong with it or with memory.
 
     >>> cannot_be_batched(RuntimeError("vmap: It looks like you're calling .item() on a Tensor."))
     True

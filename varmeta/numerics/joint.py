@@ -57,8 +57,9 @@ class JointSolution(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where an iteration arrived: its number, from 1; the total loss; the point; the work so far,
-    as in the stats.
+    """Where an iteration arrived.
+
+    Its number, from 1; the total loss; the point; the work so far, as in the stats.
     """
 
     number: int

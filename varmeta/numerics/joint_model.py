@@ -128,8 +128,9 @@ class SharedProblem:
         return (*g, x, e) if graph else g
 
     def hessian(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients g_x `(tasks, m)`, g_e `(p,)`; blocks A `(tasks, m, m)`, B `(tasks, m, p)`, C
-        `(p, p)`.
+        """The gradients and the blocks of the joint Hessian.
+
+        g_x `(tasks, m)`, g_e `(p,)`; A `(tasks, m, m)`, B `(tasks, m, p)`, C `(p, p)`.
         """
         g_x, g_e, x, e = self.gradient(x, e, graph=True)
         a = self._phi_blocks(g_x, x)
@@ -190,8 +191,9 @@ class SharedProblem:
 
 
 class Convex(NamedTuple):
-    """Positive definite models of symmetric matrices `(..., n, n)`: M = D^-1 V diag(w) V' D^-1, D =
-    diag(scale).
+    """Positive definite models of symmetric matrices `(..., n, n)`.
+
+    M = D^-1 V diag(w) V' D^-1 with D = diag(scale).
 
     lowest, direction: the smallest eigenvalue of the matrix as it was, equilibrated, and its
     eigenvector in the parameters' units; a unit step along it changes the quadratic by lowest / 2.
@@ -287,8 +289,9 @@ def convex_phi(problem: SharedProblem, g_phi: Tensor, blocks: Tensor, losses: Te
 
 
 class Quadratic:
-    """The model at one point: `phi` with phi's blocks A_i, `eta` with the Schur complement,
-    `follow` = A_i^-1 B_i.
+    """The model at one point.
+
+    `phi` with phi's blocks A_i, `eta` with the Schur complement, `follow` = A_i^-1 B_i.
 
     Where a loss or derivative is not finite it has none of these, and `failed` `(tasks,)` tells
     whose it is.

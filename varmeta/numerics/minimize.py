@@ -510,8 +510,7 @@ class Adam(FirstOrderMinimizer):
 def value_and_gradient(
     fn: Losses, phi: Tree, create_graph: bool = False
 ) -> tuple[Tensor, Tree, Tree]:
-    """Losses `(tasks,)` without a graph, the point at which they were taken, and their gradient
-    there.
+    """Losses `(tasks,)` without a graph, the point they were taken at, their gradient there.
 
     The point is phi; without `create_graph` as leaves cut from phi's own graph, so that the
     caller's is not kept alive.

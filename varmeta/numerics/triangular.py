@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def lower_root(root: Tensor) -> Tensor:
-    """The lower triangle with a positive diagonal, `(..., D, D)`, that has the same product with
-    its transpose as `root`.
+    """The lower triangle `(..., D, D)` with the same product with its transpose as `root`.
+
+    Its diagonal is positive.
 
     By QR: `root @ root.mT`, whose condition is the square, need be no positive definite matrix any
         more.
@@ -21,8 +22,9 @@ def lower_root(root: Tensor) -> Tensor:
 
 
 def root_of_inverse(matrix: Tensor, least: float, convex: bool = False) -> Tensor:
-    """Lower triangular L `(rows, D, D)` with L L' = H^-1 for symmetric H `(rows, D, D)`; NaN where
-    H is not finite.
+    """Lower triangular L `(rows, D, D)` with L L' = H^-1 for symmetric H `(rows, D, D)`.
+
+    NaN where H is not finite.
 
     An H with an eigenvalue below `least` is given absolute ones, at least that.  Any other is taken
     as it is: Cholesky's factor of H with both axes reversed keeps the digits of a flat direction
@@ -76,8 +78,9 @@ def _of_identity_and_more(matrix: Tensor, least: float) -> Tensor:
 
 
 def root_of_covariance(matrix: Tensor) -> Tensor:
-    """Lower triangular L `(..., D, D)` with L L' = S for a covariance S, also one that rounding has
-    left without a direction.
+    """Lower triangular L `(..., D, D)` with L L' = S for a covariance S.
+
+    Also for one that rounding has left without a direction.
 
     Such a direction gets the variance that rounding leaves room for, in units of the sds.
     """

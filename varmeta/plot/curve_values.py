@@ -19,8 +19,9 @@ NOISE_POINTS, NOISE_POINTS_OF_ONE = 20, 1000
 
 @dataclass(frozen=True)
 class Curves:
-    """Over the points of a grid: `mean` draws of the mean, `band` draws that the bands are
-    quantiles of.
+    """Values over the points of a grid.
+
+    `mean`: draws of the mean; `band`: draws that the bands are quantiles of.
 
     of_mean: whether the bands are of the mean too (for classes of two and counts), instead of
         single observations.
@@ -32,7 +33,9 @@ class Curves:
 
 
 def curves(posterior: Posterior, grid: Tensor, num_samples: int, seed: int) -> Curves:
-    """For continuous observations bands of what will be observed; for discrete ones, whose
+    """The curves of a posterior on a grid.
+
+    For continuous observations the bands are of what will be observed; for discrete ones, whose
     quantiles jump, of their mean.
 
     Raises ValueError where an observation is not a single number.

@@ -24,8 +24,9 @@ def axes_for(ax: Any, **size: Any) -> Any:
 
 
 def centre_of(fit: Fit) -> Tensor:
-    """Where the learned prior's location is, `(D,)`: theta0, or at the mean of the training tasks'
-    features.
+    """Where the learned prior's location is, `(D,)`: theta0.
+
+    With covariates, at the mean of the training tasks' features.
     """
     theta0 = fit.model.weights.flatten(fit.prior.loc)
     by = fit.model.offset(fit.eta, fit.tasks.batch().support)

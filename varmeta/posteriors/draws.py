@@ -68,8 +68,9 @@ class Draws(ABC):
 
     @abstractmethod
     def with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """Draws `(num_samples, tasks, 1, D)` with the eta that they belong to, at most `size` at a
-        time.
+        """Draws `(num_samples, tasks, 1, D)` with the eta that they belong to.
+
+        At most `size` at a time.
         """
 
     @abstractmethod
@@ -90,8 +91,9 @@ class Draws(ABC):
 
     @property
     def prior(self) -> dist.TorchDistribution:
-        """p(theta_i | eta): event shape `(D,)`; batch shape `(tasks, 1)` where the tasks' features
-        move it, else `()`.
+        """p(theta_i | eta), event shape `(D,)`.
+
+        Its batch shape is `(tasks, 1)` where the tasks' features move it, else `()`.
         """
         return moved_by(self.model.prior_distribution(self.eta), self.offset(self.eta))
 
@@ -143,8 +145,6 @@ class GuideDraws(Draws):
         return GuideDraws(self.problem, take(self.phi, at), self.eta, batch)
 
     def objective(self) -> Tensor:
-        """-F_i of every task, nats, `(tasks,)`: what the guide's own objective says of the
-        evidence.
-        """
+        """-F_i of every task, nats, `(tasks,)`: what the guide's objective says of the evidence."""
         with torch.no_grad():
             return -self.problem.losses("elbo", self.batch, 0)(self.phi, self.eta)

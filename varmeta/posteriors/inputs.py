@@ -37,8 +37,9 @@ def check_columns(tasks: TaskSet, trained: TaskSet) -> None:
 
 
 def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data:
-    """x of `Posterior.predict` as padded data without y, in the dtype and on the device of
-    `like`.
+    """x of `Posterior.predict` as padded data without y.
+
+    In the dtype and on the device of `like`.
     """
     if isinstance(x, TaskSet):
         raise TypeError(

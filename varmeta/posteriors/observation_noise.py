@@ -52,8 +52,9 @@ _SERIAL: dict[Any, Callable[..., Tensor]] = {
 
 
 class TaskNoise(TorchDispatchMode):
-    """Within it, random numbers for tensors whose axes are (draws, tasks, points, ...) follow the
-    tasks' names.
+    """Within it, random numbers follow the tasks' names.
+
+    Those for tensors whose axes are (draws, tasks, points, ...).
 
     ids: the tasks' numbers, `(tasks,)`, see `noise.task_id`.  mask: `(tasks, points)`, False in
     padding, for which some operations draw nothing.  `at(first, num)` says which draws come next.
@@ -69,8 +70,9 @@ class TaskNoise(TorchDispatchMode):
         self.at(0, 1)
 
     def at(self, first: int, num: int) -> None:
-        """The next tensors are of the draws first, ..., first + num - 1, each sampled as the ones
-        before were.
+        """Say that the next tensors are of the draws first, ..., first + num - 1.
+
+        Each is sampled as the ones before were.
         """
         self.first, self.num, self._calls = first, num, 0
 

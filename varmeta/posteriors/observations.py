@@ -18,8 +18,9 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Observations under draws of the weights: y `(tasks, points, ...)`, log_prob `(draws, tasks,
-    points)`, 0 in the padding.
+    """Observations under draws of the weights.
+
+    y `(tasks, points, ...)`; log_prob `(draws, tasks, points)`, 0 in the padding.
 
     weighted: log_prob times how often each observation counts, added up over a task's points,
         `(draws, tasks)`: what they add to the log joint density.

@@ -28,8 +28,9 @@ from varmeta.tasks import Data
 
 
 class Observer:
-    """Observations of a batch of tasks under draws of their weights, some draws and some tasks at a
-    time.
+    """Observations of a batch of tasks under draws of their weights.
+
+    Some draws and some tasks at a time.
     """
 
     def __init__(self, q: Draws) -> None:
@@ -41,8 +42,9 @@ class Observer:
 
     @contextlib.contextmanager
     def stream(self, seed: int, data: Data) -> Iterator[TaskNoise]:
-        """Random numbers of the tasks' own, no gradients, and PyTorch's random state put back
-        afterwards.
+        """Random numbers of the tasks' own, and no gradients.
+
+        PyTorch's random state is put back afterwards.
         """
         with (
             quiet_scope(seed, data.x.device),
@@ -101,8 +103,7 @@ class Observer:
     def evaluate(
         self, data: Data, num_samples: int, seed: int, sampled: bool | None = True
     ) -> Evaluated:
-        """Log densities, means, probabilities (for classes) and draws of the observations in
-        `data`.
+        """Log densities, means and draws of the observations in `data`; of classes probabilities.
 
         sampled: whether to draw observations; None: of numbers, not of classes.
         """
@@ -133,8 +134,9 @@ class Observer:
         return Evaluated(data, site["value"], torch.cat(log_probs), torch.cat(weighted), *joined)
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor]) -> Tensor:
-        """log p(y_i | theta, eta) of the support data, `(draws, tasks)`, for theta `(draws, tasks,
-        1, D)`.
+        """log p(y_i | theta, eta) of the support data, `(draws, tasks)`.
+
+        theta is `(draws, tasks, 1, D)`.
 
         Each observation counts as often as it does in the objective.
         """

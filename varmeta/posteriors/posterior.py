@@ -161,8 +161,9 @@ class Posterior:
         num_samples: int = 1000,
         seed: int = 0,
     ) -> Prediction:
-        """What `read` takes from the observations' distribution at x, under each draw of the
-        weights; a point is one draw.
+        """What `read` takes from the observations' distribution at x, under each draw.
+
+        A point is one draw.
         """
         data = self._new(x)
         return Prediction(self.observer.read(data, read, num_samples, seed), data.mask, self.names)
@@ -175,8 +176,9 @@ class Posterior:
     def log_prob(
         self, query: Any = None, num_samples: int = 1000, seed: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """log p(y | x, theta) of every observation under every draw, `(draws, tasks, points)`, 0 in
-        the padding; and the mask `(tasks, points)`.
+        """log p(y | x, theta) of every observation under every draw, and the mask.
+
+        `(draws, tasks, points)`, 0 in the padding; the mask is `(tasks, points)`.
 
         Densities, so that the weights of `Weighted`, or of `poutine.scale`, are not in them.
         """
@@ -271,8 +273,9 @@ class Posterior:
         return diagnose(self.observer, num_samples, seed)
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor] | None = None) -> Tensor:
-        """log p(y_i | theta, eta) of the tasks' support data, for theta `(draws, tasks, 1, D)`:
-        `(draws, tasks)`; each observation as often as it counts in the objective.
+        """log p(y_i | theta, eta) of the tasks' support data, `(draws, tasks)`.
+
+        theta is `(draws, tasks, 1, D)`.  Each observation counts as often as in the objective.
 
         eta: by default the posterior's own.
         """

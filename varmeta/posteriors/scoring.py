@@ -48,8 +48,9 @@ def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: f
 
 
 def normal_predictive(observer: Observer, data: Data) -> tuple[Tensor, Tensor] | None:
-    """Mean and sd of every observation, `(tasks, points)` each, where it is known to be normal;
-    else None.
+    """Mean and sd of every observation, `(tasks, points)` each, where it is normal.
+
+    None where it is not known to be.
 
     The output f is affine in the weights, theta ~ N(m, L L') and y ~ N(f, s^2); so y ~ N(f(m), s^2
     + |f(m + L) - f(m)|^2), with f taken at m plus each column of L.  A mixture over eta is not

@@ -17,8 +17,9 @@ LEARN_PRECISION: tuple[LearnPrecision | None, ...] = (None, *get_args(LearnPreci
 
 
 def check_precision(precision: Any, learn_precision: Any) -> None:
-    """Raises ValueError or TypeError for a precision that is none, or is to be learned in no known
-    way.
+    """Raise ValueError or TypeError for a precision that is none.
+
+    Also for one that is to be learned in no known way.
     """
     one_of("learn_precision", learn_precision, LEARN_PRECISION)
     if isinstance(precision, Mapping):
@@ -78,8 +79,9 @@ def checked_covariance(
 def check_hyperpriors(
     hyperprior: object, scale_hyperprior: Hyperprior, learn_precision: LearnPrecision | None
 ) -> None:
-    """Raises ValueError or TypeError for a density of what is not learned, and for two of the
-    same.
+    """Raise ValueError or TypeError for a density of what is not learned.
+
+    Also for two densities of the same.
     """
     if hyperprior is not None:
         if not isinstance(hyperprior, torch.distributions.Distribution):

@@ -216,8 +216,9 @@ class GaussianPrior(Remembers):
         )
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The learned log precisions by what `learn_precision` tells apart: "", modules or
-        parameters; of "full" all, `(D,)`.
+        """The learned log precisions by what `learn_precision` tells apart.
+
+        "", modules or parameters; of "full" all, `(D,)`.
         """
         start = len(PRECISION) + 1
         return {
@@ -225,8 +226,9 @@ class GaussianPrior(Remembers):
         }
 
     def row_norms(self, eta: Mapping[str, Tensor]) -> Tensor:
-        """Of the factor U of a learned dense covariance: `(D,)`, the marginal sd of each weight
-        over its conditional one.
+        """The marginal sd of each weight over its conditional one, `(D,)`.
+
+        Of the factor U of a learned dense covariance.
         """
         size = len(eta[PRECISION])
         return (
@@ -269,8 +271,9 @@ class GaussianPrior(Remembers):
         return total
 
     def bounds_points(self, weights: Weights, num_tasks: int) -> bool:
-        """Whether the hyperpriors outweigh what points gain from their prior, so that a MAP
-        objective has a minimum.
+        """Whether the hyperpriors outweigh what points gain from their prior.
+
+        Then a MAP objective has a minimum.
 
         With all of the n weights under a precision lambda at theta0 (n: those that it governs,
         times tasks), the loss is -n/2 log lambda - log h(lambda) - log p(y | theta0).  It is
@@ -313,8 +316,9 @@ class GaussianPrior(Remembers):
     def start_at(
         self, weights: Weights, eta: Mapping[str, Tensor], information: Tensor
     ) -> dict[str, Tensor]:
-        """Entries of eta for a learned precision whose start was left open: what one observation
-        knows about the weights.
+        """Entries of eta for a learned precision whose start was left open.
+
+        They are what one observation knows about the weights.
 
         information: the mean Hessian of one observation's negative log likelihood, `(D, D)`.  Its
         inverse as the prior's covariance (the unit information prior) has the weights' units,
@@ -331,8 +335,9 @@ class GaussianPrior(Remembers):
         return self._entries(weights, *log_precision_and_tril(lower_root(root)))
 
     def inside(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Entries of eta for a learned dense covariance whose variances are a hundredth larger: a
-        singular one, at infinity of these entries, is flat in them, so that no line search leaves
+        """Entries of eta for a learned dense covariance, its variances a hundredth larger.
+
+        A singular one, at infinity of these entries, is flat in them, so that no line search leaves
         it.
         """
         if self.learn_precision != "full":
@@ -410,8 +415,9 @@ class GaussianPrior(Remembers):
 
 
 def log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """A lower triangular factor `(D, D)` as diag(exp(-log_precision / 2)) times a unit lower
-    triangle.
+    """Take a factor apart: diag(exp(-log_precision / 2)) times a unit lower triangle.
+
+    The factor `(D, D)` is lower triangular.
     """
     sd = factor.diagonal()
     rows, columns = torch.tril_indices(len(sd), len(sd), -1)
@@ -419,8 +425,9 @@ def log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_lower(entries: Tensor, size: int) -> Tensor:
-    """Unit lower triangular matrices `(..., size, size)` from their entries below the diagonal, row
-    by row.
+    """Unit lower triangular matrices `(..., size, size)`, row by row.
+
+    From their entries below the diagonal.
     """
     rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
     # scatter out of place: differentiable twice, and nothing is written into

@@ -21,8 +21,9 @@ Hyperprior = dist.TorchDistribution | Mapping[str, dist.TorchDistribution] | Non
 
 
 def log_density(hyperprior: Hyperprior, named: Mapping[str, Tensor]) -> Tensor | float:
-    """Sum of log densities of the named values: one distribution for all of them, or one by name
-    (flat for the others).
+    """The sum of the log densities of the named values.
+
+    One distribution for all of them, or one by name (flat for the others).
     """
     if hyperprior is None:
         return 0.0
@@ -76,8 +77,9 @@ TAIL = (30.0, 60.0, 150.0, 300.0)
 
 
 def outweighs(hyperprior: Any, power: float, gain: float) -> bool:
-    """Whether h(lambda^power) lambda^gain falls all along both tails, towards lambda = infinity and
-    lambda = 0.
+    """Whether h(lambda^power) lambda^gain falls all along both tails.
+
+    The tails are lambda = infinity and lambda = 0.
 
     hyperprior: the density h of a precision lambda (power 1) or of a standard deviation
         lambda^(-1/2) (power -1/2).
@@ -98,8 +100,9 @@ def outweighs(hyperprior: Any, power: float, gain: float) -> bool:
 
 
 def log_lkj(row_norms: Tensor, concentration: float) -> Tensor:
-    """log of det(R)^(concentration - 1), up to a constant, R the correlations of diag(1 /
-    row_norms) U with U unit lower.
+    """The log of det(R)^(concentration - 1), up to a constant.
+
+    R are the correlations of diag(1 / row_norms) U with U unit lower.
     """
     return -2.0 * (concentration - 1.0) * row_norms.log().sum()
 
@@ -139,8 +142,9 @@ def describe(hyperprior: Hyperprior) -> str:
 
 
 def in_dtype(distribution: Any, like: Tensor) -> Any:
-    """A copy whose parameters are floating tensors like `like`: torch would round its argument to
-    theirs.
+    """A copy whose parameters are floating tensors like `like`.
+
+    torch would round its argument to theirs.
     """
     new = copy.copy(distribution)
     for name, value in vars(distribution).items():

@@ -27,9 +27,10 @@ _BLOCKS = _Blocks()
 
 @contextlib.contextmanager
 def validation_enabled(is_validate: bool) -> Iterator[None]:
-    """As Pyro's, whose state is the process's: there, of two blocks in two threads the last to end
-    puts back what the other set, and validation stays off for good.  Here the last to end puts back
-    what held before the first.
+    """As Pyro's, but of two blocks in two threads the last to end restores the first state.
+
+    Pyro's state is the process's: there, the last to end puts back what the other set, and
+    validation stays off for good.  Here it puts back what held before the first.
     """
     mine = object()
     with _BLOCKS.lock:

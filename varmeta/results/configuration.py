@@ -20,8 +20,9 @@ TASKS, ROWS = 3, 16
 
 
 def configuration(model: TaskModel) -> Plain:
-    """Everything that the model was made with, but where its weights start and its constants
-    (`models/constants.py`).
+    """Everything that the model was made with.
+
+    Left out are where its weights start and its constants (`models/constants.py`).
 
     A present attribute of an argument's name stands for the argument: prior=None has become a
     prior, patterns have become names.
@@ -35,8 +36,9 @@ def configuration(model: TaskModel) -> Plain:
 
 
 def numbers_of(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor]) -> Tensor:
-    """What the model makes of eta and of a few rows of data, float64: log densities of the prior,
-    of y, and of the hyperpriors.
+    """What the model makes of eta and of a few rows of data, float64.
+
+    Log densities of the prior, of y, and of the hyperpriors.
 
     At theta0 and two prior sds around it, of at most three tasks and sixteen rows each.  Code is
     told apart by it, and what an argument means to another version.

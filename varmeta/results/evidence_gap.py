@@ -53,8 +53,9 @@ def evidence_by_quadrature(model: TaskModel, batch: Batch, eta: Eta) -> float | 
 
 
 def excess(model: TaskModel, eta: Eta, loss: float, evidence: float) -> float:
-    """Nats by which the objective, without hyperpriors, lies above -log evidence: KL[q, posterior]
-    where it is a bound.
+    """Nats by which the objective, without hyperpriors, lies above -log evidence.
+
+    Where it is a bound that is KL[q, posterior].
     """
     return loss - float(model.penalty(eta)) + evidence
 
@@ -80,8 +81,9 @@ def can_be_exact(guide: Guide, size: int) -> bool:
 
 
 def is_tight(model: TaskModel, batch: Batch, eta: Eta, loss: float) -> bool:
-    """Whether the objective is -log p(y | eta) to rounding: of a linear-Gaussian model, at its
-    tasks' posteriors.
+    """Whether the objective is -log p(y | eta) to rounding.
+
+    It is, of a linear-Gaussian model, at its tasks' posteriors.
     """
     evidence = exact_evidence(model, batch, eta)
     if evidence is None:

@@ -13,9 +13,7 @@ FAR, FAR_PER_TASK = 1.0, 0.01
 
 
 def far_from_evidence(fit: Fit) -> str | None:
-    """A sentence where the objective of a converged fit is far from the evidence of the same
-    estimates.
-    """
+    """A sentence where a converged fit's objective is far from the same estimates' evidence."""
     guide = fit.problem.guide
     skipped = (
         fit.is_point

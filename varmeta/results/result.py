@@ -123,8 +123,10 @@ class Fit:
 
     @property
     def loss_name(self) -> str:
-        """Only a Gaussian guide's elbo is a bound on the negative log evidence, and by cubature
-        only where that is exact: where log p(y | theta) is quadratic in theta.
+        """What the objective is, in words.
+
+        Only a Gaussian guide's elbo is a bound on the negative log evidence, and by cubature only
+        where that is exact: where log p(y | theta) is quadratic in theta.
         """
         if self.hyper is not None:
             integrated = (

@@ -39,8 +39,9 @@ KINDS = ("binary", "classification", "count", "ordinal")
 
 
 def separated(fit: Fit) -> dict[str, float]:
-    """The coefficients (theta0 or shared) that run to infinity together, with where the fit left
-    them, by readable name.
+    """The coefficients (theta0 or shared) that run to infinity together.
+
+    By readable name, with where the fit left them.
     """
     model = fit.model
     if (

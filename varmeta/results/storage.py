@@ -31,8 +31,10 @@ def save(
     run: Run,
     prior: LearnedPrior,
 ) -> None:
-    """Write a fit: eta, phi, the run's record and optimiser state, the tasks' data, the strategy's
-    settings and the model's.
+    """Write a fit into a file.
+
+    eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the
+    model's.
 
     The file is written beside the old one and takes its place at the end, so that a save which
     fails, is interrupted or is killed leaves the old one.

@@ -35,8 +35,9 @@ def check_kinds(model: object, tasks: object, strategy: object) -> None:
 def check_strategy(
     strategy: Strategy, problem: Problem, tasks: TaskSet, for_fit: bool = True
 ) -> Traits:
-    """The strategy's traits, if it can be asked for a gradient; `for_fit`: if what it asks for has
-    an optimum too.
+    """The strategy's traits, if it can be asked for a gradient.
+
+    `for_fit`: if what it asks for has an optimum too.
 
     Raises TypeError for parts of another kind, ValueError for what does not go together.
     """

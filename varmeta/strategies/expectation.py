@@ -38,15 +38,17 @@ EXPECTATIONS: tuple[ExpectationName, ...] = get_args(ExpectationName)
 
 
 class Expectation(Protocol):
-    """A rule for E_{N(0, I)}; `deterministic` says that the points do not depend on seed and
-    step.
+    """A rule for E_{N(0, I)}.
+
+    `deterministic` says that the points do not depend on seed and step.
     """
 
     deterministic: bool
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
-        """Standardised points `(points, tasks or 1, size)`; `ids` (tasks,) name the tasks' own
-        noise.
+        """Standardised points `(points, tasks or 1, size)`.
+
+        `ids` `(tasks,)` name the tasks' own noise.
         """
         ...
 
@@ -98,8 +100,9 @@ def _sphere(size: int, rotations: int, dtype: torch.dtype, device: torch.device)
 
 @dataclass(frozen=True)
 class Quantiles:
-    """For one weight a task: the means of `number` equally likely parts of N(0, 1), widened a
-    little to variance 1.
+    """For one weight a task: the means of `number` equally likely parts of N(0, 1).
+
+    They are widened a little, to variance 1.
 
     Cubature's two points, one sd to either side, say too little of a likelihood that is far from
     quadratic over the guide's
@@ -136,8 +139,9 @@ def _quantiles(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class GaussHermite:
-    """Gauss-Hermite's points, `number` for each of up to three weights a task, with weights of
-    their own.
+    """Gauss-Hermite's points, with weights of their own.
+
+    `number` points for each of up to three weights a task.
 
     Where a guide is wide and log p(y | theta) is no parabola over its width: E_q log p is then
         exact to many digits.
@@ -193,8 +197,7 @@ def make_expectation(
     frozen: bool,
     quadratic: bool = True,
 ) -> Expectation:
-    """The rule behind "auto", "quadrature", "cubature", "quantiles" or "monte_carlo", for D =
-    `size` weights a task.
+    """The rule behind a name, for D = `size` weights a task.
 
     linear: the predictor is linear in the weights.  frozen: the noise is held fixed while phi is
     minimised; then a few draws would be fitted instead of the expectation, which the scales of the

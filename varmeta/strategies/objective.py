@@ -113,8 +113,9 @@ class Objective:
         noise: Tensor,
         seen: Data | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """KL[q_i || p] `(tasks,)` and -log p(data_i | theta) at every point, `(points, tasks)`,
-        from the two Pyro traces.
+        """KL[q_i || p] `(tasks,)`, and -log p(data_i | theta) at every point, `(points, tasks)`.
+
+        From the two Pyro traces.
 
         seen: the data that the guide is shown (by default the same): never the query that it is
             judged on.

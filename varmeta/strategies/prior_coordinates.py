@@ -36,8 +36,9 @@ def minimize_in_prior_coordinates(
     minimizer: NewtonCG,
     **options: Any,
 ) -> Solution | None:
-    """The minimum of fn(phi), phi of the shapes of `start`, found from the prior, which is all
-    zeros here.
+    """The minimum of fn(phi), found from the prior, which is all zeros here.
+
+    phi has the shapes of `start`.
 
     options: as of `minimize`.  None unless prior and guide are both dense: elsewhere weights have
     no common directions to be freed of.

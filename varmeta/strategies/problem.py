@@ -43,8 +43,9 @@ PREDICTIVE_PARTICLES = 64
 
 @dataclass(frozen=True)
 class Problem:
-    """The inner problem F_i(phi, eta) and the outer objectives of a model, with noise fixed by
-    (seed, step, task).
+    """The inner problem F_i(phi, eta) and the outer objectives of a model.
+
+    Their noise is fixed by (seed, step, task).
     """
 
     model: TaskModel
@@ -115,8 +116,9 @@ class Problem:
     def gradient_graph(
         self, name: Literal["inner", "elbo"], batch: Batch, eta: Mapping[str, Tensor]
     ) -> fx.GraphModule:
-        """The traced graph of those losses and their gradient in phi, to judge by what they cost;
-        kept with the model.
+        """The traced graph of those losses and their gradient in phi, to judge by what they cost.
+
+        It is kept with the model.
 
         Raises CaptureError where they cannot be traced.
         """
@@ -126,8 +128,9 @@ class Problem:
         return losses.traced(losses_and_gradient, detach(self.start(batch, known)), known)
 
     def noise(self, name: Outer | Literal["inner"], batch: Batch, step: int) -> Tensor:
-        """The standardised points at which that objective takes its expectation, `(points, tasks or
-        1, D)`.
+        """The standardised points at which that objective takes its expectation.
+
+        `(points, tasks or 1, D)`.
         """
         rule = self.expectation
         if name == "query_predictive" and not isinstance(rule, Point):
@@ -142,8 +145,9 @@ class Problem:
         )
 
     def scaled_losses(self, data: Data, share: Tensor) -> Losses:
-        """F_i under a delta guide, the likelihood of `data` (a minibatch of each task) counted
-        `share` `(tasks,)` times.
+        """F_i under a delta guide, its likelihood counted `share` `(tasks,)` times.
+
+        The likelihood is that of `data`, a minibatch of each task.
         """
         noise = data.x.new_zeros(1, 1, self.model.weights.size)
 
@@ -154,15 +158,17 @@ class Problem:
         return fn
 
     def is_point(self, batch: Batch, eta: Mapping[str, Tensor]) -> bool:
-        """Whether q is a point, also where a user's own guide puts a Delta on theta: its elbo is
-        then no bound.
+        """Whether q is a point, also where a user's own guide puts a Delta on theta.
+
+        Its elbo is then no bound.
         """
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
     def units(self, batch: Batch, phi: Tree, eta: Mapping[str, Tensor]) -> Tree | None:
-        """The size of a usual change of each entry of phi: the prior's sd of a location, 1 of the
-        rest.
+        """The size of a usual change of each entry of phi.
+
+        It is the prior's sd of a location, 1 of the rest.
 
         In them F's Hessian is 1 but for as many directions as a task has rows.  None where these
         are more than half the weights, so that the data, not the prior, say how large changes are;
@@ -191,8 +197,9 @@ class Problem:
         )
 
     def lr_scale(self, batch: Batch, minimizer: Minimizer) -> Tensor | None:
-        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`: 1 / a task's
-        support points; else None.
+        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`; else None.
+
+        It is 1 / a task's support points.
         """
         return (
             batch.support.num_points.clamp(min=1).to(batch.support.x).reciprocal()
