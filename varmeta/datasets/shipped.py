@@ -50,9 +50,8 @@ def rats(centre: bool = True, *, as_frame: bool = False) -> TaskSet | pd.DataFra
     """Growth of 30 rats, each weighed on five days.
 
     A task is a rat.  x `(5, 1)`: age in days, minus the middle day 22 unless `centre=False` (a
-    mean-field guide needs
-    the centring: without it intercept and slope are strongly correlated); y `(5,)`: weight in
-        grams.  float64.
+    mean-field guide needs the centring: without it intercept and slope are strongly correlated); y
+    `(5,)`: weight in grams.  float64.
 
     as_frame: the table itself, with the days as they were.
 

@@ -50,8 +50,8 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
     """Try the model on the data with every check of Pyro and PyTorch on; say what does not fit.
 
     Every observation is looked at, and run through a program or a likelihood.  A network is run on
-    its largest and smallest
-    task, and on all where that is cheap: its memory does not grow with the number of tasks.
+    its largest and smallest task, and on all where that is cheap: its memory does not grow with the
+    number of tasks.
 
     Raises ValueError for observations outside the likelihood's support (naming task and row), where
     the program or network does not fit the data, and where tasks are padded and a task's rows

@@ -25,9 +25,9 @@ def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     The others are fixed.
 
     Known are `nn.Linear`, `LinearPredictor`, and an `nn.Sequential` in which `names` belong to one
-    such layer that no other
-    than linear layers follow: its last layer, as a rule.  A subclass, a hook, a parametrisation or
-    a `forward` of one's own may do anything, so nothing is known of them.
+    such layer that no other than linear layers follow: its last layer, as a rule.  A subclass, a
+    hook, a parametrisation or a `forward` of one's own may do anything, so nothing is known of
+    them.
 
     >>> net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
     >>> is_linear_in(net, ["2.weight", "2.bias"]), is_linear_in(net, ["0.weight"])

@@ -95,38 +95,39 @@ def minimize_jointly(
     0.  A saddle is left along its direction of negative curvature.  A function with several minima
     may end in any of them.
 
-    Args: fn: see `SharedLosses`; twice differentiable. phi: where to start, `(tasks, ...)`; scalars
-        per task `(tasks,)` are fine. eta: where to start, tensors of any shape without task axis;
-        `{}` leaves the tasks independent. penalty: a scalar of eta alone, added once. tolerance:
-        relative, in the unit of the loss; not below 1e-6 in float32. max_steps: Newton iterations.
-        callback: called with a `Step` after each iteration.
+    fn: see `SharedLosses`; twice differentiable.
+    phi: where to start, `(tasks, ...)`; scalars per task `(tasks,)` are fine.
+    eta: where to start, tensors of any shape without task axis; `{}` leaves the tasks independent.
+    penalty: a scalar of eta alone, added once.
+    tolerance: relative, in the unit of the loss; not below 1e-6 in float32.
+    max_steps: Newton iterations.
+    callback: called with a `Step` after each iteration.
 
-    Returns: `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end,
-        `(tasks,)`), "decrement" (in the loss's unit, before the last step, so an upper bound),
-        "gradient_norm", "steps", "evaluations" (work in units of one loss with its gradient: a loss
-        alone 1/2, a Hessian column 2), and "flat" (in float64, the names of eta that a direction
-        without curvature to speak of leads along: what fn does not determine one by one), and
-        "failed" (the tasks that a loss or derivative not finite ended it at, `(tasks,)`). A step to
-        where one is not finite is shortened, first of the tasks to blame alone. The result is
-        NON_FINITE where that is so at the start, or of the total at the end, DIVERGED where no step
-        to a lower loss is left but such (the last good point is returned), STAGNATED where rounding
-        lets no step lower the loss, else CONVERGED or STEP_LIMIT.
+    Returns a `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end,
+    `(tasks,)`), "decrement" (in the loss's unit, before the last step, so an upper bound),
+    "gradient_norm", "steps", "evaluations" (work in units of one loss with its gradient: a loss
+    alone 1/2, a Hessian column 2), "flat" (in float64, the names of eta that a direction without
+    curvature to speak of leads along: what fn does not determine one by one), and "failed" (the
+    tasks that a loss or derivative not finite ended it at, `(tasks,)`).
 
-    Raises:
-        ValueError: phi is empty or its leading sizes differ, an argument is out of range, or fn
-            does not return one differentiable loss per task.
-        TypeError: the tensors are not floating, or of several dtypes.
+    A step to where a loss is not finite is shortened, first of the tasks to blame alone.  The
+    result is NON_FINITE where that is so at the start, or of the total at the end, DIVERGED where
+    no step to a lower loss is left but such (the last good point is returned), STAGNATED where
+    rounding lets no step lower the loss, else CONVERGED or STEP_LIMIT.
 
-    Sources: modified Newton steps and their damping, Nocedal and Wright, Numerical Optimization
+    Raises ValueError where phi is empty or its leading sizes differ, an argument is out of range,
+    or fn does not return one differentiable loss per task; TypeError where the tensors are not
+    floating, or of several dtypes.
+
+    Source: modified Newton steps and their damping, Nocedal and Wright, Numerical Optimization
     (2006), sections 3.4 and 10.3; absolute eigenvalues, Dauphin et al., NeurIPS 2014;
     equilibration, Ruiz, report RAL-TR-2001-034.
 
-    Example:
-        >>> y = torch.tensor([1.0, 3.0])
-        >>> fn = lambda phi, eta: (phi["w"] - y) ** 2 + (phi["w"] - eta["loc"]) ** 2
-        >>> solution = minimize_jointly(fn, {"w": torch.zeros(2)}, {"loc": torch.tensor(0.0)})
-        >>> solution.phi["w"], solution.eta["loc"], solution.result.name
-        (tensor([1.5000, 2.5000]), tensor(2.), 'CONVERGED')
+    >>> y = torch.tensor([1.0, 3.0])
+    >>> fn = lambda phi, eta: (phi["w"] - y) ** 2 + (phi["w"] - eta["loc"]) ** 2
+    >>> solution = minimize_jointly(fn, {"w": torch.zeros(2)}, {"loc": torch.tensor(0.0)})
+    >>> solution.phi["w"], solution.eta["loc"], solution.result.name
+    (tensor([1.5000, 2.5000]), tensor(2.), 'CONVERGED')
     """
     _check(phi, eta, tolerance, max_steps)
     problem = SharedProblem(fn, phi, eta, penalty)

@@ -79,38 +79,36 @@ def minimize(
     task whose loss or gradient stops being finite keeps its last finite point, and the others go
     on.
 
-    Args:
-        fn: see `Losses`.
-        phi: where to start, floating tensors `(tasks, ...)` of one dtype.
-        minimizer: `GradientDescent`, `Adam` or `NewtonCG`.
-        steps: None, to tolerance; or a fixed number K.
-        tolerance: default 1e-8 in float64, 1e-4 in lower precision.
-        max_steps: the limit where `steps` is None.
-        create_graph: keep the graph of all steps, so that the value can be differentiated with
-            respect to the start and to whatever else fn depends on.  A task that ends NON_FINITE
-            may put NaN into that derivative.
-        units: the size of a usual change of each entry of phi, shaped as phi; only their ratios
-            within a task matter.  `NewtonCG` takes its conjugate directions in them where it does
-            not form the Hessian; nothing else looks at them.
-        lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`;
-            None: 1.  A rule that is `per_point` needs it: 1 / the number of points whose losses a
-            task's loss is the sum of.
+    fn: see `Losses`.
+    phi: where to start, floating tensors `(tasks, ...)` of one dtype.
+    minimizer: `GradientDescent`, `Adam` or `NewtonCG`.
+    steps: None, to tolerance; or a fixed number K.
+    tolerance: default 1e-8 in float64, 1e-4 in lower precision.
+    max_steps: the limit where `steps` is None.
+    create_graph: keep the graph of all steps, so that the value can be differentiated with
+        respect to the start and to whatever else fn depends on.  A task that ends NON_FINITE
+        may put NaN into that derivative.
+    units: the size of a usual change of each entry of phi, shaped as phi; only their ratios
+        within a task matter.  `NewtonCG` takes its conjugate directions in them where it does
+        not form the Hessian; nothing else looks at them.
+    lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`;
+        None: 1.  A rule that is `per_point` needs it: 1 / the number of points whose losses a
+        task's loss is the sum of.
 
-    Returns: `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point (NaN
-        after a fixed number of first-order steps, which spend no gradient on it);
-        "start_gradient_norm"; "steps", int64; and "evaluations", the work in units of one loss with
-        its gradient (a loss alone 1/2, a Hessian product 2).  A task that ends above the loss that
-        it started from, by more than rounding, is DIVERGED.
+    Returns a `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point
+    (NaN after a fixed number of first-order steps, which spend no gradient on it);
+    "start_gradient_norm"; "steps", int64; and "evaluations", the work in units of one loss with its
+    gradient (a loss alone 1/2, a Hessian product 2).  A task that ends above the loss that it
+    started from, by more than rounding, is DIVERGED.
 
-    Raises: ValueError: an argument is out of range, or fn does not return one differentiable loss
-        per task. TypeError: phi is not floating, or of several dtypes.
+    Raises ValueError where an argument is out of range, or fn does not return one differentiable
+    loss per task; TypeError where phi is not floating, or of several dtypes.
 
-    Example:
-        >>> y = torch.tensor([1.0, 2.0])  # two tasks, one number each
-        >>> fn = lambda phi: (phi["w"] - y) ** 2
-        >>> solution = minimize(fn, {"w": torch.zeros(2)}, GradientDescent(lr=0.5))
-        >>> solution.value["w"], solution.worst.name, solution.stats["steps"]
-        (tensor([1., 2.]), 'CONVERGED', tensor([1, 1]))
+    >>> y = torch.tensor([1.0, 2.0])  # two tasks, one number each
+    >>> fn = lambda phi: (phi["w"] - y) ** 2
+    >>> solution = minimize(fn, {"w": torch.zeros(2)}, GradientDescent(lr=0.5))
+    >>> solution.value["w"], solution.worst.name, solution.stats["steps"]
+    (tensor([1., 2.]), 'CONVERGED', tensor([1, 1]))
     """
     dtypes = {x.dtype for x in phi.values()}
     if not phi:
@@ -411,10 +409,9 @@ class GradientDescent(FirstOrderMinimizer):
     With `per_point` phi <- phi - (lr / n) g for a task of n support points.
 
     Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its
-    points, where the field takes
-    means: the field's step a on a mean cross-entropy of n points is lr = a / n here, or lr = a with
-    `per_point`; on a mean *squared error*, under a Gaussian of noise scale s, it is lr = 2 s^2 a /
-    n, or lr = 2 s^2 a with `per_point`.
+    points, where the field takes means: the field's step a on a mean cross-entropy of n points is
+    lr = a / n here, or lr = a with `per_point`; on a mean *squared error*, under a Gaussian of
+    noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
 
     per_point: take lr on the mean over a task's points, whose loss does not grow with their number.
 

@@ -105,9 +105,8 @@ class Quantiles:
     They are widened a little, to variance 1.
 
     Cubature's two points, one sd to either side, say too little of a likelihood that is far from
-    quadratic over the guide's
-    width: of 0 and 1 with random intercepts of sd 4 its "bound" lies 10 nats above the log
-        likelihood (docs/guides.md).
+    quadratic over the guide's width: of 0 and 1 with random intercepts of sd 4 its "bound" lies 10
+    nats above the log likelihood (docs/guides.md).
 
     >>> at = torch.zeros((), dtype=torch.float64)
     >>> z = Quantiles().points(1, at, torch.zeros(1), 0, 0).flatten()

@@ -1,9 +1,8 @@
 """A dense guide under a dense prior: theta = theta0 + L u, u ~ N(0, 1), q(u) = N(m, C C').
 
 Where the prior has all but lost a direction (a correlation of 1 or -1), F_i in the weights' own
-coordinates is a valley many
-orders of magnitude narrower than long: Newton's steps ended on its way, with posterior sds 17 % too
-wide.  Here the prior's part of F_i has curvature 1 everywhere.
+coordinates is a valley many orders of magnitude narrower than long: Newton's steps ended on its
+way, with posterior sds 17 % too wide.  Here the prior's part of F_i has curvature 1 everywhere.
 """
 
 from __future__ import annotations

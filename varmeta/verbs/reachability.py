@@ -3,9 +3,8 @@
 It is the post's doubt about the joint objective, measured.
 
 The joint strategies move phi_i and theta0 together, so that phi_i may end in a basin that an inner
-loop from theta0 would not
-find: "the final values of theta_i which we reach by jointly optimizing over everything may not be
-reachable by doing SGD from theta0 from scratch" (Huszár 2019).
+loop from theta0 would not find: "the final values of theta_i which we reach by jointly optimizing
+over everything may not be reachable by doing SGD from theta0 from scratch" (Huszár 2019).
 """
 
 from __future__ import annotations
