@@ -240,6 +240,46 @@ def test_any_minimiser_ends_where_newtons_method_does() -> None:
     assert fits[0].certificate is not None and fits[0].certificate.ok
 
 
+class Careless(ConjugateResiduals):
+    """Says nothing of the curvature."""
+
+    def solve(self, matvec: Any, b: Any) -> vm.Solution:
+        found = super().solve(matvec, b)
+        stats = {name: value for name, value in found.stats.items() if name != "curvature"}
+        return found._replace(stats=stats)
+
+
+class Bare(Backtracking):
+    """Returns the tree alone."""
+
+    def solve(self, fn: Any, phi: Any, **how: Any) -> Any:
+        return super().solve(fn, phi, **how).value
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "message"),
+    [
+        (
+            {"linear_solver": Careless()},
+            ValueError,
+            "Careless.solve returns a Solution without 'curvature' in its stats, which must hold "
+            "'residual', 'curvature', 'products'",
+        ),
+        (
+            {"minimizer": Bare()},
+            TypeError,
+            r"Bare.solve returns a dict, expected vm.Solution\(value, result, stats\)",
+        ),
+    ],
+)
+def test_what_a_part_does_not_say_is_asked_for(
+    part: dict[str, Any], kind: Any, message: str
+) -> None:
+    model, tasks = problem()
+    with pytest.raises(kind, match=message):
+        vm.meta_gradient(model, tasks, vm.Implicit("delta", "query", **part))
+
+
 # -- guides ----------------------------------------------------------------------------------------
 
 

@@ -11,36 +11,28 @@ import pytest
 import torch
 
 import varmeta as vm
-from varmeta.graphs.pieces import at
-from varmeta.numerics.minimize import minimize
-from varmeta.numerics.newton import NewtonCG
-from varmeta.strategies.strategy import State, Stats, Strategy, Traits
 
 
 @dataclass(frozen=True)
-class Envelope(Strategy):
+class Envelope(vm.Strategy):
     """sum_i min_phi F_i(phi, eta), by the gradient of F_i at the minimum."""
 
     guide: Any = "multivariate_normal"
 
     def traits(self, problem: Any) -> Any:
-        return Traits(noisy=not problem.deterministic)
+        return vm.Traits(noisy=not problem.deterministic)
 
     def init(self, problem: Any, batch: Any, eta: Any) -> Any:
-        return State()
+        return vm.State()
 
     def loss(self, problem: Any, batch: Any, eta: Any, state: Any) -> Any:
-        phi = self.adapt(
-            problem, batch, {name: value.detach() for name, value in eta.items()}
-        ).value
+        phi = self.adapt(problem, batch, eta).value
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
         new = replace(state, step=state.step + 1)
-        return self.total(problem, batch, eta, losses), new, Stats(losses.detach(), 5.0)
+        return self.total(problem, batch, eta, losses), new, vm.Stats(losses.detach(), 5.0)
 
     def adapt(self, problem: Any, batch: Any, eta: Any) -> Any:
-        return minimize(
-            at(problem.losses("inner", batch, 0), eta), problem.start(batch, eta), NewtonCG()
-        )
+        return problem.minimize(batch, eta, vm.NewtonCG())
 
 
 @dataclass(frozen=True)
@@ -97,4 +89,4 @@ def test_the_whole_contract_is_asked_for(left_out: str) -> None:
         if name != left_out
     }
     with pytest.raises(TypeError, match=f"abstract method '?{left_out}"):
-        type("Partly", (Strategy,), parts)()
+        type("Partly", (vm.Strategy,), parts)()

@@ -17,7 +17,7 @@ from torch import Tensor
 from varmeta.graphs.pieces import Graphed, call, run
 from varmeta.numerics import tree
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Matvec
-from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.solution import Result, Solution, checked
 from varmeta.numerics.tree import Tree
 
 # Up to here the Hessian is formed: it costs about what CG does, and the units of the parameters do
@@ -245,7 +245,8 @@ class ImplicitAdjoint:
         elif isinstance(solver, CG):
             solutions = [solver.solve(product, v, guess)]
         else:
-            solutions = [solver.solve(product, v)]
+            stats = ("residual", "curvature", "products")
+            solutions = [checked(solver.solve(product, v), solver, stats)]
         if self.certify:
             # its order of magnitude is enough, at no more than what the other solve may cost;
             # judged by the energy, since weak directions, where most of it may lie, hardly show in

@@ -22,7 +22,7 @@ from varmeta.graphs.capture import tracing
 from varmeta.graphs.pieces import apply, run
 from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors, positive
-from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.solution import Result, Solution, checked
 from varmeta.numerics.tree import Tree
 
 Losses = Callable[[Tree], Tensor]
@@ -149,7 +149,7 @@ def minimize(
         )
     more: dict[str, Any] = {"units": units} if minimizer.takes_units else {}
     more |= {} if lr_scale is None else {"lr_scale": lr_scale}
-    return minimizer.solve(
+    found = minimizer.solve(
         fn,
         phi,
         steps=steps,
@@ -158,6 +158,7 @@ def minimize(
         create_graph=create_graph,
         **more,
     )
+    return checked(found, minimizer, ("evaluations",))
 
 
 class FirstOrderMinimizer(Minimizer):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from varmeta._checks import kind_of
 from varmeta.numerics.tree import Tree
 
 
@@ -59,3 +60,22 @@ class Solution(NamedTuple):
     @property
     def worst(self) -> Result:
         return Result(int(self.result.max()))
+
+
+def checked(found: object, who: object, stats: tuple[str, ...]) -> Solution:
+    """What `who.solve` returned, if it is a `Solution` with those stats.
+
+    Raises TypeError for anything else, ValueError for one that lacks a stat: part of a user's own.
+    """
+    name = f"{type(who).__name__}.solve"
+    if not isinstance(found, Solution):
+        raise TypeError(
+            f"{name} returns {kind_of(found)}, expected vm.Solution(value, result, stats)"
+        )
+    missing = [stat for stat in stats if stat not in found.stats]
+    if missing:
+        raise ValueError(
+            f"{name} returns a Solution without {missing[0]!r} in its stats, which must hold "
+            f"{', '.join(map(repr, stats))}, (tasks,) each"
+        )
+    return found
