@@ -364,6 +364,15 @@ def test_one_large_task_makes_no_rectangle(monkeypatch: pytest.MonkeyPatch) -> N
     assert "1005000 support points (5 to 1000000 per task)" in repr(tasks)
 
 
+def test_a_task_is_pickled_without_its_set() -> None:
+    task = one_large()[3]
+    sent = pickle.dumps(task)
+    assert len(sent) < 2000
+    assert numbers(pickle.loads(sent)) == numbers(task)
+    lists = Task(([1.0], [2.0]), name="as it was given")
+    assert pickle.loads(pickle.dumps(lists)).support == ([1.0], [2.0])
+
+
 def calls(work: Callable[[], object]) -> int:
     """How many Python functions are entered."""
     count = 0

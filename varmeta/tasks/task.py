@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Task:
@@ -26,6 +28,10 @@ class Task:
     name: str | None = None
     features: Mapping[str, float] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a task of a set is a view: as it is, all rows of the set would be pickled with it
+        return self.__dict__ | {"support": _alone(self.support), "query": _alone(self.query)}
+
     def __repr__(self) -> str:
         sizes = [
             f"{part}={_size(getattr(self, part))}"
@@ -33,6 +39,12 @@ class Task:
             if getattr(self, part) is not None
         ]
         return f"Task({', '.join([repr(self.name), *sizes])})"
+
+
+def _alone(part: Any) -> Any:
+    if not isinstance(part, tuple):
+        return part
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in part)
 
 
 def _size(part: Any) -> str:
