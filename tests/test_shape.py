@@ -1,6 +1,7 @@
 """Sizes that a reader can hold: functions, how deep they nest, what a class shows, and lines.
 
-Docstrings are not code, so they do not count; comments do.
+Docstrings are not code, so they do not count; comments do.  They have a shape of their own: the
+first line says in a sentence what the thing is or does, the rest goes below.
 """
 
 from __future__ import annotations
@@ -97,6 +98,63 @@ def oversize(root: Path) -> Iterator[str]:
 def test_nothing_is_oversize() -> None:
     found = list(oversize(ROOT))
     assert not found, "\n".join(found)
+
+
+HEADINGS = ("Args:", "Returns:", "Raises:", "Example:", "Examples:")
+
+
+def public(node: ast.Module | ast.ClassDef) -> Iterator[Function | ast.ClassDef]:
+    """Functions, classes and their members, but for the private ones and what is inside them."""
+    for part in node.body:
+        if isinstance(part, Function | ast.ClassDef) and not part.name.startswith("_"):
+            yield part
+            if isinstance(part, ast.ClassDef):
+                yield from public(part)
+
+
+def misshapen_docstrings(root: Path) -> Iterator[str]:
+    """Where the first line is not a sentence by itself, and where the format is another one."""
+    for path in sorted(root.rglob("*.py")):
+        tree, at = ast.parse(path.read_text()), path.relative_to(root)
+        for node in (tree, *public(tree)):
+            docstring = ast.get_docstring(node)
+            if docstring is None:
+                continue
+            who = f"{at} {getattr(node, 'name', 'as a whole')}"
+            summary, _, more = docstring.partition("\n")
+            if more.partition("\n")[0].strip() or not summary.endswith((".", "?")):
+                yield f"{who} has a summary that is no sentence on one line: {summary!r}"
+            for line in more.splitlines():
+                if line.strip().startswith(HEADINGS):
+                    yield f"{who} has a heading {line.strip()!r}: arguments stand as `name: ...`"
+
+
+def test_docstrings_have_one_shape() -> None:
+    found = list(misshapen_docstrings(ROOT))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("docstring", "found"),
+    [
+        ("What it is.", None),
+        ("Is it?\n\nx: the thing.", None),
+        ("What it is, which takes\n    another line.", "no sentence on one line"),
+        ("What it is", "no sentence on one line"),
+        ("What it is.\n    More of it.", "no sentence on one line"),
+        ("What it is.\n\n    Args:\n        x: the thing.", "has a heading"),
+        ("What it is.\n\n    Raises: ValueError.", "has a heading"),
+    ],
+)
+@pytest.mark.parametrize("private", [False, True])
+def test_every_docstring_is_looked_at(
+    docstring: str, found: str | None, private: bool, tmp_path: Path
+) -> None:
+    name = "_f" if private else "f"
+    (tmp_path / "one.py").write_text(f'class A:\n  def {name}():\n    """{docstring}"""\n')
+    shapes = list(misshapen_docstrings(tmp_path))
+    expected = None if private else found
+    assert len(shapes) == (expected is not None) and (expected or "") in "".join(shapes)
 
 
 def _function(lines: int, docstring: int = 0) -> str:

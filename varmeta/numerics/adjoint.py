@@ -51,24 +51,23 @@ class ImplicitAdjoint:
     first derivative: u does not depend on eta, so differentiating it once more gives a wrong
     answer.
 
-    Args:
-        linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct`
-            where a task has at most 32 numbers (in any units), else `CG`.
-        certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement"
-            says about how far off in the unit of the loss phi is.
-
-    Example: The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0
-        + 2) / 2, so the derivative of phi^2 / 2 with respect to theta0 is phi / 2.
-
-        >>> near = lambda w, to: 0.5 * (w - to) ** 2
-        >>> inner = lambda phi, eta: near(phi["w"], eta["theta0"]) + near(phi["w"], 2.0)
-        >>> outer = lambda phi, eta: 0.5 * phi["w"] ** 2
-        >>> eta = {"theta0": torch.tensor(0.0, requires_grad=True)}
-        >>> losses, stats = ImplicitAdjoint()(inner, outer, {"w": torch.tensor([1.0])}, eta)
-        >>> torch.autograd.grad(losses.sum(), eta["theta0"]), stats["curvature"]
-        ((tensor(0.5000),), tensor([2.]))
+    linear_solver: solves with the Hessian of `inner`, given products only; None takes `Direct`
+        where a task has at most 32 numbers (in any units), else `CG`.
+    certify: also solve for the distance to the minimum, H^-1 d_phi inner, so that "decrement"
+        says about how far off in the unit of the loss phi is.
 
     Source: Rajeswaran et al. 2019 (iMAML); Lorraine, Vicol and Duvenaud 2020; Blondel et al. 2022.
+
+    The inner loss (phi - theta0)^2 / 2 + (phi - 2)^2 / 2 has its minimum at phi = (theta0 + 2) / 2,
+    so the derivative of phi^2 / 2 with respect to theta0 is phi / 2:
+
+    >>> near = lambda w, to: 0.5 * (w - to) ** 2
+    >>> inner = lambda phi, eta: near(phi["w"], eta["theta0"]) + near(phi["w"], 2.0)
+    >>> outer = lambda phi, eta: 0.5 * phi["w"] ** 2
+    >>> eta = {"theta0": torch.tensor(0.0, requires_grad=True)}
+    >>> losses, stats = ImplicitAdjoint()(inner, outer, {"w": torch.tensor([1.0])}, eta)
+    >>> torch.autograd.grad(losses.sum(), eta["theta0"]), stats["curvature"]
+    ((tensor(0.5000),), tensor([2.]))
     """
 
     linear_solver: LinearSolver | None = None
@@ -89,32 +88,34 @@ class ImplicitAdjoint:
         `torch.autograd.grad(losses.sum(), eta)` costs less than `losses.sum().backward()`: the
         latter also carries derivatives back to the copy of phi that is made here, and drops them.
 
-        Args:
-            inner, outer: see `Objective`; `inner` twice differentiable at `phi`.
-            phi: the inner minimum, tensors `(tasks, ...)`; its graph is not used.
-            eta: tensors of any shape, some of which ask for a gradient.  Either objective may
-                ignore any of them.
-            guess: of u, where `CG` starts: the u of a problem nearby.
-            units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a
-                preconditioner of its own takes their squares for one.
-            ceiling: a quadratic form v' M v that v' H^-1 v is nowhere above, H the Hessian of
-                `inner` in phi at *any* phi; None where none is known.
+        inner, outer: see `Objective`; `inner` twice differentiable at `phi`.
+        phi: the inner minimum, tensors `(tasks, ...)`; its graph is not used.
+        eta: tensors of any shape, some of which ask for a gradient.  Either objective may
+            ignore any of them.
+        guess: of u, where `CG` starts: the u of a problem nearby.
+        units: the size of a usual change of each entry of phi, shaped as phi: a `CG` without a
+            preconditioner of its own takes their squares for one.
+        ceiling: a quadratic form v' M v that v' H^-1 v is nowhere above, H the Hessian of
+            `inner` in phi at *any* phi; None where none is known.
 
-        Returns: losses `(tasks,)`, and the stats that certify them, each `(tasks,)`:
-            "gradient_norm", |d_phi inner|; "decrement", an estimate of 1/2 g' H^-1 g with g = d_phi
-            inner, what the inner loss can still fall by as far as it is quadratic (NaN where it was
-            not asked for; by CG, which finds nine tenths of it as a rule and can miss directions
-            too weak to show in its first steps); "decrement_bound", 1/2 g' M g, which the inner
-            loss lies above its minimum by at most (NaN without a ceiling); "residual" and
-            "linear_result" of the linear solve (0 and CONVERGED where the envelope theorem made it
-            unnecessary); "linear_error", an estimate of the relative error of u in the norm of H,
-            |r| / sqrt(curvature u'v) with r = v - H u and the smallest curvature that the solves
-            met ("curvature", NaN where none was made); "linear_bound", which it is at most,
-            sqrt(r' M r / (u'v + u'r)) (NaN without a ceiling); "products" with H; and, given a
-            guess, the tree u, "solution".
+        Returns losses `(tasks,)`, and the stats that certify them, `(tasks,)` each:
 
-        Raises:
-            ValueError: an objective does not return one loss per task.
+        gradient_norm: |g| with g = d_phi inner.
+        decrement: an estimate of 1/2 g' H^-1 g, what the inner loss can still fall by as far as it
+            is quadratic; NaN where it was not asked for.  CG finds nine tenths of it as a rule and
+            can miss directions too weak to show in its first steps.
+        decrement_bound: 1/2 g' M g, which the inner loss lies above its minimum by at most; NaN
+            without a ceiling.
+        residual, linear_result: of the linear solve; 0 and CONVERGED where the envelope theorem
+            made it unnecessary.
+        linear_error: an estimate of the relative error of u in the norm of H, |r| / sqrt(curvature
+            u'v) with r = v - H u.
+        linear_bound: what that error is at most, sqrt(r' M r / (u'v + u'r)); NaN without a ceiling.
+        curvature: the smallest that the solves met; NaN where none was made.
+        products: how many with H.
+        solution: given a guess, the tree u.
+
+        Raises ValueError where an objective does not return one loss per task.
         """
         if isinstance(inner, Graphed) and isinstance(outer, Graphed):
             return self._by_graphs(inner, outer, tree.detach(phi), eta, guess, units, ceiling)
@@ -347,8 +348,9 @@ class _MixedGradient:
 def gradient_by_name(
     value: Tensor, eta: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """d value / d eta[name] of each name, 0 for what a scalar does not depend on (a constant has no
-    graph at all).
+    """d value / d eta[name] of each name.
+
+    It is 0 for what a scalar does not depend on (a constant has no graph at all).
     """
     names = tuple(names)
     if not value.requires_grad:
@@ -375,11 +377,10 @@ class _Pulled(torch.autograd.Function):
 def unrolled(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
     """Outer losses `(tasks,)` at `phi`, differentiated through whatever graph `phi` carries (MAML).
 
-    Example:
-        >>> theta0 = torch.tensor([1.0], requires_grad=True)
-        >>> phi = {"w": theta0 - 0.1 * theta0}  # one step of gradient descent on theta^2 / 2
-        >>> torch.autograd.grad(unrolled(lambda phi, eta: phi["w"] ** 2, phi, {}).sum(), theta0)
-        (tensor([1.6200]),)
+    >>> theta0 = torch.tensor([1.0], requires_grad=True)
+    >>> phi = {"w": theta0 - 0.1 * theta0}  # one step of gradient descent on theta^2 / 2
+    >>> torch.autograd.grad(unrolled(lambda phi, eta: phi["w"] ** 2, phi, {}).sum(), theta0)
+    (tensor([1.6200]),)
     """
     return _losses(outer, phi, eta, "outer")
 
@@ -389,12 +390,11 @@ def detached(outer: Objective, phi: Tree, eta: dict[str, Tensor]) -> Tensor:
 
     Only the direct dependence on eta is differentiated.
 
-    Example:
-        >>> scale = torch.tensor(3.0, requires_grad=True)
-        >>> phi = {"w": scale * torch.tensor([2.0])}
-        >>> fn = lambda phi, eta: eta["scale"] * phi["w"]
-        >>> torch.autograd.grad(detached(fn, phi, {"scale": scale}).sum(), scale)
-        (tensor(6.),)
+    >>> scale = torch.tensor(3.0, requires_grad=True)
+    >>> phi = {"w": scale * torch.tensor([2.0])}
+    >>> fn = lambda phi, eta: eta["scale"] * phi["w"]
+    >>> torch.autograd.grad(detached(fn, phi, {"scale": scale}).sum(), scale)
+    (tensor(6.),)
     """
     return _losses(outer, tree.detach(phi), eta, "outer")
 

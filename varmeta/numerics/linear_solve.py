@@ -36,19 +36,17 @@ class LinearSolver(ABC):
     def solve(self, matvec: Matvec, b: Tree) -> Solution:
         """Solve A x = b for every task.
 
-        Args: matvec: the product with A; takes and returns a tree with the names and shapes of `b`.
-            b: floating tensors of one dtype, `(tasks, ...)`; a tensor of shape `(tasks,)` is one
-            number per task.
+        matvec: the product with A; takes and returns a tree with the names and shapes of `b`.
+        b: floating tensors of one dtype, `(tasks, ...)`; a tensor of shape `(tasks,)` is one number
+            per task.
 
-        Returns: `Solution` with `value` shaped as `b`, a `Result` code per task, and the stats,
-            each `(tasks,)`: "residual", |b - A x| / |b| recomputed from the returned x (0 where b =
-            0); "curvature", the smallest p'Ap / p'p over the directions p that were met (NaN where
-            none was); "steps", int64; "products", how many products with A were taken for the whole
-            batch.
+        Returns a `Solution` with `value` shaped as `b`, a `Result` code per task, and the stats,
+        each `(tasks,)`: "residual", |b - A x| / |b| recomputed from the returned x (0 where b = 0);
+        "curvature", the smallest p'Ap / p'p over the directions p that were met (NaN where none
+        was); "steps", int64; "products", how many products with A were taken for the whole batch.
 
-        Raises:
-            ValueError: `b` or what `matvec` returns does not have the shapes above.
-            TypeError: `b` is not floating.
+        Raises ValueError where `b` or what `matvec` returns does not have the shapes above;
+        TypeError where `b` is not floating.
         """
 
     def solve_all(self, matvec: Matvec, bs: Sequence[Tree]) -> list[Solution]:
@@ -68,30 +66,27 @@ class CG(LinearSolver):
     once at the end (one more product) and tasks that fall short of the tolerance are refined;
     `Result.STAGNATED` says that this did not help.
 
-    Args:
-        rtol: stop at |b - A x| <= rtol |b|; a number, or one per task as a tensor `(tasks,)`.
-            Default 1e-10 in float64 and 1e-5 in lower precision; never tighter than the rounding of
-            the dtype.
-        max_steps: limit on the steps of a task.  Default 10 size + 10, at most 1000: exact
-            arithmetic needs `size`.
-        preconditioner: product with an approximation of A^-1, symmetric positive definite; if it is
-            not, the task ends as NEGATIVE_CURVATURE.
-        energy_rtol: stop, too, where the last four steps added no more than this share of b'x,
-            which grows to b'A^-1 b.  A small residual says little of that number: weak directions
-            of A hide in it.  An estimate, no bound: what a later step would find is not known.
+    rtol: stop at |b - A x| <= rtol |b|; a number, or one per task as a tensor `(tasks,)`.
+        Default 1e-10 in float64 and 1e-5 in lower precision; never tighter than the rounding of
+        the dtype.
+    max_steps: limit on the steps of a task.  Default 10 size + 10, at most 1000: exact
+        arithmetic needs `size`.
+    preconditioner: product with an approximation of A^-1, symmetric positive definite; if it is
+        not, the task ends as NEGATIVE_CURVATURE.
+    energy_rtol: stop, too, where the last four steps added no more than this share of b'x,
+        which grows to b'A^-1 b.  A small residual says little of that number: weak directions
+        of A hide in it.  An estimate, no bound: what a later step would find is not known.
 
     `solve` may be given a guess of x, where each task starts if that leaves less than starting at 0
     does.
 
-    Raises:
-        ValueError: a choice is out of range.
+    Raises ValueError where a choice is out of range.
 
-    Example:
-        >>> A = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])  # one task
-        >>> product = lambda v: {"w": (A @ v["w"][..., None])[..., 0]}
-        >>> solution = CG().solve(product, {"w": torch.tensor([[3.0, 3.0]])})
-        >>> solution.value["w"], solution.worst.name
-        (tensor([[1., 1.]]), 'CONVERGED')
+    >>> A = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])  # one task
+    >>> product = lambda v: {"w": (A @ v["w"][..., None])[..., 0]}
+    >>> solution = CG().solve(product, {"w": torch.tensor([[3.0, 3.0]])})
+    >>> solution.value["w"], solution.worst.name
+    (tensor([[1., 1.]]), 'CONVERGED')
     """
 
     rtol: float | Tensor | None = None
@@ -176,12 +171,15 @@ def conjugate_gradient(
     precondition: Product | None = None,
     energy_rtol: float | None = None,
 ) -> Run:
-    """The recursion behind `CG`, on rows: from x = 0 until |b - A x| <= tolerance by its own
-    account, or see `CG`.
+    """The recursion behind `CG`, on rows, from x = 0.
 
-    Args: product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without
-        a graph. b: `(tasks, size)`, finite. tolerance: absolute, `(tasks,)`. limits: steps that
-        each task may take, int64 `(tasks,)`; most: the largest of them, or more.
+    It goes until |b - A x| <= tolerance by its own account, or see `CG`.
+
+    product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without a
+        graph.
+    b: `(tasks, size)`, finite.
+    tolerance: absolute, `(tasks,)`.
+    limits: steps that each task may take, int64 `(tasks,)`; most: the largest of them, or more.
     """
     eps = torch.finfo(b.dtype).eps
     x, r = torch.zeros_like(b), b
@@ -247,28 +245,23 @@ class Neumann(LinearSolver):
     Source: Lorraine, Vicol and Duvenaud (2020).
 
     It is the fixed-point iteration x <- x + step (b - A x) from 0.  For symmetric A the residual's
-    norm is a log-convex
-    sequence: once it grows it never shrinks again.  So a task stops at its first growth, with the
-        iterate
-    before it: `NEGATIVE_CURVATURE` if a negative curvature was met or the step size was estimated
-    here (then nothing else makes it grow), else `DIVERGED`.  `STEP_LIMIT` says that the series is
-    truncated above the tolerance.
+    norm is a log-convex sequence: once it grows it never shrinks again.  So a task stops at its
+    first growth, with the iterate before it: `NEGATIVE_CURVATURE` if a negative curvature was met
+    or the step size was estimated here (then nothing else makes it grow), else `DIVERGED`.
+    `STEP_LIMIT` says that the series is truncated above the tolerance.
 
-    Args:
-        num_terms: the largest number of terms.
-        step: size of the step, in units of 1 / curvature; it converges for 0 < step < 2 / (largest
-            eigenvalue).  Default 1 / (1.1 x an estimate of that eigenvalue), which costs 10 more
-            products.
-        rtol: as in `CG`.
+    num_terms: the largest number of terms.
+    step: size of the step, in units of 1 / curvature; it converges for 0 < step < 2 / (largest
+        eigenvalue).  Default 1 / (1.1 x an estimate of that eigenvalue), which costs 10 more
+        products.
+    rtol: as in `CG`.
 
-    Raises:
-        ValueError: a choice is out of range.
+    Raises ValueError where a choice is out of range.
 
-    Example:
-        >>> twice = lambda v: {"w": 2.0 * v["w"]}
-        >>> solution = Neumann(step=0.25).solve(twice, {"w": torch.tensor([6.0])})
-        >>> [round(float(x), 4) for x in solution.value["w"]], solution.worst.name
-        ([3.0], 'CONVERGED')
+    >>> twice = lambda v: {"w": 2.0 * v["w"]}
+    >>> solution = Neumann(step=0.25).solve(twice, {"w": torch.tensor([6.0])})
+    >>> [round(float(x), 4) for x in solution.value["w"]], solution.worst.name
+    ([3.0], 'CONVERGED')
     """
 
     num_terms: int = 100
@@ -349,11 +342,10 @@ class Direct(LinearSolver):
     `STAGNATED` says that A is too ill-conditioned for the dtype, or b outside its range: the
     residual is above the root of its rounding.
 
-    Example:
-        >>> product = lambda v: {"w": 4.0 * v["w"]}
-        >>> solution = Direct().solve(product, {"w": torch.tensor([[2.0, 8.0]])})
-        >>> solution.value["w"], solution.stats["curvature"]
-        (tensor([[0.5000, 2.0000]]), tensor([4.]))
+    >>> product = lambda v: {"w": 4.0 * v["w"]}
+    >>> solution = Direct().solve(product, {"w": torch.tensor([[2.0, 8.0]])})
+    >>> solution.value["w"], solution.stats["curvature"]
+    (tensor([[0.5000, 2.0000]]), tensor([4.]))
     """
 
     def solve(self, matvec: Matvec, b: Tree) -> Solution:

@@ -75,27 +75,25 @@ class NewtonCG(Minimizer):
     it must answer with inf or nan, not with an exception (switch the validation of distributions
     off).
 
-    Args:
-        max_cg_steps: Hessian products per direction; default twice the parameters of a task, at
-            most 500.
-        damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of
-            phi)^2.  Steps are not doubled then.
-        max_backtracks: trial lengths per line search, beyond the first.
-        dense_size: up to how many parameters a task H is formed; costs as many products, and its
-            cube.  0: never.
+    max_cg_steps: Hessian products per direction; default twice the parameters of a task, at
+        most 500.
+    damping: added to every eigenvalue of H, in the direction only; units of 1 / (unit of
+        phi)^2.  Steps are not doubled then.
+    max_backtracks: trial lengths per line search, beyond the first.
+    dense_size: up to how many parameters a task H is formed; costs as many products, and its
+        cube.  0: never.
 
     In the stats of `minimize`, "curvature" is the smallest Rayleigh quotient of H that the task's
     last direction met, NaN where none was needed.
 
     Raises ValueError for a number out of range.
 
-    Example:
-        >>> from varmeta.numerics.minimize import minimize
-        >>> c = torch.tensor([1.0, 4.0])  # two tasks, one number each
-        >>> fn = lambda phi: (phi["w"] ** 2 + c).sqrt()
-        >>> solution = minimize(fn, {"w": torch.tensor([0.5, 30.0])}, NewtonCG())
-        >>> solution.worst.name, bool(solution.value["w"].abs().max() < 1e-3)
-        ('CONVERGED', True)
+    >>> from varmeta.numerics.minimize import minimize
+    >>> c = torch.tensor([1.0, 4.0])  # two tasks, one number each
+    >>> fn = lambda phi: (phi["w"] ** 2 + c).sqrt()
+    >>> solution = minimize(fn, {"w": torch.tensor([0.5, 30.0])}, NewtonCG())
+    >>> solution.worst.name, bool(solution.value["w"].abs().max() < 1e-3)
+    ('CONVERGED', True)
 
     Source: Nocedal and Wright, Numerical Optimization (2006), sections 3.5 and 7.1; Eisenstat and
     Walker, Choosing the forcing terms in an inexact Newton method, SIAM J. Sci. Comput. 17 (1996),

@@ -17,8 +17,9 @@ MANY = 128
 
 @lru_cache(maxsize=16)
 def nodes(size: int, number: int | None = None) -> tuple[Tensor, Tensor]:
-    """Points z `(J, size)` and log weights `(J,)` with sum_j exp(w_j) g(z_j) near E g(z) for z ~
-    N(0, I); float64.
+    """Points z `(J, size)` and log weights `(J,)` for expectations under N(0, I), float64.
+
+    sum_j exp(w_j) g(z_j) is near E g(z) for z ~ N(0, I).
 
     Gauss-Hermite's product rule with `number` nodes for each number, exact for polynomials of
     degree 2 n - 1 in each; by default `NODES` for up to three numbers, and beyond a quasi-random

@@ -48,8 +48,9 @@ class Amortised(Strategy):
     def moving(
         self, problem: Problem, batch: Batch, eta: Eta, state: State, stats: Stats
     ) -> Tensor | None:
-        """Of the mean over Alg, a scalar whose derivative is the part through how the ends of the
-        draws move.
+        """Of the mean over Alg, a scalar whose derivative is the part through moving ends.
+
+        The ends are where the draws of Alg end.
 
         Each end is taken as a minimum of F_i and differentiated implicitly; where it has no
         positive curvature nothing is counted.  None without `alg`.

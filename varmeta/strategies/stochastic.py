@@ -47,9 +47,8 @@ class StochasticAlg:
 
     Two estimators of the gradient, both with the post's two mechanisms in them: "pathwise"
     differentiates through the noisy steps, the noise held fixed.  It serves every kind of noise and
-    is unbiased,
-    but where steps are many and minima far apart a few draws near the ridges carry it all: its
-    variance explodes, and a sample without such a draw looks precise and is wrong
+    is unbiased, but where steps are many and minima far apart a few draws near the ridges carry it
+    all: its variance explodes, and a sample without such a draw looks precise and is wrong
     (docs/post-in-numbers.md). "score" weights each draw by the derivative of its log density (of
     the start, and of each noisy step given the point before), with a leave-one-out baseline.  It
     needs Langevin noise: a score for the start alone misses that the ridges between the basins move
@@ -138,8 +137,9 @@ class StochasticAlg:
         graph: bool,
         num_draws: int | None = None,
     ) -> list[Tree]:
-        """phi after 0, 1, ..., K noisy steps, every tensor `(num_draws * tasks, D)`, one draw of
-        all tasks after another.
+        """phi after 0, 1, ..., K noisy steps.
+
+        Every tensor is `(num_draws * tasks, D)`, one draw of all tasks after another.
 
         graph: keep the graph, so that the end can be differentiated with respect to eta; else the
             points carry none.
@@ -180,8 +180,9 @@ class StochasticAlg:
         points: list[Tree],
         weights: Tensor,
     ) -> dict[str, Tensor]:
-        """sum_r weights_r d log q(walk r | eta) / d eta, by name, for the entries of eta that ask
-        for a gradient.
+        """sum_r weights_r d log q(walk r | eta) / d eta, by name.
+
+        For the entries of eta that ask for a gradient.
 
         q is the density of the walk: of its start (where `start_scale` > 0) and of every noisy step
             given the point before.
@@ -246,8 +247,9 @@ class StochasticAlg:
 
 
 def leave_one_out(losses: Tensor) -> Tensor:
-    """Every draw's loss less the mean of the others, divided by the number of draws, `(draws,
-    tasks)`: weights of the score.
+    """The weights of the score, `(draws, tasks)`.
+
+    They are every draw's loss less the mean of the others, divided by the number of draws.
 
     >>> leave_one_out(torch.tensor([[1.0], [3.0]])).T
     tensor([[-1.,  1.]])

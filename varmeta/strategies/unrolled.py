@@ -39,8 +39,9 @@ STILL = 1e-6
 
 @dataclass(frozen=True)
 class KSteps(Amortised):
-    """phi_K after K first-order steps from the prior, phi_{k+1} = phi_k - step(dF/dphi_k), and G
-    there.
+    """phi_K after K first-order steps from the prior, and G there.
+
+    phi_{k+1} = phi_k - step(dF/dphi_k).
 
     How the derivative of G comes back to eta is what subclasses say.
     """

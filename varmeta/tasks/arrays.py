@@ -17,8 +17,10 @@ LARGEST = 2**63 - 1  # of int64, as which whole numbers are kept
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """A dense copy without graph: floating numbers keep their precision, and uint8 (images) stays;
-    other whole numbers and booleans become int64.
+    """A dense copy without graph.
+
+    Floating numbers keep their precision, and uint8 (images) stays; other whole numbers and
+    booleans become int64.
 
     Python numbers have no precision of their own and take torch's default dtype.  `what` opens
     every complaint, e.g. "task 'a': support x".  Raises TypeError for what is not made of real

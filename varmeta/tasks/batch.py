@@ -36,8 +36,9 @@ class Data:
 
     @cached_property
     def filled(self) -> tuple[Tensor, Tensor]:
-        """x and y with a row of real data wherever there is padding: the task's first, or where it
-        has none another task's.
+        """x and y with a row of real data wherever there is padding.
+
+        It is the task's first row, or where it has none another task's.
 
         The mask makes padding count for nothing, but a density or network that is infinite at 0 (a
         Gamma, a logarithm of x) would still send 0 * inf = NaN back through it.
@@ -111,8 +112,9 @@ class Batch:
     share: float = 1.0
 
     def part(self, begin: int, end: int) -> Batch:
-        """The tasks from `begin` up to `end`, a batch by itself: values of parts add up to that of
-        the batch.
+        """The tasks from `begin` up to `end`, a batch by itself.
+
+        Values of parts add up to that of the batch.
         """
         share = (end - begin) / len(self)
         query = None if self.query is None else self.query.part(begin, end)

@@ -18,8 +18,9 @@ def like_of(
     queries: list[Part | None],
     dtype: torch.dtype | None,
 ) -> Part:
-    """An empty part with the shapes, dtypes and device that all parts share, or have to be brought
-    to.
+    """An empty part with the shapes, dtypes and device that all parts share.
+
+    Those that do not have them have to be brought to them.
     """
     # the first of every kind speaks for the others
     kinds: dict[tuple[Any, ...], tuple[str, str, Part]] = {}

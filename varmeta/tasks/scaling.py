@@ -18,8 +18,9 @@ Prior = TypeVar("Prior", covariant=True)
 
 @runtime_checkable
 class Reads(Protocol):
-    """What a scaling asks of a likelihood: whether y is a real number, and which part of y is the
-    response.
+    """What a scaling asks of a likelihood.
+
+    Whether y is a real number, and which part of y is the response.
     """
 
     @property

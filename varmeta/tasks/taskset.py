@@ -454,8 +454,9 @@ class TaskSet:
         features: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
         left_raw: bool,
     ) -> Self:
-        """The tasks with every (x, y), support and query, replaced by `rows((x, y), name)`, and
-        their features, `(tasks,)`, likewise.
+        """The tasks with every (x, y), support and query, replaced by `rows((x, y), name)`.
+
+        Their features, `(tasks,)`, are replaced likewise.
 
         rows: takes any number of rows, and gives one for each: it is called with all at once and no
             name, and task by task where it refuses, so that it can name the task.
