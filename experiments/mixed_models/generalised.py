@@ -31,8 +31,8 @@ from varmeta.models.hyper_posterior import Hyperguide
 METHODS: dict[str, tuple[Any, Hyperguide]] = {
     "normal": (vm.Joint("normal", expectation="cubature"), "delta"),
     "multivariate_normal": (vm.Joint("multivariate_normal", expectation="cubature"), "delta"),
-    "multivariate_normal, 64 points": (
-        vm.Joint("multivariate_normal", expectation="quantiles"),
+    "multivariate_normal, Gauss-Hermite": (
+        vm.Joint("multivariate_normal", expectation="quadrature"),
         "delta",
     ),
     "laplace": (vm.Implicit("laplace"), "delta"),
@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[Any, Hyperguide]] = {
 }
 FEW_METHODS = (
     "multivariate_normal",
-    "multivariate_normal, 64 points",
+    "multivariate_normal, Gauss-Hermite",
     "laplace",
     "posterior of eta",
 )

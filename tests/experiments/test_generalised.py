@@ -54,15 +54,15 @@ def test_cbpp_under_each_guide() -> None:
 
 
 def test_toenail_shows_in_the_diagnostics() -> None:
-    """Laplace's objective lies above the log likelihood, cubature's "bound" far above; with 64
-    points it is a bound.
+    """Laplace's objective lies above the log likelihood, cubature's "bound" far above; by
+    Gauss-Hermite it is a bound.
     """
     case = case_of("toenail")
     found: dict[str, Any] = {}
     for name, strategy in {
         "laplace": vm.Implicit("laplace"),
         "cubature": vm.Joint("normal", expectation="cubature"),
-        "quantiles": vm.Joint("normal", expectation="quantiles"),
+        "quadrature": vm.Joint("normal", expectation="quadrature"),
     }.items():
         said = "nats (above|below) -log evidence" if name != "laplace" else None
         with pytest.warns(RuntimeWarning, match=said) if said else contextlib.nullcontext():
@@ -75,9 +75,9 @@ def test_toenail_shows_in_the_diagnostics() -> None:
     for name in ("laplace", "cubature"):
         assert found[name]["objective"] > found[name]["evidence"] + 4 * found[name]["se"]
         assert found[name]["sd"] > 1.1 * exact["sd"]
-    assert found["quantiles"]["objective"] < exact["objective"]
-    assert 0.85 * exact["sd"] < found["quantiles"]["sd"] < exact["sd"]
-    assert found["quantiles"]["evidence"] > max(
+    assert found["quadrature"]["objective"] < exact["objective"]
+    assert 0.85 * exact["sd"] < found["quadrature"]["sd"] < exact["sd"]
+    assert found["quadrature"]["evidence"] > max(
         found["laplace"]["evidence"], found["cubature"]["evidence"]
     )
 

@@ -22,7 +22,7 @@ from tests.common import F64, moved, problem, randn, start, with_grad
 from varmeta.guides.kl import kl, move
 from varmeta.numerics.noise import task_id
 from varmeta.priors.gaussian_prior import unit_lower
-from varmeta.strategies.expectation import Cubature, MonteCarlo, Point, Quantiles, make_expectation
+from varmeta.strategies.expectation import Cubature, MonteCarlo, Point, make_expectation
 
 PRIORS: dict[str, Any] = {
     "shared": lambda: vm.GaussianPrior(1.7, "shared"),
@@ -129,24 +129,6 @@ def test_a_minibatch_in_any_order_has_the_losses_of_the_whole(expectation: str) 
     )
 
 
-@pytest.mark.parametrize(
-    ("function", "expected", "error"),
-    [
-        (lambda z: z**2, 1.0, 1e-12),
-        (lambda z: z**3, 0.0, 1e-12),
-        (lambda z: z**4, 3.0, 0.15),
-        (torch.exp, math.exp(0.5), 0.011),
-        (nn.functional.softplus, 0.8060592, 3e-4),  # of a logistic likelihood
-    ],
-    ids=["square", "cube", "fourth power", "exp", "softplus"],
-)
-def test_quantiles_integrate_smooth_functions(function: Any, expected: float, error: float) -> None:
-    z = Quantiles().points(1, torch.zeros((), dtype=F64), torch.zeros(1), 0, 0)
-    assert z.shape == (64, 1, 1)
-    # exact up to degree three; beyond, the tails outside 2.5 sds are missing
-    assert float(function(z).mean()) == pytest.approx(expected, abs=error)
-
-
 def test_two_points_are_no_bound_for_binary_data_and_many_are() -> None:
     """Four equal answers with intercepts of sd 5: the optimal two-point "bound" exceeds the log
     likelihood.
@@ -158,9 +140,9 @@ def test_two_points_are_no_bound_for_binary_data_and_many_are() -> None:
     )
     z, w = np.polynomial.hermite_e.hermegauss(80)
     exact = float(np.log((w / np.sqrt(2 * np.pi)) @ (1 / (1 + np.exp(-5 * z))) ** 4))
-    found = {rule: _best(model, tasks, rule) for rule in ("cubature", "quantiles")}
-    assert found["quantiles"] < exact < found["cubature"]
-    assert found["quantiles"] == pytest.approx(exact, abs=0.1)
+    found = {rule: _best(model, tasks, rule) for rule in ("cubature", "quadrature")}
+    assert found["quadrature"] < exact < found["cubature"]
+    assert found["quadrature"] == pytest.approx(exact, abs=0.1)
 
 
 def _best(model: vm.TaskModel, tasks: vm.TaskSet, rule: str) -> float:
@@ -178,9 +160,8 @@ def test_which_rule_is_taken() -> None:
     assert make_expectation("auto", 60, 2, linear=False, frozen=True) == Cubature(rotations=8)
     assert make_expectation("auto", 100, 2, linear=False, frozen=True) == MonteCarlo(2)
     assert make_expectation("monte_carlo", 3, 8, linear=True, frozen=True) == MonteCarlo(8)
-    assert make_expectation("quantiles", 1, 2, linear=True, frozen=False) == Quantiles(64)
-    with pytest.raises(ValueError, match="one weight per task, and this has 3"):
-        make_expectation("quantiles", 3, 2, linear=True, frozen=False)
+    with pytest.raises(ValueError, match="'quantiles' has gone: 'quadrature'"):
+        make_expectation("quantiles", 1, 2, linear=True, frozen=False)
     assert make_expectation(Point(), 3, 2, linear=True, frozen=True) == Point()
     for particles in (0, 1, 3):
         with pytest.raises(ValueError, match="even number"):

@@ -521,7 +521,9 @@ def test_the_objective_has_its_name(strategy: Strategy, name: str) -> None:
 def test_a_cubature_that_is_not_exact_is_named() -> None:
     fit = known(scalar_model(PRIOR), ragged_tasks(2), vm.Joint("normal", expectation="cubature"))
     assert fit.loss_name == "negative ELBO by cubature"
-    drawn = known(scalar_model(PRIOR), ragged_tasks(2), vm.Joint("normal", expectation="quantiles"))
+    drawn = known(
+        scalar_model(PRIOR), ragged_tasks(2), vm.Joint("normal", expectation="quadrature")
+    )
     assert drawn.loss_name == "negative ELBO"
 
 

@@ -13,7 +13,7 @@ section 2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.dense import Dense
+from varmeta.guides.quadrature import Quadrature
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
-from varmeta.numerics.tree import Tree, named_parts, take
+from varmeta.numerics.tree import Tree, named_parts
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.priors.validation import validation_enabled
@@ -71,7 +72,8 @@ class Whitened:
         model = problem.model
         if model.prior.learn_precision != "full" or model.prior.scale_hyperprior is not None:
             return None
-        if type(problem.guide) is not Dense or not problem.deterministic or not model.all_linear:
+        gaussian = type(problem.guide) in (Dense, Quadrature)
+        if not gaussian or not problem.deterministic or not model.all_linear:
             return None
         linear = (*model.shared, *model.coefficients)
         groups = [
@@ -167,7 +169,7 @@ class Whitened:
         return {name: found[name].to(phi[name]) for name in phi}, inside
 
     def leave(self, phi: Tree, eta: Eta) -> tuple[Tree, Eta]:
-        """(phi, eta) at these coordinates, with a covariance that has an inverse."""
+        """(phi, eta) at these coordinates, with a covariance that has an inverse; phi may be {}."""
         like = eta[PRECISION]
         r_d, r_de, _ = self._blocks()
         factor = self.factor(eta).double()
@@ -178,6 +180,8 @@ class Whitened:
         factor = factor + torch.diag_embed(held - diagonal)
         raw = self._raw(eta, factor)
         raw = {name: value.to(like) for name, value in raw.items()}
+        if not phi:
+            return {}, raw
         spread = phi["log_scale"].double().exp().unsqueeze(-1)
         triangle = (
             unit_lower(phi["tril"].double(), len(factor))
@@ -213,19 +217,8 @@ class Whitened:
         Elsewhere they differ by what the expectation's rule is off: its points lie along the axes
         of another root of the same covariance.
         """
-        parts = [
-            (tasks, self._part(group, design, constant))
-            for tasks, group, design, constant in self.rows
-        ]
-        if len(parts) == 1:
-            return parts[0][1]
-        back = torch.cat([tasks for tasks, _ in parts]).argsort()
-        return lambda phi, eta: torch.cat([fn(take(phi, tasks), eta) for tasks, fn in parts])[back]
-
-    def _part(self, batch: Batch, design: Tensor, constant: Tensor) -> Losses:
-        noise = self.problem.noise("elbo", batch, 0)
-        model, size = self.problem.model, self.problem.model.weights.size
-        own, common = design[..., :size], design[..., size:]
+        noise = self.problem.noise("elbo", self.rows[0][1], 0)
+        size, density = self.problem.model.weights.size, self.log_density()
         mean = self.problem.objective.mean  # Gauss-Hermite's points have weights
 
         def fn(phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
@@ -235,13 +228,33 @@ class Whitened:
             squares = factor.square().sum((-2, -1)) + phi["loc"].square().sum(-1)
             divergence = 0.5 * (squares - size) - phi["log_scale"].sum(-1)
             u = phi["loc"] + (factor @ noise.unsqueeze(-1)).squeeze(-1)  # (points, tasks, D)
-            psi, b = self.places(eta, own)
-            out = torch.einsum("tncd,ptd->ptnc", own, psi + u @ self.factor(eta).mT)
-            out = out + common @ b if self.linear else out
-            out = out.reshape(*out.shape[:2], *constant.shape[1:]) + constant
-            return divergence + mean(-_log_density(model, out, eta, batch.support))
+            return divergence + mean(-density(u, eta))
 
         return fn
+
+    def log_density(self) -> Callable[[Tensor, Mapping[str, Tensor]], Tensor]:
+        """log p(y_i | u, eta) `(points, tasks)` of u `(points, tasks, D)`."""
+        back = torch.cat([tasks for tasks, *_ in self.rows]).argsort()
+
+        def fn(u: Tensor, eta: Mapping[str, Tensor]) -> Tensor:
+            if len(self.rows) == 1:
+                return self._part(u, eta, self.rows[0])
+            parts = [self._part(u[:, group[0]], eta, group) for group in self.rows]
+            return torch.cat(parts, 1)[:, back]
+
+        return fn
+
+    def _part(
+        self, u: Tensor, eta: Mapping[str, Tensor], group: tuple[Tensor, Batch, Tensor, Tensor]
+    ) -> Tensor:
+        _, batch, design, constant = group
+        model, size = self.problem.model, self.problem.model.weights.size
+        own, common = design[..., :size], design[..., size:]
+        psi, b = self.places(eta, own)
+        out = torch.einsum("tncd,ptd->ptnc", own, psi + u @ self.factor(eta).mT)
+        out = out + common @ b if self.linear else out
+        out = out.reshape(*out.shape[:2], *constant.shape[1:]) + constant
+        return _log_density(model, out, eta, batch.support)
 
     def penalty(self, eta: Eta) -> Tensor | float:
         """-log of the hyperpriors at the raw eta."""

@@ -24,7 +24,7 @@ from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import SITE, observed_log_prob
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
-from varmeta.numerics.quadrature import nodes
+from varmeta.numerics.quadrature import placed
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.numerics.triangular import root_of_inverse
@@ -122,33 +122,24 @@ def _solve(
     # a step that gets no further ends at rounding, as where the prior is very narrow
     found = (solution.result == Result.CONVERGED) | (solution.result == Result.STAGNATED)
     converged = found.reshape(number, tasks)
-    constant = 0.5 * size * math.log(2 * math.pi) + factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     if gaussian:
-        return (
-            constant - loss.reshape(number, tasks),
-            mode,
-            factor,
-            mode,
-            factor @ factor.mT,
-            converged,
-        )
-    z, log_weight = nodes(size)
-    theta = mode.unsqueeze(1) + (factor.unsqueeze(1) @ z.to(mode)[:, None, :, None]).squeeze(
-        -1
-    )  # (K, J, T, D)
-    step = max(1, CELLS // max(1, data.mask.numel() * len(z)))
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        evidence = 0.5 * size * math.log(2 * math.pi) + log_det - loss.reshape(number, tasks)
+        return evidence, mode, factor, mode, factor @ factor.mT, converged
+    theta, log_weight = (part.transpose(0, 1) for part in placed(mode, factor))  # (K, J, T, D)
+    step = max(1, CELLS // max(1, data.mask.numel() * theta.shape[1]))
     log_p = torch.cat(
         [
             density(theta[k : k + step], {name: value[k : k + step] for name, value in eta.items()})
             for k in range(0, number, step)
         ]
     )
-    log_p = log_p + (log_weight + 0.5 * z.square().sum(-1)).to(mode)[:, None]
+    log_p = log_p + log_weight
     share = log_p.softmax(1).unsqueeze(-1)
     mean = (share * theta).sum(1)
     offset = theta - mean.unsqueeze(1)
     covariance = ((share * offset).unsqueeze(-1) * offset.unsqueeze(-2)).sum(1)
-    return constant + log_p.logsumexp(1), mode, factor, mean, covariance, converged
+    return log_p.logsumexp(1), mode, factor, mean, covariance, converged
 
 
 def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.priors.gaussian_prior import PRECISION, TRIL
 from varmeta.results.evidence_gap import can_be_exact
 from varmeta.results.excess_noise import unexplained
-from varmeta.results.far_from_evidence import far_from_evidence
+from varmeta.results.far_from_evidence import far_from_evidence, rough_quadrature
 from varmeta.results.separation import separated
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
         else [None if unfinished else _runaways(fit), _singular(fit)]
     )
     noise, counts = None if unfinished else _vanishing_noise(fit), _no_overdispersion(fit)
-    far = far_from_evidence(fit) if fit.converged else None
+    far = far_from_evidence(fit) or rough_quadrature(fit) if fit.converged else None
     found += [
         sentence
         for sentence in (*spread, noise, counts, separation, far, unexplained(fit))

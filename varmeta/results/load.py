@@ -194,6 +194,8 @@ def _strategy(
         if type(given).__name__ != described["kind"]:
             raise Refused(f"{shown} is a fit by {described['kind']}, not by {given!r}")
         return given
+    if described.get("expectation") == "quantiles":  # of version 0.1, for one weight a task
+        described = described | {"expectation": "quadrature"}
     strategy = _rebuild(described)
     if not isinstance(strategy, Strategy):
         raise ValueError(f"{type(strategy).__name__} is no strategy")

@@ -72,7 +72,7 @@ def of_evidence(
     assert isinstance(guide, Quadrature)
     eta = {name: value.detach() for name, value in eta.items()}
     with torch.no_grad():
-        theta, log_p, _ = guide.at_nodes(phi, eta, data)
+        theta, log_p = guide.at_nodes(phi, eta, data)
         constant = log_p - log_joint(model, theta, eta, data)
 
     def total(vector: Tensor) -> Tensor:

@@ -1,17 +1,14 @@
 """How an expectation under a task's Gaussian guide is taken: at which standardised points.
 
-A rule makes *noise*: standardised points `(points, tasks or 1, D)` of N(0, I), weighted equally but
-for `GaussHermite`. The guide moves them to theta = loc + scale @ noise.  So a rule without
-randomness (cubature) and Monte Carlo are the same thing to everybody else, and the objective stays
-a pure function of its arguments.
+A rule makes *noise*: standardised points `(points, tasks or 1, D)` of N(0, I), and their weights
+where they are not equal.  The guide moves them to theta = loc + scale @ noise.  So a rule without
+randomness and Monte Carlo are the same thing to everybody else, and the objective stays a pure
+function of its arguments.  The points themselves are made in `numerics/quadrature.py`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
-from statistics import NormalDist
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from varmeta._checks import one_of
 from varmeta.numerics import noise
-from varmeta.numerics.quadrature import nodes
+from varmeta.numerics.quadrature import EXPECTATION, nodes, sphere
 
 # Up to here 2 D points cost less than the accuracy is worth; beyond, draws (measured:
 # docs/choices.md).
@@ -29,18 +26,17 @@ MAX_CUBATURE_SIZE = 24
 # is linear in the weights.
 MAX_FROZEN_SIZE = {True: 512, False: 64}
 ROTATIONS = 8
-# Gauss-Hermite's points for each weight, by the number of weights.
-HERMITE = {1: 32, 2: 12, 3: 8}
 
 
-ExpectationName = Literal["auto", "quadrature", "cubature", "quantiles", "monte_carlo"]
+ExpectationName = Literal["auto", "quadrature", "cubature", "monte_carlo"]
 EXPECTATIONS: tuple[ExpectationName, ...] = get_args(ExpectationName)
 
 
 class Expectation(Protocol):
     """A rule for E_{N(0, I)}.
 
-    `deterministic` says that the points do not depend on seed and step.
+    `deterministic` says that the points do not depend on seed and step.  A rule with
+    `weights(size)`, one for each point, as `GaussHermite` has, weights them.
     """
 
     deterministic: bool
@@ -86,54 +82,7 @@ class Cubature:
     deterministic = True
 
     def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
-        return _sphere(size, self.rotations, like.dtype, like.device).unsqueeze(1)
-
-
-@lru_cache(maxsize=32)
-def _sphere(size: int, rotations: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # by numpy: a traced graph then takes the points as a constant
-    normal = np.random.default_rng(0).standard_normal((rotations, size, size))
-    axes = np.linalg.qr(normal)[0].swapaxes(-1, -2).reshape(-1, size) if rotations else np.eye(size)
-    points = torch.from_numpy(math.sqrt(size) * np.concatenate([axes, -axes]))
-    return points.to(dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class Quantiles:
-    """For one weight a task: the means of `number` equally likely parts of N(0, 1).
-
-    They are widened a little, to variance 1.
-
-    Cubature's two points, one sd to either side, say too little of a likelihood that is far from
-    quadratic over the guide's width: of 0 and 1 with random intercepts of sd 4 its "bound" lies 10
-    nats above the log likelihood (docs/guides.md).
-
-    >>> at = torch.zeros((), dtype=torch.float64)
-    >>> z = Quantiles().points(1, at, torch.zeros(1), 0, 0).flatten()
-    >>> round(float(z.square().mean()), 6), round(float(z.exp().mean()), 2)  # E exp(z) = 1.65
-    (1.0, 1.64)
-    """
-
-    number: int = 64
-
-    deterministic = True
-
-    def points(self, size: int, like: Tensor, ids: Tensor, seed: int, step: int) -> Tensor:
-        return _quantiles(self.number, like.dtype, like.device)
-
-
-@lru_cache(maxsize=32)
-def _quantiles(number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    normal = NormalDist()
-    # the mean of each of `number` equally likely parts is the difference of the density at its
-    # ends, times `number`
-    density = [0.0, *(normal.pdf(normal.inv_cdf(k / number)) for k in range(1, number)), 0.0]
-    z = -number * np.diff(density)
-    return (
-        torch.from_numpy(z / np.sqrt((z**2).mean()))
-        .to(dtype=dtype, device=device)
-        .reshape(-1, 1, 1)
-    )
+        return sphere(size, self.rotations).to(like).unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -143,7 +92,9 @@ class GaussHermite:
     `number` points for each of up to three weights a task.
 
     Where a guide is wide and log p(y | theta) is no parabola over its width: E_q log p is then
-        exact to many digits.
+        exact to many digits.  Cubature's two points, one sd to either side, say too little of it:
+        of 0 and 1 with random intercepts of sd 4 their "bound" lies 10 nats above the log
+        likelihood (docs/guides.md).
 
     >>> rule = GaussHermite(32)
     >>> z = rule.points(1, torch.zeros((), dtype=torch.float64), torch.zeros(1), 0, 0).flatten()
@@ -195,6 +146,7 @@ def make_expectation(
     linear: bool,
     frozen: bool,
     quadratic: bool = True,
+    straight: bool = True,
 ) -> Expectation:
     """The rule behind a name, for D = `size` weights a task.
 
@@ -202,6 +154,8 @@ def make_expectation(
     minimised; then a few draws would be fitted instead of the expectation, which the scales of the
     guide can escape along all the other directions.
     quadratic: log p(y | theta) is known to be quadratic in theta, so that cubature is exact.
+    straight: the predictor is linear by construction, so that it means something at the outermost
+    of many nodes; a program's curve may not, so that "auto" looks so far along one weight only.
     """
     if not isinstance(name, str):
         if not hasattr(name, "points") or not hasattr(name, "deterministic"):
@@ -209,8 +163,13 @@ def make_expectation(
                 f"expectation must be a name or a rule with `points`, not {type(name).__name__}"
             )
         return name
+    if str(name) == "quantiles":
+        raise ValueError(
+            "expectation='quantiles' has gone: 'quadrature' is exact where it was near"
+        )
     one_of("expectation", name, EXPECTATIONS)
-    if name == "auto" and size == 1 and not quadratic and (linear or frozen):
+    few = size in EXPECTATION if straight else size == 1
+    if name == "auto" and few and not quadratic and (linear or frozen):
         name = "quadrature"
     if name == "auto":
         small = size <= (MAX_FROZEN_SIZE[linear] if frozen else MAX_CUBATURE_SIZE)
@@ -218,17 +177,10 @@ def make_expectation(
     if name == "cubature":
         return Cubature(0 if linear else ROTATIONS)
     if name == "quadrature":
-        if size not in HERMITE:
+        if size not in EXPECTATION:
             raise ValueError(
-                f"expectation='quadrature' serves models with up to {max(HERMITE)} weights per "
+                f"expectation='quadrature' serves models with up to {max(EXPECTATION)} weights per "
                 f"task, and this has {size}: use 'cubature', or 'monte_carlo' with more particles"
             )
-        return GaussHermite(HERMITE[size])
-    if name == "monte_carlo":
-        return MonteCarlo(num_particles)
-    if size != 1:
-        raise ValueError(
-            "expectation='quantiles' serves models with one weight per task, and this has "
-            f"{size}: use 'cubature', or 'monte_carlo' with more particles"
-        )
-    return Quantiles()
+        return GaussHermite(EXPECTATION[size])
+    return MonteCarlo(num_particles)

@@ -26,7 +26,6 @@ from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.expectation import (
     Expectation,
     ExpectationName,
-    GaussHermite,
     MonteCarlo,
     Point,
     make_expectation,
@@ -74,9 +73,9 @@ class Problem:
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
             return problem
         linear = model.looks_linear(tasks)
-        quadratic = model.is_linear_gaussian
+        known = model.is_linear_gaussian, model.is_linear
         size = model.weights.size
-        rule = make_expectation(expectation, size, num_particles, linear, frozen, quadratic)
+        rule = make_expectation(expectation, size, num_particles, linear, frozen, *known)
         return cls(model, made, rule, int(seed))
 
     @property
@@ -86,8 +85,8 @@ class Problem:
     @property
     def weights(self) -> tuple[float, ...] | None:
         """Of the points of the expectation, where they are not equal."""
-        rule = self.expectation
-        return rule.weights(self.model.weights.size) if isinstance(rule, GaussHermite) else None
+        weights = getattr(self.expectation, "weights", None)
+        return None if weights is None else weights(self.model.weights.size)
 
     @property
     def deterministic(self) -> bool:

@@ -132,9 +132,9 @@ class Strategy(ABC):
 
     guide: "delta", "normal", "multivariate_normal", "low_rank", "laplace", "quadrature", one of
         `vm.guides`, or a factory of a Pyro guide.
-    expectation, num_particles: how E_q is taken; "auto" is Gauss-Hermite for one weight per task,
-        cubature where it serves, else antithetic draws (docs/choices.md); "quadrature",
-        Gauss-Hermite for up to three weights, is what a far from quadratic likelihood wants.
+    expectation, num_particles: how E_q is taken: "quadrature" (Gauss-Hermite, for up to three
+        weights per task), "cubature" (exact for quadratics) or "monte_carlo" (antithetic draws);
+        "auto" is the first of these that serves, see docs/choices.md.
 
     The contract of a subclass is `init`, `loss`, `adapt` and `traits`.
     """

@@ -12,6 +12,7 @@ from varmeta.fitting import chunks
 from varmeta.fitting.blame import drowning_at_start
 from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
+from varmeta.fitting.evidence_newton import evidence_newton, evidence_newton_applies
 from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.run import Callback, Run
@@ -26,6 +27,7 @@ from varmeta.models.hyper_posterior import Hyperguide
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
 from varmeta.models.responses import left_raw, one_scale_for_all
+from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.doubts import doubts
 from varmeta.results.result import Fit
 from varmeta.results.resume import run_to_resume
@@ -59,14 +61,15 @@ def fit(
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
     model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or
-        `Implicit("quadrature")` for a linear predictor with one weight per task under a log-concave
-        likelihood that is not Gaussian, without optimizer, batch size or budget;
+        `Implicit("quadrature")` for a linear predictor with up to three weights per task under a
+        log-concave likelihood that is not Gaussian, without optimizer, batch size or budget;
         `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior
         (`learn_precision="full"`) or a hyperguide; else `Joint("normal")`.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the
         others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on
-        (phi, eta) for `Joint` and `Reinit` on small models whose expectations are free of noise;
+        (phi, eta) for `Joint` and `Reinit` on small models whose expectations are free of noise,
+        Newton on eta for the evidence by quadrature of a linear predictor;
         L-BFGS for `Implicit` and `Unrolled` with few meta-parameters; else, and where the
         likelihood has kinks (a Laplace density) or a minibatch or a budget is given, Adam at 1e-2.
         Small models then start from the pooled fit; with kinks, a minibatch or an optimizer of your
@@ -147,6 +150,8 @@ def fit(
         if way == "hyperguide":
             run.schedule, left = None, (steps or few) - run.step
             integrate(problem, strategy, whole, tasks, run, hyperguide, left, seed, report)
+        elif way == "evidence":
+            evidence_newton(problem, strategy, whole, run, steps or few, report)
         elif way == "newton":
             newton(problem, strategy, whole, run, steps or few, report)
         else:
@@ -168,9 +173,11 @@ def fit(
 def _way(
     strategy: Strategy, problem: Problem, whole: Batch, eta: Eta, hyperguide: Hyperguide, free: bool
 ) -> str:
-    """The solver: "hyperguide", "newton", "lbfgs", or "steps" of an optimiser."""
+    """The solver: "hyperguide", "evidence", "newton", "lbfgs", or "steps" of an optimiser."""
     if hyperguide != "delta":
         return "hyperguide"
+    if free and evidence_newton_applies(strategy, problem, eta):
+        return "evidence"
     if free and newton_applies(strategy, problem, whole, eta):
         return "newton"
     return "lbfgs" if free and lbfgs_applies(strategy, problem, eta) else "steps"
@@ -226,10 +233,10 @@ def _doubts(result: Fit, reached: bool) -> list[str]:
 def _default_strategy(model: object, hyperguide: Hyperguide | None, free: bool) -> Strategy:
     if not isinstance(model, TaskModel):  # about to be refused
         return Joint()
-    # one weight, and a posterior of one mode that is not Gaussian: the evidence itself; a
+    # few weights, and a posterior of one mode that is not Gaussian: the evidence itself; a
     # Gaussian's bound may be far from it
-    one = model.weights.size == 1 and model.is_linear and not model.is_linear_gaussian
-    if one and type(model.likelihood) in LOG_CONCAVE and free and hyperguide in (None, "delta"):
+    few = model.weights.size in EVIDENCE and model.is_linear and not model.is_linear_gaussian
+    if few and type(model.likelihood) in LOG_CONCAVE and free and hyperguide in (None, "delta"):
         return Implicit("quadrature")
     return Joint(
         "multivariate_normal" if hyperguide not in (None, "delta") else default_guide(model)
