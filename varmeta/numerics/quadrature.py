@@ -86,8 +86,8 @@ def sphere(size: int, rotations: int = 0) -> Tensor:
     rotations: along so many random orthonormal bases instead, always the same.  Exact for
         quadratics.
 
-    >>> sphere(2).square().mean(0).tolist()
-    [1.0, 1.0]
+    >>> sphere(2).square().mean(0)
+    tensor([1.0000, 1.0000], dtype=torch.float64)
     """
     normal = np.random.default_rng(0).standard_normal((rotations, size, size))
     axes = np.linalg.qr(normal)[0].swapaxes(-1, -2).reshape(-1, size) if rotations else np.eye(size)
