@@ -576,3 +576,57 @@ def test_a_strategy_has_the_value_of_the_implicit_one() -> None:
         for answer in (fit.adapt(tasks), vm.fit(model, tasks, vm.Joint("normal")).adapt(tasks))
     ]
     assert means[0].shape == means[1].shape
+
+
+@dataclass(frozen=True)
+class Together(vm.Strategy):
+    """`Joint` with gradient descent, written again: every task's phi is kept."""
+
+    lr: float = 0.01
+
+    def traits(self, problem: Any) -> vm.Traits:
+        return vm.Traits(noisy=not problem.deterministic, stored=True)
+
+    def init(self, problem: Any, batch: Any, eta: Any) -> vm.State:
+        return vm.State({name: x.detach() for name, x in problem.start(batch, eta).items()})
+
+    def loss(
+        self, problem: Any, batch: Any, eta: Any, state: vm.State
+    ) -> tuple[Tensor, vm.State, vm.Stats]:
+        phi = {n: x.detach().requires_grad_() for n, x in batch.of(state.phi).items()}
+        losses = problem.losses("elbo", batch, state.step)(phi, eta)
+        found = torch.autograd.grad(losses.sum(), list(phi.values()), retain_graph=True)
+        rate = self.lr * state.lr_scale
+        new = {
+            name: (x - rate * g).detach() for (name, x), g in zip(phi.items(), found, strict=True)
+        }
+        assert state.phi is not None
+        after = replace(state, phi=batch.into(state.phi, new), step=state.step + 1)
+        stats = vm.Stats(losses.detach(), 1.0)
+        return self.total(problem, batch, eta, losses), after, stats
+
+    def adapt(self, problem: Any, batch: Any, eta: Any) -> vm.Solution:
+        return problem.minimize(batch, eta, vm.NewtonCG())
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_strategy_that_stores_phi_goes_the_way_of_joint(batch_size: int | None) -> None:
+    model, tasks = problem()
+    own, shipped = (
+        vm.fit(
+            model,
+            tasks,
+            strategy,
+            12,
+            lambda params: torch.optim.Adam(params, lr=0.05),
+            batch_size,
+            schedule="constant",
+        )
+        for strategy in (
+            Together("normal"),
+            vm.Joint("normal", minimizer=vm.GradientDescent(0.01)),
+        )
+    )
+    same(own.eta, shipped.eta, 1e-9)
+    means = [fit.posterior().frame()["mean"].to_numpy() for fit in (own, shipped)]
+    assert abs(means[0] - means[1]).max() < 1e-9
