@@ -38,7 +38,6 @@ from varmeta.plot import BAND, INK, MUTED
 
 LAMBDA, STEPS, LR, TEMPERATURE, START = 1.0, 12, 0.08, 0.5, 0.6
 GRID = np.linspace(-7, 7, 1401)
-Strategy = vm.Unrolled | vm.Implicit
 SIZES: dict[str, dict[str, int]] = {
     "full": {"anchors": 20, "blocks": 50, "draws": 2000, "seeds": 20},
     "smoke": {"anchors": 3, "blocks": 5, "draws": 200, "seeds": 4},
@@ -141,25 +140,25 @@ def central(objective: Callable[[float], float], anchor: float, h: float = 1e-4)
 # -- estimates -------------------------------------------------------------------------------------
 
 
-def kinds(num_draws: int) -> dict[str, tuple[Strategy, Callable[[float], float]]]:
+def kinds(num_draws: int) -> dict[str, tuple[vm.Stochastic, Callable[[float], float]]]:
     """Each kind of noise with an estimator that serves it, and the exact objective."""
     langevin = vm.StochasticAlg(STEPS, LR, temperature=TEMPERATURE, num_draws=num_draws)
     return {
         "random start": (
-            vm.Unrolled(
-                "delta",
-                "query",
-                alg=vm.StochasticAlg(STEPS, LR, start_scale=START, num_draws=num_draws),
+            vm.Stochastic(
+                vm.Unrolled("delta", "query"),
+                vm.StochasticAlg(STEPS, LR, start_scale=START, num_draws=num_draws),
             ),
             smoothed_by_start,
         ),
         "Langevin noise": (
-            vm.Unrolled("delta", "query", alg=replace(langevin, cooling=False)),
+            vm.Stochastic(vm.Unrolled("delta", "query"), replace(langevin, cooling=False)),
             smoothed_by_langevin,
         ),
         "both, then to the minimum": (
-            vm.Implicit(
-                "delta", "query", alg=replace(langevin, start_scale=START), on_unconverged="ignore"
+            vm.Stochastic(
+                vm.Implicit("delta", "query", on_unconverged="ignore"),
+                replace(langevin, start_scale=START),
             ),
             smoothed_at_minima,
         ),
@@ -167,7 +166,7 @@ def kinds(num_draws: int) -> dict[str, tuple[Strategy, Callable[[float], float]]
 
 
 def estimate(
-    model: vm.TaskModel, tasks: vm.TaskSet, strategy: Strategy, anchor: float, blocks: int
+    model: vm.TaskModel, tasks: vm.TaskSet, strategy: vm.Stochastic, anchor: float, blocks: int
 ) -> tuple[float, float, float]:
     """Mean and standard error of the gradient over blocks of draws, and the mean of its moving
     part.
@@ -234,7 +233,7 @@ def variance(seeds: int, draws: int, steps: list[int], anchor: float = 0.7) -> p
                     "estimator": name,
                     "steps": count,
                     "mean": float(np.mean(found)),
-                    "exact": math.nan if isinstance(strategy, vm.Implicit) else exact,
+                    "exact": math.nan if isinstance(strategy.strategy, vm.Implicit) else exact,
                     "standard_error": per_draw / math.sqrt(seeds * draws),
                     "evaluations_per_draw": cost / draws,
                     "sd_per_draw": per_draw,
@@ -244,14 +243,14 @@ def variance(seeds: int, draws: int, steps: list[int], anchor: float = 0.7) -> p
     return pd.DataFrame(rows)
 
 
-def estimators(steps: int, draws: int) -> list[tuple[str, Strategy, bool]]:
+def estimators(steps: int, draws: int) -> list[tuple[str, vm.Stochastic, bool]]:
     alg = vm.StochasticAlg(steps, LR, start_scale=START, temperature=TEMPERATURE, num_draws=draws)
-    score = vm.Unrolled("delta", "query", alg=alg)
-    minimum = vm.Implicit("delta", "query", alg=alg, on_unconverged="ignore")
+    score = vm.Stochastic(vm.Unrolled("delta", "query"), alg)
+    minimum = vm.Stochastic(vm.Implicit("delta", "query", on_unconverged="ignore"), alg)
     return [
         (
             "through the steps",
-            vm.Unrolled("delta", "query", alg=replace(alg, estimator="pathwise")),
+            vm.Stochastic(vm.Unrolled("delta", "query"), replace(alg, estimator="pathwise")),
             True,
         ),
         ("score, no baseline", score, False),
@@ -263,7 +262,7 @@ def estimators(steps: int, draws: int) -> list[tuple[str, Strategy, bool]]:
 def one_gradient(
     model: vm.TaskModel,
     tasks: vm.TaskSet,
-    strategy: Strategy,
+    strategy: vm.Stochastic,
     seed: int,
     anchor: float,
     baseline: bool,
@@ -275,7 +274,6 @@ def one_gradient(
     value = float(torch.autograd.grad(scalar, eta["theta"])[0])
     if not baseline:
         # what the baseline took away: the mean loss times the mean score
-        assert strategy.alg is not None
         walk = strategy.alg.walk(problem, batch, eta, state.step - 1, graph=False)
         losses = problem.losses("query", batch.repeat(strategy.alg.num_draws), 0)(
             walk[-1], eta

@@ -15,11 +15,12 @@ from varmeta.posteriors.prediction import Prediction
 from varmeta.priors.gaussian_prior import GaussianPrior
 from varmeta.results.load import load
 from varmeta.results.result import Fit
+from varmeta.strategies.alg import StochasticAlg
 from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.reinit import Reinit
-from varmeta.strategies.stochastic import StochasticAlg
+from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import State, Stats, Strategy, Traits
 from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
@@ -36,7 +37,7 @@ __all__ = [
     # model
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts
-    "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile",
+    "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile", "Stochastic",
     "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg", "guides",
     # what strategies, minimisers and solvers of your own are made of (docs/extend.md)
     "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",

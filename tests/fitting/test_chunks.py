@@ -16,14 +16,13 @@ from varmeta.fitting.compiled_step import Step, eager
 
 PRIOR = vm.GaussianPrior(3.0, learn_precision="shared", hyperprior=dist.Gamma(2.0, 1.0))
 NOISY = {
-    "maml, Langevin": lambda guide: vm.Unrolled(
-        guide,
-        inner_steps=2,
-        minimizer=vm.GradientDescent(0.01),
-        alg=vm.StochasticAlg(temperature=0.1, num_steps=3),
+    "maml, Langevin": lambda guide: vm.Stochastic(
+        vm.Unrolled(guide, inner_steps=2, minimizer=vm.GradientDescent(0.01)),
+        vm.StochasticAlg(temperature=0.1, num_steps=3),
     ),
-    "implicit, Langevin": lambda guide: vm.Implicit(
-        guide, "query", on_unconverged="ignore", alg=vm.StochasticAlg(temperature=0.1, num_steps=3)
+    "implicit, Langevin": lambda guide: vm.Stochastic(
+        vm.Implicit(guide, "query", on_unconverged="ignore"),
+        vm.StochasticAlg(temperature=0.1, num_steps=3),
     ),
 }
 

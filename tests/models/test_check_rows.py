@@ -213,7 +213,8 @@ def test_a_minibatch_of_rows_needs_rows_that_stand_alone() -> None:
     """
     tasks = tasks_of(4, 4, query=3)
     for make in (MEET["mean"][0], APART["causal"]):
-        strategy = vm.Unrolled("delta", "query", alg=vm.StochasticAlg(3, 0.01, batch_size=2))
+        alg = vm.StochasticAlg(3, 0.01, batch_size=2)
+        strategy = vm.Stochastic(vm.Unrolled("delta", "query"), alg)
         with pytest.raises(
             ValueError, match="so that a minibatch of them is another problem: leave out"
         ):

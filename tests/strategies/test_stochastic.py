@@ -24,6 +24,7 @@ from experiments.stochastic import (
     one_function,
 )
 from tests.cases import adam, linear_model, ragged_tasks
+from varmeta.results import load, storage
 
 ANCHORS = (-1.6, 0.1, 2.1)  # all twenty: python -m experiments.stochastic
 
@@ -76,8 +77,9 @@ def test_minibatches_equal_all_their_sequences():
             ends.append((0.5 * np.sin(3 * t + phases) + 0.05 * t**2).sum())
         return np.mean(ends)
 
-    strategy = vm.Unrolled(
-        "delta", "query", alg=vm.StochasticAlg(steps, LR, batch_size=batch_size, num_draws=2000)
+    strategy = vm.Stochastic(
+        vm.Unrolled("delta", "query"),
+        vm.StochasticAlg(steps, LR, batch_size=batch_size, num_draws=2000),
     )
     mean, error, _ = estimate(model, tasks, strategy, anchor, blocks=20)
     assert abs(mean - central(mean_over_sequences, anchor)) < 3.0 * error
@@ -133,7 +135,7 @@ def test_every_entry_of_eta_in_a_linear_model(estimator):
         steps, lr, start_scale=start, temperature=temperature, num_draws=4000, estimator=estimator
     )
     results = [
-        vm.meta_gradient(model, tasks, vm.Unrolled("delta", "query", alg=alg), seed)
+        vm.meta_gradient(model, tasks, vm.Stochastic(vm.Unrolled("delta", "query"), alg), seed)
         for seed in range(25)
     ]
     values = torch.tensor([result.value for result in results])
@@ -158,8 +160,8 @@ def test_a_minibatch_of_tasks_sees_the_same_draws():
     tasks, model = ragged_tasks(3), linear_model(vm.GaussianPrior(2.0))
     alg = vm.StochasticAlg(4, 0.02, start_scale=0.5, temperature=0.3, batch_size=2, num_draws=3)
     for strategy in (
-        vm.Unrolled("delta", "query", alg=alg),
-        vm.Implicit("delta", "query", alg=alg),
+        vm.Stochastic(vm.Unrolled("delta", "query"), alg),
+        vm.Stochastic(vm.Implicit("delta", "query"), alg),
     ):
         whole = vm.meta_gradient(model, tasks, strategy)
         alone = [vm.meta_gradient(model, tasks[[i]], strategy) for i in range(3)]
@@ -173,8 +175,8 @@ def test_a_minibatch_of_tasks_sees_the_same_draws():
 
 def test_fit_adapt_resume_and_store(tmp_path):
     tasks, model = ragged_tasks(3), linear_model(vm.GaussianPrior(2.0))
-    strategy = vm.Unrolled(
-        "delta", "query", alg=vm.StochasticAlg(5, 0.02, start_scale=1.0, num_draws=4)
+    strategy = vm.Stochastic(
+        vm.Unrolled("delta", "query"), vm.StochasticAlg(5, 0.02, start_scale=1.0, num_draws=4)
     )
     whole = vm.fit(model, tasks, strategy, 6, adam, schedule="constant")
     half = vm.fit(model, tasks, strategy, 3, adam, schedule="constant")
@@ -202,7 +204,9 @@ def test_a_fit_by_the_score(strategy):
     def fitted(estimator):
         alg = vm.StochasticAlg(4, 0.01, temperature=0.5, num_draws=3, estimator=estimator)
         still = lambda params: torch.optim.SGD(params, lr=1e-30)  # noqa: E731
-        return vm.fit(model, tasks, strategy("delta", "query", alg=alg), 1, still, compile=False)
+        return vm.fit(
+            model, tasks, vm.Stochastic(strategy("delta", "query"), alg), 1, still, compile=False
+        )
 
     found = fitted("score")
     assert math.isfinite(found.loss)
@@ -220,7 +224,10 @@ def test_a_ridge_is_called_out():
         RuntimeWarning, match=r"% of the draws of alg ended on a ridge.*cooling=True"
     ):
         vm.meta_gradient(
-            model, tasks, vm.Implicit("delta", "query", alg=alg), eta={"theta": torch.tensor(0.7)}
+            model,
+            tasks,
+            vm.Stochastic(vm.Implicit("delta", "query"), alg),
+            eta={"theta": torch.tensor(0.7)},
         )
 
 
@@ -270,34 +277,52 @@ def test_bad_choices(make, error, message):
     ("make", "error", "message"),
     [
         (
-            lambda: vm.Implicit("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)),
+            lambda: vm.Stochastic(vm.Implicit("delta", "query"), vm.StochasticAlg(start_scale=1.0)),
             ValueError,
             "temperature > 0",
         ),
         (
-            lambda: vm.Unrolled("normal", "query", alg=vm.StochasticAlg(start_scale=1.0)),
+            lambda: vm.Stochastic(
+                vm.Unrolled("normal", "query"), vm.StochasticAlg(start_scale=1.0)
+            ),
             ValueError,
             "guide='delta'",
         ),
         (
-            lambda: vm.FirstOrder("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)),
-            ValueError,
-            "takes no alg",
-        ),
-        (
-            lambda: vm.Unrolled("delta", "query", alg="langevin"),
+            lambda: vm.Stochastic(
+                vm.FirstOrder("delta", "query"), vm.StochasticAlg(start_scale=1.0)
+            ),
             TypeError,
-            "alg must be a StochasticAlg, not str",
+            r"takes vm.Unrolled\(...\) or vm.Implicit\(...\).*not an? FirstOrder",
         ),
         (
-            lambda: vm.Implicit(
-                "delta", "query", warm_start=True, alg=vm.StochasticAlg(temperature=1.0)
+            lambda: vm.Stochastic(vm.Unrolled("delta", "query"), "langevin"),
+            TypeError,
+            "alg must be a StochasticAlg, not ",
+        ),
+        (
+            lambda: vm.Stochastic(
+                vm.Implicit("delta", "query", warm_start=True), vm.StochasticAlg(temperature=1.0)
             ),
             ValueError,
             "exclude each other",
+        ),
+        (  # as it was spelled before
+            lambda: vm.Unrolled("delta", "query", alg=vm.StochasticAlg(start_scale=1.0)),
+            TypeError,
+            r"takes no alg: vm.Stochastic\(vm.Unrolled\(...\), alg\)",
         ),
     ],
 )
 def test_strategies_that_do_not_go_with_it(make, error, message):
     with pytest.raises(error, match=message):
         vm.fit(linear_model(vm.GaussianPrior(1.0)), ragged_tasks(2), make())
+
+
+def test_a_file_of_the_time_when_alg_was_an_option_loads_as_the_wrapper() -> None:
+    model, tasks = linear_model(vm.GaussianPrior(2.0)), ragged_tasks(2)
+    plain = vm.Unrolled("delta", "query", inner_steps=3)
+    alg = vm.StochasticAlg(5, 0.02, start_scale=1.0, num_draws=4)
+    for given, expected in ((None, plain), (alg, vm.Stochastic(plain, alg))):
+        described = storage._describe(plain) | {"alg": storage._describe(given)}
+        assert load._strategy(described, "old.fit", model, tasks, None) == expected

@@ -25,8 +25,8 @@ from varmeta.numerics.minimize import Minimizer
 from varmeta.results import old_format, schema
 from varmeta.results.configuration import configuration, numbers_of, same_numbers
 from varmeta.results.result import Fit
+from varmeta.strategies.alg import StochasticAlg
 from varmeta.strategies.check import check_strategy
-from varmeta.strategies.stochastic import StochasticAlg
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 
@@ -190,6 +190,9 @@ def _strategy(
     given: Strategy | None,
 ) -> Strategy:
     """The strategy that the file describes, or the given one of that kind."""
+    alg = None if described["kind"] == "Stochastic" else described.pop("alg", None)
+    if alg is not None:  # of the time when it was an option of Unrolled and Implicit
+        described = {"kind": "Stochastic", "strategy": described, "alg": alg}
     if given is not None:
         if type(given).__name__ != described["kind"]:
             raise Refused(f"{shown} is a fit by {described['kind']}, not by {given!r}")

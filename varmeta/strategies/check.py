@@ -14,9 +14,9 @@ from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.tree import take
-from varmeta.strategies.amortised import Amortised
 from varmeta.strategies.objective import OwnObjective, check_outer
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import Strategy, Traits
 from varmeta.tasks import TaskSet
 from varmeta.tasks.taskset import no_tasks
@@ -41,7 +41,8 @@ def check_strategy(
 
     Raises TypeError for parts of another kind, ValueError for what does not go together.
     """
-    _check_parts(strategy)
+    plain = strategy.strategy if isinstance(strategy, Stochastic) else strategy
+    _check_parts(plain)
     check_outer(strategy.outer)
     if callable(strategy.outer):
         _check_own_outer(strategy.outer, problem, tasks)
@@ -54,7 +55,7 @@ def check_strategy(
             "support rows, so there is nothing to learn the prior from: give Task(support=(x, y))"
             + ("" if tasks.query_rows.bare(tasks.names) else others)
         )
-    _check_curvature(strategy, problem, tasks)
+    _check_curvature(plain, problem, tasks)
     traits = strategy.traits(problem)
     _check_alg(strategy, problem, tasks)
     if for_fit:
@@ -150,11 +151,7 @@ def _check_curvature(strategy: Strategy, problem: Problem, tasks: TaskSet) -> No
 
 def _check_alg(strategy: Strategy, problem: Problem, tasks: TaskSet) -> None:
     """Refuse minibatches of rows where the rows of a task are no separate observations."""
-    if (
-        not isinstance(strategy, Amortised)
-        or strategy.alg is None
-        or strategy.alg.batch_size is None
-    ):
+    if not isinstance(strategy, Stochastic) or strategy.alg.batch_size is None:
         return
     where = rows_meet(problem.model, tasks.batch().support, reorder=True)
     if where is not None:

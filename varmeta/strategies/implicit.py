@@ -18,7 +18,6 @@ from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
 from varmeta.strategies.amortised import (
-    DRAWS_ITS_OWN,
     MAX_TRACED_STEPS,
     Amortised,
     check_steps,
@@ -27,7 +26,6 @@ from varmeta.strategies.amortised import (
 from varmeta.strategies.objective import Outer
 from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.strategies.problem import Losses, Problem
-from varmeta.strategies.stochastic import StochasticAlg
 from varmeta.strategies.strategy import (
     ON_UNCONVERGED,
     Eta,
@@ -74,29 +72,14 @@ class Implicit(Amortised):
     def __post_init__(self) -> None:
         one_of("on_unconverged", self.on_unconverged, ON_UNCONVERGED)
         check_steps(self.inner_steps)
-        self._check_alg()
-        if self.alg is not None and not self.alg.uses_score:
-            raise ValueError(
-                "Implicit takes the probability of reaching a minimum from the score of the "
-                "Langevin noise, so its alg needs temperature > 0 and estimator='auto' or 'score': "
-                "a score for the random start alone misses that the basins' boundaries move with "
-                "theta0.  Unrolled(alg=...) serves every kind of noise"
-            )
-        if self.alg is not None and self.warm_start:
-            raise ValueError(
-                "warm_start and alg exclude each other: a draw of Alg starts at the prior"
-            )
 
     def traits(self, problem: Problem) -> Traits:
-        self._check_guide(problem)
-        own = None if self.alg is None else DRAWS_ITS_OWN
         return Traits(
-            noisy=self._is_noisy(problem),
+            noisy=not problem.deterministic,
             # at phi_K the value is that of K steps, the gradient that of the minimum
             line_search=self.inner_steps is None,
             at_minimum=True,
-            not_captured=self._not_captured(problem) or own,
-            not_in_pieces=own,
+            not_captured=self._not_captured(problem),
             minimizer=self.minimizer,
             on_unconverged=self.on_unconverged,
         )
@@ -114,8 +97,6 @@ class Implicit(Amortised):
     def loss(
         self, problem: Problem, batch: Batch, eta: Eta, state: State
     ) -> tuple[Tensor, State, Stats]:
-        if self.alg is not None:
-            return self._noisy_loss(self.alg, problem, batch, eta, state)
         start = batch.of(state.phi) if state.phi is not None else detach(problem.start(batch, eta))
         losses, ends, adjoint, stats = self._at_minimum(problem, batch, eta, state, start)
         if state.phi is not None:
@@ -124,24 +105,19 @@ class Implicit(Amortised):
             state = replace(state, inner=batch.into(state.inner, adjoint))
         return self.total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
-    def _noisy_loss(
-        self, alg: StochasticAlg, problem: Problem, batch: Batch, eta: Eta, state: State
-    ) -> tuple[Tensor, State, Stats]:
-        """The mean over draws: noisy steps, then the minimum below where they ended."""
-        walk = alg.walk(problem, batch, detach(eta), state.step, graph=False)
-        many = batch.repeat(alg.num_draws)
-        losses, ends, _, stats = self._at_minimum(problem, many, eta, state, walk[-1])
-        total = self.total(problem, batch, eta, self._mean(losses))
-        total = self._add_score(total, problem, batch, eta, state, walk, losses)
-        inner, _ = self._objectives(problem, many, state)
-        stats = replace(
-            stats,
-            losses=self._mean(losses.detach()),
-            evaluations=alg.num_draws * (stats.evaluations + 4.0 * alg.num_steps + 3.0),
-            ends=ends,
-            unsettled=_on_a_ridge(inner, walk[-1], ends, detach(eta)).to(losses).mean(),
-        )
-        return total, replace(state, step=state.step + 1), stats
+    def from_point(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
+    ) -> tuple[Tensor, Stats]:
+        """At the minimum below."""
+        losses, ends, _, stats = self._at_minimum(problem, batch, eta, state, start)
+        inner, _ = self.objectives(problem, batch, state)
+        unsettled = _on_a_ridge(inner, start, ends, detach(eta)).to(losses).mean()
+        evaluations = stats.evaluations + 3.0
+        return losses, replace(stats, evaluations=evaluations, ends=ends, unsettled=unsettled)
+
+    def adapt_from_point(self, problem: Problem, batch: Batch, eta: Eta, start: Tree) -> Solution:
+        inner, units = problem.losses("inner", batch, 0), problem.units(batch, start, eta)
+        return self._solve(problem, batch, inner, start, eta, self.inner_steps, units)
 
     def _at_minimum(
         self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
@@ -150,7 +126,7 @@ class Implicit(Amortised):
         of the linear system where the last one is kept (else empty); and what the gradient rests
         on.
         """
-        inner, outer = self._objectives(problem, batch, state)
+        inner, outer = self.objectives(problem, batch, state)
         units = problem.units(batch, start, detach(eta))
         solution = self._solve(problem, batch, inner, start, detach(eta), self.inner_steps, units)
         # the certificate costs a second solve, which nobody looks at where it is ignored
@@ -174,11 +150,9 @@ class Implicit(Amortised):
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         start = detach(problem.start(batch, eta))
-        if self.alg is not None:
-            start = self.alg.one_draw(problem, batch, eta)
         steps = None if self.warm_start else self.inner_steps
         inner = problem.losses("inner", batch, 0)
-        if self.alg is None and steps is None and isinstance(self.minimizer, NewtonCG):
+        if steps is None and isinstance(self.minimizer, NewtonCG):
             found = minimize_in_prior_coordinates(
                 problem, at(inner, eta), eta, start, self.minimizer, tolerance=self.tolerance
             )

@@ -4,7 +4,8 @@ A strategy answers four questions: where phi starts, how many inner steps it tak
 derivative with respect to eta comes back through them, and which outer objective is differentiated.
 
 `joint.py` and `reinit.py` hold the strategies that store phi, `implicit.py` and `unrolled.py` those
-for which it is a function of eta:
+for which it is a function of eta; `stochastic.py` wraps one of these with an Alg that is a
+distribution:
 
 | strategy     | start of phi     | inner steps       | derivative           | outer objective |
 | `Joint`      | stored per task  | phi and eta move together                | elbo            |

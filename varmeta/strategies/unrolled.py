@@ -20,7 +20,6 @@ from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.strategies.amortised import (
-    DRAWS_ITS_OWN,
     MAX_TRACED_STEPS,
     Amortised,
     check_steps,
@@ -28,7 +27,6 @@ from varmeta.strategies.amortised import (
 )
 from varmeta.strategies.objective import Outer
 from varmeta.strategies.problem import Losses, Problem
-from varmeta.strategies.stochastic import StochasticAlg
 from varmeta.strategies.strategy import Eta, State, Stats, Traits
 from varmeta.tasks import Batch
 
@@ -50,19 +48,12 @@ class KSteps(Amortised):
     inner_steps: int = 5
     minimizer: FirstOrderMinimizer = field(default_factory=lambda: GradientDescent(lr=0.01))
 
-    takes_alg = False
-
     def __post_init__(self) -> None:
         check_steps(self.inner_steps)
-        self._check_alg()
         if not isinstance(self.minimizer, FirstOrderMinimizer):
             raise ValueError(
                 f"{type(self).__name__} differentiates or counts first-order steps: minimizer must "
                 f"be GradientDescent or Adam, not {type(self.minimizer).__name__}"
-            )
-        if self.alg is not None and not self.takes_alg:
-            raise ValueError(
-                f"{type(self).__name__} takes no alg: use Unrolled(alg=...) or Implicit(alg=...)"
             )
 
     @abstractmethod
@@ -79,34 +70,26 @@ class KSteps(Amortised):
     def loss(
         self, problem: Problem, batch: Batch, eta: Eta, state: State
     ) -> tuple[Tensor, State, Stats]:
-        if self.alg is not None:
-            return self._noisy_loss(self.alg, problem, batch, eta, state)
-        inner, outer = self._objectives(problem, batch, state)
+        inner, outer = self.objectives(problem, batch, state)
         start, rates = problem.start(batch, eta), problem.lr_scale(batch, self.minimizer)
         losses, solution, evaluations = self._through(inner, outer, start, eta, rates)
         stats = Stats(losses.detach(), evaluations, diverged=has_diverged(solution))
         return self.total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
-    def _noisy_loss(
-        self, alg: StochasticAlg, problem: Problem, batch: Batch, eta: Eta, state: State
-    ) -> tuple[Tensor, State, Stats]:
-        """The mean over draws at the end of the noisy steps."""
-        walk = alg.walk(problem, batch, eta, state.step, graph=not alg.uses_score)
-        _, outer = self._objectives(problem, batch.repeat(alg.num_draws), state)
-        losses = unrolled(outer, walk[-1], eta)
-        total = self.total(problem, batch, eta, self._mean(losses))
-        if alg.uses_score:
-            total = self._add_score(total, problem, batch, eta, state, walk, losses)
-        evaluations = alg.num_draws * ((4.0 if alg.uses_score else 3.0) * alg.num_steps + 1.0)
-        stats = Stats(self._mean(losses.detach()), evaluations, ends=detach(walk[-1]))
-        return total, replace(state, step=state.step + 1), stats
+    def from_point(
+        self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
+    ) -> tuple[Tensor, Stats]:
+        """There: the noisy steps have taken the place of its own."""
+        losses = unrolled(self.objectives(problem, batch, state)[1], start, eta)
+        return losses, Stats(losses.detach(), 1.0, ends=detach(start))
+
+    def adapt_from_point(self, problem: Problem, batch: Batch, eta: Eta, start: Tree) -> Solution:
+        inner, rates = problem.losses("inner", batch, 0), problem.lr_scale(batch, self.minimizer)
+        return minimize(at(inner, eta), start, self.minimizer, steps=0, lr_scale=rates)
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
         inner = problem.losses("inner", batch, 0)
         rates = problem.lr_scale(batch, self.minimizer)
-        if self.alg is not None:
-            end = self.alg.one_draw(problem, batch, eta)
-            return minimize(at(inner, eta), end, self.minimizer, steps=0, lr_scale=rates)
         return self._steps(inner, detach(problem.start(batch, eta)), eta, rates)
 
     def _steps(self, inner: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None) -> Solution:
@@ -153,16 +136,13 @@ class Unrolled(KSteps):
     Reference: Finn et al. (2017); Ravi and Beatson (2019).
     """
 
-    takes_alg = True
-
     def traits(self, problem: Problem) -> Traits:
-        self._check_guide(problem)
         self._check_end(problem)
         self._check_start(problem)
-        graph = self._too_long or (None if self.alg is None else DRAWS_ITS_OWN)
+        graph = self._too_long
         # every step's graph is kept for the way back
         memory = 4 * (1 + self.inner_steps)
-        noisy, minimizer = self._is_noisy(problem), self.minimizer
+        noisy, minimizer = not problem.deterministic, self.minimizer
         return Traits(
             noisy, memory=memory, not_captured=graph, not_in_pieces=graph, minimizer=minimizer
         )

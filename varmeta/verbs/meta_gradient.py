@@ -14,9 +14,9 @@ from varmeta.fitting.compiled_step import Compile, Step, check_compile
 from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import gradient_by_name
-from varmeta.strategies.amortised import Amortised
 from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.check import check_kinds, check_strategy
+from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import Strategy
 from varmeta.strategies.warnings import certificate, warning
 from varmeta.tasks import TaskSet
@@ -29,7 +29,7 @@ class MetaGradient:
     grads: d value / d eta by name: theta0 and shared parameters by parameter name, then
         "log_precision...", "log_scale".
     certificate: for `Implicit`, what the gradient rests on; else None.
-    moving, selecting: with a `StochasticAlg`, the two parts of grads by name: how each minimum
+    moving, selecting: of a `Stochastic` strategy, the two parts of grads by name: how each minimum
         moves, and how the probability of reaching it changes; else None.
     """
 
@@ -112,7 +112,7 @@ def meta_gradient(
     grads = {name: found[name] for name in leaves}
     moving = (
         strategy.moving(problem, batch, leaves, state, stats)
-        if isinstance(strategy, Amortised)
+        if isinstance(strategy, Stochastic)
         else None
     )
     value, rests_on = float(scalar), certificate(batch, stats)
