@@ -23,9 +23,9 @@ from varmeta.models.check_net import BatchNorm, check_net
 from varmeta.models.hyper_posterior import Hyperguide
 from varmeta.posteriors.calibration import ErrorKind, calibration_error
 from varmeta.priors.check import LearnPrecision
+from varmeta.strategies.alg import Estimator
 from varmeta.strategies.expectation import ExpectationName, make_expectation
 from varmeta.strategies.objective import OuterName, check_outer
-from varmeta.strategies.stochastic import Estimator
 from varmeta.strategies.strategy import OnUnconverged
 
 ROOT = Path(vm.__file__).parent
