@@ -11,6 +11,7 @@ from torch import Tensor
 from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.guides.delta import Delta
 from varmeta.models.model import TaskModel
+from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.joint_model import SharedProblem
 from varmeta.numerics.minimize import Losses, minimize
 from varmeta.numerics.newton import NewtonCG
@@ -191,7 +192,7 @@ def pooled_loss(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
 def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The mean Hessian of one observation's loss in theta0, `(D, D)`."""
     weights, count = model.weights, batch.support.mask.sum().clamp(min=1)
-    hessian: Tensor = torch.autograd.functional.hessian(
+    hessian = vector_hessian(
         lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)),
         weights.flatten(eta),
     )

@@ -30,6 +30,7 @@ from varmeta.guides.guide import BoundGuide, copies, sample
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel, negative_log_likelihood
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
+from varmeta.numerics.hessian import Rows, jacobian
 from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
@@ -186,7 +187,7 @@ class Laplace(BoundGuide):
     def _exact(self, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """The Hessian of f_i, `(tasks, D, D)`."""
         _, nll = negative_log_likelihood(self.model, theta.unsqueeze(-2).unsqueeze(0), eta, data)
-        return _derivatives(_gradient(nll, theta), theta)
+        return jacobian(_gradient(nll, theta), theta, Rows(), create_graph=True)
 
     def _gauss_newton(self, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """J' B J summed over a task's observations, `(tasks, D, D)`."""
@@ -195,7 +196,8 @@ class Laplace(BoundGuide):
         x, y = data.filled
         out = self.model.output(self.model.moved(theta.unsqueeze(-2), eta, data), eta, x)
         flat = out.reshape(*data.mask.shape, -1)  # (tasks, points, channels)
-        jacobian = _derivatives(flat.flatten(1), theta).reshape(*flat.shape, theta.shape[-1])
+        slopes = jacobian(flat.flatten(1), theta, Rows(), create_graph=True)
+        slopes = slopes.reshape(*flat.shape, theta.shape[-1])
         given = out if out.requires_grad else out.detach().requires_grad_()
         with pyro.plate(TASKS, len(data), dim=-2), pyro.plate(DATA, data.mask.shape[1], dim=-1):
             trace = poutine.trace(self.model.observe_output).get_trace(given, eta, y, 2)
@@ -204,7 +206,7 @@ class Laplace(BoundGuide):
         # observations do not share outputs, so that a channel of all of them is differentiated at
         # once
         rows = [_gradient(slope[..., c], given).reshape(flat.shape) for c in range(flat.shape[-1])]
-        return torch.einsum("tncd,tnce,tnef->tdf", jacobian, torch.stack(rows, -2), jacobian)
+        return torch.einsum("tncd,tnce,tnef->tdf", slopes, torch.stack(rows, -2), slopes)
 
 
 def _gradient(value: Tensor, at: Tensor) -> Tensor:
@@ -213,13 +215,6 @@ def _gradient(value: Tensor, at: Tensor) -> Tensor:
     return torch.autograd.grad(
         value.sum(), at, create_graph=True, allow_unused=True, materialize_grads=True
     )[0]
-
-
-def _derivatives(values: Tensor, theta: Tensor) -> Tensor:
-    """d values / d theta for values `(tasks, n)` of the tasks' own theta `(tasks, D)`: `(tasks, n,
-    D)`.
-    """
-    return torch.stack([_gradient(values[:, i], theta) for i in range(values.shape[-1])], 1)
 
 
 def _raised(h: Tensor, root: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Exact for linear-Gaussian tasks, where the nodes agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from varmeta.guides.kl import location, scale
 from varmeta.hyper.rows import rowwise
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import SITE, observed_log_prob
+from varmeta.numerics.hessian import task_hessians
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.quadrature import placed
@@ -113,7 +114,7 @@ def _solve(
     solution = minimize(
         losses, {"u": loc.new_zeros(number * tasks, size)}, NewtonCG(), max_steps=100
     )
-    loss, hessian = _hessian(losses, solution.value["u"])
+    loss, hessian = task_hessians(lambda u: losses({"u": u}), solution.value["u"])
     # a rising direction has no Gaussian of its own: a part of the prior's width is a place to look
     # for the mass
     factor = root_of_inverse(hessian, FLAT, convex=gaussian)
@@ -150,19 +151,3 @@ def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(
         [location(prior).unsqueeze(-1), torch.diag(factor) if factor.dim() == 1 else factor], -1
     )
-
-
-def _hessian(losses: Callable[[Tree], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses `(rows,)` and Hessians `(rows, D, D)` at u `(rows, D)`."""
-    with torch.enable_grad():
-        point = u.detach().requires_grad_()
-        loss = losses({"u": point})
-        (gradient,) = torch.autograd.grad(loss.sum(), point, create_graph=True)
-        columns = [
-            torch.autograd.grad(
-                gradient[:, j].sum(), point, retain_graph=True, materialize_grads=True
-            )[0]
-            for j in range(u.shape[-1])
-        ]
-    hessian = torch.stack(columns, -1)
-    return loss.detach(), 0.5 * (hessian + hessian.mT)

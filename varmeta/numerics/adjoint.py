@@ -16,6 +16,7 @@ from torch import Tensor
 
 from varmeta.graphs.pieces import Graphed, call, run
 from varmeta.numerics import tree
+from varmeta.numerics.hessian import pulled_back
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Matvec
 from varmeta.numerics.solution import Result, Solution, checked
 from varmeta.numerics.tree import Tree
@@ -449,15 +450,5 @@ def _pull_back(outputs: Tree, point: Tree, v: Tree) -> Tree:
 
     Where `outputs` is a gradient, the product of its Hessian with v.
     """
-    # an entry that is constant, as the gradient of a linear term, has no graph; autograd refuses it
-    names = [name for name, x in outputs.items() if x.requires_grad]
-    if not names:
-        return tree.zeros_like(point)
-    found = torch.autograd.grad(
-        [outputs[name] for name in names],
-        list(point.values()),
-        grad_outputs=[v[name] for name in names],
-        retain_graph=True,
-        materialize_grads=True,
-    )
+    found = pulled_back(list(outputs.values()), list(point.values()), [v[name] for name in outputs])
     return dict(zip(point, found, strict=True))

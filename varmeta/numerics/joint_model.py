@@ -6,15 +6,14 @@ Everything here works on rows `(tasks, m)` for phi and one vector `(p,)` for eta
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
-from varmeta.numerics.batching import cannot_be_batched
+from varmeta.numerics.hessian import Rows, symmetric, unit_vectors
 from varmeta.numerics.tree import Tree
 
 Penalty = Callable[[dict[str, Tensor]], Tensor | float]
@@ -22,9 +21,6 @@ SharedLosses = Callable[[Tree, dict[str, Tensor]], Tensor]
 """(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on all of eta."""
 _KEEP = (
     0.4  # of the coupling that would make a block-diagonal model singular, the share that is kept
-)
-_COLUMNS = (
-    8  # Hessian columns made at once: enough to hide the overhead, few enough to bound the memory
 )
 # numbers in one tensor, beyond which a processor core is busy enough with a single column
 # (measured: batches cost up to twice the loop's time there, and a third of it on small problems)
@@ -46,7 +42,7 @@ class SharedProblem:
         self.fn, self.phi, self.eta, self.extra = fn, tree.detach(phi), tree.detach(eta), penalty
         self.evaluations = 0.0
         self.device = next(iter(phi.values())).device
-        self.batched = self.device.type != "cpu" or self._largest() <= BUSY
+        self.rows = Rows(self.device.type != "cpu" or self._largest() <= BUSY)
 
     def _largest(self) -> int:
         """Size of the largest tensor that the losses keep for their derivative."""
@@ -134,8 +130,8 @@ class SharedProblem:
         """
         g_x, g_e, x, e = self.gradient(x, e, graph=True)
         a = self._phi_blocks(g_x, x)
-        b, c = self._rows(g_e, (x, e), torch.eye(len(e), dtype=x.dtype, device=x.device))
-        return g_x.detach(), g_e.detach(), a, b.permute(1, 2, 0), 0.5 * (c + c.mT)
+        b, c = self._products(g_e, (x, e), torch.eye(len(e), dtype=x.dtype, device=x.device))
+        return g_x.detach(), g_e.detach(), a, b.permute(1, 2, 0), symmetric(c)
 
     def phi_hessian(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """g_x and the blocks A alone."""
@@ -143,48 +139,14 @@ class SharedProblem:
         return g_x.detach(), self._phi_blocks(g_x, x)
 
     def _phi_blocks(self, g_x: Tensor, x: Tensor) -> Tensor:
-        tasks, m = x.shape
         # row j of every task's block at once: the tasks do not see each other
-        basis = torch.eye(m, dtype=x.dtype, device=x.device).unsqueeze(1).expand(m, tasks, m)
-        a = self._rows(g_x, (x,), basis)[0].transpose(0, 1)
-        return 0.5 * (a + a.mT)
+        return symmetric(self._products(g_x, (x,), unit_vectors(x))[0].transpose(0, 1))
 
-    def _rows(self, vector: Tensor, leaves: tuple[Tensor, ...], basis: Tensor) -> list[Tensor]:
+    def _products(self, vector: Tensor, leaves: tuple[Tensor, ...], basis: Tensor) -> list[Tensor]:
         """Products basis[k] . d vector / d leaf, stacked over k, one tensor per leaf."""
-        if not vector.requires_grad or not len(
-            basis
-        ):  # linear in the leaves, or nothing to differentiate
-            return [vector.new_zeros(len(basis), *leaf.shape) for leaf in leaves]
-        self.evaluations += 2 * len(basis)
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-        chunks: list[list[Tensor]] = []
-        for chunk in basis.split(_COLUMNS):
-            if self.batched:
-                try:
-                    with warnings.catch_warnings():
-                        # an operation without a batching rule is looped over by torch itself, with
-                        # a warning
-                        warnings.filterwarnings("ignore", message="There is a performance drop")
-                        columns: tuple[Tensor | None, ...] = torch.autograd.grad(
-                            vector, leaves, chunk, is_grads_batched=True, **options
-                        )
-                except RuntimeError as error:
-                    if not cannot_be_batched(error):
-                        raise
-                    self.batched = False
-            if not self.batched:
-                rows = [torch.autograd.grad(vector, leaves, row, **options) for row in chunk]
-                columns = tuple(
-                    None if column[0] is None else torch.stack(column)
-                    for column in zip(*rows, strict=True)
-                )
-            chunks.append(
-                [
-                    vector.new_zeros(len(chunk), *leaf.shape) if column is None else column
-                    for leaf, column in zip(leaves, columns, strict=True)
-                ]
-            )
-        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        if vector.requires_grad:
+            self.evaluations += 2 * len(basis)
+        return self.rows([vector], leaves, [basis])
 
 
 # -- the quadratic model ---------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from varmeta.graphs.capture import tracing
 from varmeta.numerics import tree
+from varmeta.numerics.hessian import of_products
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
@@ -354,10 +355,9 @@ class Direct(LinearSolver):
     def solve_all(self, matvec: Matvec, bs: Sequence[Tree]) -> list[Solution]:
         systems = [_System.of(matvec, b) for b in bs]
         like = systems[0].b
-        tasks, size = like.shape
+        size = like.shape[-1]
         basis = torch.eye(size, dtype=like.dtype, device=like.device)
-        a = torch.stack([systems[0].product(e.expand(tasks, size)) for e in basis], -1)
-        a = 0.5 * (a + a.mT)
+        a = of_products(systems[0].product, like)
         finite = torch.isfinite(a).all(-1).all(-1)
         a = torch.where(
             finite[:, None, None], a, basis

@@ -10,7 +10,6 @@ every task with its own length.  Inside, phi is rows `(tasks, size)`.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -21,7 +20,7 @@ from torch import Tensor
 from varmeta.graphs.pieces import Graphed, linearize, run
 from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors
-from varmeta.numerics.batching import cannot_be_batched
+from varmeta.numerics.hessian import Rows, pulled_back, symmetric, unit_vectors
 from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
@@ -42,8 +41,6 @@ _BROKEN, _CREEP, _PATIENCE = (
 _HOST_READS_EVERY = (
     4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
 )
-# Hessian rows per batched product: most of the speed of all at once, a bounded part of the memory
-_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -291,51 +288,19 @@ class _Point:
         return self.product
 
     def product(self, v: Tensor) -> Tensor:
-        """H v, `(tasks, size)`; or for a stack of vectors `(number, tasks, size)`, all at once."""
-        # an entry whose gradient is constant has no graph, and autograd refuses it
-        names = [name for name, g in self._gradient.items() if g.requires_grad]
-        if not names:
-            return torch.zeros_like(v)
-        parts = tree.unflatten(v.reshape(-1, v.shape[-1]), self._like)
-        leaves = list(self._leaves.values())
-        found = torch.autograd.grad(
-            [self._gradient[name] for name in names],
-            leaves,
-            grad_outputs=[
-                parts[name].reshape(v.shape[:-1] + self._like[name].shape[1:]) for name in names
-            ],
-            retain_graph=True,
-            # and not materialize_grads, whose zeros would lack the batch of vectors
-            allow_unused=True,
-            is_grads_batched=v.dim() == 3,
-        )
-        columns = [
-            v.new_zeros(*v.shape[:-1], leaf[0].numel())
-            if x is None
-            else x.reshape(*v.shape[:-1], -1)
-            for leaf, x in zip(leaves, found, strict=True)
-        ]
-        return torch.cat(columns, -1)
+        """H v, `(tasks, size)`."""
+        parts = list(tree.unflatten(v, self._like).values())
+        found = pulled_back(list(self._gradient.values()), list(self._leaves.values()), parts)
+        return torch.cat([x.reshape(len(v), -1) for x in found], -1)
 
     def hessian(self) -> Tensor:
         """`(tasks, size, size)`, symmetric."""
-        tasks, size = self.x.shape
-        basis = torch.eye(size, dtype=self.x.dtype, device=self.x.device)[:, None].expand(
-            size, tasks, size
-        )
-        try:
-            with warnings.catch_warnings():
-                # torch loops over operations without a batching rule by itself, and says so each
-                # time
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                rows = [self.product(chunk) for chunk in basis.split(_CHUNK)]
-        except RuntimeError as error:
-            if not cannot_be_batched(error):
-                raise
-            # such as a user's autograd.Function
-            rows = [torch.stack([self.product(v) for v in basis])]
-        h = torch.cat(rows).movedim(0, 1)
-        return 0.5 * (h + h.mT)
+        basis = unit_vectors(self.x)
+        parts = tree.unflatten(basis.reshape(-1, basis.shape[-1]), self._like)
+        stacks = [part.reshape(len(basis), len(self.x), *part.shape[1:]) for part in parts.values()]
+        found = Rows()(list(self._gradient.values()), list(self._leaves.values()), stacks)
+        rows = torch.cat([x.reshape(*basis.shape[:2], -1) for x in found], -1)
+        return symmetric(rows.movedim(0, 1))
 
 
 class _GraphedPoint:

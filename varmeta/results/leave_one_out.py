@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
+from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.noise import normal
 from varmeta.numerics.tree import named_parts
 from varmeta.posteriors import psis
@@ -144,7 +145,7 @@ def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor]:
     for step in range(NEWTON_STEPS + 1):
         leaf = flat.detach().requires_grad_()
         gradient = torch.autograd.grad(total(leaf), leaf)[0]
-        hessian = torch.autograd.functional.hessian(total, flat)
+        hessian = vector_hessian(total, flat)
         root, failed = torch.linalg.cholesky_ex(0.5 * (hessian + hessian.mT))
         if int(failed):
             raise ValueError(

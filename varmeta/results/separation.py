@@ -20,6 +20,7 @@ from torch import Tensor
 from varmeta.fitting.float64 import cast, doubled
 from varmeta.fitting.pooled_start import is_regression, pooled_fit, pooled_loss
 from varmeta.models.labels import parameter_labels
+from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import named_parts
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _direction(
     each coefficient moves, in units in which its information is 1; None where there are none.
     """
     zero = torch.zeros_like(at)
-    before, after = (torch.autograd.functional.hessian(loss, point) / rows for point in (zero, at))
+    before, after = (vector_hessian(loss, point) / rows for point in (zero, at))
     if not bool(before.isfinite().all() and after.isfinite().all()):
         return None
     # in units in which each coefficient alone has information 1 at zero, and without what is

@@ -18,6 +18,7 @@ from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
 from varmeta.models.hyper_posterior import HyperPosterior
+from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import Tree, named_parts
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta
@@ -81,7 +82,7 @@ def of_evidence(
         return model.penalty(here) - evidence.sum()
 
     at = torch.cat([value.reshape(-1) for value in eta.values()])
-    return _from(torch.autograd.functional.hessian(total, at), names, eta)
+    return _from(vector_hessian(total, at), names, eta)
 
 
 def _from(hessian: Tensor, names: list[str], eta: dict[str, Tensor]) -> dict[str, Tensor] | None:
