@@ -19,12 +19,19 @@ from torch import Tensor
 
 from varmeta.graphs.capture import tracing
 from varmeta.numerics import tree
+from varmeta.numerics.conjugate import (
+    ConjugateStep,
+    Product,
+    Walk,
+    host_reads_every,
+    norm,
+    walked,
+)
 from varmeta.numerics.hessian import of_products
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
 
 Matvec = Callable[[Tree], Tree]
-Product = Callable[[Tensor], Tensor]  # the same on rows, (tasks, size) -> (tasks, size)
 # Over so many steps CG's gain in energy is summed, to judge by it what is still to be had (Strakos
 # and Tichy 2002).
 _DELAY = 4
@@ -118,12 +125,13 @@ class CG(LinearSolver):
         # a little below the tolerance, or rounding alone would send tasks to the refinement
         target = 0.9 * tolerance
 
-        x, result, curvature, steps = conjugate_gradient(
+        walk = conjugate_gradient(
             system.product, left, target, limits, limit, precondition, self.energy_rtol
         )
+        x, result, curvature, steps = (walk[name] for name in ("x", "result", "curvature", "steps"))
         x = start + x
         r = system.b - system.product(x)
-        error = _norm(r)
+        error = norm(r)
         refines = self.energy_rtol is None  # whoever asks for an energy has it
         while (
             refines
@@ -133,11 +141,12 @@ class CG(LinearSolver):
             # iterative refinement, A dx = b - A x; it ends because every round halves the error or
             # is the last
             left = torch.where(short[:, None], r, 0)
-            dx, outcome, met, more = conjugate_gradient(
+            walk = conjugate_gradient(
                 system.product, left, target, limits - steps, limit, precondition
             )
+            dx, outcome, met, more = (walk[name] for name in ("x", "result", "curvature", "steps"))
             refined = system.b - system.product(x + dx)
-            refined_error = _norm(refined)
+            refined_error = norm(refined)
             outcome = torch.where(refined_error < 0.5 * error, outcome, int(Result.STAGNATED))
             outcome = torch.where(refined_error <= tolerance, int(Result.CONVERGED), outcome)
             better = short & (refined_error < error)
@@ -154,15 +163,6 @@ class CG(LinearSolver):
         return system.solution(x, r, result, curvature, steps)
 
 
-class Run(NamedTuple):
-    """Where one run of `conjugate_gradient` stopped: x `(tasks, size)`, the others `(tasks,)`."""
-
-    x: Tensor
-    result: Tensor
-    curvature: Tensor
-    steps: Tensor
-
-
 def conjugate_gradient(
     product: Product,
     b: Tensor,
@@ -171,72 +171,37 @@ def conjugate_gradient(
     most: int,
     precondition: Product | None = None,
     energy_rtol: float | None = None,
-) -> Run:
-    """The recursion behind `CG`, on rows, from x = 0.
+) -> Walk:
+    """The recursion behind `CG`, on rows: until |b - A x| <= tolerance by its own account.
 
-    It goes until |b - A x| <= tolerance by its own account, or see `CG`.
+    From x = 0, or see `CG`; what is returned is described in `ConjugateStep.begin`.
 
-    product, precondition: v -> A v and v -> M v, `(tasks, size)` to `(tasks, size)`, without a
-        graph.
+    product: v -> A v, `(tasks, size)` to `(tasks, size)`, without a graph.
     b: `(tasks, size)`, finite.
     tolerance: absolute, `(tasks,)`.
-    limits: steps that each task may take, int64 `(tasks,)`; most: the largest of them, or more.
+    limits: steps that each task may take, int64 `(tasks,)`.
+    most: the largest of them, or more.
+    precondition: v -> M v, as `product`.
+    energy_rtol: see `CG`.
     """
-    eps = torch.finfo(b.dtype).eps
-    x, r = torch.zeros_like(b), b
-    p = r if precondition is None else precondition(r)
-    rz = _dot(r, p)
-    # p' M^-1 p, by recursion because p is M-orthogonal to its past; p'p without a preconditioner
-    metric = rz
-    largest = torch.zeros_like(rz)
-    curvature = torch.full_like(rz, math.nan)
-    steps = torch.zeros_like(limits)
-    active = _norm(r) > tolerance
-    result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
-    active = active & (steps < limits)
+    step = ConjugateStep(precondition=precondition)
+    walk = step.begin(b, norm(b) > tolerance, tolerance=tolerance)
+    walk["active"] = walk["active"] & (walk["steps"] < limits)
+    gains = [torch.full_like(tolerance, math.inf)] * _DELAY
+    energy = torch.zeros_like(tolerance)
 
-    gains, energy = [torch.full_like(rz, math.inf)] * _DELAY, torch.zeros_like(rz)
-    count, every = 0, _host_reads_every(b)
-    while count < most and (count % every or tracing() or bool(active.any())):
-        count += 1
-        ap = product(p)
-        pap = _dot(p, ap)
-        finite = torch.isfinite(pap) & torch.isfinite(rz)
-        length = metric if precondition is None else _dot(p, p)
-        curvature = torch.where(active & finite, torch.fmin(curvature, pap / length), curvature)
-        # judged in the preconditioner's metric, where bad scaling is not mistaken for a flat
-        # direction; below rounding of the largest curvature the sign of p'Ap says nothing
-        quotient = pap / metric
-        largest = torch.maximum(largest, quotient)
-        positive = (rz > 0) & (quotient > eps * largest)
-        result = torch.where(active & ~positive, int(Result.NEGATIVE_CURVATURE), result)
-        result = torch.where(active & ~finite, int(Result.NON_FINITE), result)
-        active = active & positive & finite
-
-        # 0 keeps the row as it is; where A p is not finite r is lost, but nothing reads it any more
-        alpha = torch.where(active, rz / pap, 0)[:, None]
-        x = torch.addcmul(x, alpha, p)
-        r = torch.addcmul(r, -alpha, ap)
-        z = r if precondition is None else precondition(r)
-        rz_new = _dot(r, z)
-        error = rz_new.sqrt() if precondition is None else _norm(r)
-
-        steps = steps + active
-        met = active & (error <= tolerance)
+    def stop(walk: Walk) -> Walk:
+        nonlocal gains, energy
+        active, result = walk["active"], walk["result"]
         if energy_rtol is not None:
-            gains = [*gains[1:], alpha[:, 0] * rz]
+            gains = [*gains[1:], walk["gain"]]
             energy = energy + gains[-1]
-            met = met | (active & (torch.stack(gains).sum(0) <= energy_rtol * energy))
-        result = torch.where(met, int(Result.CONVERGED), result)
-        active = active & ~met & (steps < limits)
+            met = active & (torch.stack(gains).sum(0) <= energy_rtol * energy)
+            result = torch.where(met, int(Result.CONVERGED), result)
+            active = active & ~met
+        return walk | {"active": active & (walk["steps"] < limits), "result": result}
 
-        beta = rz_new / rz
-        p = torch.where(active[:, None], torch.addcmul(z, beta[:, None], p), p)
-        rz, metric = (
-            torch.where(active, rz_new, rz),
-            torch.where(active, rz_new + beta * beta * metric, metric),
-        )
-    return Run(x, result, curvature, steps)
+    return walked(product, step, walk, most, stop)
 
 
 @dataclass(frozen=True)
@@ -291,11 +256,11 @@ class Neumann(LinearSolver):
         growth = 1 + torch.finfo(system.b.dtype).eps ** 0.5
 
         x, r = torch.zeros_like(system.b), system.b
-        error = _norm(r)
+        error = norm(r)
         active = error > tolerance
         result = torch.where(active, int(Result.STEP_LIMIT), int(Result.CONVERGED))
         steps = torch.zeros_like(result)
-        every = _host_reads_every(system.b)
+        every = host_reads_every(system.b)
         for count in range(self.num_terms):
             if count % every == 0 and not tracing() and not bool(active.any()):
                 break
@@ -304,7 +269,7 @@ class Neumann(LinearSolver):
                 active, torch.fmin(curvature, _dot(r, ar) / _dot(r, r)), curvature
             )
             trial = r - step[:, None] * ar
-            trial_error = _norm(trial)
+            trial_error = norm(trial)
             finite = torch.isfinite(trial_error)
             # with an estimated step, (I - step A) expands only where A is negative
             negative = torch.ones_like(active) if self.step is None else curvature < 0
@@ -325,7 +290,7 @@ class Neumann(LinearSolver):
         # twice: the recursion stops just under the tolerance, and rounding may put the iterate just
         # above
         result = torch.where(
-            (result == Result.CONVERGED) & (_norm(r) > 2 * tolerance), int(Result.STAGNATED), result
+            (result == Result.CONVERGED) & (norm(r) > 2 * tolerance), int(Result.STAGNATED), result
         )
         return system.solution(x, r, result, curvature, steps)
 
@@ -378,7 +343,7 @@ class Direct(LinearSolver):
             spectral = vectors @ (inverse[..., None] * (vectors.mT @ b))
             x = torch.where(definite[:, None, None], torch.cholesky_solve(b, factor), spectral)
             r = (b - a @ x)[..., 0]
-            accurate = _norm(r) <= torch.finfo(a.dtype).eps ** 0.5 * _norm(system.b)
+            accurate = norm(r) <= torch.finfo(a.dtype).eps ** 0.5 * norm(system.b)
             result = torch.where(accurate, int(Result.CONVERGED), int(Result.STAGNATED))
             result = torch.where(curvature < 0, int(Result.NEGATIVE_CURVATURE), result)
             result = torch.where(finite, result, int(Result.NON_FINITE))
@@ -427,7 +392,7 @@ class _System(NamedTuple):
         x = tree.flatten({name: guess[name].detach() for name in self.like}) / self.scale
         x = torch.where(torch.isfinite(x).all(-1, keepdim=True), x, 0)
         r = self.b - self.product(x)
-        better = (_norm(r) < _norm(self.b))[:, None]
+        better = (norm(r) < norm(self.b))[:, None]
         return torch.where(better, x, zero), torch.where(better, r, self.b)
 
     def tolerance(self, rtol: float | Tensor | None) -> Tensor:
@@ -442,13 +407,13 @@ class _System(NamedTuple):
         eps = torch.finfo(self.b.dtype).eps
         return torch.as_tensor(rtol, dtype=self.b.dtype, device=self.b.device).clamp(
             min=eps
-        ) * _norm(self.b)
+        ) * norm(self.b)
 
     def solution(
         self, x: Tensor, r: Tensor, result: Tensor, curvature: Tensor, steps: Tensor
     ) -> Solution:
-        size = _norm(self.b)
-        residual = torch.where(size > 0, _norm(r) / size, 0)
+        size = norm(self.b)
+        residual = torch.where(size > 0, norm(r) / size, 0)
         # a row of b that is not finite was replaced by 0 above
         residual = torch.where(self.finite, residual, math.nan)
         result = torch.where(torch.isfinite(residual), result, int(Result.NON_FINITE))
@@ -492,7 +457,7 @@ def _largest_eigenvalue(
     curvature = torch.full_like(largest, math.nan)
     for _ in range(num_products):
         av = product(v)
-        length = _norm(av)
+        length = norm(av)
         largest, curvature = torch.maximum(largest, length), torch.fmin(curvature, _dot(v, av))
         v = torch.where((length > 0)[:, None], av / length[:, None], v)
     return largest, curvature
@@ -500,17 +465,6 @@ def _largest_eigenvalue(
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
-
-
-def _norm(a: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(a, dim=-1)
-    return norm
-
-
-def _host_reads_every(x: Tensor) -> int:
-    # a read waits for the accelerator's queue to drain; on the CPU it is free, and a product saved
-    # is a product saved
-    return 1 if x.device.type == "cpu" else 4
 
 
 def _check_tree(b: Tree) -> None:

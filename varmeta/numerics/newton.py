@@ -20,6 +20,7 @@ from torch import Tensor
 from varmeta.graphs.pieces import Graphed, linearize, run
 from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors
+from varmeta.numerics.conjugate import ConjugateStep, walked
 from varmeta.numerics.hessian import Rows, pulled_back, symmetric, unit_vectors
 from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
 from varmeta.numerics.solution import Result, Solution
@@ -38,9 +39,6 @@ _BROKEN, _CREEP, _PATIENCE = (
     1e-6,
     5,
 )  # gain over promise, gain over loss, and how often in a row, to give up
-_HOST_READS_EVERY = (
-    4  # CG steps between two looks at "is everybody done?", which make an accelerator wait
-)
 
 
 @dataclass(frozen=True)
@@ -403,85 +401,15 @@ def _truncated_direction(
     # in units of |g|: squares of very large or small gradients would leave the range of the dtype
     unit = torch.where(active, point.norm, 1)[:, None]
     r = torch.where(active[:, None], -point.gradient / unit, 0)
-    if scales is not None:
-        r = scales * r
-    rr = _dot(r, r)
-    zero = torch.zeros_like(rr)
-    walk = {
-        "d": torch.zeros_like(r),
-        "r": r,
-        "p": r,
-        "rr": rr,
-        "target": forcing.square() * rr,
-        "farthest": _farthest(point.x) / unit[:, 0],
-        "curvature": torch.full_like(rr, math.inf),
-        "lowest": torch.full_like(rr, math.inf),
-        "largest": zero,
-        "products": zero,
-        "running": active,
-        "sound": torch.ones_like(active),
-    }
-    if scales is not None:
-        walk["scales"] = scales
-    product, piece = point.linearized(), _ConjugateStep(damping)
-    for step in range(limit):
-        if step % _HOST_READS_EVERY == 0 and not bool(walk["running"].any()):
-            break
-        walk = run(product, piece, walk)
+    step = ConjugateStep(damping, bounded=True)
+    more = {"farthest": _farthest(point.x) / unit[:, 0]}
+    walk = step.begin(r, active, **(more if scales is None else more | {"scales": scales}))
+    walk["tolerance"] = forcing * walk["rz"].sqrt()
+    walk = walked(point.linearized(), step, walk, limit)
     convex = walk["lowest"] >= -(torch.finfo(r.dtype).eps ** 0.5) * walk["largest"]
-    d = walk["d"] if scales is None else scales * walk["d"]
-    return _Direction(unit * d, walk["curvature"], convex, 2 * walk["products"], walk["sound"])
-
-
-@dataclass(frozen=True)
-class _ConjugateStep:
-    """The piece that is one step of CG, with one product."""
-
-    damping: float
-
-    def __call__(
-        self, product: Callable[[Tensor], Tensor], walk: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        d, r, p, rr, running = (walk[name] for name in ("d", "r", "p", "rr", "running"))
-        scales = walk.get("scales")
-        step = p if scales is None else scales * p  # in phi's own units
-        hp = product(step)
-        pp, php = _dot(step, step), _dot(step, hp)
-        products = walk["products"] + running
-        curvature = torch.where(
-            running, torch.minimum(walk["curvature"], php / pp), walk["curvature"]
-        )
-        sound = walk["sound"] & ~(running & ~torch.isfinite(php))
-        # what the sign is worth is judged where the units do not matter
-        scaled = pp if scales is None else _dot(p, p)
-        lowest = torch.where(running, torch.minimum(walk["lowest"], php / scaled), walk["lowest"])
-        php = php + self.damping * pp
-        # below rounding of the largest curvature the sign says nothing
-        largest = torch.maximum(walk["largest"], php.abs() / scaled)
-        positive = php > torch.finfo(r.dtype).eps * largest * scaled
-        alpha, limit_of_alpha = rr / php.abs(), walk["farthest"] / pp.sqrt()
-        positive = positive & (alpha < limit_of_alpha)
-        alpha = torch.minimum(alpha, limit_of_alpha)
-        running = running & sound
-        hp = hp + self.damping * step
-        hp = hp if scales is None else scales * hp
-        d = torch.where(running[:, None], d + alpha[:, None] * p, d)
-        r = torch.where(running[:, None], r - alpha[:, None] * hp, r)
-        new_rr = _dot(r, r)
-        running = running & positive & (new_rr > walk["target"])
-        p = torch.where(running[:, None], r + (new_rr / rr)[:, None] * p, p)
-        return walk | {
-            "d": d,
-            "r": r,
-            "p": p,
-            "rr": torch.where(running, new_rr, rr),
-            "curvature": curvature,
-            "lowest": lowest,
-            "largest": largest,
-            "products": products,
-            "running": running,
-            "sound": sound,
-        }
+    sound = walk["result"] != Result.NON_FINITE
+    work = 2.0 * (walk["steps"] + ~sound)
+    return _Direction(unit * walk["x"], walk["curvature"], convex, work, sound)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
