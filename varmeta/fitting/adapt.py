@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from varmeta.fitting import chunks
-from varmeta.fitting.compiled_step import MANY, Compile, fall_back, pieces_are_worth_it
+from varmeta.fitting.compiled_step import Compile, fall_back
+from varmeta.fitting.worth import is_worth_it, may_be_worth_it
 from varmeta.graphs.capture import CaptureError
 from varmeta.numerics.solution import Solution
 from varmeta.strategies.problem import Problem
@@ -31,10 +32,11 @@ def adapt(
 
     try:
         if compile == "auto":
-            compile = False
-            if batch.support.x.numel() * problem.model.weights.size >= MANY:
+            compile = may_be_worth_it(problem, batch, 1)
+            if compile:
                 part = next(iter(chunks.split(batch, size)))
-                compile = pieces_are_worth_it(problem, part, eta, len(batch) / len(part))
+                graph = problem.gradient_graph("elbo", part, eta)
+                compile = is_worth_it(graph, len(batch) / len(part), in_pieces=True)
         return solve(bool(compile))
     except CaptureError as error:
         fall_back(str(error))

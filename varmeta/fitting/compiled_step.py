@@ -25,7 +25,8 @@ import torch
 from varmeta._checks import kind_of, one_of
 from varmeta.fitting import chunks
 from varmeta.fitting.chunks import Outcome
-from varmeta.graphs.capture import Captured, CaptureError, compile_seconds, eager_seconds
+from varmeta.fitting.worth import is_worth_it, may_be_worth_it
+from varmeta.graphs.capture import Captured, CaptureError
 from varmeta.numerics.adjoint import gradient_by_name
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy
@@ -37,27 +38,6 @@ log = logging.getLogger("varmeta")
 
 Compile = Literal["auto", True, False]
 COMPILE: tuple[Compile, ...] = get_args(Compile)
-
-
-# "auto" compiles where eager steps would take this many times what compiling takes.  A graph
-# divides a step by four or more, so it breaks even at 1.3 times; the rest is for an estimate that
-# is too high by 2.4 for a joint step.
-WORTH = 4.0
-
-
-# Fewer steps are not even traced, which takes a second or two: as long as a hundred steps of a
-# hundred tasks, so that small steps (weights times tasks below LARGE) must be more for it to be
-# less than a tenth of the run.
-FEWEST_STEPS, FEWEST_SMALL_STEPS, LARGE = 200, 1_000, 10**6
-
-
-# With fewer numbers in x times weights, adapting takes no time, so the question is not even asked.
-MANY = 10**7
-
-
-# Gradients that an inner solve typically takes, and as how many gradients its six pieces, all of
-# them larger, compile.
-SOLVE, PIECES = 30, 12
 
 
 def check_compile(value: object) -> None:
@@ -87,9 +67,7 @@ class Step:
         self.num_steps = num_steps
         auto = compile == "auto"
         # None: not yet decided
-        self.compiled: bool | None = (
-            None if auto and num_steps >= FEWEST_STEPS else bool(compile) and not auto
-        )
+        self.compiled: bool | None = None if auto else bool(compile)
         self.given_size = self.size = task_chunk_size  # None: not yet decided
         self._said = False
 
@@ -125,8 +103,8 @@ class Step:
         return eager(self.strategy, problem, batch, eta, state)
 
     def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
-        if problem.model.weights.size * len(batch) < LARGE and self.num_steps < FEWEST_SMALL_STEPS:
-            self.compiled = bool(self.compiled)
+        if self.compiled is None and not may_be_worth_it(problem, batch, self.num_steps):
+            self.compiled = False
         as_graph = self.compiled is not False and self.strategy.traits(problem).not_captured is None
         size = self.size
         if size is None and as_graph:
@@ -151,9 +129,9 @@ class Step:
         """times: how many such batches make a step."""
         if self.strategy.traits(problem).not_captured is None:
             graph = self._prepared(problem, batch, state).traced(problem.seed, batch, eta, state)
-            return eager_seconds(graph) * times * self.num_steps > WORTH * compile_seconds(graph)
-        return self._in_pieces(problem) and pieces_are_worth_it(
-            problem, batch, eta, times * self.num_steps
+            return is_worth_it(graph, times * self.num_steps)
+        return self._in_pieces(problem) and is_worth_it(
+            problem.gradient_graph("elbo", batch, eta), times * self.num_steps, in_pieces=True
         )
 
     def _fall_back(self, error: CaptureError) -> None:
@@ -194,15 +172,6 @@ class Step:
 
 def fall_back(reason: str) -> None:
     log.warning("this model runs without compilation: %s", reason)
-
-
-def pieces_are_worth_it(problem: Problem, batch: Batch, eta: Eta, num_solves: float) -> bool:
-    """Whether that many inner solves, of a typical length, are worth compiling their pieces.
-
-    The pieces are a minimiser's and a solver's.
-    """
-    graph = problem.gradient_graph("elbo", batch, eta)
-    return num_solves * SOLVE * eager_seconds(graph) > WORTH * PIECES * compile_seconds(graph)
 
 
 def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:

@@ -316,10 +316,8 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 # a fit is compiled, and with that the last digit of its numbers, is the same in every run.
 _SECONDS_PER_OPERATION = 1.5e-5  # eagerly, with what autograd and Python add
 _SECONDS_PER_BYTE = 1e-10
-_FIRST_COMPILATION, _COMPILATION_PER_OPERATION = (
-    20.0,
-    1e-2,
-)  # where the compiler finds nothing on disk
+# where the compiler finds nothing on disk
+FIRST_COMPILATION, _COMPILATION_PER_OPERATION = 20.0, 1e-2
 
 
 def eager_seconds(graph: fx.GraphModule) -> float:
@@ -342,7 +340,7 @@ def graph_bytes(graph: fx.GraphModule) -> int:
 
 def compile_seconds(graph: fx.GraphModule) -> float:
     """What compiling it takes, from the number of its operations."""
-    return _FIRST_COMPILATION + len(graph.graph.nodes) * _COMPILATION_PER_OPERATION
+    return FIRST_COMPILATION + len(graph.graph.nodes) * _COMPILATION_PER_OPERATION
 
 
 def _bytes(node: fx.Node) -> int:
