@@ -30,7 +30,7 @@ from varmeta.guides.guide import BoundGuide, copies, sample
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel, negative_log_likelihood
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
-from varmeta.numerics.hessian import Rows, jacobian
+from varmeta.numerics.hessian import Rows, jacobian, symmetric
 from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
@@ -166,15 +166,14 @@ class Laplace(BoundGuide):
             root = scale(p)
             assert root is not None
             root = torch.diag_embed(root) if isinstance(p, Independent) else root
+            # in the prior's units, where its own curvature is 1 however nearly it is singular
+            white = symmetric(root.mT @ h @ root)
+            raised = _raised(white.detach())
             identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
-            inverse = torch.linalg.solve_triangular(root, identity, upper=False)
-            precision = inverse.mT @ inverse
-            raised = _raised(h.detach(), root.detach())
-            h = 0.5 * (h + h.mT) + (1.0 + raised)[:, None, None] * precision
-            # the lower factor of the inverse comes from the Cholesky factor of H with both axes
-            # reversed
-            reverse = torch.linalg.cholesky_ex(h.flip(-1, -2)).L.flip(-1, -2).mT
-            factor = torch.linalg.solve_triangular(
+            white = white + (1.0 + raised)[:, None, None] * identity
+            # the lower factor of the inverse comes from the Cholesky factor with both axes reversed
+            reverse = torch.linalg.cholesky_ex(white.flip(-1, -2)).L.flip(-1, -2).mT
+            factor = root @ torch.linalg.solve_triangular(
                 reverse, identity.expand_as(reverse), upper=False
             )
         return (factor if keep else factor.detach()), raised
@@ -217,11 +216,11 @@ def _gradient(value: Tensor, at: Tensor) -> Tensor:
     )[0]
 
 
-def _raised(h: Tensor, root: Tensor) -> Tensor:
-    """What must be added to the curvature along the prior's precision, where it is below `FLOOR` in
-    the prior's units.
+def _raised(white: Tensor) -> Tensor:
+    """By how many of the prior's precisions a curvature must be raised to stay above `FLOOR`.
+
+    white: the likelihood's, `(tasks, D, D)`, in the prior's units.
     """
-    white = root.mT @ (0.5 * (h + h.mT)) @ root
     # LAPACK raises on NaN, for all tasks at once
     white = torch.where(
         torch.isfinite(white).all(-1, keepdim=True).all(-2, keepdim=True), white, 0.0

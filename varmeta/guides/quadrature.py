@@ -23,7 +23,7 @@ from varmeta._checks import counted, whole_number
 from varmeta.guides.guide import sample
 from varmeta.guides.laplace import Laplace
 from varmeta.models.model import TaskModel, negative_log_likelihood
-from varmeta.numerics.quadrature import EVIDENCE, placed
+from varmeta.numerics.quadrature import EVIDENCE, nodes, placed
 from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
@@ -72,17 +72,23 @@ class Quadrature(Laplace):
         return bound
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Any:
-        theta, log_p = self.at_nodes(phi, eta, data)
-        share = log_p.softmax(0).unsqueeze(-1)
-        mean = (share * theta).sum(0)
-        offset = theta - mean
+        share = self.at_nodes(phi, eta, data)[1].softmax(0).unsqueeze(-1)
+        # in units of the Gaussian at the mode, in which no covariance is nearly singular
+        z = nodes(phi["loc"].shape[-1], self._number(phi))[0].to(phi["loc"]).unsqueeze(1)
+        mean = (share * z).sum(0)
+        offset = z - mean
         covariance = ((share * offset).unsqueeze(-1) * offset.unsqueeze(-2)).sum(0)
         # away from the mode one node may have all the mass, and the nodes no covariance: the
         # Hessian's is left
         lost = (torch.linalg.cholesky_ex(covariance.detach()).info != 0).reshape(-1, 1, 1)
+        identity = torch.eye(z.shape[-1]).to(z)
         around = self._factor(phi, eta, data)[0]
-        factor = torch.linalg.cholesky_ex(torch.where(lost, around @ around.mT, covariance)).L
+        factor = around @ torch.linalg.cholesky_ex(torch.where(lost, identity, covariance)).L
+        mean = phi["loc"] + (around @ mean.unsqueeze(-1)).squeeze(-1)
         return sample(dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor.unsqueeze(-3)))
+
+    def _number(self, phi: Tree) -> int:
+        return self.num_nodes or EVIDENCE[phi["loc"].shape[-1]]
 
     def evidence(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """-log p(y_i | eta) around phi, `(tasks,)`, in nats."""
@@ -93,7 +99,7 @@ class Quadrature(Laplace):
 
         theta `(J, tasks, D)`; log p(y, theta) + log w, `(J, tasks)`.
         """
-        number = self.num_nodes or EVIDENCE[phi["loc"].shape[-1]]
+        number = self._number(phi)
         factor, _ = self._factor(phi, eta, data)
         # block: the guide's own trace must not see the model run
         with validation_enabled(False), poutine.block():
