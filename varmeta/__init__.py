@@ -17,6 +17,7 @@ from varmeta.results.load import load
 from varmeta.results.result import Fit
 from varmeta.strategies.alg import StochasticAlg
 from varmeta.strategies.certificate import Certificate
+from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.reinit import Reinit
@@ -38,7 +39,8 @@ __all__ = [
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile", "Stochastic",
-    "GradientDescent", "Adam", "NewtonCG", "CG", "Neumann", "Direct", "StochasticAlg", "guides",
+    "GradientDescent", "Adam", "NewtonCG", "ClosedForm", "CG", "Neumann", "Direct",
+    "StochasticAlg", "guides",
     # what strategies, minimisers and solvers of your own are made of (docs/extend.md)
     "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",
     "Solution", "Result",

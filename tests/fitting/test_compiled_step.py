@@ -298,7 +298,7 @@ def test_one_compiled_step_is_the_eager_step() -> None:
 
 
 IN_PIECES: dict[str, Any] = {
-    "newton": lambda guide: vm.Implicit(guide, "query"),
+    "newton": lambda guide: vm.Implicit(guide, "query", minimizer=vm.NewtonCG()),
     "newton, elbo": lambda guide: vm.Implicit(guide, on_unconverged="ignore"),
     "newton, predictive": lambda guide: vm.Implicit(
         guide, "query_predictive", linear_solver=vm.CG()

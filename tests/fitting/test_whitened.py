@@ -232,7 +232,7 @@ def test_a_resumed_fit_goes_on_where_it_was() -> None:
         vm.likelihoods.Gaussian(),
         vm.GaussianPrior(learn_precision="full"),
     )
-    short = vm.fit(model, tasks, num_steps=4)
+    short = vm.fit(model, tasks, num_steps=2)
     whole, resumed = vm.fit(model, tasks), vm.fit(model, tasks, resume=short, num_steps=200)
     assert not short.converged and resumed.converged
     assert resumed.loss == pytest.approx(whole.loss, abs=1e-9)

@@ -118,8 +118,13 @@ def test_every_class_is_looked_at(number: int) -> None:
 
 
 def test_a_cheap_network_is_run_on_every_row(rows_run: list[int]) -> None:
-    check_model(vm.TaskModel(seeded(lambda: nn.Linear(4, 1)), GAUSSIAN), tasks_of(3, 5, 5))
+    student = vm.likelihoods.StudentT()
+    check_model(vm.TaskModel(seeded(lambda: nn.Linear(4, 1)), student), tasks_of(3, 5, 5))
     assert max(rows_run) == 15
+    rows_run.clear()
+    # of a layer and a density that are known, one task tells for all
+    check_model(vm.TaskModel(seeded(lambda: nn.Linear(4, 1)), GAUSSIAN), tasks_of(3, 5, 5))
+    assert max(rows_run) == 5
 
 
 def test_every_weighted_count_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varmeta.numerics.triangular import lower_root, root_of_covariance, root_of_inverse
+from varmeta.numerics.triangular import lower_root, root_of_covariance, root_of_inverse, whitened
 
 F64 = torch.float64
 
@@ -68,3 +68,20 @@ def test_a_covariance_without_a_direction_has_a_root() -> None:
     factor = root_of_covariance(torch.stack([whole, one - torch.diag(1e-16 * sd.square())]))
     torch.testing.assert_close(factor[0], torch.diag(sd))
     torch.testing.assert_close(factor[1] @ factor[1].mT, one, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("many", [5, 2_000])
+def test_whitened_rows_are_those_of_a_solve(size: int, many: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    root = torch.randn(many, size, size + 2, generator=generator, dtype=torch.float64)
+    rows = torch.randn(many, size, 4, generator=generator, dtype=torch.float64)
+    matrix = root @ root.mT
+    white, log_det = whitened(matrix, rows)
+    lower = torch.linalg.cholesky(matrix)
+    torch.testing.assert_close(white, torch.linalg.solve_triangular(lower, rows, upper=False))
+    torch.testing.assert_close(log_det, 0.5 * torch.logdet(matrix))
+    matrix[0] = -matrix[0]
+    white, log_det = whitened(matrix, rows)
+    assert bool(white[0].isnan().any()) and bool(log_det[0].isnan())
+    assert bool(white[1:].isfinite().all())

@@ -206,8 +206,10 @@ def test_a_regression_gets_the_guide_that_is_exact_for_it() -> None:
 )
 def test_the_default_guide_goes_by_the_number_of_weights(size: int, guide: str) -> None:
     net = nn.Linear(size, 1, bias=False)
-    assert default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian())) == guide
+    assert default_guide(vm.TaskModel(net, vm.likelihoods.StudentT())) == guide
     dense = vm.GaussianPrior(learn_precision="full")
     assert (
-        default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian(), dense)) == "multivariate_normal"
+        default_guide(vm.TaskModel(net, vm.likelihoods.StudentT(), dense)) == "multivariate_normal"
     )
+    # a posterior that is known is not searched for
+    assert default_guide(vm.TaskModel(net, vm.likelihoods.Gaussian())) == "multivariate_normal"

@@ -176,5 +176,7 @@ def test_one_observation_a_task_tells_sd_and_noise_not_apart(dtype: torch.dtype)
     )
     with pytest.warns(RuntimeWarning, match="hardly tell log_precision and log_scale apart"):
         fit = vm.fit(model, data)
-    assert all(value.dtype == dtype for value in (*fit.eta.values(), *fit.run.state.phi.values()))
+    assert all(
+        value.dtype == dtype for value in (*fit.eta.values(), *fit.posterior().mean.values())
+    )
     assert fit.standard_errors["weight"].dtype == dtype

@@ -123,7 +123,7 @@ def test_adaptation_reaches_the_posterior_under_a_singular_prior(
         assert float(row["sd", "dose"]) == pytest.approx(0.02 * sd, rel=1e-2)
 
 
-def test_a_singular_fit_far_from_zero_is_shown_without_standard_errors() -> None:
+def test_a_singular_fit_far_from_zero_has_the_standard_errors_of_centred_columns() -> None:
     """x = 1000 plus thousandths: the curvature of a task's guide is singular but for rounding."""
     xs = [
         [1000.00017806, 1000.00213222, 1000.00130411, 1000.00149238, 1000.00046781, 999.99898095],
@@ -146,5 +146,14 @@ def test_a_singular_fit_far_from_zero_is_shown_without_standard_errors() -> None
     )
     with pytest.warns(RuntimeWarning, match="singular"):
         fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"))
-    assert fit.standard_errors is None
     assert "converged" in str(fit)
+    centred = vm.TaskSet(
+        [vm.Task((np.array(x)[:, None] - 1000.0, np.array(y))) for x, y in zip(xs, ys, strict=True)]
+    )
+    with pytest.warns(RuntimeWarning, match="singular"):
+        near = vm.fit(model, centred, vm.Joint("multivariate_normal"))
+    assert fit.standard_errors is not None and near.standard_errors is not None
+    assert fit.loss == pytest.approx(near.loss, abs=1e-6)
+    assert float(fit.standard_errors["weight"]) == pytest.approx(
+        float(near.standard_errors["weight"]), rel=1e-4
+    )

@@ -37,7 +37,9 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "plot_prior_curves": lambda level: vm.plot.plot_prior_curves(
         fit(), [[0.0], [1.0]], level=level
     ),
-    "metrics.normal": lambda level: metrics.normal(ONE, ONE, ONE, level),
+    "metrics.normal": lambda level: metrics.normal(
+        ONE[:, None], ONE[:, None, None], ONE[:, None], level
+    ),
     "calibration.interval_coverage": lambda level: calibration.interval_coverage(
         ONE[:, None], ONE[:1], level
     ),

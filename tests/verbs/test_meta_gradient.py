@@ -37,7 +37,9 @@ STEP = 1e-4
 
 def strategies(guide: Any, outer: str, lr: float = 0.02) -> dict[str, vm.Implicit | vm.Unrolled]:
     return {
-        "implicit": vm.Implicit(guide, outer, on_unconverged="ignore", **TIGHT),
+        "implicit": vm.Implicit(
+            guide, outer, minimizer=vm.NewtonCG(), on_unconverged="ignore", **TIGHT
+        ),
         "unrolled": vm.Unrolled(guide, outer, inner_steps=4, minimizer=vm.GradientDescent(lr)),
     }
 
@@ -83,7 +85,7 @@ def directional_errors(
                 known["here", 0.0] if warm and ("here", 0.0) in known else problem.start(batch, eta)
             )
             found = minimize(
-                lambda x: inner(x, eta), phi, strategy.minimizer, tolerance=strategy.tolerance
+                lambda x: inner(x, eta), phi, strategy.rule, tolerance=strategy.tolerance
             )
             known[part, step] = found.value
         losses = problem.losses(strategy.outer, batch, 0)(known[part, step], eta)

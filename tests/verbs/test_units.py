@@ -119,7 +119,7 @@ def test_a_fit_that_has_not_converged_warns_unless_the_user_chose_its_end() -> N
         short = vm.fit(model, tasks, vm.Joint("multivariate_normal"), num_steps=2)
     assert not short.converged and doubts(short, own_end=True) == []
     assert doubts(short)[0].startswith(
-        "the fit has not converged: after 2 Newton steps: give more by num_steps"
+        "the fit has not converged: after 2 Newton steps on the evidence: give more by num_steps"
     )
 
 

@@ -45,6 +45,9 @@ def what_failed(
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         return f"the gradient of task {bad[0]!r}{more} is not finite {when}: {ADVICE}"
+    begun = drowning_at_start(strategy, problem, batch, float(losses.abs().sum()))
+    if begun is not None:  # by now all tasks may have been drawn after one
+        return f"eta is not finite {when}: {begun}"
     return f"eta is not finite {when}, {largest(batch, losses)}: {ADVICE}"
 
 
@@ -81,6 +84,11 @@ def drowning(batch: Batch, end: Tensor) -> str | None:
     None where there is none.
     """
     rows = batch.support.mask.sum(1) + (0 if batch.query is None else batch.query.mask.sum(1))
+    return drowning_of(batch.names, rows, end)
+
+
+def drowning_of(names: tuple[str, ...], rows: Tensor, end: Tensor) -> str | None:
+    """The same of losses `(tasks,)` of as many rows."""
     size = end.detach().abs().double()
     if len(size) < 2 or not bool(torch.isfinite(size).all()):
         return None
@@ -90,7 +98,7 @@ def drowning(batch: Batch, end: Tensor) -> str | None:
     if not lost or float(per_row[worst]) < 1e3 * (1.0 + float(per_row.median())):
         return None
     return (
-        f"the loss of task {batch.names[worst]!r} is {float(end[worst]):.1e} nats, in whose "
+        f"the loss of task {names[worst]!r} is {float(end[worst]):.1e} nats, in whose "
         "rounding the other tasks are lost: look at its data, or standardise them"
     )
 

@@ -64,7 +64,13 @@ def check(size: object, problem: Problem) -> None:
 
 def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
     """How many tasks at a time, so that about `MEMORY` is held."""
-    numbers = problem.model.weights.size + batch.support.x[0].numel()
+    size = problem.model.weights.size
+    if strategy.traits(problem).closed_form:
+        # the design of a task in float64, its Gram matrix, and what their derivatives keep
+        rows = 1 if batch.query is None else batch.query.mask.shape[1]
+        held = 64 * size * (batch.support.mask.shape[1] + rows + size)
+        return max(1, min(len(batch), MEMORY // max(1, held)))
+    numbers = size + batch.support.x[0].numel()
     if numbers * len(batch) < FEW or isinstance(problem.guide, PyroGuide):
         return len(batch)
     try:

@@ -6,7 +6,9 @@ import math
 from dataclasses import replace
 from time import perf_counter
 
-from varmeta.fitting.blame import drowning, largest
+from torch import Tensor
+
+from varmeta.fitting.blame import drowning, drowning_at_start, largest
 from varmeta.fitting.float64 import cast, in_double
 from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.run import Callback, Run, interrupted, non_finite
@@ -113,7 +115,7 @@ def newton(
                     run.stop += f"; {UNDETERMINED} {' and '.join(run.undetermined)} apart"
                 return
             if solution.result == Result.NON_FINITE:
-                raise ValueError(non_finite(batch, solution.stats["losses"], "at the start"))
+                raise ValueError(_lost(strategy, problem, batch, solution.stats["losses"]))
             if (
                 solution.result not in (Result.CONVERGED, Result.STEP_LIMIT)
                 or run.step >= max_steps
@@ -136,6 +138,14 @@ def newton(
             run.state,
             phi=cast(run.state.phi, dtype) if stored and run.state.phi is not None else None,
         )
+
+
+def _lost(strategy: Strategy, problem: Problem, batch: Batch, losses: Tensor) -> str:
+    """Whose numbers are not finite at the start, to which one task may have drawn all others."""
+    begun = drowning_at_start(strategy, problem, batch, float(losses.abs().sum()))
+    if begun is not None and bool(losses.isfinite().all()):
+        return f"eta is not finite at the start: {begun}"
+    return non_finite(batch, losses, "at the start")
 
 
 def _where(batch: Batch, solution: JointSolution) -> str:

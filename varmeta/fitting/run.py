@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta.strategies.strategy import Eta, State
-from varmeta.tasks import Batch
+from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:
     from varmeta.models.hyper_posterior import HyperPosterior
@@ -75,10 +75,10 @@ def interrupted(step: int) -> str:
 ADVICE = "standardise the data, lower the learning rate, or raise the prior precision"
 
 
-def non_finite(batch: Batch, losses: Tensor, when: str) -> str:
+def non_finite(tasks: Batch | TaskSet, losses: Tensor, when: str) -> str:
     bad = [
         name
-        for name, ok in zip(batch.names, torch.isfinite(losses).tolist(), strict=True)
+        for name, ok in zip(tasks.names, torch.isfinite(losses).tolist(), strict=True)
         if not ok
     ]
     who = (

@@ -26,3 +26,6 @@ class Delta(Guide):
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         return sample(dist.Delta(phi["loc"].unsqueeze(-2), event_dim=1))
+
+    def at_gaussian(self, loc: Tensor, factor: Tensor) -> Tree:
+        return {"loc": loc}  # the mode

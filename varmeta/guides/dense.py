@@ -32,12 +32,8 @@ class Dense(Guide):
         assert factor is not None  # the prior is a Gaussian
         if factor.dim() == 1:
             factor = torch.diag_embed(factor)
-        spread = factor.diagonal()
-        phi = {"loc": copies(location(prior), data), "log_scale": copies(spread.log(), data)}
-        if len(spread) > 1:
-            rows, columns = torch.tril_indices(len(spread), len(spread), -1)
-            phi["tril"] = copies((factor / spread.unsqueeze(-1))[rows, columns], data)
-        return phi
+        phi = self.at_gaussian(location(prior), factor)
+        return {name: copies(value, data) for name, value in phi.items()}
 
     def __call__(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         factor = torch.diag_embed(phi["log_scale"].exp())
@@ -46,3 +42,15 @@ class Dense(Guide):
         return sample(
             dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3))
         )
+
+    def at_gaussian(self, loc: Tensor, factor: Tensor) -> Tree:
+        spread = factor.diagonal(dim1=-2, dim2=-1)
+        phi = {"loc": loc, "log_scale": spread.log()}
+        size = spread.shape[-1]
+        if size > 1:
+            rows, columns = torch.tril_indices(size, size, -1)
+            phi["tril"] = (factor / spread.unsqueeze(-1))[..., rows, columns]
+        return phi
+
+    def holds(self, size: int) -> bool:
+        return True

@@ -43,6 +43,17 @@ class Guide(ABC):
         """The guide as it serves this model; the same one where it does not look at the model."""
         return self
 
+    def at_gaussian(self, loc: Tensor, factor: Tensor) -> Tree | None:
+        """phi where KL[q || N(loc_i, L_i L_i')] is least; None where that is not known.
+
+        loc `(tasks, D)`, factor L `(tasks, D, D)`, lower triangular.
+        """
+        return None
+
+    def holds(self, size: int) -> bool:
+        """Whether every Gaussian over `size` weights is in the family."""
+        return False
+
     def doubt(
         self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
     ) -> str | None:

@@ -107,6 +107,9 @@ class Laplace(BoundGuide):
             dist.MultivariateNormal(phi["loc"].unsqueeze(-2), scale_tril=factor.unsqueeze(-3))
         )
 
+    def at_gaussian(self, loc: Tensor, factor: Tensor) -> Tree:
+        return {"loc": loc}
+
     def penalised(self, phi: Tree, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """m_i at phi, `(tasks,)`, in nats."""
         theta = phi["loc"].unsqueeze(-2)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from varmeta.guides.guide import Guide, copies, sample
@@ -29,3 +30,12 @@ class MeanField(Guide):
         return sample(
             dist.Normal(phi["loc"].unsqueeze(-2), phi["log_scale"].exp().unsqueeze(-2)).to_event(1)
         )
+
+    def at_gaussian(self, loc: Tensor, factor: Tensor) -> Tree:
+        # the precision's diagonal: each weight's spread given the others
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+        root = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+        return {"loc": loc, "log_scale": -0.5 * root.square().sum(-2).log()}
+
+    def holds(self, size: int) -> bool:
+        return size == 1

@@ -38,10 +38,13 @@ from varmeta.models.pyro_program import (
 from varmeta.priors.covariates import check_features
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data, TaskSet
+from varmeta.tasks.rows import Rows
 
 # Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one
 # of each size.
 EVERYONE = 4_000_000
+# Rows of one task that are enough to try a density that is known.
+MANY_ROWS = 10_000
 # something else is wrong with the program, and whoever runs it next says what
 ELSEWHERE_WRONG = (RuntimeError, ValueError, IndexError, NotImplementedError)
 
@@ -65,13 +68,16 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
         )
     check_columns(model.net, tasks)
     check_features(model.coefficients, tasks.feature_names)
+    if model.likelihood is not None:
+        for rows in (tasks.support_rows, tasks.query_rows):
+            _check_observations(model.likelihood, rows, tasks.names)
+    if model.all_linear and model.is_linear_gaussian:
+        _try_largest(model, tasks)
+        return
     batch = tasks.batch()
     parts = [
         data for data in (batch.support, batch.query) if data is not None and data.mask.shape[1]
     ]
-    if model.likelihood is not None:
-        for data in parts:
-            _check_observations(model.likelihood, data, batch.names)
     eta = model.init(torch.zeros((), dtype=tasks.dtype, device=batch.support.mask.device))
     for data in parts:
         if model.net is None:
@@ -105,6 +111,20 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
         check_batching(model.weights, loss, theta)
     for data in parts:
         check_padding(model, data)
+
+
+def _try_largest(model: TaskModel, tasks: TaskSet) -> None:
+    """Of layers and a density that are known one task tells for all: every row has its shape."""
+    eta = model.init(torch.zeros((), dtype=tasks.dtype, device=tasks.device))
+    sizes = tasks.support_rows.counts, tasks.query_rows.counts
+    for part, counts in enumerate(sizes):
+        largest = int(counts.argmax())
+        if not int(counts[largest]):
+            continue
+        one = tasks[[largest]].batch()
+        data = one.query if part else one.support
+        assert data is not None
+        _try(model, eta, data.first_points(min(MANY_ROWS, data.mask.shape[1])), one.names)
 
 
 def _alone(data: Data, task: int) -> Data:
@@ -226,13 +246,17 @@ def _check_outcomes(
             _refuse(data, names, task, row, site["fn"])
 
 
-def _check_observations(likelihood: Likelihood, data: Data, names: tuple[str, ...]) -> None:
-    bad, support = likelihood.invalid(data.y[data.mask])
+def _check_observations(likelihood: Likelihood, rows: Rows, names: tuple[str, ...]) -> None:
+    if not len(rows.x):
+        return
+    bad, support = likelihood.invalid(rows.y)
     bad = bad.reshape(len(bad), -1).any(-1)
     if bool(bad.any()):
-        task, row = data.mask.nonzero()[bad][0].tolist()
+        first = int(bad.nonzero()[0])
+        task = int(rows.owner[first])
+        row = first - int(rows.offsets[task])
         raise ValueError(
-            f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the "
+            f"task {names[task]!r}, row {row}: y = {rows.y[first].tolist()} is outside the "
             f"support of {type(likelihood).__name__}: expected {support} (rows are counted within "
             "the task, from 0)"
         )

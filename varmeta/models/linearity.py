@@ -49,14 +49,14 @@ def _is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     if type(net) is not nn.Sequential:
         return False
     owners = {name.partition(".")[0] for name in names}
-    children = list(net.named_children())
+    # not `named_children`, which leaves out a module that comes a second time
+    children = list(net._modules.items())
     at = [index for index, (child, _) in enumerate(children) if child in owners]
     if len(at) != 1:
         return False
     own = [name.partition(".")[2] for name in names]
-    return _is_linear_in(children[at[0]][1], own) and all(
-        _is_linear_map(child) for _, child in children[at[0] + 1 :]
-    )
+    layers = [child for _, child in children if child is not None]
+    return _is_linear_in(layers[at[0]], own) and all(map(_is_linear_map, layers[at[0] + 1 :]))
 
 
 def _is_linear_map(module: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def _is_linear_map(module: nn.Module) -> bool:
     if not _is_plain(module):
         return False
     if type(module) is nn.Sequential:
-        return all(_is_linear_map(child) for child in module.children())
+        return all(_is_linear_map(child) for child in module._modules.values() if child is not None)
     return type(module) in (*_LINEAR, *_LINEAR_MAPS)
 
 

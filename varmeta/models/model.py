@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, cast
 
 import pyro
@@ -354,7 +355,7 @@ class TaskModel(Remembers):
         shared = {name: eta[name] for name in self.shared if name not in aside}
         return network.one_task(self.net, shared | constants(self.net, self.constants, like))
 
-    @property
+    @cached_property
     def is_linear(self) -> bool:
         """Whether the output is known to be linear in the weights that vary, by how it is built.
 
@@ -362,12 +363,12 @@ class TaskModel(Remembers):
         """
         return self.net is not None and is_linear_in(self.net, self.weights.names)
 
-    @property
+    @cached_property
     def all_linear(self) -> bool:
         """Whether the output is linear in the weights and the shared parameters together."""
         return self.net is not None and is_linear_in(self.net, (*self.weights.names, *self.shared))
 
-    @property
+    @cached_property
     def is_linear_gaussian(self) -> bool:
         """Whether every p(theta_i | y_i, eta) is known to be Gaussian.
 
@@ -383,9 +384,9 @@ class TaskModel(Remembers):
         Good for choosing where a fit starts and at which points it looks.  It proves nothing, and
         no number may be called exact because of it: see `is_linear`.
         """
-        data = tasks.batch().support
-        if self.net is None or self.is_linear or not data.mask.shape[1]:
+        if self.net is None or self.is_linear or not len(tasks.support_rows.x):
             return self.net is None or self.is_linear
+        data = tasks.batch().support
         data = data.take(data.num_points.argmax().reshape(1))
         eta = self.init(data.x.new_zeros(()))
         x = data.filled[0]

@@ -26,7 +26,7 @@ def one_task(net: nn.Module, fixed: dict[str, Tensor]) -> Network:
 
     def run(own: dict[str, Tensor], x: Tensor) -> Tensor:
         x = x.unsqueeze(-1) if x.dim() == 1 else x
-        with _differentiable_attention():
+        with differentiable_attention():
             return check_output(torch.func.functional_call(net, own | fixed, (x,)), x)
 
     return run
@@ -54,9 +54,10 @@ def all_tasks(
 
 
 @contextlib.contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Attention written out: PyTorch's fused kernels have no second derivative, and some no first
-    one under vmap.
+def differentiable_attention() -> Iterator[None]:
+    """Attention written out within it.
+
+    PyTorch's fused kernels have no second derivative, and some no first one under vmap.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

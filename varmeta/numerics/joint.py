@@ -106,9 +106,10 @@ def minimize_jointly(
     Returns a `JointSolution`; its stats are "loss" (totals, the start first), "losses" (at the end,
     `(tasks,)`), "decrement" (in the loss's unit, before the last step, so an upper bound),
     "gradient_norm", "steps", "evaluations" (work in units of one loss with its gradient: a loss
-    alone 1/2, a Hessian column 2), "flat" (in float64, the names of eta that a direction without
-    curvature to speak of leads along: what fn does not determine one by one), and "failed" (the
-    tasks that a loss or derivative not finite ended it at, `(tasks,)`).
+    alone 1/2, a Hessian column 2), "flat" (in float64, the names of eta, or without eta of the only
+    row of phi, that a direction without curvature to speak of leads along: what fn does not
+    determine one by one), and "failed" (the tasks that a loss or derivative not finite ended it at,
+    `(tasks,)`).
 
     A step to where a loss is not finite is shortened, first of the tasks to blame alone.  The
     result is NON_FINITE where that is so at the start, or of the total at the end, DIVERGED where
@@ -222,7 +223,7 @@ def _stats(
         "gradient_norm": math.sqrt(float(g_phi.square().sum() + g_eta.square().sum())),
         "steps": len(history) - 1,
         "evaluations": problem.evaluations,
-        "flat": _flat(problem, model) if exact and model and len(place.e) else (),
+        "flat": _flat(problem, model) if exact and model and _is_one(place) else (),
         "failed": failed if ended_by_it else torch.zeros_like(failed),
     }
 
@@ -465,18 +466,24 @@ def _escape(problem: SharedProblem, model: Quadratic, place: _Place, gain: float
     return None
 
 
+def _is_one(place: _Place) -> bool:
+    """Whether there is one vector to tell about: eta, or the only row of phi without one."""
+    return bool(len(place.e)) or len(place.x) == 1
+
+
 def _flat(problem: SharedProblem, model: Quadratic) -> tuple[str, ...]:
-    """The names of eta along the softest direction, where its curvature is next to nothing."""
-    if float(model.eta.lowest) >= _FLAT:
+    """The names along the softest direction of eta, where its curvature is next to nothing; of the
+    only row of phi where there is no eta.
+    """
+    names, entry, convex = problem.eta, problem.entries()[1], model.eta if problem.eta else None
+    if convex is None:
+        names, entry = problem.phi, problem.entries()[0]
+        convex = Convex(*(part[0] for part in model.phi))
+    if float(convex.lowest) >= _FLAT:
         return ()
     # in the units in which every entry alone has curvature 1
-    share = (model.eta.direction / model.eta.scale).abs() / model.eta.direction.div(
-        model.eta.scale
-    ).norm()
-    entry = problem.entries()[1]
-    return tuple(
-        name for i, name in enumerate(problem.eta) if bool((share[entry == i] > 0.2).any())
-    )
+    share = (convex.direction / convex.scale).abs() / convex.direction.div(convex.scale).norm()
+    return tuple(name for i, name in enumerate(names) if bool((share[entry == i] > 0.2).any()))
 
 
 def _check(phi: Tree, eta: dict[str, Tensor], tolerance: float, max_steps: int) -> None:

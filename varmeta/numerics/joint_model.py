@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,17 @@ from varmeta.numerics.tree import Tree
 Penalty = Callable[[dict[str, Tensor]], Tensor | float]
 SharedLosses = Callable[[Tree, dict[str, Tensor]], Tensor]
 """(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on all of eta."""
+
+
+class Written(Protocol):
+    """One loss of one row of phi, without eta, whose derivatives are written out."""
+
+    def __call__(self, phi: Tree, eta: dict[str, Tensor]) -> Tensor: ...
+
+    def derivatives(self, phi: Tree, second: bool) -> tuple[Tensor, Tensor]:
+        """Gradient `(m,)` and, with `second`, Hessian `(m, m)` in the numbers of the row."""
+
+
 _KEEP = (
     0.4  # of the coupling that would make a block-diagonal model singular, the share that is kept
 )
@@ -42,7 +53,9 @@ class SharedProblem:
         self.fn, self.phi, self.eta, self.extra = fn, tree.detach(phi), tree.detach(eta), penalty
         self.evaluations = 0.0
         self.device = next(iter(phi.values())).device
-        self.rows = Rows(self.device.type != "cpu" or self._largest() <= BUSY)
+        self.written = cast("Written", fn) if hasattr(fn, "derivatives") else None
+        small = self.written is not None or self.device.type != "cpu" or self._largest() <= BUSY
+        self.rows = Rows(small)
 
     def _largest(self) -> int:
         """Size of the largest tensor that the losses keep for their derivative."""
@@ -110,6 +123,8 @@ class SharedProblem:
     def gradient(self, x: Tensor, e: Tensor, graph: bool = False) -> tuple[Tensor, ...]:
         """Gradients with respect to x and e; with `graph` also the leaves they belong to."""
         self.evaluations += 1
+        if self.written is not None:
+            return self._written(x, False)[0], e
         x, e = x.clone().requires_grad_(), e.clone().requires_grad_()
         with torch.enable_grad():
             total = self.losses(x, e).sum() + self.penalty(e)
@@ -128,6 +143,10 @@ class SharedProblem:
 
         g_x `(tasks, m)`, g_e `(p,)`; A `(tasks, m, m)`, B `(tasks, m, p)`, C `(p, p)`.
         """
+        if self.written is not None:
+            self.evaluations += 1 + 2 * x.shape[1]
+            g_x, a = self._written(x, True)
+            return g_x, e, a, x.new_zeros(1, x.shape[1], 0), e.reshape(0, 0)
         g_x, g_e, x, e = self.gradient(x, e, graph=True)
         a = self._phi_blocks(g_x, x)
         b, c = self._products(g_e, (x, e), torch.eye(len(e), dtype=x.dtype, device=x.device))
@@ -135,8 +154,16 @@ class SharedProblem:
 
     def phi_hessian(self, x: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         """g_x and the blocks A alone."""
+        if self.written is not None:
+            self.evaluations += 1 + 2 * x.shape[1]
+            return self._written(x, True)
         g_x, _, x, _ = self.gradient(x, e, graph=True)
         return g_x.detach(), self._phi_blocks(g_x, x)
+
+    def _written(self, x: Tensor, second: bool) -> tuple[Tensor, Tensor]:
+        assert self.written is not None
+        gradient, hessian = self.written.derivatives(tree.unflatten(x, self.phi), second)
+        return gradient.unsqueeze(0), hessian.unsqueeze(0)
 
     def _phi_blocks(self, g_x: Tensor, x: Tensor) -> Tensor:
         # row j of every task's block at once: the tasks do not see each other

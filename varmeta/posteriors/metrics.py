@@ -147,19 +147,26 @@ def numbers(
     }
 
 
-def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str, float]:
-    """The same row where the predictive distribution of y `(n,)` is N(mean, sd^2), exactly.
+def normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float = 0.9) -> dict[str, float]:
+    """The same row where the predictive distribution of y `(n, k)` is N(mean, covariance), exactly.
 
+    mean `(n, k)`, covariance `(n, k, k)`: the log density is that of the k numbers together, and
+        all else is about each of them.
     CRPS: sd (z (2 Phi(z) - 1) + 2 phi(z) - 1 / sqrt(pi)) with z = (y - mean) / sd (Gneiting and
         Raftery 2007).
 
-    >>> row = normal(torch.tensor([0.0]), torch.tensor([2.0]), torch.tensor([3.0]))
+    >>> row = normal(torch.tensor([[0.0]]), torch.tensor([[[4.0]]]), torch.tensor([[3.0]]))
     >>> row["rmse"], row["coverage"], round(row["crps"], 3)
     (3.0, 1.0, 1.989)
     """
     if not len(y):
         raise ValueError("there is nothing to judge: give an observation")
     level = probability("level", level)
+    root, _ = torch.linalg.cholesky_ex(covariance)
+    white = torch.linalg.solve_triangular(root, (y - mean).unsqueeze(-1), upper=False).squeeze(-1)
+    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = 0.5 * y.shape[-1] * math.log(2 * math.pi)
+    sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     z = (y - mean) / sd
     below = torch.special.ndtr(z)
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
@@ -167,10 +174,10 @@ def normal(mean: Tensor, sd: Tensor, y: Tensor, level: float = 0.9) -> dict[str,
     crps = sd * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi))
     return {
         "n": len(y),
-        "log_density": float((-0.5 * z.square() - sd.log() - 0.5 * math.log(2 * math.pi)).mean()),
+        "log_density": float((-0.5 * white.square().sum(-1) - log_det - constant).mean()),
         "rmse": float(rmse(mean, y)),
         "coverage": float(torch.where(below.isnan(), math.nan, inside.to(y.dtype)).mean()),
-        "calibration_error": float(calibration_error(below)),
+        "calibration_error": float(calibration_error(below.reshape(-1))),
         "crps": float(crps.mean()),
         "log_density_se": 0.0,
     }

@@ -7,27 +7,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from varmeta.guides.closed_form import design_of
 from varmeta.guides.kl import location, scale
-from varmeta.models.pyro_program import observed_site
 from varmeta.posteriors import metrics
+from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.observer import Observer
+from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
 Row = Callable[[Tensor], dict[str, float]]
 
-# Weights up to which the variance of a linear output is added up direction by direction, each a
-# pass through the network.
-MAX_EXACT_SIZE = 200
+# Numbers of a design that are held at once.
+CELLS = 20_000_000
 
 
 def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: float) -> Row:
     """The function from a mask `(tasks, points)` to the table's row of those observations."""
     exact = normal_predictive(observer, data)
     if exact is not None:
-        mean, sd = exact
+        mean, covariance = exact
         assert observer.model.likelihood is not None  # a program is not known to be normal
-        y = observer.model.likelihood.observed(data.y)  # without a column of weights
-        return lambda mask: metrics.normal(mean[mask], sd[mask], y[mask].to(mean), level)
+        # without a column of weights
+        y = observer.model.likelihood.observed(data.y).reshape(mean.shape).to(mean)
+        return lambda mask: metrics.normal(mean[mask], covariance[mask], y[mask], level)
     found = observer.evaluate(data, num_samples, seed, sampled=None)
     is_point = observer.q.is_point
     if found.probs is not None:
@@ -48,35 +50,41 @@ def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: f
 
 
 def normal_predictive(observer: Observer, data: Data) -> tuple[Tensor, Tensor] | None:
-    """Mean and sd of every observation, `(tasks, points)` each, where it is normal.
+    """Mean and covariance of every observation; None where it is not known to be normal.
 
-    None where it is not known to be.
+    `(tasks, points, outputs)` and `(tasks, points, outputs, outputs)`.
 
-    The output f is affine in the weights, theta ~ N(m, L L') and y ~ N(f, s^2); so y ~ N(f(m), s^2
-    + |f(m + L) - f(m)|^2), with f taken at m plus each column of L.  A mixture over eta is not
-    normal.
+    The output is X theta + c, theta ~ N(m, L L') and y ~ N(X theta + c, s^2); so y ~ N(X m + c, X L
+    L' X' + s^2).  A mixture over eta is not normal.
     """
-    q, model = observer.q, observer.model
-    if (
-        q.kind == "integrated"
-        or not model.is_linear_gaussian
-        or model.weights.size > MAX_EXACT_SIZE
-    ):
+    q = observer.q
+    if q.kind == "integrated" or not q.model.is_linear_gaussian:
         return None
     posterior = q.distribution
-    centre, factor = location(posterior).unsqueeze(0), scale(posterior)
-    theta = centre
-    if factor is not None:
-        columns = torch.diag_embed(factor) if factor.dim() == centre.dim() - 1 else factor
-        theta = torch.cat([centre, centre + columns.movedim(-1, 0)])
-    mean = variance = None
-    with observer.stream(0, data) as stream:
-        for trace in observer.traces(theta, data, data.filled[1], stream):
-            fn = observed_site(trace)["fn"]
-            if fn.event_shape:
-                return None
-            if mean is None:  # the first is at m itself
-                mean, variance = fn.mean[0], fn.variance[0]
-            variance = variance + (fn.mean - mean).square().sum(0)
-    assert mean is not None and variance is not None
-    return mean, variance.sqrt()
+    loc, spread = location(posterior), scale(posterior)  # (tasks, 1, D), and sds or a factor
+    cells = data.mask.shape[1] * loc.shape[-1]
+    step = max(1, CELLS // max(1, cells))
+    parts = []
+    with torch.no_grad():
+        for begin in range(0, len(data), step):
+            rows = slice(begin, min(begin + step, len(data)))
+            some = None if spread is None else spread[rows]
+            parts.append(_predictive(q, data.part(begin, rows.stop), loc[rows], some))
+    mean, covariance = (torch.cat(part) for part in zip(*parts, strict=True))
+    return mean, covariance
+
+
+def _predictive(q: Draws, data: Data, loc: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
+    x, y = data.filled
+    design, constant = design_of(q.model, q.eta, x)
+    assert q.model.likelihood is not None
+    shape = q.model.likelihood.observed(y).shape
+    with validation_enabled(False):
+        noise = q.model.likelihood.distribution(constant.reshape(shape), q.eta, y).variance
+    mean = constant + (design @ loc.unsqueeze(-1)).squeeze(-1)
+    covariance = torch.diag_embed(noise.reshape(constant.shape))
+    if spread is not None:
+        diagonal = spread.dim() == loc.dim()
+        moved = design * spread.unsqueeze(1) if diagonal else design @ spread
+        covariance = covariance + moved @ moved.mT
+    return mean, covariance

@@ -14,7 +14,6 @@ from varmeta.fitting.whitened import whitened_correlation
 from varmeta.likelihoods.base import SCALE
 from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.priors.gaussian_prior import PRECISION, TRIL
-from varmeta.results.evidence_gap import can_be_exact
 from varmeta.results.excess_noise import unexplained
 from varmeta.results.far_from_evidence import far_from_evidence, rough_quadrature
 from varmeta.results.separation import separated
@@ -185,7 +184,7 @@ def _runaways(fit: Fit) -> str | None:
     away = precision > RUNAWAY * information
     if bool(away.any()):
         guide = fit.problem.guide
-        exact = can_be_exact(guide, fit.model.weights.size)
+        exact = guide.holds(fit.model.weights.size)
         ways = [
             "centre the predictors",
             # what finds the mode of a task knows its correlations too
@@ -212,10 +211,12 @@ def _singular(fit: Fit) -> str | None:
     """
     if fit.model.prior.learn_precision != "full" or fit.model.weights.size < 2:
         return None
+    if fit.model.net is not None and not fit.model.all_linear:
+        return None  # features of a network are many and alike: it says nothing of the tasks
     correlation = fit.prior.correlation.double()
     # a predictor far from 0 correlates intercept and slope in any fit: judged in columns that are
     # centred and told apart
-    judged = whitened_correlation(fit.problem, fit.tasks.batch(), fit.eta)
+    judged = _judged(fit)
     judged = correlation if judged is None else judged
     finite = bool(correlation.isfinite().all() and judged.isfinite().all())
     if not finite or float(torch.linalg.eigvalsh(judged)[0]) > SINGULAR:
@@ -249,10 +250,20 @@ def _singular(fit: Fit) -> str | None:
     )
 
 
+def _judged(fit: Fit) -> Tensor | None:
+    """The correlations in whitened columns, where there are any."""
+    if fit.profiled is not None:
+        return fit.profiled.correlation(fit.eta)
+    return whitened_correlation(fit.problem, fit.tasks.batch(), fit.eta)
+
+
 def _information(fit: Fit, precision: Tensor) -> Tensor:
     """What the best-informed task's data say about each weight, as a precision `(D,)`."""
     tiny = torch.finfo(precision.dtype).eps
-    if fit.run.state.phi is not None and not fit.is_point and fit.hyper is None:
+    if fit.profiled is not None:
+        return fit.profiled.information(fit.eta).to(precision).clamp_min(tiny)
+    known = fit.run.state.phi is not None or fit.strategy.traits(fit.problem).closed_form
+    if known and not fit.is_point and fit.hyper is None:
         spread = fit.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)
         return (spread**-2 - precision).max(0).values.clamp_min(tiny)
     # points have no width: one observation's information at the pooled fit, times the most that a
@@ -279,11 +290,11 @@ def _names(labels: tuple[str, ...], chosen: Tensor) -> str:
 
 def _vanishing_noise(fit: Fit) -> str | None:
     """A learned noise scale far below anything in the data."""
-    scale, data = fit.prior.scale, fit.tasks.batch().support
-    if scale is None or not data.y.is_floating_point() or not bool(data.mask.any()):
+    scale, y = fit.prior.scale, fit.tasks.support_rows.y
+    if scale is None or not y.is_floating_point() or not len(y):
         return None
-    y = data.y if fit.model.likelihood is None else fit.model.likelihood.observed(data.y)
-    size = y[data.mask].abs().max()
+    y = y if fit.model.likelihood is None else fit.model.likelihood.observed(y)
+    size = y.abs().max()
     if float(scale) > 1e-8 * float(size):
         return None
     return (

@@ -6,9 +6,7 @@ import math
 
 import torch
 
-from varmeta.guides.dense import Dense
-from varmeta.guides.guide import Guide
-from varmeta.guides.mean_field import MeanField
+from varmeta.guides.closed_form import log_evidence
 from varmeta.hyper.conditional import conditionals
 from varmeta.models.model import TaskModel
 from varmeta.numerics.quadrature import NODES
@@ -31,10 +29,8 @@ def exact_evidence(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
     """
     if not model.is_linear_gaussian:
         return None
-    found = conditionals(
-        model, batch, {name: value.unsqueeze(0) for name, value in eta.items()}, gaussian=True
-    )
-    evidence = float(found.log_evidence.sum())
+    with torch.no_grad():
+        evidence = float(log_evidence(model, eta, batch.support).double().sum())
     return evidence if math.isfinite(evidence) else None
 
 
@@ -73,11 +69,6 @@ def cost(model: TaskModel, batch: Batch, eta: Eta, loss: float) -> str | None:
         f"these estimates is {evidence:.4f}, and its maximum lies elsewhere; "
         "guide='multivariate_normal' finds it"
     )
-
-
-def can_be_exact(guide: Guide, size: int) -> bool:
-    """Whether the guide's family holds every Gaussian over a task's `size` weights."""
-    return isinstance(guide, Dense) or (isinstance(guide, MeanField) and size == 1)
 
 
 def is_tight(model: TaskModel, batch: Batch, eta: Eta, loss: float) -> bool:

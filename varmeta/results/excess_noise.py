@@ -19,12 +19,12 @@ LONG = 500
 
 def unexplained(fit: Fit) -> str | None:
     """A sentence where the noise scale, learned in earnest, exceeds the sd of all support rows."""
-    scale, likelihood, data = fit.prior.scale, fit.model.likelihood, fit.tasks.batch().support
+    scale, likelihood = fit.prior.scale, fit.model.likelihood
     if SCALE not in fit.eta or not isinstance(likelihood, (Gaussian, StudentT)) or scale is None:
         return None
     if likelihood.has_hyperprior:  # which may hold it there
         return None
-    y = data.y[data.mask].double()
+    y = fit.tasks.support_rows.y.double()
     if scale.numel() != 1 or len(y) < 2:
         return None
     sd, found = float(y.std()), float(scale)

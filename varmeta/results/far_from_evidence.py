@@ -58,9 +58,10 @@ def far_from_evidence(fit: Fit) -> str | None:
 
 def rough_quadrature(fit: Fit) -> str | None:
     """A sentence where half as many nodes again for each weight give another evidence."""
-    guide, size, batch = fit.problem.guide, fit.model.weights.size, fit.tasks.batch()
+    guide, size = fit.problem.guide, fit.model.weights.size
     if not isinstance(guide, Quadrature) or fit.strategy.outer != "elbo":
         return None
+    batch = fit.tasks.batch()
     number = guide.num_nodes or EVIDENCE[size]
     finer = 3 * number // 2
     if batch.support.mask.numel() * finer**size > CHEAP:

@@ -14,6 +14,8 @@ from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
 from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.joint_newton import newton_applies
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
+from varmeta.fitting.profiled_newton import profiled
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.integrated_draws import IntegratedDraws
@@ -30,7 +32,7 @@ from varmeta.posteriors.draws import GuideDraws
 from varmeta.posteriors.inputs import check_columns
 from varmeta.posteriors.posterior import Posterior
 from varmeta.results import leave_one_out, standard_errors, summary
-from varmeta.results.evidence_gap import can_be_exact, cost, is_tight
+from varmeta.results.evidence_gap import cost, is_tight
 from varmeta.results.storage import save
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.problem import Problem
@@ -67,6 +69,7 @@ class Fit:
         seed: int,
         run: Run,
         problem: Problem | None = None,
+        exact: ProfiledEvidence | None = None,
     ) -> None:
         self.model = model
         self.tasks = tasks
@@ -74,6 +77,7 @@ class Fit:
         self.seed = seed
         self.run = run
         self.problem = strategy.problem(model, tasks, seed) if problem is None else problem
+        self._exact = exact
 
     # -- what was learned --------------------------------------------------------------------------
 
@@ -185,6 +189,13 @@ class Fit:
         return self.hyper.frame(self.model, self.tasks.x_names, level)
 
     @cached_property
+    def profiled(self) -> ProfiledEvidence | None:
+        """The evidence of a regression in closed form; None elsewhere."""
+        if self._exact is None and self.hyper is None:
+            return profiled(self.strategy, self.problem, self.tasks, self.eta)
+        return self._exact
+
+    @cached_property
     def standard_errors(self) -> dict[str, Tensor] | None:
         """Standard errors of theta0 and the shared parameters by name, as lme4's.
 
@@ -198,6 +209,8 @@ class Fit:
             return standard_errors.of_hyper(self.hyper, self.eta, names)
         if self.strategy.outer != "elbo" or not self.converged or self.is_point:
             return None
+        if self.profiled is not None:
+            return standard_errors.in_closed_form(self.profiled, self.eta)
         batch, phi = self.tasks.batch(), self.run.state.phi
         if isinstance(self.problem.guide, Quadrature):
             q = self.posterior().q
@@ -238,7 +251,7 @@ class Fit:
 
     @property
     def _can_be_exact(self) -> bool:
-        return can_be_exact(self.problem.guide, self.model.weights.size)
+        return self.problem.guide.holds(self.model.weights.size)
 
     @cached_property
     def _is_tight(self) -> bool:
@@ -248,6 +261,8 @@ class Fit:
             self.hyper is not None
         ):  # under "reml" the objective has theta0 integrated out too, and is no function of eta
             return self.model.is_linear_gaussian
+        if self.strategy.traits(self.problem).closed_form:  # it is the evidence that was taken
+            return self.strategy.outer == "elbo"
         return self.strategy.outer == "elbo" and is_tight(
             self.model, self.tasks.batch(), self.eta, self.loss
         )
@@ -278,7 +293,7 @@ class Fit:
             return self._integrated
         traits = self.strategy.traits(self.problem)
         if state.phi is None or not traits.stored or not (self.converged or traits.settled(state)):
-            return self.adapt(self.tasks)
+            return self._adapted(self.tasks, "auto", None)  # checked when they were fitted
         self.problem.start(
             self.tasks.batch(), self.eta
         )  # a user's guide makes its module for this many tasks
@@ -307,20 +322,20 @@ class Fit:
         chunks.check(task_chunk_size, self.problem)
         if not isinstance(tasks, TaskSet):
             raise TypeError(f"adapt takes a TaskSet, not {no_tasks(tasks)}")
-        example = self.tasks.batch().support
-        tasks = tasks.to(dtype=example.x.dtype, device=example.x.device)
+        tasks = tasks.to(dtype=self.tasks.dtype, device=self.tasks.device)
         check_columns(tasks, self.tasks)
-        batch = tasks.batch()
         check_model(self.model, tasks)
         if self.hyper is not None:
             return self._integrate(tasks)
+        return self._adapted(tasks, compile, task_chunk_size)
+
+    def _adapted(self, tasks: TaskSet, compile: Compile, task_chunk_size: int | None) -> Posterior:
+        batch, traits = tasks.batch(), self.strategy.traits(self.problem)
         solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
-        fixed = (
-            getattr(self.strategy, "inner_steps", None) is not None
-            or self.strategy.traits(self.problem).noisy
-        )
-        fixed = fixed or kinked(self.model, batch, self.eta) is not None  # by Adam's steps
+        fixed = getattr(self.strategy, "inner_steps", None) is not None or traits.noisy
+        if not (fixed or traits.closed_form):
+            fixed = kinked(self.model, batch, self.eta) is not None  # by Adam's steps
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
             bad = [
                 name
@@ -331,11 +346,11 @@ class Fit:
                 f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} "
                 "first: " + HOW_IT_ENDED.get(solution.worst, solution.worst.sentence),
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         doubt = self.problem.guide.doubt(solution.value, self.eta, batch.support, batch.names)
         if doubt is not None:
-            warnings.warn(doubt, RuntimeWarning, stacklevel=2)
+            warnings.warn(doubt, RuntimeWarning, stacklevel=3)
         return self._by_guide(solution.value, tasks)
 
     def _by_guide(self, phi: Tree, tasks: TaskSet) -> Posterior:
@@ -422,7 +437,7 @@ class Fit:
     # -- print -------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        points, hyper = int(self.tasks.batch().support.mask.sum()), self.hyper
+        points, hyper = len(self.tasks.support_rows.x), self.hyper
         lines = [
             f"{summary.method(self.strategy, self.is_point, len(self.tasks))}, "
             f"{counted(points, 'support observation')}",

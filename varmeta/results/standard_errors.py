@@ -14,6 +14,7 @@ from torch import Tensor
 
 from varmeta.fitting.float64 import in_double
 from varmeta.fitting.groups_by_size import elbo_losses
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
@@ -44,6 +45,16 @@ def _sd(points: Tensor, weights: Tensor) -> Tensor:
     mean = torch.tensordot(weights, points, 1)
     variance: Tensor = torch.tensordot(weights, (points - mean).square(), 1)
     return variance.sqrt()
+
+
+def in_closed_form(found: ProfiledEvidence, eta: Eta) -> dict[str, Tensor] | None:
+    """By generalised least squares."""
+    if not found.places:
+        return {}
+    errors = found.covariance_of_places(eta).diagonal().sqrt()
+    if not bool(errors.isfinite().all()):
+        return None
+    return named_parts(errors.to(eta[found.places[0]]), {name: eta[name] for name in found.places})
 
 
 def of_bound(

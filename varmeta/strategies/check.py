@@ -14,6 +14,7 @@ from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.tree import take
+from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.objective import OwnObjective, check_outer
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.stochastic import Stochastic
@@ -80,10 +81,10 @@ def _check_parts(strategy: Strategy) -> None:
         getattr(strategy, "minimizer", None),
         getattr(strategy, "linear_solver", None),
     )
-    if minimizer is not None and not isinstance(minimizer, Minimizer):
+    if minimizer is not None and not isinstance(minimizer, Minimizer | ClosedForm):
         raise TypeError(
-            "minimizer must be one of vm.Adam(), vm.GradientDescent() or vm.NewtonCG(), not "
-            f"{kind_of(minimizer)}"
+            "minimizer must be one of vm.Adam(), vm.GradientDescent(), vm.NewtonCG() or "
+            f"vm.ClosedForm(), not {kind_of(minimizer)}"
         )
     if solver is not None and not isinstance(solver, LinearSolver):
         raise TypeError(
@@ -138,7 +139,10 @@ def _check_curvature(strategy: Strategy, problem: Problem, tasks: TaskSet) -> No
     by_newton = minimizer is not None and not isinstance(minimizer, FirstOrderMinimizer)
     if not (by_newton or hasattr(strategy, "linear_solver")):
         return
-    model, batch = problem.model, tasks.batch()
+    model = problem.model
+    if model.is_linear_gaussian:
+        return
+    batch = tasks.batch()
     density = kinked(model, batch, model.init(batch.support.x.new_zeros(())))
     if density is not None:
         raise ValueError(

@@ -17,12 +17,14 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, 
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
+from varmeta.strategies import closed_form
 from varmeta.strategies.amortised import (
     MAX_TRACED_STEPS,
     Amortised,
     check_steps,
     has_diverged,
 )
+from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.objective import Outer
 from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.strategies.problem import Losses, Problem
@@ -50,6 +52,8 @@ class Implicit(Amortised):
         docs/extend.md.
     inner_steps: None, to tolerance; or a fixed number K, in which case the gradient is exact only
         as far as phi_K is the minimum: look at the certificate.
+    minimizer: None: `ClosedForm` where the model has one, the guide can be the posterior and
+        neither inner_steps, alg nor warm_start is given; else `NewtonCG`.
     on_unconverged: "warn" (once per fit), "raise" or "ignore" a gradient whose certificate is out
         of tolerance.
     linear_solver: for (d2F/dphi2) u = d_phi G; None: dense up to 32 numbers a task, else `CG`.
@@ -63,7 +67,7 @@ class Implicit(Amortised):
 
     outer: Outer = "elbo"
     inner_steps: int | None = None
-    minimizer: Minimizer = field(default_factory=NewtonCG)
+    minimizer: Minimizer | ClosedForm | None = None
     linear_solver: LinearSolver | None = None
     on_unconverged: OnUnconverged = "warn"
     warm_start: bool = field(default=False, kw_only=True)
@@ -72,15 +76,33 @@ class Implicit(Amortised):
     def __post_init__(self) -> None:
         one_of("on_unconverged", self.on_unconverged, ON_UNCONVERGED)
         check_steps(self.inner_steps)
+        if isinstance(self.minimizer, ClosedForm):
+            given = {"inner_steps": self.inner_steps, "warm_start": self.warm_start}
+            moot = [name for name, value in given.items() if value]
+            if moot:
+                raise ValueError(f"ClosedForm takes no inner steps: leave out {moot[0]}")
+
+    @property
+    def rule(self) -> Minimizer:
+        """What looks for phi where it is not known."""
+        return NewtonCG() if isinstance(self.minimizer, ClosedForm | None) else self.minimizer
+
+    def _knows(self, problem: Problem) -> bool:
+        free = self.inner_steps is None and not self.warm_start
+        return free and closed_form.chosen(self.minimizer, problem, self.expectation)
 
     def traits(self, problem: Problem) -> Traits:
+        if self._knows(problem):
+            return Traits(
+                noisy=False, closed_form=True, at_minimum=True, on_unconverged=self.on_unconverged
+            )
         return Traits(
             noisy=not problem.deterministic,
             # at phi_K the value is that of K steps, the gradient that of the minimum
             line_search=self.inner_steps is None,
             at_minimum=True,
             not_captured=self._not_captured(problem),
-            minimizer=self.minimizer,
+            minimizer=self.rule,
             on_unconverged=self.on_unconverged,
         )
 
@@ -97,6 +119,8 @@ class Implicit(Amortised):
     def loss(
         self, problem: Problem, batch: Batch, eta: Eta, state: State
     ) -> tuple[Tensor, State, Stats]:
+        if self._knows(problem):
+            return closed_form.loss(self, problem, batch, eta, state)
         start = batch.of(state.phi) if state.phi is not None else detach(problem.start(batch, eta))
         losses, ends, adjoint, stats = self._at_minimum(problem, batch, eta, state, start)
         if state.phi is not None:
@@ -149,12 +173,14 @@ class Implicit(Amortised):
         return losses, solution.value, adjoint, stats
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        if self._knows(problem):
+            return closed_form.solution(problem, batch, eta)
         start = detach(problem.start(batch, eta))
         steps = None if self.warm_start else self.inner_steps
         inner = problem.losses("inner", batch, 0)
-        if steps is None and isinstance(self.minimizer, NewtonCG):
+        if steps is None and isinstance(self.rule, NewtonCG):
             found = minimize_in_prior_coordinates(
-                problem, at(inner, eta), eta, start, self.minimizer, tolerance=self.tolerance
+                problem, at(inner, eta), eta, start, self.rule, tolerance=self.tolerance
             )
             if found is not None:
                 return found
@@ -175,15 +201,15 @@ class Implicit(Amortised):
         return minimize(
             at(inner, eta),
             start,
-            self.minimizer,
+            self.rule,
             steps=steps,
             tolerance=self.tolerance,
             units=units,
-            lr_scale=problem.lr_scale(batch, self.minimizer),
+            lr_scale=problem.lr_scale(batch, self.rule),
         )
 
     def _not_captured(self, problem: Problem) -> str | None:
-        if self.inner_steps is None or not isinstance(self.minimizer, FirstOrderMinimizer):
+        if self.inner_steps is None or not isinstance(self.rule, FirstOrderMinimizer):
             return "an inner solve to tolerance looks at its own numbers"
         linear = self.linear_solver
         steps = (

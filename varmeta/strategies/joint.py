@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree, detach, leaves, map_tree
+from varmeta.strategies import closed_form
+from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.expectation import Point
 from varmeta.strategies.prior_coordinates import minimize_in_prior_coordinates
 from varmeta.strategies.problem import Losses, Problem
@@ -33,9 +35,10 @@ class Joint(Strategy):
 
     from one gradient of both.
 
-    minimizer: the first-order rule for phi; `fit` steps eta by torch.optim.  On small models `fit`
-        replaces both by one Newton iteration on (phi, eta), unless an optimizer, batch size or
-        budget is given.
+    minimizer: None: `ClosedForm` where the model has one and the guide can be the posterior, so
+        that phi is never stored; else the first-order rule for phi, by default Adam, while `fit`
+        steps eta by torch.optim.  On small models `fit` replaces both by one Newton iteration on
+        (phi, eta), unless an optimizer, batch size or budget is given.
     adapt_steps: steps of adaptation to new tasks where the expectation is by draws (else Newton, to
         tolerance).
     Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019),
@@ -43,12 +46,20 @@ class Joint(Strategy):
     """
 
     guide: GuideName | Guide | Callable[..., Any] = "normal"
-    minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=1e-2), kw_only=True)
+    minimizer: FirstOrderMinimizer | ClosedForm | None = field(default=None, kw_only=True)
     adapt_steps: int = field(default=1000, kw_only=True)
 
     frozen = False
+    usual: ClassVar[FirstOrderMinimizer] = Adam(lr=1e-2)
+
+    @property
+    def rule(self) -> FirstOrderMinimizer:
+        """What moves phi where it is not known."""
+        return self.usual if isinstance(self.minimizer, ClosedForm | None) else self.minimizer
 
     def traits(self, problem: Problem) -> Traits:
+        if self._knows(problem):
+            return Traits(noisy=False, closed_form=True)
         if problem.guide.at_mode:
             raise ValueError(
                 f"{type(self).__name__} moves phi and eta down one objective, but this guide's "
@@ -57,13 +68,20 @@ class Joint(Strategy):
             )
         return Traits(noisy=not problem.deterministic, stored=True)
 
+    def _knows(self, problem: Problem) -> bool:
+        return closed_form.chosen(self.minimizer, problem, self.expectation)
+
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
+        if self._knows(problem):
+            return State()
         phi = detach(problem.start(batch, eta))
-        return State(phi, self.minimizer.init(phi))
+        return State(phi, self.rule.init(phi))
 
     def loss(
         self, problem: Problem, batch: Batch, eta: Eta, state: State
     ) -> tuple[Tensor, State, Stats]:
+        if self._knows(problem):
+            return closed_form.loss(self, problem, batch, eta, state)
         assert state.phi is not None and state.inner is not None
         phi = leaves(batch.of(state.phi))
         losses = problem.losses("elbo", batch, state.step)(phi, eta)
@@ -77,9 +95,9 @@ class Joint(Strategy):
             materialize_grads=True,
         )
         phi_gradient = dict(zip(phi, (g / scale for g in gradients), strict=False))
-        rates = problem.lr_scale(batch, self.minimizer)
+        rates = problem.lr_scale(batch, self.rule)
         factor = state.lr_scale if rates is None else state.lr_scale * rates
-        new, inner = self.minimizer.update(detach(phi), phi_gradient, batch.of(state.inner), factor)
+        new, inner = self.rule.update(detach(phi), phi_gradient, batch.of(state.inner), factor)
         state = replace(
             state,
             phi=batch.into(state.phi, new),
@@ -93,6 +111,8 @@ class Joint(Strategy):
         return scalar, state, Stats(losses.detach(), 1.0)
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
+        if self._knows(problem):
+            return closed_form.solution(problem, batch, eta)
         start = detach(problem.start(batch, eta))
         if problem.deterministic and kinked(problem.model, batch, eta) is None:
             inner = at(problem.losses("elbo", batch, 0), eta)
@@ -100,7 +120,7 @@ class Joint(Strategy):
             if found is not None:
                 return found
             return minimize(inner, start, NewtonCG(), units=problem.units(batch, start, eta))
-        return _adapt_with_fresh_noise(problem, batch, eta, start, self.minimizer, self.adapt_steps)
+        return _adapt_with_fresh_noise(problem, batch, eta, start, self.rule, self.adapt_steps)
 
 
 def _adapt_with_fresh_noise(

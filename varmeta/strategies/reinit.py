@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from varmeta.numerics.minimize import Adam, FirstOrderMinimizer
 from varmeta.strategies.joint import Joint
@@ -21,12 +22,15 @@ class Reinit(Joint):
     a period.
     """
 
-    minimizer: FirstOrderMinimizer = field(default_factory=lambda: Adam(lr=5e-2), kw_only=True)
     every: int = field(default=100, kw_only=True)
+
+    usual: ClassVar[FirstOrderMinimizer] = Adam(lr=5e-2)
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1, not {self.every}")
 
     def traits(self, problem: Problem) -> Traits:
-        return replace(super().traits(problem), period=self.every)
+        found = super().traits(problem)
+        # where phi is known there is nothing to set back
+        return found if found.closed_form else replace(found, period=self.every)

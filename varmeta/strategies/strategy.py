@@ -97,6 +97,7 @@ class Traits:
     stored: each task's phi is kept from step to step, and is its posterior in the end; else it is
         found anew from the prior.
     period: phi goes back to the prior every so many steps; None: never.
+    closed_form: phi is known, so that nothing is searched for (`ClosedForm`).
     at_minimum: phi is a minimum of F_i, around which Laplace's evidence and quadrature's are
         defined.
     moves_precision: the gradient of a query objective reaches the precision under a delta guide
@@ -114,6 +115,7 @@ class Traits:
     line_search: bool = True
     stored: bool = False
     period: int | None = None
+    closed_form: bool = False
     at_minimum: bool = False
     moves_precision: bool = True
     memory: int = 4

@@ -295,16 +295,16 @@ class TaskSet:
 
     @cached_property
     def _support(self) -> Data:
-        return replace(self.support_rows.padded(), features=self._features)
+        return replace(self.support_rows.padded(), features=self.features)
 
     @cached_property
     def _query(self) -> Data | None:
         if not len(self.query_rows.x):
             return None
-        return replace(self.query_rows.padded(), features=self._features)
+        return replace(self.query_rows.padded(), features=self.features)
 
     @cached_property
-    def _features(self) -> dict[str, Tensor]:
+    def features(self) -> dict[str, Tensor]:
         return in_dtype_of(self.support_rows.x, self._known)
 
     @cached_property
@@ -445,7 +445,7 @@ class TaskSet:
                 "no task has support data, so there is nothing to take a mean of: standardize with "
                 "others"
             )
-        scaling = Scaling.of(rows.x, rows.y, self._features, likelihood)
+        scaling = Scaling.of(rows.x, rows.y, self.features, likelihood)
         return scaling.apply(self), scaling
 
     def mapped(

@@ -15,6 +15,7 @@ from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lb
 from varmeta.fitting.evidence_newton import evidence_newton, evidence_newton_applies
 from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
+from varmeta.fitting.profiled_newton import profiled, profiled_newton
 from varmeta.fitting.run import Callback, Run
 from varmeta.fitting.schedule import Decay, ScheduleName, decay_of, label
 from varmeta.graphs.capture import seconds_compiling
@@ -35,7 +36,7 @@ from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.problem import Problem
-from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 from varmeta.verbs.progress import progress_bar
 
@@ -131,13 +132,13 @@ def fit(
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=2)
-    whole = tasks.batch()
-    eta = model.init(whole.support.x.new_zeros(()))
+    eta = model.init(tasks.support_rows.x.new_zeros(()))
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
-    smooth = kinked(model, whole, eta) is None
+    smooth = model.is_linear_gaussian or kinked(model, tasks.batch(), eta) is None
     resumed = None if resume is None else run_to_resume(resume, model, tasks, strategy, seed)
-    way = _way(strategy, problem, whole, eta, hyperguide, free and smooth)
+    exact = profiled(strategy, problem, tasks, eta) if free and hyperguide == "delta" else None
+    way = "profiled" if exact else _way(strategy, problem, tasks, eta, hyperguide, free and smooth)
     # in raw units Adam would otherwise spend a budget on the way to the data
     pooled = smooth and optimizer is None and batch_size is None
     run = _start(strategy, problem, tasks, eta, way, pooled) if resumed is None else resumed
@@ -149,11 +150,13 @@ def fit(
     with progress_bar(progress, steps or few, callback) as report:
         if way == "hyperguide":
             run.schedule, left = None, (steps or few) - run.step
-            integrate(problem, strategy, whole, tasks, run, hyperguide, left, seed, report)
+            integrate(problem, strategy, tasks.batch(), tasks, run, hyperguide, left, seed, report)
+        elif exact is not None:
+            profiled_newton(exact, tasks, run, steps or few, report)
         elif way == "evidence":
-            evidence_newton(problem, strategy, whole, run, steps or few, report)
+            evidence_newton(problem, strategy, tasks.batch(), run, steps or few, report)
         elif way == "newton":
-            newton(problem, strategy, whole, run, steps or few, report)
+            newton(problem, strategy, tasks.batch(), run, steps or few, report)
         else:
             factory = optimizer or (lbfgs if way == "lbfgs" else adam)
             decay = decay_of("constant") if way == "lbfgs" else decay
@@ -161,7 +164,7 @@ def fit(
             plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
             descend(problem, strategy, tasks, run, plan, report)
     run.seconds_compiling = seconds_compiling() - compiled
-    result = Fit(model, tasks, strategy, seed, run, problem)
+    result = Fit(model, tasks, strategy, seed, run, problem, exact)
     # where the user says when to stop, that it came before convergence is no surprise
     reached = num_steps is not None and run.step >= num_steps
     spent = budget is not None and run.evaluations >= budget
@@ -171,14 +174,19 @@ def fit(
 
 
 def _way(
-    strategy: Strategy, problem: Problem, whole: Batch, eta: Eta, hyperguide: Hyperguide, free: bool
+    strategy: Strategy,
+    problem: Problem,
+    tasks: TaskSet,
+    eta: Eta,
+    hyperguide: Hyperguide,
+    free: bool,
 ) -> str:
     """The solver: "hyperguide", "evidence", "newton", "lbfgs", or "steps" of an optimiser."""
     if hyperguide != "delta":
         return "hyperguide"
     if free and evidence_newton_applies(strategy, problem, eta):
         return "evidence"
-    if free and newton_applies(strategy, problem, whole, eta):
+    if free and newton_applies(strategy, problem, tasks.batch(), eta):
         return "newton"
     return "lbfgs" if free and lbfgs_applies(strategy, problem, eta) else "steps"
 
@@ -187,6 +195,9 @@ def _start(
     strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, way: str, pooled: bool
 ) -> Run:
     """The run before its first step; a regression at the fit to all tasks at once, if `pooled`."""
+    if way == "profiled":
+        check_support(problem.model, eta)
+        return Run(eta, State())
     whole = tasks.batch()
     if pooled and is_regression(problem.model, tasks, eta):
         eta = pooled_start(problem, whole, eta)
@@ -224,9 +235,10 @@ def _doubts(result: Fit, reached: bool) -> list[str]:
     interrupted = run.stop.startswith("interrupted")
     # where an interruption came before the first step, nothing was learned that one could doubt
     found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
-    run.outlier = run.outlier or drowning_at_start(
-        result.strategy, result.problem, result.tasks.batch(), run.loss
-    )
+    if run.outlier is None and result.profiled is None:
+        run.outlier = drowning_at_start(
+            result.strategy, result.problem, result.tasks.batch(), run.loss
+        )
     return [*([run.outlier] if run.outlier else []), *found]
 
 

@@ -100,13 +100,15 @@ def reachability(
     True
     """
     strategy, state = fit.strategy, fit.run.state
-    if not isinstance(strategy, Joint) or state.phi is None:
+    known = isinstance(strategy, Joint) and strategy.traits(fit.problem).closed_form
+    if not isinstance(strategy, Joint) or (state.phi is None and not known):
         raise TypeError(
             f"reachability compares with stored posteriors, and a fit by {type(strategy).__name__} "
             "stores none: use Joint or Reinit"
         )
     problem, batch = fit.problem, fit.tasks.batch()
     start = detach(problem.start(batch, fit.eta))
+    stored = strategy.adapt(problem, batch, fit.eta).value if state.phi is None else state.phi
     if problem.deterministic:
         rule = NewtonCG() if minimizer is None else minimizer
         inner, rates = problem.losses("elbo", batch, 0), problem.lr_scale(batch, rule)
@@ -114,7 +116,7 @@ def reachability(
             lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps, lr_scale=rates
         ).value
     else:
-        rule = strategy.minimizer if minimizer is None else minimizer
+        rule = strategy.rule if minimizer is None else minimizer
         if not isinstance(rule, FirstOrderMinimizer):
             raise ValueError(
                 f"with noisy expectations Alg is a first-order rule, not {type(rule).__name__}"
@@ -139,6 +141,4 @@ def reachability(
             ).mean(0)
 
     many = "to tolerance" if inner_steps is None else f"{inner_steps} steps"
-    return Reachability(
-        batch.names, value(state.phi), value(end), f"{type(rule).__name__} ({many})"
-    )
+    return Reachability(batch.names, value(stored), value(end), f"{type(rule).__name__} ({many})")

@@ -1,0 +1,131 @@
+"""Newton's method on the evidence, where it is known in closed form: nothing to integrate."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from torch import Tensor
+
+from varmeta.fitting.blame import drowning_of
+from varmeta.fitting.joint_newton import UNDETERMINED, WHY_IT_ENDED
+from varmeta.fitting.profiled_derivatives import applies, derivatives, directions
+from varmeta.fitting.profiled_evidence import FACTOR, ProfiledEvidence
+from varmeta.fitting.reduced import ReducedTasks
+from varmeta.fitting.run import Callback, Run, interrupted, non_finite
+from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
+from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import Tree
+from varmeta.priors.gaussian_prior import PRECISION
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.tasks import TaskSet
+
+# Coordinates whose Hessian is formed, and numbers that its columns may take in all.
+MAX_SIZE, MAX_ENTRIES = 280, 100_000_000
+
+
+def profiled(
+    strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta
+) -> ProfiledEvidence | None:
+    """The objective of a regression whose evidence is known in closed form.
+
+    None elsewhere, and where Newton's method does not serve: a network's shared layers, many
+    weights, collinear columns.
+    """
+    model = problem.model
+    if not strategy.traits(problem).closed_form or strategy.outer != "elbo":
+        return None
+    linear, size = (*model.shared, *model.coefficients), model.weights.size
+    if not model.all_linear or size * (size + 1) // 2 > MAX_SIZE:
+        return None
+    if len(tasks) * size**2 * MAX_SIZE > MAX_ENTRIES and size > 2:
+        return None
+    reduced = ReducedTasks.of(model, tasks, linear)
+    if reduced is None:
+        return None
+    found = ProfiledEvidence(model, reduced, eta, linear)
+    # a prior that is wider than the noise by more than all digits is left to other steps
+    return found if bool(found(found.start(eta)).isfinite()) else None
+
+
+def profiled_newton(
+    objective: ProfiledEvidence, tasks: TaskSet, run: Run, max_steps: int, callback: Callback | None
+) -> None:
+    """Move `run` to the maximum of the evidence, in place; in float64, whatever the data are in.
+
+    An interruption leaves it at the last step that was completed.  Raises ValueError where the
+    evidence is not finite at the start.
+    """
+    begin, first, spent = perf_counter() - run.seconds, run.step, run.evaluations
+    point = objective.enter(run.eta) if first else objective.start(run.eta)
+    run.eta, run.converged = objective.leave(point), False
+
+    def arrived(step: Step) -> None:
+        run.eta, run.loss = objective.leave(_row(step.phi)), step.loss
+        run.record(
+            callback,
+            step=first + step.number,
+            loss=step.loss,
+            evaluations=spent + step.evaluations,
+            seconds=perf_counter() - begin,
+        )
+
+    if not point:  # all that is learned is profiled
+        arrived(Step(0, float(objective(point)), {}, {}, 0.5))
+        run.converged = True
+        run.stop = "converged at once: the best places are known in closed form"
+        return
+    try:
+        solution = minimize_jointly(
+            _Loss(objective, point),
+            {name: value.unsqueeze(0) for name, value in point.items()},
+            {},
+            max_steps=max_steps - first,
+            callback=arrived,
+        )
+        if not run.history:  # no step was taken
+            arrived(
+                Step(0, solution.stats["loss"][-1], solution.phi, {}, solution.stats["evaluations"])
+            )
+        if solution.result == Result.NON_FINITE:
+            raise ValueError(non_finite(tasks, objective.losses(run.eta), "at the start"))
+        losses = objective.losses(run.eta)
+        run.outlier = drowning_of(tasks.names, tasks.support_rows.counts, losses)
+        _tell(run, solution)
+    except KeyboardInterrupt:
+        run.stop = interrupted(run.step)
+
+
+def _tell(run: Run, solution: JointSolution) -> None:
+    """How it ended, in words."""
+    run.converged = solution.result == Result.CONVERGED
+    if not run.converged:
+        why = WHY_IT_ENDED.get(solution.result, "it was to be no more")
+        run.stop = f"after {run.step} Newton steps on the evidence: {why}"
+        return
+    left = float(solution.stats["decrement"])
+    run.stop = (
+        f"converged after {run.step} Newton steps on the evidence, in closed form: it can rise by "
+        f"{left:.1e} nats more"
+    )
+    flat = {PRECISION if name == FACTOR else name for name in solution.stats["flat"]}
+    run.undetermined = tuple(name for name in run.eta if name in flat)
+    if run.undetermined:
+        run.stop += f"; {UNDETERMINED} {' and '.join(run.undetermined)} apart"
+
+
+class _Loss:
+    """The objective as a function of one row, with derivatives where they are written out."""
+
+    def __init__(self, objective: ProfiledEvidence, point: dict[str, Tensor]) -> None:
+        self.objective = objective
+        if applies(objective):
+            along = directions(objective, point)
+            self.derivatives = lambda phi, second: derivatives(objective, _row(phi), along, second)
+
+    def __call__(self, phi: Tree, eta: object) -> Tensor:
+        return self.objective(_row(phi)).reshape(1)
+
+
+def _row(phi: Tree) -> dict[str, Tensor]:
+    return {name: value[0] for name, value in phi.items()}

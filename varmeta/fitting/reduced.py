@@ -1,0 +1,127 @@
+"""What linear Gaussian tasks say, each reduced to a triangle: nothing per row is kept.
+
+With Z the columns of all parameters that enter linearly, whitened over all rows together, and r
+what their fit to all rows at once leaves of y, a task is the triangle T_i of the QR decomposition
+of its rows [Z r], whose products are those of the rows.  In whitened columns the origin of a
+predictor, its units, and how alike two of them are, cost no digits; in triangles nothing is
+squared before it must be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta.likelihoods.base import LocationScale
+from varmeta.likelihoods.weighted import Weighted
+from varmeta.models.constants import constants
+from varmeta.models.design import columns
+from varmeta.models.model import TaskModel
+from varmeta.priors.validation import validation_enabled
+from varmeta.strategies.strategy import Eta
+from varmeta.tasks import TaskSet
+
+# A column that its predecessors leave less than this share of is a combination of them as far as
+# its numbers tell.
+RANK = 1e-12
+
+
+@dataclass(frozen=True)
+class ReducedTasks:
+    """Of T tasks with D weights that vary and S parameters that do not, float64.
+
+    Those are shared ones, and the coefficients of features.
+
+    triangles: `(T, D + S + 1, D + S + 1)`, upper triangular.
+    whitening: R `(D + S, D + S)`: parameters p have the whitened coordinates R p - origin.
+    counts: observations of each task, `(T,)`.
+    log_weights: the sums of the logarithms of their known relative precisions, halved, `(T,)`.
+    """
+
+    triangles: Tensor
+    whitening: Tensor
+    origin: Tensor
+    counts: Tensor
+    log_weights: Tensor
+
+    @classmethod
+    def of(cls, model: TaskModel, tasks: TaskSet, linear: tuple[str, ...]) -> ReducedTasks | None:
+        """None where a column is a combination of the others, or a number is lost.
+
+        linear: the names of the S parameters, for which the output is linear by construction too.
+        """
+        design, y, weight, counts = _rows(model, tasks, linear)
+        if len(design) < design.shape[1] or not bool(design.isfinite().all()):
+            return None
+        # columns of very different size, as units make them, are no sign of collinear ones
+        scale = design.abs().amax(0)
+        if bool((scale == 0).any()):
+            return None
+        unit = len(design) ** 0.5
+        q, r = torch.linalg.qr(design / scale)
+        if bool((r.diagonal().abs() <= RANK * r.norm(dim=0)).any()):
+            return None
+        signs = r.diagonal().sign()
+        q, r = unit * q * signs, (signs.unsqueeze(-1) * r * scale) / unit
+        origin = q.mT @ y / len(q)
+        z = torch.cat([q, (y - q @ origin).unsqueeze(-1)], -1)
+        owner = torch.repeat_interleave(counts)
+        log_weights = z.new_zeros(len(counts)).index_add(0, owner, weight.log())
+        return cls(_triangles(z, counts), r, origin, counts.to(z), log_weights)
+
+
+def _triangles(rows: Tensor, counts: Tensor) -> Tensor:
+    """Of `counts` consecutive rows each, `(T, P, P)`; tasks of about a size are taken together."""
+    size = rows.shape[1]
+    found = rows.new_zeros(len(counts), size, size)
+    begin = counts.cumsum(0) - counts
+    # a group's largest task is at most twice its smallest
+    group = counts.clamp(min=size).double().log2().floor().long()
+    for one in group.unique().tolist():
+        at = (group == one).nonzero()[:, 0]
+        width = max(size, int(counts[at].max()))
+        within = torch.arange(width, device=rows.device)
+        known = within < counts[at].unsqueeze(-1)
+        index = (begin[at].unsqueeze(-1) + within).clamp(max=max(0, len(rows) - 1))
+        found[at] = torch.linalg.qr(rows[index] * known.unsqueeze(-1), mode="r").R
+    return found
+
+
+def _rows(
+    model: TaskModel, tasks: TaskSet, linear: tuple[str, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Columns `(N, D + S)` and y `(N,)` in units of each observation's known relative noise, whose
+    reciprocals follow, `(N,)`, and how many are each task's, `(T,)`.
+    """
+    net, likelihood = model.net, model.likelihood
+    assert net is not None and likelihood is not None
+    rows = tasks.support_rows
+    x, y = rows.x, rows.y
+    shared = tuple(name for name in linear if name not in model.coefficients)
+    names = (*model.weights.names, *shared)
+    design, constant = columns(net, names, constants(net, model.constants, x), x)
+    design, constant = design.double(), constant.double()
+    parts = dict(zip(names, design.split([model.start[n].numel() for n in names], -1), strict=True))
+    for key, (name, feature) in model.coefficients.items():
+        known = tasks.features[feature].double()[rows.owner]
+        parts[key] = parts[name] * known[:, None, None]
+    design = torch.cat([parts[name] for name in (*model.weights.names, *linear)], -1)
+    response = likelihood.observed(y).double().reshape(constant.shape)
+    weight = _relative_precision(model, constant, y).sqrt()
+    design = (design * weight.unsqueeze(-1)).flatten(0, 1)
+    response = ((response - constant) * weight).reshape(-1)
+    return design, response, weight.reshape(-1), rows.counts * constant.shape[1]
+
+
+def _relative_precision(model: TaskModel, out: Tensor, y: Tensor) -> Tensor:
+    """(scale / sd)^2 of every observation, `(rows, outputs)`, whatever the scale is."""
+    likelihood = model.likelihood
+    inner = likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+    assert likelihood is not None and isinstance(inner, LocationScale)
+    eta: Eta = inner.init(out.new_zeros(()))
+    shape = likelihood.observed(y).shape
+    with validation_enabled(False):
+        sd = likelihood.distribution(out.reshape(shape), eta, y).stddev
+    return (inner.scale_of(out, eta) / sd).square().reshape(out.shape)

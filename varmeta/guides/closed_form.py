@@ -1,0 +1,109 @@
+"""A task's posterior and evidence without a search: linear by construction, Gaussian noise.
+
+Where the output is linear in the weights that vary and y is Gaussian around it, p(theta_i | y_i,
+eta) is Gaussian and log p(y_i | eta) is known.  So the minimum of F_i over a guide's phi is known
+too, exactly, with its derivative in eta: the post's Alg(f_i, theta0) without iterations.  With the
+shared layers of a network before it, it is the head of ALPaCA and R2-D2.
+Source: Harrison, Sharma and Pavone, Meta-learning priors for efficient online Bayesian regression
+(2018); Bertinetto et al., Meta-learning with differentiable closed-form solvers, ICLR 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from varmeta.guides.guide import Guide
+from varmeta.guides.kl import location, scale
+from varmeta.models.constants import constants
+from varmeta.models.design import columns
+from varmeta.models.model import TaskModel
+from varmeta.numerics import gaussian
+from varmeta.numerics.gaussian import Standardised
+from varmeta.numerics.tree import Tree
+from varmeta.priors.validation import validation_enabled
+from varmeta.tasks import Data
+
+
+def log_evidence(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+    """log p(y_i | eta) of every task, `(tasks,)`, nats; for `TaskModel.is_linear_gaussian`."""
+    return gaussian.log_evidence(standardised(model, eta, data)).to(data.x)
+
+
+def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, query: Data) -> Tensor:
+    """log p(query_i | y_i, eta) of every task, `(tasks,)`, nats.
+
+    That is the joint density of its query rows given its support.
+    """
+    # each by itself, as rows of one part may meet in the network
+    seen, asked = standardised(model, eta, data), standardised(model, eta, query)
+    both = Standardised(
+        torch.cat([seen.design, asked.design], 1),
+        torch.cat([seen.residual, asked.residual], 1),
+        seen.log_scale + asked.log_scale,
+        seen.rows + asked.rows,
+    )
+    return (gaussian.log_evidence(both) - gaussian.log_evidence(seen)).to(data.x)
+
+
+def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree | None:
+    """phi at the minimum of F_i, differentiable in eta; None where the guide does not know it."""
+    tasks = standardised(model, eta, data)
+    found = gaussian.posterior(tasks)
+    loc, factor = _prior(model, eta)
+    if factor.dim() == 1:
+        factor = torch.diag_embed(factor)
+    phi = guide.at_gaussian(loc + found.mean @ factor.mT, factor @ found.factor)
+    return None if phi is None else {name: value.to(data.x) for name, value in phi.items()}
+
+
+def standardised(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Standardised:
+    """The tasks in units of the prior and of their noise, in float64."""
+    loc, factor = _prior(model, eta)
+    x, y = data.filled
+    count = data.mask.sum(-1)
+    if not data.mask.shape[1]:
+        none = loc.new_zeros(len(data), 0, len(loc))
+        return Standardised(none, none[..., 0], count.to(loc), count.to(loc))
+    design, constant = design_of(model, eta, x)
+    assert model.likelihood is not None
+    observed = model.likelihood.observed(y)
+    with validation_enabled(False):
+        noise = model.likelihood.distribution(constant.reshape(*observed.shape), eta, y)
+    mask = data.mask.unsqueeze(-1).expand(*data.mask.shape, constant.shape[-1])
+    spread = noise.stddev.double().reshape(constant.shape)
+    unit = torch.where(mask, spread.reciprocal(), 0.0)
+    design = design.double() * unit.unsqueeze(-1)
+    by = model.offset(eta, data)
+    mean = loc if by is None else loc + by.double()
+    residual = (observed.reshape(constant.shape).double() - constant.double()) * unit
+    moved = mean.unsqueeze(-1) if by is None else mean[:, None, :, None]
+    residual = residual - (design @ moved).squeeze(-1)
+    design = design * factor if factor.dim() == 1 else design @ factor
+    log_scale = torch.where(mask, spread.log(), 0.0).sum((-2, -1))
+    outputs = constant.shape[-1]
+    return Standardised(
+        design.flatten(1, 2), residual.flatten(1), log_scale, (count * outputs).to(loc)
+    )
+
+
+def design_of(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns by which the output moves with a task's weights, and what it is at 0.
+
+    `(tasks, points, outputs, D)` and `(tasks, points, outputs)`, of x `(tasks, points, ...)`.
+    """
+    assert model.net is not None
+    net, names = model.net, model.weights.names
+    values = {name: eta[name] for name in model.shared} | constants(net, model.constants, x)
+    return torch.func.vmap(lambda one: columns(net, names, values, one))(x)
+
+
+def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """theta0 `(D,)` and sds `(D,)` or the lower factor `(D, D)`, in float64."""
+    with validation_enabled(False):
+        prior = model.prior_distribution({name: value.double() for name, value in eta.items()})
+    factor = scale(prior)
+    assert factor is not None  # the prior is a Gaussian
+    return location(prior), factor

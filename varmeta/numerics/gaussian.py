@@ -1,0 +1,111 @@
+"""Linear Gaussian tasks in closed form: y_i = X_i theta_i + s e, theta_i ~ N(m, L L'), e ~ N(0, I).
+
+With theta = m + L u the prior of u is N(0, I), and given y it is N(u*, A^-1) with
+
+    B = X L / s,   e = (y - X m) / s,   A = I + B'B,   u* = A^-1 B'e,
+    -2 log p(y) = n log(2 pi s^2) + log|A| + |e - B u*|^2 + |u*|^2,
+
+so that nothing is searched for.  B is formed before it is squared, and the last two terms are sums
+of squares instead of a difference of large numbers: far origins, other units and nearly exact fits
+cost no digits.  Where a task has fewer rows than weights the same comes from I + BB', `(n, n)`.
+Rows of padding are rows of zeros in B and e.
+Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 2.1.1 and
+equation 2.8; in mixed models Bates et al., J. Stat. Softw. 67 (2015), section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics.triangular import cholesky
+
+
+class Standardised(NamedTuple):
+    """Tasks in units of the prior and of their noise.
+
+    design: B `(tasks, n, D)`; residual: e `(tasks, n)`.
+    log_scale: the log of the volume that this took, sum log s `(tasks,)`.
+    rows: those that are no padding, `(tasks,)`.
+    """
+
+    design: Tensor
+    residual: Tensor
+    log_scale: Tensor
+    rows: Tensor
+
+
+class Posterior(NamedTuple):
+    """N(u*, G G') of u given y: `(tasks, D)` and lower triangular `(tasks, D, D)`."""
+
+    mean: Tensor
+    factor: Tensor
+
+
+def posterior(tasks: Standardised) -> Posterior:
+    """Of u, the weights in units of the prior.
+
+    >>> one = torch.ones(1, 1, 1, dtype=torch.float64)  # one row: y = theta + e, y = 1
+    >>> found = posterior(Standardised(one, one[..., 0], one[0, 0], one[0, 0]))
+    >>> round(found.mean.item(), 6), round(found.factor.item() ** 2, 6)
+    (0.5, 0.5)
+    """
+    design, residual = tasks.design, tasks.residual
+    size = design.shape[-1]
+    # by QR of the rows over I, never squared: columns may be 1e9 times the noise
+    identity = torch.eye(size, dtype=design.dtype, device=design.device)
+    stacked = torch.cat([design, identity.expand(*design.shape[:-2], size, size)], -2)
+    upper = torch.linalg.qr(stacked.flip(-1)).R.mT.flip(-1, -2)
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    factor = _inverse(upper * signs.unsqueeze(-2))
+    mean = _apply(factor, (design.mT @ residual.unsqueeze(-1)).squeeze(-1))
+    # once more, of what is left: the products above are as large as the square
+    left = residual - (design @ mean.unsqueeze(-1)).squeeze(-1)
+    mean = mean + _apply(factor, (design.mT @ left.unsqueeze(-1)).squeeze(-1) - mean)
+    return Posterior(mean, factor)
+
+
+def log_evidence(tasks: Standardised) -> Tensor:
+    """log p(y_i) `(tasks,)`, nats; NaN where numbers are lost."""
+    design, residual = tasks.design, tasks.residual
+    number, size = design.shape[-2:]
+    if number < size:
+        root = cholesky(_identity_and(design @ design.mT))
+        white = torch.linalg.solve_triangular(root, residual.unsqueeze(-1), upper=False)
+        squares = white.square().sum((-2, -1))
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    else:
+        factor, log_det = _root(design)
+        mean = _apply(factor, (design.mT @ residual.unsqueeze(-1)).squeeze(-1))
+        left = residual - (design @ mean.unsqueeze(-1)).squeeze(-1)
+        squares = left.square().sum(-1) + mean.square().sum(-1)
+    constant = 0.5 * math.log(2 * math.pi) * tasks.rows
+    found: Tensor = -(constant + tasks.log_scale + log_det + 0.5 * squares)
+    return found
+
+
+def _root(design: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower triangular G with G G' = (I + B'B)^-1, and half of log|I + B'B|."""
+    # Cholesky's factor with both axes reversed is upper, so that its inverse, transposed, is lower
+    reverse = cholesky(_identity_and(design.mT @ design).flip(-1, -2))
+    return _inverse(reverse.flip(-1, -2)), reverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """The transposed inverse of upper triangles, lower triangular."""
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+    lower: Tensor = torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
+    return lower
+
+
+def _identity_and(gram: Tensor) -> Tensor:
+    return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _apply(factor: Tensor, vector: Tensor) -> Tensor:
+    """G G' v."""
+    product: Tensor = factor @ (factor.mT @ vector.unsqueeze(-1))
+    return product.squeeze(-1)

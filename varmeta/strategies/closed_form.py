@@ -1,0 +1,128 @@
+"""`ClosedForm`: phi is known, so that nothing is iterated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from varmeta.guides import closed_form
+from varmeta.guides.convex import inverse_ceiling
+from varmeta.numerics.adjoint import ImplicitAdjoint
+from varmeta.numerics.linear_solve import Direct
+from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.tree import detach
+from varmeta.strategies.objective import Outer
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, State, Stats, Strategy
+from varmeta.tasks import Batch
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The inner minimiser of tasks whose posterior is Gaussian by construction.
+
+    phi is the exact minimum of F_i, with its exact derivative in eta; nothing is iterated.
+    It serves models that are linear in the weights that vary, `nn.Linear`, `vm.LinearPredictor` or
+    the last linear layer of a network whose other layers are `shared`, under
+    `likelihoods.Gaussian`, and guides that are a point or a Gaussian.  `Joint`, `Reinit` and
+    `Implicit` choose it by themselves where the guide can be the posterior
+    ("multivariate_normal"); give another minimiser to iterate instead.  With a dense guide the
+    objective "elbo" is -log p(y_i | eta), and "query_predictive" -log p(query_i | y_i, eta).
+
+    >>> import varmeta as vm
+    >>> prior = vm.GaussianPrior(2.0)
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), prior)
+    >>> tasks = vm.datasets.lines(5, num_query=5)
+    >>> strategy = vm.Implicit("delta", outer="query", minimizer=vm.ClosedForm())
+    >>> vm.meta_gradient(model, tasks, strategy).certificate.ok
+    True
+    """
+
+
+def chosen(minimizer: object, problem: Problem, expectation: str) -> bool:
+    """Whether phi is taken in closed form.
+
+    Where it was asked for, or nothing else was and the tasks' posteriors are known and in the
+    guide's family.
+
+    Raises ValueError where it was asked for and does not serve.
+    """
+    if isinstance(minimizer, ClosedForm):
+        _check(problem)
+        return True
+    size = problem.model.weights.size
+    free = minimizer is None and expectation == "auto"
+    return free and problem.model.is_linear_gaussian and problem.guide.holds(size)
+
+
+def _check(problem: Problem) -> None:
+    """Raise ValueError where `ClosedForm` was asked for and does not serve."""
+    model = problem.model
+    if not model.is_linear_gaussian:
+        raise ValueError(
+            "ClosedForm serves models that are linear in the weights that vary by construction "
+            "(nn.Linear, vm.LinearPredictor, or a network whose other layers are shared=) under "
+            f"likelihoods.Gaussian with one scale, not {model!r}: leave out the minimizer"
+        )
+    if not _has_phi(problem):
+        raise ValueError(
+            f"ClosedForm does not know the minimum of the guide {problem.guide!r}: use "
+            "'multivariate_normal', 'normal', 'laplace' or 'delta', or leave out the minimizer"
+        )
+
+
+def _has_phi(problem: Problem) -> bool:
+    one = torch.ones(1, problem.model.weights.size)
+    return problem.guide.at_gaussian(one, torch.diag_embed(one)) is not None
+
+
+def losses(problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta) -> Tensor:
+    """G_i at the minimum of F_i, `(tasks,)`, nats; differentiable in eta."""
+    model, guide = problem.model, problem.guide
+    if guide.holds(model.weights.size) or guide.at_mode:
+        if outer == "elbo":
+            return -closed_form.log_evidence(model, eta, batch.support)
+        if outer == "query_predictive":
+            return -closed_form.log_predictive(model, eta, batch.support, batch.require_query())
+    return problem.losses(outer, batch, step)(_phi(problem, batch, eta), eta)
+
+
+def loss(
+    strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State
+) -> tuple[Tensor, State, Stats]:
+    """`Strategy.loss` with phi in closed form."""
+    found = losses(problem, strategy.outer, batch, state.step, eta)
+    stats = Stats(found.detach(), 1.0)
+    if state.certify:
+        linear = _certified(problem, strategy.outer, batch, state.step, detach(eta))
+        stats = replace(stats, inner=solution(problem, batch, eta), linear=linear)
+    return strategy.total(problem, batch, eta, found), replace(state, step=state.step + 1), stats
+
+
+def _certified(
+    problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta
+) -> dict[str, Tensor]:
+    """What differentiating F_i at phi says of it."""
+    phi = detach(_phi(problem, batch, eta))
+    inner = problem.losses("inner", batch, step)
+    same = outer == "elbo" and not problem.guide.at_mode
+    other = inner if same else problem.losses(outer, batch, step)
+    ceiling = inverse_ceiling(problem.model, problem.guide, eta)
+    return ImplicitAdjoint(Direct())(inner, other, phi, eta, ceiling=ceiling)[1]
+
+
+def solution(problem: Problem, batch: Batch, eta: Eta) -> Solution:
+    """phi of every task; a task whose numbers are lost is told as not finite."""
+    with torch.no_grad():
+        phi = _phi(problem, batch, eta)
+    sound = torch.stack([x.isfinite().reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
+    result = torch.where(sound, int(Result.CONVERGED), int(Result.NON_FINITE))
+    return Solution(phi, result, {"evaluations": phi["loc"].new_ones(len(batch))})
+
+
+def _phi(problem: Problem, batch: Batch, eta: Eta) -> dict[str, Tensor]:
+    phi = closed_form.best(problem.guide, problem.model, eta, batch.support)
+    assert phi is not None  # `chosen`
+    return phi
