@@ -26,7 +26,7 @@ LARGEST = 20_000_000
 def applies(objective: ProfiledEvidence) -> bool:
     """Whether all that moves are the covariance relative to the noise, and the noise, both few."""
     learned = objective.dense or bool(objective.precisions)
-    if not learned or not objective.profiles_places or objective.model.has_hyperprior:
+    if not learned or not objective.profiles_places or objective.has_hyperprior:
         return False
     size = objective.size
     most = size * (size + 1) // 2 if objective.dense else size

@@ -51,6 +51,7 @@ class ProfiledEvidence:
         prior = model.prior
         self.dense = prior.learn_precision == "full"
         self.learns_scale = SCALE in eta
+        self.has_hyperprior = model.has_hyperprior
         # a quadratic of their own, where no hyperprior acts on them
         self.profiles_places = prior.loc_hyperprior is None
         places = (*model.weights.names, *linear)
@@ -95,7 +96,7 @@ class ProfiledEvidence:
     def __call__(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """-log p(y | eta), nats, less the log density of the hyperpriors."""
         loss = self._without_hyperpriors(coordinates, self._quadratic(coordinates))
-        if not self.model.has_hyperprior:
+        if not self.has_hyperprior:
             return loss
         return loss + self.model.penalty(self._raw(coordinates, self.factor(coordinates)))
 
