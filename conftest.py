@@ -5,13 +5,22 @@ Nothing here needs torch or Pyro: the tests of the ArviZ export also run in an e
 them.
 """
 
+import getpass
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# The compiler's store on disk does not know which vector units torch was told to use, and a graph
+# compiled for others ends the process (torch 2.13: "Segmentation fault" in the compiled code).
+capability = os.environ.get("ATEN_CPU_CAPABILITY")
+if capability is not None:
+    own = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", own)
 
 try:
     import torch

@@ -3,7 +3,8 @@
 speed: `y ~ x + (x | task)` by maximum likelihood, from the table to the printed fit, beside
 lme_python, mixedlm and statsmodels where they are installed (extra `bench`), in one process after
 all imports.  sinusoids: the last layer of a network as a Gaussian head, on the noise-free sinusoids
-of Zhou et al. (2019), Efficient Meta Learning via Minibatch Proximal Update, figure 1b.
+of Zhou et al. (2019), Efficient Meta Learning via Minibatch Proximal Update, figure 1b.  unseen:
+the same head on other tasks, see `unseen.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from experiments.closed_form import sinusoids, speed
+from experiments.closed_form import sinusoids, speed, unseen
 
-PARTS = {"speed": speed.run, "sinusoids": sinusoids.run}
+PARTS = {"speed": speed.run, "sinusoids": sinusoids.run, "unseen": unseen.run}
 
 
 def main() -> None:
