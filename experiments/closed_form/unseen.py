@@ -4,10 +4,10 @@ The head's prior and the number of steps are those by which held-out tasks are p
 test tasks are looked at once.  rmse: the mean of the tasks' own; nll: per row.
 
 sinusoid: y = a sin(x - b) + 5, a ~ U(2, 3), b ~ U(-2, 2), x ~ U(-4, 4), noise 0.1, 200 tasks of 5
-points, 20 unseen ones that show 5 (Rothfuss et al., PACOH, demonstration with seed 234; published,
-for another network and its own draws: RMSE 0.512, log density -0.543).  hct, temperature: physionet2012 and intel_lab, split and
-scored as in their reference files (linear empirical Bayes: RMSE 2.651 and NLL 2.622; 2.237 and
-2.378).
+    points, 20 unseen ones that show 5 (Rothfuss et al., PACOH, demonstration with seed 234;
+    published, for another network and its own draws: RMSE 0.512, log density -0.543).
+hct, temperature: physionet2012 and intel_lab, split and scored as in their reference files (linear
+    empirical Bayes: RMSE 2.651 and NLL 2.622; 2.237 and 2.378).
 """
 
 from __future__ import annotations
