@@ -14,11 +14,14 @@ from scipy.special import log_expit, logsumexp
 from torch import nn
 
 import varmeta as vm
-from tests.cases import known, linear_model, net_model, ragged_tasks, seeded
+from tests.cases import known, net_model, ragged_tasks, seeded
 from tests.conftest import shared_data
 from tests.guides.test_laplace import regression as glmm
 from tests.guides.test_laplace import toenail
+from tests.linear_gaussian import MODELS, dense_evidence, moved
+from varmeta.fitting.run import Run
 from varmeta.posteriors import psis
+from varmeta.strategies.strategy import State
 
 
 def regression(prior: vm.GaussianPrior) -> vm.TaskModel:
@@ -87,11 +90,32 @@ def test_a_mean_field_guide_is_told_from_the_posterior() -> None:
     assert not (table["reading"] == "good").any()
 
 
+class OwnLinear(nn.Linear):
+    """Of which nothing is known, as of any subclass."""
+
+
+@pytest.mark.parametrize("guide", ["normal", "multivariate_normal"])
+@pytest.mark.parametrize("case", MODELS)
+def test_the_evidence_is_exact_where_it_is_known(case: str, guide: str) -> None:
+    model, tasks = MODELS[case]()
+    eta = moved(model)
+    strategy = vm.Implicit(guide)
+    fit = vm.Fit(model, tasks, strategy, 0, Run(eta, State()))
+    table, expected = fit.posterior().diagnose(100), dense_evidence(model, eta, tasks)
+    assert table["evidence"].tolist() == pytest.approx(expected.tolist(), abs=1e-9)
+    assert (table["se"] == 0).all()
+    # what the draws say stays beside it
+    assert table["gap"].tolist() == pytest.approx((table["evidence"] - table["elbo"]).tolist())
+    total = fit.posterior().evidence(100).loc["all"]
+    assert total["evidence"] == pytest.approx(float(expected.sum()), abs=1e-8) and total["se"] == 0
+
+
 def test_the_error_of_the_evidence_is_honest() -> None:
     """Over seeds, errors against the exact evidence have the size that `se` says."""
-    posterior = known(
-        linear_model(vm.GaussianPrior(3.0)), ragged_tasks(3), vm.Implicit("normal")
-    ).posterior()
+    model = vm.TaskModel(
+        seeded(lambda: OwnLinear(1, 1)), vm.likelihoods.Gaussian(scale=0.7), vm.GaussianPrior(3.0)
+    )
+    posterior = known(model, ragged_tasks(3), vm.Implicit("normal")).posterior()
     assert set(posterior.diagnose()["reading"]) <= {
         "good",
         "usable",

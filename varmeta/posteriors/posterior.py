@@ -239,13 +239,15 @@ class Posterior:
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """The log evidence log p(y_i | eta) of every task's support data, in nats.
 
-        By importance sampling, beside the bound.
+        Exact where the model is known to be linear and Gaussian, by importance sampling elsewhere;
+        beside the bound.
 
         One row per task, and "all", their sum.  Columns: objective, what the guide's own objective
         says (-F_i; under Laplace's guide Laplace's evidence); elbo, the mean log weight of
-        `num_samples` draws of the guide; evidence, the log of the mean weight, which is never below
-        elbo; se, its Monte-Carlo error. The weights' mean has no finite error where the guide's
-        tails are too light: believe se for tasks that `diagnose` reads as "good" or "usable".
+        `num_samples` draws of the guide; evidence, exact, or the log of the mean weight, which is
+        never below elbo; se, its Monte-Carlo error, 0 where it is exact. The weights' mean has no
+        finite error where the guide's tails are too light: believe se for tasks that `diagnose`
+        reads as "good" or "usable".
 
         Raises ValueError for a delta guide, and for fewer than 100 draws.
         """
