@@ -109,8 +109,9 @@ def _evidence(observer: Observer, weights: Tensor) -> dict[str, list[float]]:
 
 
 def exact(observer: Observer) -> Tensor | None:
-    """log p(y_i | eta) `(tasks,)` where the tasks' posteriors are Gaussian by construction, NaN of
-    a task whose numbers are lost; else None.
+    """log p(y_i | eta) `(tasks,)` where the posteriors are Gaussian by construction.
+
+    NaN of the others.
     """
     q = observer.q
     if not q.model.is_linear_gaussian:

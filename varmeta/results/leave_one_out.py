@@ -8,8 +8,9 @@ given all others' is
 
 Draws eta_s come from a multivariate t at the maximum of sum_j log p(y_j | eta), whose curvature is
 taken by autograd, and are weighted towards p(eta | Y_-i), the weights Pareto smoothed.  Each p(y_j
-| eta) is importance sampled from the task's guide with draws of theta that are the same for every
-eta, so that it is a smooth function of eta.
+| eta) is known where the task's posterior is Gaussian by construction; else it is importance
+sampled from the task's guide with draws of theta that are the same for every eta, so that it is a
+smooth function of eta.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
+from varmeta.guides.closed_form import log_evidence
+from varmeta.hyper.rows import rowwise
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.noise import normal
 from varmeta.numerics.tree import named_parts
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 # Meta-parameters up to which the curvature of the evidence is formed.
 MAX_SIZE = 100
+# Numbers of the designs that are held at once.
+CELLS = 2_000_000
 # Of the t from which eta is drawn: its tails must not be lighter than those of a posterior of
 # scales under few tasks.
 DEGREES = 5
@@ -70,9 +75,8 @@ def leave_one_task_out(
     centre, factor = _gaussian(of_eta)
     standard, log_q = _student(num_samples, size, seed, centre)
     with torch.no_grad():
-        draws = centre + standard @ factor.mT
-        found = torch.stack([of_eta(draw) for draw in draws])  # (draws, tasks)
-        penalty = torch.stack([of_eta.penalty(draw) for draw in draws])
+        found = of_eta.at(centre + standard @ factor.mT)  # (draws, tasks)
+        penalty = torch.stack([of_eta.penalty(draw) for draw in centre + standard @ factor.mT])
         in_sample = of_eta(of_eta.start)
     # towards the posterior without task i
     weights = (found.sum(1) - penalty - log_q).unsqueeze(1) - found
@@ -100,6 +104,10 @@ class _Evidence:
             raise ValueError(NO_DENSITY)
         self.observer, self.model, self.eta, self.offset = observer, observer.model, q.eta, q.offset
         self.start = torch.cat([value.reshape(-1) for value in q.eta.values()])
+        # where the tasks' posteriors are Gaussian by construction nothing is drawn
+        self.is_known = q.model.is_linear_gaussian
+        if self.is_known:
+            return
         theta = q.theta(num_particles, seed)
         with torch.no_grad():
             self.log_q = q.distribution.log_prob(theta).squeeze(-1)
@@ -115,12 +123,22 @@ class _Evidence:
 
     def __call__(self, flat: Tensor) -> Tensor:
         eta = self.named(flat)
+        if self.is_known:
+            return log_evidence(self.model, eta, self.observer.q.batch.support)
         by = self.offset(eta)
         log_prior = self.model.prior_distribution(eta).log_prob(self.centred).squeeze(-1)
         joint = log_prior + self.observer.log_likelihood(
             self.centred if by is None else self.centred + by, eta
         )
         return (joint - self.log_q).logsumexp(0) - math.log(len(self.centred))
+
+    def at(self, draws: Tensor) -> Tensor:
+        """The same at draws of eta `(draws, size)`: `(draws, tasks)`."""
+        if not self.is_known:
+            return torch.stack([self(draw) for draw in draws])
+        cells = self.observer.q.batch.support.mask.numel() * self.model.weights.size
+        size = max(1, CELLS // max(1, cells))
+        return torch.cat([rowwise(self)(some) for some in draws.split(size)])
 
 
 def _student(number: int, size: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -390,7 +390,8 @@ class Fit:
         and reading of the weights that leave it out, as in `Posterior.diagnose`: where the reading
         is "unreliable" or worse, refit without that task.
         num_samples: draws of the prior's numbers, from a t at the maximum of the evidence under a
-            flat hyperprior (or the model's); num_particles: draws of each task's guide.
+            flat hyperprior (or the model's); num_particles: draws of each task's guide, where its
+            evidence is not known in closed form.
 
         Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100
         numbers, and where the evidence has no maximum.
