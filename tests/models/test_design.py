@@ -53,3 +53,9 @@ def test_a_module_that_comes_twice_before_the_layer_runs_twice() -> None:
     theta = model.weights.flatten(eta)
     want = model.output(theta.reshape(1, 1, -1), eta, x)
     torch.testing.assert_close(constant + design @ theta, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_is_used_twice_is_not_known() -> None:
+    again = nn.Linear(3, 3)
+    net = nn.Sequential(nn.Linear(1, 3), again, nn.Tanh(), again, nn.Linear(3, 1))
+    assert not is_linear_in(net, ["4.weight", "4.bias"])

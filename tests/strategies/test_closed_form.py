@@ -135,3 +135,12 @@ def test_a_task_whose_numbers_are_lost_is_told() -> None:
     eta["log_scale"] = torch.tensor(math.nan, dtype=torch.float64)
     solution = strategy.adapt(strategy.problem(model, tasks, 0), tasks.batch(), eta)
     assert solution.result.tolist() == [5] * len(tasks)
+
+
+@pytest.mark.parametrize("guide", ["normal", "delta"])
+def test_a_fit_descends_the_objective_of_its_guide(guide: str) -> None:
+    """Not the evidence, which a guide that cannot be the posterior does not have."""
+    model, tasks = MODELS["fixed"]()
+    exact = vm.fit(model, tasks, vm.Implicit(guide, minimizer=vm.ClosedForm()))
+    iterated = vm.fit(model, tasks, vm.Implicit(guide, minimizer=ITERATED))
+    assert exact.loss == pytest.approx(iterated.loss, rel=1e-5)

@@ -16,6 +16,7 @@ from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.priors.gaussian_prior import PRECISION
+from varmeta.strategies import closed_form
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
@@ -33,7 +34,9 @@ def profiled(
     weights, collinear columns.
     """
     model = problem.model
-    if not strategy.traits(problem).closed_form or strategy.outer != "elbo":
+    if not strategy.traits(problem).closed_form or not closed_form.is_evidence(
+        problem, strategy.outer
+    ):
         return None
     linear, size = (*model.shared, *model.coefficients), model.weights.size
     if not model.all_linear or size * (size + 1) // 2 > MAX_SIZE:

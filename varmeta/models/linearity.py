@@ -33,12 +33,11 @@ def is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     >>> is_linear_in(net, ["2.weight", "2.bias"]), is_linear_in(net, ["0.weight"])
     (True, False)
     """
-    every = list(net.named_parameters(remove_duplicate=False))
-    # a parameter that serves in two layers enters twice, whatever it is called
-    once = [
-        sum(other is value for _, other in every) == 1 for name, value in every if name in names
-    ]
-    return len(once) == len(names) and all(once) and _is_linear_in(net, names)
+    every = dict(net.named_parameters(remove_duplicate=False))
+    held = [*every.values(), *(value for _, value in net.named_buffers(remove_duplicate=False))]
+    # what serves in two layers enters twice, and has a value under one of its names alone
+    once = len({id(value) for value in held}) == len(held)
+    return once and every.keys() >= set(names) and _is_linear_in(net, names)
 
 
 def _is_linear_in(net: nn.Module, names: Collection[str]) -> bool:

@@ -78,6 +78,12 @@ def _has_phi(problem: Problem) -> bool:
     return problem.guide.at_gaussian(one, torch.diag_embed(one)) is not None
 
 
+def is_evidence(problem: Problem, outer: Outer) -> bool:
+    """Whether the objective at phi is -log p(y_i | eta): of guides that can be the posterior."""
+    guide = problem.guide
+    return outer == "elbo" and (guide.holds(problem.model.weights.size) or guide.at_mode)
+
+
 def losses(problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta) -> Tensor:
     """G_i at the minimum of F_i, `(tasks,)`, nats; differentiable in eta."""
     model, guide = problem.model, problem.guide
