@@ -104,13 +104,7 @@ def evidence_newton(
         run.eta = detach(step.eta if inside is None else inside.leave({}, step.eta)[1])
         run.loss = step.loss
         run.state = replace(run.state, step=first + step.number)
-        run.record(
-            callback,
-            step=first + step.number,
-            loss=step.loss,
-            evaluations=spent + step.evaluations,
-            seconds=perf_counter() - begin,
-        )
+        run.follow(step, first, spent, begin, callback)
 
     try:
         while True:

@@ -185,13 +185,7 @@ def _period(
         keep(step.phi, step.eta)
         run.state = replace(run.state, step=first + step.number)
         run.loss = step.loss
-        run.record(
-            callback,
-            step=first + step.number,
-            loss=step.loss,
-            evaluations=spent + step.evaluations,
-            seconds=perf_counter() - begin,
-        )
+        run.follow(step, first, spent, begin, callback)
 
     solution = minimize_jointly(
         elbo_losses(problem, batch) if inside is None else inside.losses(),

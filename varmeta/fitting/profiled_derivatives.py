@@ -58,9 +58,9 @@ def derivatives(
     own = objective.tasks.triangles[:, : objective.size]
     r = own[..., : objective.size]
     moved = r @ objective.factor(coordinates)  # T_i = R_i K
-    inner = moved @ moved.mT + torch.eye(objective.size).to(own)
-    identity = torch.eye(objective.size).to(own).expand_as(inner)
-    white, _ = whitened(inner, torch.cat([own, identity], -1))
+    identity = torch.eye(objective.size).to(own)
+    inner = moved @ moved.mT + identity
+    white, _ = whitened(inner, torch.cat([own, identity.expand_as(inner)], -1))
     root = white[..., own.shape[-1] :]  # of S
     inverse = root.mT @ root
     known = root.mT @ white[..., : own.shape[-1]]  # S U

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch import Tensor
 from varmeta.fitting.reduced import ReducedTasks
 from varmeta.guides.kl import scale as scale_of
 from varmeta.likelihoods.base import SCALE, LocationScale
-from varmeta.likelihoods.weighted import Weighted
+from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
+from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import cholesky, lower_root, whitened
 from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril
@@ -141,10 +143,19 @@ class ProfiledEvidence:
             + 0.5 * squares * torch.exp(-2.0 * log_scale)
         )
 
+    @property
+    def _is_white(self) -> bool:
+        """Whether the free places are the whitened coordinates, none being held."""
+        return len(self._map) == self._map.shape[1]
+
+    def _root(self, quadratic: Tensor) -> Tensor:
+        """Cholesky's of the quadratic in the free places and 1."""
+        return cholesky(self._map.mT @ quadratic @ self._map)
+
     def _squares(self, coordinates: Mapping[str, Tensor], quadratic: Tensor) -> Tensor:
         """The quadratic at the places, or at the best of them."""
         if self.profiles_places:
-            return cholesky(self._map.mT @ quadratic @ self._map)[-1, -1].square()
+            return self._root(quadratic)[-1, -1].square()
         at = self._white(coordinates)
         return at @ quadratic @ at
 
@@ -175,8 +186,7 @@ class ProfiledEvidence:
     def log_scale(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         if self.learns_scale:
             return coordinates[SCALE]
-        likelihood = self.model.likelihood
-        inner = likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+        inner = unweighted(self.model.likelihood)
         assert isinstance(inner, LocationScale)  # it is Gaussian
         return self.tasks.origin.new_tensor(math.log(inner.scale))
 
@@ -193,15 +203,14 @@ class ProfiledEvidence:
         if not self.profiles_places:
             at = torch.cat([coordinates[name].reshape(-1) for name in self.places])
             known = {name: coordinates[name] for name in self.places}
-            hessian = torch.autograd.functional.hessian(
+            hessian = vector_hessian(
                 lambda flat: self({**coordinates, **named_parts(flat, known)}), at
             )
             inverse: Tensor = torch.cholesky_inverse(cholesky(hessian))
             return inverse
         inner = (self._map.mT @ self._quadratic(coordinates)[0] @ self._map)[:-1, :-1]
         root = cholesky(inner) / self.log_scale(coordinates).exp()
-        free = len(self._map) == self._map.shape[1]
-        back = torch.linalg.inv(r).mT if free else torch.eye(len(inner)).to(r)
+        back = torch.linalg.inv(r).mT if self._is_white else torch.eye(len(inner)).to(r)
         half = torch.linalg.solve_triangular(root, back, upper=False)
         covariance: Tensor = half.mT @ half
         return covariance
@@ -240,18 +249,19 @@ class ProfiledEvidence:
         found |= {name: torch.exp(-0.5 * wide[name]) / scale for name in self.precisions}
         return found | ({SCALE: wide[SCALE]} if self.learns_scale else {})
 
-    def start(self, eta: Eta) -> dict[str, Tensor]:
-        """The coordinates where a search begins.
+    @cached_property
+    def start(self) -> dict[str, Tensor]:
+        """The coordinates where a search from `eta` begins.
 
         Places and noise at the fit to all tasks at once, a learned precision at what one
         observation knows, each unless the user said where it starts.
         """
-        flat = self.tasks.triangles.flatten(0, 1)
+        eta, flat = self.eta, self.tasks.triangles.flatten(0, 1)
         pooled = flat.mT @ flat
         at = {**eta, **self._best_places(pooled)}
         at |= {name: eta[name] for name in self.model.prior.start_loc if name in eta}
         if self.learns_scale:
-            pivot = cholesky(self._map.mT @ pooled @ self._map)[-1, -1]
+            pivot = self._root(pooled)[-1, -1]
             if bool(pivot > 0):
                 at[SCALE] = (pivot / self._count**0.5).log()
         scale = self.log_scale(at).double().exp()
@@ -336,11 +346,11 @@ class ProfiledEvidence:
         return at, inverse
 
     def _best_places(self, quadratic: Tensor) -> Eta:
-        root = cholesky(self._map.mT @ quadratic @ self._map)
+        root = self._root(quadratic)
         best = -torch.linalg.solve_triangular(root[:-1, :-1].mT, root[-1:, :-1].mT, upper=True)[
             :, 0
         ]
-        if len(self._map) == self._map.shape[1]:  # whitened
+        if self._is_white:
             white = (self.tasks.origin - best).unsqueeze(-1)
             best = torch.linalg.solve_triangular(self.tasks.whitening, white, upper=True)[:, 0]
         return named_parts(best, {name: self.eta[name] for name in self.places})

@@ -48,7 +48,7 @@ def profiled(
         return None
     found = ProfiledEvidence(model, reduced, eta, linear)
     # a prior that is wider than the noise by more than all digits is left to other steps
-    return found if bool(found(found.start(eta)).isfinite()) else None
+    return found if bool(found(found.start).isfinite()) else None
 
 
 def profiled_newton(
@@ -60,18 +60,12 @@ def profiled_newton(
     evidence is not finite at the start.
     """
     begin, first, spent = perf_counter() - run.seconds, run.step, run.evaluations
-    point = objective.enter(run.eta) if first else objective.start(run.eta)
+    point = objective.enter(run.eta) if first else objective.start
     run.eta, run.converged = objective.leave(point), False
 
     def arrived(step: Step) -> None:
         run.eta, run.loss = objective.leave(_row(step.phi)), step.loss
-        run.record(
-            callback,
-            step=first + step.number,
-            loss=step.loss,
-            evaluations=spent + step.evaluations,
-            seconds=perf_counter() - begin,
-        )
+        run.follow(step, first, spent, begin, callback)
 
     if not point:  # all that is learned is profiled
         arrived(Step(0, float(objective(point)), {}, {}, 0.5))

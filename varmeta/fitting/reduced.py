@@ -15,17 +15,14 @@ import torch
 from torch import Tensor
 
 from varmeta.likelihoods.base import LocationScale
-from varmeta.likelihoods.weighted import Weighted
+from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.constants import constants
 from varmeta.models.design import columns
 from varmeta.models.model import TaskModel
+from varmeta.numerics.triangular import whitened_columns
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import TaskSet
-
-# A column that its predecessors leave less than this share of is a combination of them as far as
-# its numbers tell.
-RANK = 1e-12
 
 
 @dataclass(frozen=True)
@@ -53,18 +50,11 @@ class ReducedTasks:
         linear: the names of the S parameters, for which the output is linear by construction too.
         """
         design, y, weight, counts = _rows(model, tasks, linear)
-        if len(design) < design.shape[1] or not bool(design.isfinite().all()):
-            return None
-        # columns of very different size, as units make them, are no sign of collinear ones
-        scale = design.abs().amax(0)
-        if bool((scale == 0).any()):
+        known = whitened_columns(design)
+        if known is None:
             return None
         unit = len(design) ** 0.5
-        q, r = torch.linalg.qr(design / scale)
-        if bool((r.diagonal().abs() <= RANK * r.norm(dim=0)).any()):
-            return None
-        signs = r.diagonal().sign()
-        q, r = unit * q * signs, (signs.unsqueeze(-1) * r * scale) / unit
+        q, r = unit * known[0], known[1] / unit
         origin = q.mT @ y / len(q)
         z = torch.cat([q, (y - q @ origin).unsqueeze(-1)], -1)
         owner = torch.repeat_interleave(counts)
@@ -118,7 +108,7 @@ def _rows(
 def _relative_precision(model: TaskModel, out: Tensor, y: Tensor) -> Tensor:
     """(scale / sd)^2 of every observation, `(rows, outputs)`, whatever the scale is."""
     likelihood = model.likelihood
-    inner = likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+    inner = unweighted(likelihood)
     assert likelihood is not None and isinstance(inner, LocationScale)
     eta: Eta = inner.init(out.new_zeros(()))
     shape = likelihood.observed(y).shape

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from varmeta.numerics.joint import Step
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch, TaskSet
 
@@ -64,6 +66,21 @@ class Run:
         self.history.append(row)
         if callback is not None:
             callback(row)
+
+    def follow(
+        self, step: Step, first: int, spent: float, begin: float, callback: Callback | None
+    ) -> None:
+        """Record an iteration's step behind `first` steps and `spent` evaluations before it.
+
+        begin: the clock when the run began, less what it had taken by then.
+        """
+        self.record(
+            callback,
+            step=first + step.number,
+            loss=step.loss,
+            evaluations=spent + step.evaluations,
+            seconds=perf_counter() - begin,
+        )
 
 
 def interrupted(step: int) -> str:

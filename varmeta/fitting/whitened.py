@@ -28,16 +28,13 @@ from varmeta.guides.quadrature import Quadrature
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree, named_parts
-from varmeta.numerics.triangular import lower_root
+from varmeta.numerics.triangular import lower_root, whitened_columns
 from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import Batch, Data
 
-# A column that its predecessors leave less than this share of is a combination of them as far as
-# its numbers tell.
-_RANK = 1e-12
 # How small an entry of L's diagonal is told as, against its row, and against where L started: a
 # covariance must have an inverse.  The objective is even in it, so that it rises by its square
 # alone.
@@ -86,18 +83,11 @@ class Whitened:
         ]
         stacked = torch.cat([design.reshape(-1, design.shape[-1]) for design, _ in kept]).double()
         count = sum(int(group.support.mask.sum()) for _, group, _, _ in groups)
-        if len(stacked) < stacked.shape[-1] or not bool(stacked.isfinite().all()):
-            return None
-        # columns of very different size, as units make them, are no sign of collinear ones
-        scale = stacked.abs().amax(0)
-        if bool((scale == 0).any()):
-            return None
-        q, r = torch.linalg.qr(stacked / scale)
-        signs = r.diagonal().sign()
-        if bool((r.diagonal().abs() <= _RANK * r.norm(dim=0)).any()):
+        known = whitened_columns(stacked)
+        if known is None:
             return None
         unit = max(1, count) ** 0.5
-        q, r = unit * q * signs, (signs.unsqueeze(-1) * r * scale) / unit
+        q, r = unit * known[0], known[1] / unit
         rows, first = [], 0
         for tasks, group, design, constant in groups:
             number = design[..., 0].numel()

@@ -165,13 +165,8 @@ def integrate(
     spent = run.evaluations
 
     def arrived(step: Step) -> None:
-        run.record(
-            callback,
-            step=first + step.number,
-            loss=step.loss,
-            evaluations=spent + 2 * int(free.sum()) * step.evaluations,
-            seconds=perf_counter() - begin,
-        )
+        work = 2 * int(free.sum()) * step.evaluations
+        run.follow(step._replace(evaluations=work), first, spent, begin, callback)
 
     found = _gaussian(problem, batch, run, coordinates, free, hyperguide, max_steps, arrived)
     weighted = _weighted(problem, batch, run, coordinates, hyperguide, found, seed)

@@ -118,6 +118,11 @@ class Weighted(Likelihood):
         return f"Weighted({self.likelihood!r}{', precision=True' * self.precision})"
 
 
+def unweighted(likelihood: Likelihood | None) -> Likelihood | None:
+    """The likelihood within a `Weighted` one, or itself."""
+    return likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+
+
 def is_gaussian(likelihood: Likelihood | None) -> bool:
     """Whether y is known to be Gaussian around the network's output.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from varmeta.likelihoods.base import LocationScale
 from varmeta.likelihoods.continuous import LogNormal
-from varmeta.likelihoods.weighted import Weighted
+from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
 from varmeta.tasks import TaskSet
 
@@ -24,7 +24,7 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     intervals) is as wide.
     """
     likelihood = model.likelihood
-    inner = likelihood.likelihood if isinstance(likelihood, Weighted) else likelihood
+    inner = unweighted(likelihood)
     if (
         likelihood is None
         or not (isinstance(inner, LocationScale) and inner.learn_scale)

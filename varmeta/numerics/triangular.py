@@ -55,6 +55,29 @@ def whitened(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(known, 1), log_det
 
 
+# A column that its predecessors leave less than this share of is a combination of them as far as
+# its numbers tell.
+_RANK = 1e-12
+
+
+def whitened_columns(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Q `(n, k)` with orthonormal columns and R `(k, k)` with rows = Q R; R's diagonal is positive.
+
+    None where a column is a combination of those before it, or a number is not finite.
+    """
+    if len(rows) < rows.shape[1] or not bool(rows.isfinite().all()):
+        return None
+    # columns of very different size, as units make them, are no sign of collinear ones
+    scale = rows.abs().amax(0)
+    if bool((scale == 0).any()):
+        return None
+    q, r = torch.linalg.qr(rows / scale)
+    if bool((r.diagonal().abs() <= _RANK * r.norm(dim=0)).any()):
+        return None
+    signs = r.diagonal().sign()
+    return q * signs, signs.unsqueeze(-1) * r * scale
+
+
 def lower_root(root: Tensor) -> Tensor:
     """The lower triangle `(..., D, D)` with the same product with its transpose as `root`.
 

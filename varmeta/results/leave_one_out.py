@@ -75,8 +75,9 @@ def leave_one_task_out(
     centre, factor = _gaussian(of_eta)
     standard, log_q = _student(num_samples, size, seed, centre)
     with torch.no_grad():
-        found = of_eta.at(centre + standard @ factor.mT)  # (draws, tasks)
-        penalty = torch.stack([of_eta.penalty(draw) for draw in centre + standard @ factor.mT])
+        draws = centre + standard @ factor.mT
+        found = of_eta.at(draws)  # (draws, tasks)
+        penalty = torch.stack([of_eta.penalty(draw) for draw in draws])
         in_sample = of_eta(of_eta.start)
     # towards the posterior without task i
     weights = (found.sum(1) - penalty - log_q).unsqueeze(1) - found

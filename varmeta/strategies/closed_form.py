@@ -80,18 +80,21 @@ def _has_phi(problem: Problem) -> bool:
 
 def is_evidence(problem: Problem, outer: Outer) -> bool:
     """Whether the objective at phi is -log p(y_i | eta): of guides that can be the posterior."""
-    guide = problem.guide
-    return outer == "elbo" and (guide.holds(problem.model.weights.size) or guide.at_mode)
+    return outer == "elbo" and _is_posterior(problem)
+
+
+def _is_posterior(problem: Problem) -> bool:
+    """Whether the guide at phi is p(theta | y_i, eta)."""
+    return problem.guide.holds(problem.model.weights.size) or problem.guide.at_mode
 
 
 def losses(problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta) -> Tensor:
     """G_i at the minimum of F_i, `(tasks,)`, nats; differentiable in eta."""
-    model, guide = problem.model, problem.guide
-    if guide.holds(model.weights.size) or guide.at_mode:
-        if outer == "elbo":
-            return -closed_form.log_evidence(model, eta, batch.support)
-        if outer == "query_predictive":
-            return -closed_form.log_predictive(model, eta, batch.support, batch.require_query())
+    model = problem.model
+    if is_evidence(problem, outer):
+        return -closed_form.log_evidence(model, eta, batch.support)
+    if outer == "query_predictive" and _is_posterior(problem):
+        return -closed_form.log_predictive(model, eta, batch.support, batch.require_query())
     return problem.losses(outer, batch, step)(_phi(problem, batch, eta), eta)
 
 
