@@ -183,3 +183,19 @@ def test_features_go_with_their_tasks() -> None:
     parts = vm.meta_gradient(model, tasks, strategy, task_chunk_size=2)
     for name, gradient in whole.grads.items():
         torch.testing.assert_close(gradient, parts.grads[name], rtol=1e-6, atol=1e-9)
+
+
+def test_several_outputs_take_room_in_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a row of a task's design, and has columns of its own; only rows of x were counted."""
+    strategy, sizes = vm.Joint("multivariate_normal"), []
+    for outputs in (1, 8):
+        y = torch.zeros(5, outputs)
+        tasks = vm.TaskSet([vm.Task((torch.zeros(5, 1), y)) for _ in range(200)])
+        model = vm.TaskModel(torch.nn.Linear(1, outputs), vm.likelihoods.Gaussian(), PRIOR)
+        problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
+        monkeypatch.setattr(chunks, "MEMORY", 64 * 2 * (5 + 1 + 2) * 100)  # 100 tasks of one output
+        sizes.append(
+            chunks.in_memory(strategy, problem, batch, model.init(batch.support.x.new_zeros(())))
+        )
+    # 16 columns by 48 + 16 rows, where one output has 2 by 8
+    assert sizes == [100, 1]

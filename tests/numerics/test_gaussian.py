@@ -82,3 +82,22 @@ def test_a_nearly_exact_fit_keeps_its_digits(noise: float) -> None:
     log_det = (x[0].T @ x[0] / noise**2).logdet()
     want = -0.5 * (squares + log_det + 6 * math.log(2 * math.pi * noise**2))
     assert abs(float(found - want)) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e7, 3e7, 1e9])
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (3, 3)])
+def test_equal_rows_under_a_wide_prior_keep_the_noise(size: float, shape: tuple[int, int]) -> None:
+    """B B' is singular to rounding: the noise between equal rows was lost with its square.
+
+    Equal rows of norm b: the mean of sqrt(n) y has variance 1 + n b^2, what is across it has 1.
+    """
+    rows, weights = shape
+    design = torch.full((1, rows, weights), size / math.sqrt(weights), dtype=torch.float64)
+    residual = torch.arange(1.0, rows + 1, dtype=torch.float64).unsqueeze(0)
+    along = residual.sum() / math.sqrt(rows)
+    across = residual.square().sum() - along**2
+    wide = 1 + rows * size**2
+    want = -0.5 * (along**2 / wide + across + math.log(wide) + rows * math.log(2 * math.pi))
+    count = torch.tensor([float(rows)], dtype=torch.float64)
+    found = log_evidence(Standardised(design, residual, torch.zeros_like(count), count))
+    assert abs(float(found - want)) < 1e-6

@@ -69,6 +69,17 @@ def test_crps_of_a_normal():
     )
 
 
+def test_a_normal_row_in_float32_keeps_its_digits_and_tells_lost_ones():
+    """Two outputs with correlation 1 - 1e-6, which float32 squares away; and a covariance that is
+    none, of which nothing was said."""
+    covariance = torch.tensor([[[1.0, 1 - 1e-6], [1 - 1e-6, 1.0]]])
+    mean, y = torch.zeros(1, 2), torch.tensor([[3.0, 3.0]])
+    exact = stats.multivariate_normal([0, 0], covariance[0].double()).logpdf([3.0, 3.0])
+    assert metrics.normal(mean, covariance, y)["log_density"] == pytest.approx(exact, rel=1e-9)
+    none = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])
+    assert math.isnan(metrics.normal(mean, none, y)["log_density"])
+
+
 def test_fair_crps_does_not_depend_on_the_number_of_draws():
     y = torch.zeros(200_000, dtype=F64)
     exact = 2 * stats.norm.pdf(0) - 1 / math.sqrt(math.pi)

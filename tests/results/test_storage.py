@@ -123,6 +123,14 @@ def test_newton_and_quasi_newton_fits_come_back(tmp_path: Path) -> None:
         assert_same(back.run.optimizer_state, fit.run.optimizer_state)
 
 
+@pytest.mark.parametrize("strategy", [vm.Joint, vm.Reinit, vm.Implicit])
+def test_a_closed_form_asked_for_comes_back(strategy: type, tmp_path: Path) -> None:
+    """It was written and not known on the way back."""
+    asked = strategy("multivariate_normal", minimizer=vm.ClosedForm())
+    back = round_trip(vm.fit(linear_model(PRIOR), ragged_tasks(4), asked), tmp_path)
+    assert back.strategy == asked
+
+
 def test_whole_numbers_and_precision_come_back(tmp_path: Path) -> None:
     tasks = vm.TaskSet(
         [vm.Task((np.zeros((2, 1)), [0, 2]), name="a"), vm.Task(name="empty")], dtype=torch.float32

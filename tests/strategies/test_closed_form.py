@@ -144,3 +144,32 @@ def test_a_fit_descends_the_objective_of_its_guide(guide: str) -> None:
     exact = vm.fit(model, tasks, vm.Implicit(guide, minimizer=vm.ClosedForm()))
     iterated = vm.fit(model, tasks, vm.Implicit(guide, minimizer=ITERATED))
     assert exact.loss == pytest.approx(iterated.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("guide", ["normal", "multivariate_normal"])
+@pytest.mark.parametrize("outer", ["elbo", "query"])
+def test_draws_that_it_would_not_take_are_refused(outer: str, guide: str) -> None:
+    """A strategy said that it is not noisy, and drew all the same."""
+    model, tasks = MODELS["full"]()
+    strategy = vm.Implicit(guide, outer, minimizer=vm.ClosedForm(), expectation="monte_carlo")
+    with pytest.raises(ValueError, match="takes no draws, but expectation='monte_carlo'"):
+        vm.meta_gradient(model, tasks, strategy)
+
+
+def test_the_exact_predictive_density_rests_on_no_draws() -> None:
+    """The certificate was of an objective by 64 draws, which is not what is differentiated."""
+    model, tasks = MODELS["full"]()
+    strategy = vm.Implicit("multivariate_normal", "query_predictive")
+    found = vm.meta_gradient(model, tasks, strategy, eta=moved(model)).certificate
+    assert found is not None and found.ok
+    assert float(found.decrement.max()) < 1e-20
+    assert float(found.residual.max()) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", [vm.Joint, vm.Reinit, vm.Implicit])
+def test_laplaces_evidence_of_a_gaussian_task_is_exact(strategy: type) -> None:
+    """At the mode, where it is defined, so that every strategy may have it; it was refused."""
+    model, tasks = MODELS["full"]()
+    eta = moved(model)
+    found = vm.meta_gradient(model, tasks, strategy("laplace", minimizer=vm.ClosedForm()), eta=eta)
+    assert found.value == pytest.approx(-float(dense_evidence(model, eta, tasks).sum()), rel=1e-10)

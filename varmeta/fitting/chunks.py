@@ -66,9 +66,11 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
     """How many tasks at a time, so that about `MEMORY` is held."""
     size = problem.model.weights.size
     if strategy.traits(problem).closed_form:
-        # the design of a task in float64, its Gram matrix, and what their derivatives keep
-        rows = 1 if batch.query is None else batch.query.mask.shape[1]
-        held = 64 * size * (batch.support.mask.shape[1] + rows + size)
+        # the design of a task in float64, by output, its triangle, and what derivatives keep
+        rows = batch.support.mask.shape[1]
+        rows += 1 if batch.query is None else batch.query.mask.shape[1]
+        outputs = max(1, batch.support.y[0, :1].numel())
+        held = 64 * size * (outputs * rows + size)
         return max(1, min(len(batch), MEMORY // max(1, held)))
     numbers = size + batch.support.x[0].numel()
     if numbers * len(batch) < FEW or isinstance(problem.guide, PyroGuide):

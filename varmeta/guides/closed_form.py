@@ -26,10 +26,25 @@ from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
+# Numbers of the tasks' designs that are held at once where no derivative is asked for.
+CELLS = 20_000_000
+
 
 def log_evidence(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tensor:
     """log p(y_i | eta) of every task, `(tasks,)`, nats; for `TaskModel.is_linear_gaussian`."""
     return gaussian.log_evidence(standardised(model, eta, data)).to(data.x)
+
+
+def log_evidence_in_parts(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+    """`log_evidence`, without derivatives and of as many tasks at once as memory allows."""
+    rows = max(1, data.y[0].numel()) if len(data) else 1
+    step = max(1, CELLS // (rows * model.weights.size))
+    with torch.no_grad():
+        parts = [
+            log_evidence(model, eta, data.part(begin, min(begin + step, len(data))))
+            for begin in range(0, len(data), step)
+        ]
+    return torch.cat(parts)
 
 
 def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, query: Data) -> Tensor:

@@ -5,9 +5,10 @@ With theta = m + L u the prior of u is N(0, I), and given y it is N(u*, A^-1) wi
     B = X L / s,   e = (y - X m) / s,   A = I + B'B,   u* = A^-1 B'e,
     -2 log p(y) = n log(2 pi s^2) + log|A| + |e - B u*|^2 + |u*|^2,
 
-so that nothing is searched for.  B is formed before it is squared, and the last two terms are sums
-of squares instead of a difference of large numbers: far origins, other units and nearly exact fits
-cost no digits.  Where a task has fewer rows than weights the same comes from I + BB', `(n, n)`.
+so that nothing is searched for.  A is had by QR, so that B is never squared, and the last two terms
+are sums of squares instead of a difference of large numbers: far origins, other units, collinear
+rows and nearly exact fits cost no digits.  Where a task has fewer rows than weights the same comes
+from I + BB', `(n, n)`.
 Rows of padding are rows of zeros in B and e.
 Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 2.1.1 and
 equation 2.8; in mixed models Bates et al., J. Stat. Softw. 67 (2015), section 3.
@@ -20,8 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from varmeta.numerics.triangular import cholesky
 
 
 class Standardised(NamedTuple):
@@ -54,11 +53,7 @@ def posterior(tasks: Standardised) -> Posterior:
     (0.5, 0.5)
     """
     design, residual = tasks.design, tasks.residual
-    size = design.shape[-1]
-    # by QR of the rows over I, never squared: columns may be 1e9 times the noise
-    identity = torch.eye(size, dtype=design.dtype, device=design.device)
-    stacked = torch.cat([design, identity.expand(*design.shape[:-2], size, size)], -2)
-    upper = torch.linalg.qr(stacked.flip(-1)).R.mT.flip(-1, -2)
+    upper = _factored(design.flip(-1))[1].mT.flip(-1, -2)
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     factor = _inverse(upper * signs.unsqueeze(-2))
     mean = _apply(factor, (design.mT @ residual.unsqueeze(-1)).squeeze(-1))
@@ -73,25 +68,31 @@ def log_evidence(tasks: Standardised) -> Tensor:
     design, residual = tasks.design, tasks.residual
     number, size = design.shape[-2:]
     if number < size:
-        root = cholesky(_identity_and(design @ design.mT))
-        white = torch.linalg.solve_triangular(root, residual.unsqueeze(-1), upper=False)
+        _, triangle = _factored(design.mT)  # R'R = I + BB'
+        white = torch.linalg.solve_triangular(triangle.mT, residual.unsqueeze(-1), upper=False)
         squares = white.square().sum((-2, -1))
-        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
-        factor, log_det = _root(design)
-        mean = _apply(factor, (design.mT @ residual.unsqueeze(-1)).squeeze(-1))
-        left = residual - (design @ mean.unsqueeze(-1)).squeeze(-1)
-        squares = left.square().sum(-1) + mean.square().sum(-1)
+        q, triangle = _factored(design)
+        along = q[..., :number, :].mT @ residual.unsqueeze(-1)
+        mean = torch.linalg.solve_triangular(triangle, along, upper=True)
+        left = residual - (design @ mean).squeeze(-1)
+        squares = left.square().sum(-1) + mean.square().sum((-2, -1))
+    log_det = triangle.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
     constant = 0.5 * math.log(2 * math.pi) * tasks.rows
     found: Tensor = -(constant + tasks.log_scale + log_det + 0.5 * squares)
     return found
 
 
-def _root(design: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower triangular G with G G' = (I + B'B)^-1, and half of log|I + B'B|."""
-    # Cholesky's factor with both axes reversed is upper, so that its inverse, transposed, is lower
-    reverse = cholesky(_identity_and(design.mT @ design).flip(-1, -2))
-    return _inverse(reverse.flip(-1, -2)), reverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+def _factored(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and upper triangular R of A over I, so that R'R = I + A'A, of A `(tasks, n, k)`.
+
+    A is never squared: it may be 1e9 times the noise, and its square leaves nothing of I.
+    """
+    size = rows.shape[-1]
+    identity = torch.eye(size, dtype=rows.dtype, device=rows.device)
+    stacked = torch.cat([rows, identity.expand(*rows.shape[:-2], size, size)], -2)
+    q, r = torch.linalg.qr(stacked)
+    return q, r
 
 
 def _inverse(upper: Tensor) -> Tensor:
@@ -99,10 +100,6 @@ def _inverse(upper: Tensor) -> Tensor:
     identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
     lower: Tensor = torch.linalg.solve_triangular(upper.mT, identity.expand_as(upper), upper=False)
     return lower
-
-
-def _identity_and(gram: Tensor) -> Tensor:
-    return gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _apply(factor: Tensor, vector: Tensor) -> Tensor:

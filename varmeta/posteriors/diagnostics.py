@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
-from varmeta.guides.closed_form import log_evidence
+from varmeta.guides.closed_form import log_evidence_in_parts
 from varmeta.guides.laplace import Laplace
 from varmeta.posteriors import psis
 from varmeta.posteriors.draws import Draws, GuideDraws
@@ -116,8 +116,7 @@ def exact(observer: Observer) -> Tensor | None:
     q = observer.q
     if not q.model.is_linear_gaussian:
         return None
-    with torch.no_grad():
-        return log_evidence(q.model, q.eta, q.batch.support)
+    return log_evidence_in_parts(q.model, q.eta, q.batch.support)
 
 
 def _raised(q: Draws) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import probability
+from varmeta.numerics.triangular import cholesky
 from varmeta.posteriors.calibration import (
     _classes,
     _floating,
@@ -162,7 +163,8 @@ def normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float = 0.9) -> d
     if not len(y):
         raise ValueError("there is nothing to judge: give an observation")
     level = probability("level", level)
-    root, _ = torch.linalg.cholesky_ex(covariance)
+    mean, covariance, y = mean.double(), covariance.double(), y.double()
+    root = cholesky(covariance)
     white = torch.linalg.solve_triangular(root, (y - mean).unsqueeze(-1), upper=False).squeeze(-1)
     log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     constant = 0.5 * y.shape[-1] * math.log(2 * math.pi)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from varmeta.guides.closed_form import log_evidence
+from varmeta.guides.closed_form import log_evidence_in_parts
 from varmeta.hyper.conditional import conditionals
 from varmeta.models.model import TaskModel
 from varmeta.numerics.quadrature import NODES
@@ -29,8 +29,7 @@ def exact_evidence(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
     """
     if not model.is_linear_gaussian:
         return None
-    with torch.no_grad():
-        evidence = float(log_evidence(model, eta, batch.support).double().sum())
+    evidence = float(log_evidence_in_parts(model, eta, batch.support).double().sum())
     return evidence if math.isfinite(evidence) else None
 
 

@@ -27,11 +27,12 @@ from varmeta.results.configuration import configuration, numbers_of, same_number
 from varmeta.results.result import Fit
 from varmeta.strategies.alg import StochasticAlg
 from varmeta.strategies.check import check_strategy
+from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 
 # What a strategy may be made of: every class of ours below one of these is known by its name.
-PARTS: tuple[Any, ...] = (Strategy, Minimizer, LinearSolver, Guide, StochasticAlg)
+PARTS: tuple[Any, ...] = (Strategy, Minimizer, ClosedForm, LinearSolver, Guide, StochasticAlg)
 
 
 def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None = None) -> Fit:

@@ -51,6 +51,11 @@ def chosen(minimizer: object, problem: Problem, expectation: str) -> bool:
     """
     if isinstance(minimizer, ClosedForm):
         _check(problem)
+        if not problem.deterministic:
+            raise ValueError(
+                f"ClosedForm takes no draws, but expectation={expectation!r} asks for them: leave "
+                "out the expectation, or the minimizer"
+            )
         return True
     size = problem.model.weights.size
     free = minimizer is None and expectation == "auto"
@@ -113,10 +118,11 @@ def loss(
 def _certified(
     problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta
 ) -> dict[str, Tensor]:
-    """What differentiating F_i at phi says of it."""
+    """What differentiating F_i at phi says of it; where G_i is known without phi, of F_i alone."""
     phi = detach(_phi(problem, batch, eta))
     inner = problem.losses("inner", batch, step)
-    same = outer == "elbo" and not problem.guide.at_mode
+    known = outer in ("elbo", "query_predictive") and _is_posterior(problem)
+    same = known or (outer == "elbo" and not problem.guide.at_mode)
     other = inner if same else problem.losses(outer, batch, step)
     ceiling = inverse_ceiling(problem.model, problem.guide, eta)
     return ImplicitAdjoint(Direct())(inner, other, phi, eta, ceiling=ceiling)[1]
@@ -128,7 +134,7 @@ def solution(problem: Problem, batch: Batch, eta: Eta) -> Solution:
         phi = _phi(problem, batch, eta)
     sound = torch.stack([x.isfinite().reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
     result = torch.where(sound, int(Result.CONVERGED), int(Result.NON_FINITE))
-    return Solution(phi, result, {"evaluations": phi["loc"].new_ones(len(batch))})
+    return Solution(phi, result, {"evaluations": torch.ones(len(batch)).to(batch.support.x)})
 
 
 def _phi(problem: Problem, batch: Batch, eta: Eta) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ class Joint(Strategy):
 
     def traits(self, problem: Problem) -> Traits:
         if self._knows(problem):
-            return Traits(noisy=False, closed_form=True)
+            return Traits(noisy=False, closed_form=True, at_minimum=True)
         if problem.guide.at_mode:
             raise ValueError(
                 f"{type(self).__name__} moves phi and eta down one objective, but this guide's "
