@@ -17,8 +17,8 @@ import varmeta as vm
 from tests.fuzz.oracles import gaussian_task
 from varmeta.fitting.groups_by_size import buckets, elbo_losses
 from varmeta.hyper.conditional import conditionals
-from varmeta.hyper.rows import rowwise
 from varmeta.numerics.quadrature import nodes, normal_points
+from varmeta.numerics.rows import rowwise
 from varmeta.numerics.tree import map_tree
 
 F64 = torch.float64

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varmeta.hyper.rows import rowwise
 from varmeta.numerics.batching import cannot_be_batched
 from varmeta.numerics.joint import minimize_jointly
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.rows import rowwise
 
 
 class Unruled(torch.autograd.Function):

@@ -17,6 +17,7 @@ import varmeta as vm
 from tests.cases import known, linear_model, net_model, ragged_tasks, seeded
 from varmeta.plot import plot_comparison, plot_curves, plot_prior
 from varmeta.plot.curve_values import NOISE_POINTS, curves
+from varmeta.posteriors.prediction import Prediction
 
 GRID = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
 
@@ -156,7 +157,8 @@ def test_bands_of_numbers_are_exact_and_smooth() -> None:
     # a random number for each point of the grid would move each by some 0.05 from its neighbours
     low, _ = curves(posterior, GRID.unsqueeze(-1), 500, 0).band.interval(0.9)
     assert float(low.diff(n=2).abs().max()) < 0.04
-    jagged, _ = posterior.predict(GRID.unsqueeze(-1), 500).interval(0.9)
+    drawn = posterior.predict(GRID.unsqueeze(-1), 500)
+    jagged, _ = Prediction(drawn.samples, drawn.mask, drawn.names).interval(0.9)
     assert float(jagged.diff(n=2).abs().max()) > 0.1
 
 

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.kl import location, scale
-from varmeta.hyper.rows import rowwise
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import SITE, observed_log_prob
 from varmeta.numerics.hessian import task_hessians
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.quadrature import placed
+from varmeta.numerics.rows import rowwise
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.numerics.triangular import root_of_inverse

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from varmeta.fitting.groups_by_size import buckets, elbo_losses
 from varmeta.hyper.coordinates import Coordinates
-from varmeta.hyper.rows import rowwise
 from varmeta.numerics.joint import Step, minimize_jointly
 from varmeta.numerics.joint_model import Penalty, SharedLosses, SharedProblem
+from varmeta.numerics.rows import rowwise
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten, map_tree, unflatten
 from varmeta.priors.gaussian_prior import unit_lower

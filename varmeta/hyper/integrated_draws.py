@@ -10,12 +10,13 @@ from torch import Tensor
 
 from varmeta._checks import whole_number
 from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, log_joint
-from varmeta.hyper.rows import rowwise
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics import noise
+from varmeta.numerics.rows import rowwise
 from varmeta.numerics.triangular import root_of_covariance
 from varmeta.posteriors.draws import DRAWS, Draws
+from varmeta.posteriors.normal_mixture import Components
 from varmeta.tasks import Batch
 
 # Candidates for each draw of theta; the likelihood decides among them.
@@ -89,6 +90,14 @@ class IntegratedDraws(Draws):
         covariance = (share[..., None] * spread).sum(0)
         factor = root_of_covariance(covariance).unsqueeze(-3)
         return dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor, validate_args=False)
+
+    def components(self) -> Components | None:
+        if not self._gaussian:
+            return None
+        eta = {name: value[self._rows] for name, value in self.hyper.points.items()}
+        share = torch.bincount(self._row_of, minlength=len(self._parts.mean)).to(self._parts.mean)
+        loc = self._moved(self._parts.mean, eta)
+        return Components(share / share.sum(), eta, loc, self._parts.factor, len(self.hyper))
 
     def etas(self, num_samples: int) -> dict[str, Tensor]:
         at = self._at(num_samples)

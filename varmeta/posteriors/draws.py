@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
-from varmeta.guides.kl import location, move, moved_by
+from varmeta.guides.gaussian import StructuredNormal
+from varmeta.guides.kl import has_closed_form, location, move, moved_by, scale
+from varmeta.guides.make import MAX_KNOWN_SIZE
 from varmeta.models.model import TaskModel
 from varmeta.numerics import noise
 from varmeta.numerics.tree import Tree, take
+from varmeta.posteriors.normal_mixture import Components
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch
 
@@ -71,6 +74,13 @@ class Draws(ABC):
         """Draws `(num_samples, tasks, 1, D)` with the eta that they belong to.
 
         At most `size` at a time.
+        """
+
+    @abstractmethod
+    def components(self) -> Components | None:
+        """The posteriors as mixtures of Gaussians over eta.
+
+        None where the model is not known to be linear and Gaussian.
         """
 
     @abstractmethod
@@ -140,6 +150,18 @@ class GuideDraws(Draws):
 
     def with_eta(self, theta: Tensor, size: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         yield from ((self.eta, part) for part in theta.split(size))
+
+    def components(self) -> Components | None:
+        q = self.distribution
+        if not (self.model.is_linear_gaussian and has_closed_form(q)):
+            return None
+        if isinstance(q, StructuredNormal) and self.model.weights.size > MAX_KNOWN_SIZE:
+            return None  # its square root is held in parts; whole, it may not fit
+        loc, root = location(q).squeeze(-2), scale(q)
+        if root is not None:  # (tasks, 1, D) or (tasks, 1, D, D)
+            root = root.squeeze(1).expand(*loc.shape, *root.shape[3:]).unsqueeze(0)
+        eta = {name: value.detach().unsqueeze(0) for name, value in self.eta.items()}
+        return Components(loc.new_ones(1), eta, loc.unsqueeze(0), root)
 
     def take(self, at: Tensor, batch: Batch) -> GuideDraws:
         return GuideDraws(self.problem, take(self.phi, at), self.eta, batch)

@@ -17,6 +17,7 @@ from varmeta.posteriors import arviz_groups
 from varmeta.posteriors.diagnostics import diagnose, evidence
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.inputs import points, scored
+from varmeta.posteriors.normal_mixture import NormalMixture
 from varmeta.posteriors.observations import mean_of
 from varmeta.posteriors.observer import Observer
 from varmeta.posteriors.prediction import Prediction
@@ -126,10 +127,14 @@ class Posterior:
         return pd.concat(parts, axis=1)
 
     def predict(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
-        """Draws of new observations at x.
+        """New observations at x.
 
         x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the
             training tasks' columns), or a list with one array per task (of any lengths).
+        Its mean, sd, interval and frame are exact where the model is known to be linear and
+            Gaussian, as in `score`: normal, or under a posterior of eta a mixture of normals over
+            its draws.  Elsewhere they are those of `num_samples` draws.  `samples` are draws either
+            way, taken where they are asked for.
         For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how
         many.
 
@@ -138,21 +143,30 @@ class Posterior:
         where the model's rows depend on each other; TypeError for what is no array.
         """
         data = self._new(x)
-        return Prediction(self.observer.new(data, num_samples, seed), data.mask, self.names)
+        num_samples = whole_number("num_samples", num_samples)
+        return self._prediction(
+            data, lambda: self.observer.new(data, num_samples, seed), num_samples, noisy=True
+        )
 
     def expected(self, x: Any, num_samples: int = 1000, seed: int = 0) -> Prediction:
-        """Draws of the mean of an observation at x, without the noise of single observations.
+        """The mean of an observation at x, without the noise of single observations.
 
         Of a probability, a rate, a curve.
 
-        x: as for `predict`.  For classes their probabilities, in a last axis; for `Binomial`
-        without `total_count`, of one trial.  Its interval says where the mean is, that of `predict`
-        where an observation will be. Of a point (a delta guide) the mean is known: one draw,
-        whatever num_samples.
+        x: as for `predict`, and exact where that is.  For classes their probabilities, in a last
+        axis; for `Binomial` without `total_count`, of one trial.  Its interval says where the mean
+        is, that of `predict` where an observation will be. Of a point (a delta guide) the mean is
+        known: one draw, whatever num_samples.
 
         Raises ValueError as `predict`, and where the observations' distribution has no mean.
         """
-        return self.observed(x, mean_of, num_samples, seed)
+        data, num_samples = self._new(x), whole_number("num_samples", num_samples)
+        return self._prediction(
+            data,
+            lambda: self.observer.read(data, mean_of, num_samples, seed),
+            1 if self.is_point else num_samples,
+            noisy=False,
+        )
 
     def observed(
         self,
@@ -167,6 +181,20 @@ class Posterior:
         """
         data = self._new(x)
         return Prediction(self.observer.read(data, read, num_samples, seed), data.mask, self.names)
+
+    def _prediction(
+        self, data: Data, draw: Callable[[], Tensor], num_samples: int, noisy: bool
+    ) -> Prediction:
+        """By a formula where there is one; else the draws are taken now."""
+        components = self.q.components()
+        if components is None:
+            return Prediction(draw(), data.mask, self.names)
+        assert self.model.likelihood is not None
+        event = tuple(self.model.likelihood.observed(self.q.batch.support.y).shape[2:])
+        # a single channel is dropped, as where observations are drawn
+        event = () if event == (1,) else event
+        known = NormalMixture(self.model, components, data, event, noisy)
+        return Prediction(draw, data.mask, self.names, num_samples, known)
 
     def _new(self, x: Any) -> Data:
         data = points(x, self.names, self.trained, self.q.batch.support.x)
@@ -206,9 +234,10 @@ class Posterior:
             calibration_error.
         The rmse is of the predictive mean, without the noise of single observations.
         Exact, without draws, where the model is known to be linear and Gaussian (`nn.Linear`,
-            `LinearPredictor` or a last layer under `likelihoods.Gaussian`, eta a point).  Otherwise
-            by draws: `table.attrs["log_density_se"]` has the Monte-Carlo standard error of each
-            row's log_density, 0 where it is exact or the guide is a point.
+            `LinearPredictor` or a last layer under `likelihoods.Gaussian`); under a posterior of
+            eta it is that of the mixture of normals over all its draws.  Otherwise by draws:
+            `table.attrs["log_density_se"]` has the Monte-Carlo standard error of each row's
+            log_density (over the draws of eta), 0 where it is exact or the guide is a point.
         A task without data to score gets no row.  A task's row does not depend on the other tasks.
 
         Raises ValueError for other tasks, another number or order of them, data that the model

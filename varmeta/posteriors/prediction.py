@@ -1,8 +1,9 @@
-"""Draws of what will be observed, or of its mean: means, intervals, a table."""
+"""What will be observed, or its mean: means, intervals, a table; from draws, or by a formula."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,30 +11,61 @@ from torch import Tensor
 
 from varmeta._checks import counted, probability
 from varmeta.posteriors import calibration
+from varmeta.posteriors.normal_mixture import NormalMixture
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, repr=False)
 class Prediction:
-    """Draws of new observations, or of their mean: `samples` `(draws, tasks, points, ...)`.
+    """Of new observations, or of their mean.
 
+    samples: draws `(draws, tasks, points, ...)`, or how to take so many of them, `num_samples`,
+        where somebody asks for them.
     mask: `(tasks, points)`, False in padding.  names: of the tasks.
+    known: the distribution itself, which mean, sd, interval and frame are then of; None: of the
+        draws.
     """
 
-    samples: Tensor
-    mask: Tensor
-    names: tuple[str, ...]
+    def __init__(
+        self,
+        samples: Tensor | Callable[[], Tensor],
+        mask: Tensor,
+        names: tuple[str, ...],
+        num_samples: int | None = None,
+        known: NormalMixture | None = None,
+    ) -> None:
+        self._draw = samples
+        self.mask, self.names, self.known = mask, names, known
+        self.num_samples = len(self.samples) if num_samples is None else num_samples
+
+    @cached_property
+    def samples(self) -> Tensor:
+        return self._draw if isinstance(self._draw, Tensor) else self._draw()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_draw": self.samples}  # how they are drawn is not for a file
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether mean, sd, interval and frame are of the distribution itself, not of draws."""
+        return self.known is not None
 
     @property
     def mean(self) -> Tensor:
         """`(tasks, points, ...)`."""
-        return self._floating.mean(0)
+        return self._floating.mean(0) if self.known is None else self._moments[0]
 
     @property
     def sd(self) -> Tensor:
+        if self.known is not None:
+            return self._moments[1]
         return self._floating.std(0, correction=min(1, len(self.samples) - 1))
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        assert self.known is not None
+        return self.known.moments()
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         """Ends of the central interval of probability `level`, `(tasks, points, ...)` each.
@@ -41,11 +73,14 @@ class Prediction:
         The lower one first.
         """
         level = probability("level", level)
+        ends = (1 - level) / 2, (1 + level) / 2
+        if self.known is not None:
+            low, high = self.known.quantiles(ends)
+            return low, high
         # sorted here: torch.quantile refuses more than 16 million numbers
         ordered = self._floating.sort(0).values
-        return calibration.quantile(ordered, (1 - level) / 2), calibration.quantile(
-            ordered, (1 + level) / 2
-        )
+        low, high = (calibration.quantile(ordered, end) for end in ends)
+        return low, high
 
     @property
     def _floating(self) -> Tensor:
@@ -91,16 +126,21 @@ class Prediction:
             "task": [self.names[i] for i in task for _ in range(width)],
             "point": [i for i in point for _ in range(width)],
         }
-        if self.samples.dim() > 3:
+        if len(self._shape) > 2:
             columns["response"] = list(range(width)) * len(task)
         return pd.DataFrame(
             columns | {name: values.reshape(-1).tolist() for name, values in flat.items()}
         )
 
     def __repr__(self) -> str:
-        draws, tasks, points = self.samples.shape[:3]
+        tasks, points, *event = self._shape
         counts = self.mask.sum(-1).tolist()
         smallest = min(counts, default=points)
         at = counted(points, "point") if smallest == points else f"{smallest} to {points} points"
-        event = f" of shape {tuple(self.samples.shape[3:])}" if self.samples.dim() > 3 else ""
-        return f"<Prediction: {counted(draws, 'draw')} for {counted(tasks, 'task')} at {at}{event}>"
+        draws, of = counted(self.num_samples, "draw"), f" of shape {tuple(event)}" if event else ""
+        return f"<Prediction: {draws} for {counted(tasks, 'task')} at {at}{of}>"
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of one draw."""
+        return tuple(self.samples.shape[1:]) if self.known is None else self.known.shape

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from varmeta._checks import whole_number
 from varmeta.guides.closed_form import log_evidence
-from varmeta.hyper.rows import rowwise
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.noise import normal
+from varmeta.numerics.rows import rowwise
 from varmeta.numerics.tree import named_parts
 from varmeta.posteriors import psis
 from varmeta.posteriors.diagnostics import MIN_DRAWS, NO_DENSITY

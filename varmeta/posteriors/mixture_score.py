@@ -1,0 +1,93 @@
+"""The score of predictions that are mixtures of normals over draws of eta, exact given these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from varmeta.models.model import TaskModel
+from varmeta.numerics.normals import absolute
+from varmeta.posteriors.calibration import calibration_error
+from varmeta.posteriors.metrics import rmse
+from varmeta.posteriors.normal_mixture import Components, predictive, responses
+from varmeta.tasks import Data
+
+# Others that every draw of eta is paired with, for the distance of two observations of a mixture:
+# thousands of pairs in all.
+PAIRS = 4
+
+
+def row_of(
+    model: TaskModel, components: Components, data: Data, level: float
+) -> Callable[[Tensor], dict[str, float]]:
+    """The function from a mask `(tasks, points)` to the table's row of those observations.
+
+    log_density_se: Monte-Carlo, over the draws of eta.
+    """
+    y, share = responses(model, data).to(components.loc), components.share
+    parts, begin = [], 0
+    for mean, covariance in predictive(model, components, data, has_y=True):
+        end = begin + mean.shape[1]
+        parts.append(_judged(share, mean, covariance, y[begin:end]))
+        begin = end
+    log_prob, *rest = zip(*parts, strict=True)
+    log_probs, (centre, share_below, crps) = torch.cat(log_prob, 1), map(torch.cat, rest)
+    low, high = (1 - level) / 2, (1 + level) / 2
+
+    def row(mask: Tensor) -> dict[str, float]:
+        chosen = mask[data.mask]
+        under = share_below[chosen]
+        inside = torch.where(under.isnan(), math.nan, ((low <= under) & (under <= high)).double())
+        each = log_probs[:, chosen]
+        density = (share.log()[:, None] + each).logsumexp(0)
+        # a draw serves all observations at once
+        relative = (each - density).exp().mean(1)
+        spread = (share * (relative - 1).square()).sum()
+        return {
+            "n": int(mask.sum()),
+            "log_density": float(density.mean()),
+            "rmse": float(rmse(centre[chosen], y[chosen])),
+            "coverage": float(inside.mean()),
+            "calibration_error": float(calibration_error(under.reshape(-1))),
+            "crps": float(crps[chosen].mean()),
+            "log_density_se": float((spread / components.draws).sqrt()),
+        }
+
+    return row
+
+
+def _judged(
+    share: Tensor, mean: Tensor, covariance: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of n observations: log densities `(K, n)`, and three `(n, outputs)`.
+
+    Those are the mixture's mean, its distribution function at y and its CRPS.
+    """
+    root, _ = torch.linalg.cholesky_ex(covariance)
+    white = torch.linalg.solve_triangular(root, (y - mean).unsqueeze(-1), upper=False)
+    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = 0.5 * y.shape[-1] * math.log(2 * math.pi)
+    log_prob = -0.5 * white.square().sum((-2, -1)) - log_det - constant
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    distance = torch.tensordot(share, absolute(y - mean, variance), 1)
+    below = torch.tensordot(share, torch.special.ndtr((y - mean) / variance.sqrt()), 1)
+    centre = torch.tensordot(share, mean, 1)
+    return log_prob, centre, below, distance - 0.5 * _between(share, mean, variance)
+
+
+def _between(share: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """E|X - X'| of two observations, over `PAIRS` others of every component."""
+    if len(share) == 1:
+        return absolute(torch.zeros_like(mean), 2 * variance)[0]
+    total, weights = torch.zeros_like(mean[0]), 0.0
+    for k in range(PAIRS):
+        # the golden ratio's multiples: no two shifts alike, none a half, where mirror images stand
+        shift = 1 + int((len(share) - 1) * (k * 0.6180339887 % 1.0))
+        pair = share * share.roll(shift)
+        apart = absolute(mean - mean.roll(shift, 0), variance + variance.roll(shift, 0))
+        total = total + torch.tensordot(pair, apart, 1)
+        weights = weights + float(pair.sum())
+    return total / weights
