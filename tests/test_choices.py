@@ -15,6 +15,7 @@ import torch
 import varmeta as vm
 from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.schedule import DECAYS, ScheduleName, decay_of
+from varmeta.fitting.validation import Metric
 from varmeta.guides.laplace import HessianName
 from varmeta.guides.make import GUIDES, GuideName, make_guide
 from varmeta.hyper.integrate import check_hyperguide
@@ -48,6 +49,10 @@ CHOICES: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "on_unconverged": (OnUnconverged, lambda name: vm.Implicit(on_unconverged=name)),
     "estimator": (Estimator, lambda name: vm.StochasticAlg(temperature=1.0, estimator=name)),
     "hessian": (HessianName, vm.guides.Laplace),
+    "metric": (
+        Metric,
+        lambda name: vm.Validation(vm.datasets.lines(2, num_query=2), name),
+    ),
     "learn_precision": (LearnPrecision, lambda name: vm.GaussianPrior(learn_precision=name)),
     "batch_norm": (BatchNorm, lambda name: check_net(torch.nn.Linear(1, 1), name)),
     "hyperguide": (Hyperguide, hyperguide),

@@ -2,6 +2,7 @@
 
 from varmeta import datasets, guides, likelihoods, plot
 from varmeta.files.version import __version__ as __version__
+from varmeta.fitting.validation import Validation
 from varmeta.landscape.landscape import Landscape
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.linear_predictor import LinearPredictor
@@ -45,7 +46,8 @@ __all__ = [
     "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",
     "Solution", "Result",
     # verbs and what they return
-    "fit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior", "Prediction",
+    "fit", "Validation", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior",
+    "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "reachability", "Reachability",
     # one scalar weight, seen whole

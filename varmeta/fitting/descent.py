@@ -18,6 +18,7 @@ from varmeta.fitting.convergence import judge, promised, settled
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Callback, Run, interrupted
 from varmeta.fitting.schedule import GIVEN, Decay, Rates
+from varmeta.fitting.validation import Watch
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy, Traits
@@ -83,11 +84,16 @@ def descend(
     run: Run,
     plan: Descent,
     callback: Callback | None,
+    watch: Watch | None = None,
 ) -> None:
-    """Step eta by a torch optimiser; updates `run` in place, also when interrupted."""
-    way = _Way(problem, strategy, tasks, run, plan)
+    """Step eta by a torch optimiser; updates `run` in place, also when interrupted.
+
+    watch: looks at the validation tasks on the way; `run` then ends at the best state that it saw.
+    """
+    way = _Way(problem, strategy, tasks, run, plan, watch)
     run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
     try:
+        way.look(run.step)
         for step in range(run.step, plan.num_steps if plan.num_steps is not None else 10**9):
             if plan.budget is not None and way.spent >= plan.budget:
                 run.stop = (
@@ -97,6 +103,10 @@ def descend(
                 break
             if not way.step(step, callback) or way.arrived(step):
                 break
+            if watch is not None and watch.has_seen_enough:
+                run.stop = f"stopped after {step + 1} steps, {watch.worse} looks without a better"
+                break
+        way.look(run.step)
     except KeyboardInterrupt:
         run.stop = interrupted(run.step)
     way.end()
@@ -110,10 +120,16 @@ class _Way:
     """
 
     def __init__(
-        self, problem: Problem, strategy: Strategy, tasks: TaskSet, run: Run, plan: Descent
+        self,
+        problem: Problem,
+        strategy: Strategy,
+        tasks: TaskSet,
+        run: Run,
+        plan: Descent,
+        watch: Watch | None,
     ) -> None:
         self.problem, self.strategy, self.tasks = problem, strategy, tasks
-        self.run, self.plan = run, plan
+        self.run, self.plan, self.watch = run, plan, watch
         self.traits = strategy.traits(problem)
         self.eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
         self.optimizer, self.rates = _optimizer(list(self.eta.values()), run, plan)
@@ -158,8 +174,10 @@ class _Way:
         self.spent += share * sum(float(call.stats.evaluations) for call in calls)
         run.state = state
         self.met = batch, stats.losses
+        due = self.watch is not None and self.watch.is_due(step + 1)
         run.record(
             callback,
+            **(self.look(step + 1) if due else {}),
             step=step + 1,
             loss=loss,
             gradient_norm=gradient_norm,
@@ -167,6 +185,16 @@ class _Way:
             seconds=perf_counter() - self.begin,
         )
         return True
+
+    def look(self, step: int) -> dict[str, float]:
+        """At the validation tasks after `step` steps, unless that was done; what is recorded."""
+        if self.watch is None or self.watch.last == step or self.broken:
+            return {}
+        value = self.watch.look(step, self.eta, self.run.state, self.optimizer)
+        found = {"validation": value}
+        if self.run.history and self.run.history[-1]["step"] == step:
+            self.run.history[-1].update(found)
+        return found
 
     def _batch(self, step: int) -> Batch:
         if self.whole is not None:
@@ -239,12 +267,18 @@ class _Way:
     def end(self) -> None:
         """Write what was reached into the run."""
         run, batch = self.run, self.whole or self.tasks.batch()
+        kept = None if self.watch is None else self.watch.best
         run.eta = {name: value.detach().clone() for name, value in self.eta.items()}
         # of a run that broke off the optimiser's averages are not finite either
         run.optimizer_state = None if self.broken else self.optimizer.state_dict()
+        if kept is not None:
+            assert self.watch is not None
+            run.stop, run.converged = f"{run.stop}; {self.watch.in_words(run.step)}", False
+            run.kept, run.eta, run.state = kept.step, kept.eta, kept.state
+            run.optimizer_state = kept.optimizer
         run.loss = self.take_step.value(self.problem, batch, run.eta, run.state)
         run.outlier = None if self.met is None or self.broken else drowning(*self.met)
-        if not self.quasi_newton and run.stop.startswith(("stopped", "spent")):
+        if kept is None and not self.quasi_newton and run.stop.startswith(("stopped", "spent")):
             judge(run, len(self.tasks), self.traits.period or 1)
 
 

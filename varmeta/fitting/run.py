@@ -27,6 +27,7 @@ class Run:
 
     loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind,
         or of its minibatch.
+    kept: the step whose eta and state these are, where validation tasks chose it; None: the last.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, None where eta is a point.
     undetermined: names that the data can hardly tell apart, where Newton's method converged; not
@@ -45,6 +46,7 @@ class Run:
     converged: bool = False
     loss: float = math.nan
     schedule: str | None = None
+    kept: int | None = None
     hyper: HyperPosterior | None = None
     seconds_compiling: float = 0.0
     outlier: str | None = None
@@ -52,6 +54,8 @@ class Run:
 
     @property
     def step(self) -> int:
+        if self.kept is not None:
+            return self.kept
         return int(self.history[-1]["step"]) if self.history else 0
 
     @property
@@ -61,6 +65,12 @@ class Run:
     @property
     def seconds(self) -> float:
         return self.history[-1]["seconds"] if self.history else 0.0
+
+    def rewind(self) -> None:
+        """Forget what came after the step that was kept, to go on from it."""
+        if self.kept is not None:
+            self.history = [row for row in self.history if row["step"] <= self.kept]
+            self.kept = None
 
     def record(self, callback: Callback | None, **row: float) -> None:
         self.history.append(row)

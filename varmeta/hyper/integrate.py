@@ -55,8 +55,8 @@ def check_hyperguide(
         )
     if not free:
         raise ValueError(
-            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, batch_size "
-            "and budget"
+            f"hyperguide={hyperguide!r} has a solver of its own: leave out optimizer, "
+            "batch_size, budget and validate"
         )
     model, batch = problem.model, tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))

@@ -213,8 +213,9 @@ def _run(content: dict[str, Any]) -> Run:
         content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule")
     )
     run = Run(content["eta"], state, *record)
-    kept = content["hyper"]
-    run.hyper = None if kept is None else HyperPosterior(**kept)
+    run.kept = content.get("kept")  # of the time before validation tasks: none
+    hyper = content["hyper"]
+    run.hyper = None if hyper is None else HyperPosterior(**hyper)
     return run
 
 

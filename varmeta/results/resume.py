@@ -56,7 +56,9 @@ def run_to_resume(fit: Fit, model: TaskModel, tasks: TaskSet, strategy: Strategy
         raise ValueError(
             f"resume is a fit by {_unlike(fit.strategy, strategy)}: give fit the same strategy"
         )
-    return copy.deepcopy(fit.run)
+    run = copy.deepcopy(fit.run)
+    run.rewind()
+    return run
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -100,7 +100,10 @@ PRESENT: dict[str, Check] = {
     "constants": text,
     "numbers": optional(tensor),
     "version": text,
+    "kept": optional(whole),
 }
+# what the first files of the present format do not have
+LATER = {"kept"}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 
@@ -108,10 +111,10 @@ def fault(content: Any, checks: dict[str, Check]) -> str | None:
     """The first thing that is not as a fit has it, in words; None where all is."""
     if type(content) is not dict:
         return "it holds no fit"
-    missing = [name for name in checks if name not in content]
+    missing = [name for name in checks if name not in content and name not in LATER]
     if missing:
         return f"it lacks {missing}"
-    wrong = [name for name, check in checks.items() if not check(content[name])]
+    wrong = [name for name, check in checks.items() if not check(content.get(name))]
     if wrong:
         return f"its {wrong[0]!r} is not what a fit holds there"
     eta, tasks = content["eta"], content["tasks"]

@@ -64,6 +64,7 @@ def save(
         "converged": run.converged,
         "loss": run.loss,
         "schedule": run.schedule,
+        "kept": run.kept,
         "hyper": None
         if run.hyper is None
         else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},

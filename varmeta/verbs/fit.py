@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import torch
 
@@ -18,6 +19,7 @@ from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.profiled_newton import profiled, profiled_newton
 from varmeta.fitting.run import Callback, Run
 from varmeta.fitting.schedule import Decay, ScheduleName, decay_of, label
+from varmeta.fitting.validation import Validation
 from varmeta.graphs.capture import seconds_compiling
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
@@ -39,6 +41,7 @@ from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 from varmeta.verbs.progress import progress_bar
+from varmeta.verbs.validation import validation_of, watching
 
 
 def fit(
@@ -58,6 +61,7 @@ def fit(
     progress: bool | None = None,
     callback: Callback | None = None,
     resume: Fit | None = None,
+    validate: TaskSet | Validation | None = None,
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
@@ -98,6 +102,10 @@ def fit(
     callback: called with a dict of numbers after every step.
     resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts
         from its first step.
+    validate: held-out tasks with query data, or `vm.Validation(tasks, ...)`.  Every 50 steps of an
+        optimiser (by default Adam) they are adapted and scored, and the state that predicts them
+        best is what is returned; 10 looks without a better one end the run.  For networks, which
+        fit few rows too well.  `Fit.history` has the curve, `Fit.stop` the step.
 
     Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
     SIGTERM is left to the process: see `sigterm_ends_fit`.
@@ -113,7 +121,8 @@ def fit(
     """
     # a budget is spent step by step, so solvers whose steps are large and of unequal cost do not
     # serve it
-    free = optimizer is None and batch_size is None and budget is None
+    validation = None if validate is None else validation_of(validate)
+    free = optimizer is None and batch_size is None and budget is None and validation is None
     if strategy is None and isinstance(resume, Fit):
         strategy = resume.strategy
     elif strategy is None:
@@ -124,14 +133,8 @@ def fit(
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
-    check_model(model, tasks)
-    problem = strategy.problem(model, tasks, seed)
-    check_hyperguide(hyperguide, problem, tasks, strategy, free)
-    check_strategy(strategy, problem, tasks)
+    problem = _checked_problem(model, tasks, strategy, seed, hyperguide, free)
     chunks.check(task_chunk_size, problem)
-    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
-        if sentence is not None:
-            warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     eta = model.init(tasks.support_rows.x.new_zeros(()))
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
@@ -147,7 +150,9 @@ def fit(
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
     compiled = seconds_compiling()
     run.hyper, run.undetermined = None, ()
-    with progress_bar(progress, steps or few, callback) as report:
+    start = Fit(model, tasks, strategy, seed, run, problem)
+    looks = nullcontext() if validation is None else watching(validation, start)
+    with progress_bar(progress, steps or few, callback) as report, looks as watch:
         if way == "hyperguide":
             run.schedule, left = None, (steps or few) - run.step
             integrate(problem, strategy, tasks.batch(), tasks, run, hyperguide, left, seed, report)
@@ -162,15 +167,34 @@ def fit(
             decay = decay_of("constant") if way == "lbfgs" else decay
             run.schedule = None if way == "lbfgs" else label(schedule)
             plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
-            descend(problem, strategy, tasks, run, plan, report)
+            descend(problem, strategy, tasks, run, plan, report, watch)
     run.seconds_compiling = seconds_compiling() - compiled
     result = Fit(model, tasks, strategy, seed, run, problem, exact)
     # where the user says when to stop, that it came before convergence is no surprise
     reached = num_steps is not None and run.step >= num_steps
     spent = budget is not None and run.evaluations >= budget
-    for sentence in _doubts(result, reached or spent):
+    for sentence in _doubts(result, reached or spent or validation is not None):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _checked_problem(
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy,
+    seed: int,
+    hyperguide: Hyperguide,
+    free: bool,
+) -> Problem:
+    """What is to be solved; raises where model, tasks and strategy do not go together."""
+    check_model(model, tasks)
+    problem = strategy.problem(model, tasks, seed)
+    check_hyperguide(hyperguide, problem, tasks, strategy, free)
+    check_strategy(strategy, problem, tasks)
+    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
+        if sentence is not None:
+            warnings.warn(sentence, RuntimeWarning, stacklevel=3)
+    return problem
 
 
 def _way(

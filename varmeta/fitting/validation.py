@@ -1,0 +1,124 @@
+"""Tasks held out of a fit: how well they are predicted while it runs, and the best state kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from varmeta._checks import one_of, whole_number
+from varmeta.strategies.strategy import Eta, State
+from varmeta.tasks import TaskSet
+
+Metric = Literal["log_density", "rmse", "error_rate"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Judge a fit, while it runs, on tasks that it does not learn from; keep its best state.
+
+    tasks: held-out tasks with query data.  Each is adapted to its support data and scored on its
+        query data, as `Fit.adapt(tasks).score()` does.
+    metric: what is judged, over all query observations: "log_density" (nats, higher is better),
+        "rmse", or for classes "error_rate" (lower is better).
+    every: outer steps from one look to the next; the start and the end are looked at too.
+    patience: how many looks without a better one end the run; None: none do.
+    num_samples: draws where the score is not exact.
+
+    Use `Validation` where `fit(validate=tasks)` is not enough.
+
+    >>> import varmeta as vm
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior())
+    >>> tasks = vm.datasets.lines(20, num_query=5)
+    >>> held_out = vm.Validation(vm.datasets.lines(5, num_query=5, seed=1), every=10, patience=2)
+    >>> fit = vm.fit(model, tasks, num_steps=50, validate=held_out)
+    >>> "kept is step" in fit.stop
+    True
+    """
+
+    tasks: TaskSet
+    metric: Metric = "log_density"
+    every: int = field(default=50, kw_only=True)
+    patience: int | None = field(default=10, kw_only=True)
+    num_samples: int = field(default=200, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tasks, TaskSet):
+            raise TypeError(
+                f"validation tasks must be a TaskSet, not {type(self.tasks).__name__}: "
+                "vm.TaskSet([vm.Task(...), ...]) makes one"
+            )
+        if all(task.query is None for task in self.tasks):
+            raise ValueError(
+                "the validation tasks have no query data to be scored on: tasks.split(0.5) sets "
+                "half of each task's rows apart"
+            )
+        one_of("metric", self.metric, METRICS)
+        whole_number("every", self.every)
+        if self.patience is not None:
+            whole_number("patience", self.patience)
+        whole_number("num_samples", self.num_samples)
+
+    @property
+    def what(self) -> str:
+        """The metric in words."""
+        return self.metric.replace("_", " ").replace("rmse", "RMSE")
+
+
+class Kept(NamedTuple):
+    """A state of a run that one may come back to."""
+
+    step: int
+    value: float
+    eta: Eta
+    state: State
+    optimizer: dict[str, Any]
+
+
+class Watch:
+    """Looks at a run every so many steps, and keeps the best state that it saw.
+
+    value: the metric at an eta.
+    """
+
+    def __init__(self, validation: Validation, value: Callable[[Eta], float]) -> None:
+        self.validation, self._value = validation, value
+        self.best: Kept | None = None
+        self.last, self.worse = -1, 0
+
+    def is_due(self, step: int) -> bool:
+        return step % self.validation.every == 0
+
+    @property
+    def has_seen_enough(self) -> bool:
+        patience = self.validation.patience
+        return patience is not None and self.worse >= patience
+
+    def look(self, step: int, eta: Eta, state: State, optimizer: torch.optim.Optimizer) -> float:
+        """The metric after `step` steps; not finite counts as worse than any that is."""
+        eta = {name: value.detach().clone() for name, value in eta.items()}
+        value, self.last = self._value(eta), step
+        if self.best is None or self._is_better(value, self.best.value):
+            self.best = Kept(step, value, eta, state, copy.deepcopy(optimizer.state_dict()))
+            self.worse = 0
+        else:
+            self.worse += 1
+        return value
+
+    def _is_better(self, value: float, than: float) -> bool:
+        if not math.isfinite(value) or not math.isfinite(than):
+            return math.isfinite(value)
+        return value > than if self.validation.metric == "log_density" else value < than
+
+    def in_words(self, steps: int) -> str:
+        """What a run of `steps` steps kept."""
+        assert self.best is not None
+        return (
+            f"kept is step {self.best.step} of {steps}, where the validation tasks' "
+            f"{self.validation.what} was best, {self.best.value:.4g}"
+        )

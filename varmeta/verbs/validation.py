@@ -1,0 +1,64 @@
+"""What `fit(validate=...)` measures: the validation tasks, adapted and scored as after a fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from varmeta.fitting.run import Run
+from varmeta.fitting.validation import METRICS, Validation, Watch
+from varmeta.posteriors.scoring import row_of
+from varmeta.results.result import Fit
+from varmeta.strategies.strategy import Eta, State
+from varmeta.tasks import TaskSet
+
+
+def validation_of(given: object) -> Validation:
+    """What was passed as `validate`.  Raises TypeError or ValueError for anything else."""
+    if isinstance(given, Validation):
+        return given
+    if isinstance(given, TaskSet):
+        return Validation(given)
+    raise TypeError(
+        "validate takes a TaskSet of held-out tasks, or vm.Validation(tasks, ...), not "
+        f"{type(given).__name__}"
+    )
+
+
+@contextmanager
+def watching(validation: Validation, fit: Fit) -> Iterator[Watch]:
+    """A watch on the steps of the fit; what its last look warns of is said at the end."""
+    said: dict[str, None] = {}
+    yield Watch(validation, _value(validation, fit, said))
+    for sentence in said:
+        warnings.warn(f"of the validation tasks: {sentence}", RuntimeWarning, stacklevel=4)
+
+
+def _value(validation: Validation, fit: Fit, said: dict[str, None]) -> Callable[[Eta], float]:
+    """The metric at an eta; what it warns of is left in `said`.
+
+    Raises ValueError where the tasks do not belong to the model, or are scored by other metrics.
+    """
+
+    def value(eta: Eta) -> float:
+        run = Run(eta, State())
+        here = Fit(fit.model, fit.tasks, fit.strategy, fit.seed, run, fit.problem)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            posterior = here.adapt(validation.tasks)
+            query = posterior.q.batch.query
+            assert query is not None  # `Validation` asks for it
+            row = row_of(posterior.observer, query, validation.num_samples, fit.seed, 0.9)
+            found = row(query.mask)
+        said.clear()
+        said.update((str(one.message), None) for one in caught)
+        if validation.metric not in found:
+            known = [name for name in METRICS if name in found]
+            raise ValueError(
+                f"metric={validation.metric!r} does not judge {fit.model.likelihood!r}: use one of "
+                f"{known}"
+            )
+        return found[validation.metric]
+
+    return value
