@@ -65,12 +65,13 @@ def check(size: object, problem: Problem) -> None:
 def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
     """How many tasks at a time, so that about `MEMORY` is held."""
     size = problem.model.weights.size
-    if strategy.traits(problem).closed_form:
+    traits = strategy.traits(problem)
+    if traits.closed_form:
         # the design of a task in float64, by output, its triangle, and what derivatives keep
         rows = batch.support.mask.shape[1]
         rows += 1 if batch.query is None else batch.query.mask.shape[1]
         outputs = max(1, batch.support.y[0, :1].numel())
-        held = 64 * size * (outputs * rows + size)
+        held = 64 * size * (outputs * rows + size) * traits.copies
         return max(1, min(len(batch), MEMORY // max(1, held)))
     numbers = size + batch.support.x[0].numel()
     if numbers * len(batch) < FEW or isinstance(problem.guide, PyroGuide):
@@ -79,7 +80,7 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
         gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
     except CaptureError:
         gradient = 64 * numbers * batch.support.x.element_size()
-    return max(1, min(len(batch), MEMORY // (strategy.traits(problem).memory * gradient)))
+    return max(1, min(len(batch), MEMORY // (traits.memory * gradient)))
 
 
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:

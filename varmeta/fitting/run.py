@@ -16,6 +16,7 @@ from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch, TaskSet
 
 if TYPE_CHECKING:
+    from varmeta.models.ensemble import Ensemble
     from varmeta.models.hyper_posterior import HyperPosterior
 
 Callback = Callable[[dict[str, float]], None]
@@ -29,7 +30,7 @@ class Run:
         or of its minibatch.
     kept: the step whose eta and state these are, where validation tasks chose it; None: the last.
     schedule: how the step size fell, None for solvers without one.
-    hyper: the posterior of eta, None where eta is a point.
+    hyper: the posterior of eta, or an ensemble of them; None where eta is a point.
     undetermined: names that the data can hardly tell apart, where Newton's method converged; not
         kept in files.
     outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in
@@ -47,7 +48,7 @@ class Run:
     loss: float = math.nan
     schedule: str | None = None
     kept: int | None = None
-    hyper: HyperPosterior | None = None
+    hyper: HyperPosterior | Ensemble | None = None
     seconds_compiling: float = 0.0
     outlier: str | None = None
     undetermined: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varmeta._checks import whole_number
 from varmeta.hyper.conditional import CELLS, Conditionals, conditionals, log_joint
+from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics import noise
@@ -38,7 +39,7 @@ class IntegratedDraws(Draws):
         self,
         model: TaskModel,
         guide_name: str,
-        hyper: HyperPosterior,
+        hyper: HyperPosterior | Ensemble,
         eta: Mapping[str, Tensor],
         batch: Batch,
         parts: Conditionals | None = None,

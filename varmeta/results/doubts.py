@@ -16,11 +16,11 @@ from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.priors.gaussian_prior import PRECISION, TRIL
 from varmeta.results.excess_noise import unexplained
 from varmeta.results.far_from_evidence import far_from_evidence, rough_quadrature
+from varmeta.results.result import Fit, profiled_of
 from varmeta.results.separation import separated
 
 if TYPE_CHECKING:
     from varmeta.models.hyper_posterior import HyperPosterior
-    from varmeta.results.result import Fit
 
 # A weight whose prior precision exceeds what the best-informed task knows about it by this factor
 # no longer varies.
@@ -52,7 +52,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     if fit.hyper is not None and not fit.hyper.is_reliable:
         found.append(_few_draws(fit.hyper))
     separation = _separation(fit)
-    if fit.hyper is not None and fit.hyper.hyperguide != "reml":
+    # what is said below is of one eta
+    if fit.members is not None or (fit.hyper is not None and fit.hyper.hyperguide != "reml"):
         return [*found, *([separation] if separation else [])]
     # a covariance that loses rank is a narrow, curved valley; precisions that are still on their
     # way are not judged
@@ -252,18 +253,20 @@ def _singular(fit: Fit) -> str | None:
 
 def _judged(fit: Fit) -> Tensor | None:
     """The correlations in whitened columns, where there are any."""
-    if fit.profiled is not None:
-        return fit.profiled.correlation(fit.eta)
+    exact = profiled_of(fit)
+    if exact is not None:
+        return exact.correlation(fit.eta)
     return whitened_correlation(fit.problem, fit.tasks.batch(), fit.eta)
 
 
 def _information(fit: Fit, precision: Tensor) -> Tensor:
     """What the best-informed task's data say about each weight, as a precision `(D,)`."""
     tiny = torch.finfo(precision.dtype).eps
-    if fit.profiled is not None:
-        return fit.profiled.information(fit.eta).to(precision).clamp_min(tiny)
+    exact = profiled_of(fit)
+    if exact is not None:
+        return exact.information(fit.eta).to(precision).clamp_min(tiny)
     known = fit.run.state.phi is not None or fit.strategy.traits(fit.problem).closed_form
-    if known and not fit.is_point and fit.hyper is None:
+    if known and not fit.is_point and fit.run.hyper is None:
         spread = fit.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)
         return (spread**-2 - precision).max(0).values.clamp_min(tiny)
     # points have no width: one observation's information at the pooled fit, times the most that a

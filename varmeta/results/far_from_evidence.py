@@ -24,7 +24,7 @@ def far_from_evidence(fit: Fit) -> str | None:
     guide = fit.problem.guide
     skipped = (
         fit.is_point
-        or fit.hyper is not None
+        or fit.run.hyper is not None
         or fit.strategy.outer != "elbo"
         or isinstance(guide, Quadrature)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from varmeta.files.plain import difference
 from varmeta.fitting.run import Run
 from varmeta.guides.guide import Guide
 from varmeta.models import constants
+from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics.linear_solve import LinearSolver
@@ -31,6 +33,7 @@ from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 
+MEMBERS = {field.name for field in dataclasses.fields(Ensemble)}
 # What a strategy may be made of: every class of ours below one of these is known by its name.
 PARTS: tuple[Any, ...] = (Strategy, Minimizer, ClosedForm, LinearSolver, Guide, StochasticAlg)
 
@@ -215,7 +218,8 @@ def _run(content: dict[str, Any]) -> Run:
     run = Run(content["eta"], state, *record)
     run.kept = content.get("kept")  # of the time before validation tasks: none
     hyper = content["hyper"]
-    run.hyper = None if hyper is None else HyperPosterior(**hyper)
+    if hyper is not None:
+        run.hyper = Ensemble(**hyper) if set(hyper) == MEMBERS else HyperPosterior(**hyper)
     return run
 
 

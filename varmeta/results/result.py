@@ -20,6 +20,7 @@ from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.integrated_draws import IntegratedDraws
 from varmeta.models.check import check_model
+from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.learned_prior import LearnedPrior
@@ -132,6 +133,8 @@ class Fit:
         Only a Gaussian guide's elbo is a bound on the negative log evidence, and by cubature only
         where that is exact: where log p(y | theta) is quadratic in theta.
         """
+        if self.members is not None:
+            return f"{self._objective_name}, mean of {len(self.members)} members"
         if self.hyper is not None:
             integrated = (
                 "theta0 and shared parameters" if self.hyper.hyperguide == "reml" else "eta"
@@ -173,7 +176,12 @@ class Fit:
 
         `eta` is then its mean in nearly Gaussian coordinates.
         """
-        return self.run.hyper
+        return self.run.hyper if isinstance(self.run.hyper, HyperPosterior) else None
+
+    @property
+    def members(self) -> Ensemble | None:
+        """The members of an ensemble, where `fit` was given one; `eta` is then the best one's."""
+        return self.run.hyper if isinstance(self.run.hyper, Ensemble) else None
 
     def hyperparameters(self, level: float = 0.9) -> pd.DataFrame:
         """The posterior of theta0, of the prior's sds and correlations and of the noise scale.
@@ -184,14 +192,14 @@ class Fit:
         """
         if self.hyper is None:
             raise ValueError(
-                "eta is a point here: fit with hyperguide='multivariate_normal' for its posterior"
+                "eta is a point here, or several: fit with hyperguide='multivariate_normal' for "
+                "its posterior"
             )
         return self.hyper.frame(self.model, self.tasks.x_names, level)
 
     @cached_property
-    def profiled(self) -> ProfiledEvidence | None:
-        """The evidence of a regression in closed form; None elsewhere."""
-        if self._exact is None and self.hyper is None:
+    def _profiled(self) -> ProfiledEvidence | None:
+        if self._exact is None and self.run.hyper is None:
             return profiled(self.strategy, self.problem, self.tasks, self.eta)
         return self._exact
 
@@ -205,12 +213,14 @@ class Fit:
         names = [
             name for name in self.model.start if name in self.eta
         ]  # theta0 that is held fixed has none
+        if self.members is not None:
+            return None
         if self.hyper is not None:
             return standard_errors.of_hyper(self.hyper, self.eta, names)
         if self.strategy.outer != "elbo" or not self.converged or self.is_point:
             return None
-        if self.profiled is not None:
-            return standard_errors.in_closed_form(self.profiled, self.eta)
+        if self._profiled is not None:
+            return standard_errors.in_closed_form(self._profiled, self.eta)
         batch, phi = self.tasks.batch(), self.run.state.phi
         if isinstance(self.problem.guide, Quadrature):
             q = self.posterior().q
@@ -228,7 +238,7 @@ class Fit:
         construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit
         that has converged to them.
         """
-        kind = "delta" if self.hyper is None else self.hyper.hyperguide
+        kind = "delta" if self.run.hyper is None else self.run.hyper.hyperguide
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
             return None
         return -self.loss if self._is_tight else None
@@ -242,7 +252,7 @@ class Fit:
         known = (
             self.converged
             and not self.is_point
-            and self.hyper is None
+            and self.run.hyper is None
             and self.strategy.outer == "elbo"
         )
         if not known or self._can_be_exact:
@@ -258,7 +268,7 @@ class Fit:
         if not self._can_be_exact:
             return False
         if (
-            self.hyper is not None
+            self.run.hyper is not None
         ):  # under "reml" the objective has theta0 integrated out too, and is no function of eta
             return self.model.is_linear_gaussian
         if self.strategy.traits(self.problem).closed_form:  # it is the evidence that was taken
@@ -325,7 +335,7 @@ class Fit:
         tasks = tasks.to(dtype=self.tasks.dtype, device=self.tasks.device)
         check_columns(tasks, self.tasks)
         check_model(self.model, tasks)
-        if self.hyper is not None:
+        if self.run.hyper is not None:
             return self._integrate(tasks)
         return self._adapted(tasks, compile, task_chunk_size)
 
@@ -357,9 +367,9 @@ class Fit:
         return Posterior(GuideDraws(self.problem, phi, self.eta, tasks.batch()), tasks, self.tasks)
 
     def _integrate(self, tasks: TaskSet) -> Posterior:
-        assert self.hyper is not None
+        assert self.run.hyper is not None
         q = IntegratedDraws(
-            self.model, self.problem.guide.name, self.hyper, self.eta, tasks.batch()
+            self.model, self.problem.guide.name, self.run.hyper, self.eta, tasks.batch()
         )
         bad = [
             name for name, good in zip(tasks.names, q.converged.tolist(), strict=True) if not good
@@ -396,6 +406,8 @@ class Fit:
         Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100
         numbers, and where the evidence has no maximum.
         """
+        if self.members is not None:
+            raise ValueError("an ensemble has no one eta to leave a task out of: fit one member")
         if self.hyper is not None:
             raise ValueError(
                 f"this fit has integrated over eta (hyperguide={self.hyper.hyperguide!r}), which "
@@ -438,14 +450,16 @@ class Fit:
     # -- print -------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        points, hyper = len(self.tasks.support_rows.x), self.hyper
+        points, hyper = len(self.tasks.support_rows.x), self.run.hyper
         lines = [
             f"{summary.method(self.strategy, self.is_point, len(self.tasks))}, "
             f"{counted(points, 'support observation')}",
             self._evidence_in_words,
             summary.ending(self.stop, self.converged, self.seconds_compiling),
         ]
-        if hyper is None or hyper.hyperguide == "reml":
+        if isinstance(hyper, Ensemble):
+            lines += ["", f"the prior of the best of {len(hyper)} members:", self.prior.table(None)]
+        elif hyper is None or hyper.hyperguide == "reml":
             # quadrature has standard errors once it has converged
             by_laplace = self.problem.guide.at_mode and not isinstance(
                 self.problem.guide, Quadrature
@@ -474,10 +488,15 @@ class Fit:
         if self.log_likelihood is None:
             return "\n".join(filter(None, (line, self._guide_cost)))
         return (
-            f"{line}, so the {'REML ' if self.hyper else ''}log likelihood is "
+            f"{line}, so the {'REML ' if self.run.hyper else ''}log likelihood is "
             f"{self.log_likelihood:.4f}"
         )
 
     def __repr__(self) -> str:
         end = "converged" if self.converged else "not converged"
         return f"<Fit: {summary.method(self.strategy, self.is_point, len(self.tasks))}, {end}>"
+
+
+def profiled_of(fit: Fit) -> ProfiledEvidence | None:
+    """The evidence of the fit's regression in closed form; None elsewhere."""
+    return fit._profiled

@@ -90,7 +90,9 @@ FIELDS: dict[str, Check] = {
     "loss": number,
     "schedule": optional(text),
     "tasks": list_of(pair_of(text, data, data)),
-    "hyper": optional(fields_of(**HYPER)),
+    "hyper": optional(
+        lambda value: fields_of(**HYPER)(value) or fields_of(points=numbers, losses=tensor)(value)
+    ),
     "features": list_of(dict_of(number)),
     "x_names": optional(lambda value: type(value) in (tuple, list) and all(map(text, value))),
 }

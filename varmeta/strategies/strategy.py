@@ -102,6 +102,7 @@ class Traits:
         defined.
     moves_precision: the gradient of a query objective reaches the precision under a delta guide
         too.
+    copies: how many etas `loss` works at, each with its own intermediate results.
     memory: in how many gradients' worth of memory `loss` and `adapt` find room, for chunks of
         tasks.
     not_captured: why `loss` cannot be traced into one graph, in a sentence; None where it can.
@@ -118,6 +119,7 @@ class Traits:
     closed_form: bool = False
     at_minimum: bool = False
     moves_precision: bool = True
+    copies: int = 1
     memory: int = 4
     not_captured: str | None = None
     not_in_pieces: str | None = None

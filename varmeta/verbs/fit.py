@@ -13,6 +13,7 @@ from varmeta.fitting import chunks
 from varmeta.fitting.blame import drowning_at_start
 from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
+from varmeta.fitting.ensemble import close, first_run, members_of, reopened
 from varmeta.fitting.evidence_newton import evidence_newton, evidence_newton_applies
 from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
@@ -26,17 +27,18 @@ from varmeta.guides.make import default_guide
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.integrate import check_hyperguide, integrate
 from varmeta.models.check import check_model
-from varmeta.models.hyper_posterior import Hyperguide
+from varmeta.models.hyper_posterior import Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
 from varmeta.models.responses import left_raw, one_scale_for_all
 from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.doubts import doubts
-from varmeta.results.result import Fit
+from varmeta.results.result import Fit, profiled_of
 from varmeta.results.resume import run_to_resume
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
+from varmeta.strategies.members import Members
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
@@ -62,6 +64,7 @@ def fit(
     callback: Callback | None = None,
     resume: Fit | None = None,
     validate: TaskSet | Validation | None = None,
+    ensemble: int | None = None,
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
@@ -106,6 +109,10 @@ def fit(
         optimiser (by default Adam) they are adapted and scored, and the state that predicts them
         best is what is returned; 10 looks without a better one end the run.  For networks, which
         fit few rows too well.  `Fit.history` has the curve, `Fit.stop` the step.
+    ensemble: how many members to learn, for a network whose last layer is in closed form: the first
+        starts where the model does, each other at layers drawn anew, and all take their steps in
+        one descent.  `adapt` and `predict` then mix them with equal weights: a posterior of eta
+        where a point of it fits few rows too well.
 
     Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
     SIGTERM is left to the process: see `sigterm_ends_fit`.
@@ -122,19 +129,21 @@ def fit(
     # a budget is spent step by step, so solvers whose steps are large and of unequal cost do not
     # serve it
     validation = None if validate is None else validation_of(validate)
-    free = optimizer is None and batch_size is None and budget is None and validation is None
+    free = optimizer is None and batch_size is None and budget is None
+    free = free and validation is None and ensemble is None
     if strategy is None and isinstance(resume, Fit):
         strategy = resume.strategy
     elif strategy is None:
         strategy = _default_strategy(model, hyperguide, free)
     if hyperguide is None:
         hyper = resume.hyper if isinstance(resume, Fit) else None
-        hyperguide = "delta" if hyper is None else hyper.hyperguide
+        hyperguide = hyper.hyperguide if isinstance(hyper, HyperPosterior) else "delta"
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
     problem = _checked_problem(model, tasks, strategy, seed, hyperguide, free)
     chunks.check(task_chunk_size, problem)
+    members = None if ensemble is None else members_of(strategy, problem, ensemble)
     eta = model.init(tasks.support_rows.x.new_zeros(()))
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
@@ -144,14 +153,16 @@ def fit(
     way = "profiled" if exact else _way(strategy, problem, tasks, eta, hyperguide, free and smooth)
     # in raw units Adam would otherwise spend a budget on the way to the data
     pooled = smooth and optimizer is None and batch_size is None
-    run = _start(strategy, problem, tasks, eta, way, pooled) if resumed is None else resumed
+    if resumed is None:
+        run = _start(members or strategy, problem, tasks, eta, way, pooled)
+    else:
+        run = reopened(resumed, members)
     few = 2000 if way == "steps" else 200
     steps = num_steps if num_steps is not None else None if budget is not None else few
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
     compiled = seconds_compiling()
-    run.hyper, run.undetermined = None, ()
     start = Fit(model, tasks, strategy, seed, run, problem)
-    looks = nullcontext() if validation is None else watching(validation, start)
+    looks = nullcontext() if validation is None else watching(validation, start, members)
     with progress_bar(progress, steps or few, callback) as report, looks as watch:
         if way == "hyperguide":
             run.schedule, left = None, (steps or few) - run.step
@@ -167,13 +178,12 @@ def fit(
             decay = decay_of("constant") if way == "lbfgs" else decay
             run.schedule = None if way == "lbfgs" else label(schedule)
             plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
-            descend(problem, strategy, tasks, run, plan, report, watch)
+            descend(problem, members or strategy, tasks, run, plan, report, watch)
+    if members is not None:
+        close(run, members, problem, tasks)
     run.seconds_compiling = seconds_compiling() - compiled
     result = Fit(model, tasks, strategy, seed, run, problem, exact)
-    # where the user says when to stop, that it came before convergence is no surprise
-    reached = num_steps is not None and run.step >= num_steps
-    spent = budget is not None and run.evaluations >= budget
-    for sentence in _doubts(result, reached or spent or validation is not None):
+    for sentence in _doubts(result, num_steps, budget, validation):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
 
@@ -222,6 +232,8 @@ def _start(
     if way == "profiled":
         check_support(problem.model, eta)
         return Run(eta, State())
+    if isinstance(strategy, Members):
+        return first_run(strategy, problem, tasks)
     whole = tasks.batch()
     if pooled and is_regression(problem.model, tasks, eta):
         eta = pooled_start(problem, whole, eta)
@@ -253,13 +265,19 @@ def _check_steps(run: Run, steps: int | None, decay: Decay, same_schedule: bool)
         )
 
 
-def _doubts(result: Fit, reached: bool) -> list[str]:
-    """What to warn of; reached: whether the run ended where its user said."""
+def _doubts(
+    result: Fit, num_steps: int | None, budget: float | None, validation: Validation | None
+) -> list[str]:
+    """What to warn of; given are what its user said of where the run ends."""
     run = result.run
+    # where the user says when to stop, that it came before convergence is no surprise
+    reached = num_steps is not None and run.step >= num_steps
+    reached = reached or (budget is not None and run.evaluations >= budget)
+    reached = reached or validation is not None
     interrupted = run.stop.startswith("interrupted")
     # where an interruption came before the first step, nothing was learned that one could doubt
     found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
-    if run.outlier is None and result.profiled is None:
+    if run.outlier is None and profiled_of(result) is None:
         run.outlier = drowning_at_start(
             result.strategy, result.problem, result.tasks.batch(), run.loss
         )

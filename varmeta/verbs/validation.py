@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from varmeta.fitting.ensemble import at
 from varmeta.fitting.run import Run
 from varmeta.fitting.validation import METRICS, Validation, Watch
 from varmeta.posteriors.scoring import row_of
 from varmeta.results.result import Fit
+from varmeta.strategies.members import Members
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import TaskSet
 
@@ -27,22 +29,27 @@ def validation_of(given: object) -> Validation:
 
 
 @contextmanager
-def watching(validation: Validation, fit: Fit) -> Iterator[Watch]:
-    """A watch on the steps of the fit; what its last look warns of is said at the end."""
+def watching(validation: Validation, fit: Fit, members: Members | None) -> Iterator[Watch]:
+    """A watch on the steps of the fit; what its last look warns of is said at the end.
+
+    members: what steps an ensemble, whose mixture is judged.
+    """
     said: dict[str, None] = {}
-    yield Watch(validation, _value(validation, fit, said))
+    yield Watch(validation, _value(validation, fit, members, said))
     for sentence in said:
         warnings.warn(f"of the validation tasks: {sentence}", RuntimeWarning, stacklevel=4)
 
 
-def _value(validation: Validation, fit: Fit, said: dict[str, None]) -> Callable[[Eta], float]:
+def _value(
+    validation: Validation, fit: Fit, members: Members | None, said: dict[str, None]
+) -> Callable[[Eta], float]:
     """The metric at an eta; what it warns of is left in `said`.
 
     Raises ValueError where the tasks do not belong to the model, or are scored by other metrics.
     """
 
     def value(eta: Eta) -> float:
-        run = Run(eta, State())
+        run = Run(eta, State()) if members is None else at(members, fit.problem, fit.tasks, eta)
         here = Fit(fit.model, fit.tasks, fit.strategy, fit.seed, run, fit.problem)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -1,0 +1,62 @@
+"""An ensemble's fit: all members in one descent, each from a start of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from varmeta._checks import whole_number
+from varmeta.fitting.run import Run
+from varmeta.models.ensemble import Ensemble, starts
+from varmeta.strategies.members import Members
+from varmeta.strategies.problem import Problem
+from varmeta.strategies.strategy import Eta, State, Strategy
+from varmeta.tasks import TaskSet
+
+
+def members_of(strategy: Strategy, problem: Problem, number: object) -> Members:
+    """The strategy under `number` etas at once.  Raises where it does not serve."""
+    count = whole_number("ensemble", number, 2)
+    if not strategy.traits(problem).closed_form:
+        raise ValueError(
+            "ensemble= fits networks whose last layer is in closed form: "
+            "TaskModel(net, likelihoods.Gaussian(), prior, shared=[all layers but the last]) and "
+            f"vm.Joint('multivariate_normal'), not {strategy.describe()} of {problem.model!r}"
+        )
+    return Members(strategy, count)
+
+
+def first_run(members: Members, problem: Problem, tasks: TaskSet) -> Run:
+    """The members before their first step."""
+    like = tasks.support_rows.x.new_zeros(())
+    return Run(starts(problem.model, members.number, problem.seed, like), State())
+
+
+def at(members: Members, problem: Problem, tasks: TaskSet, eta: Eta) -> Run:
+    """What a fit of these members has: the best one as eta, all of them as `hyper`."""
+    batch = tasks.batch()
+    with torch.no_grad():
+        losses = members.totals(problem, batch, eta, members.losses(problem, batch, eta, 0))
+    found = Ensemble(eta, losses)
+    return Run(found.best, State(), hyper=found, loss=float(losses.mean()))
+
+
+def close(run: Run, members: Members, problem: Problem, tasks: TaskSet) -> None:
+    """Turn the run of a descent into that of a fit, in place."""
+    found = at(members, problem, tasks, run.eta)
+    run.eta, run.hyper, run.loss = found.eta, found.hyper, found.loss
+
+
+def reopened(run: Run, members: Members | None) -> Run:
+    """The run of a fit as one to descend from, changed in place.
+
+    Raises ValueError where it was of another number of members.
+    """
+    found = run.hyper
+    count = len(found) if isinstance(found, Ensemble) else None
+    asked = None if members is None else members.number
+    if count != asked:
+        raise ValueError(f"resume is a fit with ensemble={count}, not {asked}: give it the same")
+    if isinstance(found, Ensemble):
+        run.eta = found.points
+    run.hyper, run.undetermined = None, ()
+    return run
