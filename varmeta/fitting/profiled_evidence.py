@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,33 @@ FACTOR = "covariance"
 _FLOOR, _FLOOR_OF_NOISE = 1e-6, 1e-7
 # Of the sds that one observation knows: tasks as a rule differ by less.
 _NARROWER = (1.0, 0.5, 0.25, 0.12, 0.06)
+
+
+class Sums(NamedTuple):
+    """What some tasks say at one covariance relative to the noise.
+
+    quadratic: s^2 [Z r]' V^-1 [Z r] `(P, P)`, V the covariance of y.
+    log_det: half of log|V / s^2|.
+    number: of observations.
+    log_weight: as in `ReducedTasks`.
+    """
+
+    quadratic: Tensor
+    log_det: Tensor
+    number: Tensor
+    log_weight: Tensor
+
+    def without(self, some: Sums) -> Sums:
+        """These tasks less some of them."""
+        return Sums(*(mine - theirs for mine, theirs in zip(self, some, strict=True)))
+
+
+class OneTask(NamedTuple):
+    """A task's part of `ReducedTasks`."""
+
+    triangle: Tensor
+    number: Tensor
+    log_weight: Tensor
 
 
 class ProfiledEvidence:
@@ -97,32 +125,55 @@ class ProfiledEvidence:
 
     def __call__(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """-log p(y | eta), nats, less the log density of the hyperpriors."""
-        loss = self._without_hyperpriors(coordinates, self._quadratic(coordinates))
-        if not self.has_hyperprior:
-            return loss
-        return loss + self.model.penalty(self._raw(coordinates, self.factor(coordinates)))
+        loss = self.loss(coordinates, self.sums(coordinates))
+        return loss + self.penalty(coordinates) if self.has_hyperprior else loss
 
-    def _without_hyperpriors(
-        self, coordinates: Mapping[str, Tensor], found: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        quadratic, log_det = found
-        count = self._count
-        squares = self._squares(coordinates, quadratic)
+    def penalty(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """-log of the hyperpriors' density."""
+        raw = self._raw(coordinates, self.factor(coordinates))
+        return torch.as_tensor(self.model.penalty(raw)).to(self.tasks.origin)
+
+    def loss(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
+        """-log p(y | eta) of these tasks, at the places that are best for them."""
+        if not self.profiles_places:
+            return -self.log_evidence(coordinates, sums, self._white(coordinates))
+        return self._normal(coordinates, sums, self._root(sums.quadratic)[..., -1, -1].square())
+
+    def log_evidence(self, coordinates: Mapping[str, Tensor], sums: Sums, at: Tensor) -> Tensor:
+        """log p(y | eta) of these tasks at places: minus their whitened coordinates, and 1."""
+        return -self._normal(coordinates, sums, at @ sums.quadratic @ at)
+
+    def _normal(self, coordinates: Mapping[str, Tensor], sums: Sums, squares: Tensor) -> Tensor:
+        """-log of a normal density of y."""
         log_scale = self.log_scale(coordinates)
-        fit = count * log_scale + 0.5 * squares * torch.exp(-2.0 * log_scale)
-        return 0.5 * count * math.log(2 * math.pi) - self.tasks.log_weights.sum() + fit + log_det
+        fit = sums.number * log_scale + 0.5 * squares * torch.exp(-2.0 * log_scale)
+        return 0.5 * math.log(2 * math.pi) * sums.number - sums.log_weight + fit + sums.log_det
 
-    def _quadratic(self, coordinates: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """s^2 [Z r]' V^-1 [Z r] and half of log|V / s^2|, summed; V is the covariance of y."""
-        white, log_det = self._whitened(coordinates)
+    def sums(self, coordinates: Mapping[str, Tensor]) -> Sums:
+        """What all tasks say together."""
+        white, log_det = self._whitened(coordinates, self.tasks.triangles)
         flat = white.flatten(0, 1)
-        return flat.mT @ flat + self.within, log_det.sum()
+        count, log_weight = self._count, self.tasks.log_weights.sum()
+        return Sums(flat.mT @ flat + self.within, log_det.sum(), count, log_weight)
 
-    def _whitened(self, coordinates: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def of_one(self, coordinates: Mapping[str, Tensor], task: OneTask) -> Sums:
+        """What a task says."""
+        white, log_det = self._whitened(coordinates, task.triangle.unsqueeze(0))
+        rest = task.triangle[self.size :]
+        quadratic = white[0].mT @ white[0] + rest.mT @ rest
+        return Sums(quadratic, log_det[0], task.number, task.log_weight)
+
+    def white_places(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
+        """Those that are best for these tasks, or those given: as `log_evidence` takes them."""
+        return self.best(sums.quadratic)[0] if self.profiles_places else self._white(coordinates)
+
+    def _whitened(
+        self, coordinates: Mapping[str, Tensor], triangles: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Each task's rows that its weights can move, in units of their spread, `(T, D, P)`, and
         half of log|V_i / s^2|; nothing is taken from what is larger, so no digit is lost.
         """
-        own = self.tasks.triangles[:, : self.size]
+        own = triangles[:, : self.size]
         moved = own[..., : self.size] @ self.factor(coordinates)
         return whitened(moved @ moved.mT + self._identity, own)
 
@@ -131,7 +182,7 @@ class ProfiledEvidence:
         coordinates = self.enter(eta)
         wide = {name: value.double() for name, value in eta.items()}
         at = self._white(wide)
-        white, log_det = self._whitened(coordinates)
+        white, log_det = self._whitened(coordinates, self.tasks.triangles)
         rest = self.tasks.triangles[:, self.size :] @ at
         squares = (white @ at).square().sum(-1) + rest.square().sum(-1)
         log_scale = self.log_scale(coordinates)
@@ -142,6 +193,21 @@ class ProfiledEvidence:
             + log_det
             + 0.5 * squares * torch.exp(-2.0 * log_scale)
         )
+
+    def determines(self, some: Sums, every: Sums, least: float) -> Tensor:
+        """Whether some tasks determine the places and the noise scale that are profiled.
+
+        least: what they must know of what every task knows; and have left of a fit to them.
+        """
+        if not self.profiles_places:
+            return torch.ones((), dtype=torch.bool)
+        known, all_of_it = (self._map.mT @ sums.quadratic @ self._map for sums in (some, every))
+        unit = all_of_it.diagonal(dim1=-2, dim2=-1).rsqrt()
+        root = cholesky(unit.unsqueeze(-1) * known * unit.unsqueeze(-2))
+        pivots = root.diagonal(dim1=-2, dim2=-1).square()
+        # NaN is no more than least
+        found = (pivots[..., :-1] > least).all(-1)
+        return found & (pivots[..., -1] > least) if self.learns_scale else found
 
     @property
     def _is_white(self) -> bool:
@@ -208,7 +274,7 @@ class ProfiledEvidence:
             )
             inverse: Tensor = torch.cholesky_inverse(cholesky(hessian))
             return inverse
-        inner = (self._map.mT @ self._quadratic(coordinates)[0] @ self._map)[:-1, :-1]
+        inner = (self._map.mT @ self.sums(coordinates).quadratic @ self._map)[:-1, :-1]
         root = cholesky(inner) / self.log_scale(coordinates).exp()
         back = torch.linalg.inv(r).mT if self._is_white else torch.eye(len(inner)).to(r)
         half = torch.linalg.solve_triangular(root, back, upper=False)
@@ -290,7 +356,7 @@ class ProfiledEvidence:
             for share in _NARROWER:
                 found = {**start, **named_parts(flat * torch.where(which > 0, share, 1.0), moving)}
                 if self.learns_scale:
-                    squares = self._squares(found, self._quadratic(found)[0])
+                    squares = self._squares(found, self.sums(found).quadratic)
                     found[SCALE] = 0.5 * (squares / self._count).log()
                 loss = float(self(found))
                 if loss < least:
@@ -319,7 +385,7 @@ class ProfiledEvidence:
         raw = {**self.eta, **{name: coordinates[name] for name in coordinates if name in self.eta}}
         log_scale = self.log_scale(coordinates)
         if self.profiles_places:
-            raw |= self._best_places(self._quadratic(coordinates)[0])
+            raw |= self._best_places(self.sums(coordinates).quadratic)
         if self.dense:
             own = self.tasks.whitening[: self.size, : self.size]
             root = torch.linalg.solve_triangular(own, factor, upper=True) * log_scale.exp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Any
 
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def profiled_newton(
     run.eta, run.converged = objective.leave(point), False
 
     def arrived(step: Step) -> None:
-        run.eta, run.loss = objective.leave(_row(step.phi)), step.loss
+        run.eta, run.loss = objective.leave(row(step.phi)), step.loss
         run.follow(step, first, spent, begin, callback)
 
     if not point:  # all that is learned is profiled
@@ -73,13 +74,7 @@ def profiled_newton(
         run.stop = "converged at once: the best places are known in closed form"
         return
     try:
-        solution = minimize_jointly(
-            _Loss(objective, point),
-            {name: value.unsqueeze(0) for name, value in point.items()},
-            {},
-            max_steps=max_steps - first,
-            callback=arrived,
-        )
+        solution = minimum(objective, point, max_steps=max_steps - first, callback=arrived)
         if not run.history:  # no step was taken
             arrived(
                 Step(0, solution.stats["loss"][-1], solution.phi, {}, solution.stats["evaluations"])
@@ -91,6 +86,17 @@ def profiled_newton(
         _tell(run, solution)
     except KeyboardInterrupt:
         run.stop = interrupted(run.step)
+
+
+def minimum(objective: ProfiledEvidence, point: dict[str, Tensor], **options: Any) -> JointSolution:
+    """The least of the objective, by `minimize_jointly` from `point`; its phi has one `row`."""
+    start = {name: value.unsqueeze(0) for name, value in point.items()}
+    return minimize_jointly(_Loss(objective, point), start, {}, **options)
+
+
+def row(phi: Tree) -> dict[str, Tensor]:
+    """Of the only task."""
+    return {name: value[0] for name, value in phi.items()}
 
 
 def _tell(run: Run, solution: JointSolution) -> None:
@@ -118,11 +124,7 @@ class _Loss:
         self.objective = objective
         if applies(objective):
             along = directions(objective, point)
-            self.derivatives = lambda phi, second: derivatives(objective, _row(phi), along, second)
+            self.derivatives = lambda phi, second: derivatives(objective, row(phi), along, second)
 
     def __call__(self, phi: Tree, eta: object) -> Tensor:
-        return self.objective(_row(phi)).reshape(1)
-
-
-def _row(phi: Tree) -> dict[str, Tensor]:
-    return {name: value[0] for name, value in phi.items()}
+        return self.objective(row(phi)).reshape(1)

@@ -114,6 +114,7 @@ def _quantiles(p: np.ndarray, k: np.ndarray, scale: np.ndarray) -> np.ndarray:
     k, scale = k[:, None], scale[:, None]
     near = np.abs(k) < np.finfo(float).eps
     safe = np.where(near, 1.0, k)
-    standard = np.where(near, -np.log1p(-p), np.expm1(-safe * np.log1p(-p)) / safe)
+    with np.errstate(over="ignore"):  # an infinite one is cut at the largest weight
+        standard = np.where(near, -np.log1p(-p), np.expm1(-safe * np.log1p(-p)) / safe)
     quantiles: np.ndarray = scale * standard
     return quantiles

@@ -1,4 +1,4 @@
-"""How the prior predicts unseen tasks: each training task left out in turn, no refit.
+"""How the prior predicts unseen tasks: each training task left out in turn.
 
 With a flat hyperprior on eta (as it is learned: logarithms of scales), the density of task i's data
 given all others' is
@@ -11,12 +11,16 @@ taken by autograd, and are weighted towards p(eta | Y_-i), the weights Pareto sm
 | eta) is known where the task's posterior is Gaussian by construction; else it is importance
 sampled from the task's guide with draws of theta that are the same for every eta, so that it is a
 smooth function of eta.
+
+Beside it, of a regression whose evidence is known, log p(y_i | eta) at the eta of a fit to the
+others (`fitting/without_each.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +28,9 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
+from varmeta.fitting.profiled_newton import minimum, row
+from varmeta.fitting.without_each import refitted
 from varmeta.guides.closed_form import log_evidence
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.noise import normal
@@ -32,6 +39,8 @@ from varmeta.numerics.tree import named_parts
 from varmeta.posteriors import psis
 from varmeta.posteriors.diagnostics import MIN_DRAWS, NO_DENSITY
 from varmeta.posteriors.observer import Observer
+from varmeta.priors.gaussian_prior import PRECISION
+from varmeta.strategies.strategy import Eta
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +54,14 @@ CELLS = 2_000_000
 DEGREES = 5
 # Newton steps from the fit to the maximum of the importance-sampled evidence.
 NEWTON_STEPS = 4
+# Of the logarithm of a learned sd, its standard error: more, and the evidence is as good as highest
+# where the sd is 0.
+WIDEST = 3.0
+NO_MAXIMUM = (
+    "the evidence has no maximum in all of the prior's numbers (a precision or a noise scale runs "
+    "away, or the guide is too far from the posteriors, see fit.posterior().diagnose()): give a "
+    "hyperprior, or fix what runs away"
+)
 
 
 def check(eta: Mapping[str, Tensor], num_tasks: int, num_samples: int, num_particles: int) -> None:
@@ -64,34 +81,86 @@ def check(eta: Mapping[str, Tensor], num_tasks: int, num_samples: int, num_parti
 
 
 def leave_one_task_out(
-    observer: Observer, num_samples: int, num_particles: int, seed: int
+    observer: Observer,
+    num_samples: int,
+    num_particles: int,
+    seed: int,
+    profiled: ProfiledEvidence | None = None,
 ) -> pd.DataFrame:
-    """See `Fit.leave_one_task_out`."""
+    """See `Fit.leave_one_task_out`; profiled: the evidence of a regression in closed form."""
     import pandas as pd
 
     names = observer.q.batch.names
-    size = sum(value.numel() for value in observer.q.eta.values())
     of_eta = _Evidence(observer, num_particles, seed)
-    centre, factor = _gaussian(of_eta)
-    standard, log_q = _student(num_samples, size, seed, centre)
+    refits = None if profiled is None else _refitted(profiled, observer.q.eta, names)
+    with torch.no_grad():
+        columns = {"log_evidence": of_eta(of_eta.start).tolist()}
+    columns["left_out"], k = _left_out(of_eta, num_samples, seed, refits is not None)
+    if refits is not None:
+        columns["refitted"] = refits
+    table = pd.DataFrame(columns | {"k_hat": k}, index=pd.Index(names, name="task"))
+    total = table.sum(skipna=False)
+    total["k_hat"] = table["k_hat"].max(skipna=False)
+    table.loc["all"] = total
+    table["reading"] = [
+        "no maximum" if math.isnan(value) else psis.reading(value, num_samples)
+        for value in table["k_hat"]
+    ]
+    return table
+
+
+def _left_out(
+    of_eta: _Evidence, num_samples: int, seed: int, has_refits: bool
+) -> tuple[list[float], list[float]]:
+    """log p(y_i | Y_-i) and k-hat of its weights, of every task.
+
+    Raises ValueError where the evidence has no maximum; with a warning and NaN where refits are
+    told.
+    """
+    found = _gaussian(of_eta)
+    if found is None and not has_refits:
+        raise ValueError(NO_MAXIMUM)
+    if found is None or (has_refits and of_eta.runs_away(found[1])):
+        warnings.warn(f"left_out is NaN: {NO_MAXIMUM}", RuntimeWarning, stacklevel=4)
+        return [math.nan] * of_eta.number, [math.nan] * of_eta.number
+    centre, factor = found
+    standard, log_q = _student(num_samples, len(centre), seed, centre)
     with torch.no_grad():
         draws = centre + standard @ factor.mT
-        found = of_eta.at(draws)  # (draws, tasks)
+        values = of_eta.at(draws)  # (draws, tasks)
         penalty = torch.stack([of_eta.penalty(draw) for draw in draws])
-        in_sample = of_eta(of_eta.start)
     # towards the posterior without task i
-    weights = (found.sum(1) - penalty - log_q).unsqueeze(1) - found
+    weights = (values.sum(1) - penalty - log_q).unsqueeze(1) - values
+    weights = torch.where(weights.isfinite(), weights, -math.inf)  # far out numbers are lost
     smoothed, k = psis.smooth(weights.T.cpu().numpy().astype(float))
-    scores = np.logaddexp.reduce(smoothed + found.T.cpu().numpy(), axis=1)
-    table = pd.DataFrame(
-        {"log_evidence": in_sample.tolist(), "left_out": scores.tolist(), "k_hat": k},
-        index=pd.Index(names, name="task"),
-    )
-    table["reading"] = [psis.reading(value, num_samples) for value in k]
-    worst = float(k.max())
-    total = [float(in_sample.sum()), float(scores.sum()), worst, psis.reading(worst, num_samples)]
-    table.loc["all"] = total
-    return table
+    # a draw of no weight may have no value either
+    terms = np.where(np.isfinite(smoothed), smoothed + values.T.cpu().numpy(), -np.inf)
+    scores = np.logaddexp.reduce(terms, axis=1)
+    return scores.tolist(), k.tolist()
+
+
+def _refitted(profiled: ProfiledEvidence, eta: Eta, names: Sequence[str]) -> list[float] | None:
+    """log p(y_i | eta) of every task at the eta of a fit to the others.
+
+    NaN, with a warning, where they have none; None for too many numbers.
+    """
+    point = profiled.enter(eta)
+    best = row(minimum(profiled, point).phi) if point else point
+    found = refitted(profiled, best)
+    if found is None:
+        return None
+    lost = [name for name, value in zip(names, found.tolist(), strict=True) if math.isnan(value)]
+    if lost:
+        shown = ", ".join(map(repr, lost[:3])) + (", ..." if len(lost) > 3 else "")
+        warnings.warn(
+            f"refitted is NaN of {len(lost)} of {len(names)} tasks, {shown}: without such a task "
+            "the others do not determine the prior and the noise (they are too few, or each "
+            "follows its own weights without noise, so that the evidence has no maximum): give "
+            "hyperpriors, or fix scale= or precision=",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return found.tolist()
 
 
 class _Evidence:
@@ -104,6 +173,7 @@ class _Evidence:
         if q.is_point:
             raise ValueError(NO_DENSITY)
         self.observer, self.model, self.eta, self.offset = observer, observer.model, q.eta, q.offset
+        self.number = len(q.batch)
         self.start = torch.cat([value.reshape(-1) for value in q.eta.values()])
         # where the tasks' posteriors are Gaussian by construction nothing is drawn
         self.is_known = q.model.is_linear_gaussian
@@ -121,6 +191,12 @@ class _Evidence:
 
     def penalty(self, flat: Tensor) -> Tensor:
         return torch.as_tensor(self.model.penalty(self.named(flat))).to(flat)
+
+    def runs_away(self, factor: Tensor) -> bool:
+        """Whether the evidence hardly falls towards an sd of 0, by a factor of eta's covariance."""
+        named = self.named(factor.norm(dim=-1))
+        errors = [error for name, error in named.items() if name.partition(".")[0] == PRECISION]
+        return any(bool((0.5 * error > WIDEST).any()) for error in errors)
 
     def __call__(self, flat: Tensor) -> Tensor:
         eta = self.named(flat)
@@ -152,9 +228,10 @@ def _student(number: int, size: int, seed: int, like: Tensor) -> tuple[Tensor, T
     return draws, -0.5 * (DEGREES + size) * torch.log1p(draws.square().sum(1) / DEGREES)
 
 
-def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor]:
-    """Where the evidence of all tasks has its maximum, and a factor of the inverse curvature
-    there.
+def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor] | None:
+    """Where the evidence of all tasks has its maximum, and a factor of the inverse curvature there.
+
+    None where it has no maximum.
     """
 
     def total(flat: Tensor) -> Tensor:
@@ -167,11 +244,7 @@ def _gaussian(of_eta: _Evidence) -> tuple[Tensor, Tensor]:
         hessian = vector_hessian(total, flat)
         root, failed = torch.linalg.cholesky_ex(0.5 * (hessian + hessian.mT))
         if int(failed):
-            raise ValueError(
-                "the evidence has no maximum in all of the prior's numbers (a precision or a noise "
-                "scale runs away, or the guide is too far from the posteriors, see "
-                "fit.posterior().diagnose()): give a hyperprior, or fix what runs away"
-            )
+            return None
         if step < NEWTON_STEPS:
             flat = flat - torch.cholesky_solve(gradient.unsqueeze(-1), root).squeeze(-1)
     # root root' is the curvature, so that root'^-1 z has its inverse as covariance

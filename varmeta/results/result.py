@@ -392,19 +392,25 @@ class Fit:
     ) -> pd.DataFrame:
         """log p(y_i | the other tasks' data) of every training task, in nats.
 
-        By importance weights instead of refits.
+        By importance weights; of regressions by refits too.
 
         One row per task, and "all", their sum, which compares priors and models on the same tasks
         (larger is better).
-        Columns: log_evidence, log p(y_i | eta) at the fit, which has seen the task; left_out; k_hat
-        and reading of the weights that leave it out, as in `Posterior.diagnose`: where the reading
-        is "unreliable" or worse, refit without that task.
+        Columns: log_evidence, log p(y_i | eta) at the fit, which has seen the task; left_out, with
+        the uncertainty of eta integrated out; refitted, log p(y_i | eta) at the eta that a fit to
+        the other tasks finds; k_hat and reading of the weights that make left_out, as in
+        `Posterior.diagnose`: where the reading is "unreliable" or worse, refit without that task.
+        refitted is there for regressions (`nn.Linear`, `LinearPredictor` under
+        `likelihoods.Gaussian`) whose fit maximises the evidence itself, as with
+        Joint("multivariate_normal").  It is NaN, with a warning, of tasks without which the others
+        have no maximum.  In a singular fit (an sd of 0, a correlation of 1) a flat hyperprior has
+        no posterior: left_out is NaN, with a warning, and refitted is what it should be.
         num_samples: draws of the prior's numbers, from a t at the maximum of the evidence under a
             flat hyperprior (or the model's); num_particles: draws of each task's guide, where its
             evidence is not known in closed form.
 
         Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100
-        numbers, and where the evidence has no maximum.
+        numbers, and where the evidence has no maximum and there are no refits.
         """
         if self.members is not None:
             raise ValueError("an ensemble has no one eta to leave a task out of: fit one member")
@@ -415,7 +421,9 @@ class Fit:
             )
         leave_one_out.check(self.eta, len(self.tasks), num_samples, num_particles)
         observer = self.posterior().observer
-        return leave_one_out.leave_one_task_out(observer, num_samples, num_particles, seed)
+        return leave_one_out.leave_one_task_out(
+            observer, num_samples, num_particles, seed, self._profiled
+        )
 
     def to_arviz(self, num_samples: int = 1000, seed: int = 0) -> Any:
         """The training tasks' posteriors, the learned prior and the run's record, for ArviZ.
