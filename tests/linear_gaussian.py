@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import seeded
+from varmeta.priors.factor_normal import FactorNormal
 
 Gaussian, Prior = vm.likelihoods.Gaussian, vm.GaussianPrior
 
@@ -111,6 +112,10 @@ REGRESSIONS: dict[str, Callable[[], tuple[vm.TaskModel, vm.TaskSet]]] = {
 
 NETWORKS: dict[str, Callable[[], tuple[vm.TaskModel, vm.TaskSet]]] = {
     "head": lambda: (_net(body(nn.Linear(4, 1)), ["0.*"]), rows()),
+    "head of low rank": lambda: (
+        _net(body(nn.Linear(4, 1)), ["0.*"], learn_precision="low_rank", rank=2),
+        rows(),
+    ),
     "head of independent weights": lambda: (
         _net(body(nn.Linear(4, 1)), ["0.*"], learn_precision="per_parameter"),
         rows(),
@@ -123,7 +128,12 @@ NETWORKS: dict[str, Callable[[], tuple[vm.TaskModel, vm.TaskSet]]] = {
     "two outputs of a head": lambda: (_net(body(nn.Linear(4, 2)), ["0.*"]), rows(outputs=2)),
 }
 
-MODELS = REGRESSIONS | NETWORKS
+# Whose evidence is known, but not profiled in whitened columns.
+OTHERS: dict[str, Callable[[], tuple[vm.TaskModel, vm.TaskSet]]] = {
+    "low rank": lambda: (_predictor(Prior(learn_precision="low_rank", rank=1)), rows()),
+}
+
+MODELS = REGRESSIONS | OTHERS | NETWORKS
 
 
 def moved(model: vm.TaskModel, seed: int = 1) -> dict[str, Tensor]:
@@ -155,7 +165,7 @@ def dense_evidence(
     """log p(y_i | eta) of each task by the covariance of its rows; query: of both parts."""
     prior = model.prior_distribution(eta)
     scale = eta["log_scale"].exp() if "log_scale" in eta else torch.tensor(0.5, dtype=torch.float64)
-    dense = isinstance(prior, dist.MultivariateNormal)
+    dense = isinstance(prior, dist.MultivariateNormal | FactorNormal)
     spread = prior.covariance_matrix if dense else torch.diag(prior.variance)
     found = []
     for task in tasks:

@@ -9,23 +9,28 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from tests.common import F64, randn
-from varmeta.guides.gaussian import BlockNormal, LowRankNormal, StructuredNormal
+from varmeta.guides.gaussian import BlockNormal, LowRankNormal
 from varmeta.guides.kl import kl, move
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.numerics.roots import DiagonalRoot, LowRankRoot, Root, TriangularRoot
+from varmeta.priors.factor_normal import FactorNormal
+from varmeta.priors.factors import unit_lower
+from varmeta.priors.structured_normal import StructuredNormal
 
 SIZE = 6
 BATCH = (3, 1)
 
 
-def low_rank(rank: int = 2, length: float = 1.0, dense: bool = False) -> LowRankNormal:
+ROOTS: dict[str, Root] = {
+    "diagonal": DiagonalRoot(randn(SIZE, seed=10).exp()),
+    "dense": TriangularRoot(torch.eye(SIZE, dtype=F64) + 0.4 * randn(SIZE, SIZE, seed=10).tril(-1)),
+    "low rank": LowRankRoot(randn(SIZE, seed=10).exp(), randn(SIZE, 2, seed=11)),
+}
+
+
+def low_rank(rank: int = 2, length: float = 1.0, root: str = "diagonal") -> LowRankNormal:
     spread = (0.5 * randn(*BATCH, SIZE, seed=1)).exp()
-    root = (
-        torch.eye(SIZE, dtype=F64) + 0.4 * randn(SIZE, SIZE, seed=10).tril(-1)
-        if dense
-        else randn(SIZE, seed=10).exp()
-    )
     parts = spread, length * randn(*BATCH, SIZE, rank, seed=3)
-    return LowRankNormal(randn(*BATCH, SIZE, seed=2), parts, root)
+    return LowRankNormal(randn(*BATCH, SIZE, seed=2), parts, ROOTS[root])
 
 
 def block(positions: tuple[int, ...] = (4, 1, 2)) -> BlockNormal:
@@ -38,7 +43,8 @@ CASES = {
     "rank 1": lambda: low_rank(1),
     "rank 2": low_rank,
     "rank D": lambda: low_rank(SIZE),
-    "dense root": lambda: low_rank(2, dense=True),
+    "dense root": lambda: low_rank(2, root="dense"),
+    "low-rank root": lambda: low_rank(2, root="low rank"),
     "W = 0": lambda: low_rank(2, 0.0),
     "long W": lambda: low_rank(2, 30.0),
     "block": block,
@@ -50,6 +56,9 @@ PRIORS = {
     "dense": dist.MultivariateNormal(
         randn(SIZE, seed=5), scale_tril=torch.eye(SIZE, dtype=F64) + 0.3 * randn(SIZE, SIZE).tril()
     ),
+    "low rank": FactorNormal(
+        randn(SIZE, seed=5), LowRankRoot(randn(SIZE, seed=6).exp(), randn(SIZE, 2, seed=12))
+    ),
 }
 
 
@@ -60,7 +69,7 @@ def dense(q: StructuredNormal) -> dist.MultivariateNormal:
         precision = (eye + q.factor @ q.factor.mT) / (
             q.spread.unsqueeze(-1) * q.spread.unsqueeze(-2)
         )
-        root = torch.diag(q.root) if q.root.dim() == 1 else q.root
+        root = q.root.matrix
         return dist.MultivariateNormal(
             q.loc, covariance_matrix=root @ precision.inverse() @ root.mT
         )
@@ -85,6 +94,7 @@ def test_moments_density_and_products(name: str) -> None:
     value = randn(5, *BATCH, SIZE, seed=7)
     close(q.log_prob(value), known.log_prob(value))
     close(q.whitened(q.scaled(value)), value)
+    close(q.transposed(value), (q.scale_matrix.mT @ value.unsqueeze(-1)).squeeze(-1))
     close((q.scale_matrix @ value.unsqueeze(-1)).squeeze(-1), q.scaled(value))
     close(move(q, value), q.loc + q.scaled(value))
     close(2.0 * q.log_det, known.covariance_matrix.logdet())
@@ -95,20 +105,23 @@ def test_moments_density_and_products(name: str) -> None:
 def test_divergence_from_the_prior(name: str, prior: str) -> None:
     q, p = CASES[name](), PRIORS[prior]
     gaussian = (
-        p if prior == "dense" else dist.MultivariateNormal(p.mean, scale_tril=torch.diag(p.stddev))
+        dist.MultivariateNormal(p.mean, scale_tril=torch.diag(p.stddev))
+        if prior == "diagonal"
+        else dist.MultivariateNormal(p.mean, covariance_matrix=p.covariance_matrix)
     )
     torch.testing.assert_close(kl(q, p), kl_divergence(dense(q), gaussian.expand(BATCH)))
 
 
-@pytest.mark.parametrize("name", ["rank 2", "dense root", "W = 0", "block"])
-def test_draws_and_divergence_are_differentiable_twice(name: str) -> None:
+@pytest.mark.parametrize("prior", ["dense", "low rank"])
+@pytest.mark.parametrize("name", ["rank 2", "dense root", "low-rank root", "W = 0", "block"])
+def test_draws_and_divergence_are_differentiable_twice(name: str, prior: str) -> None:
     """Also where W loses rank, at which a matrix root by eigenvalues has no derivative."""
     q = CASES[name]()
     noise = randn(2, *BATCH, SIZE, seed=8)
 
     def function(loc: Tensor, *parts: Tensor) -> Tensor:
         now = q._like(loc, parts)
-        return kl(now, PRIORS["dense"]).sum() + move(now, noise).sin().sum()
+        return kl(now, PRIORS[prior]).sum() + move(now, noise).sin().sum()
 
     parts = [q.loc, *q._parts]
     if isinstance(q, BlockNormal):  # its ones and zeros are no parameters

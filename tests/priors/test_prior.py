@@ -12,7 +12,7 @@ from scipy import stats
 
 import varmeta as vm
 from tests.common import F64, moved, randn
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.priors.factors import unit_lower
 from varmeta.priors.weights import Weights
 
 WEIGHTS = Weights(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import varmeta as vm
-from varmeta.priors.gaussian_prior import log_precision_and_tril
+from varmeta.priors.factors import log_precision_and_tril
 from varmeta.results.doubts import doubts
 
 

@@ -21,7 +21,7 @@ from tests.cases import GUIDES, OUTERS, linear_model, net_model, ragged_tasks, s
 from tests.common import F64, moved, problem, randn, start, with_grad
 from varmeta.guides.kl import kl, move
 from varmeta.numerics.noise import task_id
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.priors.factors import unit_lower
 from varmeta.strategies.expectation import Cubature, MonteCarlo, Point, make_expectation
 
 PRIORS: dict[str, Any] = {

@@ -30,7 +30,7 @@ from varmeta.fitting.joint_newton import MAX_NEWTON_SIZE, WHY_IT_ENDED
 from varmeta.fitting.run import Callback, Run, interrupted, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.guides.convex import LOG_CONCAVE
-from varmeta.guides.kl import location, scale
+from varmeta.guides.kl import location, root_of
 from varmeta.guides.quadrature import Quadrature
 from varmeta.models.model import TaskModel, negative_log_likelihood
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
@@ -235,7 +235,5 @@ def _density(model: TaskModel, batch: Batch) -> Density:
 def _group_density(model: TaskModel, u: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
     with validation_enabled(False):
         prior = model.prior_distribution(eta)
-        root = scale(prior)
-        assert root is not None  # the prior is a Gaussian
-        theta = location(prior) + (u * root if root.dim() == 1 else u @ root.mT)
+        theta = location(prior) + root_of(prior).times(u)
         return -negative_log_likelihood(model, theta.unsqueeze(-2), eta, data)[1]

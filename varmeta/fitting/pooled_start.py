@@ -17,7 +17,7 @@ from varmeta.numerics.minimize import Losses, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, leaves
-from varmeta.priors.gaussian_prior import PRECISION, TRIL
+from varmeta.priors.factors import FACTOR, PRECISION, TRIL
 from varmeta.strategies.expectation import MAX_CUBATURE_SIZE, Cubature, GaussHermite
 from varmeta.strategies.objective import Objective
 from varmeta.strategies.problem import Problem
@@ -136,7 +136,9 @@ def pooled_fit(
     if not bool(batch.support.mask.any()):
         return None
     moving = [
-        name for name in eta if name.partition(".")[0] not in (PRECISION, TRIL) and name not in hold
+        name
+        for name in eta
+        if name.partition(".")[0] not in (PRECISION, TRIL, FACTOR) and name not in hold
     ]
     if not moving:
         information = _information(model, batch, eta)

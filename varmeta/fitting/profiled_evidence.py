@@ -25,7 +25,7 @@ from varmeta.models.model import TaskModel
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import cholesky, lower_root, whitened
-from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril
+from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
 from varmeta.strategies.strategy import Eta
 
 FACTOR = "covariance"

@@ -16,7 +16,7 @@ from varmeta.fitting.run import Callback, Run, interrupted, non_finite
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
-from varmeta.priors.gaussian_prior import PRECISION
+from varmeta.priors.factors import PRECISION
 from varmeta.strategies import closed_form
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
@@ -32,9 +32,11 @@ def profiled(
     """The objective of a regression whose evidence is known in closed form.
 
     None elsewhere, and where Newton's method does not serve: a network's shared layers, many
-    weights, collinear columns.
+    weights, collinear columns; and of a low-rank prior, which whitened columns make a dense one.
     """
     model = problem.model
+    if model.prior.learn_precision == "low_rank":
+        return None
     if not strategy.traits(problem).closed_form or not closed_form.is_evidence(
         problem, strategy.outer
     ):

@@ -29,7 +29,7 @@ from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree, named_parts
 from varmeta.numerics.triangular import lower_root, whitened_columns
-from varmeta.priors.gaussian_prior import PRECISION, TRIL, log_precision_and_tril, unit_lower
+from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.strategies.strategy import Eta

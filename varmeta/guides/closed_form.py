@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from varmeta.guides.guide import Guide
-from varmeta.guides.kl import location, scale
+from varmeta.guides.kl import location, root_of
 from varmeta.models.constants import constants
 from varmeta.models.design import columns
 from varmeta.models.model import TaskModel
 from varmeta.numerics import gaussian
 from varmeta.numerics.gaussian import Standardised
+from varmeta.numerics.roots import LowRankRoot
 from varmeta.numerics.tree import Tree
+from varmeta.numerics.triangular import lower_root
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
@@ -67,16 +70,20 @@ def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) 
     """phi at the minimum of F_i, differentiable in eta; None where the guide does not know it."""
     tasks = standardised(model, eta, data)
     found = gaussian.posterior(tasks)
-    loc, factor = _prior(model, eta)
-    if factor.dim() == 1:
-        factor = torch.diag_embed(factor)
-    phi = guide.at_gaussian(loc + found.mean @ factor.mT, factor @ found.factor)
+    prior = _prior(model, eta)
+    root = root_of(prior)
+    if isinstance(root, LowRankRoot):  # its products are no triangle
+        factor = lower_root(root.times(found.factor.mT).mT)
+    else:
+        factor = root.matrix @ found.factor
+    phi = guide.at_gaussian(location(prior) + root.times(found.mean), factor)
     return None if phi is None else {name: value.to(data.x) for name, value in phi.items()}
 
 
 def standardised(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Standardised:
     """The tasks in units of the prior and of their noise, in float64."""
-    loc, factor = _prior(model, eta)
+    prior = _prior(model, eta)
+    loc = location(prior)
     x, y = data.filled
     count = data.mask.sum(-1)
     if not data.mask.shape[1]:
@@ -96,7 +103,7 @@ def standardised(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Sta
     residual = (observed.reshape(constant.shape).double() - constant.double()) * unit
     moved = mean.unsqueeze(-1) if by is None else mean[:, None, :, None]
     residual = residual - (design @ moved).squeeze(-1)
-    design = design * factor if factor.dim() == 1 else design @ factor
+    design = root_of(prior).transposed(design)
     log_scale = torch.where(mask, spread.log(), 0.0).sum((-2, -1))
     outputs = constant.shape[-1]
     return Standardised(
@@ -115,10 +122,7 @@ def design_of(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> tuple[T
     return torch.func.vmap(lambda one: columns(net, names, values, one))(x)
 
 
-def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """theta0 `(D,)` and sds `(D,)` or the lower factor `(D, D)`, in float64."""
+def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
+    """N(theta0, Lambda^-1), in float64."""
     with validation_enabled(False):
-        prior = model.prior_distribution({name: value.double() for name, value in eta.items()})
-    factor = scale(prior)
-    assert factor is not None  # the prior is a Gaussian
-    return location(prior), factor
+        return model.prior_distribution({name: value.double() for name, value in eta.items()})

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from varmeta.guides.delta import Delta
 from varmeta.guides.guide import Guide
-from varmeta.guides.kl import scale
+from varmeta.guides.kl import root_of
 from varmeta.guides.laplace import Laplace
 from varmeta.likelihoods.continuous import Gaussian, LogNormal
 from varmeta.likelihoods.discrete import Bernoulli, Binomial, Categorical, NegativeBinomial, Poisson
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import Quadratic
-from varmeta.numerics.tree import Tree, flatten
+from varmeta.numerics.tree import Tree, detach, flatten
 from varmeta.priors.validation import validation_enabled
 
 # Their log densities are concave in the network's output.  Exact classes: a subclass may be
@@ -36,12 +36,9 @@ def inverse_ceiling(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -
         return None
     # validation looks at numbers, which a graph that is being captured does not have yet
     with validation_enabled(False):
-        root = scale(model.prior_distribution(eta))
-    assert root is not None  # the prior is a Gaussian
-    root = root.detach()
+        root = root_of(model.prior_distribution(detach(dict(eta))))
 
     def ceiling(v: Tree) -> Tensor:
-        rows = flatten(v)
-        return (rows @ root if model.prior.dense else rows * root).square().sum(-1)
+        return root.transposed(flatten(v)).square().sum(-1)
 
     return ceiling

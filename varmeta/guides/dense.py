@@ -13,7 +13,7 @@ from varmeta.guides.guide import Guide, copies, sample
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import Tree
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.priors.factors import unit_lower
 from varmeta.tasks import Data
 
 

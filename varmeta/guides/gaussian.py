@@ -1,97 +1,12 @@
-"""Gaussians over theta whose scale A is known by its products, never as a D x D matrix.
-
-The covariance is A A'.
-"""
+"""Gaussians between mean-field and dense, known by the products of their scale: for guides."""
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from typing import Any
-
-import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
-
-class StructuredNormal(dist.TorchDistribution):
-    """N(loc, A A'), A square, of any shape that knows its own products; loc `(..., D)`."""
-
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (torch's own convention)
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, parts: tuple[Tensor, ...]) -> None:
-        # parts: the tensors that make A, each with the batch axes of loc first
-        self.loc, self._parts = loc, parts
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
-
-    @abstractmethod
-    def scaled(self, noise: Tensor) -> Tensor:
-        """A z for vectors z `(..., D)`."""
-
-    @abstractmethod
-    def whitened(self, offset: Tensor) -> Tensor:
-        """A^-1 v for vectors v `(..., D)`."""
-
-    @property
-    @abstractmethod
-    def log_det(self) -> Tensor:
-        """log |det A|, `(...)`."""
-
-    @property
-    @abstractmethod
-    def variance(self) -> Tensor:
-        """The diagonal of A A', `(..., D)`."""
-
-    @abstractmethod
-    def squares_in(self, factor: Tensor) -> Tensor:
-        """|S^-1 A|^2 summed over all entries, for a lower triangular S `(D, D)`, `(...)`."""
-
-    @property
-    def mean(self) -> Tensor:
-        return self.loc
-
-    @property
-    def scale_matrix(self) -> Tensor:
-        """A, `(..., D, D)`: for few weights."""
-        size = self.event_shape[0]
-        eye = torch.eye(size, dtype=self.loc.dtype, device=self.loc.device)
-        # vectors first, so that each batch entry maps all of them
-        return self.scaled(eye.reshape(size, *(1,) * len(self.batch_shape), size)).movedim(0, -1)
-
-    @property
-    def covariance_matrix(self) -> Tensor:
-        """A A', `(..., D, D)`: for few weights."""
-        a = self.scale_matrix
-        return a @ a.mT
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        whitened = self.whitened(value - self.loc)
-        size = self.event_shape[0]
-        return -0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) - self.log_det
-
-    # torch's own signature
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        shape = self._extended_shape(sample_shape)
-        return self.loc + self.scaled(
-            torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        )
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> StructuredNormal:
-        batch = torch.Size(batch_shape)
-        own = len(self.batch_shape)
-        parts = tuple(part.expand(batch + part.shape[own:]) for part in self._parts)
-        return self._like(self.loc.expand(batch + self.event_shape), parts)
-
-    def moved(self, loc: Tensor) -> StructuredNormal:
-        """The same around another location."""
-        return self._like(loc, self._parts)
-
-    @abstractmethod
-    def _like(self, loc: Tensor, parts: tuple[Tensor, ...]) -> StructuredNormal:
-        """Another of the same shape."""
+from varmeta.numerics.roots import Root
+from varmeta.priors.structured_normal import StructuredNormal
 
 
 class LowRankNormal(StructuredNormal):
@@ -99,9 +14,8 @@ class LowRankNormal(StructuredNormal):
 
     Q = diag(1/s) (I + W W') diag(1/s).
 
-    parts: s `(..., D)` and W `(..., D, rank)`.  root: S, `(D,)` where it is diagonal, else lower
-    triangular `(D, D)`. With R R' = I + W'W (a `rank` x `rank` Cholesky factor), by Woodbury's
-    identity and the determinant lemma
+    parts: s `(..., D)` and W `(..., D, rank)`.  root: S, by its products. With R R' = I + W'W (a
+    `rank` x `rank` Cholesky factor), by Woodbury's identity and the determinant lemma
 
         Q^-1 = diag(s) (I - V'V) diag(s),   V = R^-1 W',   log det Q^-1 = 2 sum log s - 2 log det R,
         A z = S s (z - W R'^-1 (I + R)^-1 W'z)   and   A^-1 v = (I + W (I + R)'^-1 W') (S^-1 v / s)
@@ -111,7 +25,7 @@ class LowRankNormal(StructuredNormal):
     eigendecomposition would not be.
     """
 
-    def __init__(self, loc: Tensor, parts: tuple[Tensor, ...], root: Tensor) -> None:
+    def __init__(self, loc: Tensor, parts: tuple[Tensor, ...], root: Root) -> None:
         super().__init__(loc, parts)
         self.spread, self.factor = parts
         self.root = root
@@ -124,40 +38,36 @@ class LowRankNormal(StructuredNormal):
         eye = torch.eye(self._r.shape[-1], dtype=noise.dtype, device=noise.device)
         inner = _solve(eye + self._r, times(self.factor.mT, noise).unsqueeze(-1), upper=False)
         inner = _solve(self._r.mT, inner, upper=True).squeeze(-1)
-        z = self.spread * (noise - times(self.factor, inner))
-        return self.root * z if self.root.dim() == 1 else z @ self.root.mT
+        return self.root.times(self.spread * (noise - times(self.factor, inner)))
 
     def whitened(self, offset: Tensor) -> Tensor:
-        dense = self.root.dim() == 2
-        v = (
-            _solve(self.root, offset.unsqueeze(-1), upper=False).squeeze(-1)
-            if dense
-            else offset / self.root
-        )
-        v = v / self.spread
+        v = self.root.solve(offset) / self.spread
         eye = torch.eye(self._r.shape[-1], dtype=v.dtype, device=v.device)
         inner = _solve((eye + self._r).mT, self.factor.mT @ v.unsqueeze(-1), upper=True)
         return v + (self.factor @ inner).squeeze(-1)
 
+    def transposed(self, v: Tensor) -> Tensor:
+        v = self.root.transposed(v) * self.spread
+        eye = torch.eye(self._r.shape[-1], dtype=v.dtype, device=v.device)
+        inner = _solve(self._r, times(self.factor.mT, v).unsqueeze(-1), upper=False)
+        inner = _solve((eye + self._r).mT, inner, upper=True).squeeze(-1)
+        return v - times(self.factor, inner)
+
     @property
     def log_det(self) -> Tensor:
-        scale = self.root if self.root.dim() == 1 else self.root.diagonal()
         return (
-            scale.log().sum()
+            self.root.log_det
             + self.spread.log().sum(-1)
             - self._r.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         )
 
     @property
     def variance(self) -> Tensor:
-        if self.root.dim() == 1:
-            return (self.root * self.spread).square() * (1.0 - self._v.square().sum(-2))
-        rows = self.root * self.spread.unsqueeze(-2)
-        return rows.square().sum(-1) - (rows @ self._v.mT).square().sum(-1)
+        taken = self.root.times(self.spread.unsqueeze(-2) * self._v).square().sum(-2)
+        return self.root.variance(self.spread.square()) - taken
 
     def squares_in(self, factor: Tensor) -> Tensor:
-        root = torch.diag_embed(self.root) if self.root.dim() == 1 else self.root
-        ratio: Tensor = torch.linalg.solve_triangular(factor, root, upper=False)
+        ratio: Tensor = torch.linalg.solve_triangular(factor, self.root.matrix, upper=False)
         m = ratio * self.spread.unsqueeze(-2)
         return m.square().sum((-2, -1)) - (m @ self._v.mT).square().sum((-2, -1))
 
@@ -197,6 +107,12 @@ class BlockNormal(StructuredNormal):
         v = offset / self.spread
         own = _solve(self.triangle, v[..., self.block].unsqueeze(-1), upper=False).squeeze(-1)
         return self._put(own, v[..., self._rest])
+
+    def transposed(self, v: Tensor) -> Tensor:
+        v = v * self.spread
+        own = times(self.triangle.mT, v[..., self.block])
+        rest = v[..., self._rest]
+        return self._put(own, rest.expand(*own.shape[:-1], rest.shape[-1]))
 
     @property
     def log_det(self) -> Tensor:

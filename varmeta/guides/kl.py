@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
-from varmeta.guides.gaussian import StructuredNormal, times
+from varmeta.guides.gaussian import times
+from varmeta.numerics.roots import DiagonalRoot, Root, TriangularRoot
+from varmeta.priors.factor_normal import FactorNormal
+from varmeta.priors.structured_normal import StructuredNormal
 
 
 def location(q: dist.TorchDistribution) -> Tensor:
@@ -61,8 +64,8 @@ def scale(q: dist.TorchDistribution) -> Tensor | None:
 
     The sd of a diagonal normal, the factor of a dense one, None for a point.
 
-    Of a structured one its whole matrix A, which only few weights allow.  Raises TypeError for any
-    other distribution.
+    Of a structured one its whole matrix A, which only few weights allow; of a low-rank prior its
+    lower factor.  Raises TypeError for any other distribution.
     """
     require_closed_form(q)
     if isinstance(q, dist.Delta):
@@ -76,6 +79,15 @@ def scale(q: dist.TorchDistribution) -> Tensor | None:
     return factor
 
 
+def root_of(p: dist.TorchDistribution) -> Root:
+    """A square root of the covariance of a Gaussian prior, by its products."""
+    if isinstance(p, FactorNormal):
+        return p.root
+    found = scale(p)
+    assert found is not None  # the prior is a Gaussian
+    return DiagonalRoot(found) if found.dim() == 1 else TriangularRoot(found)
+
+
 def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     """KL[q || p] per task, in nats.
 
@@ -84,25 +96,25 @@ def kl(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     With p = N(mu, S S') and q = N(m, L L'):
     KL = 1/2 |S^-1 L|^2 + 1/2 |S^-1 (m - mu)|^2 - D/2 + log det S - log det L.
     """
-    p_scale = scale(p)
-    assert p_scale is not None  # the prior is a Gaussian
     offset = location(q) - location(p)
     size = offset.shape[-1]
-    if isinstance(p, Independent):
+    if isinstance(p, FactorNormal):  # of which no matrix of all weights is made
+        whitened, log_det_p = p.whitened(offset), p.log_det
+    elif isinstance(p, Independent):
         # of the prior's own numbers, not of every task's: one division instead of one for each
         # weight of each task
-        sd = _once(p_scale)
+        sd = _once(p.base_dist.scale)
         whitened = offset * sd.reciprocal()
         log_det_p = sd.log().sum(-1) * (size / sd.shape[-1])
     else:
         whitened = torch.linalg.solve_triangular(
-            p_scale.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
+            p.scale_tril.expand(*offset.shape, size), offset.unsqueeze(-1), upper=False
         ).squeeze(-1)
-        log_det_p = p_scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_det_p = p.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     if isinstance(q, dist.Delta):
         # not p.log_prob, which takes the logarithm of every weight's scale for every task
         return 0.5 * (whitened.square().sum(-1) + size * math.log(2 * math.pi)) + log_det_p
-    squares, log_det_q = _squares(q, p, p_scale), _log_det(q)
+    squares, log_det_q = _squares(q, p), _log_det(q)
     return 0.5 * (squares + whitened.square().sum(-1) - size) + log_det_p - log_det_q
 
 
@@ -116,8 +128,12 @@ def _once(x: Tensor) -> Tensor:
     return x
 
 
-def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tensor) -> Tensor:
+def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution) -> Tensor:
     """|S^-1 L|^2."""
+    if isinstance(p, FactorNormal):
+        return _low_rank_squares(q, p)
+    p_scale = scale(p)
+    assert p_scale is not None  # the prior is a Gaussian
     if isinstance(q, StructuredNormal):
         diagonal = isinstance(p, Independent)
         return (q.variance / p_scale.square()).sum(-1) if diagonal else q.squares_in(p_scale)
@@ -134,6 +150,19 @@ def _squares(q: dist.TorchDistribution, p: dist.TorchDistribution, p_scale: Tens
         p_scale.expand(batch), factor.expand(batch), upper=False
     )
     return whole.square().sum((-2, -1))
+
+
+def _low_rank_squares(q: dist.TorchDistribution, p: FactorNormal) -> Tensor:
+    """|S^-1 L|^2, the trace of the prior's precision times q's covariance."""
+    root = p.root
+    if isinstance(q, Independent):
+        return (q.variance * root.precisions).sum(-1)
+    if not isinstance(q, StructuredNormal):
+        return root.solve(q.scale_tril.mT).square().sum((-2, -1))
+    own = (q.variance / root.spread.square()).sum(-1)
+    lead = (1,) * len(q.batch_shape)
+    taken = q.transposed(root.taken.reshape(-1, *lead, root.taken.shape[-1]))
+    return own - taken.square().sum(-1).sum(0)
 
 
 def _log_det(q: dist.TorchDistribution) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -15,11 +15,12 @@ from varmeta._checks import whole_number
 from varmeta.guides.dense import Dense
 from varmeta.guides.gaussian import BlockNormal, LowRankNormal
 from varmeta.guides.guide import BoundGuide, copies, sample
-from varmeta.guides.kl import location, scale
+from varmeta.guides.kl import location, root_of
 from varmeta.models.model import TaskModel
 from varmeta.models.start import matches
 from varmeta.numerics.tree import Tree
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.priors.factor_normal import FactorNormal
+from varmeta.priors.factors import first_trapezoid, trapezoid, trapezoid_entries, unit_lower
 from varmeta.tasks import Data
 
 # At the start: the length of each column of W, whose gradient vanishes at exactly 0, and what the
@@ -64,8 +65,7 @@ class LowRank(BoundGuide):
     def _columns(self, size: int) -> int:
         """Of C; 0 where the dense guide takes its place."""
         rank = min(size, self.rank or round(math.sqrt(size)))
-        entries = size * rank - rank * (rank - 1) // 2
-        return rank if entries < size * (size - 1) // 2 else 0
+        return rank if trapezoid_entries(size, rank) < size * (size - 1) // 2 else 0
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         mean = location(model.prior_distribution(eta))
@@ -74,7 +74,7 @@ class LowRank(BoundGuide):
         if not rank:
             return Dense().init(model, eta, data)
         added = torch.full_like(mean, math.log(ADDED))
-        factor = _first_factor(size, rank).to(mean)
+        factor = (LENGTH * first_trapezoid(size, rank)).to(mean)
         return {
             "loc": copies(mean, data),
             "log_added": copies(added, data),
@@ -85,10 +85,9 @@ class LowRank(BoundGuide):
         if "factor" not in phi:
             return Dense()(phi, eta, data)
         size = phi["loc"].shape[-1]
-        factor = _trapezoid(phi["factor"], size, self._columns(size))
+        factor = trapezoid(phi["factor"], size, self._columns(size))
         spread = (1.0 + phi["log_added"].exp()).rsqrt()
-        root = scale(self.model.prior_distribution(eta))
-        assert root is not None
+        root = root_of(self.model.prior_distribution(eta))
         parts = spread.unsqueeze(-2), (spread.unsqueeze(-1) * factor).unsqueeze(-3)
         return sample(LowRankNormal(phi["loc"].unsqueeze(-2), parts, root))
 
@@ -148,8 +147,12 @@ class Structured(BoundGuide):
         block = self._block(prior.mean)
         rows, columns = torch.tril_indices(len(block), len(block), -1)
         spread, tril = prior.stddev, prior.mean.new_zeros(len(rows))
-        if model.prior.dense:
-            factor = torch.linalg.cholesky_ex(prior.covariance_matrix[block][:, block]).L
+        if isinstance(prior, dist.MultivariateNormal | FactorNormal):
+            factor = (
+                prior.of(block).scale_matrix
+                if isinstance(prior, FactorNormal)
+                else torch.linalg.cholesky_ex(prior.covariance_matrix[block][:, block]).L
+            )
             own = factor.diagonal()
             spread, tril = (
                 spread.index_copy(0, block, own),
@@ -164,23 +167,3 @@ class Structured(BoundGuide):
         triangle = unit_lower(entries, len(block))
         parts = phi["log_scale"].exp().unsqueeze(-2), triangle.unsqueeze(-3)
         return sample(BlockNormal(phi["loc"].unsqueeze(-2), parts, block))
-
-
-def _trapezoid(entries: Tensor, size: int, rank: int) -> Tensor:
-    """`(..., size, rank)` from its entries on and below the diagonal, row by row; 0 above."""
-    rows, columns = torch.tril_indices(size, rank, device=entries.device)
-    flat = entries.new_zeros(*entries.shape[:-1], size * rank)
-    index = (rows * rank + columns).expand(entries.shape)
-    return flat.scatter(-1, index, entries).reshape(*entries.shape[:-1], size, rank)
-
-
-@lru_cache(maxsize=32)
-def _first_factor(size: int, rank: int) -> Tensor:
-    """Where W starts, the same always: random, since data may say nothing along directions chosen
-    by a rule.
-    """
-    rows, columns = torch.tril_indices(size, rank)
-    generator = torch.Generator().manual_seed(0)
-    full = torch.randn(size, rank, generator=generator, dtype=torch.float64).tril()
-    length: Tensor = full.norm(dim=0)
-    return (LENGTH * full / length)[rows, columns]

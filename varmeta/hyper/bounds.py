@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from varmeta.likelihoods.base import SCALE
 from varmeta.models.model import TaskModel
-from varmeta.priors.gaussian_prior import PRECISION, TRIL
+from varmeta.priors.factors import PRECISION, TRIL
 from varmeta.priors.hyperprior import edges, in_dtype
 
 # The nearest to an edge that a start may be: a share of the width, or of 1 where there is one edge.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from varmeta.hyper.bounds import bounds
 from varmeta.models.model import TaskModel
-from varmeta.priors.gaussian_prior import PRECISION, TRIL, unit_lower
+from varmeta.priors.factors import PRECISION, TRIL, unit_lower
 from varmeta.priors.hyperprior import log_correlation_jacobian
 
 

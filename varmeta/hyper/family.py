@@ -26,7 +26,7 @@ from varmeta.numerics.joint_model import Penalty, SharedLosses, SharedProblem
 from varmeta.numerics.rows import rowwise
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten, map_tree, unflatten
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.priors.factors import unit_lower
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch
 

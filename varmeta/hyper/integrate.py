@@ -63,6 +63,12 @@ def check_hyperguide(
     _check_problem(hyperguide, problem, batch, eta)
     _check_size(hyperguide, problem, batch, eta)
     prior = model.prior
+    if hyperguide != "reml" and prior.learn_precision == "low_rank":
+        raise ValueError(
+            f"hyperguide={hyperguide!r} needs a density over all of eta, and a low-rank prior's "
+            "directions have none of their own (each may change its sign, and one that shrinks to "
+            "zero leaves the others): use hyperguide='reml' or 'delta', or learn_precision='full'"
+        )
     if (
         hyperguide != "reml"
         and prior.learn_precision

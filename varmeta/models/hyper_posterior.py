@@ -114,7 +114,11 @@ def natural(
 
     def moments(one: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         prior = model.prior_distribution(one)
-        covariance = prior.covariance_matrix if model.prior.dense else torch.diag(prior.variance)
+        covariance = (
+            prior.covariance_matrix
+            if model.prior.dense or model.prior.correlates
+            else torch.diag(prior.variance)
+        )
         return model.weights.flatten(one), covariance
 
     with torch.no_grad():
@@ -129,7 +133,7 @@ def natural(
         found |= {
             f"sd({label})": column for label, column in zip(names, sd.unbind(-1), strict=True)
         }
-        if model.prior.learn_precision == "full":
+        if model.prior.correlates:
             for i in range(len(names)):
                 for j in range(i):
                     found[f"cor({names[j]}, {names[i]})"] = covariance[:, i, j] / (

@@ -12,6 +12,7 @@ from torch import Tensor
 from varmeta.likelihoods.base import NOISE_SCALE
 from varmeta.models.labels import parameter_labels
 from varmeta.models.model import TaskModel
+from varmeta.priors.factor_normal import FactorNormal
 
 # Weights that a table, and a repr, show; networks have more.
 ROWS, FEW = 40, 4
@@ -26,7 +27,9 @@ class LearnedPrior:
         each weight on its own, so for a dense covariance not the diagonal of its inverse.
     labels: one readable name per weight, in the order of `covariance`.
     dense_covariance: `(D, D)`, None where the weights are independent, of which a network has too
-        many for it.
+        many for it, and where the covariance is of low rank.
+    factor: F `(D, rank)` of a low-rank covariance diag(s)^2 + F F', by the weights' units; None of
+        others.
     shared: parameters that are the same for all tasks, by name; shared_labels: the readable names
         of their entries.
     coefficients: by how much a task's features move loc, for each weight and feature of the prior's
@@ -51,6 +54,7 @@ class LearnedPrior:
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     coefficient_labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
     held: tuple[str, ...] = ()
+    factor: Tensor | None = None
 
     @classmethod
     def of(
@@ -74,6 +78,9 @@ class LearnedPrior:
                 coefficients={name: eta[name] for name in model.coefficients},
                 coefficient_labels={name: named[name] for name in model.coefficients},
                 held=tuple(weights.fixed),
+                factor=distribution.root.columns
+                if isinstance(distribution, FactorNormal)
+                else None,
             )
 
     @property
@@ -84,11 +91,12 @@ class LearnedPrior:
     @property
     def covariance(self) -> Tensor:
         """`(D, D)` in the order of `labels`."""
-        return (
-            torch.diag(self._sd.square())
-            if self.dense_covariance is None
-            else self.dense_covariance
-        )
+        if self.dense_covariance is not None:
+            return self.dense_covariance
+        if self.factor is None:
+            return torch.diag(self._sd.square())
+        shared = self.factor @ self.factor.mT
+        return shared - torch.diag(shared.diagonal()) + torch.diag(self._sd.square())
 
     @property
     def correlation(self) -> Tensor:
@@ -133,6 +141,7 @@ class LearnedPrior:
                     for name, value in self.observation.items()
                 ),
                 *self._correlation_lines(width),
+                *self._direction_lines(),
             )
         )
 
@@ -163,15 +172,26 @@ class LearnedPrior:
         return lines + _left_out(rows, "weights")
 
     def _correlation_lines(self, width: int) -> list[str]:
-        dense = self.dense_covariance
-        if dense is None or len(dense) > MAX_CORRELATIONS:
+        if len(self.labels) > MAX_CORRELATIONS:
             return []
+        dense = self.covariance
         if not bool((dense - torch.diag(dense.diagonal())).any()):
             return []
         return ["correlations of the prior"] + [
             f"{label:<{width}} " + " ".join(f"{value:>6.3f}" for value in row)
             for label, row in zip(self.labels, self.correlation.tolist(), strict=True)
         ]
+
+    def _direction_lines(self) -> list[str]:
+        """What a low-rank prior's directions have of all variance, the largest first."""
+        if self.factor is None:
+            return []
+        # in units of each weight's sd, so that no weight counts for more than another
+        lengths = torch.linalg.svdvals(self.factor / self._sd.unsqueeze(-1))
+        share = lengths.square() / len(self.factor)
+        parts = ", ".join(f"{100.0 * one:.1f}" for one in share.tolist())
+        several = f"{len(share)} directions" if len(share) > 1 else "one direction"
+        return [f"shared by all weights: {several}, with {parts} % of their variance"]
 
     def __repr__(self) -> str:
         parts = [

@@ -73,6 +73,7 @@ def raw_prior(
         precision=model.weights.unflatten(sd**-2),
         sd=model.weights.unflatten(sd),
         dense_covariance=covariance,
+        factor=None,
         shared={name: named[name] for name in model.shared},
         coefficients=coefficients,
         coefficient_labels=labels,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from varmeta.likelihoods.base import SCALE
-from varmeta.priors.gaussian_prior import PRECISION, TRIL, GaussianPrior
+from varmeta.priors.factors import FACTOR, PRECISION, TRIL
+from varmeta.priors.gaussian_prior import GaussianPrior
 
 
 def check_names(
@@ -42,7 +43,7 @@ def check_names(
             f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}"
         )
     for name in start:
-        if name in (SCALE, TRIL, *own) or name.partition(".")[0] == PRECISION:
+        if name in (SCALE, TRIL, FACTOR, *own) or name.partition(".")[0] == PRECISION:
             raise ValueError(
                 f"the parameter name {name!r} is one that varmeta uses itself: rename it"
             )

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import whole_number
-from varmeta.guides.gaussian import StructuredNormal
 from varmeta.guides.kl import has_closed_form, location, move, moved_by, scale
 from varmeta.guides.make import MAX_KNOWN_SIZE
 from varmeta.models.model import TaskModel
 from varmeta.numerics import noise
 from varmeta.numerics.tree import Tree, take
 from varmeta.posteriors.normal_mixture import Components
+from varmeta.priors.structured_normal import StructuredNormal
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from varmeta._checks import kind_of, one_of
+from varmeta._checks import kind_of, one_of, whole_number
 from varmeta.priors.hyperprior import Hyperprior
 
-LearnPrecision = Literal["shared", "per_module", "per_parameter", "full"]
+LearnPrecision = Literal["shared", "per_module", "per_parameter", "full", "low_rank"]
 LEARN_PRECISION: tuple[LearnPrecision | None, ...] = (None, *get_args(LearnPrecision))
 
 
@@ -119,11 +119,24 @@ def checked_lkj(lkj: float, learn_precision: LearnPrecision | None) -> float:
         raise ValueError(f"lkj must be a positive finite number, not {lkj}")
     if lkj != 1.0 and learn_precision != "full":
         raise ValueError(
-            f"lkj={lkj:g} is a density of learned correlations, and "
-            f"learn_precision={learn_precision!r} learns none: set learn_precision='full', or "
-            "leave it out"
+            f"lkj={lkj:g} is a density of learned correlations, of any kind, and "
+            f"learn_precision={learn_precision!r} learns none or some: set learn_precision='full', "
+            "or leave it out"
         )
     return float(lkj)
+
+
+def checked_rank(rank: int | None, learn_precision: LearnPrecision | None) -> int | None:
+    """Whether it is less than a task's weights is known when these are: see `start.rank_of`."""
+    if rank is None:
+        return None
+    if learn_precision != "low_rank":
+        raise ValueError(
+            f"rank={rank!r} is that of learn_precision='low_rank', not of {learn_precision!r}: set "
+            "it, or leave the rank out"
+        )
+    whole_number("rank", rank)
+    return int(rank)
 
 
 def checked_learn_loc(learn_loc: bool | Sequence[str]) -> bool | tuple[str, ...]:

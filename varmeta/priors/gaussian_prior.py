@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pyro.distributions as dist
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.files.remember import Remembers
+from varmeta.numerics.roots import LowRankRoot
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors import hyperprior as densities
 from varmeta.priors.check import (
@@ -19,13 +19,21 @@ from varmeta.priors.check import (
     checked_covariance,
     checked_learn_loc,
     checked_lkj,
+    checked_rank,
 )
 from varmeta.priors.covariates import Covariates, check_covariates
+from varmeta.priors.factor_normal import FactorNormal
+from varmeta.priors.factors import (
+    FACTOR,
+    PRECISION,
+    TRIL,
+    log_precision_and_tril,
+    trapezoid,
+    unit_lower,
+)
 from varmeta.priors.hyperprior import Hyperprior
+from varmeta.priors.start import check_names, factor_entries, log_precisions, rank_of
 from varmeta.priors.weights import Weights
-
-PRECISION = "log_precision"
-TRIL = "prior_tril"
 
 
 class GaussianPrior(Remembers):
@@ -39,8 +47,11 @@ class GaussianPrior(Remembers):
         would know as much as the prior, else at 1; a network, unless "full", at each layer's fan-in
         (1-32-32-1: 1, 32, 32), where its outputs are as large as its inputs.
     learn_precision: None (fixed), "shared" (one lambda), "per_module", "per_parameter" (one for
-        every single weight), or "full" (a dense covariance over a few weights, as lme4's `(1 + x |
-        g)`).
+        every single weight), "full" (a dense covariance over up to a few hundred weights, as lme4's
+        `(1 + x | g)`), or "low_rank" (a variance of each weight's own and a few directions along
+        which tasks differ in all weights together, for any number of weights).
+    rank: how many directions "low_rank" has, fewer than a task's weights; left out, 5 or all
+        weights but one.  More than the number of tasks - 1 find nothing to learn.
     loc: theta0 by parameter name, where it should not start at the network's own weights (or at
         zero).  `fit` starts there as it is told; parameters that are not named start at the best
         fit to all tasks at once, where a model is small.
@@ -68,8 +79,19 @@ class GaussianPrior(Remembers):
     The dense covariance is S S' with S = diag(exp(-log_precision / 2)) U and U unit lower
     triangular, so that both halves of it are free parameters without units.
 
+    The low-rank one is diag(s)^2 + F F' with F = diag(s) W `(D, rank)`.  Free are each weight's own
+    sd, exp(-log_precision / 2), which is s_j sqrt(1 + |W_j|^2), and W from its diagonal down: above
+    it W is 0, or rotations of its columns would be the same prior.  The sign of a column says
+    nothing, and is what the start made it: random numbers, the same always, that have a fifth of
+    each weight's variance, since a column of zeros is a saddle.  It is a factor analysis of the
+    tasks' weights; never is anything D x D, unless it is asked for.
+    Source: Rubin and Thayer, Psychometrika 47 (1982); Woodbury's identity.
+
     Raises ValueError for a precision that is not positive and finite, and for an unknown
     `learn_precision`; TypeError for a precision that is no number.
+
+    >>> GaussianPrior(learn_precision="low_rank", rank=2)
+    GaussianPrior(learn_precision='low_rank', rank=2)
     """
 
     def __init__(
@@ -85,6 +107,7 @@ class GaussianPrior(Remembers):
         lkj: float = 1.0,
         covariates: Covariates = None,
         learn_loc: bool | Sequence[str] = True,
+        rank: int | None = None,
     ) -> None:
         check_precision(precision, learn_precision)
         self.start = precision
@@ -98,6 +121,7 @@ class GaussianPrior(Remembers):
         self.lkj = checked_lkj(lkj, learn_precision)
         self.covariates = check_covariates(covariates)
         self.learn_loc = checked_learn_loc(learn_loc)
+        self.rank = checked_rank(rank, learn_precision)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
@@ -120,6 +144,7 @@ class GaussianPrior(Remembers):
         ]
         parts += [] if self.lkj == 1.0 else [f"lkj={self.lkj:g}"]
         parts += [f"covariates={self.covariates!r}"] if self.covariates else []
+        parts += [] if self.rank is None else [f"rank={self.rank}"]
         parts += [] if self.learn_loc is True else [f"learn_loc={self.learn_loc!r}"]
         return f"GaussianPrior({', '.join(parts)})"
 
@@ -131,7 +156,13 @@ class GaussianPrior(Remembers):
 
     @property
     def dense(self) -> bool:
+        """Whether it is a multivariate normal with a D x D factor."""
         return self.learn_precision == "full" or self.covariance is not None
+
+    @property
+    def correlates(self) -> bool:
+        """Whether it learns how a task's weights depend on each other."""
+        return self.learn_precision in ("full", "low_rank")
 
     @property
     def uniform(self) -> bool:
@@ -144,23 +175,26 @@ class GaussianPrior(Remembers):
     def init(self, weights: Weights, like: Tensor) -> dict[str, Tensor]:
         """The prior's entries of eta, beside theta0.
 
-        `log_precision...` and, for "full", `prior_tril`.
+        `log_precision...`, for "full" `prior_tril` and for "low_rank" `prior_factor`.
         """
-        self._check_names(weights)
+        self._check(weights)
         if self.learn_precision is None:
             return {}
-        return self._entries(weights, *self._start_dense(weights, like))
+        return self._entries(weights, *self._start(weights, like))
 
-    def _entries(self, weights: Weights, log_precision: Tensor, tril: Tensor) -> dict[str, Tensor]:
-        """The learned entries of eta from every weight's log precision `(D,)` and, for "full", the
-        factor's lower part.
+    def _entries(
+        self, weights: Weights, log_precision: Tensor, factor: Tensor
+    ) -> dict[str, Tensor]:
+        """The learned entries of eta from every weight's log precision `(D,)` and, for "full" and
+        "low_rank", the factor's lower part.
         """
         if self.learn_precision == "shared":
             return {PRECISION: log_precision.mean()}
         if self.learn_precision == "full":
-            return (
-                {PRECISION: log_precision, TRIL: tril} if len(tril) else {PRECISION: log_precision}
-            )
+            below = {TRIL: factor} if len(factor) else {}
+            return {PRECISION: log_precision, **below}
+        if self.learn_precision == "low_rank":
+            return {PRECISION: log_precision, FACTOR: factor}
         named = weights.unflatten(log_precision)
         if self.learn_precision == "per_parameter":
             return {f"{PRECISION}.{name}": value.clone() for name, value in named.items()}
@@ -175,14 +209,10 @@ class GaussianPrior(Remembers):
         For a dense covariance, of every weight given those before it.
         """
         if self.learn_precision is None:
-            return (
-                self._start_dense(weights, like)[0]
-                if self.dense
-                else self._start_log_precision(weights, like)
-            )
+            return self._start(weights, like)[0]
         if self.learn_precision == "shared":
             return eta[PRECISION].expand(weights.size)
-        if self.learn_precision == "full":
+        if self.correlates:
             return eta[PRECISION]
         key = (
             (lambda name: weights.module(name))
@@ -198,9 +228,11 @@ class GaussianPrior(Remembers):
     def distribution(self, weights: Weights, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """p(theta | eta), event shape `(D,)`: a diagonal normal, or a multivariate one.
 
-        Multivariate where the covariance is dense.
+        Multivariate where the covariance is dense, by its products where it is of low rank.
         """
         loc = weights.flatten(eta)
+        if self.learn_precision == "low_rank":
+            return FactorNormal(loc, self._low_rank_root(weights, eta))
         if self.learn_precision == "shared":
             sd = torch.exp(-0.5 * eta[PRECISION]).expand(
                 weights.size
@@ -210,15 +242,24 @@ class GaussianPrior(Remembers):
         if not self.dense:
             diagonal: dist.TorchDistribution = dist.Normal(loc, sd).to_event(1)
             return diagonal
-        tril = eta[TRIL] if TRIL in eta else self._start_dense(weights, loc)[1]
+        tril = eta[TRIL] if TRIL in eta else self._start(weights, loc)[1]
         return dist.MultivariateNormal(
             loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size)
         )
 
+    def rank_for(self, weights: Weights) -> int:
+        """The directions that the weights share under the prior; 0 unless it is "low_rank"."""
+        return rank_of(self.rank, weights.size) if self.learn_precision == "low_rank" else 0
+
+    def _low_rank_root(self, weights: Weights, eta: Mapping[str, Tensor]) -> LowRankRoot:
+        factor = trapezoid(eta[FACTOR], weights.size, self.rank_for(weights))
+        sd = torch.exp(-0.5 * eta[PRECISION])
+        return LowRankRoot(sd * (1.0 + factor.square().sum(-1)).rsqrt(), factor)
+
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learned log precisions by what `learn_precision` tells apart.
 
-        "", modules or parameters; of "full" all, `(D,)`.
+        "", modules or parameters; of "full" and "low_rank" all, `(D,)`.
         """
         start = len(PRECISION) + 1
         return {
@@ -240,14 +281,10 @@ class GaussianPrior(Remembers):
     def learned_sds(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learned standard deviations, named as in `learned`.
 
-        Of "full" by parameter name, each weight's on its own.
+        Of "full" and "low_rank" by parameter name, each weight's on its own.
         """
         sds = {name: torch.exp(-0.5 * value) for name, value in self.learned(eta).items()}
-        return (
-            weights.unflatten(sds[""] * self.row_norms(eta))
-            if self.learn_precision == "full"
-            else sds
-        )
+        return weights.unflatten(sds[""] * self.row_norms(eta)) if self.correlates else sds
 
     def penalty(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor | float:
         """-log of the hyperpriors' density at eta (0 where there is none), up to a constant."""
@@ -280,10 +317,13 @@ class GaussianPrior(Remembers):
         bounded where h(lambda) lambda^(n/2) falls to 0, a sd's density s(sd) where s(sd) sd^-n
         does; at lambda = 0 likewise, which matters where n is 1.  Of "full" the loss is a sum of
         one such term for every marginal sd and one of the correlations R, num_tasks/2 log det R -
-        log p(R), so that LKJ's det(R)^(lkj - 1) has to fall faster than det(R)^(num_tasks/2).
+        log p(R), so that LKJ's det(R)^(lkj - 1) has to fall faster than det(R)^(num_tasks/2).  Of
+        "low_rank", whose R has no density, nothing keeps det R from 0.
         """
         if self.learn_precision is None:
             return True
+        if self.learn_precision == "low_rank":
+            return False
         if (
             self.learn_precision == "full"
             and weights.size > 1
@@ -328,7 +368,7 @@ class GaussianPrior(Remembers):
             return {}
         scale = information.diagonal().clamp(min=torch.finfo(information.dtype).tiny).rsqrt()
         if self.learn_precision != "full":
-            return self._entries(weights, -2.0 * scale.log(), scale.new_zeros(0))
+            return self._entries(weights, -2.0 * scale.log(), self._start_factor(weights, scale))
         values, vectors = torch.linalg.eigh(scale[:, None] * information * scale)
         # in units of the diagonal; collinear predictors leave directions that no observation knows
         root = scale[:, None] * (vectors * values.clamp(min=1e-4).rsqrt())
@@ -349,91 +389,27 @@ class GaussianPrior(Remembers):
 
     # -- where learning starts ---------------------------------------------------------------------
 
-    def _check_names(self, weights: Weights) -> None:
-        known = {*weights.names, *weights.modules}
-        unknown = set(self.start if isinstance(self.start, Mapping) else ()) - known
-        if unknown:
-            raise ValueError(
-                f"precision names {sorted(unknown)}, but the weights and modules are "
-                f"{sorted(known)}"
-            )
-        if isinstance(self.start, Mapping):
-            missing = [
-                name for name in weights.names if not {name, weights.module(name)} & set(self.start)
-            ]
-            if missing:
-                raise ValueError(
-                    f"precision is a dict but says nothing about {missing}: name each, or its "
-                    "module"
-                )
-        if isinstance(self.scale_hyperprior, Mapping):
-            known = set(weights.modules if self.learn_precision == "per_module" else weights.names)
-            unknown = set(self.scale_hyperprior) - known
-            if unknown:
-                raise ValueError(
-                    f"scale_hyperprior names {sorted(unknown)}, but the learned sds are of "
-                    f"{sorted(known)}"
-                )
+    def _check(self, weights: Weights) -> None:
+        check_names(self.start, self.learn_precision, self.scale_hyperprior, weights)
+        self.rank_for(weights)  # that there are enough
         if self.covariance is not None and len(self.covariance) != weights.size:
             raise ValueError(
                 f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has "
                 f"{weights.size} weights"
             )
 
-    def _start_log_precision(self, weights: Weights, like: Tensor) -> Tensor:
-        if self.start is None and self.learn_precision in ("shared", "per_module", "per_parameter"):
-            counts = [weights.fan_in.get(name, 1) for name in weights.names]
-            return torch.cat(
-                [
-                    like.new_full((size,), math.log(n))
-                    for size, n in zip(weights.sizes, counts, strict=True)
-                ]
-            )
-        if not isinstance(self.start, Mapping):
-            return like.new_full(
-                (weights.size,), 0.0 if self.start is None else math.log(self.start)
-            )
-        parts = []
-        for name, shape in weights.shapes.items():
-            value = torch.as_tensor(self.start.get(name, self.start.get(weights.module(name))))
-            if value.numel() != 1 and value.shape != shape:
-                raise ValueError(
-                    f"the precision of {name!r} has shape {tuple(value.shape)}: expected one "
-                    f"number, or {tuple(shape)}"
-                )
-            parts.append(value.to(like).log().expand(shape).reshape(-1))
-        return torch.cat(parts)
+    def _start(self, weights: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
+        """log lambda `(D,)`, and what the prior's factor has below its diagonal, or from it."""
+        if self.covariance is not None:
+            # in its own precision: what is positive definite in float64 need not be so in float32
+            found = log_precision_and_tril(torch.linalg.cholesky(self.covariance))
+            return found[0].to(like), found[1].to(like)
+        diagonal = log_precisions(self.start, self.learn_precision, weights, like)
+        return diagonal, self._start_factor(weights, like)
 
-    def _start_dense(self, weights: Weights, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self.covariance is None:
-            # only a dense prior has them, and a network too many
-            below = weights.size * (weights.size - 1) // 2 if self.learn_precision == "full" else 0
-            return self._start_log_precision(weights, like), like.new_zeros(below)
-        # in its own precision: what is positive definite in float64 need not be so in float32
-        log_precision, tril = log_precision_and_tril(torch.linalg.cholesky(self.covariance))
-        return log_precision.to(like), tril.to(like)
-
-
-def log_precision_and_tril(factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Take a factor apart: diag(exp(-log_precision / 2)) times a unit lower triangle.
-
-    The factor `(D, D)` is lower triangular.
-    """
-    sd = factor.diagonal()
-    rows, columns = torch.tril_indices(len(sd), len(sd), -1)
-    return -2.0 * sd.log(), (factor / sd.unsqueeze(-1))[rows, columns]
-
-
-def unit_lower(entries: Tensor, size: int) -> Tensor:
-    """Unit lower triangular matrices `(..., size, size)`, row by row.
-
-    From their entries below the diagonal.
-    """
-    rows, columns = torch.tril_indices(size, size, -1, device=entries.device)
-    # scatter out of place: differentiable twice, and nothing is written into
-    eye = torch.eye(size, dtype=entries.dtype, device=entries.device).expand(
-        *entries.shape[:-1], size, size
-    )
-    flat = eye.reshape(*entries.shape[:-1], size * size)
-    index = (rows * size + columns).expand(entries.shape)
-    return flat.scatter(-1, index, entries).reshape(*entries.shape[:-1], size, size)
+    def _start_factor(self, weights: Weights, like: Tensor) -> Tensor:
+        if self.learn_precision == "low_rank":
+            return factor_entries(weights.size, self.rank_for(weights), like)
+        # only a dense prior has them, and a network too many
+        below = weights.size * (weights.size - 1) // 2 if self.learn_precision == "full" else 0
+        return like.new_zeros(below)

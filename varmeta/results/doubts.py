@@ -13,9 +13,10 @@ from varmeta.fitting.pooled_start import NO_INFORMATION, is_regression, pooled_f
 from varmeta.fitting.whitened import whitened_correlation
 from varmeta.likelihoods.base import SCALE
 from varmeta.likelihoods.discrete import CONCENTRATION
-from varmeta.priors.gaussian_prior import PRECISION, TRIL
+from varmeta.priors.factors import FACTOR, PRECISION, TRIL
 from varmeta.results.excess_noise import unexplained
 from varmeta.results.far_from_evidence import far_from_evidence, rough_quadrature
+from varmeta.results.heywood import has_one_factor, heywood
 from varmeta.results.result import Fit, profiled_of
 from varmeta.results.separation import separated
 
@@ -60,7 +61,7 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     spread = (
         [_one_task(fit)]
         if _one_task(fit)
-        else [None if unfinished else _runaways(fit), _singular(fit)]
+        else [None if unfinished else _runaways(fit), _singular(fit), heywood(fit)]
     )
     noise, counts = None if unfinished else _vanishing_noise(fit), _no_overdispersion(fit)
     far = far_from_evidence(fit) or rough_quadrature(fit) if fit.converged else None
@@ -72,7 +73,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     explained = {
         name
         for name in fit.eta
-        if (any(spread) and name.partition(".")[0] in (PRECISION, TRIL))
+        if (any(spread) and name.partition(".")[0] in (PRECISION, TRIL, FACTOR))
+        or (name == FACTOR and not has_one_factor(fit))
         or (noise and name == SCALE)
         or (counts and name == CONCENTRATION)
         or (separation and name in fit.model.start)

@@ -32,6 +32,7 @@ from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import minimum, row
 from varmeta.fitting.without_each import refitted
 from varmeta.guides.closed_form import log_evidence
+from varmeta.models.model import TaskModel
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.noise import normal
 from varmeta.numerics.rows import rowwise
@@ -39,7 +40,8 @@ from varmeta.numerics.tree import named_parts
 from varmeta.posteriors import psis
 from varmeta.posteriors.diagnostics import MIN_DRAWS, NO_DENSITY
 from varmeta.posteriors.observer import Observer
-from varmeta.priors.gaussian_prior import PRECISION
+from varmeta.priors.factors import PRECISION
+from varmeta.priors.start import is_told_apart
 from varmeta.strategies.strategy import Eta
 
 if TYPE_CHECKING:
@@ -77,6 +79,18 @@ def check(eta: Mapping[str, Tensor], num_tasks: int, num_samples: int, num_parti
     if num_tasks < 3:
         raise ValueError(
             f"leaving a task out of {num_tasks} leaves no prior to learn: give three tasks or more"
+        )
+
+
+def check_factor(model: TaskModel) -> None:
+    """Refuse a low-rank prior that several factors describe, whose evidence has no one maximum."""
+    size, rank = model.weights.size, model.prior.rank_for(model.weights)
+    if rank and not is_told_apart(size, rank):
+        most = max(one for one in range(rank) if is_told_apart(size, one))
+        give = f"give rank={most}, or " if most else "use "
+        raise ValueError(
+            f"rank={rank} is more than {size} weights tell apart, so that the evidence is flat "
+            f"along some of the prior's numbers: {give}learn_precision='full'"
         )
 
 

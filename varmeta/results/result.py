@@ -35,6 +35,7 @@ from varmeta.posteriors.posterior import Posterior
 from varmeta.results import leave_one_out, standard_errors, summary
 from varmeta.results.evidence_gap import cost, is_tight
 from varmeta.results.storage import save
+from varmeta.strategies.closed_form import is_evidence
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
@@ -226,8 +227,12 @@ class Fit:
             q = self.posterior().q
             assert isinstance(q, GuideDraws)
             return standard_errors.of_evidence(self.problem, batch, q.phi, self.eta, names)
-        if phi is None or not newton_applies(self.strategy, self.problem, batch, self.eta):
+        if not newton_applies(self.strategy, self.problem, batch, self.eta):
             return None
+        if phi is None:  # in closed form, but not profiled; of a network they would say little
+            if not self.model.all_linear or not is_evidence(self.problem, self.strategy.outer):
+                return None
+            return standard_errors.of_known_evidence(self.problem, batch, self.eta, names)
         return standard_errors.of_bound(self.problem, batch, phi, self.eta, names)
 
     @property
@@ -410,7 +415,8 @@ class Fit:
             evidence is not known in closed form.
 
         Raises ValueError for a delta guide, fewer than three tasks, a prior of more than 100
-        numbers, and where the evidence has no maximum and there are no refits.
+        numbers, a low-rank prior with more directions than are told apart, and where the evidence
+        has no maximum and there are no refits.
         """
         if self.members is not None:
             raise ValueError("an ensemble has no one eta to leave a task out of: fit one member")
@@ -420,6 +426,7 @@ class Fit:
                 "leaving a task out does by itself: give it a fit with hyperguide='delta'"
             )
         leave_one_out.check(self.eta, len(self.tasks), num_samples, num_particles)
+        leave_one_out.check_factor(self.model)
         observer = self.posterior().observer
         return leave_one_out.leave_one_task_out(
             observer, num_samples, num_particles, seed, self._profiled

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varmeta.fitting.float64 import in_double
+from varmeta.fitting.float64 import cast, doubled, in_double
 from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
+from varmeta.guides.closed_form import log_evidence
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
@@ -69,6 +70,24 @@ def of_bound(
     return _from(
         Curvature(elbo_losses(problem, batch), phi, at, problem.model.penalty).hessian, names, eta
     )
+
+
+def of_known_evidence(
+    problem: Problem, batch: Batch, eta: Eta, names: list[str]
+) -> dict[str, Tensor] | None:
+    """By the curvature of the evidence where every task's is known, in all of eta.
+
+    None where this is no maximum.
+    """
+    model, data = problem.model, doubled(batch).support
+    at = cast({name: value.detach() for name, value in eta.items()}, torch.float64)
+
+    def total(vector: Tensor) -> Tensor:
+        here = named_parts(vector, at)
+        return model.penalty(here) - log_evidence(model, here, data).sum()
+
+    hessian = vector_hessian(total, torch.cat([value.reshape(-1) for value in at.values()]))
+    return _from(hessian, names, eta)
 
 
 def of_evidence(

@@ -185,6 +185,14 @@ def _check_precision(strategy: Strategy, problem: Problem, traits: Traits, tasks
         return
     if prior.bounds_points(model.weights, len(tasks)):
         return
+    if prior.learn_precision == "low_rank":
+        raise ValueError(
+            "a delta guide cannot learn a low-rank prior from this objective, which falls without "
+            "bound as all weights meet theta0 and their correlations near 1, whatever is believed "
+            "of their sds.  Two ways out: a Gaussian guide (guide='normal' or "
+            "'multivariate_normal'), or a query objective (Implicit or Unrolled with "
+            "outer='query' or 'query_predictive')"
+        )
     if prior.hyperprior is not None or prior.scale_hyperprior is not None:
         raise ValueError(
             "the hyperprior does not bound the precision under a delta guide: its density falls "

@@ -1,4 +1,4 @@
-"""A dense guide under a dense prior: theta = theta0 + L u, u ~ N(0, 1), q(u) = N(m, C C').
+"""A dense guide under a correlated prior: theta = theta0 + L u, u ~ N(0, 1), q(u) = N(m, C C').
 
 Where the prior has all but lost a direction (a correlation of 1 or -1), F_i in the weights' own
 coordinates is a valley many orders of magnitude narrower than long: Newton's steps ended on its
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from varmeta.graphs.pieces import Graphed
 from varmeta.guides.dense import Dense
+from varmeta.guides.kl import scale
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, map_tree
-from varmeta.priors.gaussian_prior import unit_lower
+from varmeta.priors.factor_normal import FactorNormal
+from varmeta.priors.factors import unit_lower
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.problem import Problem
 
@@ -39,8 +41,8 @@ def minimize_in_prior_coordinates(
 
     phi has the shapes of `start`.
 
-    options: as of `minimize`.  None unless prior and guide are both dense: elsewhere weights have
-    no common directions to be freed of.
+    options: as of `minimize`.  None unless the guide is dense and the prior correlates: elsewhere
+    weights have no common directions to be freed of.
     """
     moved = _in_prior_coordinates(problem, fn, eta)
     if moved is None:
@@ -56,9 +58,12 @@ def _in_prior_coordinates(
     """fn as a function of phi in these coordinates, and the way back to phi."""
     with validation_enabled(False):
         prior = problem.model.prior_distribution(eta)
-    if type(problem.guide) is not Dense or not isinstance(prior, dist.MultivariateNormal):
+    correlated = isinstance(prior, dist.MultivariateNormal | FactorNormal)
+    if type(problem.guide) is not Dense or not correlated:
         return None
-    known = prior.mean.detach(), prior.scale_tril.detach()
+    factor = scale(prior)
+    assert factor is not None  # the prior is a Gaussian
+    known = prior.mean.detach(), factor.detach()
     if not isinstance(fn, Graphed):
         return lambda free: fn(_leave(free, *known)), lambda free: _leave(free, *known)
     inside = Graphed(
