@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -95,6 +97,51 @@ def test_origin_and_units_are_no_matter(shift: float, scale: float) -> None:
     assert found.loss == pytest.approx(plain.loss, abs=1e-6)
     slope = float(found.prior.loc["weight"]) * scale
     assert slope == pytest.approx(float(plain.prior.loc["weight"]), rel=1e-5)
+
+
+REAL = {
+    "sleepstudy": ("Subject", "Days", "Reaction"),
+    "hsb82": ("school", "cses", "mAch"),
+    "dietox": ("Pig", "Time", "Weight"),
+    "oxboys": ("Subject", "age", "height"),
+}
+
+
+def real(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    table = pd.read_csv(shared_data(name) / "data.csv")[list(REAL[name])].dropna()
+    task, x, y = (table[column].to_numpy() for column in REAL[name])
+    return task.astype(str), x.astype(float), y.astype(float)
+
+
+def fit_columns(task: np.ndarray, y: np.ndarray, **columns: np.ndarray) -> vm.Fit:
+    frame = pd.DataFrame({"task": task, "y": y, **columns})
+    tasks = vm.TaskSet.from_frame(frame, task="task", x=list(columns), y="y")
+    prior = vm.GaussianPrior(learn_precision="full")
+    net = vm.LinearPredictor(list(columns)).double()
+    return vm.fit(vm.TaskModel(net, vm.likelihoods.Gaussian(), prior), tasks)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_origin_and_units_of_real_columns_are_no_matter(name: str) -> None:
+    task, x, y = real(name)
+    plain = fit_columns(task, y, x=x)
+    for scale in (1e-6, 1.0, 1e6):
+        for shift in (0.0, 100.0, 2e3, 1e4, 1e6):
+            found = fit_columns(task, y, x=scale * (x + shift))
+            assert found.converged and found.run.step <= 15
+            assert found.loss == pytest.approx(plain.loss, abs=1e-6, rel=0)
+
+
+@pytest.mark.filterwarnings("ignore:the fit is singular")
+@pytest.mark.parametrize("name", REAL)
+def test_nearly_equal_columns_beside_real_ones(name: str) -> None:
+    """x2 = x + 1e-8 e: the same model as in x and in what float64 keeps of e."""
+    task, x, y = real(name)
+    noise = np.random.default_rng(0).normal(size=len(x))
+    near = x + 1e-8 * noise
+    one, other = fit_columns(task, y, x=x, near=near), fit_columns(task, y, x=x, e=(near - x) * 1e8)
+    assert one.converged and one.run.step <= 30
+    assert one.loss == pytest.approx(other.loss, abs=1e-6, rel=0)
 
 
 def test_nearly_equal_columns() -> None:
