@@ -28,6 +28,8 @@ def applies(objective: ProfiledEvidence) -> bool:
     learned = objective.dense or bool(objective.precisions)
     if not learned or not objective.profiles_places or objective.has_hyperprior:
         return False
+    if objective.restricted:
+        return False
     size = objective.size
     most = size * (size + 1) // 2 if objective.dense else size
     return len(objective.tasks.triangles) * (most * size) ** 2 <= LARGEST

@@ -71,12 +71,22 @@ class ProfiledEvidence:
     learned dense prior; of others each learned sd over s, by the name of its log precision;
     "log_scale" where s is learned; theta0, shared parameters and
     coefficients by name, where a hyperprior acts on them.
+
+    restricted: integrate theta0 and the other linear parameters out, under a flat density in their
+        own units, instead of taking the best of them: lme4's REML criterion.  Not where a
+        hyperprior acts on them.
     """
 
     def __init__(
-        self, model: TaskModel, tasks: ReducedTasks, eta: Eta, linear: tuple[str, ...]
+        self,
+        model: TaskModel,
+        tasks: ReducedTasks,
+        eta: Eta,
+        linear: tuple[str, ...],
+        restricted: bool = False,
     ) -> None:
         self.model, self.tasks, self.eta, self.linear = model, tasks, eta, linear
+        self.restricted = restricted
         self.size = model.weights.size
         prior = model.prior
         self.dense = prior.learn_precision == "full"
@@ -134,10 +144,19 @@ class ProfiledEvidence:
         return torch.as_tensor(self.model.penalty(raw)).to(self.tasks.origin)
 
     def loss(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
-        """-log p(y | eta) of these tasks, at the places that are best for them."""
+        """-log p(y | eta) of these tasks, at the places that are best for them; or integrated."""
         if not self.profiles_places:
             return -self.log_evidence(coordinates, sums, self._white(coordinates))
-        return self._normal(coordinates, sums, self._root(sums.quadratic)[..., -1, -1].square())
+        root = self._root(sums.quadratic)
+        loss = self._normal(coordinates, sums, root[-1, -1].square())
+        return loss + self._integrated(coordinates, root) if self.restricted else loss
+
+    def _integrated(self, coordinates: Mapping[str, Tensor], root: Tensor) -> Tensor:
+        """What -log of a normal gains where the free places are integrated out."""
+        diagonal = root.diagonal()[:-1]
+        width = self.log_scale(coordinates) + 0.5 * math.log(2 * math.pi)
+        gained = diagonal.log().sum() - len(diagonal) * width
+        return gained + self.tasks.whitening.diagonal().log().sum() if self._is_white else gained
 
     def log_evidence(self, coordinates: Mapping[str, Tensor], sums: Sums, at: Tensor) -> Tensor:
         """log p(y | eta) of these tasks at places: minus their whitened coordinates, and 1."""

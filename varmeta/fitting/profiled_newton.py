@@ -27,15 +27,19 @@ MAX_SIZE, MAX_ENTRIES = 280, 100_000_000
 
 
 def profiled(
-    strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta
+    strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, restricted: bool = False
 ) -> ProfiledEvidence | None:
     """The objective of a regression whose evidence is known in closed form.
 
     None elsewhere, and where Newton's method does not serve: a network's shared layers, many
     weights, collinear columns; and of a low-rank prior, which whitened columns make a dense one.
+
+    restricted: see `ProfiledEvidence`.
     """
     model = problem.model
     if model.prior.learn_precision == "low_rank":
+        return None
+    if restricted and model.prior.loc_hyperprior is not None:
         return None
     if not strategy.traits(problem).closed_form or not closed_form.is_evidence(
         problem, strategy.outer
@@ -49,7 +53,7 @@ def profiled(
     reduced = ReducedTasks.of(model, tasks, linear)
     if reduced is None:
         return None
-    found = ProfiledEvidence(model, reduced, eta, linear)
+    found = ProfiledEvidence(model, reduced, eta, linear, restricted)
     # a prior that is wider than the noise by more than all digits is left to other steps
     return found if bool(found(found.start).isfinite()) else None
 

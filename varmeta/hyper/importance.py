@@ -117,6 +117,14 @@ def _gamma_quantile(uniform: Tensor, shape: float) -> Tensor:
     return (0.5 * (low + high)).clamp(min=1e-12)
 
 
+def exact(mean: Tensor, factor: Tensor, log_evidence: float, number: int, seed: int) -> Weighted:
+    """Draws of the Gaussian where it is the posterior itself, all of the same weight."""
+    free = factor.abs().sum(1) > 0
+    points = _Proposal(mean, factor[:, free], math.inf).draw(number, seed)
+    equal = points.new_full((len(points),), -math.log(len(points)))
+    return Weighted(points, equal, -math.inf, -math.inf, len(points), log_evidence, 0.0)
+
+
 def importance(
     log_density: Callable[[Tensor], Tensor], mean: Tensor, factor: Tensor, number: int, seed: int
 ) -> Weighted:

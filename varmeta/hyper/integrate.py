@@ -13,13 +13,15 @@ from varmeta._checks import counted, one_of
 from varmeta.fitting.blame import largest
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
+from varmeta.fitting.profiled_newton import profiled
 from varmeta.fitting.run import Callback, Run, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.family import Gaussian, fit_gaussian
-from varmeta.hyper.importance import Weighted, importance
+from varmeta.hyper.importance import Weighted, exact, importance
+from varmeta.hyper.reml import restricted
 from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.models.hyper_posterior import HYPERGUIDES, Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
@@ -61,7 +63,8 @@ def check_hyperguide(
     model, batch = problem.model, tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     _check_problem(hyperguide, problem, batch, eta)
-    _check_size(hyperguide, problem, batch, eta)
+    known = hyperguide == "reml" and profiled(strategy, problem, tasks, eta, True) is not None
+    _check_size(hyperguide, problem, batch, eta, known)
     prior = model.prior
     if hyperguide != "reml" and prior.learn_precision == "low_rank":
         raise ValueError(
@@ -115,8 +118,13 @@ def _check_problem(hyperguide: Hyperguide, problem: Problem, batch: Batch, eta: 
         )
 
 
-def _check_size(hyperguide: Hyperguide, problem: Problem, batch: Batch, eta: Eta) -> None:
-    """Refuse an eta without numbers to integrate over, or with too many."""
+def _check_size(
+    hyperguide: Hyperguide, problem: Problem, batch: Batch, eta: Eta, known: bool
+) -> None:
+    """Refuse an eta without numbers to integrate over, or with too many.
+
+    known: whether the tasks' evidence is, so that no guides move.
+    """
     size_of_eta = int(_free(Coordinates(problem.model, eta), hyperguide).sum())
     if not size_of_eta:
         raise ValueError(
@@ -129,6 +137,8 @@ def _check_size(hyperguide: Hyperguide, problem: Problem, batch: Batch, eta: Eta
             f"eta has {size_of_eta} numbers to integrate over, more than the {MAX_SIZE} that "
             f"hyperguide={hyperguide!r} serves"
         )
+    if known:
+        return
     num_tasks, size = flatten(problem.start(batch, eta)).shape
     if (
         2 * size_of_eta * num_tasks * size * (size + size_of_eta * (size_of_eta + 3) // 2)
@@ -168,14 +178,44 @@ def integrate(
         check_support(problem.model, run.eta)
     coordinates = Coordinates(problem.model, run.eta, bounded)
     free = _free(coordinates, hyperguide)
-    spent = run.evaluations
+    reml = None
+    if hyperguide == "reml":
+        reml = profiled(strategy, problem, tasks, run.eta, restricted=True)
+    spent, each = run.evaluations, 1 if reml is not None else 2 * int(free.sum())
 
     def arrived(step: Step) -> None:
-        work = 2 * int(free.sum()) * step.evaluations
+        work = each * step.evaluations
         run.follow(step._replace(evaluations=work), first, spent, begin, callback)
 
-    found = _gaussian(problem, batch, run, coordinates, free, hyperguide, max_steps, arrived)
-    weighted = _weighted(problem, batch, run, coordinates, hyperguide, found, seed)
+    if reml is not None:
+        found = restricted(reml, coordinates, first > 0, max_steps, arrived)
+        _check_found(problem, batch, run, found)
+        weighted = exact(found.mean, found.factor, -found.bound, _proposals(problem, batch), seed)
+    else:
+        found = _gaussian(problem, batch, run, coordinates, free, hyperguide, max_steps, arrived)
+        weighted = _weighted(problem, batch, run, coordinates, hyperguide, found, seed)
+    _keep(run, hyperguide, coordinates, found, weighted, seed)
+    run.state = _adapted(problem, strategy, batch, run)
+    run.loss = found.bound
+    run.converged = found.result == Result.CONVERGED
+    steps = counted(run.step - first, "Newton step")
+    of = "of the Gaussian of eta" if reml is None else "on the REML criterion, in closed form"
+    run.stop = (
+        f"converged after {steps} {of}"
+        if run.converged
+        else f"after {steps}: {WHY_IT_ENDED.get(found.result, 'it was to be no more')}"
+    )
+
+
+def _keep(
+    run: Run,
+    hyperguide: Hyperguide,
+    coordinates: Coordinates,
+    found: Gaussian,
+    weighted: Weighted,
+    seed: int,
+) -> None:
+    """Put the posterior of eta into the run, and eta at its mean."""
     run.hyper = HyperPosterior(
         hyperguide=hyperguide,
         points=coordinates.eta_of(weighted.points),
@@ -191,16 +231,6 @@ def integrate(
     )
     centre = (weighted.log_weights.exp()[:, None] * weighted.points).sum(0)
     run.eta = detach(coordinates.eta(coordinates.named(centre)))
-    run.state = _adapted(problem, strategy, batch, run)
-    run.loss = found.bound
-    run.converged = found.result == Result.CONVERGED
-    steps = run.step - first
-    run.stop = (
-        f"converged after {counted(steps, 'Newton step')} of the Gaussian of eta"
-        if run.converged
-        else f"after {counted(steps, 'Newton step')}: "
-        f"{WHY_IT_ENDED.get(found.result, 'it was to be no more')}"
-    )
 
 
 def _gaussian(
@@ -233,6 +263,12 @@ def _gaussian(
         )
     except torch.linalg.LinAlgError as error:
         raise ValueError(_no_evidence(problem, batch, run)) from error
+    _check_found(problem, batch, run, found)
+    return found
+
+
+def _check_found(problem: Problem, batch: Batch, run: Run, found: Gaussian) -> None:
+    """Raise ValueError where the objective was not finite."""
     if found.result in (Result.NON_FINITE, Result.DIVERGED):
         losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
         raise ValueError(
@@ -240,7 +276,6 @@ def _gaussian(
             if not losses.isfinite().all()
             else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
         )
-    return found
 
 
 def _weighted(
@@ -264,13 +299,19 @@ def _weighted(
         # under "reml" the sds are a point, and a Jacobian there would count as evidence
         return evidence + coordinates.log_density_of(points, hyperguide != "reml")
 
-    several = 1 if gaussian else len(nodes(problem.model.weights.size)[0])
-    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
-    number = max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
+    number = _proposals(problem, batch)
     try:
         return importance(log_density, found.mean, found.factor, number, seed)
     except torch.linalg.LinAlgError as error:
         raise ValueError(_no_evidence(problem, batch, run)) from error
+
+
+def _proposals(problem: Problem, batch: Batch) -> int:
+    """The number of draws in a round: the more the cheaper the tasks are."""
+    model = problem.model
+    several = 1 if model.is_linear_gaussian else len(nodes(model.weights.size)[0])
+    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
+    return max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
 
 
 def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
