@@ -73,7 +73,8 @@ def derivatives(
     half = torch.einsum("taij,tkj->taik", pushed, moved)
     moved_by = half + half.mT  # dM_i
     squares = v @ quadratic @ v
-    d_squares = -torch.einsum("ti,taij,tj->a", reached, moved_by, reached)
+    towards = torch.einsum("taij,tj->tai", moved_by, reached)  # dM_a S U v
+    d_squares = -torch.einsum("ti,tai->a", reached, towards)
     d_log_det = 0.5 * torch.einsum("tij,taij->a", inverse, moved_by)
     log_scale = objective.log_scale(coordinates)
     precision = torch.exp(-2.0 * log_scale)
@@ -87,16 +88,15 @@ def derivatives(
         return gradient, hessian
     size = len(along)
     once = torch.einsum("tij,tajk->taik", inverse, moved_by)  # S dM_a
-    towards = torch.einsum("taij,tj->tai", moved_by, reached)  # dM_a S U v
-    bent = torch.einsum("taij,tbkj->tabik", pushed, pushed)  # half of d2M_ab
-    # v' d2H v, of dM S dM twice and of d2M
-    across = torch.einsum("tai,tij,tbj->ab", towards, inverse, towards)
-    bend = torch.einsum("ti,tabij,tj->ab", reached, bent, reached)
+    # v' d2H v, of dM S dM twice and of d2M_ab = dT_a dT_b' and its transpose
+    across = torch.einsum("tai,tbi->ab", towards, towards @ inverse)
+    bent = torch.einsum("taik,ti->tak", pushed, reached)
+    bend = torch.einsum("tak,tbk->ab", bent, bent)
     # what the best places give way
     given = -torch.einsum("tip,tai->ap", known, towards) @ objective.free
-    d2_squares = 2.0 * across - (bend + bend.mT) - 2.0 * given @ inverse_places @ given.mT
-    curved = torch.einsum("tij,tabij->ab", inverse, bent)
-    d2_log_det = 0.5 * (curved + curved.mT - torch.einsum("taij,tbji->ab", once, once))
+    d2_squares = 2.0 * (across - bend - given @ inverse_places @ given.mT)
+    curved = torch.einsum("taik,tbik->ab", pushed, inverse.unsqueeze(1) @ pushed)
+    d2_log_det = curved - 0.5 * torch.einsum("taij,tbji->ab", once, once)
     hessian[:size, :size] = 0.5 * precision * d2_squares + d2_log_det
     if learns:
         hessian[:size, size] = hessian[size, :size] = -precision * d_squares

@@ -135,7 +135,10 @@ class ProfiledEvidence:
 
     def __call__(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """-log p(y | eta), nats, less the log density of the hyperpriors."""
-        loss = self.loss(coordinates, self.sums(coordinates))
+        return self._penalised(coordinates, self.sums(coordinates))
+
+    def _penalised(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
+        loss = self.loss(coordinates, sums)
         return loss + self.penalty(coordinates) if self.has_hyperprior else loss
 
     def penalty(self, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -374,10 +377,11 @@ class ProfiledEvidence:
         for which in (torch.ones_like(flat), *one_by_one[: self.size]):
             for share in _NARROWER:
                 found = {**start, **named_parts(flat * torch.where(which > 0, share, 1.0), moving)}
+                sums = self.sums(found)
                 if self.learns_scale:
-                    squares = self._squares(found, self.sums(found).quadratic)
+                    squares = self._squares(found, sums.quadratic)
                     found[SCALE] = 0.5 * (squares / self._count).log()
-                loss = float(self(found))
+                loss = float(self._penalised(found, sums))
                 if loss < least:
                     best, least = found, loss
             flat = torch.cat([best[name].reshape(-1) for name in moving])

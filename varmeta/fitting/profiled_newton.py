@@ -68,14 +68,16 @@ def profiled_newton(
     """
     begin, first, spent = perf_counter() - run.seconds, run.step, run.evaluations
     point = objective.enter(run.eta) if first else objective.start
-    run.eta, run.converged = objective.leave(point), False
+    reached, run.converged = point, False
 
     def arrived(step: Step) -> None:
-        run.eta, run.loss = objective.leave(row(step.phi)), step.loss
+        nonlocal reached
+        reached, run.loss = row(step.phi), step.loss
         run.follow(step, first, spent, begin, callback)
 
     if not point:  # all that is learned is profiled
-        arrived(Step(0, float(objective(point)), {}, {}, 0.5))
+        run.eta, run.loss = objective.leave(point), float(objective(point))
+        run.follow(Step(0, run.loss, {}, {}, 0.5), first, spent, begin, callback)
         run.converged = True
         run.stop = "converged at once: the best places are known in closed form"
         return
@@ -85,13 +87,14 @@ def profiled_newton(
             arrived(
                 Step(0, solution.stats["loss"][-1], solution.phi, {}, solution.stats["evaluations"])
             )
-        if solution.result == Result.NON_FINITE:
-            raise ValueError(non_finite(tasks, objective.losses(run.eta), "at the start"))
+        run.eta = objective.leave(reached)
         losses = objective.losses(run.eta)
+        if solution.result == Result.NON_FINITE:
+            raise ValueError(non_finite(tasks, losses, "at the start"))
         run.outlier = drowning_of(tasks.names, tasks.support_rows.counts, losses)
         _tell(run, solution)
     except KeyboardInterrupt:
-        run.stop = interrupted(run.step)
+        run.eta, run.stop = objective.leave(reached), interrupted(run.step)
 
 
 def minimum(objective: ProfiledEvidence, point: dict[str, Tensor], **options: Any) -> JointSolution:

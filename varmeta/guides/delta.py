@@ -20,6 +20,7 @@ class Delta(Guide):
     """q_i = delta(theta_i): MAP.  Its objective is *not* a bound on the evidence."""
 
     name = "delta"
+    is_point = True
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         return {"loc": copies(location(model.prior_distribution(eta)), data)}

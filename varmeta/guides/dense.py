@@ -25,6 +25,7 @@ class Dense(Guide):
     """
 
     name = "multivariate_normal"
+    is_point = False
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         prior = model.prior_distribution(eta)

@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -38,6 +38,8 @@ class Guide(ABC):
 
     # phi is a mode, and "elbo" means Laplace's evidence there instead of F_i
     at_mode = False
+    # whether q is a point, of every phi; None: its distribution tells
+    is_point: ClassVar[bool | None] = None
 
     def bound(self, model: TaskModel) -> Guide:
         """The guide as it serves this model; the same one where it does not look at the model."""

@@ -66,6 +66,7 @@ class Laplace(BoundGuide):
     hessian: HessianName = "auto"
 
     name = "laplace"
+    is_point = False
     at_mode = True
     # what "elbo" means under this guide, in words
     evidence_name = "Laplace evidence"

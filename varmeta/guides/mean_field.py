@@ -21,6 +21,7 @@ class MeanField(Guide):
     """q_i = N(loc_i, diag(exp(log_scale_i))^2)."""
 
     name = "normal"
+    is_point = False
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         prior = model.prior_distribution(eta)

@@ -54,6 +54,7 @@ class LowRank(BoundGuide):
     rank: int | None = None
 
     name = "low_rank"
+    is_point = False
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -108,6 +109,7 @@ class Structured(BoundGuide):
     dense: tuple[str, ...] = ()
 
     name = "structured"
+    is_point = False
 
     def __post_init__(self) -> None:
         if isinstance(self.dense, str) or not all(

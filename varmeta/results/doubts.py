@@ -61,8 +61,9 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     spread = (
         [_one_task(fit)]
         if _one_task(fit)
-        else [None if unfinished else _runaways(fit), _singular(fit), heywood(fit)]
+        else [None if unfinished else _runaways(fit), _singular(fit)]
     )
+    spread.append(heywood(fit) if fit.model.prior.learn_precision == "low_rank" else None)
     noise, counts = None if unfinished else _vanishing_noise(fit), _no_overdispersion(fit)
     far = far_from_evidence(fit) or rough_quadrature(fit) if fit.converged else None
     found += [

@@ -161,6 +161,8 @@ class Problem:
 
         Its elbo is then no bound.
         """
+        if self.guide.is_point is not None:
+            return self.guide.is_point
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
