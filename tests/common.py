@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import varmeta as vm
 from varmeta.guides.delta import Delta
@@ -22,6 +23,18 @@ F64 = torch.float64
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that was made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
+        return found
 
 
 def problem(

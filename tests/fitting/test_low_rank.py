@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import varmeta as vm
-from tests.common import F64
+from tests.common import F64, Largest
 from varmeta.guides import closed_form
 from varmeta.results.doubts import doubts
 
@@ -157,6 +157,35 @@ def test_a_head_of_many_weights_takes_no_matrix_of_them() -> None:
             assert float((slope * way).sum()) == pytest.approx(want, rel=1e-5, abs=1e-5), name
 
 
+def test_points_of_such_a_head_take_none_either() -> None:
+    """As ALPaCA and R2-D2 do: the head's weights at their mode, scored on query rows."""
+    tasks = vm.datasets.sinusoids(4, num_support=5, num_query=5, dtype=F64)
+    network = body(low_rank(3), 2000)
+    strategy = vm.Implicit("delta", "query", minimizer=vm.ClosedForm())
+    problem = strategy.problem(network, tasks, 0)
+    eta = network.init(torch.zeros((), dtype=F64))
+    with Largest() as seen:
+        phi = closed_form.best(problem.guide, network, eta, tasks.batch().support)
+    assert seen.bytes < 8 * 2001**2 / 10 and phi is not None
+    # the inner loss is flat there
+    leaf = phi["loc"].requires_grad_()
+    loss = problem.losses("inner", tasks.batch(), 0)({"loc": leaf}, eta).sum()
+    slope = torch.autograd.grad(loss, leaf)[0] * network.prior_distribution(eta).stddev
+    assert float(slope.abs().max()) < 1e-9
+
+
+def test_many_weights_ask_for_draws_only_where_there_are_some() -> None:
+    """Beyond 512 weights "auto" draws, but of an evidence that is known nothing is drawn."""
+    tasks = vm.datasets.sinusoids(3, num_support=4, num_query=4, dtype=F64)
+    network, exact = body(low_rank(3), 600), vm.ClosedForm()
+    found = vm.meta_gradient(network, tasks, vm.Implicit("laplace", minimizer=exact))
+    eta = network.init(torch.zeros((), dtype=F64))
+    known = -closed_form.log_evidence(network, eta, tasks.batch().support).sum()
+    assert found.value == pytest.approx(float(known), rel=1e-10)
+    with pytest.raises(ValueError, match="outer='query' of the guide laplace needs them with 601"):
+        vm.fit(network, tasks, vm.Implicit("laplace", "query", minimizer=exact), num_steps=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_network_with_such_a_head_is_fitted_and_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     tasks = vm.datasets.sinusoids(8, num_support=5, num_query=5, dtype=dtype)
@@ -243,6 +272,25 @@ def test_hyperguides_are_reml_or_refused() -> None:
     assert abs(fit.loss - dense.loss) < 1e-4
     torch.testing.assert_close(fit.prior.covariance, dense.prior.covariance, rtol=1e-2, atol=1e-2)
     assert "cor(weight[0,0], weight[0,1])" in set(fit.hyperparameters().index)
+
+
+def test_its_raw_prior_is_that_of_the_same_covariance() -> None:
+    """What is of low rank in standardised columns is moved as any covariance is."""
+    tasks, scaling = made(3)[0].standardized()
+    net = nn.Linear(3, 1).double()
+    fit = vm.fit(
+        vm.TaskModel(net, vm.likelihoods.Gaussian(), low_rank(1)),
+        tasks,
+        num_steps=2,
+        progress=False,
+    )
+    dense = vm.TaskModel(
+        net, vm.likelihoods.Gaussian(), vm.GaussianPrior(covariance=fit.prior.covariance)
+    )
+    with_it = vm.fit(dense, tasks, num_steps=1, progress=False)
+    ours, wanted = fit.raw_prior(scaling), with_it.raw_prior(scaling)
+    torch.testing.assert_close(ours.covariance, wanted.covariance)
+    assert ours.factor is None and fit.prior.factor is not None
 
 
 def test_a_hyperprior_holds_each_weights_sd() -> None:

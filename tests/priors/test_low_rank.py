@@ -12,10 +12,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import varmeta as vm
-from tests.common import F64, moved, randn
+from tests.common import F64, Largest, moved, randn
 from varmeta.guides.kl import kl
 from varmeta.priors.factor_normal import FactorNormal
 from varmeta.priors.weights import Weights
@@ -194,16 +193,16 @@ def network(prior: vm.GaussianPrior, width: int = 70) -> vm.TaskModel:
     return vm.TaskModel(net, vm.likelihoods.Gaussian(0.2), prior)
 
 
-class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that was made."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
-            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
-        return found
+def test_the_structured_guide_starts_with_its_block() -> None:
+    tasks = vm.datasets.sinusoids(3, num_support=4, dtype=F64)
+    model = network(prior_of(), 4)
+    eta = moved(model.init(LIKE))
+    problem = vm.Joint(vm.guides.Structured(dense=("4.*",))).problem(model, tasks, 0)
+    q = problem.guide.distribution(problem.start(tasks.batch(), eta), eta, tasks.batch().support)
+    p, block = model.prior_distribution(eta), slice(-5, None)
+    found = q.covariance_matrix[0, 0]
+    torch.testing.assert_close(found[block, block], p.covariance_matrix[block, block])
+    torch.testing.assert_close(q.variance[0, 0], p.variance)
 
 
 @pytest.mark.filterwarnings("ignore:the prior precision of:RuntimeWarning")  # after two steps

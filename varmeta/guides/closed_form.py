@@ -69,9 +69,12 @@ def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, quer
 def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree | None:
     """phi at the minimum of F_i, differentiable in eta; None where the guide does not know it."""
     tasks = standardised(model, eta, data)
-    found = gaussian.posterior(tasks)
     prior = _prior(model, eta)
     root = root_of(prior)
+    if guide.phi_is_loc:
+        loc = location(prior) + root.times(gaussian.mean(tasks))
+        return {"loc": loc.to(data.x)}
+    found = gaussian.posterior(tasks)
     if isinstance(root, LowRankRoot):  # its products are no triangle
         factor = lower_root(root.times(found.factor.mT).mT)
     else:

@@ -21,6 +21,7 @@ class Delta(Guide):
 
     name = "delta"
     is_point = True
+    phi_is_loc = True
 
     def init(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
         return {"loc": copies(location(model.prior_distribution(eta)), data)}

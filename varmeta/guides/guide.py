@@ -40,6 +40,8 @@ class Guide(ABC):
     at_mode = False
     # whether q is a point, of every phi; None: its distribution tells
     is_point: ClassVar[bool | None] = None
+    # phi is {"loc": (tasks, D)} alone, at a Gaussian its mean
+    phi_is_loc = False
 
     def bound(self, model: TaskModel) -> Guide:
         """The guide as it serves this model; the same one where it does not look at the model."""

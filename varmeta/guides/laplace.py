@@ -68,6 +68,7 @@ class Laplace(BoundGuide):
     name = "laplace"
     is_point = False
     at_mode = True
+    phi_is_loc = True
     # what "elbo" means under this guide, in words
     evidence_name = "Laplace evidence"
 

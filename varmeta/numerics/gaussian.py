@@ -63,6 +63,27 @@ def posterior(tasks: Standardised) -> Posterior:
     return Posterior(mean, factor)
 
 
+def mean(tasks: Standardised) -> Tensor:
+    """u* `(tasks, D)` alone: of fewer rows than weights nothing is `(D, D)`.
+
+    >>> one = torch.ones(1, 1, 1, dtype=torch.float64)
+    >>> two = one.expand(1, 1, 2)  # y = theta_1 + theta_2 + e, y = 1
+    >>> mean(Standardised(two, one[..., 0], one[0, 0], one[0, 0])).round(decimals=4).tolist()
+    [[0.3333, 0.3333]]
+    """
+    design, residual = tasks.design, tasks.residual
+    if design.shape[-2] >= design.shape[-1]:
+        return posterior(tasks).mean
+    # u* = B'w, w = (I + BB')^-1 e, the residual that is left
+    upper = _factored(design.mT)[1]
+    turned = _inverse(upper).mT
+    left = _apply(turned, residual)
+    # once more, of what is left: the products are as large as the square
+    along = (design.mT @ left.unsqueeze(-1)).squeeze(-1)
+    again = residual - left - (design @ along.unsqueeze(-1)).squeeze(-1)
+    return along + (design.mT @ _apply(turned, again).unsqueeze(-1)).squeeze(-1)
+
+
 def log_evidence(tasks: Standardised) -> Tensor:
     """log p(y_i) `(tasks,)`, nats; NaN where numbers are lost."""
     design, residual = tasks.design, tasks.residual

@@ -41,7 +41,7 @@ class ClosedForm:
     """
 
 
-def chosen(minimizer: object, problem: Problem, expectation: str) -> bool:
+def chosen(minimizer: object, problem: Problem, expectation: str, outer: Outer) -> bool:
     """Whether phi is taken in closed form.
 
     Where it was asked for, or nothing else was and the tasks' posteriors are known and in the
@@ -51,10 +51,17 @@ def chosen(minimizer: object, problem: Problem, expectation: str) -> bool:
     """
     if isinstance(minimizer, ClosedForm):
         _check(problem)
-        if not problem.deterministic:
+        if expectation != "auto" and not problem.deterministic:
             raise ValueError(
                 f"ClosedForm takes no draws, but expectation={expectation!r} asks for them: leave "
                 "out the expectation, or the minimizer"
+            )
+        if not (problem.deterministic or _is_known(problem, outer)):
+            raise ValueError(
+                f"ClosedForm takes no draws, but outer={outer!r} of the guide {problem.guide!r} "
+                f"needs them with {problem.model.weights.size} weights per task: use "
+                "guide='delta', outer='query_predictive' under 'multivariate_normal', or leave out "
+                "the minimizer"
             )
         return True
     size = problem.model.weights.size
@@ -79,13 +86,20 @@ def _check(problem: Problem) -> None:
 
 
 def _has_phi(problem: Problem) -> bool:
-    one = torch.ones(1, problem.model.weights.size)
+    one = torch.ones(1, 1)  # of any number of weights
     return problem.guide.at_gaussian(one, torch.diag_embed(one)) is not None
 
 
 def is_evidence(problem: Problem, outer: Outer) -> bool:
     """Whether the objective at phi is -log p(y_i | eta): of guides that can be the posterior."""
     return outer == "elbo" and _is_posterior(problem)
+
+
+def _is_known(problem: Problem, outer: Outer) -> bool:
+    """Whether the objective at phi is a density of the data that is known, of which nothing is
+    drawn.
+    """
+    return outer in ("elbo", "query_predictive") and _is_posterior(problem)
 
 
 def _is_posterior(problem: Problem) -> bool:

@@ -89,7 +89,7 @@ class Implicit(Amortised):
 
     def _knows(self, problem: Problem) -> bool:
         free = self.inner_steps is None and not self.warm_start
-        return free and closed_form.chosen(self.minimizer, problem, self.expectation)
+        return free and closed_form.chosen(self.minimizer, problem, self.expectation, self.outer)
 
     def traits(self, problem: Problem) -> Traits:
         if self._knows(problem):

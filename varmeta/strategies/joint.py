@@ -69,7 +69,7 @@ class Joint(Strategy):
         return Traits(noisy=not problem.deterministic, stored=True)
 
     def _knows(self, problem: Problem) -> bool:
-        return closed_form.chosen(self.minimizer, problem, self.expectation)
+        return closed_form.chosen(self.minimizer, problem, self.expectation, self.outer)
 
     def init(self, problem: Problem, batch: Batch, eta: Eta) -> State:
         if self._knows(problem):
