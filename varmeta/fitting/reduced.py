@@ -9,6 +9,7 @@ squared before it must be.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,10 @@ class ReducedTasks:
 
         linear: the names of the S parameters, for which the output is linear by construction too.
         """
-        design, y, weight, counts = _rows(model, tasks, linear)
+        rows = tasks.support_rows
+        design, y, weight, counts = linear_rows(
+            model, rows.x, rows.y, rows.counts, tasks.features, linear
+        )
         known = whitened_columns(design)
         if known is None:
             return None
@@ -59,11 +63,14 @@ class ReducedTasks:
         z = torch.cat([q, (y - q @ origin).unsqueeze(-1)], -1)
         owner = torch.repeat_interleave(counts)
         log_weights = z.new_zeros(len(counts)).index_add(0, owner, weight.log())
-        return cls(_triangles(z, counts), r, origin, counts.to(z), log_weights)
+        return cls(triangles(z, counts), r, origin, counts.to(z), log_weights)
 
 
-def _triangles(rows: Tensor, counts: Tensor) -> Tensor:
-    """Of `counts` consecutive rows each, `(T, P, P)`; tasks of about a size are taken together."""
+def triangles(rows: Tensor, counts: Tensor) -> Tensor:
+    """Upper ones with the same products, of `counts` consecutive rows each, `(T, P, P)`.
+
+    Tasks of about a size are taken together.
+    """
     size = rows.shape[1]
     found = rows.new_zeros(len(counts), size, size)
     begin = counts.cumsum(0) - counts
@@ -79,30 +86,37 @@ def _triangles(rows: Tensor, counts: Tensor) -> Tensor:
     return found
 
 
-def _rows(
-    model: TaskModel, tasks: TaskSet, linear: tuple[str, ...]
+def linear_rows(
+    model: TaskModel,
+    x: Tensor,
+    y: Tensor,
+    counts: Tensor,
+    features: Mapping[str, Tensor],
+    linear: tuple[str, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Columns `(N, D + S)` and y `(N,)` in units of each observation's known relative noise, whose
-    reciprocals follow, `(N,)`, and how many are each task's, `(T,)`.
+    """Columns `(N, D + S)` and y `(N,)` in units of each observation's known relative noise.
+
+    Its reciprocals follow, `(N,)`, and how many are each task's, `(T,)`.
+
+    x, y: of all tasks' rows, `counts` `(T,)` of them one after another.  features: of the tasks.
     """
     net, likelihood = model.net, model.likelihood
     assert net is not None and likelihood is not None
-    rows = tasks.support_rows
-    x, y = rows.x, rows.y
+    owner = torch.repeat_interleave(counts)
     shared = tuple(name for name in linear if name not in model.coefficients)
     names = (*model.weights.names, *shared)
     design, constant = columns(net, names, constants(net, model.constants, x), x)
     design, constant = design.double(), constant.double()
     parts = dict(zip(names, design.split([model.start[n].numel() for n in names], -1), strict=True))
     for key, (name, feature) in model.coefficients.items():
-        known = tasks.features[feature].double()[rows.owner]
+        known = features[feature].double()[owner]
         parts[key] = parts[name] * known[:, None, None]
     design = torch.cat([parts[name] for name in (*model.weights.names, *linear)], -1)
     response = likelihood.observed(y).double().reshape(constant.shape)
     weight = _relative_precision(model, constant, y).sqrt()
     design = (design * weight.unsqueeze(-1)).flatten(0, 1)
     response = ((response - constant) * weight).reshape(-1)
-    return design, response, weight.reshape(-1), rows.counts * constant.shape[1]
+    return design, response, weight.reshape(-1), counts * constant.shape[1]
 
 
 def _relative_precision(model: TaskModel, out: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 p(theta_i | y_i, eta) for K values of eta and T tasks are K T small problems.  Newton's method finds
 each mode; the Gaussian of the curvature there places the nodes of a quadrature (adaptive
 Gauss-Hermite), which gives the evidence p(y_i | eta) and the posterior's mean and covariance.
-Exact for linear-Gaussian tasks, where the nodes agree.
+Linear-Gaussian tasks have all of it in closed form (`known.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.kl import location, scale
+from varmeta.hyper.known import known
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import SITE, observed_log_prob
 from varmeta.numerics.hessian import task_hessians
@@ -72,8 +73,13 @@ def conditionals(
 ) -> Conditionals:
     """For each task of the batch and each of eta's K rows.
 
-    gaussian: see `TaskModel.is_linear_gaussian`; it saves the quadrature.
+    gaussian: see `TaskModel.is_linear_gaussian`; it saves the quadrature, and all of the search
+        where it is so.
     """
+    if gaussian and model.is_linear_gaussian:
+        evidence, mean, factor = (part.to(batch.support.x) for part in known(model, batch, eta))
+        sound = evidence.isfinite() & factor.isfinite().all(-1).all(-1)
+        return Conditionals(evidence, mean, factor, mean, factor @ factor.mT, sound)
     groups = buckets(batch)
     number = len(next(iter(eta.values())))
     found = []
