@@ -173,3 +173,27 @@ def test_laplaces_evidence_of_a_gaussian_task_is_exact(strategy: type) -> None:
     eta = moved(model)
     found = vm.meta_gradient(model, tasks, strategy("laplace", minimizer=vm.ClosedForm()), eta=eta)
     assert found.value == pytest.approx(-float(dense_evidence(model, eta, tasks).sum()), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("guide", "distance"),
+    [("multivariate_normal", 1e6), ("multivariate_normal", 1e9), ("normal", 1e6)],
+)
+def test_a_task_that_is_far_away_is_adapted_to(guide: str, distance: float) -> None:
+    """A million noise sds from the others: the conjugate mean, where a search was lost."""
+    tasks = vm.datasets.lines(20, num_support=6, noise=0.1, dtype=torch.float64)
+    net = seeded(lambda: nn.Linear(1, 1))
+    prior = vm.GaussianPrior(learn_precision="per_parameter")
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior)
+    fit = vm.fit(model, tasks, vm.Joint(guide))
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).unsqueeze(-1)
+    noise = fit.eta["log_scale"].exp()
+    y = distance * noise + 2.0 * x[:, 0]
+    found = fit.adapt(vm.TaskSet([vm.Task((x, y))])).mean
+    known = model.prior_distribution(fit.eta)
+    design = torch.cat([x, torch.ones_like(x)], 1)
+    precision = torch.diag(1 / known.variance) + design.T @ design / noise**2
+    pulled = known.mean / known.variance + design.T @ y / noise**2
+    want = torch.linalg.solve(precision, pulled)
+    got = torch.cat([found["weight"].reshape(-1), found["bias"].reshape(-1)])
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-5 * float(noise))
