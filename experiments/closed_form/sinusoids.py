@@ -1,8 +1,8 @@
 """Zhou et al.'s sinusoids: a shared body of tanh layers, and a Gaussian head in closed form.
 
 y = a sin(x + b), a ~ U(0.1, 5), b ~ U(0, 2 pi), x ~ U(-5, 5), without noise; 200 tasks of 50 points
-to learn from, 200 unseen ones that show 5 or 10 points and are scored on a grid of 200.  50 more
-tasks, seen by neither, tell how many steps to take.
+to learn from, 200 unseen ones that show 5 or 10 points and are scored on a grid of 200.  100 more
+tasks, seen by neither, tell which step to keep and how wide the noise is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def tasks(number: int, points: int, seed: int) -> vm.TaskSet:
     return vm.TaskSet(found)
 
 
-def learn(train: vm.TaskSet, num_steps: int, seed: int) -> vm.Fit:
+def learn(train: vm.TaskSet, held: vm.TaskSet, num_steps: int, seed: int) -> vm.Fit:
     """The recipe of docs/strategies.md."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
@@ -46,7 +46,13 @@ def learn(train: vm.TaskSet, num_steps: int, seed: int) -> vm.Fit:
     return vm.fit(
         model, train, vm.Joint("multivariate_normal"), num_steps,
         lambda parameters: torch.optim.Adam(parameters, 3e-3), batch_size=25, seed=seed,
+        validate=vm.Validation(held, every=250, patience=None, calibrate=True),
     )  # fmt: skip
+
+
+def held_out(seed: int) -> vm.TaskSet:
+    """50 tasks that show 5 points, and 50 that show 10."""
+    return vm.TaskSet([t for shots in (5, 10) for t in tasks(50, shots, 10 * seed + shots + 1)])
 
 
 def score(fit: vm.Fit, test: vm.TaskSet) -> dict[str, float]:
@@ -62,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         begin = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            fit = learn(train, steps, seed)
+            fit = learn(train, held_out(seed), steps, seed)
         seconds = time.perf_counter() - begin
         for shots in (5, 10):
             found = score(fit, tasks(200, shots, 10 * seed + shots))

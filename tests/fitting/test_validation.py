@@ -183,3 +183,49 @@ def test_what_it_cannot_use_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="3"):
         vm.fit(model, tasks, validate=other)
+
+
+def test_a_noise_scale_that_lags_behind_is_moved_to_where_it_predicts_best() -> None:
+    """Adam moves its logarithm by 0.003 a step at most; 20 steps leave it where it started."""
+
+    def slow(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, lr=3e-3)
+
+    def fitted(calibrate: bool) -> vm.Fit:
+        net = seeded(lambda: nn.Sequential(nn.Linear(1, 20), nn.Tanh(), nn.Linear(20, 1)))
+        noise = vm.likelihoods.Gaussian(scale=5.0)
+        model = vm.TaskModel(net, noise, PRIOR, shared=["0.*"])
+        watch = vm.Validation(HELD_OUT, calibrate=calibrate)
+        return vm.fit(model, noisy_tasks(30, 5), HEAD, 20, slow, validate=watch)
+
+    plain, moved = fitted(False), fitted(True)
+    for name in plain.eta.keys() - {"log_scale"}:
+        assert torch.equal(plain.eta[name], moved.eta[name])
+    assert float(plain.eta["log_scale"].exp()) > 4.5
+    assert 0.4 < float(moved.eta["log_scale"].exp()) < 1.0  # 0.5 and what so few steps miss
+    scores = []
+    for by in (-0.05, 0.0, 0.05):
+        near = vm.Fit(moved.model, moved.tasks, HEAD, 0, type(moved.run)({}, moved.run.state))
+        near.run.eta = {**moved.eta, "log_scale": moved.eta["log_scale"] + by}
+        scores.append(float(near.adapt(HELD_OUT).score().loc["all", "log_density"]))
+    assert scores[1] == max(scores)
+    assert "times the noise scale found" in moved.stop and "times" not in plain.stop
+    assert moved.loss == pytest.approx(
+        vm.meta_gradient(moved.model, moved.tasks, HEAD, eta=moved.eta).value
+    )
+
+
+def test_what_has_no_noise_scale_to_move_is_refused() -> None:
+    tasks = noisy_tasks(4, 6)
+    watch = vm.Validation(tasks, calibrate=True)
+    known = vm.TaskModel(
+        seeded(lambda: nn.Linear(1, 1)), vm.likelihoods.Gaussian(0.5, learn_scale=False), PRIOR
+    )
+    with pytest.raises(ValueError, match="has none"):
+        vm.fit(known, tasks, HEAD, 5, adam, validate=watch)
+    with pytest.raises(ValueError, match="leaves the tasks' stored posteriors behind"):
+        vm.fit(
+            linear_model(vm.GaussianPrior(1.0)), tasks, vm.Joint("normal"), 5, adam, validate=watch
+        )
+    with pytest.raises(ValueError, match="not by the RMSE"):
+        vm.Validation(tasks, "rmse", calibrate=True)

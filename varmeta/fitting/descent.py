@@ -107,6 +107,8 @@ def descend(
                 run.stop = f"stopped after {step + 1} steps, {watch.worse} looks without a better"
                 break
         way.look(run.step)
+        if watch is not None and watch.validation.calibrate:
+            watch.calibrate()
     except KeyboardInterrupt:
         run.stop = interrupted(run.step)
     way.end()

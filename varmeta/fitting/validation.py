@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from varmeta._checks import one_of, whole_number
+from varmeta.likelihoods.base import SCALE
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import TaskSet
 
@@ -29,6 +30,9 @@ class Validation:
     every: outer steps from one look to the next; the start and the end are looked at too.
     patience: how many looks without a better one end the run; None: none do.
     num_samples: draws where the score is not exact.
+    calibrate: in the end, move the noise scale to where the validation tasks' log density is best.
+        Steps of Adam move its logarithm by at most their rate each, so that after few of them
+        intervals are as wide as the noise was where it started.
 
     Use `Validation` where `fit(validate=tasks)` is not enough.
 
@@ -46,6 +50,7 @@ class Validation:
     every: int = field(default=50, kw_only=True)
     patience: int | None = field(default=10, kw_only=True)
     num_samples: int = field(default=200, kw_only=True)
+    calibrate: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tasks, TaskSet):
@@ -63,6 +68,11 @@ class Validation:
         if self.patience is not None:
             whole_number("patience", self.patience)
         whole_number("num_samples", self.num_samples)
+        if self.calibrate and self.metric != "log_density":
+            raise ValueError(
+                f"calibrate=True moves the noise scale by the log density, not by the "
+                f"{self.what}: use metric='log_density'"
+            )
 
     @property
     def what(self) -> str:
@@ -80,6 +90,10 @@ class Kept(NamedTuple):
     optimizer: dict[str, Any]
 
 
+# How far the noise scale is searched, either way, and how fine: of its logarithm.
+_RANGE, _FINE = math.log(100.0), 0.01
+
+
 class Watch:
     """Looks at a run every so many steps, and keeps the best state that it saw.
 
@@ -89,7 +103,7 @@ class Watch:
     def __init__(self, validation: Validation, value: Callable[[Eta], float]) -> None:
         self.validation, self._value = validation, value
         self.best: Kept | None = None
-        self.last, self.worse = -1, 0
+        self.last, self.worse, self.moved = -1, 0, 1.0
 
     def is_due(self, step: int) -> bool:
         return step % self.validation.every == 0
@@ -115,10 +129,31 @@ class Watch:
             return math.isfinite(value)
         return value > than if self.validation.metric == "log_density" else value < than
 
+    def calibrate(self) -> None:
+        """Move the noise scale of the best state to where the metric is best."""
+        from scipy.optimize import minimize_scalar  # ArviZ brings it
+
+        assert self.best is not None
+        kept = self.best
+
+        def lost(by: float) -> float:
+            value = self._value({**kept.eta, SCALE: kept.eta[SCALE] + by})
+            return -value if math.isfinite(value) else math.inf
+
+        found = minimize_scalar(
+            lost, bounds=(-_RANGE, _RANGE), method="bounded", options={"xatol": _FINE}
+        )
+        value, eta = -found.fun, {**kept.eta, SCALE: kept.eta[SCALE] + found.x}
+        if self._is_better(value, kept.value):
+            self.best, self.moved = kept._replace(value=value, eta=eta), math.exp(found.x)
+
     def in_words(self, steps: int) -> str:
         """What a run of `steps` steps kept."""
         assert self.best is not None
+        calibrated = (
+            "" if self.moved == 1.0 else f", with {self.moved:.3g} times the noise scale found"
+        )
         return (
             f"kept is step {self.best.step} of {steps}, where the validation tasks' "
-            f"{self.validation.what} was best, {self.best.value:.4g}"
+            f"{self.validation.what} was best, {self.best.value:.4g}{calibrated}"
         )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from varmeta.fitting.ensemble import at
 from varmeta.fitting.run import Run
 from varmeta.fitting.validation import METRICS, Validation, Watch
+from varmeta.likelihoods.base import SCALE
 from varmeta.posteriors.scoring import row_of
 from varmeta.results.result import Fit
 from varmeta.strategies.members import Members
@@ -34,10 +35,25 @@ def watching(validation: Validation, fit: Fit, members: Members | None) -> Itera
 
     members: what steps an ensemble, whose mixture is judged.
     """
+    if validation.calibrate:
+        _check_scale(fit)
     said: dict[str, None] = {}
     yield Watch(validation, _value(validation, fit, members, said))
     for sentence in said:
         warnings.warn(f"of the validation tasks: {sentence}", RuntimeWarning, stacklevel=4)
+
+
+def _check_scale(fit: Fit) -> None:
+    if SCALE not in fit.eta:
+        raise ValueError(
+            f"calibrate=True moves a noise scale that is learned, and {fit.model.likelihood!r} has "
+            "none: leave it out"
+        )
+    if fit.strategy.traits(fit.problem).stored:
+        raise ValueError(
+            "calibrate=True leaves the tasks' stored posteriors behind: use a strategy that finds "
+            "them anew, Joint('multivariate_normal') of a last layer or Implicit"
+        )
 
 
 def _value(
