@@ -24,6 +24,8 @@ def test_at_many_eta_it_is_what_newton_and_dense_covariances_find(
     expected = torch.stack([dense_evidence(model, eta, tasks) for eta in etas])
     torch.testing.assert_close(found.log_evidence, expected, rtol=1e-9, atol=1e-9)
     assert bool(found.converged.all())
+    assert not bool(found.factor.triu(1).any())  # densities solve with it as a triangle
+    torch.testing.assert_close(found.factor @ found.factor.mT, found.covariance)
     monkeypatch.setattr(vm.TaskModel, "is_linear_gaussian", False)
     searched = conditionals(model, batch, rows, True)
     for name in ("log_evidence", "mode", "mean", "covariance"):

@@ -51,6 +51,10 @@ def test_products_are_those_of_the_matrix(case: str) -> None:
         taken = torch.diag(own) - root.taken.T @ root.taken
         scale = root.spread[:, None] * root.spread
         torch.testing.assert_close(taken * scale, inverse * scale, atol=1e-7, rtol=0)
+    below = randn(2, SIZE, SIZE, seed=5).tril()
+    found, wide = root.lower_times(below), a @ below
+    assert not bool(found.triu(1).any())
+    torch.testing.assert_close(found @ found.mT, wide @ wide.mT, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(root.times(v), v @ a.T, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(root.transposed(v), v @ a, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(root.solve(root.times(v)), v, rtol=1e-7, atol=1e-7)

@@ -23,9 +23,7 @@ from varmeta.models.design import columns
 from varmeta.models.model import TaskModel
 from varmeta.numerics import gaussian
 from varmeta.numerics.gaussian import Standardised
-from varmeta.numerics.roots import LowRankRoot
 from varmeta.numerics.tree import Tree
-from varmeta.numerics.triangular import lower_root
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
 
@@ -75,11 +73,8 @@ def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) 
         loc = location(prior) + root.times(gaussian.mean(tasks))
         return {"loc": loc.to(data.x)}
     found = gaussian.posterior(tasks)
-    if isinstance(root, LowRankRoot):  # its products are no triangle
-        factor = lower_root(root.times(found.factor.mT).mT)
-    else:
-        factor = root.matrix @ found.factor
-    phi = guide.at_gaussian(location(prior) + root.times(found.mean), factor)
+    loc, factor = location(prior) + root.times(found.mean), root.lower_times(found.factor)
+    phi = guide.at_gaussian(loc, factor)
     return None if phi is None else {name: value.to(data.x) for name, value in phi.items()}
 
 

@@ -72,7 +72,7 @@ def _one(model: TaskModel, eta: Mapping[str, Tensor], tasks: Tasks) -> Tensor:
         prior = model.prior_distribution(eta)
     root = root_of(prior)
     mean = location(prior) + root.times(found.mean)
-    factor = root.matrix @ found.factor
+    factor = root.lower_times(found.factor)
     evidence = gaussian.log_evidence(standard).unsqueeze(-1)
     return torch.cat([evidence, mean, factor.flatten(-2)], -1)
 

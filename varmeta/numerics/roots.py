@@ -44,6 +44,10 @@ class Root(ABC):
     def matrix(self) -> Tensor:
         """A itself, `(D, D)`: for few weights."""
 
+    def lower_times(self, factor: Tensor) -> Tensor:
+        """The lower triangular root of A G G' A', of lower triangles G `(..., D, D)`."""
+        return self.matrix @ factor
+
 
 class DiagonalRoot(Root):
     """A = diag(s)."""
@@ -172,6 +176,10 @@ class LowRankRoot(Root):
     def matrix(self) -> Tensor:
         eye = torch.eye(len(self.spread), dtype=self.spread.dtype, device=self.spread.device)
         return self.times(eye).mT
+
+    def lower_times(self, factor: Tensor) -> Tensor:
+        # A is no triangle
+        return lower_root(self.times(factor.mT).mT)
 
     @property
     def lower(self) -> Tensor:
