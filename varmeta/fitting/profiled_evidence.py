@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.reduced import ReducedTasks
+from varmeta.guides.kl import root_of
 from varmeta.guides.kl import scale as scale_of
 from varmeta.likelihoods.base import SCALE, LocationScale
 from varmeta.likelihoods.weighted import unweighted
@@ -26,6 +27,7 @@ from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import cholesky, lower_root, whitened
 from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
+from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.strategy import Eta
 
 FACTOR = "covariance"
@@ -173,14 +175,17 @@ class ProfiledEvidence:
 
     def sums(self, coordinates: Mapping[str, Tensor]) -> Sums:
         """What all tasks say together."""
-        white, log_det = self._whitened(coordinates, self.tasks.triangles)
+        return self._sums(self.factor(coordinates))
+
+    def _sums(self, factor: Tensor) -> Sums:
+        white, log_det = self._whitened(factor, self.tasks.triangles)
         flat = white.flatten(0, 1)
         count, log_weight = self._count, self.tasks.log_weights.sum()
         return Sums(flat.mT @ flat + self.within, log_det.sum(), count, log_weight)
 
     def of_one(self, coordinates: Mapping[str, Tensor], task: OneTask) -> Sums:
         """What a task says."""
-        white, log_det = self._whitened(coordinates, task.triangle.unsqueeze(0))
+        white, log_det = self._whitened(self.factor(coordinates), task.triangle.unsqueeze(0))
         rest = task.triangle[self.size :]
         quadratic = white[0].mT @ white[0] + rest.mT @ rest
         return Sums(quadratic, log_det[0], task.number, task.log_weight)
@@ -189,22 +194,40 @@ class ProfiledEvidence:
         """Those that are best for these tasks, or those given: as `log_evidence` takes them."""
         return self.best(sums.quadratic)[0] if self.profiles_places else self._white(coordinates)
 
-    def _whitened(
-        self, coordinates: Mapping[str, Tensor], triangles: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _whitened(self, factor: Tensor, triangles: Tensor) -> tuple[Tensor, Tensor]:
         """Each task's rows that its weights can move, in units of their spread, `(T, D, P)`, and
         half of log|V_i / s^2|; nothing is taken from what is larger, so no digit is lost.
         """
         own = triangles[:, : self.size]
-        moved = own[..., : self.size] @ self.factor(coordinates)
+        moved = own[..., : self.size] @ factor
         return whitened(moved @ moved.mT + self._identity, own)
+
+    def log_evidence_at(self, eta: Eta) -> Tensor:
+        """log p(y | eta) of all tasks at any eta, nats, float64; differentiable."""
+        wide = {name: value.double() for name, value in eta.items()}
+        return self.log_evidence(wide, self._sums(self._factor_at(wide)), self._white(wide))
+
+    def reach(self, eta: Eta) -> Tensor:
+        """The widest that a task's weights move its rows under the prior, in units of the noise.
+
+        Its square is what I is added to, so that beyond 1e4 half of the digits are lost.
+        """
+        wide = {name: value.double() for name, value in eta.items()}
+        own = self.tasks.triangles[:, : self.size, : self.size]
+        return (own @ self._factor_at(wide)).abs().amax()
+
+    def _factor_at(self, eta: Eta) -> Tensor:
+        own = self.tasks.whitening[: self.size, : self.size]
+        with validation_enabled(False):
+            root = root_of(self.model.prior_distribution(eta)).matrix
+        return own @ root * torch.exp(-self.log_scale(eta))
 
     def losses(self, eta: Eta) -> Tensor:
         """-log p(y_i | eta) `(T,)`, nats."""
         coordinates = self.enter(eta)
         wide = {name: value.double() for name, value in eta.items()}
         at = self._white(wide)
-        white, log_det = self._whitened(coordinates, self.tasks.triangles)
+        white, log_det = self._whitened(self.factor(coordinates), self.tasks.triangles)
         rest = self.tasks.triangles[:, self.size :] @ at
         squares = (white @ at).square().sum(-1) + rest.square().sum(-1)
         log_scale = self.log_scale(coordinates)

@@ -14,37 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from varmeta.fitting.groups_by_size import buckets, elbo_losses
 from varmeta.hyper.coordinates import Coordinates
+from varmeta.hyper.gaussian import Gaussian, Nodes
 from varmeta.numerics.joint import Step, minimize_jointly
 from varmeta.numerics.joint_model import Penalty, SharedLosses, SharedProblem
 from varmeta.numerics.rows import rowwise
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree, detach, flatten, map_tree, unflatten
-from varmeta.priors.factors import unit_lower
 from varmeta.strategies.problem import Problem
 from varmeta.tasks import Batch
-
-# Times that the Gaussian's scale may be narrowed, by half a unit of its logarithm, where it starts.
-_NARROWER = 8
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """mean `(size,)` and lower factor `(size, size)` in the coordinates; rows of zeros are points.
-
-    bound: on -log p(y), nats (of the hyperpriors up to their constants).
-    """
-
-    mean: Tensor
-    factor: Tensor
-    bound: float
-    result: Result
 
 
 class _Losses:
@@ -137,9 +120,6 @@ def fit_gaussian(
 class _Bound:
     """The bound as a joint problem: its rows are the guides at the nodes of the cubature, its
     shared part is (m, L).
-
-    (m, L) are in units in which L is the identity where the Gaussian is that of the curvature at
-    `place`, (phi, coordinates).
     """
 
     def __init__(
@@ -153,84 +133,36 @@ class _Bound:
         diagonal: bool,
         single: SharedLosses,
     ) -> None:
-        self.coordinates, self._penalty, self._losses = (
-            coordinates,
-            penalty,
-            _Losses(problem, batch),
-        )
+        """place: phi and the coordinates where the Gaussian starts, by the curvature there."""
+        self._losses, self.tasks = _Losses(problem, batch), len(batch)
         phi, point = place
         curvature = Curvature(single, phi, point, penalty)
-        self.centre = coordinates.vector(point)
-        self.white = _whiten(curvature.hessian, free, diagonal)
-        self.index, self.size, self.tasks = (
-            free.nonzero().flatten().to(self.white.device),
-            len(free),
-            len(batch),
-        )
-        self.count = len(self.index)
-        axes = math.sqrt(self.count) * torch.eye(self.count).to(self.white)
-        self.standard = torch.cat([axes, -axes])  # (K, count)
-        self.parameters = {
-            "mean": torch.zeros(self.size).to(axes),
-            "log_scale": torch.zeros(self.count).to(axes),
-        }
-        if not diagonal and self.count > 1:
-            self.parameters["tril"] = torch.zeros(self.count * (self.count - 1) // 2).to(axes)
+        self.nodes = Nodes(coordinates, penalty, point, curvature.hessian, free, diagonal)
         self.value = math.inf
         self._begin(phi, curvature.follow)
 
     def _begin(self, phi: Tree, follow: Tensor) -> None:
-        """Start the rows and the scale: narrower than the curvature says as long as that helps.
-
-        A curvature is no width where the loss is not quadratic, and a hyperprior's support may end
-        between the nodes.
-        """
-        widest = self.parameters["log_scale"]
-        for narrower in range(_NARROWER + 1):
-            parameters = self.parameters | {"log_scale": widest - 0.5 * narrower}
-            moved = self.points(parameters) - self.centre
+        """Start the rows and the scale: narrower than the curvature says as long as that helps."""
+        for times, parameters in enumerate(self.nodes.narrower()):
+            moved = self.nodes.points(parameters) - self.nodes.centre
             flat = flatten(phi) - torch.einsum("tmp,kp->ktm", follow, moved)
             rows = unflatten(flat.reshape(-1, flat.shape[-1]), phi)
             value = self._start_value(rows, parameters)
-            if value < self.value or narrower == 0:
+            if value < self.value or times == 0:
                 self.parameters, self.rows = parameters, rows
                 self.value = value if math.isfinite(value) else math.inf
             elif math.isfinite(self.value):
                 break
 
-    def factor(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        diagonal = torch.diag_embed(parameters["log_scale"].exp())
-        return (
-            diagonal @ unit_lower(parameters["tril"], self.count)
-            if "tril" in parameters
-            else diagonal
-        )
-
-    def points(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Coordinates at the nodes, `(K, size)`."""
-        moved = self.standard @ self.factor(parameters).mT
-        spread = torch.zeros(len(moved), self.size).to(moved).index_copy(1, self.index, moved)
-        return self.centre + (parameters["mean"] + spread) @ self.white.mT
-
     def fn(self, rows: Tree, parameters: Mapping[str, Tensor]) -> Tensor:
-        eta, number = self.coordinates.eta_of(self.points(parameters)), len(self.standard)
+        number = len(self.nodes)
         phi = map_tree(lambda x: x.reshape(number, self.tasks, *x.shape[1:]), rows)
-        return self._losses(phi, eta).reshape(-1) / number
-
-    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        density = rowwise(lambda vector: self._penalty(self.coordinates.named(vector)))
-        return density(self.points(parameters)).mean() - parameters["log_scale"].sum()
+        return self._losses(phi, self.nodes.eta(parameters)).reshape(-1) / number
 
     def _start_value(self, rows: Tree, parameters: Mapping[str, Tensor]) -> float:
         with torch.no_grad():
-            return float(self.fn(rows, parameters).sum() + self.penalty(parameters)) - self._entropy
-
-    @property
-    def _entropy(self) -> float:
-        """Of the Gaussian with L the identity."""
-        return 0.5 * self.count * (1 + math.log(2 * math.pi)) + float(
-            self.white.diagonal()[self.index].log().sum()
-        )
+            loss = self.fn(rows, parameters).sum() + self.nodes.penalty(parameters)
+            return float(loss) - self.nodes.entropy
 
     def minimum(
         self, tolerance: float, max_steps: int, callback: Callable[[Step], object] | None
@@ -239,32 +171,9 @@ class _Bound:
             self.fn,
             self.rows,
             self.parameters,
-            penalty=self.penalty,
+            penalty=self.nodes.penalty,
             tolerance=tolerance,
             max_steps=max_steps,
             callback=callback,
         )
-        factor, at = torch.zeros_like(self.white), (self.index[:, None], self.index)
-        factor[at] = self.white[at] @ self.factor(solution.eta)
-        mean = self.centre + self.white @ solution.eta["mean"]
-        return Gaussian(
-            mean, factor, float(solution.stats["loss"][-1]) - self._entropy, solution.result
-        )
-
-
-def _whiten(hessian: Tensor, free: Tensor, diagonal: bool) -> Tensor:
-    """W, lower triangular, with W' H W near the identity on the free coordinates, and a scale for
-    each of the others.
-    """
-    free = free.to(hessian.device)
-    size = hessian.diagonal().abs().clamp(min=1e-12)
-    unit = size.rsqrt()
-    white = torch.diag(unit)
-    index = free.nonzero().flatten()
-    if diagonal or not len(index):
-        return white
-    block = (unit[:, None] * hessian * unit)[index[:, None], index]
-    values, vectors = torch.linalg.eigh(block)
-    covariance = (vectors / values.abs().clamp(min=1e-6)) @ vectors.mT
-    white[index[:, None], index] = unit[index][:, None] * torch.linalg.cholesky(covariance)
-    return white
+        return self.nodes.gaussian(solution.eta, float(solution.stats["loss"][-1]), solution.result)

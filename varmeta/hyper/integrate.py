@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from varmeta._checks import counted, one_of
 from varmeta.fitting.blame import largest
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import profiled
 from varmeta.fitting.run import Callback, Run, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
+from varmeta.hyper import exact as in_closed_form
+from varmeta.hyper import family
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.conditional import conditionals
 from varmeta.hyper.coordinates import Coordinates
-from varmeta.hyper.family import Gaussian, fit_gaussian
+from varmeta.hyper.gaussian import Gaussian
 from varmeta.hyper.importance import Weighted, exact, importance
 from varmeta.hyper.reml import restricted
 from varmeta.likelihoods.discrete import CONCENTRATION
@@ -63,7 +67,7 @@ def check_hyperguide(
     model, batch = problem.model, tasks.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     _check_problem(hyperguide, problem, batch, eta)
-    known = hyperguide == "reml" and profiled(strategy, problem, tasks, eta, True) is not None
+    known = profiled(strategy, problem, tasks, eta, hyperguide == "reml") is not None
     _check_size(hyperguide, problem, batch, eta, known)
     prior = model.prior
     if hyperguide != "reml" and prior.learn_precision == "low_rank":
@@ -181,6 +185,7 @@ def integrate(
     reml = None
     if hyperguide == "reml":
         reml = profiled(strategy, problem, tasks, run.eta, restricted=True)
+    evidence = None if reml is not None else profiled(strategy, problem, tasks, run.eta)
     spent, each = run.evaluations, 1 if reml is not None else 2 * int(free.sum())
 
     def arrived(step: Step) -> None:
@@ -192,8 +197,10 @@ def integrate(
         _check_found(problem, batch, run, found)
         weighted = exact(found.mean, found.factor, -found.bound, _proposals(problem, batch), seed)
     else:
-        found = _gaussian(problem, batch, run, coordinates, free, hyperguide, max_steps, arrived)
-        weighted = _weighted(problem, batch, run, coordinates, hyperguide, found, seed)
+        found = _gaussian(
+            problem, batch, run, coordinates, free, hyperguide, max_steps, arrived, evidence
+        )
+        weighted = _weighted(problem, batch, run, coordinates, hyperguide, found, seed, evidence)
     _keep(run, hyperguide, coordinates, found, weighted, seed)
     run.state = _adapted(problem, strategy, batch, run)
     run.loss = found.bound
@@ -242,25 +249,28 @@ def _gaussian(
     hyperguide: Hyperguide,
     max_steps: int,
     callback: Callable[[Step], object],
+    evidence: ProfiledEvidence | None,
 ) -> Gaussian:
     """q(eta) by the best bound, from where the run stands.
 
+    evidence: of a regression, in the place of a bound of it.
+
     Raises ValueError where the objective is not finite.
     """
+    options: dict[str, Any] = {
+        "diagonal": hyperguide == "normal",
+        "jacobian": hyperguide != "reml",
+        # importance weights mend the rest; REML has none to mend it
+        "tolerance": 1e-9 if hyperguide == "reml" else 1e-6,
+        "max_steps": max_steps,
+        "callback": callback,
+    }
     try:
-        found = fit_gaussian(
-            problem,
-            batch,
-            coordinates,
-            run.eta,
-            free,
-            diagonal=hyperguide == "normal",
-            jacobian=hyperguide != "reml",
-            # importance weights mend the rest; REML has none to mend it
-            tolerance=1e-9 if hyperguide == "reml" else 1e-6,
-            max_steps=max_steps,
-            callback=callback,
-        )
+        if evidence is not None:
+            found = in_closed_form.fit_gaussian(evidence, coordinates, run.eta, free, **options)
+            if found.result not in (Result.NON_FINITE, Result.DIVERGED):
+                return found
+        found = family.fit_gaussian(problem, batch, coordinates, run.eta, free, **options)
     except torch.linalg.LinAlgError as error:
         raise ValueError(_no_evidence(problem, batch, run)) from error
     _check_found(problem, batch, run, found)
@@ -286,14 +296,17 @@ def _weighted(
     hyperguide: Hyperguide,
     found: Gaussian,
     seed: int,
+    known: ProfiledEvidence | None,
 ) -> Weighted:
     """Draws around the Gaussian, weighted by the evidence of all tasks."""
     gaussian = problem.model.is_linear_gaussian
 
     def log_density(points: Tensor) -> Tensor:
-        evidence = conditionals(
-            problem.model, batch, coordinates.eta_of(points), gaussian
-        ).log_evidence.sum(-1)
+        eta = coordinates.eta_of(points)
+        if known is not None:
+            evidence = in_closed_form.log_evidence(known, batch, eta).to(points)
+        else:
+            evidence = conditionals(problem.model, batch, eta, gaussian).log_evidence.sum(-1)
         if bool(evidence.isnan().any()):
             raise ValueError(_no_evidence(problem, batch, run))
         # under "reml" the sds are a point, and a Jacobian there would count as evidence

@@ -13,7 +13,7 @@ import torch
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import minimum, row
 from varmeta.hyper.coordinates import Coordinates
-from varmeta.hyper.family import Gaussian
+from varmeta.hyper.gaussian import Gaussian
 from varmeta.numerics.joint import Step
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import named_parts

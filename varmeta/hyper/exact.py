@@ -1,0 +1,135 @@
+"""The Gaussian of eta where the tasks' evidence is known: nothing of the tasks is searched for.
+
+M(eta) of `varmeta.hyper.family` is then -log p(y | eta), a function of eta alone, so that the bound
+is one of (m, L) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
+from varmeta.fitting.profiled_newton import row
+from varmeta.hyper.coordinates import Coordinates
+from varmeta.hyper.gaussian import Gaussian, Nodes
+from varmeta.hyper.known import known
+from varmeta.numerics.hessian import vector_hessian
+from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
+from varmeta.numerics.rows import rowwise
+from varmeta.numerics.solution import Result
+from varmeta.numerics.tree import Tree, detach
+from varmeta.tasks import Batch
+
+# Numbers of one tensor that are held at once.
+CELLS = 200_000
+# How wide a prior may be, see `ProfiledEvidence.reach`, for products of rows to keep their digits.
+FAR = 1e4
+
+Evidence = Callable[[dict[str, Tensor]], Tensor]
+"""log p(y | eta), nats."""
+
+
+def log_evidence(objective: ProfiledEvidence, batch: Batch, eta: Mapping[str, Tensor]) -> Tensor:
+    """log p(y | eta) of all tasks at each of K eta, `(K,)`, without derivatives."""
+    step, number = max(1, CELLS // objective.tasks.triangles.numel()), len(next(iter(eta.values())))
+    fn = rowwise(lambda one: torch.stack([objective.log_evidence_at(one), objective.reach(one)]))
+    with torch.no_grad():
+        parts = [
+            fn({name: value[k : k + step] for name, value in eta.items()})
+            for k in range(0, number, step)
+        ]
+        found, reach = torch.cat(parts).unbind(-1)
+        lost = (~((reach < FAR) & found.isfinite())).nonzero()[:, 0]
+        if len(lost):
+            some = {name: value[lost] for name, value in eta.items()}
+            found[lost] = known(objective.model, batch, some).log_evidence.sum(-1)
+    return found
+
+
+def fit_gaussian(
+    objective: ProfiledEvidence,
+    coordinates: Coordinates,
+    start: Mapping[str, Tensor],
+    free: Tensor,
+    *,
+    diagonal: bool = False,
+    jacobian: bool = True,
+    tolerance: float = 1e-9,
+    max_steps: int = 200,
+    callback: Callable[[Step], object] | None = None,
+) -> Gaussian:
+    """See `varmeta.hyper.family.fit_gaussian`."""
+    evidence = objective.log_evidence_at
+
+    def penalty(point: Mapping[str, Tensor]) -> Tensor:
+        return -coordinates.log_density(point, jacobian)
+
+    def loss(point: Mapping[str, Tensor]) -> Tensor:
+        return penalty(point) - evidence(coordinates.eta(point))
+
+    like = next(iter(start.values()))
+    begin = {name: value.double() for name, value in detach(coordinates.of(start)).items()}
+    mode = _minimum(loss, begin, max_steps=max_steps)
+    if mode.result in (Result.NON_FINITE, Result.DIVERGED):
+        point = coordinates.vector(row(mode.phi))
+        return Gaussian(point, torch.zeros(len(free), len(free)).to(point), math.nan, mode.result)
+    # the mode of a density may lie far from its mass, even at an edge of its support, where the
+    # start is the better place
+    places = []
+    for place in (row(mode.phi), begin):
+        hessian = vector_hessian(
+            lambda vector: loss(coordinates.named(vector)), coordinates.vector(place)
+        )
+        nodes = Nodes(coordinates, penalty, place, hessian.detach(), free, diagonal)
+        places.append((nodes, *_narrowed(evidence, nodes)))
+    nodes, parameters, _ = min(places, key=lambda place: place[2])
+    solution = _minimum(
+        lambda parameters: _bound(evidence, nodes, parameters),
+        parameters,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        callback=callback,
+    )
+    found = nodes.gaussian(row(solution.phi), float(solution.stats["loss"][-1]), solution.result)
+    return replace(found, mean=found.mean.to(like), factor=found.factor.to(like))
+
+
+def _narrowed(evidence: Evidence, nodes: Nodes) -> tuple[dict[str, Tensor], float]:
+    """(m, L) to start from, and the bound there."""
+    best, value = nodes.start, math.inf
+    for parameters in nodes.narrower():
+        with torch.no_grad():
+            here = float(_bound(evidence, nodes, parameters))
+        if here < value:
+            best, value = parameters, here
+        elif math.isfinite(value):
+            break
+    return best, value - nodes.entropy
+
+
+def _bound(evidence: Evidence, nodes: Nodes, parameters: Mapping[str, Tensor]) -> Tensor:
+    return nodes.penalty(parameters) - rowwise(evidence)(nodes.eta(parameters)).mean()
+
+
+def _minimum(
+    fn: Callable[[dict[str, Tensor]], Tensor],
+    start: Mapping[str, Tensor],
+    *,
+    tolerance: float = 1e-9,
+    max_steps: int = 200,
+    callback: Callable[[Step], object] | None = None,
+) -> JointSolution:
+    """Over all of `start`, as the numbers of a single task."""
+
+    def losses(phi: Tree, _: object) -> Tensor:
+        return fn(row(phi)).reshape(1)
+
+    phi = {name: value.unsqueeze(0) for name, value in start.items()}
+    return minimize_jointly(
+        losses, phi, {}, tolerance=tolerance, max_steps=max_steps, callback=callback
+    )
