@@ -17,7 +17,7 @@ from torch import nn
 import varmeta as vm
 from tests.cases import linear_model, net_model, ragged_tasks, seeded
 from varmeta.fitting.baselines import BASELINES, Pooled, baseline
-from varmeta.verbs.compare_runs import _initialised
+from varmeta.models.initialised import initialised
 from varmeta.verbs.report import interval
 
 PRIOR = vm.GaussianPrior(3.0)
@@ -161,7 +161,7 @@ def test_a_method_does_not_depend_on_the_others(report: vm.Report) -> None:
 
 def test_a_new_initialisation_is_pytorchs_own() -> None:
     model = net_model(PRIOR)
-    fresh = _initialised(model, 7)
+    fresh = initialised(model, 7)
     again = seeded(lambda: nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1)), seed=7)
     # drawn in double precision here, in single there; the same layers in the same order
     assert {n: v.shape for n, v in fresh.start.items()} == {
@@ -170,7 +170,7 @@ def test_a_new_initialisation_is_pytorchs_own() -> None:
     limit = {"0.weight": 1.0, "0.bias": 1.0, "2.weight": 3**-0.5, "2.bias": 3**-0.5}
     assert all(bool((value.abs() <= limit[name]).all()) for name, value in fresh.start.items())
     assert all(
-        torch.equal(value, _initialised(model, 7).start[name])
+        torch.equal(value, initialised(model, 7).start[name])
         for name, value in fresh.start.items()
     )
     assert not torch.equal(model.start["0.weight"], fresh.start["0.weight"])
@@ -181,7 +181,7 @@ def test_a_start_given_to_the_prior_and_frozen_statistics_stay() -> None:
     net(torch.randn(50, 1) + 5.0)  # running statistics
     prior = vm.GaussianPrior(3.0, loc={"2.bias": 1.25})
     model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior, batch_norm="frozen")
-    fresh = _initialised(model, 5)
+    fresh = initialised(model, 5)
     assert fresh.start["2.bias"].tolist() == [1.25]
     assert not torch.equal(fresh.start["2.weight"], model.start["2.weight"])
     assert fresh.net is not None and model.net is not None
@@ -192,7 +192,7 @@ def test_a_start_given_to_the_prior_and_frozen_statistics_stay() -> None:
 
 def test_programs_start_where_they_start() -> None:
     model = vm.TaskModel.from_pyro(lambda params, x, y: None, {"w": ()})
-    assert _initialised(model, 3) is model
+    assert initialised(model, 3) is model
 
 
 # -- baselines -------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from varmeta.models.initialised import initialised, not_drawn
 from varmeta.models.model import TaskModel
 
 
@@ -55,36 +54,14 @@ def starts(model: TaskModel, number: int, seed: int, like: Tensor) -> dict[str, 
 
     Raises ValueError where there are no layers to draw anew, or they do not say how.
     """
-    first = model.init(like)
-    eta = [first | _redrawn(model, seed, k, first) for k in range(number)]
-    return {name: torch.stack([one[name] for one in eta]) for name in first}
-
-
-def _redrawn(
-    model: TaskModel, seed: int, number: int, first: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    if number == 0:
-        return {}
     if model.net is None:
         raise ValueError("an ensemble's members start at networks of their own: there is none here")
-    net = copy.deepcopy(model.net)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
-        for name, module in net.named_modules():
-            prefix = f"{name}." if name else ""
-            own = (prefix + p for p, _ in module.named_parameters(recurse=False))
-            if not any(one in first for one in own):
-                continue
-            if not callable(getattr(module, "reset_parameters", None)):
-                raise ValueError(
-                    f"the members of an ensemble start at fresh random layers, but "
-                    f"{name or 'the network'!r} ({type(module).__name__}) has no "
-                    "reset_parameters() to draw its parameters anew: give it one"
-                )
-            module.reset_parameters()
-    placed = set(model.prior.start_loc)
-    return {
-        name: value.detach().to(first[name])
-        for name, value in net.named_parameters()
-        if name in first and name not in placed
-    }
+    undrawn = not_drawn(model)
+    if undrawn is not None:
+        raise ValueError(
+            f"the members of an ensemble start at fresh random layers, but {undrawn} has no "
+            "reset_parameters() to draw its parameters anew: give it one"
+        )
+    seeds = ((seed * 1_000_003 + member) % 2**63 for member in range(1, number))
+    eta = [model.init(like), *(initialised(model, own).init(like) for own in seeds)]
+    return {name: torch.stack([one[name] for one in eta]) for name in eta[0]}

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from varmeta.fitting.baselines import Pooled, baseline
 from varmeta.fitting.compiled_step import Compile
 from varmeta.fitting.descent import OptimizerFactory
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.pooled_start import is_regression
+from varmeta.models.initialised import initialised
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
 from varmeta.results.result import Fit
@@ -57,7 +54,7 @@ class Plan:
 
     def run(self, name: str, seed: int) -> Outcome:
         """Fit the method of this name, adapt to the test tasks and score them; errors are kept."""
-        started, said = _initialised(self.models[name], seed), list[str]()
+        started, said = initialised(self.models[name], seed), list[str]()
         failed, reason, solver, seconds = 0, "", "budget", float("nan")
         result = score = None
         try:
@@ -118,32 +115,6 @@ class Plan:
         if solver == "exact":
             self.solved[name] = found, seconds
         return found, seconds
-
-
-def _initialised(model: TaskModel, seed: int) -> TaskModel:
-    """The model with its network's layers initialised anew by `seed` (as PyTorch initialises
-    them).
-    """
-    if model.net is None:
-        return model
-    fresh = copy.copy(model)
-    net = copy.deepcopy(model.net).cpu()  # one generator, whatever the device
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        for module in net.modules():
-            reset = getattr(module, "reset_parameters", None) or getattr(
-                module, "_reset_parameters", None
-            )
-            # frozen statistics are data, not a start
-            if callable(reset) and not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                reset()
-    # a start that the user gave to the prior stays
-    held = {*model.prior.start_loc, *model.weights.fixed}
-    new = {
-        name: value.detach().clone() for name, value in net.named_parameters() if name not in held
-    }
-    fresh.start = model.start | new
-    return fresh
 
 
 def _parts(
