@@ -51,7 +51,7 @@ for _name in public(L.Likelihood):
 
 # These a wrapper has to answer by itself, since y has a column more; their answers are tested
 # below.
-OWN = {"distribution", "observed", "weights", "invalid"}
+OWN = {"distribution", "observed", "weights", "invalid", "predictive", "without_query"}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -59,6 +59,11 @@ OWN = {"distribution", "observed", "weights", "invalid"}
 def test_a_wrapper_forwards_every_public_member(wrapper: Any, name: str) -> None:
     member = getattr(wrapper(Strange()), name)
     assert (member("any") if callable(member) else member) == f"strange {name}"
+
+
+def test_weights_are_told_of_what_is_predicted_too() -> None:
+    weighted = L.Weighted(L.Gaussian())
+    assert weighted.predictive is weighted and weighted.without_query() is weighted
 
 
 def test_a_member_that_is_new_is_forwarded_too(monkeypatch: pytest.MonkeyPatch) -> None:

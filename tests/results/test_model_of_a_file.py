@@ -50,6 +50,16 @@ LIKELIHOODS: dict[str, dict[str, Change]] = {
     "Bernoulli": {},
     "Poisson": {},
     "Categorical": {"num_classes": ({}, 3, None)},
+    "LeastSquaresClasses": {
+        "num_classes": ({}, 3, 4),
+        **{
+            name: ({"num_classes": 3, **SCALED[name][0]}, *SCALED[name][1:])
+            for name in SCALED
+            if name != "per_task"
+        },
+        "temperature": ({"num_classes": 3, "learn_temperature": False}, 0.5, 0.6),
+        "learn_temperature": ({"num_classes": 3}, True, False),
+    },
     "Binomial": {"total_count": ({}, 5, 6)},
     "NegativeBinomial": {
         "concentration": ({"learn_concentration": False}, 1.0, 2.0),

@@ -64,6 +64,8 @@ def baseline(
     # theta0 is what all tasks have in common here, also where the model holds it at a value of its
     # own
     alone.weights = replace(model.weights, fixed={})
+    if model.likelihood is not None:  # all rows are support
+        alone.likelihood = model.likelihood.without_query()
     batch = train.batch()
     eta = model.init(batch.support.x.new_zeros(()))
     precision = (

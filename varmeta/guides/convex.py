@@ -12,6 +12,7 @@ from varmeta.guides.kl import root_of
 from varmeta.guides.laplace import Laplace
 from varmeta.likelihoods.continuous import Gaussian, LogNormal
 from varmeta.likelihoods.discrete import Bernoulli, Binomial, Categorical, NegativeBinomial, Poisson
+from varmeta.likelihoods.least_squares import LeastSquaresClasses
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import Quadratic
 from varmeta.numerics.tree import Tree, detach, flatten
@@ -19,7 +20,16 @@ from varmeta.priors.validation import validation_enabled
 
 # Their log densities are concave in the network's output.  Exact classes: a subclass may be
 # anything.
-LOG_CONCAVE = (Gaussian, LogNormal, Bernoulli, Binomial, Categorical, Poisson, NegativeBinomial)
+LOG_CONCAVE = (
+    Gaussian,
+    LeastSquaresClasses,
+    LogNormal,
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Poisson,
+    NegativeBinomial,
+)
 
 
 def inverse_ceiling(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -> Quadratic | None:

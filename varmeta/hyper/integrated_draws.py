@@ -93,7 +93,7 @@ class IntegratedDraws(Draws):
         return dist.MultivariateNormal(mean.unsqueeze(-2), scale_tril=factor, validate_args=False)
 
     def components(self) -> Components | None:
-        if not self._gaussian:
+        if not self._gaussian or self.model.predictive is not self.model:
             return None
         eta = {name: value[self._rows] for name, value in self.hyper.points.items()}
         share = torch.bincount(self._row_of, minlength=len(self._parts.mean)).to(self._parts.mean)

@@ -10,6 +10,7 @@ from varmeta.likelihoods.discrete import (
     Ordinal,
     Poisson,
 )
+from varmeta.likelihoods.least_squares import LeastSquaresClasses
 from varmeta.likelihoods.weighted import Weighted
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Binomial",
     "Categorical",
     "Gaussian",
+    "LeastSquaresClasses",
     "Likelihood",
     "LogNormal",
     "NegativeBinomial",

@@ -58,6 +58,23 @@ class Likelihood(Remembers, ABC):
     has_hyperprior = False
 
     @property
+    def predictive(self) -> Likelihood:
+        """That of new observations, and of the query rows that a fit is judged by.
+
+        Itself, unless a task's weights are fitted by another density (`LeastSquaresClasses`).
+        """
+        return self
+
+    @property
+    def only_by_query(self) -> tuple[str, ...]:
+        """The entries of eta that nothing but the query rows can tell."""
+        return ()
+
+    def without_query(self) -> Likelihood:
+        """The same for a fit without query rows: such entries stay where they start."""
+        return self
+
+    @property
     def real_valued(self) -> bool:
         """Whether y may be shifted and scaled.
 

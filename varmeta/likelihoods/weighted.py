@@ -13,6 +13,7 @@ from torch import Tensor
 from varmeta._checks import kind_of
 from varmeta.likelihoods.base import Likelihood, LocationScale
 from varmeta.likelihoods.continuous import Gaussian
+from varmeta.likelihoods.least_squares import LeastSquaresClasses
 
 T = TypeVar("T", bound=type[Likelihood])
 
@@ -78,6 +79,11 @@ class Weighted(Likelihood):
                 "likelihood must be one of varmeta.likelihoods, such as Poisson(), not "
                 f"{kind_of(likelihood)}"
             )
+        if isinstance(likelihood, LeastSquaresClasses):
+            raise TypeError(
+                f"{likelihood!r} takes no weights, since a task's rows are fitted as targets and "
+                "judged as classes: use Categorical, or repeat the rows"
+            )
         self.likelihood = likelihood
         self.precision = bool(precision)
         if self.precision and not isinstance(likelihood, LocationScale):
@@ -101,6 +107,13 @@ class Weighted(Likelihood):
 
     def observed(self, y: Tensor) -> Tensor:
         return self.likelihood.observed(_without_weight(y))
+
+    @property
+    def predictive(self) -> Likelihood:
+        return self
+
+    def without_query(self) -> Likelihood:
+        return self
 
     def weights(self, y: Tensor) -> Tensor | None:
         return None if self.precision else y[..., -1]
@@ -131,7 +144,7 @@ def is_gaussian(likelihood: Likelihood | None) -> bool:
     """
     if type(likelihood) is Weighted and likelihood.precision:
         return is_gaussian(likelihood.likelihood)
-    return type(likelihood) is Gaussian
+    return type(likelihood) in (Gaussian, LeastSquaresClasses)
 
 
 def _without_weight(y: Tensor) -> Tensor:

@@ -376,6 +376,19 @@ class TaskModel(Remembers):
         """
         return is_gaussian(self.likelihood) and not self.task_weights and self.is_linear
 
+    @property
+    def predictive(self) -> TaskModel:
+        """The model of new observations, and of the query rows that a fit is judged by.
+
+        Itself, unless the likelihood fits a task's weights by another density.
+        """
+        if self.likelihood is None or self.likelihood.predictive is self.likelihood:
+            return self
+        found = copy.copy(self)
+        found.likelihood = self.likelihood.predictive
+        found.__dict__.pop("is_linear_gaussian", None)
+        return found
+
     def looks_linear(self, tasks: TaskSet) -> bool:
         """Whether the output looks linear in the weights that vary, by second differences.
 

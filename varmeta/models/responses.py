@@ -27,6 +27,7 @@ def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     inner = unweighted(likelihood)
     if (
         likelihood is None
+        or likelihood.kind == "classification"
         or not (isinstance(inner, LocationScale) and inner.learn_scale)
         or not len(tasks.support_rows.y)
     ):

@@ -140,7 +140,11 @@ def _observed(observer: Observer, draws: Tensor, seed: int, of_guide: bool) -> _
     if of_guide and not q.is_point:
         log_q = q.distribution.log_prob(draws).squeeze(-1)
         log_prior = q.prior.log_prob(draws).squeeze(-1)
-        found["sample_stats"] = {"log_joint": log_prior + evaluated.weighted, "log_q": log_q}
+        fitted = evaluated.weighted
+        # the guide is fitted to other numbers than are predicted
+        if observer.model.predictive is not observer.model:
+            fitted = observer.log_likelihood(draws, q.eta)
+        found["sample_stats"] = {"log_joint": log_prior + fitted, "log_q": log_q}
     return _Observed(found, dims, tasks)
 
 

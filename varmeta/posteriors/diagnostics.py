@@ -31,6 +31,10 @@ NO_DENSITY = (
     "a delta guide has no density to weigh draws by: use guide='laplace' (with Implicit) or a "
     "Gaussian guide"
 )
+NO_CLASSES = (
+    "the evidence of this model is that of its regression of +-1 targets, and no density of "
+    "classes: judge it by score() on query data, whose log_density is that of the classes"
+)
 
 
 def log_weights(observer: Observer, num_samples: int, seed: int) -> Tensor:
@@ -45,6 +49,8 @@ def log_weights(observer: Observer, num_samples: int, seed: int) -> Tensor:
             "this posterior integrates over eta: fit.hyper tells how good that is; evidence and "
             "diagnose look at the guides of a fit with hyperguide='delta'"
         )
+    if q.model.predictive is not q.model:
+        raise ValueError(NO_CLASSES)
     if q.is_point:
         raise ValueError(NO_DENSITY)
     draws = q.theta(num_samples, seed)

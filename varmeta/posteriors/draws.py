@@ -78,9 +78,9 @@ class Draws(ABC):
 
     @abstractmethod
     def components(self) -> Components | None:
-        """The posteriors as mixtures of Gaussians over eta.
+        """The posteriors as mixtures of Gaussians over eta, for normal predictions.
 
-        None where the model is not known to be linear and Gaussian.
+        None where the model is not known to be linear and Gaussian, or predicts by another density.
         """
 
     @abstractmethod
@@ -155,6 +155,8 @@ class GuideDraws(Draws):
         q = self.distribution
         if not (self.model.is_linear_gaussian and has_closed_form(q)):
             return None
+        if self.model.predictive is not self.model:
+            return None  # what is new is not normal
         if isinstance(q, StructuredNormal) and self.model.weights.size > MAX_KNOWN_SIZE:
             return None  # its square root is held in parts; whole, it may not fit
         loc, root = location(q).squeeze(-2), scale(q)

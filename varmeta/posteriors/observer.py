@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import observed_log_prob, observed_site
 from varmeta.posteriors import slices
 from varmeta.posteriors.draws import Draws
@@ -60,7 +61,8 @@ class Observer:
         draws, tasks = slices.sizes(self.model, self.q.eta, theta, data)
         for eta, part in self.q.with_eta(theta, draws):
             stream.at(first, len(part))
-            yield poutine.trace(self._program(part, tasks)).get_trace(eta, x, y)
+            program = self._program(self.model.predictive, part, tasks)
+            yield poutine.trace(program).get_trace(eta, x, y)
             first += len(part)
 
     def new(self, data: Data, num_samples: int, seed: int) -> Tensor:
@@ -149,19 +151,20 @@ class Observer:
                 self._sizes[theta.shape] = slices.sizes(self.model, eta, theta, data)
             draws, tasks = self._sizes[theta.shape]
             for some in theta.split(draws):
-                trace = poutine.trace(self._program(some, tasks)).get_trace(eta, *data.filled)
+                program = self._program(self.model, some, tasks)
+                trace = poutine.trace(program).get_trace(eta, *data.filled)
                 # where, not a product: the density of padding may be anything
                 parts.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
         return torch.cat(parts)
 
-    def _program(self, theta: Tensor, task_chunk_size: int) -> Any:
+    def _program(self, model: TaskModel, theta: Tensor, task_chunk_size: int) -> Any:
         def program(eta: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
             with (
                 pyro.plate("draws", len(theta), dim=-3),
                 pyro.plate("tasks", x.shape[0], dim=-2),
                 pyro.plate("data", x.shape[1], dim=-1),
             ):
-                return self.model.observe(theta, eta, x, y, task_chunk_size)
+                return model.observe(theta, eta, x, y, task_chunk_size)
 
         return program
 

@@ -24,7 +24,9 @@ def unexplained(fit: Fit) -> str | None:
         return None
     if likelihood.has_hyperprior:  # which may hold it there
         return None
-    y = fit.tasks.support_rows.y.double()
+    if likelihood.predictive is not likelihood and fit.strategy.outer != "elbo":
+        return None  # a penalty that classes were judged by, no estimate of a noise
+    y = likelihood.observed(fit.tasks.support_rows.y).double()
     if scale.numel() != 1 or len(y) < 2:
         return None
     sd, found = float(y.std()), float(scale)

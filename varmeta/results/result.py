@@ -29,6 +29,7 @@ from varmeta.models.raw_units import raw_prior
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.posteriors.arviz_groups import Record, groups
+from varmeta.posteriors.diagnostics import NO_CLASSES
 from varmeta.posteriors.draws import GuideDraws
 from varmeta.posteriors.inputs import check_columns
 from varmeta.posteriors.posterior import Posterior
@@ -37,6 +38,7 @@ from varmeta.results.evidence_gap import cost, is_tight
 from varmeta.results.storage import save
 from varmeta.strategies.closed_form import is_evidence
 from varmeta.strategies.expectation import Cubature
+from varmeta.strategies.objective import OuterName
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.tasks import TaskSet
@@ -145,10 +147,19 @@ class Fit:
         return f"{name} - log hyperprior" if self.model.has_hyperprior else name
 
     @property
+    def _fits_targets(self) -> bool:
+        """Whether what the weights are fitted to are targets, and what is judged classes."""
+        return self.model.predictive is not self.model
+
+    @property
     def _objective_name(self) -> str:
         outer = self.strategy.outer
         if callable(outer):
             return name_of(outer)
+        of_targets = ", of the regression of +-1 targets" * (self._fits_targets and outer == "elbo")
+        return self._name_of(outer) + of_targets
+
+    def _name_of(self, outer: OuterName) -> str:
         return {
             "elbo": "penalised loss (MAP; no bound)"
             if self.is_point
@@ -243,6 +254,8 @@ class Fit:
         construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit
         that has converged to them.
         """
+        if self._fits_targets:
+            return None
         kind = "delta" if self.run.hyper is None else self.run.hyper.hyperguide
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
             return None
@@ -259,6 +272,7 @@ class Fit:
             and not self.is_point
             and self.run.hyper is None
             and self.strategy.outer == "elbo"
+            and not self._fits_targets
         )
         if not known or self._can_be_exact:
             return None
@@ -420,6 +434,8 @@ class Fit:
         """
         if self.members is not None:
             raise ValueError("an ensemble has no one eta to leave a task out of: fit one member")
+        if self._fits_targets:
+            raise ValueError(NO_CLASSES)
         if self.hyper is not None:
             raise ValueError(
                 f"this fit has integrated over eta (hyperguide={self.hyper.hyperguide!r}), which "
@@ -499,7 +515,9 @@ class Fit:
         unit = "" if callable(self.strategy.outer) else " nats"
         line = f"{self.loss_name}: {self.loss:.4f}{unit}"
         if self.hyper is not None and self.hyper.hyperguide != "reml":
-            return f"{line}; log evidence by importance weights: {self.hyper.log_evidence:.4f}"
+            of = " of the targets" * self._fits_targets
+            evidence = f"log evidence{of} by importance weights"
+            return f"{line}; {evidence}: {self.hyper.log_evidence:.4f}"
         if self.log_likelihood is None:
             return "\n".join(filter(None, (line, self._guide_cost)))
         return (

@@ -56,6 +56,8 @@ def check_strategy(
             "support rows, so there is nothing to learn the prior from: give Task(support=(x, y))"
             + ("" if tasks.query_rows.bare(tasks.names) else others)
         )
+    if for_fit and strategy.outer == "elbo":
+        _check_told(problem.model)
     _check_curvature(plain, problem, tasks)
     traits = strategy.traits(problem)
     _check_alg(strategy, problem, tasks)
@@ -104,6 +106,19 @@ def _check_query(strategy: Strategy, tasks: TaskSet) -> None:
                 if len(missing) < len(tasks)
                 else "give query=(x, y), or split the support with tasks.split(...)"
             )
+        )
+
+
+def _check_told(model: TaskModel) -> None:
+    """Refuse what is learned from query rows alone where the objective has none."""
+    likelihood = model.likelihood
+    names = likelihood.only_by_query if likelihood is not None else ()
+    if names:
+        raise ValueError(
+            f"outer='elbo' is the regression of the support's targets, which says nothing of "
+            f"{names[0]!r} of {type(likelihood).__name__}: learn it from query rows, as by "
+            "vm.Implicit('delta', outer='query', minimizer=vm.ClosedForm()), or give it, "
+            "temperature=..., learn_temperature=False"
         )
 
 

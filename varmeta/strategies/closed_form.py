@@ -56,7 +56,7 @@ def chosen(minimizer: object, problem: Problem, expectation: str, outer: Outer) 
                 f"ClosedForm takes no draws, but expectation={expectation!r} asks for them: leave "
                 "out the expectation, or the minimizer"
             )
-        if not (problem.deterministic or _is_known(problem, outer)):
+        if not (problem.deterministic or knows(problem, outer)):
             raise ValueError(
                 f"ClosedForm takes no draws, but outer={outer!r} of the guide {problem.guide!r} "
                 f"needs them with {problem.model.weights.size} weights per task: use "
@@ -95,11 +95,13 @@ def is_evidence(problem: Problem, outer: Outer) -> bool:
     return outer == "elbo" and _is_posterior(problem)
 
 
-def _is_known(problem: Problem, outer: Outer) -> bool:
+def knows(problem: Problem, outer: Outer) -> bool:
     """Whether the objective at phi is a density of the data that is known, of which nothing is
     drawn.
     """
-    return outer in ("elbo", "query_predictive") and _is_posterior(problem)
+    normal = problem.model.predictive is problem.model  # so are new observations
+    known = outer == "elbo" or (outer == "query_predictive" and normal)
+    return known and _is_posterior(problem)
 
 
 def _is_posterior(problem: Problem) -> bool:
@@ -112,7 +114,7 @@ def losses(problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta) ->
     model = problem.model
     if is_evidence(problem, outer):
         return -closed_form.log_evidence(model, eta, batch.support)
-    if outer == "query_predictive" and _is_posterior(problem):
+    if outer == "query_predictive" and knows(problem, outer):
         return -closed_form.log_predictive(model, eta, batch.support, batch.require_query())
     return problem.losses(outer, batch, step)(_phi(problem, batch, eta), eta)
 
@@ -135,8 +137,7 @@ def _certified(
     """What differentiating F_i at phi says of it; where G_i is known without phi, of F_i alone."""
     phi = detach(_phi(problem, batch, eta))
     inner = problem.losses("inner", batch, step)
-    known = outer in ("elbo", "query_predictive") and _is_posterior(problem)
-    same = known or (outer == "elbo" and not problem.guide.at_mode)
+    same = knows(problem, outer) or (outer == "elbo" and not problem.guide.at_mode)
     other = inner if same else problem.losses(outer, batch, step)
     ceiling = inverse_ceiling(problem.model, problem.guide, eta)
     return ImplicitAdjoint(Direct())(inner, other, phi, eta, ceiling=ceiling)[1]

@@ -94,7 +94,10 @@ class Implicit(Amortised):
     def traits(self, problem: Problem) -> Traits:
         if self._knows(problem):
             return Traits(
-                noisy=False, closed_form=True, at_minimum=True, on_unconverged=self.on_unconverged
+                noisy=not (problem.deterministic or closed_form.knows(problem, self.outer)),
+                closed_form=True,
+                at_minimum=True,
+                on_unconverged=self.on_unconverged,
             )
         return Traits(
             noisy=not problem.deterministic,

@@ -118,13 +118,14 @@ class Objective:
         From the two Pyro traces.
 
         seen: the data that the guide is shown (by default the same): never the query that it is
-            judged on.
+            judged on.  Beside them `data` are new observations, those of `TaskModel.predictive`.
         """
+        model = self.model if seen is None else self.model.predictive
         # validation is data-dependent control flow on the hot path; TaskModel.check has run with it
         # once
         with validation_enabled(False):
             q, theta = self._moved(phi, eta, data if seen is None else seen, noise)
-            prior, nll = negative_log_likelihood(self.model, theta, eta, data)
+            prior, nll = negative_log_likelihood(model, theta, eta, data)
             return kl(q, prior).squeeze(-1), nll
 
     def observations(
@@ -137,7 +138,8 @@ class Objective:
         """
         with validation_enabled(False):
             _, theta = self._moved(phi, eta, seen, noise)
-            trace = poutine.trace(poutine.condition(self.model, {SITE: theta})).get_trace(eta, data)
+            program = poutine.condition(self.model.predictive, {SITE: theta})
+            trace = poutine.trace(program).get_trace(eta, data)
         found: dist.TorchDistribution = observed_site(trace)["fn"]
         return found
 

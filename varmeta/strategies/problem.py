@@ -73,7 +73,8 @@ class Problem:
         if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
             return problem
         linear = model.looks_linear(tasks)
-        known = model.is_linear_gaussian, model.is_linear
+        quadratic = model.is_linear_gaussian and model.predictive is model
+        known = quadratic, model.is_linear
         size = model.weights.size
         rule = make_expectation(expectation, size, num_particles, linear, frozen, *known)
         return cls(model, made, rule, int(seed))

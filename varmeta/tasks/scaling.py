@@ -26,6 +26,9 @@ class Reads(Protocol):
     @property
     def real_valued(self) -> bool: ...
 
+    @property
+    def predictive(self) -> Reads: ...
+
     def observed(self, y: Tensor) -> Tensor: ...
 
 
@@ -145,7 +148,8 @@ class Scaling:
         """y_loc and y_scale of the response alone, as predictions have it."""
         if self.likelihood is None:
             return self.y_loc, self.y_scale
-        return self.likelihood.observed(self.y_loc), self.likelihood.observed(self.y_scale)
+        predicted = self.likelihood.predictive
+        return predicted.observed(self.y_loc), predicted.observed(self.y_scale)
 
     def raw_prior(self, fit: Learned[Prior]) -> Prior:
         """The prior that `fit` learned from the scaled tasks, in the data's own units.
