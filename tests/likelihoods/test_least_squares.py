@@ -220,6 +220,20 @@ def test_a_learned_temperature_calibrates_held_out_tasks() -> None:
     assert scores[True]["log_density"] > scores[False]["log_density"] + 0.1
 
 
+def test_validation_tasks_move_the_temperature_to_where_they_are_predicted_best() -> None:
+    train, held_out = tasks_of(6), tasks_of(6, seed=700)
+    watch = vm.Validation(held_out, every=5, calibrate=True)
+    model = model_of(L.LeastSquaresClasses(3, temperature=20.0))
+    fit = vm.fit(
+        model, train, DELTA, 5, lambda p: torch.optim.Adam(p, 1e-3), compile=False, validate=watch
+    )
+    assert "times the temperature found" in fit.stop
+    logits = torch.cat([by_hand(model, fit.eta, task) for task in held_out])
+    y = torch.cat([task.query[1] for task in held_out])
+    near = [float(nn.functional.cross_entropy(logits * by, y)) for by in (0.95, 1.0, 1.05)]
+    assert near[1] == min(near)
+
+
 def test_padding_and_ragged_tasks_do_not_meet() -> None:
     model, tasks = model_of(L.LeastSquaresClasses(3)), tasks_of()
     eta = moved(model)

@@ -30,7 +30,8 @@ class Validation:
     every: outer steps from one look to the next; the start and the end are looked at too.
     patience: how many looks without a better one end the run; None: none do.
     num_samples: draws where the score is not exact.
-    calibrate: in the end, move the noise scale to where the validation tasks' log density is best.
+    calibrate: in the end, move the noise scale (or the temperature of `LeastSquaresClasses`) to
+        where the validation tasks' log density is best.
         Steps of Adam move its logarithm by at most their rate each, so that after few of them
         intervals are as wide as the noise was where it started.
 
@@ -100,8 +101,10 @@ class Watch:
     value: the metric at an eta.
     """
 
-    def __init__(self, validation: Validation, value: Callable[[Eta], float]) -> None:
-        self.validation, self._value = validation, value
+    def __init__(
+        self, validation: Validation, value: Callable[[Eta], float], name: str = SCALE
+    ) -> None:
+        self.validation, self._value, self.name = validation, value, name
         self.best: Kept | None = None
         self.last, self.worse, self.moved = -1, 0, 1.0
 
@@ -130,29 +133,29 @@ class Watch:
         return value > than if self.validation.metric == "log_density" else value < than
 
     def calibrate(self) -> None:
-        """Move the noise scale of the best state to where the metric is best."""
+        """Move the scale called `name` of the best state to where the metric is best."""
         from scipy.optimize import minimize_scalar  # ArviZ brings it
 
         assert self.best is not None
         kept = self.best
 
         def lost(by: float) -> float:
-            value = self._value({**kept.eta, SCALE: kept.eta[SCALE] + by})
+            value = self._value({**kept.eta, self.name: kept.eta[self.name] + by})
             return -value if math.isfinite(value) else math.inf
 
         found = minimize_scalar(
             lost, bounds=(-_RANGE, _RANGE), method="bounded", options={"xatol": _FINE}
         )
-        value, eta = -found.fun, {**kept.eta, SCALE: kept.eta[SCALE] + found.x}
+        value = -found.fun
+        eta = {**kept.eta, self.name: kept.eta[self.name] + found.x}
         if self._is_better(value, kept.value):
             self.best, self.moved = kept._replace(value=value, eta=eta), math.exp(found.x)
 
     def in_words(self, steps: int) -> str:
         """What a run of `steps` steps kept."""
         assert self.best is not None
-        calibrated = (
-            "" if self.moved == 1.0 else f", with {self.moved:.3g} times the noise scale found"
-        )
+        what = "noise scale" if self.name == SCALE else self.name.removeprefix("log_")
+        calibrated = "" if self.moved == 1.0 else f", with {self.moved:.3g} times the {what} found"
         return (
             f"kept is step {self.best.step} of {steps}, where the validation tasks' "
             f"{self.validation.what} was best, {self.best.value:.4g}{calibrated}"

@@ -96,9 +96,7 @@ def is_evidence(problem: Problem, outer: Outer) -> bool:
 
 
 def knows(problem: Problem, outer: Outer) -> bool:
-    """Whether the objective at phi is a density of the data that is known, of which nothing is
-    drawn.
-    """
+    """Whether the objective at phi is a known density of the data, of which nothing is drawn."""
     normal = problem.model.predictive is problem.model  # so are new observations
     known = outer == "elbo" or (outer == "query_predictive" and normal)
     return known and _is_posterior(problem)

@@ -38,13 +38,19 @@ def watching(validation: Validation, fit: Fit, members: Members | None) -> Itera
     if validation.calibrate:
         _check_scale(fit)
     said: dict[str, None] = {}
-    yield Watch(validation, _value(validation, fit, members, said))
+    yield Watch(validation, _value(validation, fit, members, said), _calibrated(fit))
     for sentence in said:
         warnings.warn(f"of the validation tasks: {sentence}", RuntimeWarning, stacklevel=4)
 
 
+def _calibrated(fit: Fit) -> str:
+    """The entry of eta that says how sure predictions are."""
+    likelihood = fit.model.likelihood
+    return (*(likelihood.only_by_query if likelihood is not None else ()), SCALE)[0]
+
+
 def _check_scale(fit: Fit) -> None:
-    if SCALE not in fit.eta:
+    if _calibrated(fit) not in fit.eta:
         raise ValueError(
             f"calibrate=True moves a noise scale that is learned, and {fit.model.likelihood!r} has "
             "none: leave it out"
