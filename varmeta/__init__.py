@@ -2,6 +2,7 @@
 
 from varmeta import datasets, guides, likelihoods, plot
 from varmeta.files.version import __version__ as __version__
+from varmeta.fitting.callback import StopFit
 from varmeta.fitting.validation import Validation
 from varmeta.landscape.landscape import Landscape
 from varmeta.models.learned_prior import LearnedPrior
@@ -46,7 +47,7 @@ __all__ = [
     "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",
     "Solution", "Result",
     # verbs and what they return
-    "fit", "Validation", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior",
+    "fit", "Validation", "StopFit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior",
     "Prediction",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "reachability", "Reachability",

@@ -45,6 +45,8 @@ def test_the_bar_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[Any] = []
 
     class Bar:
+        disable = False
+
         def set_description(self, text: str | None) -> None:
             said.append(text)
 

@@ -170,8 +170,7 @@ def test_a_new_initialisation_is_pytorchs_own() -> None:
     limit = {"0.weight": 1.0, "0.bias": 1.0, "2.weight": 3**-0.5, "2.bias": 3**-0.5}
     assert all(bool((value.abs() <= limit[name]).all()) for name, value in fresh.start.items())
     assert all(
-        torch.equal(value, initialised(model, 7).start[name])
-        for name, value in fresh.start.items()
+        torch.equal(value, initialised(model, 7).start[name]) for name, value in fresh.start.items()
     )
     assert not torch.equal(model.start["0.weight"], fresh.start["0.weight"])
 

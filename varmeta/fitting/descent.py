@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.blame import drowning, largest, what_failed
+from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.chunks import Outcome
 from varmeta.fitting.compiled_step import Compile, Step
 from varmeta.fitting.convergence import judge, promised, settled
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
-from varmeta.fitting.run import ADVICE, Callback, Run, interrupted
+from varmeta.fitting.run import ADVICE, Run, end_early
 from varmeta.fitting.schedule import GIVEN, Decay, Rates
 from varmeta.fitting.validation import Watch
 from varmeta.guides.pyro_guide import PyroGuide
@@ -109,8 +110,8 @@ def descend(
         way.look(run.step)
         if watch is not None and watch.validation.calibrate:
             watch.calibrate()
-    except KeyboardInterrupt:
-        run.stop = interrupted(run.step)
+    except ENDS as by:
+        end_early(run, by)
     way.end()
 
 
@@ -179,6 +180,7 @@ class _Way:
         due = self.watch is not None and self.watch.is_due(step + 1)
         run.record(
             callback,
+            lambda: eta,
             **(self.look(step + 1) if due else {}),
             step=step + 1,
             loss=loss,

@@ -58,5 +58,5 @@ def reopened(run: Run, members: Members | None) -> Run:
         raise ValueError(f"resume is a fit with ensemble={count}, not {asked}: give it the same")
     if isinstance(found, Ensemble):
         run.eta = found.points
-    run.hyper, run.undetermined = None, ()
+    run.hyper, run.undetermined, run.failure = None, (), None
     return run

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting import chunks
+from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.float64 import cast, in_double
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_SIZE, WHY_IT_ENDED
-from varmeta.fitting.run import Callback, Run, interrupted, non_finite
+from varmeta.fitting.run import Run, end_early, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.kl import location, root_of
@@ -127,8 +128,8 @@ def evidence_newton(
                 numbers, totals = numbers[1:], []
             elif _has_ended(run, batch, solution, max_steps, totals, numbers[0]):
                 break
-    except KeyboardInterrupt:
-        run.stop = interrupted(run.step)
+    except ENDS as by:
+        end_early(run, by)
     # the value at the nodes as the strategy places them, which differs by the rule's error
     run.loss = chunks.value(strategy, problem, batch, run.eta, run.state)
     run.eta = cast(run.eta, dtype)

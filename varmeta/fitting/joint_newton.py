@@ -9,9 +9,10 @@ from time import perf_counter
 from torch import Tensor
 
 from varmeta.fitting.blame import drowning, drowning_at_start, largest
+from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.float64 import cast, in_double
 from varmeta.fitting.groups_by_size import elbo_losses
-from varmeta.fitting.run import Callback, Run, interrupted, non_finite
+from varmeta.fitting.run import Run, end_early, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
@@ -130,8 +131,8 @@ def newton(
             last = loss
             if resets is not None:
                 run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
-    except KeyboardInterrupt:
-        run.stop = interrupted(run.step)
+    except ENDS as by:
+        end_early(run, by)
     finally:
         run.eta = cast(run.eta, dtype)
         run.state = replace(

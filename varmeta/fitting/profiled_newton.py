@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from varmeta.fitting.blame import drowning_of
+from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.joint_newton import UNDETERMINED, WHY_IT_ENDED
 from varmeta.fitting.profiled_derivatives import applies, derivatives, directions
 from varmeta.fitting.profiled_evidence import FACTOR, ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
-from varmeta.fitting.run import Callback, Run, interrupted, non_finite
+from varmeta.fitting.run import Run, end_early, non_finite
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
@@ -73,7 +74,7 @@ def profiled_newton(
     def arrived(step: Step) -> None:
         nonlocal reached
         reached, run.loss = row(step.phi), step.loss
-        run.follow(step, first, spent, begin, callback)
+        run.follow(step, first, spent, begin, callback, lambda: objective.leave(reached))
 
     if not point:  # all that is learned is profiled
         run.eta, run.loss = objective.leave(point), float(objective(point))
@@ -93,8 +94,9 @@ def profiled_newton(
             raise ValueError(non_finite(tasks, losses, "at the start"))
         run.outlier = drowning_of(tasks.names, tasks.support_rows.counts, losses)
         _tell(run, solution)
-    except KeyboardInterrupt:
-        run.eta, run.stop = objective.leave(reached), interrupted(run.step)
+    except ENDS as by:
+        run.eta = objective.leave(reached)
+        end_early(run, by)
 
 
 def minimum(objective: ProfiledEvidence, point: dict[str, Tensor], **options: Any) -> JointSolution:

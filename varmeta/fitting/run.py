@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from varmeta.fitting.callback import Callback, CallbackError, Row, told
 from varmeta.numerics.joint import Step
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch, TaskSet
@@ -18,8 +19,6 @@ from varmeta.tasks import Batch, TaskSet
 if TYPE_CHECKING:
     from varmeta.models.ensemble import Ensemble
     from varmeta.models.hyper_posterior import HyperPosterior
-
-Callback = Callable[[dict[str, float]], None]
 
 
 @dataclass
@@ -31,6 +30,7 @@ class Run:
     kept: the step whose eta and state these are, where validation tasks chose it; None: the last.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, or an ensemble of them; None where eta is a point.
+    failure: what a callback raised, which ended the run; not kept in files.
     undetermined: names that the data can hardly tell apart, where Newton's method converged; not
         kept in files.
     outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in
@@ -52,6 +52,7 @@ class Run:
     seconds_compiling: float = 0.0
     outlier: str | None = None
     undetermined: tuple[str, ...] = ()
+    failure: Exception | None = None
 
     @property
     def step(self) -> int:
@@ -73,13 +74,22 @@ class Run:
             self.history = [row for row in self.history if row["step"] <= self.kept]
             self.kept = None
 
-    def record(self, callback: Callback | None, **row: float) -> None:
+    def record(
+        self, callback: Callback | None, eta: Callable[[], Eta] | None = None, **row: float
+    ) -> None:
+        """eta: what it is after this step, where it is not the run's own yet."""
         self.history.append(row)
         if callback is not None:
-            callback(row)
+            told(callback, Row(row, eta or (lambda: self.eta)))
 
     def follow(
-        self, step: Step, first: int, spent: float, begin: float, callback: Callback | None
+        self,
+        step: Step,
+        first: int,
+        spent: float,
+        begin: float,
+        callback: Callback | None,
+        eta: Callable[[], Eta] | None = None,
     ) -> None:
         """Record an iteration's step behind `first` steps and `spent` evaluations before it.
 
@@ -87,6 +97,7 @@ class Run:
         """
         self.record(
             callback,
+            eta,
             step=first + step.number,
             loss=step.loss,
             evaluations=spent + step.evaluations,
@@ -94,10 +105,19 @@ class Run:
         )
 
 
-def interrupted(step: int) -> str:
-    if step == 0:
-        return "interrupted before the first step was done: nothing has been learned yet"
-    return f"interrupted after {step} steps: go on with fit(..., resume=this fit)"
+def end_early(run: Run, by: BaseException) -> None:
+    """Say that a run ended early, by one of `ENDS`."""
+    go_on = f"after {run.step} steps: go on with fit(..., resume=this fit)"
+    if isinstance(by, KeyboardInterrupt):
+        run.stop = f"interrupted {go_on}"
+        if run.step == 0:
+            before = "interrupted before the first step was done"
+            run.stop = f"{before}: nothing has been learned yet"
+    elif isinstance(by, CallbackError):
+        run.stop = f"ended by the callback's {type(by.__cause__).__name__} {go_on}"
+        run.failure = by.__cause__ if isinstance(by.__cause__, Exception) else None
+    else:
+        run.stop = f"ended by the callback {go_on}"
 
 
 ADVICE = "standardise the data, lower the learning rate, or raise the prior precision"

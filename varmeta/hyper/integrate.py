@@ -12,11 +12,12 @@ from torch import Tensor
 
 from varmeta._checks import counted, one_of
 from varmeta.fitting.blame import largest
+from varmeta.fitting.callback import Callback
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import profiled
-from varmeta.fitting.run import Callback, Run, non_finite
+from varmeta.fitting.run import Run, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.hyper import exact as in_closed_form
 from varmeta.hyper import family

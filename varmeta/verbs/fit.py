@@ -11,6 +11,7 @@ import torch
 from varmeta._checks import positive_number, whole_number
 from varmeta.fitting import chunks
 from varmeta.fitting.blame import drowning_at_start
+from varmeta.fitting.callback import Callback, CallbackError
 from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lbfgs, lbfgs_applies
 from varmeta.fitting.ensemble import close, first_run, members_of, reopened
@@ -18,7 +19,7 @@ from varmeta.fitting.evidence_newton import evidence_newton, evidence_newton_app
 from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.profiled_newton import profiled, profiled_newton
-from varmeta.fitting.run import Callback, Run
+from varmeta.fitting.run import Run
 from varmeta.fitting.schedule import Decay, ScheduleName, decay_of, label
 from varmeta.fitting.validation import Validation
 from varmeta.graphs.capture import seconds_compiling
@@ -102,7 +103,9 @@ def fit(
         changes nothing but rounding.  None: all that fit into about a gigabyte; compiled, what
         stays in cache.  Joint Newton steps take all.
     progress: a progress bar; None shows one on a terminal only.
-    callback: called with a dict of numbers after every step.
+    callback: called after every step with a dict of its numbers that has eta too: `row["loss"]`,
+        `row.eta`.  `vm.StopFit` raised there ends the run; any other exception comes out of `fit`
+        with what was learned by then as its `.fit`.
     resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts
         from its first step.
     validate: held-out tasks with query data, or `vm.Validation(tasks, ...)`.  Every 50 steps of an
@@ -164,28 +167,60 @@ def fit(
     start = Fit(model, tasks, strategy, seed, run, problem)
     looks = nullcontext() if validation is None else watching(validation, start, members)
     with progress_bar(progress, steps or few, callback) as report, looks as watch:
-        if way == "hyperguide":
-            run.schedule, left = None, (steps or few) - run.step
-            integrate(problem, strategy, tasks.batch(), tasks, run, hyperguide, left, seed, report)
-        elif exact is not None:
-            profiled_newton(exact, tasks, run, steps or few, report)
-        elif way == "evidence":
-            evidence_newton(problem, strategy, tasks.batch(), run, steps or few, report)
-        elif way == "newton":
-            newton(problem, strategy, tasks.batch(), run, steps or few, report)
-        else:
+        if way in ("steps", "lbfgs"):
             factory = optimizer or (lbfgs if way == "lbfgs" else adam)
             decay = decay_of("constant") if way == "lbfgs" else decay
             run.schedule = None if way == "lbfgs" else label(schedule)
             plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
             descend(problem, members or strategy, tasks, run, plan, report, watch)
+        elif exact is not None:
+            profiled_newton(exact, tasks, run, steps or few, report)
+        else:
+            _solve(way, problem, strategy, tasks, run, hyperguide, steps or few, report)
     if members is not None:
         close(run, members, problem, tasks)
     run.seconds_compiling = seconds_compiling() - compiled
     result = Fit(model, tasks, strategy, seed, run, problem, exact)
+    if run.failure is not None:
+        raise _with_fit(run.failure, result)
     for sentence in _doubts(result, num_steps, budget, validation):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _solve(
+    way: str,
+    problem: Problem,
+    strategy: Strategy,
+    tasks: TaskSet,
+    run: Run,
+    hyperguide: Hyperguide,
+    most: int,
+    report: Callback | None,
+) -> None:
+    """By the solvers that look at all tasks at once."""
+    batch, seed = tasks.batch(), problem.seed
+    if way == "hyperguide":
+        run.schedule = None
+        left = most - run.step
+        try:
+            integrate(problem, strategy, batch, tasks, run, hyperguide, left, seed, report)
+        except CallbackError as error:  # all or nothing
+            raise error.__cause__ or error from None
+    elif way == "evidence":
+        evidence_newton(problem, strategy, batch, run, most, report)
+    else:
+        newton(problem, strategy, batch, run, most, report)
+
+
+def _with_fit(error: Exception, fit: Fit) -> Exception:
+    """A callback's exception, with what was learned until then as its `fit`."""
+    error.fit = fit  # type: ignore[attr-defined]
+    error.add_note(
+        f"This came out of fit's callback after {fit.run.step} steps.  What was learned by then is "
+        "this exception's .fit: save it, or go on with fit(..., resume=error.fit)."
+    )
+    return error
 
 
 def _checked_problem(
@@ -274,7 +309,7 @@ def _doubts(
     reached = num_steps is not None and run.step >= num_steps
     reached = reached or (budget is not None and run.evaluations >= budget)
     reached = reached or validation is not None
-    interrupted = run.stop.startswith("interrupted")
+    interrupted = run.stop.startswith(("interrupted", "ended by the callback"))
     # where an interruption came before the first step, nothing was learned that one could doubt
     found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
     if run.outlier is None and profiled_of(result) is None:

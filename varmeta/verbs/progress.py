@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from varmeta.fitting.run import Callback
+from varmeta.fitting.callback import Callback, Row
 from varmeta.graphs.capture import watcher
 
 if TYPE_CHECKING:
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def progress_bar(
     progress: bool | None, total: int, callback: Callback | None
-) -> Iterator[Callback]:
-    """What a run of `total` steps reports to, for the length of a block.
+) -> Iterator[Callback | None]:
+    """What a run of `total` steps reports to, for the length of a block; None: to nobody.
 
     progress: whether to show a bar; None: on a terminal only.  callback: told of every step too.
     """
     bar = _bar(progress, total)
     watching = watcher.set(_said_by(bar))
     try:
-        yield _reporter(bar, callback)
+        silent = callback is None and (bar is None or bar.disable)
+        yield None if silent else _reporter(bar, callback)
     finally:
         watcher.reset(watching)
         if bar is not None:
@@ -52,7 +53,7 @@ def _said_by(bar: tqdm | None) -> Callable[[bool], None] | None:
 
 
 def _reporter(bar: tqdm | None, callback: Callback | None) -> Callback:
-    def report(row: dict[str, float]) -> None:
+    def report(row: Row) -> None:
         if bar is not None:
             bar.update(1)
             bar.set_postfix(loss=f"{row['loss']:.6g}", refresh=False)
