@@ -316,3 +316,63 @@ def test_baselines_keep_the_temperature_where_it_starts() -> None:
         check(strategy, alone, tasks)
         assert "log_temperature" not in alone.init(torch.zeros(()))
         assert alone.predictive.likelihood.temperature == 0.4
+
+
+@pytest.mark.parametrize("strategy", [vm.Unrolled("delta"), vm.FirstOrder("delta")])
+def test_steps_from_the_prior_learn_the_temperature_too(strategy: Strategy) -> None:
+    """The derivative in the temperature at phi_K, by differences."""
+    model, tasks = model_of(L.LeastSquaresClasses(3)), tasks_of()
+    eta, name, by = moved(model), "log_temperature", 1e-5
+    slope = vm.meta_gradient(model, tasks, strategy, eta=eta).grads[name]
+    high, low = (
+        vm.meta_gradient(model, tasks, strategy, eta={**eta, name: eta[name] + step}).value
+        for step in (by, -by)
+    )
+    assert float(slope) == pytest.approx((high - low) / (2 * by), rel=1e-7)
+    assert abs(float(slope)) > 1e-3
+
+
+def test_members_are_mixed() -> None:
+    """Of an ensemble the probabilities are the mean of its members' softmax."""
+    model, tasks = model_of(L.LeastSquaresClasses(3)), tasks_of()
+    strategy = vm.Implicit("multivariate_normal", "query_predictive")
+    fit = vm.fit(
+        model, tasks, strategy, 2, lambda p: torch.optim.Adam(p, 0.05), compile=False, ensemble=2
+    )
+    x = tasks[0].query[0]
+    probs = fit.adapt(tasks).expected(x, num_samples=2000).mean[0]
+    each = []
+    for k in range(2):
+        eta = {name: value[k] for name, value in fit.members.points.items()}
+        one = vm.Fit(model, tasks, strategy, 0, type(fit.run)(eta, fit.run.state))
+        each.append(one.adapt(tasks).expected(x, num_samples=2000).mean[0])
+    torch.testing.assert_close(probs, sum(each) / 2, rtol=0, atol=0.03)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(len(x), dtype=F64))
+
+
+def test_a_posterior_of_eta_predicts_classes() -> None:
+    likelihood = L.LeastSquaresClasses(2, temperature=0.3, learn_temperature=False)
+    head = seeded(lambda: nn.Linear(2, 2))
+    prior = vm.GaussianPrior(learn_precision="shared")
+    model, tasks = vm.TaskModel(head, likelihood, prior), tasks_of(8, classes=2)
+    fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"), hyperguide="multivariate_normal")
+    assert "log evidence of the targets" in str(fit)
+    posterior = fit.adapt(tasks)
+    row = posterior.score(num_samples=200).loc["all"]
+    assert row["error_rate"] < 0.5 and row["log_density"] < 0
+    probs = posterior.expected(tasks[0].query[0], num_samples=200).mean[0]
+    torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs), dtype=F64))
+
+
+def test_float_labels_are_not_scaled() -> None:
+    likelihood = L.LeastSquaresClasses(3)
+    tasks = tasks_of()
+    parts = [[(x, y.double()) for x, y in (task.support, task.query)] for task in tasks]
+    wide = vm.TaskSet([vm.Task(*pair) for pair in parts])
+    scaled, scaling = wide.standardized(likelihood)
+    torch.testing.assert_close(scaled[0].support[1], wide[0].support[1])
+    drawn = torch.tensor([[0.0, 2.0]], dtype=F64)
+    torch.testing.assert_close(scaling.y_inverse(drawn), drawn)
+    model, eta = model_of(likelihood), moved(model_of(likelihood))
+    one, other = (vm.meta_gradient(model, each, DELTA, eta=eta).value for each in (tasks, wide))
+    assert one == pytest.approx(other, rel=1e-12)

@@ -48,6 +48,7 @@ def separated(fit: Fit) -> dict[str, float]:
     if (
         model.likelihood is None
         or model.likelihood.kind not in KINDS
+        or model.is_linear_gaussian  # targets of classes, whose squares keep the weights finite
         or not is_regression(model, fit.tasks, fit.eta)
     ):
         return {}
