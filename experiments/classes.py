@@ -113,7 +113,7 @@ def run(name: str, parts: list[vm.TaskSet], steps: int, seed: int) -> list[float
     begin = time.perf_counter()
     fit = vm.fit(
         model, rows, strategy, steps, lambda p: torch.optim.Adam(p, 1e-2),
-        batch_size=16, seed=seed, progress=False,
+        batch_size=16, seed=seed, progress=False, compile=False,
         validate=vm.Validation(held_out, every=50, calibrate=True) if name == HELD_OUT else None,
     )  # fmt: skip
     seconds = time.perf_counter() - begin
@@ -135,7 +135,7 @@ def main() -> None:
         ]
     print(f"{'set':<10}{'head':<46}{'error':>8}{'log p':>8}{'calib.':>8}{'s':>8}")
     for label, draws in sets.items():
-        numbers = zip(draws, (200, 50, 100), (1, 3, 2), strict=True)
+        numbers = zip(draws, (1000, 100, 100), (1, 3, 2), strict=True)
         parts = [tasks_of(draw, number, seed) for draw, number, seed in numbers]
         for name in methods():
             found = np.array(

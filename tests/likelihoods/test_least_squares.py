@@ -309,12 +309,12 @@ def test_it_is_saved_printed_and_compared(tmp_path: Any) -> None:
     assert set(report.scores["method"]) == {"least squares", "laplace"}
 
 
-def test_baselines_keep_the_temperature_where_it_starts() -> None:
+def test_baselines_keep_temperature_and_scale_where_they_start() -> None:
     model, tasks = model_of(L.LeastSquaresClasses(3, temperature=0.4)), tasks_of()
     for name in BASELINES:
         alone, strategy = baseline(name, model, tasks, [])
         check(strategy, alone, tasks)
-        assert "log_temperature" not in alone.init(torch.zeros(()))
+        assert not {"log_temperature", "log_scale"} & set(alone.init(torch.zeros(())))
         assert alone.predictive.likelihood.temperature == 0.4
 
 

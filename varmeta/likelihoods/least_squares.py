@@ -86,8 +86,12 @@ class LeastSquaresClasses(Gaussian):
         return (TEMPERATURE,) if self.learn_temperature else ()
 
     def without_query(self) -> LeastSquaresClasses:
+        """Temperature and scale stay where they start.
+
+        The scale too: where a task's few rows are fitted exactly, as by itself, it would run to 0.
+        """
         return LeastSquaresClasses(
-            self.num_classes, self.scale, self.learn_scale, self.scale_hyperprior,
+            self.num_classes, self.scale, False,
             temperature=self.temperature, learn_temperature=False,
         )  # fmt: skip
 

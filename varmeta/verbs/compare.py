@@ -68,7 +68,8 @@ def compare(
     baselines: add "pooled" (one set of weights for all tasks) and "no pooling" (a posterior of each
         task on its own, with the guide that `fit` takes by default, under a prior that weighs a
         hundredth of one observation, so that tasks share next to nothing but the noise scale; for a
-        network, a hundredth of the model's own precision).
+        network, a hundredth of the model's own precision).  They see no query rows apart, so that
+        the temperature and the scale of `LeastSquaresClasses` stay where they start.
 
     progress: a progress bar; None shows one on a terminal only.
     callback: called after each run with its row of the report's `runs`, a dict.
