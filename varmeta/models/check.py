@@ -86,8 +86,9 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
         sizes = data.num_points
         largest = int(sizes.argmax())
         one = _alone(data, largest)
-        numbers = _try(model, eta, one, batch.names[largest : largest + 1])
-        if numbers * len(data) + len(data) * model.weights.size <= EVERYONE:
+        with Counted() as counted_numbers:
+            _try(model, eta, one, batch.names[largest : largest + 1])
+        if counted_numbers.total * len(data) + len(data) * model.weights.size <= EVERYONE:
             _try(model, eta, data, batch.names)
         else:
             smallest = int(sizes.masked_fill(sizes == 0, sizes[largest] + 1).argmin())
@@ -131,21 +132,14 @@ def _alone(data: Data, task: int) -> Data:
     return data.take(slice(task, task + 1)).first_points(int(data.num_points[task]))
 
 
-def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> int:
-    """Run the program once on these tasks, at two points theta; how many numbers a network computed
-    for one of them.
-    """
+def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> None:
+    """Run the program once on these tasks, at two points theta."""
     loc = model.weights.flatten(eta).expand(2, len(data), 1, model.weights.size)
     program = poutine.trace(poutine.condition(model, {SITE: loc}))
     own = replace(
         data
     )  # whose `filled` is a copy: a network may write into its input, and is found out below
-    with (
-        _quiet(),
-        validation_enabled(True),
-        layer_entered(model.net) as place,
-        Counted() as counted_numbers,
-    ):
+    with _quiet(), validation_enabled(True), layer_entered(model.net) as place:
         try:
             with RefusePlates({TASKS, DATA}):
                 trace = program.get_trace(eta, own)
@@ -187,7 +181,6 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
             f"the program calls pyro.param for {params}: name them in params, with shared={params}"
         )
     observed_log_prob(trace, (2, *data.mask.shape))
-    return counted_numbers.total
 
 
 @contextlib.contextmanager

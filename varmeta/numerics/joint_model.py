@@ -92,7 +92,7 @@ class SharedProblem:
         return x_entry, e_entry
 
     def named_eta(self, e: Tensor) -> dict[str, Tensor]:
-        return tree.named_parts(e, self.eta)
+        return tree.named_parts(e, self.eta) if self.eta else {}
 
     def named(self, x: Tensor, e: Tensor) -> tuple[Tree, dict[str, Tensor]]:
         return tree.unflatten(x, self.phi), self.named_eta(e)

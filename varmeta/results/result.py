@@ -299,7 +299,7 @@ class Fit:
     @cached_property
     def is_point(self) -> bool:
         """Whether the tasks' posteriors are points (a delta guide, also one of the user's own)."""
-        return self.problem.is_point(self.tasks[:1].batch(), self.eta)
+        return self.problem.is_point(self.tasks, self.eta)
 
     @cached_property
     def prior(self) -> LearnedPrior:

@@ -184,11 +184,8 @@ def _check_precision(strategy: Strategy, problem: Problem, traits: Traits, tasks
     """Refuse a learned precision under points whose objective has no optimum in it, or passes no
     derivative to it.
     """
-    model, batch = problem.model, tasks[:1].batch()
-    prior = model.prior
-    if prior.learn_precision is None:
-        return
-    if not problem.is_point(batch, model.init(batch.support.x.new_zeros(()))):
+    model, prior = problem.model, problem.model.prior
+    if prior.learn_precision is None or not problem.is_point(tasks):
         return
     if strategy.outer not in ("elbo", "query_elbo"):
         # the user's own is taken for what it can be: an objective that has an optimum

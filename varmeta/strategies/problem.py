@@ -67,10 +67,8 @@ class Problem:
     ) -> Problem:
         """frozen: see `make_expectation`."""
         made = make_guide(guide).bound(model)  # type: ignore[arg-type]
-        # a user's guide shows only with several tasks whether it keeps them apart
-        example = tasks.batch() if isinstance(made, PyroGuide) else tasks[:1].batch()
         problem = cls(model, made, Point(), int(seed))
-        if problem.is_point(example, model.init(example.support.x.new_zeros(()))):
+        if problem.is_point(tasks):
             return problem
         linear = model.looks_linear(tasks)
         quadratic = model.is_linear_gaussian and model.predictive is model
@@ -157,13 +155,18 @@ class Problem:
 
         return fn
 
-    def is_point(self, batch: Batch, eta: Mapping[str, Tensor]) -> bool:
+    def is_point(self, tasks: TaskSet | Batch, eta: Mapping[str, Tensor] | None = None) -> bool:
         """Whether q is a point, also where a user's own guide puts a Delta on theta.
 
-        Its elbo is then no bound.
+        Its elbo is then no bound.  eta: None: where the model starts.
         """
         if self.guide.is_point is not None:
             return self.guide.is_point
+        batch = tasks
+        if isinstance(batch, TaskSet):
+            # a user's guide shows only with several tasks whether it keeps them apart
+            batch = batch.batch() if isinstance(self.guide, PyroGuide) else batch[:1].batch()
+        eta = self.model.init(batch.support.x.new_zeros(())) if eta is None else eta
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
