@@ -294,7 +294,8 @@ def test_odd_arguments_are_refused() -> None:
 def test_it_is_saved_printed_and_compared(tmp_path: Any) -> None:
     model, tasks = model_of(L.LeastSquaresClasses(3)), tasks_of(6)
     fit = vm.fit(model, tasks, DELTA, 3, lambda p: torch.optim.Adam(p, 0.05), compile=False)
-    assert "temperature" in str(fit) and "query loss" in str(fit)
+    assert "temperature" in str(fit)
+    assert "query loss (no bound), of classes fitted as targets: " in str(fit)
     fit.save(tmp_path / "fit")
     again = vm.load(tmp_path / "fit", model)
     one, other = (each.adapt(tasks).score().loc["all"] for each in (fit, again))

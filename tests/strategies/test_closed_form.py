@@ -197,3 +197,18 @@ def test_a_task_that_is_far_away_is_adapted_to(guide: str, distance: float) -> N
     want = torch.linalg.solve(precision, pulled)
     got = torch.cat([found["weight"].reshape(-1), found["bias"].reshape(-1)])
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-5 * float(noise))
+
+
+def test_an_objective_at_draws_is_said_to_be_noisy() -> None:
+    """513 weights, whose query loss is taken at new draws in every step; a density is known."""
+    model = vm.TaskModel(
+        seeded(lambda: nn.Linear(512, 1)), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0)
+    )
+    tasks = ragged_tasks(features=512)
+    noisy = {}
+    for outer in ("elbo", "query", "query_predictive"):
+        strategy = vm.Implicit("multivariate_normal", outer)
+        traits = strategy.traits(strategy.problem(model, tasks, 0))
+        assert traits.closed_form
+        noisy[outer] = traits.noisy
+    assert noisy == {"elbo": False, "query": True, "query_predictive": False}

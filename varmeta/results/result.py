@@ -156,8 +156,8 @@ class Fit:
         outer = self.strategy.outer
         if callable(outer):
             return name_of(outer)
-        of_targets = ", of the regression of +-1 targets" * (self._fits_targets and outer == "elbo")
-        return self._name_of(outer) + of_targets
+        fitted = "the regression of +-1 targets" if outer == "elbo" else "classes fitted as targets"
+        return self._name_of(outer) + f", of {fitted}" * self._fits_targets
 
     def _name_of(self, outer: OuterName) -> str:
         return {

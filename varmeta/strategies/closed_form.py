@@ -26,8 +26,8 @@ class ClosedForm:
     phi is the exact minimum of F_i, with its exact derivative in eta; nothing is iterated.
     It serves models that are linear in the weights that vary, `nn.Linear`, `vm.LinearPredictor` or
     the last linear layer of a network whose other layers are `shared`, under
-    `likelihoods.Gaussian`, and guides that are a point or a Gaussian.  `Joint`, `Reinit` and
-    `Implicit` choose it by themselves where the guide can be the posterior
+    `likelihoods.Gaussian` or `LeastSquaresClasses`, and guides that are a point or a Gaussian.
+    `Joint`, `Reinit` and `Implicit` choose it by themselves where the guide can be the posterior
     ("multivariate_normal"); give another minimiser to iterate instead.  With a dense guide the
     objective "elbo" is -log p(y_i | eta), and "query_predictive" -log p(query_i | y_i, eta).
 
@@ -57,11 +57,12 @@ def chosen(minimizer: object, problem: Problem, expectation: str, outer: Outer) 
                 "out the expectation, or the minimizer"
             )
         if not (problem.deterministic or knows(problem, outer)):
+            normal = problem.model.predictive is problem.model
+            known = "outer='query_predictive' under 'multivariate_normal', " * normal
             raise ValueError(
                 f"ClosedForm takes no draws, but outer={outer!r} of the guide {problem.guide!r} "
                 f"needs them with {problem.model.weights.size} weights per task: use "
-                "guide='delta', outer='query_predictive' under 'multivariate_normal', or leave out "
-                "the minimizer"
+                f"guide='delta', {known}or leave out the minimizer"
             )
         return True
     size = problem.model.weights.size
@@ -76,7 +77,8 @@ def _check(problem: Problem) -> None:
         raise ValueError(
             "ClosedForm serves models that are linear in the weights that vary by construction "
             "(nn.Linear, vm.LinearPredictor, or a network whose other layers are shared=) under "
-            f"likelihoods.Gaussian with one scale, not {model!r}: leave out the minimizer"
+            "likelihoods.Gaussian with one scale or LeastSquaresClasses, not "
+            f"{model!r}: leave out the minimizer"
         )
     if not _has_phi(problem):
         raise ValueError(
