@@ -9,6 +9,7 @@ import torch
 
 import varmeta as vm
 from tests.linear_gaussian import REGRESSIONS, dense_evidence, moved
+from varmeta.fitting.profiled_at_eta import log_evidence, reach
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
 from varmeta.hyper import exact, family, integrate
@@ -30,12 +31,12 @@ def test_the_evidence_at_any_eta_is_that_of_dense_covariances(case: str) -> None
     assert reduced is not None
     objective = ProfiledEvidence(model, reduced, start, linear)
     eta = moved(model, 2)
-    found = objective.log_evidence_at(eta)
+    found = log_evidence(objective, eta)
     assert float(found) == pytest.approx(float(dense_evidence(model, eta, tasks).sum()), abs=1e-8)
     flat = torch.cat([value.reshape(-1) for value in eta.values()])
 
     def fn(vector: torch.Tensor) -> torch.Tensor:
-        return objective.log_evidence_at(named_parts(vector, eta))
+        return log_evidence(objective, named_parts(vector, eta))
 
     hessian, step = vector_hessian(fn, flat), 1e-3
     direction = torch.linspace(-1.0, 1.0, len(flat), dtype=torch.float64)
@@ -73,7 +74,7 @@ def test_a_prior_far_wider_than_the_noise_is_told_apart() -> None:
     rows = {name: torch.stack([eta[name], wide[name]]) for name in eta}
     found = exact.log_evidence(objective, tasks.batch(), rows)
     expected = [float(known(model, tasks.batch(), rows).log_evidence[k].sum()) for k in range(2)]
-    assert objective.reach(eta) < exact.FAR < objective.reach(wide)
+    assert reach(objective, eta) < exact.FAR < reach(objective, wide)
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
 
 

@@ -67,7 +67,7 @@ def derivatives(
     inverse = root.mT @ root
     known = root.mT @ white[..., : own.shape[-1]]  # S U
     quadratic = (own.mT @ known).sum(0) + objective.within
-    v, inverse_places = objective.best(quadratic)
+    v, inverse_places = objective.free.best(quadratic), objective.free.inverse(quadratic)
     reached = known @ v  # S U v, (T, D)
     pushed = torch.einsum("tij,ajk->taik", r, along)  # dT_i
     half = torch.einsum("taij,tkj->taik", pushed, moved)
@@ -93,7 +93,7 @@ def derivatives(
     bent = torch.einsum("taik,ti->tak", pushed, reached)
     bend = torch.einsum("tak,tbk->ab", bent, bent)
     # what the best places give way
-    given = -torch.einsum("tip,tai->ap", known, towards) @ objective.free
+    given = -torch.einsum("tip,tai->ap", known, towards) @ objective.free.into[:, :-1]
     d2_squares = 2.0 * (across - bend - given @ inverse_places @ given.mT)
     curved = torch.einsum("taik,tbik->ab", pushed, inverse.unsqueeze(1) @ pushed)
     d2_log_det = curved - 0.5 * torch.einsum("taij,tbji->ab", once, once)

@@ -17,17 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varmeta.fitting.free_places import FreePlaces
 from varmeta.fitting.reduced import ReducedTasks
 from varmeta.guides.kl import root_of
-from varmeta.guides.kl import scale as scale_of
 from varmeta.likelihoods.base import SCALE, LocationScale
 from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
-from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import named_parts
-from varmeta.numerics.triangular import cholesky, lower_root, whitened
+from varmeta.numerics.triangular import lower_root, whitened
 from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
-from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.strategy import Eta
 
 FACTOR = "covariance"
@@ -101,7 +99,10 @@ class ProfiledEvidence:
         self.precisions = () if self.dense else tuple(
             name for name in eta if name.partition(".")[0] == PRECISION
         )  # fmt: skip
-        self._map = self._free_places(places)
+        r = tasks.whitening
+        free = [torch.full((model.start[n].numel(),), n in eta) for n in places]
+        values = torch.cat([model.start[name].reshape(-1).to(r) for name in places])
+        self.free = FreePlaces.of(r, tasks.origin, torch.cat(free), values)
         self._identity = torch.eye(self.size).to(tasks.triangles)
         self._lower = torch.tril(torch.ones_like(self._identity))
         # where each entry of the factor stands among the coordinates
@@ -112,26 +113,8 @@ class ProfiledEvidence:
         rest = tasks.triangles[:, self.size :].flatten(0, 1)
         self.within = rest.mT @ rest
         self._count = tasks.counts.sum()
-
-    def _free_places(self, names: tuple[str, ...]) -> Tensor:
-        """(P x F + 1) from the places that are learned, and 1, to minus the whitened coordinates,
-        and 1.
-        """
-        r, size = self.tasks.whitening, len(self.tasks.whitening)
-        sizes = {name: self.model.start[name].numel() for name in names}
-        free = torch.cat([torch.full((n,), name in self.eta) for name, n in sizes.items()])
-        held = torch.cat(
-            [
-                torch.zeros(n).to(r)
-                if name in self.eta
-                else self.model.start[name].reshape(-1).to(r)
-                for name, n in sizes.items()
-            ]
-        )
-        if bool(free.all()):  # any basis of them will do
-            return torch.eye(size + 1, dtype=r.dtype)
-        top = torch.cat([-r[:, free], (self.tasks.origin - r @ held).unsqueeze(-1)], -1)
-        return torch.cat([top, torch.eye(top.shape[1], dtype=r.dtype)[-1:]])
+        # of the weights that vary
+        self.own_whitening = tasks.whitening[: self.size, : self.size]
 
     # -- the objective -----------------------------------------------------------------------------
 
@@ -151,93 +134,68 @@ class ProfiledEvidence:
     def loss(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
         """-log p(y | eta) of these tasks, at the places that are best for them; or integrated."""
         if not self.profiles_places:
-            return -self.log_evidence(coordinates, sums, self._white(coordinates))
-        root = self._root(sums.quadratic)
-        loss = self._normal(coordinates, sums, root[-1, -1].square())
+            return -self.log_evidence(coordinates, sums, self.white(coordinates))
+        root = self.free.root(sums.quadratic)
+        loss = self.normal(coordinates, root[-1, -1].square(), *sums[1:])
         return loss + self._integrated(coordinates, root) if self.restricted else loss
 
     def _integrated(self, coordinates: Mapping[str, Tensor], root: Tensor) -> Tensor:
         """What -log of a normal gains where the free places are integrated out."""
-        diagonal = root.diagonal()[:-1]
         width = self.log_scale(coordinates) + 0.5 * math.log(2 * math.pi)
-        gained = diagonal.log().sum() - len(diagonal) * width
-        return gained + self.tasks.whitening.diagonal().log().sum() if self._is_white else gained
+        return self.free.log_volume(root) - (len(root) - 1) * width
 
     def log_evidence(self, coordinates: Mapping[str, Tensor], sums: Sums, at: Tensor) -> Tensor:
         """log p(y | eta) of these tasks at places: minus their whitened coordinates, and 1."""
-        return -self._normal(coordinates, sums, at @ sums.quadratic @ at)
+        return -self.normal(coordinates, at @ sums.quadratic @ at, *sums[1:])
 
-    def _normal(self, coordinates: Mapping[str, Tensor], sums: Sums, squares: Tensor) -> Tensor:
-        """-log of a normal density of y."""
+    def normal(
+        self,
+        coordinates: Mapping[str, Tensor],
+        squares: Tensor,
+        log_det: Tensor,
+        number: Tensor,
+        log_weight: Tensor,
+    ) -> Tensor:
+        """-log of a normal density of y, nats, of all tasks together or of each.
+
+        squares: s^2 times those of what is left, in units of its covariance; else as in `Sums`.
+        """
         log_scale = self.log_scale(coordinates)
-        fit = sums.number * log_scale + 0.5 * squares * torch.exp(-2.0 * log_scale)
-        return 0.5 * math.log(2 * math.pi) * sums.number - sums.log_weight + fit + sums.log_det
+        fit = number * log_scale + 0.5 * squares * torch.exp(-2.0 * log_scale)
+        return 0.5 * math.log(2 * math.pi) * number - log_weight + fit + log_det
 
     def sums(self, coordinates: Mapping[str, Tensor]) -> Sums:
         """What all tasks say together."""
-        return self._sums(self.factor(coordinates))
+        return self.sums_of(self.factor(coordinates))
 
-    def _sums(self, factor: Tensor) -> Sums:
-        white, log_det = self._whitened(factor, self.tasks.triangles)
+    def sums_of(self, factor: Tensor) -> Sums:
+        white, log_det = self.whitened(factor, self.tasks.triangles)
         flat = white.flatten(0, 1)
         count, log_weight = self._count, self.tasks.log_weights.sum()
         return Sums(flat.mT @ flat + self.within, log_det.sum(), count, log_weight)
 
     def of_one(self, coordinates: Mapping[str, Tensor], task: OneTask) -> Sums:
         """What a task says."""
-        white, log_det = self._whitened(self.factor(coordinates), task.triangle.unsqueeze(0))
+        white, log_det = self.whitened(self.factor(coordinates), task.triangle.unsqueeze(0))
         rest = task.triangle[self.size :]
         quadratic = white[0].mT @ white[0] + rest.mT @ rest
         return Sums(quadratic, log_det[0], task.number, task.log_weight)
 
     def white_places(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
         """Those that are best for these tasks, or those given: as `log_evidence` takes them."""
-        return self.best(sums.quadratic)[0] if self.profiles_places else self._white(coordinates)
+        if self.profiles_places:
+            return self.free.best(sums.quadratic)
+        return self.white(coordinates)
 
-    def _whitened(self, factor: Tensor, triangles: Tensor) -> tuple[Tensor, Tensor]:
-        """Each task's rows that its weights can move, in units of their spread, `(T, D, P)`, and
-        half of log|V_i / s^2|; nothing is taken from what is larger, so no digit is lost.
+    def whitened(self, factor: Tensor, triangles: Tensor) -> tuple[Tensor, Tensor]:
+        """Each task's rows that its weights can move, in units of their spread, `(T, D, P)`.
+
+        And half of log|V_i / s^2|, `(T,)`; nothing is taken from what is larger, so no digit is
+        lost.
         """
         own = triangles[:, : self.size]
         moved = own[..., : self.size] @ factor
         return whitened(moved @ moved.mT + self._identity, own)
-
-    def log_evidence_at(self, eta: Eta) -> Tensor:
-        """log p(y | eta) of all tasks at any eta, nats, float64; differentiable."""
-        wide = {name: value.double() for name, value in eta.items()}
-        return self.log_evidence(wide, self._sums(self._factor_at(wide)), self._white(wide))
-
-    def reach(self, eta: Eta) -> Tensor:
-        """The widest that a task's weights move its rows under the prior, in units of the noise.
-
-        Its square is what I is added to, so that beyond 1e4 half of the digits are lost.
-        """
-        wide = {name: value.double() for name, value in eta.items()}
-        own = self.tasks.triangles[:, : self.size, : self.size]
-        return (own @ self._factor_at(wide)).abs().amax()
-
-    def _factor_at(self, eta: Eta) -> Tensor:
-        own = self.tasks.whitening[: self.size, : self.size]
-        with validation_enabled(False):
-            root = root_of(self.model.prior_distribution(eta)).matrix
-        return own @ root * torch.exp(-self.log_scale(eta))
-
-    def losses(self, eta: Eta) -> Tensor:
-        """-log p(y_i | eta) `(T,)`, nats."""
-        coordinates = self.enter(eta)
-        wide = {name: value.double() for name, value in eta.items()}
-        at = self._white(wide)
-        white, log_det = self._whitened(self.factor(coordinates), self.tasks.triangles)
-        rest = self.tasks.triangles[:, self.size :] @ at
-        squares = (white @ at).square().sum(-1) + rest.square().sum(-1)
-        log_scale = self.log_scale(coordinates)
-        constant = math.log(2 * math.pi) + 2.0 * log_scale
-        return (
-            0.5 * self.tasks.counts * constant
-            - self.tasks.log_weights
-            + log_det
-            + 0.5 * squares * torch.exp(-2.0 * log_scale)
-        )
 
     def determines(self, some: Sums, every: Sums, least: float) -> Tensor:
         """Whether some tasks determine the places and the noise scale that are profiled.
@@ -246,31 +204,19 @@ class ProfiledEvidence:
         """
         if not self.profiles_places:
             return torch.ones((), dtype=torch.bool)
-        known, all_of_it = (self._map.mT @ sums.quadratic @ self._map for sums in (some, every))
-        unit = all_of_it.diagonal(dim1=-2, dim2=-1).rsqrt()
-        root = cholesky(unit.unsqueeze(-1) * known * unit.unsqueeze(-2))
-        pivots = root.diagonal(dim1=-2, dim2=-1).square()
+        pivots = self.free.known(some.quadratic, every.quadratic)
         # NaN is no more than least
         found = (pivots[..., :-1] > least).all(-1)
         return found & (pivots[..., -1] > least) if self.learns_scale else found
 
-    @property
-    def _is_white(self) -> bool:
-        """Whether the free places are the whitened coordinates, none being held."""
-        return len(self._map) == self._map.shape[1]
-
-    def _root(self, quadratic: Tensor) -> Tensor:
-        """Cholesky's of the quadratic in the free places and 1."""
-        return cholesky(self._map.mT @ quadratic @ self._map)
-
     def _squares(self, coordinates: Mapping[str, Tensor], quadratic: Tensor) -> Tensor:
         """The quadratic at the places, or at the best of them."""
         if self.profiles_places:
-            return self._root(quadratic)[-1, -1].square()
-        at = self._white(coordinates)
+            return self.free.root(quadratic)[-1, -1].square()
+        at = self.white(coordinates)
         return at @ quadratic @ at
 
-    def _white(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+    def white(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """Minus the whitened coordinates of the places, and 1."""
         r = self.tasks.whitening
         linear = [coordinates[name].reshape(-1).to(r) for name in self.linear]
@@ -279,20 +225,18 @@ class ProfiledEvidence:
 
     def factor(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """K `(D, D)` in whitened columns: any root of the prior's covariance over s^2."""
-        own = self.tasks.whitening[: self.size, : self.size]
         if self.dense:
             return coordinates[FACTOR][self._entry] * self._lower
         if self.precisions:
             # what it makes of log precisions, one for each weight, it makes of sds
+            own = self.own_whitening
             return own * self.model.prior.log_precision(self.model.weights, coordinates, own)
-        return own @ self._given * torch.exp(-self.log_scale(coordinates))
+        return self.own_whitening @ self._given * torch.exp(-self.log_scale(coordinates))
 
     @property
     def _given(self) -> Tensor:
         eta = {name: value.double() for name, value in self.eta.items()}
-        factor = scale_of(self.model.prior_distribution(eta))
-        assert factor is not None
-        return torch.diag(factor) if factor.dim() == 1 else factor
+        return root_of(self.model.prior_distribution(eta)).matrix
 
     def log_scale(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         if self.learns_scale:
@@ -300,50 +244,6 @@ class ProfiledEvidence:
         inner = unweighted(self.model.likelihood)
         assert isinstance(inner, LocationScale)  # it is Gaussian
         return self.tasks.origin.new_tensor(math.log(inner.scale))
-
-    # -- what is known at an eta -------------------------------------------------------------------
-
-    def covariance_of_places(self, eta: Eta) -> Tensor:
-        """Of the estimates of theta0 and the other linear parameters, given the variances.
-
-        In the order of `places`: that of generalised least squares, or with a hyperprior on them
-        the inverse of their Hessian.
-        """
-        coordinates = self.enter(eta)
-        r = self.tasks.whitening
-        if not self.profiles_places:
-            at = torch.cat([coordinates[name].reshape(-1) for name in self.places])
-            known = {name: coordinates[name] for name in self.places}
-            hessian = vector_hessian(
-                lambda flat: self({**coordinates, **named_parts(flat, known)}), at
-            )
-            inverse: Tensor = torch.cholesky_inverse(cholesky(hessian))
-            return inverse
-        inner = (self._map.mT @ self.sums(coordinates).quadratic @ self._map)[:-1, :-1]
-        root = cholesky(inner) / self.log_scale(coordinates).exp()
-        back = torch.linalg.inv(r).mT if self._is_white else torch.eye(len(inner)).to(r)
-        half = torch.linalg.solve_triangular(root, back, upper=False)
-        covariance: Tensor = half.mT @ half
-        return covariance
-
-    def correlation(self, eta: Eta) -> Tensor:
-        """The prior's correlations `(D, D)` between the weights of whitened columns."""
-        rows = torch.nn.functional.normalize(self.factor(self.enter(eta)), dim=-1)
-        return rows @ rows.mT
-
-    def information(self, eta: Eta) -> Tensor:
-        """What the best-informed task's data say about each weight alone, as a precision `(D,)`."""
-        coordinates = self.enter(eta)
-        factor = self.factor(coordinates)
-        moved = self.tasks.triangles[:, : self.size, : self.size] @ factor
-        root = cholesky(moved.mT @ moved + torch.eye(self.size).to(factor))
-        own = self.tasks.whitening[: self.size, : self.size]
-        prior = torch.linalg.solve_triangular(own, factor, upper=True)  # in the weights' units
-        after = torch.linalg.solve_triangular(root, prior.mT.expand_as(root), upper=False)
-        before = prior.square().sum(-1)
-        gained = after.square().sum(-2).reciprocal() - before.reciprocal()
-        largest: Tensor = gained.amax(0)
-        return largest * torch.exp(-2.0 * self.log_scale(coordinates))
 
     # -- the maps ----------------------------------------------------------------------------------
 
@@ -353,7 +253,7 @@ class ProfiledEvidence:
         found = {name: wide[name] for name in self.places if not self.profiles_places}
         scale = self.log_scale(wide).exp()
         if self.dense:
-            own = self.tasks.whitening[: self.size, : self.size]
+            own = self.own_whitening
             factor = lower_root(own @ self.model.prior_distribution(wide).scale_tril) / scale
             rows, columns = torch.tril_indices(self.size, self.size)
             found[FACTOR] = factor[rows, columns]
@@ -372,11 +272,11 @@ class ProfiledEvidence:
         at = {**eta, **self._best_places(pooled)}
         at |= {name: eta[name] for name in self.model.prior.start_loc if name in eta}
         if self.learns_scale:
-            pivot = self._root(pooled)[-1, -1]
+            pivot = self.free.root(pooled)[-1, -1]
             if bool(pivot > 0):
                 at[SCALE] = (pivot / self._count**0.5).log()
         scale = self.log_scale(at).double().exp()
-        own = self.tasks.whitening[: self.size, : self.size]
+        own = self.own_whitening
         begin = self.model.prior.start_at(self.model.weights, at, own.mT @ own / scale.square())
         found = self.enter(at | begin)
         if self.dense and begin:  # as it is meant, to the last digit
@@ -433,7 +333,7 @@ class ProfiledEvidence:
         if self.profiles_places:
             raw |= self._best_places(self.sums(coordinates).quadratic)
         if self.dense:
-            own = self.tasks.whitening[: self.size, : self.size]
+            own = self.own_whitening
             root = torch.linalg.solve_triangular(own, factor, upper=True) * log_scale.exp()
             raw[PRECISION], tril = log_precision_and_tril(lower_root(root))
             if TRIL in self.eta:
@@ -442,34 +342,13 @@ class ProfiledEvidence:
             raw[name] = -2.0 * (coordinates[name].abs().log() + log_scale)
         return raw
 
-    @property
-    def free(self) -> Tensor:
-        """(P, F), from the places that are learned to minus the whitened coordinates."""
-        return self._map[:, :-1]
-
-    def best(self, quadratic: Tensor) -> tuple[Tensor, Tensor]:
-        """Minus the whitened coordinates of the best places, and 1, `(P,)`.
-
-        And the inverse `(F, F)` of their quadratic.
-        """
-        inner = self._map.mT @ quadratic @ self._map
-        inverse: Tensor = torch.cholesky_inverse(cholesky(inner[:-1, :-1]))
-        at = self._map @ torch.cat([-inverse @ inner[:-1, -1], inner.new_ones(1)])
-        return at, inverse
-
     def _best_places(self, quadratic: Tensor) -> Eta:
-        root = self._root(quadratic)
-        best = -torch.linalg.solve_triangular(root[:-1, :-1].mT, root[-1:, :-1].mT, upper=True)[
-            :, 0
-        ]
-        if self._is_white:
-            white = (self.tasks.origin - best).unsqueeze(-1)
-            best = torch.linalg.solve_triangular(self.tasks.whitening, white, upper=True)[:, 0]
-        return named_parts(best, {name: self.eta[name] for name in self.places})
+        like = {name: self.eta[name] for name in self.places}
+        return named_parts(self.free.best_values(quadratic), like)
 
 
 def _held(factor: Tensor) -> Tensor:
-    """With a positive diagonal, no smaller than what a covariance with an inverse needs."""
+    """Its diagonal held off 0, as a covariance with an inverse needs; its signs say nothing."""
     least = torch.maximum(_FLOOR * factor.norm(dim=-1), torch.full_like(factor[0], _FLOOR_OF_NOISE))
     diagonal = factor.diagonal()
     held = torch.where(diagonal < 0, -1.0, 1.0) * torch.maximum(diagonal.abs(), least)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from varmeta.fitting import profiled_at_eta
 from varmeta.fitting.blame import drowning_of
 from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.joint_newton import UNDETERMINED, WHY_IT_ENDED
@@ -89,7 +90,7 @@ def profiled_newton(
                 Step(0, solution.stats["loss"][-1], solution.phi, {}, solution.stats["evaluations"])
             )
         run.eta = objective.leave(reached)
-        losses = objective.losses(run.eta)
+        losses = profiled_at_eta.losses(objective, run.eta)
         if solution.result == Result.NON_FINITE:
             raise ValueError(non_finite(tasks, losses, "at the start"))
         run.outlier = drowning_of(tasks.names, tasks.support_rows.counts, losses)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from varmeta.fitting import profiled_at_eta
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import row
 from varmeta.hyper.coordinates import Coordinates
@@ -27,7 +29,7 @@ from varmeta.tasks import Batch
 
 # Numbers of one tensor that are held at once.
 CELLS = 200_000
-# How wide a prior may be, see `ProfiledEvidence.reach`, for products of rows to keep their digits.
+# How wide a prior may be, see `profiled_at_eta.reach`, for products of rows to keep their digits.
 FAR = 1e4
 
 Evidence = Callable[[dict[str, Tensor]], Tensor]
@@ -37,7 +39,11 @@ Evidence = Callable[[dict[str, Tensor]], Tensor]
 def log_evidence(objective: ProfiledEvidence, batch: Batch, eta: Mapping[str, Tensor]) -> Tensor:
     """log p(y | eta) of all tasks at each of K eta, `(K,)`, without derivatives."""
     step, number = max(1, CELLS // objective.tasks.triangles.numel()), len(next(iter(eta.values())))
-    fn = rowwise(lambda one: torch.stack([objective.log_evidence_at(one), objective.reach(one)]))
+    fn = rowwise(
+        lambda one: torch.stack(
+            [profiled_at_eta.log_evidence(objective, one), profiled_at_eta.reach(objective, one)]
+        )
+    )
     with torch.no_grad():
         parts = [
             fn({name: value[k : k + step] for name, value in eta.items()})
@@ -64,7 +70,7 @@ def fit_gaussian(
     callback: Callable[[Step], object] | None = None,
 ) -> Gaussian:
     """See `varmeta.hyper.family.fit_gaussian`."""
-    evidence = objective.log_evidence_at
+    evidence = partial(profiled_at_eta.log_evidence, objective)
 
     def penalty(point: Mapping[str, Tensor]) -> Tensor:
         return -coordinates.log_density(point, jacobian)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from varmeta.fitting.profiled_at_eta import covariance_of_places
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import minimum, row
 from varmeta.hyper.coordinates import Coordinates
@@ -45,7 +46,7 @@ def restricted(
     at = named_parts(torch.arange(len(mean)), best)
     index = torch.cat([at[name].reshape(-1) for name in objective.places])
     index, order = index.sort()
-    covariance = objective.covariance_of_places(best)[order][:, order]
+    covariance = covariance_of_places(objective, best)[order][:, order]
     factor = mean.new_zeros(len(mean), len(mean))
     factor[index[:, None], index] = root_of_covariance(covariance).to(mean)
     return Gaussian(mean.detach(), factor, bound, result)

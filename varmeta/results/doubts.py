@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.fitting import profiled_at_eta
 from varmeta.fitting.joint_newton import UNDETERMINED
 from varmeta.fitting.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.fitting.whitened import whitened_correlation
@@ -258,7 +259,7 @@ def _judged(fit: Fit) -> Tensor | None:
     """The correlations in whitened columns, where there are any."""
     exact = profiled_of(fit)
     if exact is not None:
-        return exact.correlation(fit.eta)
+        return profiled_at_eta.correlation(exact, fit.eta)
     return whitened_correlation(fit.problem, fit.tasks.batch(), fit.eta)
 
 
@@ -267,7 +268,7 @@ def _information(fit: Fit, precision: Tensor) -> Tensor:
     tiny = torch.finfo(precision.dtype).eps
     exact = profiled_of(fit)
     if exact is not None:
-        return exact.information(fit.eta).to(precision).clamp_min(tiny)
+        return profiled_at_eta.information(exact, fit.eta).to(precision).clamp_min(tiny)
     known = fit.run.state.phi is not None or fit.strategy.traits(fit.problem).closed_form
     if known and not fit.is_point and fit.run.hyper is None:
         spread = fit.posterior().distribution.stddev.squeeze(-2)  # (tasks, D)

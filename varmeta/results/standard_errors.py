@@ -14,6 +14,7 @@ from torch import Tensor
 
 from varmeta.fitting.float64 import cast, doubled, in_double
 from varmeta.fitting.groups_by_size import elbo_losses
+from varmeta.fitting.profiled_at_eta import covariance_of_places
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.guides.closed_form import log_evidence
 from varmeta.guides.quadrature import Quadrature
@@ -52,7 +53,7 @@ def in_closed_form(found: ProfiledEvidence, eta: Eta) -> dict[str, Tensor] | Non
     """By generalised least squares."""
     if not found.places:
         return {}
-    errors = found.covariance_of_places(eta).diagonal().sqrt()
+    errors = covariance_of_places(found, eta).diagonal().sqrt()
     if not bool(errors.isfinite().all()):
         return None
     return named_parts(errors.to(eta[found.places[0]]), {name: eta[name] for name in found.places})
