@@ -49,12 +49,12 @@ MANY_ROWS = 10_000
 ELSEWHERE_WRONG = (RuntimeError, ValueError, IndexError, NotImplementedError)
 
 
-def check_model(model: TaskModel, tasks: TaskSet) -> None:
+def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | None = None) -> None:
     """Try the model on the data with every check of Pyro and PyTorch on; say what does not fit.
 
     Every observation is looked at, and run through a program or a likelihood.  A network is run on
     its largest and smallest task, and on all where that is cheap: its memory does not grow with the
-    number of tasks.
+    number of tasks.  eta: where it is tried; None: where it starts.
 
     Raises ValueError for observations outside the likelihood's support (naming task and row), where
     the program or network does not fit the data, and where tasks are padded and a task's rows
@@ -72,13 +72,13 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
         for rows in (tasks.support_rows, tasks.query_rows):
             _check_observations(model.likelihood, rows, tasks.names)
     if model.all_linear and model.is_linear_gaussian:
-        _try_largest(model, tasks)
+        _try_largest(model, tasks, eta)
         return
     batch = tasks.batch()
     parts = [
         data for data in (batch.support, batch.query) if data is not None and data.mask.shape[1]
     ]
-    eta = model.init(torch.zeros((), dtype=tasks.dtype, device=batch.support.mask.device))
+    eta = _start(model, tasks) if eta is None else eta
     for data in parts:
         if model.net is None:
             _try(model, eta, data, batch.names)
@@ -114,9 +114,13 @@ def check_model(model: TaskModel, tasks: TaskSet) -> None:
         check_padding(model, data)
 
 
-def _try_largest(model: TaskModel, tasks: TaskSet) -> None:
+def _start(model: TaskModel, tasks: TaskSet) -> dict[str, Tensor]:
+    return model.init(torch.zeros((), dtype=tasks.dtype, device=tasks.device))
+
+
+def _try_largest(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | None) -> None:
     """Of layers and a density that are known one task tells for all: every row has its shape."""
-    eta = model.init(torch.zeros((), dtype=tasks.dtype, device=tasks.device))
+    eta = _start(model, tasks) if eta is None else eta
     sizes = tasks.support_rows.counts, tasks.query_rows.counts
     for part, counts in enumerate(sizes):
         largest = int(counts.argmax())

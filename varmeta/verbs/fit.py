@@ -144,10 +144,10 @@ def fit(
     _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
-    problem = _checked_problem(model, tasks, strategy, seed, hyperguide, free)
+    eta = model.init(tasks.support_rows.x.new_zeros(()))
+    problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
     chunks.check(task_chunk_size, problem)
     members = None if ensemble is None else members_of(strategy, problem, ensemble)
-    eta = model.init(tasks.support_rows.x.new_zeros(()))
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
     smooth = model.is_linear_gaussian or kinked(model, tasks.batch(), eta) is None
@@ -227,12 +227,13 @@ def _checked_problem(
     model: TaskModel,
     tasks: TaskSet,
     strategy: Strategy,
+    eta: Eta,
     seed: int,
     hyperguide: Hyperguide,
     free: bool,
 ) -> Problem:
     """What is to be solved; raises where model, tasks and strategy do not go together."""
-    check_model(model, tasks)
+    check_model(model, tasks, eta)
     problem = strategy.problem(model, tasks, seed)
     check_hyperguide(hyperguide, problem, tasks, strategy, free)
     check_strategy(strategy, problem, tasks)
