@@ -31,7 +31,7 @@ from varmeta.fitting.joint_newton import MAX_NEWTON_SIZE, WHY_IT_ENDED
 from varmeta.fitting.run import Run, end_early, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.guides.convex import LOG_CONCAVE
-from varmeta.guides.kl import location, root_of
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.guides.quadrature import Quadrature
 from varmeta.models.model import TaskModel, negative_log_likelihood
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
@@ -234,7 +234,7 @@ def _density(model: TaskModel, batch: Batch) -> Density:
 
 
 def _group_density(model: TaskModel, u: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
+    loc, root = prior_parts(model, eta)
+    theta = loc + root.times(u)
     with validation_enabled(False):
-        prior = model.prior_distribution(eta)
-        theta = location(prior) + root_of(prior).times(u)
         return -negative_log_likelihood(model, theta.unsqueeze(-2), eta, data)[1]

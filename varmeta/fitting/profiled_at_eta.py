@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
-from varmeta.guides.kl import root_of
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import cholesky
-from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.strategy import Eta
 
 
@@ -31,9 +30,8 @@ def reach(of: ProfiledEvidence, eta: Eta) -> Tensor:
 
 def _factor(of: ProfiledEvidence, eta: Eta) -> Tensor:
     """K at any eta, in float64, whatever its prior is made of."""
-    with validation_enabled(False):
-        root = root_of(of.model.prior_distribution(eta)).matrix
-    return of.own_whitening @ root * torch.exp(-of.log_scale(eta))
+    _, root = prior_parts(of.model, eta)
+    return of.own_whitening @ root.matrix * torch.exp(-of.log_scale(eta))
 
 
 def losses(of: ProfiledEvidence, eta: Eta) -> Tensor:

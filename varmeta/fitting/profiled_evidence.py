@@ -19,7 +19,7 @@ from torch import Tensor
 
 from varmeta.fitting.free_places import FreePlaces
 from varmeta.fitting.reduced import ReducedTasks
-from varmeta.guides.kl import root_of
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.likelihoods.base import SCALE, LocationScale
 from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
@@ -236,7 +236,7 @@ class ProfiledEvidence:
     @property
     def _given(self) -> Tensor:
         eta = {name: value.double() for name, value in self.eta.items()}
-        return root_of(self.model.prior_distribution(eta)).matrix
+        return prior_parts(self.model, eta)[1].matrix
 
     def log_scale(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         if self.learns_scale:

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from varmeta.guides.guide import Guide
-from varmeta.guides.kl import location, root_of
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.models.constants import constants
 from varmeta.models.design import columns
 from varmeta.models.model import TaskModel
 from varmeta.numerics import gaussian
 from varmeta.numerics.gaussian import Standardised
+from varmeta.numerics.roots import Root
 from varmeta.numerics.tree import Tree
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
@@ -67,21 +67,18 @@ def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, quer
 def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree | None:
     """phi at the minimum of F_i, differentiable in eta; None where the guide does not know it."""
     tasks = standardised(model, eta, data)
-    prior = _prior(model, eta)
-    root = root_of(prior)
+    loc, root = _prior(model, eta)
     if guide.phi_is_loc:
-        loc = location(prior) + root.times(gaussian.mean(tasks))
-        return {"loc": loc.to(data.x)}
+        return {"loc": (loc + root.times(gaussian.mean(tasks))).to(data.x)}
     found = gaussian.posterior(tasks)
-    loc, factor = location(prior) + root.times(found.mean), root.lower_times(found.factor)
-    phi = guide.at_gaussian(loc, factor)
+    factor = root.lower_times(found.factor)
+    phi = guide.at_gaussian(loc + root.times(found.mean), factor)
     return None if phi is None else {name: value.to(data.x) for name, value in phi.items()}
 
 
 def standardised(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Standardised:
     """The tasks in units of the prior and of their noise, in float64."""
-    prior = _prior(model, eta)
-    loc = location(prior)
+    loc, root = _prior(model, eta)
     x, y = data.filled
     count = data.mask.sum(-1)
     if not data.mask.shape[1]:
@@ -101,7 +98,7 @@ def standardised(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Sta
     residual = (observed.reshape(constant.shape).double() - constant.double()) * unit
     moved = mean.unsqueeze(-1) if by is None else mean[:, None, :, None]
     residual = residual - (design @ moved).squeeze(-1)
-    design = root_of(prior).transposed(design)
+    design = root.transposed(design)
     log_scale = torch.where(mask, spread.log(), 0.0).sum((-2, -1))
     outputs = constant.shape[-1]
     return Standardised(
@@ -120,7 +117,6 @@ def design_of(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> tuple[T
     return torch.func.vmap(lambda one: columns(net, names, values, one))(x)
 
 
-def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> dist.TorchDistribution:
-    """N(theta0, Lambda^-1), in float64."""
-    with validation_enabled(False):
-        return model.prior_distribution({name: value.double() for name, value in eta.items()})
+def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> tuple[Tensor, Root]:
+    """`prior_parts` in float64."""
+    return prior_parts(model, {name: value.double() for name, value in eta.items()})

@@ -18,7 +18,7 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta.fitting.groups_by_size import buckets
-from varmeta.guides.kl import location, scale
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.hyper.known import known
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import SITE, observed_log_prob
@@ -151,9 +151,5 @@ def _solve(
 
 def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> Tensor:
     """theta0 and the lower factor of the prior's covariance, side by side, `(D, D + 1)`."""
-    prior = model.prior_distribution(eta)
-    factor = scale(prior)
-    assert factor is not None  # the prior is a Gaussian
-    return torch.cat(
-        [location(prior).unsqueeze(-1), torch.diag(factor) if factor.dim() == 1 else factor], -1
-    )
+    loc, root = prior_parts(model, eta)
+    return torch.cat([loc.unsqueeze(-1), root.lower], -1)

@@ -15,14 +15,13 @@ from torch import Tensor
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.reduced import linear_rows, triangles
 from varmeta.guides import closed_form
-from varmeta.guides.kl import location, root_of
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.likelihoods.base import LocationScale
 from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
 from varmeta.numerics import gaussian
 from varmeta.numerics.gaussian import Standardised
 from varmeta.numerics.rows import rowwise
-from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Batch, Data
 
 # Numbers in one tensor, as many as a core's cache holds.
@@ -68,10 +67,8 @@ def _one(model: TaskModel, eta: Mapping[str, Tensor], tasks: Tasks) -> Tensor:
     """What is told of each task, side by side, `(T, 1 + D + D^2)`."""
     standard = tasks(eta)
     found = gaussian.posterior(standard)
-    with validation_enabled(False):
-        prior = model.prior_distribution(eta)
-    root = root_of(prior)
-    mean = location(prior) + root.times(found.mean)
+    loc, root = prior_parts(model, eta)
+    mean = loc + root.times(found.mean)
     factor = root.lower_times(found.factor)
     evidence = gaussian.log_evidence(standard).unsqueeze(-1)
     return torch.cat([evidence, mean, factor.flatten(-2)], -1)
@@ -112,12 +109,11 @@ def _of_triangles(model: TaskModel, data: Data) -> tuple[Tasks, int]:
     assert isinstance(inner, LocationScale)  # it is Gaussian
 
     def tasks(eta: Mapping[str, Tensor]) -> Standardised:
-        with validation_enabled(False):
-            prior = model.prior_distribution(eta)
+        loc, root = prior_parts(model, eta)
         scale = torch.as_tensor(inner.scale_of(of, eta)).to(of)
-        places = [location(prior), *(_place(model, name, eta).to(of) for name in linear)]
+        places = [loc, *(_place(model, name, eta).to(of) for name in linear)]
         at = torch.cat([-torch.cat(places), of.new_ones(1)])
-        moved = root_of(prior).transposed(of[..., :size]) / scale
+        moved = root.transposed(of[..., :size]) / scale
         number = counts.to(of)
         return Standardised(moved, of @ at / scale, number * scale.log() - log_weights, number)
 

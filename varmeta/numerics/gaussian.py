@@ -28,7 +28,7 @@ class Standardised(NamedTuple):
 
     design: B `(tasks, n, D)`; residual: e `(tasks, n)`.
     log_scale: the log of the volume that this took, sum log s `(tasks,)`.
-    rows: those that are no padding, `(tasks,)`.
+    rows: how many of each task are no padding, `(tasks,)`.
     """
 
     design: Tensor

@@ -44,6 +44,11 @@ class Root(ABC):
     def matrix(self) -> Tensor:
         """A itself, `(D, D)`: for few weights."""
 
+    @property
+    def lower(self) -> Tensor:
+        """The lower triangular root of the same S, `(D, D)`: for few weights."""
+        return self.matrix
+
     def lower_times(self, factor: Tensor) -> Tensor:
         """The lower triangular root of A G G' A', of lower triangles G `(..., D, D)`."""
         return self.matrix @ factor
@@ -183,5 +188,4 @@ class LowRankRoot(Root):
 
     @property
     def lower(self) -> Tensor:
-        """The lower triangular root of the same S, `(D, D)`: for few weights."""
         return lower_root(torch.cat([torch.diag_embed(self.spread), self.columns], -1))
