@@ -140,6 +140,23 @@ def test_the_score_under_a_posterior_of_eta(integrated: vm.Posterior) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("number", [2, 3, 7, 200])
+def test_the_crps_of_a_mixture_of_few_or_many(number: int) -> None:
+    """An ensemble's members are few, so that two draws are often of the same one."""
+    generator = torch.Generator().manual_seed(number)
+    share, mean, variance = (
+        torch.rand(number, 1, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
+    share, mean, variance = (share / share.sum())[:, 0], 8 * mean - 4, variance.unsqueeze(-1) + 0.1
+    y = torch.full((1, 1), 0.3, dtype=torch.float64)
+    found = mixture_score._judged(share, mean.unsqueeze(-1), variance.unsqueeze(-1), y)[3]
+    grid = np.linspace(-30, 30, 60_001)
+    each = stats.norm.cdf(grid[:, None], mean[:, 0].numpy(), variance[:, 0, 0].sqrt().numpy())
+    expected = integrate.trapezoid((each @ share.numpy() - (grid >= 0.3)) ** 2, grid)
+    # of many, each is paired with a few others
+    assert float(found) == pytest.approx(expected, abs=1e-3 if number < 64 else 0.1)
+
+
 def test_a_mixture_of_one_scores_as_a_normal() -> None:
     posterior = posterior_of("two outputs")
     data = posterior.tasks.batch().require_query()

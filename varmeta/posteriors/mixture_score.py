@@ -15,9 +15,10 @@ from varmeta.posteriors.metrics import rmse
 from varmeta.posteriors.normal_mixture import Components, predictive, responses
 from varmeta.tasks import Data
 
-# Others that every draw of eta is paired with, for the distance of two observations of a mixture:
-# thousands of pairs in all.
-PAIRS = 4
+# For the distance of two observations of a mixture, up to so many components are paired with all
+# others, as an ensemble's members are; more, as draws of eta are, each with a few: thousands of
+# pairs either way.
+ALL_PAIRS, PAIRS = 64, 4
 
 
 def row_of(
@@ -79,15 +80,22 @@ def _judged(
 
 
 def _between(share: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """E|X - X'| of two observations, over `PAIRS` others of every component."""
-    if len(share) == 1:
-        return absolute(torch.zeros_like(mean), 2 * variance)[0]
-    total, weights = torch.zeros_like(mean[0]), 0.0
-    for k in range(PAIRS):
-        # the golden ratio's multiples: no two shifts alike, none a half, where mirror images stand
-        shift = 1 + int((len(share) - 1) * (k * 0.6180339887 % 1.0))
+    """E|X - X'| of two observations: over all pairs of components, or a sample of the others.
+
+    Two of the same component, which happens as often as its share squared, are taken exactly.
+    """
+    number = len(share)
+    own = share.square()
+    total: Tensor = torch.tensordot(own, absolute(torch.zeros_like(mean), 2 * variance), 1)
+    if number == 1:
+        return total
+    # the golden ratio's multiples: no two shifts alike, none a half, where mirror images stand
+    some = (1 + int((number - 1) * (k * 0.6180339887 % 1.0)) for k in range(PAIRS))
+    found, weight = torch.zeros_like(total), 0.0
+    for shift in range(1, number) if number <= ALL_PAIRS else some:
         pair = share * share.roll(shift)
         apart = absolute(mean - mean.roll(shift, 0), variance + variance.roll(shift, 0))
-        total = total + torch.tensordot(pair, apart, 1)
-        weights = weights + float(pair.sum())
-    return total / weights
+        found = found + torch.tensordot(pair, apart, 1)
+        weight = weight + float(pair.sum())
+    # of all pairs the weight is what the own ones leave
+    return total + found * ((1.0 - float(own.sum())) / weight) if weight else total
