@@ -156,3 +156,19 @@ def test_what_it_does_not_serve_is_refused() -> None:
         vm.fit(line, TRAIN, HEAD, 5, ensemble=2)
     with pytest.raises(ValueError, match="ensemble"):
         vm.fit(model_of(body()), TRAIN, HEAD, 5, ensemble=1)
+
+
+def test_float32_data_are_served() -> None:
+    """What is worked out in float64 at many eta ran the float32 body on float64 parameters."""
+    watch = vm.Validation(HELD_OUT.to(torch.float32), every=10, calibrate=True)
+    train = TRAIN.to(torch.float32)
+    narrow = vm.fit(model_of(body()), train, HEAD, 20, adam, ensemble=2, validate=watch)
+    wide = vm.fit(
+        model_of(body()), TRAIN, HEAD, 20, adam, ensemble=2,
+        validate=vm.Validation(HELD_OUT, every=10, calibrate=True),
+    )  # fmt: skip
+    assert members(narrow).points["0.weight"].dtype == torch.float32
+    assert narrow.run.step == wide.run.step
+    one, other = (f.adapt(HELD_OUT).score().loc["all"] for f in (narrow, wide))
+    assert one["log_density"] == pytest.approx(other["log_density"], abs=1e-2)
+    assert narrow.posterior().score(TRAIN).notna().to_numpy().all()

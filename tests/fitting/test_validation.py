@@ -113,6 +113,14 @@ def test_stored_guides_are_kept_too() -> None:
         torch.testing.assert_close(on.eta[name], value, rtol=1e-12, atol=1e-12)
 
 
+def test_going_on_from_a_kept_step_is_no_matter_of_where_the_last_one_was() -> None:
+    """The cosine had fallen to zero by the last step, not by the one that was kept."""
+    options: dict[str, Any] = {"validate": vm.Validation(HELD_OUT, every=10, patience=None)}
+    fit = vm.fit(head_model(), TRAIN, HEAD, 200, adam, **options)
+    assert fit.run.step < 200
+    vm.fit(head_model(), TRAIN, HEAD, 220, adam, resume=fit)  # a warning would be an error
+
+
 def test_a_kept_state_comes_back_from_a_file(tmp_path: Path) -> None:
     fit = watched(30)
     fit.save(tmp_path / "fit.pt")

@@ -67,6 +67,11 @@ def test_classes_have_probabilities() -> None:
     torch.testing.assert_close(
         expected.samples, predictor(posterior, 40).softmax(-1), rtol=1e-12, atol=1e-12
     )
+    drawn = posterior.predict(X, 40)
+    assert drawn.samples.shape == (40, 2, 3)
+    for ask in (lambda: drawn.mean, lambda: drawn.sd, drawn.interval, drawn.frame):
+        with pytest.raises(ValueError, match=r"expected\(x\) has the probability of each class"):
+            ask()  # it was the mean of the classes' numbers
     frame = expected.frame()
     assert (
         list(frame.columns) == ["task", "point", "response", "mean", "sd", "low", "high"]

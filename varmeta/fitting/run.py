@@ -72,6 +72,7 @@ class Run:
         """Forget what came after the step that was kept, to go on from it."""
         if self.kept is not None:
             self.history = [row for row in self.history if row["step"] <= self.kept]
+            self.stop = f"kept at step {self.kept}"
             self.kept = None
 
     def record(

@@ -71,7 +71,8 @@ class Validation:
         whole_number("num_samples", self.num_samples)
         if self.calibrate and self.metric != "log_density":
             raise ValueError(
-                f"calibrate=True moves the noise scale by the log density, not by the "
+                "calibrate=True moves the noise scale (of classes, the temperature) by the log "
+                "density, not by the "
                 f"{self.what}: use metric='log_density'"
             )
 

@@ -113,7 +113,10 @@ def design_of(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> tuple[T
     """
     assert model.net is not None
     net, names = model.net, model.weights.names
-    values = {name: eta[name] for name in model.shared} | constants(net, model.constants, x)
+    # the body runs in the data's dtype, also where eta is widened for the algebra
+    kind = x.dtype if x.is_floating_point() else None
+    values = {name: eta[name].to(kind or eta[name].dtype) for name in model.shared}
+    values |= constants(net, model.constants, x)
     return torch.func.vmap(lambda one: columns(net, names, values, one))(x)
 
 

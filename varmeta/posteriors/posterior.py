@@ -134,7 +134,7 @@ class Posterior:
         Its mean, sd, interval and frame are exact where the model is known to be linear and
             Gaussian, as in `score`: normal, or under a posterior of eta a mixture of normals over
             its draws.  Elsewhere they are those of `num_samples` draws.  `samples` are draws either
-            way, taken where they are asked for.
+            way, taken where they are asked for.  Classes have samples only: see `expected`.
         For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how
         many.
 
@@ -188,7 +188,9 @@ class Posterior:
         """By a formula where there is one; else the draws are taken now."""
         components = self.q.components()
         if components is None:
-            return Prediction(draw(), data.mask, self.names)
+            likelihood = self.model.likelihood
+            classes = likelihood is not None and likelihood.predictive.kind == "classification"
+            return Prediction(draw(), data.mask, self.names, are_classes=noisy and classes)
         assert self.model.likelihood is not None
         event = tuple(self.model.likelihood.observed(self.q.batch.support.y).shape[2:])
         # a single channel is dropped, as where observations are drawn

@@ -25,6 +25,7 @@ class Prediction:
     mask: `(tasks, points)`, False in padding.  names: of the tasks.
     known: the distribution itself, which mean, sd, interval and frame are then of; None: of the
         draws.
+    are_classes: whether what is drawn are classes, whose numbers have no mean and no order.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class Prediction:
         names: tuple[str, ...],
         num_samples: int | None = None,
         known: NormalMixture | None = None,
+        are_classes: bool = False,
     ) -> None:
         self._draw = samples
         self.mask, self.names, self.known = mask, names, known
+        self.are_classes = are_classes
         self.num_samples = len(self.samples) if num_samples is None else num_samples
 
     @cached_property
@@ -54,13 +57,13 @@ class Prediction:
     @property
     def mean(self) -> Tensor:
         """`(tasks, points, ...)`."""
-        return self._floating.mean(0) if self.known is None else self._moments[0]
+        return self._numbers.mean(0) if self.known is None else self._moments[0]
 
     @property
     def sd(self) -> Tensor:
         if self.known is not None:
             return self._moments[1]
-        return self._floating.std(0, correction=min(1, len(self.samples) - 1))
+        return self._numbers.std(0, correction=min(1, len(self.samples) - 1))
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -78,12 +81,17 @@ class Prediction:
             low, high = self.known.quantiles(ends)
             return low, high
         # sorted here: torch.quantile refuses more than 16 million numbers
-        ordered = self._floating.sort(0).values
+        ordered = self._numbers.sort(0).values
         low, high = (calibration.quantile(ordered, end) for end in ends)
         return low, high
 
     @property
-    def _floating(self) -> Tensor:
+    def _numbers(self) -> Tensor:
+        if self.are_classes:
+            raise ValueError(
+                "new observations are classes here, whose numbers have no mean, sd or interval: "
+                "expected(x) has the probability of each class, and samples are draws of them"
+            )
         return (
             self.samples
             if self.samples.is_floating_point()

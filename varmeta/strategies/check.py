@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,12 @@ from varmeta.tasks.taskset import no_tasks
 def check_kinds(model: object, tasks: object, strategy: object) -> None:
     """Raise TypeError where one of the three is something else."""
     if not isinstance(model, TaskModel):
-        raise TypeError(f"model must be a TaskModel, not {kind_of(model)}")
+        more = (
+            ": of several models, fit each and compare the scores on tasks that none has seen"
+            if isinstance(model, Mapping)
+            else ""
+        )
+        raise TypeError(f"model must be a TaskModel, not {kind_of(model)}{more}")
     if not isinstance(tasks, TaskSet):
         raise TypeError(f"tasks must be a TaskSet, not {no_tasks(tasks)}")
     if not isinstance(strategy, Strategy):
