@@ -53,5 +53,5 @@ class Dense(Guide):
             phi["tril"] = (factor / spread.unsqueeze(-1))[..., rows, columns]
         return phi
 
-    def holds(self, size: int) -> bool:
+    def is_any_gaussian(self, size: int) -> bool:
         return True

@@ -54,8 +54,8 @@ class Guide(ABC):
         """
         return None
 
-    def holds(self, size: int) -> bool:
-        """Whether every Gaussian over `size` weights is in the family."""
+    def is_any_gaussian(self, size: int) -> bool:
+        """Whether the family has every Gaussian over `size` weights."""
         return False
 
     def doubt(

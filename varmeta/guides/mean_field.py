@@ -38,5 +38,5 @@ class MeanField(Guide):
         root = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         return {"loc": loc, "log_scale": -0.5 * root.square().sum(-2).log()}
 
-    def holds(self, size: int) -> bool:
+    def is_any_gaussian(self, size: int) -> bool:
         return size == 1

@@ -189,7 +189,7 @@ def _runaways(fit: Fit) -> str | None:
     away = precision > RUNAWAY * information
     if bool(away.any()):
         guide = fit.problem.guide
-        exact = guide.holds(fit.model.weights.size)
+        exact = guide.is_any_gaussian(fit.model.weights.size)
         ways = [
             "centre the predictors",
             # what finds the mode of a task knows its correlations too

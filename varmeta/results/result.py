@@ -280,7 +280,7 @@ class Fit:
 
     @property
     def _can_be_exact(self) -> bool:
-        return self.problem.guide.holds(self.model.weights.size)
+        return self.problem.guide.is_any_gaussian(self.model.weights.size)
 
     @cached_property
     def _is_tight(self) -> bool:

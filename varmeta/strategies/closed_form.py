@@ -67,7 +67,7 @@ def chosen(minimizer: object, problem: Problem, expectation: str, outer: Outer) 
         return True
     size = problem.model.weights.size
     free = minimizer is None and expectation == "auto"
-    return free and problem.model.is_linear_gaussian and problem.guide.holds(size)
+    return free and problem.model.is_linear_gaussian and problem.guide.is_any_gaussian(size)
 
 
 def _check(problem: Problem) -> None:
@@ -106,7 +106,7 @@ def knows(problem: Problem, outer: Outer) -> bool:
 
 def _is_posterior(problem: Problem) -> bool:
     """Whether the guide at phi is p(theta | y_i, eta)."""
-    return problem.guide.holds(problem.model.weights.size) or problem.guide.at_mode
+    return problem.guide.is_any_gaussian(problem.model.weights.size) or problem.guide.at_mode
 
 
 def losses(problem: Problem, outer: Outer, batch: Batch, step: int, eta: Eta) -> Tensor:
