@@ -18,6 +18,7 @@ from tests.conftest import shared_data
 from tests.linear_gaussian import REGRESSIONS, dense_evidence, moved
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
+from varmeta.priors.check import LearnPrecision
 
 
 def objective(model: vm.TaskModel, tasks: vm.TaskSet, eta: dict[str, Tensor]) -> ProfiledEvidence:
@@ -81,11 +82,11 @@ def lines(shift: float, scale: float, seed: int = 0) -> vm.TaskSet:
     return vm.TaskSet(tasks)
 
 
-def regression() -> vm.TaskModel:
+def regression(learned: LearnPrecision = "full") -> vm.TaskModel:
     net = torch.nn.Linear(1, 1).double()
     with torch.no_grad():
         net.weight.zero_(), net.bias.zero_()
-    return vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full"))
+    return vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision=learned))
 
 
 @pytest.mark.parametrize("shift", [0.0, 100.0, 2e3, 1e4, 1e6])
@@ -97,6 +98,20 @@ def test_origin_and_units_are_no_matter(shift: float, scale: float) -> None:
     assert found.loss == pytest.approx(plain.loss, abs=1e-6)
     slope = float(found.prior.loc["weight"]) * scale
     assert slope == pytest.approx(float(plain.prior.loc["weight"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("learned", ["shared", "per_module", "per_parameter", "full"])
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_an_sd_of_any_units_is_told_as_it_was_found(learned: LearnPrecision, scale: float) -> None:
+    """What no sd may fall below is so many noise scales of a row, not of a weight."""
+    model = regression(learned)
+    tasks = lines(0.0, scale)
+    found = vm.fit(model, tasks)
+    assert found.converged
+    assert found.loss == pytest.approx(loss(model, found.eta, tasks), abs=1e-6)
+    if learned != "shared":  # which weighs the weights' units
+        plain = vm.fit(regression(learned), lines(0.0, 1.0))
+        assert found.loss == pytest.approx(plain.loss, abs=1e-6)
 
 
 REAL = {

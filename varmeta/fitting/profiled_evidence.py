@@ -29,7 +29,8 @@ from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
 from varmeta.strategies.strategy import Eta
 
 FACTOR = "covariance"
-# How small an entry of the covariance's factor is told as, against its row and against 1: a
+# How small an entry of the covariance's factor, in whitened columns, is told as, against its row
+# and against 1: a
 # covariance must have an inverse.  The objective is even in it, so that it rises by its square
 # alone.
 _FLOOR, _FLOOR_OF_NOISE = 1e-6, 1e-7
@@ -319,12 +320,26 @@ class ProfiledEvidence:
         if self.dense:
             factor = _held(factor)
         else:
-            least = {
-                name: coordinates[name].abs().clamp(min=_FLOOR_OF_NOISE) for name in self.precisions
+            held = {
+                name: torch.maximum(coordinates[name].abs(), least)
+                for name, least in self._least_sds().items()
             }
-            coordinates = {**coordinates, **least}
+            coordinates = {**coordinates, **held}
         raw = self._raw(coordinates, factor)
         return {name: raw[name].to(value) for name, value in self.eta.items()}
+
+    def _least_sds(self) -> dict[str, Tensor]:
+        """How small each learned sd over s is told as, in the units of the weights it is of."""
+        zero = {name: torch.zeros_like(self.eta[name]).double() for name in self.precisions}
+        found = {}
+        for name, value in zero.items():
+            # how far an sd of 1 moves a row; of several weights under one sd the farthest
+            reach = [
+                self.factor({**zero, name: one.reshape(value.shape)}).norm(dim=0).amax()
+                for one in torch.eye(value.numel()).to(value)
+            ]
+            found[name] = _FLOOR_OF_NOISE / torch.stack(reach).reshape(value.shape)
+        return found
 
     def _raw(self, coordinates: Mapping[str, Tensor], factor: Tensor) -> Eta:
         """eta as the model knows it; what is profiled at its best."""
