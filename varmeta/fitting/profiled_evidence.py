@@ -24,7 +24,7 @@ from varmeta.likelihoods.base import SCALE, LocationScale
 from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import named_parts
-from varmeta.numerics.triangular import lower_root, whitened
+from varmeta.numerics.triangular import held_off_zero, lower_root, whitened
 from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
 from varmeta.strategies.strategy import Eta
 
@@ -318,7 +318,8 @@ class ProfiledEvidence:
         """
         factor = self.factor(coordinates)
         if self.dense:
-            factor = _held(factor)
+            least = (_FLOOR * factor.norm(dim=-1)).clamp(min=_FLOOR_OF_NOISE)
+            factor = held_off_zero(factor, least)
         else:
             held = {
                 name: torch.maximum(coordinates[name].abs(), least)
@@ -360,11 +361,3 @@ class ProfiledEvidence:
     def _best_places(self, quadratic: Tensor) -> Eta:
         like = {name: self.eta[name] for name in self.places}
         return named_parts(self.free.best_values(quadratic), like)
-
-
-def _held(factor: Tensor) -> Tensor:
-    """Its diagonal held off 0, as a covariance with an inverse needs; its signs say nothing."""
-    least = torch.maximum(_FLOOR * factor.norm(dim=-1), torch.full_like(factor[0], _FLOOR_OF_NOISE))
-    diagonal = factor.diagonal()
-    held = torch.where(diagonal < 0, -1.0, 1.0) * torch.maximum(diagonal.abs(), least)
-    return factor + torch.diag_embed(held - diagonal)

@@ -28,7 +28,7 @@ from varmeta.guides.quadrature import Quadrature
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import DATA, TASKS, observed_log_prob
 from varmeta.numerics.tree import Tree, named_parts
-from varmeta.numerics.triangular import lower_root, whitened_columns
+from varmeta.numerics.triangular import held_off_zero, lower_root, whitened_columns
 from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril, unit_lower
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.problem import Losses, Problem
@@ -164,10 +164,8 @@ class Whitened:
         r_d, r_de, _ = self._blocks()
         factor = self.factor(eta).double()
         least = torch.maximum(_FLOOR * factor.norm(dim=-1), _FLOOR_OF_START * self.size)
-        diagonal = factor.diagonal()
         # the sign of a column of L says nothing, but u's must follow it
-        held = torch.where(diagonal < 0, -1.0, 1.0) * torch.maximum(diagonal.abs(), least)
-        factor = factor + torch.diag_embed(held - diagonal)
+        factor = held_off_zero(factor, least)
         raw = self._raw(eta, factor)
         raw = {name: value.to(like) for name, value in raw.items()}
         if not phi:
@@ -334,10 +332,8 @@ def _scales(factor: Tensor, phi: Tree) -> Tree:
     A step far out may leave a guide no width at all, which has no logarithm.
     """
     least = torch.finfo(factor.dtype).eps * factor.norm(dim=-1)
+    factor = held_off_zero(factor, least.clamp(min=torch.finfo(factor.dtype).tiny))
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    held = torch.maximum(diagonal, least).clamp(min=torch.finfo(factor.dtype).tiny)
-    factor = factor + torch.diag_embed(held - diagonal)
-    diagonal = held
     rows, columns = torch.tril_indices(factor.shape[-1], factor.shape[-1], -1)
     found = {
         "log_scale": diagonal.log(),

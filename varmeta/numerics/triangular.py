@@ -91,6 +91,20 @@ def lower_root(root: Tensor) -> Tensor:
     return (signs.unsqueeze(-1) * upper).mT
 
 
+def held_off_zero(triangle: Tensor, least: Tensor) -> Tensor:
+    """The triangles `(..., D, D)` with no diagonal entry smaller in size than `least` `(..., D)`.
+
+    Signs stay as they are; of 0 it is positive.
+
+    >>> held_off_zero(torch.tensor([[-1.0, 0.0], [2.0, 0.0]]), torch.tensor([0.1, 0.1]))
+    tensor([[-1.0000,  0.0000],
+            [ 2.0000,  0.1000]])
+    """
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+    held = torch.where(diagonal < 0, -1.0, 1.0) * torch.maximum(diagonal.abs(), least)
+    return triangle + torch.diag_embed(held - diagonal)
+
+
 def root_of_inverse(matrix: Tensor, least: float, convex: bool = False) -> Tensor:
     """Lower triangular L `(rows, D, D)` with L L' = H^-1 for symmetric H `(rows, D, D)`.
 
