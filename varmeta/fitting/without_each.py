@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from varmeta.fitting.profiled_evidence import OneTask, ProfiledEvidence, Sums
-from varmeta.fitting.profiled_newton import minimum, row
+from varmeta.fitting.without_one import OFF, OFF_SHARE, refitted_without
+from varmeta.numerics.curvature import Curvature
 from varmeta.numerics.rows import rowwise
-from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import named_parts
 
 # Numbers of one tensor that are held at once, and of all second derivatives at most.
@@ -27,15 +26,8 @@ CELLS, MOST = 1_000_000, 1_000_000_000
 FEW = 20
 # Steps with a Hessian that is not formed anew.
 SHARED_STEPS = 8
-# What a value may be off: so many nats, and this share of it.
-OFF, OFF_SHARE = 1e-4, 1e-7
 # A step with the exact Hessian leaves so many times the square of what it promises, at most.
 CUBIC = 3.0
-# The standard error of a value, given how well the others know eta, over the value: more, and the
-# others do not say what it is.
-UNKNOWN = 30.0
-# Curvature, and what is left of a sum of squares, that rounding may make of none; of all tasks'.
-FLAT, ROUNDING = 1e-10, 1e-12
 # What the others may have of what all tasks know, for a difference of the two to keep digits.
 ENOUGH = 1e-6
 
@@ -58,7 +50,7 @@ def refitted(objective: ProfiledEvidence, best: Mapping[str, Tensor]) -> Tensor 
             triangles.new_full((len(triangles),), math.nan) if few else _together(objective, best)
         )
         for number in found.isnan().nonzero()[:, 0].tolist():
-            found[number] = _anew(objective, best, number)
+            found[number] = refitted_without(objective, best, number)
     return found
 
 
@@ -115,7 +107,7 @@ class _Start(NamedTuple):
     """
 
     gradient: Tensor
-    curvature: _Curvature
+    curvature: Curvature
     slope: Tensor
     within: Tensor
 
@@ -138,7 +130,7 @@ class _Start(NamedTuple):
         hessian = torch.func.vmap(second, by_task)(start, *each)
         slope = torch.func.vmap(torch.func.jacfwd(fn.value), by_task)(start, *each)
         value = torch.func.vmap(fn.value, by_task)(start, *each)
-        return cls(gradient, _Curvature.of(hessian), slope, OFF + OFF_SHARE * value.abs())
+        return cls(gradient, Curvature.of(hessian), slope, OFF + OFF_SHARE * value.abs())
 
     def steps(
         self, start: Tensor, gradients: Callable[..., Tensor], each: tuple[Tensor, ...]
@@ -163,102 +155,3 @@ class _Start(NamedTuple):
                 break
             gradient[is_open] = gradients(found[is_open], *(x[is_open] for x in each))
         return found, sound
-
-
-class _Curvature(NamedTuple):
-    """Symmetric matrices `(T, p, p)` in units of their diagonals.
-
-    unit `(T, p)`; eigenvalues, none of less than what rounding makes, and eigenvectors of the
-    scaled matrix; definite `(T,)`: whether none was less.
-    """
-
-    unit: Tensor
-    values: Tensor
-    vectors: Tensor
-    definite: Tensor
-    convex: Tensor
-
-    @classmethod
-    def of(cls, hessian: Tensor) -> _Curvature:
-        finite = hessian.isfinite().all(-1).all(-1)
-        identity = torch.eye(hessian.shape[-1]).to(hessian)
-        hessian = torch.where(finite[:, None, None], 0.5 * (hessian + hessian.mT), identity)
-        diagonal = hessian.diagonal(dim1=-2, dim2=-1).abs()
-        unit = diagonal.clamp(min=torch.finfo(diagonal.dtype).tiny).rsqrt()
-        values, vectors = torch.linalg.eigh(unit.unsqueeze(-1) * hessian * unit.unsqueeze(-2))
-        least = FLAT * values.amax(-1, keepdim=True)
-        definite, convex = (values > least).all(-1), (values > -least).all(-1)
-        held = torch.maximum(values, least)
-        return cls(unit, held, vectors, finite & definite, finite & convex)
-
-    def solve(self, vector: Tensor) -> Tensor:
-        inner = (self.vectors.mT @ (self.unit * vector).unsqueeze(-1)) / self.values.unsqueeze(-1)
-        return self.unit * (self.vectors @ inner).squeeze(-1)
-
-    def spread(self, slope: Tensor) -> Tensor:
-        """The standard error of what has this slope `(T, p)`."""
-        return (slope * self.solve(slope)).sum(-1).sqrt()
-
-
-def _anew(objective: ProfiledEvidence, best: Mapping[str, Tensor], number: int) -> float:
-    """Of one task, by fits to the others from their own start and from the fit to all.
-
-    NaN where they have no maximum.
-    """
-    tasks = objective.tasks
-    left = OneTask(tasks.triangles[number], tasks.counts[number], tasks.log_weights[number])
-    keep = torch.arange(len(tasks.counts)) != number
-    kept = replace(
-        tasks,
-        triangles=tasks.triangles[keep],
-        counts=tasks.counts[keep],
-        log_weights=tasks.log_weights[keep],
-    )
-    others = ProfiledEvidence(objective.model, kept, objective.eta, objective.linear)
-    point: dict[str, Tensor] | None = {}
-    if best:
-        point = _lowest(others, [others.start, dict(best)])
-    return math.nan if point is None else _value(others, left, point)
-
-
-def _lowest(others: ProfiledEvidence, starts: list[dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Where the loss is least, of searches from these starts; None where that search ran away."""
-    found: list[tuple[float, dict[str, Tensor] | None]] = []
-    for start in starts:
-        if not bool(others(start).isfinite()):
-            continue
-        with torch.enable_grad():
-            solution = minimum(others, start, tolerance=1e-12)
-        ended = solution.result in (Result.CONVERGED, Result.STAGNATED)
-        point = {name: value.detach() for name, value in row(solution.phi).items()}
-        found.append((float(solution.stats["loss"][-1]), point if ended else None))
-    return min(found, key=lambda one: one[0])[1] if found else None
-
-
-def _value(others: ProfiledEvidence, left: OneTask, point: dict[str, Tensor]) -> float:
-    """log p(y_i | eta) at the others' best; NaN where they do not determine it."""
-
-    def loss(vector: Tensor) -> Tensor:
-        return others(named_parts(vector, point))
-
-    def value(vector: Tensor) -> Tensor:
-        here = named_parts(vector, point)
-        sums = others.sums(here)
-        known = others.determines(sums, sums, ROUNDING)
-        at = others.white_places(here, sums)
-        return torch.where(
-            known, others.log_evidence(here, others.of_one(here, left), at), math.nan
-        )
-
-    vector = torch.cat([left.triangle.new_zeros(0), *(x.reshape(-1) for x in point.values())])
-    found = value(vector)
-    if not len(vector) or not bool(found.isfinite()):
-        return float(found)
-    slope, gradient = (torch.func.jacrev(fn)(vector).unsqueeze(0) for fn in (value, loss))
-    curvature = _Curvature.of(torch.func.jacfwd(torch.func.jacrev(loss))(vector).unsqueeze(0))
-    spread = curvature.spread(slope)
-    promised = 0.5 * (gradient * curvature.solve(gradient)).sum(-1)
-    size = 1.0 + found.abs()
-    off = (2.0 * promised).sqrt() * spread
-    sure = curvature.convex & (spread <= UNKNOWN * size) & (off <= OFF + OFF_SHARE * size)
-    return float(found) if bool(sure) else math.nan
