@@ -16,6 +16,7 @@ from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.tree import take
+from varmeta.priors.bounds_points import bounds_points
 from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.objective import OwnObjective, check_outer
 from varmeta.strategies.problem import Problem
@@ -202,7 +203,7 @@ def _check_precision(strategy: Strategy, problem: Problem, traits: Traits, tasks
                 "precision: fix it (learn_precision=None), or use Implicit or Unrolled"
             )
         return
-    if prior.bounds_points(model.weights, len(tasks)):
+    if bounds_points(prior, model.weights, len(tasks)):
         return
     if prior.learn_precision == "low_rank":
         raise ValueError(
