@@ -18,22 +18,15 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.free_places import FreePlaces
+from varmeta.fitting.profiled_coordinates import COVARIANCE, ProfiledCoordinates, least_entries
 from varmeta.fitting.reduced import ReducedTasks
-from varmeta.guides.prior_parts import prior_parts
-from varmeta.likelihoods.base import SCALE, LocationScale
-from varmeta.likelihoods.weighted import unweighted
+from varmeta.likelihoods.base import SCALE
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import held_off_zero, lower_root, whitened
 from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
 from varmeta.strategies.strategy import Eta
 
-FACTOR = "covariance"
-# How small an entry of the covariance's factor, in whitened columns, is told as, against its row
-# and against 1: a
-# covariance must have an inverse.  The objective is even in it, so that it rises by its square
-# alone.
-_FLOOR, _FLOOR_OF_NOISE = 1e-6, 1e-7
 # Of the sds that one observation knows: tasks as a rule differ by less.
 _NARROWER = (1.0, 0.5, 0.25, 0.12, 0.06)
 
@@ -65,13 +58,8 @@ class OneTask(NamedTuple):
     log_weight: Tensor
 
 
-class ProfiledEvidence:
-    """The objective as a function of its coordinates, and the maps between them and eta.
-
-    The coordinates, all in float64: "covariance", the lower triangle of K in whitened columns, of a
-    learned dense prior; of others each learned sd over s, by the name of its log precision;
-    "log_scale" where s is learned; theta0, shared parameters and
-    coefficients by name, where a hyperprior acts on them.
+class ProfiledEvidence(ProfiledCoordinates):
+    """The objective as a function of the coordinates, and what is best given them.
 
     restricted: integrate theta0 and the other linear parameters out, under a flat density in their
         own units, instead of taking the best of them: lme4's REML criterion.  Not where a
@@ -86,36 +74,19 @@ class ProfiledEvidence:
         linear: tuple[str, ...],
         restricted: bool = False,
     ) -> None:
-        self.model, self.tasks, self.eta, self.linear = model, tasks, eta, linear
+        super().__init__(model, tasks, eta, linear)
         self.restricted = restricted
-        self.size = model.weights.size
-        prior = model.prior
-        self.dense = prior.learn_precision == "full"
-        self.learns_scale = SCALE in eta
         self.has_hyperprior = model.has_hyperprior
-        # a quadratic of their own, where no hyperprior acts on them
-        self.profiles_places = prior.loc_hyperprior is None
         places = (*model.weights.names, *linear)
-        self.places = tuple(name for name in places if name in eta)
-        self.precisions = () if self.dense else tuple(
-            name for name in eta if name.partition(".")[0] == PRECISION
-        )  # fmt: skip
         r = tasks.whitening
         free = [torch.full((model.start[n].numel(),), n in eta) for n in places]
         values = torch.cat([model.start[name].reshape(-1).to(r) for name in places])
         self.free = FreePlaces.of(r, tasks.origin, torch.cat(free), values)
         self._identity = torch.eye(self.size).to(tasks.triangles)
-        self._lower = torch.tril(torch.ones_like(self._identity))
-        # where each entry of the factor stands among the coordinates
-        rows, columns = torch.tril_indices(self.size, self.size)
-        self._entry = torch.zeros(self.size, self.size, dtype=torch.int64)
-        self._entry[rows, columns] = torch.arange(len(rows))
         # what the weights that vary cannot move
         rest = tasks.triangles[:, self.size :].flatten(0, 1)
         self.within = rest.mT @ rest
         self._count = tasks.counts.sum()
-        # of the weights that vary
-        self.own_whitening = tasks.whitening[: self.size, : self.size]
 
     # -- the objective -----------------------------------------------------------------------------
 
@@ -217,56 +188,14 @@ class ProfiledEvidence:
         at = self.white(coordinates)
         return at @ quadratic @ at
 
-    def white(self, coordinates: Mapping[str, Tensor]) -> Tensor:
-        """Minus the whitened coordinates of the places, and 1."""
-        r = self.tasks.whitening
-        linear = [coordinates[name].reshape(-1).to(r) for name in self.linear]
-        places = torch.cat([self.model.weights.flatten(coordinates).to(r), *linear])
-        return torch.cat([self.tasks.origin - r @ places, r.new_ones(1)])
-
-    def factor(self, coordinates: Mapping[str, Tensor]) -> Tensor:
-        """K `(D, D)` in whitened columns: any root of the prior's covariance over s^2."""
-        if self.dense:
-            return coordinates[FACTOR][self._entry] * self._lower
-        if self.precisions:
-            # what it makes of log precisions, one for each weight, it makes of sds
-            own = self.own_whitening
-            return own * self.model.prior.log_precision(self.model.weights, coordinates, own)
-        return self.own_whitening @ self._given * torch.exp(-self.log_scale(coordinates))
-
-    @property
-    def _given(self) -> Tensor:
-        eta = {name: value.double() for name, value in self.eta.items()}
-        return prior_parts(self.model, eta)[1].matrix
-
-    def log_scale(self, coordinates: Mapping[str, Tensor]) -> Tensor:
-        if self.learns_scale:
-            return coordinates[SCALE]
-        inner = unweighted(self.model.likelihood)
-        assert isinstance(inner, LocationScale)  # it is Gaussian
-        return self.tasks.origin.new_tensor(math.log(inner.scale))
-
-    # -- the maps ----------------------------------------------------------------------------------
-
-    def enter(self, eta: Eta) -> dict[str, Tensor]:
-        """The coordinates of eta."""
-        wide = {name: value.double() for name, value in eta.items()}
-        found = {name: wide[name] for name in self.places if not self.profiles_places}
-        scale = self.log_scale(wide).exp()
-        if self.dense:
-            own = self.own_whitening
-            factor = lower_root(own @ self.model.prior_distribution(wide).scale_tril) / scale
-            rows, columns = torch.tril_indices(self.size, self.size)
-            found[FACTOR] = factor[rows, columns]
-        found |= {name: torch.exp(-0.5 * wide[name]) / scale for name in self.precisions}
-        return found | ({SCALE: wide[SCALE]} if self.learns_scale else {})
+    # -- at eta ------------------------------------------------------------------------------------
 
     @cached_property
     def start(self) -> dict[str, Tensor]:
         """The coordinates where a search from `eta` begins.
 
-        Places and noise at the fit to all tasks at once, a learned precision at what one
-        observation knows, each unless the user said where it starts.
+        A learned noise at what the fit to all tasks at once leaves; places at that fit and a
+        learned precision at what one observation knows, each unless the user said where it starts.
         """
         eta, flat = self.eta, self.tasks.triangles.flatten(0, 1)
         pooled = flat.mT @ flat
@@ -282,7 +211,7 @@ class ProfiledEvidence:
         found = self.enter(at | begin)
         if self.dense and begin:  # as it is meant, to the last digit
             rows, columns = torch.tril_indices(self.size, self.size)
-            found[FACTOR] = torch.eye(self.size, dtype=own.dtype)[rows, columns]
+            found[COVARIANCE] = torch.eye(self.size, dtype=own.dtype)[rows, columns]
         return self._narrowed(found) if begin else found
 
     def _narrowed(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -318,29 +247,15 @@ class ProfiledEvidence:
         """
         factor = self.factor(coordinates)
         if self.dense:
-            least = (_FLOOR * factor.norm(dim=-1)).clamp(min=_FLOOR_OF_NOISE)
-            factor = held_off_zero(factor, least)
+            factor = held_off_zero(factor, least_entries(factor))
         else:
             held = {
                 name: torch.maximum(coordinates[name].abs(), least)
-                for name, least in self._least_sds().items()
+                for name, least in self.least_sds().items()
             }
             coordinates = {**coordinates, **held}
         raw = self._raw(coordinates, factor)
         return {name: raw[name].to(value) for name, value in self.eta.items()}
-
-    def _least_sds(self) -> dict[str, Tensor]:
-        """How small each learned sd over s is told as, in the units of the weights it is of."""
-        zero = {name: torch.zeros_like(self.eta[name]).double() for name in self.precisions}
-        found = {}
-        for name, value in zero.items():
-            # how far an sd of 1 moves a row; of several weights under one sd the farthest
-            reach = [
-                self.factor({**zero, name: one.reshape(value.shape)}).norm(dim=0).amax()
-                for one in torch.eye(value.numel()).to(value)
-            ]
-            found[name] = _FLOOR_OF_NOISE / torch.stack(reach).reshape(value.shape)
-        return found
 
     def _raw(self, coordinates: Mapping[str, Tensor], factor: Tensor) -> Eta:
         """eta as the model knows it; what is profiled at its best."""

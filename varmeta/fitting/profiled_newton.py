@@ -11,8 +11,9 @@ from varmeta.fitting import profiled_at_eta
 from varmeta.fitting.blame import drowning_of
 from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.joint_newton import UNDETERMINED, WHY_IT_ENDED
+from varmeta.fitting.profiled_coordinates import COVARIANCE
 from varmeta.fitting.profiled_derivatives import applies, derivatives, directions
-from varmeta.fitting.profiled_evidence import FACTOR, ProfiledEvidence
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
 from varmeta.fitting.run import Run, end_early, non_finite
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
@@ -123,7 +124,7 @@ def _tell(run: Run, solution: JointSolution) -> None:
         f"converged after {run.step} Newton steps on the evidence, in closed form: it can rise by "
         f"{left:.1e} nats more"
     )
-    flat = {PRECISION if name == FACTOR else name for name in solution.stats["flat"]}
+    flat = {PRECISION if name == COVARIANCE else name for name in solution.stats["flat"]}
     run.undetermined = tuple(name for name in run.eta if name in flat)
     if run.undetermined:
         run.stop += f"; {UNDETERMINED} {' and '.join(run.undetermined)} apart"
