@@ -8,15 +8,14 @@ from torch import Tensor
 
 from varmeta.guides.delta import Delta
 from varmeta.guides.guide import Guide
-from varmeta.guides.kl import root_of
 from varmeta.guides.laplace import Laplace
+from varmeta.guides.prior_parts import prior_parts
 from varmeta.likelihoods.continuous import Gaussian, LogNormal
 from varmeta.likelihoods.discrete import Bernoulli, Binomial, Categorical, NegativeBinomial, Poisson
 from varmeta.likelihoods.least_squares import LeastSquaresClasses
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import Quadratic
 from varmeta.numerics.tree import Tree, detach, flatten
-from varmeta.priors.validation import validation_enabled
 
 # Their log densities are concave in the network's output.  Exact classes: a subclass may be
 # anything.
@@ -44,9 +43,7 @@ def inverse_ceiling(model: TaskModel, guide: Guide, eta: Mapping[str, Tensor]) -
     convex = model.is_linear and type(model.likelihood) in LOG_CONCAVE
     if not convex or not isinstance(guide, (Delta, Laplace)):
         return None
-    # validation looks at numbers, which a graph that is being captured does not have yet
-    with validation_enabled(False):
-        root = root_of(model.prior_distribution(detach(dict(eta))))
+    _, root = prior_parts(model, detach(dict(eta)))
 
     def ceiling(v: Tree) -> Tensor:
         return root.transposed(flatten(v)).square().sum(-1)

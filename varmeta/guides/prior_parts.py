@@ -15,7 +15,8 @@ from varmeta.priors.validation import validation_enabled
 def prior_parts(model: TaskModel, eta: Mapping[str, Tensor]) -> tuple[Tensor, Root]:
     """theta0 `(D,)` and A with A A' = Lambda^-1, in eta's precision; differentiable in eta.
 
-    Nothing is checked, so that `vmap` and `make_fx` may run it.
+    Nothing is checked: that would look at numbers, which `vmap` and a graph that is being captured
+    do not have.
     """
     with validation_enabled(False):
         prior = model.prior_distribution(eta)
