@@ -227,8 +227,8 @@ class ProfiledEvidence(ProfiledCoordinates):
         flat = torch.cat([value.reshape(-1) for value in moving.values()])
         one_by_one = torch.eye(len(flat)).to(flat)[flat != 0]
         best, least = start, math.inf
-        for which in (torch.ones_like(flat), *one_by_one[: self.size]):
-            for share in _NARROWER:
+        for number, which in enumerate((torch.ones_like(flat), *one_by_one[: self.size])):
+            for share in _NARROWER[min(number, 1) :]:  # 1 is the best so far, once it is known
                 found = {**start, **named_parts(flat * torch.where(which > 0, share, 1.0), moving)}
                 sums = self.sums(found)
                 if self.learns_scale:

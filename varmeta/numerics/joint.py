@@ -272,7 +272,8 @@ def _settle_phi(
     """
     good, walled, trials = (x, losses), torch.zeros(len(x), dtype=torch.bool, device=x.device), 0
     x, losses = _move_phi(problem, model.phi, x, e, losses, model.g_phi)
-    if not thorough or model.decrement_phi <= 1e-3 * model.decrement_eta:
+    # corrections by the same Hessian pay where one costs many gradients
+    if not thorough or problem.written or model.decrement_phi <= 1e-3 * model.decrement_eta:
         return x, losses, model.reduced, walled, trials
     for correction in range(_CORRECTIONS + 1):
         x, losses, g_phi, g_eta, at_wall, more = _before_walls(problem, good, x, e, losses)
