@@ -81,7 +81,9 @@ def test_predictions_are_the_mixture_of_the_members() -> None:
     predicted = mixture.predict([task.query[0] for task in HELD_OUT])
     torch.testing.assert_close(predicted.mean[0], torch.stack(means).mean(0))
     want = torch.stack(densities).exp().mean(0).log().mean()
-    assert mixture.score().loc[HELD_OUT[0].name, "log_density"] == pytest.approx(float(want))
+    table = mixture.score()
+    assert table.loc[HELD_OUT[0].name, "log_density"] == pytest.approx(float(want))
+    assert table.attrs["log_density_se"]["all"] == 0.0  # its members are no draws of something
 
 
 def test_a_fit_of_members_says_what_it_is_and_comes_back(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Run:
     """The record of a run so far.
 
-    loss: the outer objective over all tasks at `eta`; history: what each step met, one step behind,
-        or of its minibatch.
+    loss: the outer objective over all tasks at `eta`, of an ensemble its members' mean.
+    history: what each step met, one step behind, or of its minibatch.
     kept: the step whose eta and state these are, where validation tasks chose it; None: the last.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, or an ensemble of them; None where eta is a point.

@@ -98,7 +98,8 @@ class IntegratedDraws(Draws):
         eta = {name: value[self._rows] for name, value in self.hyper.points.items()}
         share = torch.bincount(self._row_of, minlength=len(self._parts.mean)).to(self._parts.mean)
         loc = self._moved(self._parts.mean, eta)
-        return Components(share / share.sum(), eta, loc, self._parts.factor, len(self.hyper))
+        draws = None if isinstance(self.hyper, Ensemble) else len(self.hyper)
+        return Components(share / share.sum(), eta, loc, self._parts.factor, draws)
 
     def etas(self, num_samples: int) -> dict[str, Tensor]:
         at = self._at(num_samples)

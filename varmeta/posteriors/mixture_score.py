@@ -26,7 +26,7 @@ def row_of(
 ) -> Callable[[Tensor], dict[str, float]]:
     """The function from a mask `(tasks, points)` to the table's row of those observations.
 
-    log_density_se: Monte-Carlo, over the draws of eta.
+    log_density_se: Monte-Carlo, over the draws of eta; 0 of an ensemble, whose members are all.
     """
     y, share = responses(model, data).to(components.loc), components.share
     parts, begin = [], 0
@@ -36,7 +36,7 @@ def row_of(
         begin = end
     log_prob, *rest = zip(*parts, strict=True)
     log_probs, (centre, share_below, crps) = torch.cat(log_prob, 1), map(torch.cat, rest)
-    low, high = (1 - level) / 2, (1 + level) / 2
+    low, high, draws = (1 - level) / 2, (1 + level) / 2, components.draws
 
     def row(mask: Tensor) -> dict[str, float]:
         chosen = mask[data.mask]
@@ -54,7 +54,7 @@ def row_of(
             "coverage": float(inside.mean()),
             "calibration_error": float(calibration_error(under.reshape(-1))),
             "crps": float(crps[chosen].mean()),
-            "log_density_se": float((spread / components.draws).sqrt()),
+            "log_density_se": float((spread / draws).sqrt()) if draws else 0.0,
         }
 
     return row

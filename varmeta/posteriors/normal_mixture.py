@@ -29,14 +29,15 @@ class Components:
 
     share: their weights `(K,)`.  eta: `(K, ...)` by name.  loc: `(K, tasks, D)`.
     root: sds of that shape, or square roots of covariances `(K, tasks, D, D)`; None for points.
-    draws: the number of draws of eta, of which equal ones are one component.
+    draws: the number of draws of eta, of which equal ones are one component; None: these are all
+        that there are, and nothing was drawn.
     """
 
     share: Tensor
     eta: Mapping[str, Tensor]
     loc: Tensor
     root: Tensor | None
-    draws: int = 1
+    draws: int | None = None
 
     def of(self, tasks: slice) -> Components:
         root = None if self.root is None else self.root[:, tasks]
