@@ -59,3 +59,10 @@ def test_a_layer_that_is_used_twice_is_not_known() -> None:
     again = nn.Linear(3, 3)
     net = nn.Sequential(nn.Linear(1, 3), again, nn.Tanh(), again, nn.Linear(3, 1))
     assert not is_linear_in(net, ["4.weight", "4.bias"])
+
+
+def test_columns_of_no_points_are_none() -> None:
+    """Torch cannot tell a size from no numbers, which ended a fit without support rows."""
+    net = nn.Linear(2, 3).double()
+    design, constant = columns(net, ["weight", "bias"], {}, torch.zeros(0, 2).double())
+    assert design.shape == (0, 3, 9) and constant.shape == (0, 3)

@@ -92,10 +92,7 @@ class ProfiledEvidence(ProfiledCoordinates):
 
     def __call__(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """-log p(y | eta), nats, less the log density of the hyperpriors."""
-        return self._penalised(coordinates, self.sums(coordinates))
-
-    def _penalised(self, coordinates: Mapping[str, Tensor], sums: Sums) -> Tensor:
-        loss = self.loss(coordinates, sums)
+        loss = self.loss(coordinates, self.sums(coordinates))
         return loss + self.penalty(coordinates) if self.has_hyperprior else loss
 
     def penalty(self, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -231,10 +228,12 @@ class ProfiledEvidence(ProfiledCoordinates):
             for share in _NARROWER[min(number, 1) :]:  # 1 is the best so far, once it is known
                 found = {**start, **named_parts(flat * torch.where(which > 0, share, 1.0), moving)}
                 sums = self.sums(found)
+                squares = self._squares(found, sums.quadratic)
                 if self.learns_scale:
-                    squares = self._squares(found, sums.quadratic)
                     found[SCALE] = 0.5 * (squares / self._count).log()
-                loss = float(self._penalised(found, sums))
+                # of the evidence under REML too: where to begin is no matter of the criterion
+                loss = float(self.normal(found, squares, *sums[1:]))
+                loss += float(self.penalty(found)) if self.has_hyperprior else 0.0
                 if loss < least:
                     best, least = found, loss
             flat = torch.cat([best[name].reshape(-1) for name in moving])

@@ -7,6 +7,7 @@ and the columns carry the derivative of the layers before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from functools import partial
 
@@ -35,7 +36,8 @@ def columns(
     x = x.unsqueeze(-1) if x.dim() == 1 else x
     with differentiable_attention():
         found, constant = _columns(net, tuple(names), values, x)
-    return found.reshape(len(x), -1, found.shape[-1]), constant.reshape(len(x), -1)
+    outputs = math.prod(constant.shape[1:])  # of no points too
+    return found.reshape(len(x), outputs, found.shape[-1]), constant.reshape(len(x), outputs)
 
 
 def _columns(

@@ -235,8 +235,8 @@ def _checked_problem(
     """What is to be solved; raises where model, tasks and strategy do not go together."""
     check_model(model, tasks, eta)
     problem = strategy.problem(model, tasks, seed)
-    check_hyperguide(hyperguide, problem, tasks, strategy, free)
     check_strategy(strategy, problem, tasks)
+    check_hyperguide(hyperguide, problem, tasks, strategy, free)
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=3)
