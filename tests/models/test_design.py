@@ -10,6 +10,7 @@ import varmeta as vm
 from tests.cases import seeded
 from tests.linear_gaussian import MODELS, moved
 from varmeta.guides.closed_form import design_of
+from varmeta.models.design import columns
 from varmeta.models.linearity import is_linear_in
 
 
