@@ -58,7 +58,8 @@ class ReducedTasks:
         if known is None:
             return None
         unit = len(design) ** 0.5
-        q, r = unit * known[0], known[1] / unit
+        del design  # of a million rows every copy is felt
+        q, r = known[0].mul_(unit), known[1] / unit
         origin = q.mT @ y / len(q)
         z = torch.cat([q, (y - q @ origin).unsqueeze(-1)], -1)
         owner = torch.repeat_interleave(counts)
@@ -82,7 +83,8 @@ def triangles(rows: Tensor, counts: Tensor) -> Tensor:
         within = torch.arange(width, device=rows.device)
         known = within < counts[at].unsqueeze(-1)
         index = (begin[at].unsqueeze(-1) + within).clamp(max=max(0, len(rows) - 1))
-        found[at] = torch.linalg.qr(rows[index] * known.unsqueeze(-1), mode="r").R
+        block = rows[index].mul_(known.unsqueeze(-1))
+        found[at] = torch.linalg.qr(block, mode="r").R
     return found
 
 
