@@ -174,3 +174,14 @@ def test_float32_data_are_served() -> None:
     one, other = (f.adapt(HELD_OUT).score().loc["all"] for f in (narrow, wide))
     assert one["log_density"] == pytest.approx(other["log_density"], abs=1e-2)
     assert narrow.posterior().score(TRAIN).notna().to_numpy().all()
+
+
+def test_lbfgs_steps_all_members() -> None:
+    """It asks for gradients in one piece of memory, which those of several members are not."""
+
+    def lbfgs(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(params, line_search_fn="strong_wolfe")
+
+    begun = vm.fit(model_of(body()), TRAIN, HEAD, 1, adam, ensemble=2)
+    fit = vm.fit(model_of(body()), TRAIN, HEAD, 3, lbfgs, ensemble=2)
+    assert bool((members(fit).losses < members(begun).losses).all())

@@ -131,3 +131,32 @@ def test_noise_that_vanishes_is_called_out() -> None:
         vm.fit(model, tasks, vm.Joint("delta"), num_steps=60)
     with pytest.warns(RuntimeWarning, match="has not converged"):
         vm.fit(model, tasks[:2], vm.Joint("delta"))
+
+
+@pytest.mark.parametrize(
+    ("x_by", "y_by", "y_from"), [(1.0, 1.0, 1e8), (1.0, 1e12, 0.0), (1e-12, 1.0, 0.0)]
+)
+def test_units_and_origins_alone_are_no_doubt(x_by: float, y_by: float, y_from: float) -> None:
+    """A fit without a warning in plain units has none in others."""
+
+    def fitted(x_by: float, y_by: float, y_from: float) -> vm.Fit:
+        tasks = vm.datasets.lines(20, num_support=6, noise=0.3, dtype=torch.float64)
+        rows = [(x_by * task.support[0], y_from + y_by * task.support[1]) for task in tasks]
+        model = vm.TaskModel(
+            nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
+        )
+        return vm.fit(model, vm.TaskSet([vm.Task(support=one) for one in rows]))
+
+    plain, other = fitted(1.0, 1.0, 0.0), fitted(x_by, y_by, y_from)
+    assert doubts(plain) == doubts(other) == []
+    assert other.loss - 120 * math.log(y_by) == pytest.approx(plain.loss, abs=1e-6)
+
+
+def test_a_response_that_does_not_vary_is_called_out_wherever_it_is() -> None:
+    rows = vm.datasets.lines(5, num_support=6, dtype=torch.float64)
+    model = vm.TaskModel(nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior())
+    for constant in (3.0, 1e8):
+        parts = [task.support for task in rows]
+        flat = [vm.Task(support=(x, torch.full_like(y, constant))) for x, y in parts]
+        with pytest.warns(RuntimeWarning, match="noise scale runs to zero"):
+            vm.fit(model, vm.TaskSet(flat), vm.Joint("multivariate_normal"))

@@ -217,7 +217,8 @@ class _Way:
                 raise _NowhereError  # where a line search may lead, and nothing can be computed
             calls.append(self.take_step(self.problem, batch, self.eta, before))
             for name, gradient in calls[-1].gradient.items():
-                self.eta[name].grad = gradient
+                # as torch.optim.LBFGS wants it; members that are differentiated at once are not
+                self.eta[name].grad = gradient.contiguous()
             return float(calls[-1].value)
 
         try:

@@ -15,7 +15,7 @@ from varmeta.fitting.whitened import whitened_correlation
 from varmeta.likelihoods.base import SCALE
 from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.priors.factors import FACTOR, PRECISION, TRIL
-from varmeta.results.excess_noise import unexplained
+from varmeta.results.excess_noise import spread, unexplained
 from varmeta.results.far_from_evidence import far_from_evidence, rough_quadrature
 from varmeta.results.heywood import has_one_factor, heywood
 from varmeta.results.result import Fit, profiled_of
@@ -265,7 +265,7 @@ def _judged(fit: Fit) -> Tensor | None:
 
 def _information(fit: Fit, precision: Tensor) -> Tensor:
     """What the best-informed task's data say about each weight, as a precision `(D,)`."""
-    tiny = torch.finfo(precision.dtype).eps
+    tiny = torch.finfo(precision.dtype).tiny  # in any units of the weights
     exact = profiled_of(fit)
     if exact is not None:
         return profiled_at_eta.information(exact, fit.eta).to(precision).clamp_min(tiny)
@@ -296,13 +296,13 @@ def _names(labels: tuple[str, ...], chosen: Tensor) -> str:
 
 
 def _vanishing_noise(fit: Fit) -> str | None:
-    """A learned noise scale far below anything in the data."""
+    """A learned noise scale far below all that y varies by, wherever its origin is."""
     scale, y = fit.prior.scale, fit.tasks.support_rows.y
     if scale is None or not y.is_floating_point() or not len(y):
         return None
     y = y if fit.model.likelihood is None else fit.model.likelihood.observed(y)
-    size = y.abs().max()
-    if float(scale) > 1e-8 * float(size):
+    size = spread(y) or float(y.abs().max())
+    if float(scale) > 1e-8 * size:
         return None
     return (
         f"the noise scale runs to zero ({float(scale):.1e}): the weights fit every row exactly, as "

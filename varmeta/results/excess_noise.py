@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from varmeta.fitting.pooled_start import is_regression
 from varmeta.likelihoods.base import SCALE
 from varmeta.likelihoods.continuous import Gaussian, StudentT
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 # A noise scale may exceed the sd of a few rows by chance, and by its degrees of freedom.
 EXCESS = 1.1
+# A spread of so many roundings of the largest number is none.
+ROUNDINGS = 100.0
 # After fewer steps, and short of convergence, it is still on its way from where it started.
 LONG = 500
 
@@ -27,7 +32,7 @@ def unexplained(fit: Fit) -> str | None:
     if likelihood.predictive is not likelihood and fit.strategy.outer != "elbo":
         return None  # a penalty that classes were judged by, no estimate of a noise
     y = likelihood.observed(fit.tasks.support_rows.y).double()
-    if scale.numel() != 1 or len(y) < 2:
+    if scale.numel() != 1 or len(y) < 2 or not spread(y):
         return None
     sd, found = float(y.std()), float(scale)
     if not found > EXCESS * sd or not (fit.converged or fit.run.step >= LONG):
@@ -44,3 +49,14 @@ def unexplained(fit: Fit) -> str | None:
         f"the learned noise scale, {found:.3g}, exceeds the sd of the data, {sd:.3g}: the weights "
         f"explain nothing, and predictions are wider than the data.  {why}"
     )
+
+
+def spread(y: Tensor) -> float:
+    """How far the rows `(n, ...)`, n > 0, lie from their mean; 0 where that is rounding.
+
+    >>> spread(torch.tensor([1e8, 1e8 + 16])), spread(torch.full((7,), 0.1))
+    (8.0, 0.0)
+    """
+    y = y.double()
+    found = float((y - y.mean(0)).abs().max())
+    return found if found > ROUNDINGS * torch.finfo(y.dtype).eps * float(y.abs().max()) else 0.0
