@@ -37,7 +37,7 @@ from varmeta.priors.weights import Weights
 
 
 class GaussianPrior(Remembers):
-    """N(theta0, Lambda^-1) over the weights of a task.
+    """N(theta0, Lambda^-1) over the weights of a task: theta0 is the anchor that pulls them.
 
     lambda is a *precision*, the inverse of a variance.
 
@@ -236,7 +236,7 @@ class GaussianPrior(Remembers):
         if self.learn_precision == "shared":
             sd = torch.exp(-0.5 * eta[PRECISION]).expand(
                 weights.size
-            )  # one number, which `divergence.kl` looks for
+            )  # one number, which `guides.kl` looks for
         else:
             sd = torch.exp(-0.5 * self.log_precision(weights, eta, loc))
         if not self.dense:

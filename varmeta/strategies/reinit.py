@@ -1,4 +1,7 @@
-"""`Joint` with periodic reinitialisation: every once in a while phi goes back to the prior."""
+"""`Joint` with periodic reinitialisation: every once in a while phi goes back to the prior.
+
+Who takes the steps puts it there: `fitting/descent.py`, and `fitting/joint_newton.py` for Newton's.
+"""
 
 from __future__ import annotations
 
