@@ -152,11 +152,27 @@ def test_units_and_origins_alone_are_no_doubt(x_by: float, y_by: float, y_from: 
     assert other.loss - 120 * math.log(y_by) == pytest.approx(plain.loss, abs=1e-6)
 
 
+def test_rows_that_are_nearly_exact_are_no_doubt_of_the_prior() -> None:
+    """The spread of the tasks' lines is found however exact their rows are."""
+    tasks = vm.datasets.lines(20, num_support=6, noise=0.0, dtype=torch.float64)
+    sds = []
+    for scale in (1e-3, 1e-6):
+        known = vm.likelihoods.Gaussian(scale, learn_scale=False)
+        model = vm.TaskModel(nn.Linear(1, 1), known, vm.GaussianPrior(learn_precision="full"))
+        fit = vm.fit(model, tasks)
+        assert doubts(fit) == []
+        sds.append(model.weights.flatten(fit.prior.sd))
+    torch.testing.assert_close(sds[0], sds[1], rtol=1e-4, atol=0.0)
+
+
 def test_a_response_that_does_not_vary_is_called_out_wherever_it_is() -> None:
     rows = vm.datasets.lines(5, num_support=6, dtype=torch.float64)
     model = vm.TaskModel(nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior())
     for constant in (3.0, 1e8):
         parts = [task.support for task in rows]
         flat = [vm.Task(support=(x, torch.full_like(y, constant))) for x, y in parts]
-        with pytest.warns(RuntimeWarning, match="noise scale runs to zero"):
+        with pytest.warns(RuntimeWarning) as said:
             vm.fit(model, vm.TaskSet(flat), vm.Joint("multivariate_normal"))
+        sentences = [str(one.message) for one in said]
+        assert any("noise scale runs to zero" in one for one in sentences)
+        assert not any("weights explain nothing" in one for one in sentences)
