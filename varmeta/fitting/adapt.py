@@ -1,6 +1,6 @@
 """Adapt to tasks, unseen ones too: phi given eta, compiled and by chunks where that is worth it.
 
-What users call is `Fit.adapt`; what finds phi is each strategy's own `adapt`.
+What users call is `Fit.adapt` (results/result.py); what finds phi is each strategy's own `adapt`.
 """
 
 from __future__ import annotations

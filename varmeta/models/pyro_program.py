@@ -1,6 +1,7 @@
 """What a user's Pyro program may be, and what is left of Pyro's complaints about it.
 
-That is its params, its plates, and what its observations come to.
+That is its params, its plates, and what its observations come to.  `TaskModel.from_pyro` makes a
+model of it.
 """
 
 from __future__ import annotations

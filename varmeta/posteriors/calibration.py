@@ -1,4 +1,7 @@
-"""Whether stated probabilities hold: those of intervals, of quantiles and of classes."""
+"""Whether stated probabilities hold: those of intervals, of quantiles and of classes.
+
+They are made to hold by `Validation(calibrate=True)`, in `fitting/validation.py`.
+"""
 
 from __future__ import annotations
 

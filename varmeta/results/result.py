@@ -1,4 +1,4 @@
-"""What `fit` returns: the learned prior, how it was found, and what one does with it."""
+"""`Fit`, what `fit` returns: the learned prior, how it was found, and what one does with it."""
 
 from __future__ import annotations
 

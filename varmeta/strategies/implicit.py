@@ -1,4 +1,7 @@
-"""`Implicit`: phi is the inner argmin, differentiated by the implicit function theorem."""
+"""`Implicit`: phi is the inner argmin, differentiated by the implicit function theorem.
+
+The derivative itself, iMAML's, is `ImplicitAdjoint` in `numerics/adjoint.py`.
+"""
 
 from __future__ import annotations
 
