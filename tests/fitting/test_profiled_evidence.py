@@ -285,3 +285,15 @@ def test_lme4(name: str, group: str, x: list[str], y: str, want: float | None) -
     fit = vm.fit(model, vm.TaskSet.from_frame(frame, task=group, x=x, y=y))
     assert fit.log_likelihood == pytest.approx(want, abs=1e-5)
     assert fit.run.step <= 15
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-12])
+def test_a_total_in_whose_rounding_the_prior_drowns_is_not_converged(scale: float) -> None:
+    """A known noise 1e7 times too small: sds 3 to 1e4 times too small were told as converged,
+    "it can rise by 19 nats more"."""
+    noise = vm.likelihoods.Gaussian(scale, learn_scale=False)
+    prior = vm.GaussianPrior(learn_precision="per_parameter")
+    model = vm.TaskModel(vm.LinearPredictor(["x"]).double(), noise, prior)
+    with pytest.warns(RuntimeWarning, match="the fit has not converged"):
+        fit = vm.fit(model, lines(0.0, 1.0))
+    assert not fit.converged

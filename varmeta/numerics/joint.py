@@ -37,6 +37,7 @@ _OWN_TRIALS = 8  # halvings of the tasks alone whose derivative is lost, before 
 _RESETTLE = 3  # Newton steps of phi at a trial point of eta
 _LATE = 1.0  # nats: below this decrement the end is near
 _MOST = 1e-3  # nats; a decrement above this is never next to nothing, however large the total
+_ROUNDED = 0.1  # nats that rounding may leave of a total and that are called converged
 _NEGATIVE = -1e-6  # an equilibrated eigenvalue below this is negative beyond rounding
 # one below this says that some entries of eta can hardly be told apart (0 where they cannot at all)
 _FLAT = 1e-5
@@ -164,7 +165,8 @@ def minimize_jointly(
             point = problem.named(place.x, place.e)
             callback(Step(len(history) - 1, place.total, *point, problem.evaluations))
         if done:
-            result = Result.CONVERGED
+            # where rounding alone is more than that, nobody knows how far it is
+            result = Result.CONVERGED if decrement <= _ROUNDED else Result.STAGNATED
             break
         if move.trials and (move.stuck or blocked >= _TRIALS):
             result, failed = Result.DIVERGED, move.walled
