@@ -219,3 +219,21 @@ def test_a_minibatch_of_rows_needs_rows_that_stand_alone() -> None:
             ValueError, match="so that a minibatch of them is another problem: leave out"
         ):
             vm.meta_gradient(model_of(make), tasks, strategy)
+
+
+@pytest.mark.parametrize(("what", "unit"), [("x", 1e160), ("y", 1e160), ("y", 1e-160)])
+def test_numbers_without_a_square_are_refused(what: str, unit: float) -> None:
+    """They ended in torch's complaint about a covariance."""
+    x, y = torch.rand(4, 1, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    task = (unit * x, y) if what == "x" else (x, unit * y)
+    tasks = vm.TaskSet([vm.Task((x, y), name="a"), vm.Task(task, name="b"), vm.Task(task)])
+    model = vm.TaskModel(
+        torch.nn.Linear(1, 1).double(), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0)
+    )
+    if unit > 1:
+        with pytest.raises(ValueError, match=f"number of {what}, in task 'b'.*other units"):
+            vm.fit(model, tasks)
+    with pytest.raises(ValueError, match=f"number of {what}, in task.*other units"):
+        vm.fit(model, tasks[1:])
+    with pytest.raises(ValueError, match="has no square in float64"):
+        vm.likelihoods.Gaussian(unit)

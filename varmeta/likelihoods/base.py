@@ -141,6 +141,10 @@ class LocationScale(Likelihood):
         per_task: bool = False,
     ) -> None:
         self.scale = positive("scale", scale)
+        if not 1e-150 < self.scale < 1e150:
+            raise ValueError(
+                f"scale={scale:g} has no square in float64: give y in other units, and so the scale"
+            )
         self.learn_scale = bool(learn_scale)
         self.per_task = bool(per_task)
         if per_task and not (learn_scale and scale_hyperprior is None):

@@ -43,6 +43,8 @@ from varmeta.tasks.rows import Rows
 # Up to so many numbers that a network computes on the way, all tasks are run at once; beyond, one
 # of each size.
 EVERYONE = 4_000_000
+# A number beyond it, or below one part of it, has no square in float64.
+LARGEST = 1e150
 # Rows of one task that are enough to try a density that is known.
 MANY_ROWS = 10_000
 # something else is wrong with the program, and whoever runs it next says what
@@ -66,6 +68,8 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
             "which sums of densities and linear solves lose every digit: use "
             "tasks.to(torch.float32)"
         )
+    for rows in (tasks.support_rows, tasks.query_rows):
+        _check_squares(rows, tasks.names)
     check_columns(model.net, tasks)
     check_features(model.coefficients, tasks.feature_names)
     if model.likelihood is not None:
@@ -241,6 +245,22 @@ def _check_outcomes(
         bad = ~site["fn"].support.check(site["value"]).expand(1, len(rows))[0]
         for task, row in rows[bad][:1].tolist():
             _refuse(data, names, task, row, site["fn"])
+
+
+def _check_squares(rows: Rows, names: tuple[str, ...]) -> None:
+    """Refuse numbers whose squares float64 does not hold, which would be lost on the way."""
+    for what, values in (("x", rows.x), ("y", rows.y)):
+        if not (values.is_floating_point() and values.numel()):
+            continue
+        size = values.abs().reshape(len(values), -1).amax(1)
+        largest, first = (part.item() for part in size.max(0))
+        # columns of tiny numbers are whitened
+        if (what == "y" and 0.0 < largest < 1.0 / LARGEST) or largest > LARGEST:
+            task = int(rows.owner[int(first)])
+            raise ValueError(
+                f"the largest number of {what}, in task {names[task]!r}, is {largest:g}: float64 "
+                "does not hold its square, so give it in other units"
+            )
 
 
 def _check_observations(likelihood: Likelihood, rows: Rows, names: tuple[str, ...]) -> None:
