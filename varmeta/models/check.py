@@ -68,14 +68,14 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
             "which sums of densities and linear solves lose every digit: use "
             "tasks.to(torch.float32)"
         )
-    for rows in (tasks.support_rows, tasks.query_rows):
-        _check_squares(rows, tasks.names)
     check_columns(model.net, tasks)
     check_features(model.coefficients, tasks.feature_names)
     if model.likelihood is not None:
         for rows in (tasks.support_rows, tasks.query_rows):
             _check_observations(model.likelihood, rows, tasks.names)
     if model.all_linear and model.is_linear_gaussian:
+        for rows in (tasks.support_rows, tasks.query_rows):
+            _check_squares(rows, tasks.names)
         _try_largest(model, tasks, eta)
         return
     batch = tasks.batch()
