@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from varmeta._checks import whole_number
@@ -31,19 +33,20 @@ def first_run(members: Members, problem: Problem, tasks: TaskSet) -> Run:
     return Run(starts(problem.model, members.number, problem.seed, like), State())
 
 
-def at(members: Members, problem: Problem, tasks: TaskSet, eta: Eta) -> Run:
-    """What a fit of these members has: the best one as eta, all of them as `hyper`."""
-    batch = tasks.batch()
-    with torch.no_grad():
-        losses = members.totals(problem, batch, eta, members.losses(problem, batch, eta, 0))
-    found = Ensemble(eta, losses)
-    return Run(found.best, State(), hyper=found, loss=float(losses.mean()))
+def mixture(eta: Eta) -> Run:
+    """The members on the way, to be mixed; their objectives are not asked for."""
+    first = next(iter(eta.values()))
+    found = Ensemble(eta, first.new_full((len(first),), math.nan))
+    return Run(found.best, State(), hyper=found)
 
 
 def close(run: Run, members: Members, problem: Problem, tasks: TaskSet) -> None:
-    """Turn the run of a descent into that of a fit, in place."""
-    found = at(members, problem, tasks, run.eta)
-    run.eta, run.hyper, run.loss = found.eta, found.hyper, found.loss
+    """Turn the run of a descent into that of a fit, in place: the best member as eta."""
+    batch = tasks.batch()
+    with torch.no_grad():
+        losses = members.losses(problem, batch, run.eta, 0)
+        found = Ensemble(run.eta, members.totals(problem, batch, run.eta, losses))
+    run.eta, run.hyper, run.loss = found.best, found, float(found.losses.mean())
 
 
 def reopened(run: Run, members: Members | None) -> Run:

@@ -349,14 +349,19 @@ class Fit:
         """
         check_compile(compile)
         chunks.check(task_chunk_size, self.problem)
+        tasks = self._checked(tasks)
+        if self.run.hyper is not None:
+            return self._integrate(tasks)
+        return self._adapted(tasks, compile, task_chunk_size)
+
+    def _checked(self, tasks: TaskSet) -> TaskSet:
+        """On the dtype and device of the training tasks; raises where they are of another kind."""
         if not isinstance(tasks, TaskSet):
             raise TypeError(f"adapt takes a TaskSet, not {no_tasks(tasks)}")
         tasks = tasks.to(dtype=self.tasks.dtype, device=self.tasks.device)
         check_columns(tasks, self.tasks)
         check_model(self.model, tasks)
-        if self.run.hyper is not None:
-            return self._integrate(tasks)
-        return self._adapted(tasks, compile, task_chunk_size)
+        return tasks
 
     def _adapted(self, tasks: TaskSet, compile: Compile, task_chunk_size: int | None) -> Posterior:
         batch, traits = tasks.batch(), self.strategy.traits(self.problem)
@@ -528,6 +533,18 @@ class Fit:
     def __repr__(self) -> str:
         end = "converged" if self.converged else "not converged"
         return f"<Fit: {summary.method(self.strategy, self.is_point, len(self.tasks))}, {end}>"
+
+
+def checked(fit: Fit, tasks: TaskSet) -> TaskSet:
+    """The tasks as `posterior_of` takes them.  Raises as `Fit.adapt`."""
+    return fit._checked(tasks)
+
+
+def posterior_of(fit: Fit, tasks: TaskSet) -> Posterior:
+    """`Fit.adapt` of tasks that are `checked`, for who adapts to the same ones again and again."""
+    if fit.run.hyper is not None:
+        return fit._integrate(tasks)
+    return fit._adapted(tasks, "auto", None)
 
 
 def profiled_of(fit: Fit) -> ProfiledEvidence | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -164,8 +165,8 @@ def fit(
     steps = num_steps if num_steps is not None else None if budget is not None else few
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
     compiled = seconds_compiling()
-    start = Fit(model, tasks, strategy, seed, run, problem)
-    looks = nullcontext() if validation is None else watching(validation, start, members)
+    begun = partial(Fit, model, tasks, strategy, seed, run, problem)
+    looks = nullcontext() if validation is None else watching(validation, begun(), members)
     with progress_bar(progress, steps or few, callback) as report, looks as watch:
         if way in ("steps", "lbfgs"):
             factory = optimizer or (lbfgs if way == "lbfgs" else adam)
@@ -180,7 +181,7 @@ def fit(
     if members is not None:
         close(run, members, problem, tasks)
     run.seconds_compiling = seconds_compiling() - compiled
-    result = Fit(model, tasks, strategy, seed, run, problem, exact)
+    result = begun(exact)
     if run.failure is not None:
         raise _with_fit(run.failure, result)
     for sentence in _doubts(result, num_steps, budget, validation):

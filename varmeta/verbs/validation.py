@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from varmeta.fitting.ensemble import at
+from varmeta.fitting.ensemble import mixture
 from varmeta.fitting.run import Run
 from varmeta.fitting.validation import METRICS, Validation, Watch
 from varmeta.likelihoods.base import SCALE
 from varmeta.posteriors.scoring import row_of
-from varmeta.results.result import Fit
+from varmeta.results.result import Fit, checked, posterior_of
 from varmeta.strategies.members import Members
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import TaskSet
@@ -70,12 +70,14 @@ def _value(
     Raises ValueError where the tasks do not belong to the model, or are scored by other metrics.
     """
 
+    tasks = checked(fit, validation.tasks)
+
     def value(eta: Eta) -> float:
-        run = Run(eta, State()) if members is None else at(members, fit.problem, fit.tasks, eta)
+        run = Run(eta, State()) if members is None else mixture(eta)
         here = Fit(fit.model, fit.tasks, fit.strategy, fit.seed, run, fit.problem)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            posterior = here.adapt(validation.tasks)
+            posterior = posterior_of(here, tasks)
             query = posterior.q.batch.query
             assert query is not None  # `Validation` asks for it
             row = row_of(posterior.observer, query, validation.num_samples, fit.seed, 0.9)
