@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -16,9 +17,9 @@ from varmeta.fitting.profiled_derivatives import applies, derivatives, direction
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
 from varmeta.fitting.run import Run, end_early, non_finite
-from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
+from varmeta.numerics.joint import JointSolution, Step, minimize_single
+from varmeta.numerics.joint_model import row
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import Tree
 from varmeta.priors.factors import PRECISION
 from varmeta.strategies import closed_form
 from varmeta.strategies.problem import Problem
@@ -102,14 +103,11 @@ def profiled_newton(
 
 
 def minimum(objective: ProfiledEvidence, point: dict[str, Tensor], **options: Any) -> JointSolution:
-    """The least of the objective, by `minimize_jointly` from `point`; its phi has one `row`."""
-    start = {name: value.unsqueeze(0) for name, value in point.items()}
-    return minimize_jointly(_Loss(objective, point), start, {}, **options)
-
-
-def row(phi: Tree) -> dict[str, Tensor]:
-    """Of the only task."""
-    return {name: value[0] for name, value in phi.items()}
+    """The least of the objective from `point`, by `minimize_single`."""
+    written = None
+    if applies(objective):
+        written = partial(derivatives, objective, along=directions(objective, point))
+    return minimize_single(objective, point, written, **options)
 
 
 def _tell(run: Run, solution: JointSolution) -> None:
@@ -128,16 +126,3 @@ def _tell(run: Run, solution: JointSolution) -> None:
     run.undetermined = tuple(name for name in run.eta if name in flat)
     if run.undetermined:
         run.stop += f"; {UNDETERMINED} {' and '.join(run.undetermined)} apart"
-
-
-class _Loss:
-    """The objective as a function of one row, with derivatives where they are written out."""
-
-    def __init__(self, objective: ProfiledEvidence, point: dict[str, Tensor]) -> None:
-        self.objective = objective
-        if applies(objective):
-            along = directions(objective, point)
-            self.derivatives = lambda phi, second: derivatives(objective, row(phi), along, second)
-
-    def __call__(self, phi: Tree, eta: object) -> Tensor:
-        return self.objective(row(phi)).reshape(1)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.profiled_evidence import OneTask, ProfiledEvidence
-from varmeta.fitting.profiled_newton import minimum, row
+from varmeta.fitting.profiled_newton import minimum
 from varmeta.numerics.curvature import Curvature
+from varmeta.numerics.joint_model import row
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import named_parts
 

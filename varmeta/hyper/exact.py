@@ -16,15 +16,15 @@ from torch import Tensor
 
 from varmeta.fitting import profiled_at_eta
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
-from varmeta.fitting.profiled_newton import row
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.gaussian import Gaussian, Nodes
 from varmeta.hyper.known import known
 from varmeta.numerics.hessian import vector_hessian
-from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
+from varmeta.numerics.joint import Step, minimize_single
+from varmeta.numerics.joint_model import row
 from varmeta.numerics.rows import rowwise
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import Tree, detach
+from varmeta.numerics.tree import detach
 from varmeta.tasks import Batch
 
 # Numbers of one tensor that are held at once.
@@ -80,7 +80,7 @@ def fit_gaussian(
 
     like = next(iter(start.values()))
     begin = {name: value.double() for name, value in detach(coordinates.of(start)).items()}
-    mode = _minimum(loss, begin, max_steps=max_steps)
+    mode = minimize_single(loss, begin, max_steps=max_steps)
     if mode.result in (Result.NON_FINITE, Result.DIVERGED):
         point = coordinates.vector(row(mode.phi))
         return Gaussian(point, torch.zeros(len(free), len(free)).to(point), math.nan, mode.result)
@@ -92,9 +92,9 @@ def fit_gaussian(
             lambda vector: loss(coordinates.named(vector)), coordinates.vector(place)
         )
         nodes = Nodes(coordinates, penalty, place, hessian.detach(), free, diagonal)
-        places.append((nodes, *_narrowed(evidence, nodes)))
+        places.append((nodes, *nodes.begin(partial(_value, evidence, nodes))))
     nodes, parameters, _ = min(places, key=lambda place: place[2])
-    solution = _minimum(
+    solution = minimize_single(
         lambda parameters: _bound(evidence, nodes, parameters),
         parameters,
         tolerance=tolerance,
@@ -105,37 +105,10 @@ def fit_gaussian(
     return replace(found, mean=found.mean.to(like), factor=found.factor.to(like))
 
 
-def _narrowed(evidence: Evidence, nodes: Nodes) -> tuple[dict[str, Tensor], float]:
-    """(m, L) to start from, and the bound there."""
-    best, value = nodes.start, math.inf
-    for parameters in nodes.narrower():
-        with torch.no_grad():
-            here = float(_bound(evidence, nodes, parameters))
-        if here < value:
-            best, value = parameters, here
-        elif math.isfinite(value):
-            break
-    return best, value - nodes.entropy
-
-
 def _bound(evidence: Evidence, nodes: Nodes, parameters: Mapping[str, Tensor]) -> Tensor:
     return nodes.penalty(parameters) - rowwise(evidence)(nodes.eta(parameters)).mean()
 
 
-def _minimum(
-    fn: Callable[[dict[str, Tensor]], Tensor],
-    start: Mapping[str, Tensor],
-    *,
-    tolerance: float = 1e-9,
-    max_steps: int = 200,
-    callback: Callable[[Step], object] | None = None,
-) -> JointSolution:
-    """Over all of `start`, as the numbers of a single task."""
-
-    def losses(phi: Tree, _: object) -> Tensor:
-        return fn(row(phi)).reshape(1)
-
-    phi = {name: value.unsqueeze(0) for name, value in start.items()}
-    return minimize_jointly(
-        losses, phi, {}, tolerance=tolerance, max_steps=max_steps, callback=callback
-    )
+def _value(evidence: Evidence, nodes: Nodes, parameters: Mapping[str, Tensor]) -> float:
+    with torch.no_grad():
+        return float(_bound(evidence, nodes, parameters)) - nodes.entropy

@@ -138,30 +138,26 @@ class _Bound:
         phi, point = place
         curvature = Curvature(single, phi, point, penalty)
         self.nodes = Nodes(coordinates, penalty, point, curvature.hessian, free, diagonal)
-        self.value = math.inf
-        self._begin(phi, curvature.follow)
+        self._phi, self._follow = phi, curvature.follow
+        self.parameters, self.value = self.nodes.begin(self._start_value)
+        self.rows = self._rows(self.parameters)
 
-    def _begin(self, phi: Tree, follow: Tensor) -> None:
-        """Start the rows and the scale: narrower than the curvature says as long as that helps."""
-        for times, parameters in enumerate(self.nodes.narrower()):
-            moved = self.nodes.points(parameters) - self.nodes.centre
-            flat = flatten(phi) - torch.einsum("tmp,kp->ktm", follow, moved)
-            rows = unflatten(flat.reshape(-1, flat.shape[-1]), phi)
-            value = self._start_value(rows, parameters)
-            if value < self.value or times == 0:
-                self.parameters, self.rows = parameters, rows
-                self.value = value if math.isfinite(value) else math.inf
-            elif math.isfinite(self.value):
-                break
+    def _rows(self, parameters: Mapping[str, Tensor]) -> Tree:
+        """Where the guides at the nodes start."""
+        moved = self.nodes.points(parameters) - self.nodes.centre
+        flat = flatten(self._phi) - torch.einsum("tmp,kp->ktm", self._follow, moved)
+        return unflatten(flat.reshape(-1, flat.shape[-1]), self._phi)
 
     def fn(self, rows: Tree, parameters: Mapping[str, Tensor]) -> Tensor:
         number = len(self.nodes)
         phi = map_tree(lambda x: x.reshape(number, self.tasks, *x.shape[1:]), rows)
         return self._losses(phi, self.nodes.eta(parameters)).reshape(-1) / number
 
-    def _start_value(self, rows: Tree, parameters: Mapping[str, Tensor]) -> float:
+    def _start_value(self, parameters: Mapping[str, Tensor]) -> float:
         with torch.no_grad():
-            loss = self.fn(rows, parameters).sum() + self.nodes.penalty(parameters)
+            loss = self.fn(self._rows(parameters), parameters).sum() + self.nodes.penalty(
+                parameters
+            )
             return float(loss) - self.nodes.entropy
 
     def minimum(

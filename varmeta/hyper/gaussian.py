@@ -73,6 +73,20 @@ class Nodes:
         for times in range(_NARROWER + 1):
             yield self.start | {"log_scale": self.start["log_scale"] - 0.5 * times}
 
+    def begin(self, bound: Callable[[dict[str, Tensor]], float]) -> tuple[dict[str, Tensor], float]:
+        """(m, L) narrower than the curvature says as long as that helps the bound, and the bound.
+
+        Infinite where no bound is finite.
+        """
+        best, value = self.start, math.inf
+        for parameters in self.narrower():
+            here = bound(parameters)
+            if here < value and math.isfinite(here):
+                best, value = parameters, here
+            elif math.isfinite(value):
+                break
+        return best, value
+
     def factor(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """L in these units."""
         diagonal = torch.diag_embed(parameters["log_scale"].exp())

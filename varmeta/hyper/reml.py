@@ -12,10 +12,11 @@ import torch
 
 from varmeta.fitting.profiled_at_eta import covariance_of_places
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
-from varmeta.fitting.profiled_newton import minimum, row
+from varmeta.fitting.profiled_newton import minimum
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.gaussian import Gaussian
 from varmeta.numerics.joint import Step
+from varmeta.numerics.joint_model import row
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import root_of_covariance

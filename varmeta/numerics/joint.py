@@ -11,7 +11,7 @@ the numbers mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from varmeta.numerics.joint_model import (
     Convex,
+    Derivatives,
     Penalty,
+    Point,
     Quadratic,
     SharedLosses,
     SharedProblem,
+    Single,
     convex_phi,
 )
 from varmeta.numerics.solution import Result
@@ -178,6 +181,24 @@ def minimize_jointly(
         result = Result.NON_FINITE
     stats = _stats(problem, model, place, history, decrement, result, failed)
     return JointSolution(*problem.named(place.x, place.e), result, stats)
+
+
+def minimize_single(
+    fn: Callable[[Point], Tensor],
+    start: Mapping[str, Tensor],
+    written: Derivatives | None = None,
+    **options: Any,
+) -> JointSolution:
+    """Minimise a scalar of numbers by name: `minimize_jointly` of one task, whose `row` they are.
+
+    written: see `Single`.  options: as of `minimize_jointly`.
+
+    >>> found = minimize_single(lambda p: (p["a"] - 1.0) ** 2, {"a": torch.tensor(0.0)})
+    >>> found.phi["a"]
+    tensor([1.])
+    """
+    phi = {name: value.unsqueeze(0) for name, value in start.items()}
+    return minimize_jointly(Single(fn, written), phi, {}, **options)
 
 
 class _Place(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,16 +19,8 @@ from varmeta.numerics.tree import Tree
 Penalty = Callable[[dict[str, Tensor]], Tensor | float]
 SharedLosses = Callable[[Tree, dict[str, Tensor]], Tensor]
 """(phi, eta) -> losses `(tasks,)`; loss i depends on row i of phi and on all of eta."""
-
-
-class Written(Protocol):
-    """One loss of one row of phi, without eta, whose derivatives are written out."""
-
-    def __call__(self, phi: Tree, eta: dict[str, Tensor]) -> Tensor: ...
-
-    def derivatives(self, phi: Tree, second: bool) -> tuple[Tensor, Tensor]:
-        """Gradient `(m,)` and, with `second`, Hessian `(m, m)` in the numbers of the row."""
-
+Point = dict[str, Tensor]
+"""Numbers by name, which are not of any task."""
 
 _KEEP = (
     0.4  # of the coupling that would make a block-diagonal model singular, the share that is kept
@@ -36,6 +28,30 @@ _KEEP = (
 # numbers in one tensor, beyond which a processor core is busy enough with a single column
 # (measured: batches cost up to twice the loop's time there, and a third of it on small problems)
 BUSY = 50_000
+
+
+def row(phi: Tree) -> Point:
+    """Of the only task."""
+    return {name: value[0] for name, value in phi.items()}
+
+
+class Derivatives(Protocol):
+    """Gradient `(m,)` and, with `second`, Hessian `(m, m)` in the numbers of a point."""
+
+    def __call__(self, point: Point, *, second: bool) -> tuple[Tensor, Tensor]: ...
+
+
+class Single:
+    """A function of a point as the loss of a single task without eta: its row is the point.
+
+    written: the derivatives where they are written out; None: by automatic differentiation.
+    """
+
+    def __init__(self, fn: Callable[[Point], Tensor], written: Derivatives | None = None) -> None:
+        self.fn, self.written = fn, written
+
+    def __call__(self, phi: Tree, eta: object) -> Tensor:
+        return self.fn(row(phi)).reshape(1)
 
 
 # -- the function and its derivatives --------------------------------------------------------------
@@ -53,7 +69,7 @@ class SharedProblem:
         self.fn, self.phi, self.eta, self.extra = fn, tree.detach(phi), tree.detach(eta), penalty
         self.evaluations = 0.0
         self.device = next(iter(phi.values())).device
-        self.written = cast("Written", fn) if hasattr(fn, "derivatives") else None
+        self.written = fn.written if isinstance(fn, Single) else None
         small = self.written is not None or self.device.type != "cpu" or self._largest() <= BUSY
         self.rows = Rows(small)
 
@@ -162,7 +178,7 @@ class SharedProblem:
 
     def _written(self, x: Tensor, second: bool) -> tuple[Tensor, Tensor]:
         assert self.written is not None
-        gradient, hessian = self.written.derivatives(tree.unflatten(x, self.phi), second)
+        gradient, hessian = self.written(row(tree.unflatten(x, self.phi)), second=second)
         return gradient.unsqueeze(0), hessian.unsqueeze(0)
 
     def _phi_blocks(self, g_x: Tensor, x: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from varmeta._checks import whole_number
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
-from varmeta.fitting.profiled_newton import minimum, row
+from varmeta.fitting.profiled_newton import minimum
 from varmeta.fitting.without_each import refitted
 from varmeta.guides.closed_form import log_evidence
 from varmeta.models.model import TaskModel
 from varmeta.numerics.hessian import vector_hessian
+from varmeta.numerics.joint_model import row
 from varmeta.numerics.noise import normal
 from varmeta.numerics.rows import rowwise
 from varmeta.numerics.tree import named_parts
