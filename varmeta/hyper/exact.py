@@ -6,7 +6,6 @@ is one of (m, L) alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -83,7 +82,7 @@ def fit_gaussian(
     mode = minimize_single(loss, begin, max_steps=max_steps)
     if mode.result in (Result.NON_FINITE, Result.DIVERGED):
         point = coordinates.vector(row(mode.phi))
-        return Gaussian(point, torch.zeros(len(free), len(free)).to(point), math.nan, mode.result)
+        return Gaussian.lost(point, mode.result)
     # the mode of a density may lie far from its mass, even at an edge of its support, where the
     # start is the better place
     places = []

@@ -105,7 +105,7 @@ def fit_gaussian(
     mode = minimize_jointly(single, guides, begin, penalty=penalty, max_steps=max_steps)
     if mode.result in (Result.NON_FINITE, Result.DIVERGED):
         point = coordinates.vector(mode.eta)
-        return Gaussian(point, torch.zeros(len(free), len(free)).to(point), math.nan, mode.result)
+        return Gaussian.lost(point, mode.result)
     # the mode of a density may lie far from its mass, even at an edge of its support, where the
     # start is the better place
     still = minimize_jointly(lambda phi, _: single(phi, begin), guides, {}, max_steps=max_steps)

@@ -30,6 +30,11 @@ class Gaussian:
     bound: float
     result: Result
 
+    @classmethod
+    def lost(cls, point: Tensor, result: Result) -> Gaussian:
+        """Where a search for the mode ended badly: a point, of no bound."""
+        return cls(point, point.new_zeros(len(point), len(point)), math.nan, result)
+
 
 class Nodes:
     """(m, L) of the Gaussian, and its nodes.
