@@ -18,7 +18,7 @@ import varmeta as vm
 from tests.cases import seeded
 from tests.linear_gaussian import MODELS, REGRESSIONS, dense_evidence, moved
 from varmeta.fitting.run import Run
-from varmeta.posteriors import draws, mixture_score, scoring
+from varmeta.posteriors import draws, metrics, mixture_score, scoring
 from varmeta.posteriors.draws import GuideDraws
 from varmeta.strategies.strategy import State
 
@@ -193,3 +193,15 @@ def test_a_guide_that_holds_its_square_root_in_parts_is_drawn_from_where_it_is_l
     monkeypatch.setattr(draws, "MAX_KNOWN_SIZE", 6)
     assert not posterior.predict(x, 10).is_exact
     assert posterior_of("full").predict(X).is_exact
+
+
+def test_a_mixture_in_float32_keeps_its_digits_and_tells_lost_ones() -> None:
+    """Two equal components are one normal; of responses that go together float32 loses it."""
+    y = torch.tensor([[3.0, 3.0]])
+    share, mean = torch.tensor([0.5, 0.5]), torch.zeros(2, 1, 2)
+    together = torch.tensor([[1.0, 1 - 1e-6], [1 - 1e-6, 1.0]]).expand(2, 1, 2, 2)
+    one = metrics.normal(mean[0], together[0], y)["log_density"]
+    log_prob = mixture_score._judged(share, mean, together, y)[0]
+    assert log_prob[:, 0].tolist() == pytest.approx([one, one], rel=1e-12)
+    none = torch.tensor([[1.0, 2.0], [2.0, 1.0]]).expand(2, 1, 2, 2)
+    assert bool(mixture_score._judged(share, mean, none, y)[0].isnan().all())

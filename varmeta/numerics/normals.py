@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from varmeta.numerics.triangular import cholesky
+
 # Steps to a quantile, at most; three or four do where the normals are alike.
 STEPS = 200
 # The last one's size over the smallest sd.  A step leaves the cube of what it goes.
@@ -31,6 +33,22 @@ def moments(share: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tens
     centre = torch.tensordot(share, mean, 1)
     spread = torch.tensordot(share, variance + (mean - centre).square(), 1)
     return centre, spread.sqrt()
+
+
+def log_density(mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
+    """log N(y; mean, covariance) of vectors `(..., k)`, covariances `(..., k, k)`: `(...)`, nats.
+
+    NaN where a covariance is none.
+
+    >>> log_density(torch.zeros(1), torch.eye(1), torch.zeros(1)).exp()  # 1 / sqrt(2 pi)
+    tensor(0.3989)
+    """
+    root = cholesky(covariance)
+    white = torch.linalg.solve_triangular(root, (y - mean).unsqueeze(-1), upper=False)
+    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = 0.5 * y.shape[-1] * math.log(2 * math.pi)
+    found: Tensor = -0.5 * white.square().sum((-2, -1)) - log_det - constant
+    return found
 
 
 def quantiles(share: Tensor, mean: Tensor, sd: Tensor, probabilities: tuple[float, ...]) -> Tensor:

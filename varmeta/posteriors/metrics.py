@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import probability
-from varmeta.numerics.triangular import cholesky
+from varmeta.numerics import normals
 from varmeta.posteriors.calibration import (
     _classes,
     _floating,
@@ -164,10 +164,6 @@ def normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float = 0.9) -> d
         raise ValueError("there is nothing to judge: give an observation")
     level = probability("level", level)
     mean, covariance, y = mean.double(), covariance.double(), y.double()
-    root = cholesky(covariance)
-    white = torch.linalg.solve_triangular(root, (y - mean).unsqueeze(-1), upper=False).squeeze(-1)
-    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    constant = 0.5 * y.shape[-1] * math.log(2 * math.pi)
     sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     z = (y - mean) / sd
     below = torch.special.ndtr(z)
@@ -176,7 +172,7 @@ def normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float = 0.9) -> d
     crps = sd * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi))
     return {
         "n": len(y),
-        "log_density": float((-0.5 * white.square().sum(-1) - log_det - constant).mean()),
+        "log_density": float(normals.log_density(mean, covariance, y).mean()),
         "rmse": float(rmse(mean, y)),
         "coverage": float(torch.where(below.isnan(), math.nan, inside.to(y.dtype)).mean()),
         "calibration_error": float(calibration_error(below.reshape(-1))),

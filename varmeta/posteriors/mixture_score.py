@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.models.model import TaskModel
+from varmeta.numerics import normals
 from varmeta.numerics.normals import absolute
 from varmeta.posteriors.calibration import calibration_error
 from varmeta.posteriors.metrics import rmse
@@ -28,7 +29,7 @@ def row_of(
 
     log_density_se: Monte-Carlo, over the draws of eta; 0 of an ensemble, whose members are all.
     """
-    y, share = responses(model, data).to(components.loc), components.share
+    y, share = responses(model, data).double(), components.share.double()
     parts, begin = [], 0
     for mean, covariance in predictive(model, components, data, has_y=True):
         end = begin + mean.shape[1]
@@ -65,13 +66,11 @@ def _judged(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of n observations: log densities `(K, n)`, and three `(n, outputs)`.
 
-    Those are the mixture's mean, its distribution function at y and its CRPS.
+    Those are the mixture's mean, its distribution function at y and its CRPS.  In float64: of
+    float32 a covariance of responses that go together has lost its digits.
     """
-    root, _ = torch.linalg.cholesky_ex(covariance)
-    white = torch.linalg.solve_triangular(root, (y - mean).unsqueeze(-1), upper=False)
-    log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    constant = 0.5 * y.shape[-1] * math.log(2 * math.pi)
-    log_prob = -0.5 * white.square().sum((-2, -1)) - log_det - constant
+    share, mean, covariance, y = (x.double() for x in (share, mean, covariance, y))
+    log_prob = normals.log_density(mean, covariance, y)
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     distance = torch.tensordot(share, absolute(y - mean, variance), 1)
     below = torch.tensordot(share, torch.special.ndtr((y - mean) / variance.sqrt()), 1)
