@@ -190,3 +190,13 @@ def dense_evidence(
         squares = left @ torch.linalg.solve(covariance, left)
         found.append(-0.5 * (squares + covariance.logdet() + len(row) * math.log(2 * math.pi)))
     return torch.stack(found)
+
+
+def intercepts(number: int) -> tuple[vm.TaskModel, vm.TaskSet]:
+    """So many tasks of three rows around a number of their own, whose sd is 1 as the noise's is."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(number, 1, generator=generator) + torch.randn(number, 3, generator=generator)
+    tasks = vm.TaskSet([vm.Task((torch.zeros(3, 0).double(), own.double())) for own in y])
+    prior = vm.GaussianPrior(learn_precision="shared")
+    net = vm.LinearPredictor([]).double()
+    return vm.TaskModel(net, vm.likelihoods.Gaussian(), prior), tasks

@@ -31,6 +31,7 @@ from torch import nn
 import varmeta as vm
 
 Sets = dict[str, vm.TaskSet]
+Curve = Callable[[np.ndarray], np.ndarray]
 MOST_STEPS = 3000
 PRIORS: tuple[Literal["per_module", "full"], ...] = ("per_module", "full")
 KINDS = ("train", "val", "test")
@@ -39,35 +40,40 @@ KINDS = ("train", "val", "test")
 def sinusoid(_: Path, seed: int = 234) -> Sets:
     draw = np.random.RandomState(seed)
 
-    def task(name: str, shown: int, asked: int) -> vm.Task:
+    def curve() -> Curve:
         a, b = draw.uniform(2, 3), draw.uniform(-2, 2)
-        x = draw.uniform(-4, 4, (shown + asked, 1))
-        y = a * np.sin(x[:, 0] - b) + 5 + 0.1 * draw.normal(size=len(x))
-        query = (x[shown:], y[shown:]) if asked else None
-        return vm.Task((x[:shown], y[:shown]), query, name)
+        return lambda x: a * np.sin(x - b) + 5
 
-    known = [task(f"known {i}", 5, 0) for i in range(200)]
-    unseen = [task(f"unseen {i}", 5, 200) for i in range(20)]
-    held = [task(f"held out {i}", 5, 200) for i in range(20)]
-    return _sets(known, held, unseen)
+    return _demonstration(draw, curve, edge=4, known=200, asked=200)
 
 
 def few(_: Path, seed: int = 26) -> Sets:
     draw = np.random.RandomState(seed)
 
-    def task(name: str, shown: int, asked: int) -> vm.Task:
-        a, b, c, s = (
-            draw.uniform(0.7, 1.3), draw.normal(0, 0.1), draw.normal(5, 0.1), draw.normal(0.5, 0.2)
-        )  # fmt: skip
-        x = draw.uniform(-5, 5, (shown + asked, 1))
-        y = s * x[:, 0] + a * np.sin(1.5 * (x[:, 0] - b)) + c + 0.1 * draw.normal(size=len(x))
-        query = (x[shown:], y[shown:]) if asked else None
-        return vm.Task((x[:shown], y[:shown]), query, name)
+    def curve() -> Curve:
+        a, b = draw.uniform(0.7, 1.3), draw.normal(0, 0.1)
+        c, s = draw.normal(5, 0.1), draw.normal(0.5, 0.2)
+        return lambda x: s * x + a * np.sin(1.5 * (x - b)) + c
 
-    known = [task(f"known {i}", 5, 0) for i in range(20)]
-    unseen = [task(f"unseen {i}", 5, 50) for i in range(20)]
-    held = [task(f"held out {i}", 5, 50) for i in range(20)]
-    return _sets(known, held, unseen)
+    return _demonstration(draw, curve, edge=5, known=20, asked=50)
+
+
+def _demonstration(
+    draw: np.random.RandomState, curve: Callable[[], Curve], edge: float, known: int, asked: int
+) -> Sets:
+    """Tasks of 5 points of a curve each, x in [-edge, edge], noise 0.1; 20 unseen, 20 held out."""
+
+    def task(name: str, asked: int) -> vm.Task:
+        of = curve()
+        x = draw.uniform(-edge, edge, (5 + asked, 1))
+        y = of(x[:, 0]) + 0.1 * draw.normal(size=len(x))
+        query = (x[5:], y[5:]) if asked else None
+        return vm.Task((x[:5], y[:5]), query, name)
+
+    train = [task(f"known {i}", 0) for i in range(known)]
+    unseen = [task(f"unseen {i}", asked) for i in range(20)]
+    held = [task(f"held out {i}", asked) for i in range(20)]
+    return _sets(train, held, unseen)
 
 
 def hct(folder: Path) -> Sets:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import varmeta as vm
-from tests.linear_gaussian import REGRESSIONS, dense_evidence, moved
+from tests.linear_gaussian import REGRESSIONS, dense_evidence, intercepts, moved
 from varmeta.fitting.profiled_at_eta import log_evidence, reach
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
@@ -87,11 +87,7 @@ def test_reml_under_a_hyperprior_of_theta0() -> None:
 
 def test_many_tasks() -> None:
     """5,000, of which no rows of guides are made."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randn(5_000, 1, generator=generator) + torch.randn(5_000, 3, generator=generator)
-    tasks = vm.TaskSet([vm.Task((torch.zeros(3, 0).double(), own.double())) for own in y])
-    prior = vm.GaussianPrior(learn_precision="shared")
-    model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Gaussian(), prior)
+    model, tasks = intercepts(5_000)
     fit = vm.fit(model, tasks, DENSE, hyperguide="multivariate_normal")
     assert float(fit.prior.sd["intercept"]) == pytest.approx(1.0, abs=0.05)
     assert fit.hyper is not None and fit.hyper.is_reliable

@@ -11,7 +11,7 @@ import torch
 
 import varmeta as vm
 from tests.conftest import shared_data
-from tests.linear_gaussian import REGRESSIONS
+from tests.linear_gaussian import REGRESSIONS, intercepts
 from varmeta.hyper import integrate
 
 DENSE = vm.Joint("multivariate_normal")
@@ -82,10 +82,6 @@ def test_reml_of_one_sample_is_the_unbiased_variance() -> None:
 
 def test_many_tasks() -> None:
     """5,000, of which no rows of guides are made."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randn(5_000, 1, generator=generator) + torch.randn(5_000, 3, generator=generator)
-    tasks = vm.TaskSet([vm.Task((torch.zeros(3, 0).double(), own.double())) for own in y])
-    prior = vm.GaussianPrior(learn_precision="shared")
-    model = vm.TaskModel(vm.LinearPredictor([]).double(), vm.likelihoods.Gaussian(), prior)
+    model, tasks = intercepts(5_000)
     fit = vm.fit(model, tasks, DENSE, hyperguide="reml")
     assert float(fit.prior.sd["intercept"]) == pytest.approx(1.0, abs=0.05)
