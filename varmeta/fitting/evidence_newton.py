@@ -25,7 +25,7 @@ from torch import Tensor
 
 from varmeta.fitting import chunks
 from varmeta.fitting.callback import ENDS, Callback
-from varmeta.fitting.float64 import cast, in_double
+from varmeta.fitting.float64 import in_double
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_SIZE, WHY_IT_ENDED
 from varmeta.fitting.run import Run, end_early, non_finite
@@ -40,7 +40,7 @@ from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.quadrature import EVIDENCE, NODES, placed
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import Tree, detach
+from varmeta.numerics.tree import Tree, cast, detach
 from varmeta.numerics.triangular import root_of_inverse
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.implicit import Implicit

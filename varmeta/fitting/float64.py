@@ -8,7 +8,7 @@ import torch
 
 from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.guides.pyro_guide import PyroGuide
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, cast
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import Batch
@@ -18,13 +18,6 @@ def doubled(batch: Batch) -> Batch:
     """The batch in float64."""
     query = None if batch.query is None else batch.query.to(torch.float64)
     return replace(batch, support=batch.support.to(torch.float64), query=query)
-
-
-def cast(tensors: Tree, dtype: torch.dtype) -> Tree:
-    return {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in tensors.items()
-    }
 
 
 def in_double(

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from varmeta.fitting.blame import drowning, drowning_at_start, largest
 from varmeta.fitting.callback import ENDS, Callback
-from varmeta.fitting.float64 import cast, in_double
+from varmeta.fitting.float64 import in_double
 from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.run import Run, end_early, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import Tree, detach, flatten
+from varmeta.numerics.tree import Tree, cast, detach, flatten
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint

@@ -8,14 +8,14 @@ from torch import Tensor
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.guides.prior_parts import prior_parts
 from varmeta.numerics.hessian import vector_hessian
-from varmeta.numerics.tree import named_parts
+from varmeta.numerics.tree import cast, named_parts
 from varmeta.numerics.triangular import cholesky
 from varmeta.strategies.strategy import Eta
 
 
 def log_evidence(of: ProfiledEvidence, eta: Eta) -> Tensor:
     """log p(y | eta) of all tasks at any eta, nats, float64; differentiable."""
-    wide = _wide(eta)
+    wide = cast(eta, torch.float64)
     return of.log_evidence(wide, of.sums_of(_factor(of, wide)), of.white(wide))
 
 
@@ -25,7 +25,7 @@ def reach(of: ProfiledEvidence, eta: Eta) -> Tensor:
     Its square is what I is added to, so that beyond 1e4 half of the digits are lost.
     """
     own = of.tasks.triangles[:, : of.size, : of.size]
-    return (own @ _factor(of, _wide(eta))).abs().amax()
+    return (own @ _factor(of, cast(eta, torch.float64))).abs().amax()
 
 
 def _factor(of: ProfiledEvidence, eta: Eta) -> Tensor:
@@ -36,7 +36,7 @@ def _factor(of: ProfiledEvidence, eta: Eta) -> Tensor:
 
 def losses(of: ProfiledEvidence, eta: Eta) -> Tensor:
     """-log p(y_i | eta) `(T,)`, nats."""
-    coordinates, at = of.enter(eta), of.white(_wide(eta))
+    coordinates, at = of.enter(eta), of.white(cast(eta, torch.float64))
     white, log_det = of.whitened(of.factor(coordinates), of.tasks.triangles)
     rest = of.tasks.triangles[:, of.size :] @ at
     squares = (white @ at).square().sum(-1) + rest.square().sum(-1)
@@ -82,7 +82,3 @@ def information(of: ProfiledEvidence, eta: Eta) -> Tensor:
     gained = after.square().sum(-2).reciprocal() - before.reciprocal()
     largest: Tensor = gained.amax(0)
     return largest * torch.exp(-2.0 * of.log_scale(coordinates))
-
-
-def _wide(eta: Eta) -> Eta:
-    return {name: value.double() for name, value in eta.items()}

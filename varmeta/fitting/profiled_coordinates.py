@@ -16,6 +16,7 @@ from varmeta.guides.prior_parts import prior_parts
 from varmeta.likelihoods.base import SCALE, LocationScale
 from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
+from varmeta.numerics.tree import cast
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors.factors import PRECISION
 from varmeta.strategies.strategy import Eta
@@ -82,7 +83,7 @@ class ProfiledCoordinates:
     @property
     def _given(self) -> Tensor:
         """A root of a covariance that is not learned, `(D, D)`, in the weights' units."""
-        eta = {name: value.double() for name, value in self.eta.items()}
+        eta = cast(self.eta, torch.float64)
         return prior_parts(self.model, eta)[1].matrix
 
     def log_scale(self, coordinates: Mapping[str, Tensor]) -> Tensor:
@@ -95,7 +96,7 @@ class ProfiledCoordinates:
 
     def enter(self, eta: Eta) -> dict[str, Tensor]:
         """The coordinates of eta, of what is not profiled."""
-        wide = {name: value.double() for name, value in eta.items()}
+        wide = cast(eta, torch.float64)
         found = {name: wide[name] for name in self.places if not self.profiles_places}
         scale = self.log_scale(wide).exp()
         if self.dense:

@@ -54,7 +54,8 @@ def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, quer
     That is the joint density of its query rows given its support.
     """
     # each by itself, as rows of one part may meet in the network
-    seen, asked = standardised(model, eta, data), standardised(model, eta, query)
+    prior = _prior(model, eta)
+    seen, asked = (standardised(model, eta, part, prior) for part in (data, query))
     both = Standardised(
         torch.cat([seen.design, asked.design], 1),
         torch.cat([seen.residual, asked.residual], 1),
@@ -66,8 +67,8 @@ def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, quer
 
 def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree | None:
     """phi at the minimum of F_i, differentiable in eta; None where the guide does not know it."""
-    tasks = standardised(model, eta, data)
-    loc, root = _prior(model, eta)
+    loc, root = prior = _prior(model, eta)
+    tasks = standardised(model, eta, data, prior)
     if guide.phi_is_loc:
         return {"loc": (loc + root.times(gaussian.mean(tasks))).to(data.x)}
     found = gaussian.posterior(tasks)
@@ -76,9 +77,17 @@ def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) 
     return None if phi is None else {name: value.to(data.x) for name, value in phi.items()}
 
 
-def standardised(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Standardised:
-    """The tasks in units of the prior and of their noise, in float64."""
-    loc, root = _prior(model, eta)
+def standardised(
+    model: TaskModel,
+    eta: Mapping[str, Tensor],
+    data: Data,
+    prior: tuple[Tensor, Root] | None = None,
+) -> Standardised:
+    """The tasks in units of the prior and of their noise, in float64.
+
+    prior: its location and root, where they are at hand.
+    """
+    loc, root = _prior(model, eta) if prior is None else prior
     x, y = data.filled
     count = data.mask.sum(-1)
     if not data.mask.shape[1]:

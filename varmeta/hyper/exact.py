@@ -23,7 +23,7 @@ from varmeta.numerics.joint import Step, minimize_single
 from varmeta.numerics.joint_model import row
 from varmeta.numerics.rows import rowwise
 from varmeta.numerics.solution import Result
-from varmeta.numerics.tree import detach
+from varmeta.numerics.tree import cast, detach
 from varmeta.tasks import Batch
 
 # Numbers of one tensor that are held at once.
@@ -78,7 +78,7 @@ def fit_gaussian(
         return penalty(point) - evidence(coordinates.eta(point))
 
     like = next(iter(start.values()))
-    begin = {name: value.double() for name, value in detach(coordinates.of(start)).items()}
+    begin = cast(detach(coordinates.of(start)), torch.float64)
     mode = minimize_single(loss, begin, max_steps=max_steps)
     if mode.result in (Result.NON_FINITE, Result.DIVERGED):
         point = coordinates.vector(row(mode.phi))

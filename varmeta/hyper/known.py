@@ -22,6 +22,7 @@ from varmeta.models.model import TaskModel
 from varmeta.numerics import gaussian
 from varmeta.numerics.gaussian import Standardised
 from varmeta.numerics.rows import rowwise
+from varmeta.numerics.tree import cast
 from varmeta.tasks import Batch, Data
 
 # Numbers in one tensor, as many as a core's cache holds.
@@ -46,7 +47,7 @@ class Known(NamedTuple):
 def known(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor]) -> Known:
     """For `TaskModel.is_linear_gaussian`; without derivatives."""
     number, size = len(next(iter(eta.values()))), model.weights.size
-    wide = {name: value.double() for name, value in eta.items()}
+    wide = cast(eta, torch.float64)
     found, order = [], []
     with torch.no_grad():
         for rows, tasks, cells in _groups(model, batch):

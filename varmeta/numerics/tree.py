@@ -62,6 +62,14 @@ def put(a: Tree, index: Tensor, b: Tree) -> Tree:
     return map_tree(lambda x, y: x.index_copy(0, index, y), a, b)
 
 
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tree:
+    """Those of floating numbers in another precision."""
+    return {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
+
+
 def detach(a: Tree) -> Tree:
     return map_tree(Tensor.detach, a)
 

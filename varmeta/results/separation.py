@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from varmeta.fitting.float64 import cast, doubled
+from varmeta.fitting.float64 import doubled
 from varmeta.fitting.pooled_start import is_regression, pooled_fit, pooled_loss
 from varmeta.models.labels import parameter_labels
 from varmeta.numerics.hessian import vector_hessian
-from varmeta.numerics.tree import named_parts
+from varmeta.numerics.tree import cast, named_parts
 
 if TYPE_CHECKING:
     from varmeta.results.result import Fit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varmeta.fitting.float64 import cast, doubled, in_double
+from varmeta.fitting.float64 import doubled, in_double
 from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.profiled_at_eta import covariance_of_places
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
@@ -22,7 +22,7 @@ from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.numerics.hessian import vector_hessian
-from varmeta.numerics.tree import Tree, named_parts
+from varmeta.numerics.tree import Tree, cast, named_parts
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import Batch
