@@ -8,8 +8,9 @@ from varmeta.landscape.landscape import Landscape
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.model import TaskModel
+from varmeta.numerics.first_order import Adam, GradientDescent
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
-from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, Minimizer
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result, Solution
 from varmeta.posteriors.posterior import Posterior

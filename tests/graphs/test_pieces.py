@@ -11,7 +11,8 @@ from torch import Tensor
 
 from varmeta.graphs import capture
 from varmeta.graphs.pieces import Graphed, at, call, linearize, run
-from varmeta.numerics.minimize import Adam, GradientDescent, minimize
+from varmeta.numerics.first_order import Adam, GradientDescent
+from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.tree import Tree
 

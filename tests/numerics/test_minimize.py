@@ -5,7 +5,8 @@ import scipy.optimize
 import torch
 
 from varmeta.numerics import tree
-from varmeta.numerics.minimize import Adam, GradientDescent, minimize, value_and_gradient
+from varmeta.numerics.first_order import Adam, GradientDescent
+from varmeta.numerics.minimize import minimize, value_and_gradient
 from varmeta.numerics.solution import Result
 
 torch.set_num_threads(1)

@@ -6,7 +6,8 @@ import scipy.optimize
 import torch
 
 from varmeta.numerics import tree
-from varmeta.numerics.minimize import GradientDescent, minimize, value_and_gradient
+from varmeta.numerics.first_order import GradientDescent
+from varmeta.numerics.minimize import minimize, value_and_gradient
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
 

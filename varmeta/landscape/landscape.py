@@ -32,7 +32,8 @@ from varmeta.landscape.wells import locate_jumps
 from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint, unrolled
-from varmeta.numerics.minimize import FirstOrderMinimizer, GradientDescent
+from varmeta.numerics.first_order import GradientDescent
+from varmeta.numerics.minimize import FirstOrderMinimizer
 from varmeta.results.result import Fit
 from varmeta.strategies.problem import Losses
 from varmeta.tasks import TaskSet

@@ -14,7 +14,8 @@ from varmeta.guides.delta import Delta
 from varmeta.guides.guide import Guide
 from varmeta.guides.make import GuideName
 from varmeta.models.kinks import kinked
-from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, minimize
+from varmeta.numerics.first_order import Adam
+from varmeta.numerics.minimize import FirstOrderMinimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree, detach, leaves, map_tree

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from varmeta.numerics.minimize import Adam, FirstOrderMinimizer
+from varmeta.numerics.first_order import Adam
+from varmeta.numerics.minimize import FirstOrderMinimizer
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Traits

@@ -16,7 +16,8 @@ from varmeta.graphs.pieces import at
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.guides.quadrature import Quadrature
 from varmeta.numerics.adjoint import detached, unrolled
-from varmeta.numerics.minimize import Adam, FirstOrderMinimizer, GradientDescent, minimize
+from varmeta.numerics.first_order import Adam, GradientDescent
+from varmeta.numerics.minimize import FirstOrderMinimizer, minimize
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.strategies.amortised import (

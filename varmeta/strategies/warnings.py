@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from varmeta._checks import counted
-from varmeta.numerics.minimize import GradientDescent, Minimizer
+from varmeta.numerics.first_order import GradientDescent
+from varmeta.numerics.minimize import Minimizer
 from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.strategy import Stats, Traits
 from varmeta.tasks import Batch

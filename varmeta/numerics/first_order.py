@@ -1,0 +1,115 @@
+"""First-order rules: gradient descent and Adam, each a pure function of (phi, gradient, state)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varmeta.numerics import tree
+from varmeta.numerics.arguments import no_tensors, positive
+from varmeta.numerics.minimize import FirstOrderMinimizer
+from varmeta.numerics.tree import Tree
+
+
+@dataclass(frozen=True)
+class GradientDescent(FirstOrderMinimizer):
+    """phi <- phi - lr g.
+
+    With `per_point` phi <- phi - (lr / n) g for a task of n support points.
+
+    Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its
+    points, where the field takes means: the field's step a on a mean cross-entropy of n points is
+    lr = a / n here, or lr = a with `per_point`; on a mean *squared error*, under a Gaussian of
+    noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
+
+    per_point: take lr on the mean over a task's points, whose loss does not grow with their number.
+
+    Raises ValueError for a learning rate that is not positive, TypeError for one that is no number.
+
+    >>> phi, gradient = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
+    >>> GradientDescent(lr=0.1).update(phi, gradient, {})[0]["w"]
+    tensor([0.8000])
+    """
+
+    lr: float = 0.01
+    per_point: bool = False
+
+    def __post_init__(self) -> None:
+        no_tensors(self)
+        positive("lr", self.lr)
+        if not isinstance(self.per_point, bool):
+            raise TypeError(f"per_point must be True or False, not {self.per_point!r}")
+
+    def init(self, phi: Tree) -> Tree:
+        return {}
+
+    def update(
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+    ) -> tuple[Tree, Tree]:
+        return tree.add(phi, gradient, -self.lr * lr_scale), state
+
+
+@dataclass(frozen=True)
+class Adam(FirstOrderMinimizer):
+    """Adam (Kingma and Ba, ICLR 2015, algorithm 1), every task with its own count of steps.
+
+    m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
+    phi <- phi - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps).
+
+    The state is the tree {"first", "second": b1^t and b2^t, `(tasks,)`; "mean.<name>": m,
+    "square.<name>": v}.
+    It can be differentiated where a gradient is 0: a term far below eps^2 keeps the root's
+        derivative finite.
+
+    Raises ValueError for an lr or eps that is not positive, or betas outside [0, 1).
+
+    >>> adam, phi = Adam(lr=0.1), {"w": torch.tensor([1.0])}
+    >>> gradient = {"w": torch.tensor([30.0])}
+    >>> adam.update(phi, gradient, adam.init(phi))[0]["w"]  # the first step is lr, in any units
+    tensor([0.9000])
+    """
+
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        no_tensors(self)
+        positive("lr", self.lr)
+        positive("eps", self.eps)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), not {self.betas}")
+
+    def init(self, phi: Tree) -> Tree:
+        like = next(iter(phi.values()))
+        moments = {
+            f"{kind}.{name}": torch.zeros_like(x)
+            for kind in ("mean", "square")
+            for name, x in phi.items()
+        }
+        # in half precision b2 is 1, and nothing would ever move
+        ones = torch.ones(
+            len(like), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+        )
+        return {"first": ones, "second": ones, **moments}
+
+    def update(
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+    ) -> tuple[Tree, Tree]:
+        first, second = self.betas
+        # the powers are state: taken of a count, a fused kernel takes them again for every weight
+        powers = {"first": first * state["first"], "second": second * state["second"]}
+        unbiased = (1 - powers["second"]).reciprocal()
+        rate = self.lr * lr_scale / (1 - powers["first"])
+        new_phi, new_state = {}, powers
+        for name, x in phi.items():
+            g = gradient[name]
+            mean = first * state[f"mean.{name}"] + (1 - first) * g
+            square = second * state[f"square.{name}"] + (1 - second) * g * g
+            tiny = max((1e-8 * self.eps) ** 2, torch.finfo(x.dtype).tiny)
+            root = (square * tree.rows(unbiased, x).to(x.dtype) + tiny).sqrt()
+            new_phi[name] = x - tree.rows(rate, x).to(x.dtype) * mean / (root + self.eps)
+            new_state |= {f"mean.{name}": mean, f"square.{name}": square}
+        return new_phi, new_state
