@@ -10,7 +10,7 @@ from varmeta.numerics.minimize import minimize, value_and_gradient
 from varmeta.numerics.solution import Result
 
 torch.set_num_threads(1)
-RULES = [GradientDescent(lr=0.05), Adam(lr=0.05)]
+RULES = [GradientDescent(lr=0.05), GradientDescent(0.03, momentum=0.5, clip=2.0), Adam(lr=0.05)]
 
 
 def double(*numbers):
@@ -42,6 +42,7 @@ def step(rule, phi, state):
     ("rule", "optimizer"),
     [
         (GradientDescent(lr=0.03), lambda p: torch.optim.SGD(p, lr=0.03)),
+        (GradientDescent(0.03, momentum=0.7), lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.7)),
         (Adam(lr=0.03), lambda p: torch.optim.Adam(p, lr=0.03)),
         (
             Adam(0.1, (0.5, 0.8), 1e-3),
@@ -202,7 +203,43 @@ def test_gradient_descent_closed_form_through_the_graph():
     assert not any(stat.requires_grad for stat in solution.stats.values())
 
 
-@pytest.mark.parametrize("rule", [GradientDescent(lr=0.02), Adam(lr=0.02)])
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_a_clipped_heavy_ball_is_a_loop_over_tasks(momentum):
+    """Each task by itself, its gradient clipped by torch, in some of the steps."""
+    rule, phi = GradientDescent(0.05, momentum=momentum, clip=3.0), start()
+    solution, clipped = minimize(bowl, phi, rule, steps=25), []
+    for i in range(3):
+        leaves = tree.leaves(tree.take(phi, torch.tensor([i])))
+        optimizer = torch.optim.SGD(leaves.values(), lr=0.05, momentum=momentum)
+        for _ in range(25):
+            optimizer.zero_grad()
+            ((i + 1) * bowl(leaves).sum()).backward()
+            norm = torch.nn.utils.clip_grad_norm_(leaves.values(), 3.0)
+            clipped.append(float(norm) > 3.0)
+            optimizer.step()
+        for name, value in leaves.items():
+            # torch adds 1e-6 to the norm
+            assert torch.allclose(solution.value[name][i], value[0], rtol=0, atol=3e-6)
+    assert 10 < sum(clipped) < 65
+
+
+def test_a_clipped_gradient_of_0_can_be_differentiated():
+    w = double(0.0, 1.0).requires_grad_()
+    rule = GradientDescent(0.1, clip=0.5)
+    end = minimize(lambda phi: phi["w"] ** 2, {"w": w}, rule, steps=1, create_graph=True).value
+    assert torch.equal(end["w"].detach(), double(0.0, 0.95))
+    (found,) = torch.autograd.grad(end["w"].sum(), w)
+    assert torch.allclose(found, double(0.8, 1.0))  # clipped, the step has lost its slope
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        GradientDescent(lr=0.02),
+        GradientDescent(lr=0.02, momentum=0.5, clip=2.0),
+        Adam(lr=0.02),
+    ],
+)
 @pytest.mark.parametrize("options", [{"steps": 5}, {"tolerance": 0.5, "max_steps": 60}])
 def test_unrolled_derivative_against_finite_differences(rule, options):
     phi = start(tasks=2)
@@ -353,6 +390,8 @@ def test_losses_without_a_graph():
     ("make", "says"),
     [
         (lambda: GradientDescent(lr=0.0), "lr must be a positive"),
+        (lambda: GradientDescent(momentum=1.0), r"momentum must be a number in \[0, 1\)"),
+        (lambda: GradientDescent(clip=0.0), "clip must be a positive"),
         (lambda: Adam(lr=math.nan), "lr must be a positive"),
         (lambda: Adam(betas=(0.9, 1.0)), "betas"),
         (lambda: Adam(eps=0.0), "eps"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -15,18 +16,22 @@ from varmeta.numerics.tree import Tree
 
 @dataclass(frozen=True)
 class GradientDescent(FirstOrderMinimizer):
-    """phi <- phi - lr g.
+    """v <- momentum v + g,  phi <- phi - lr v, by the heavy ball; phi <- phi - lr g without momentum.
 
-    With `per_point` phi <- phi - (lr / n) g for a task of n support points.
+    With `per_point` the rate is lr / n for a task of n support points.
 
-    Converges on a quadratic for lr < 2 / (largest curvature).  A task's loss is summed over its
-    points, where the field takes means: the field's step a on a mean cross-entropy of n points is
-    lr = a / n here, or lr = a with `per_point`; on a mean *squared error*, under a Gaussian of
-    noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
+    Converges on a quadratic for lr < 2 (1 + momentum) / (largest curvature).  A task's loss is
+    summed over its points, where the field takes means: the field's step a on a mean cross-entropy
+    of n points is lr = a / n here, or lr = a with `per_point`; on a mean *squared error*, under a
+    Gaussian of noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
 
     per_point: take lr on the mean over a task's points, whose loss does not grow with their number.
+    momentum: of the heavy ball, as in torch.optim.SGD; every task has its own v, 0 at its start.
+    clip: a task's g is scaled down to this norm where it is longer.  g is of the summed loss, also
+        under `per_point`: the field's c on a mean over n points is c n.
 
-    Raises ValueError for a learning rate that is not positive, TypeError for one that is no number.
+    Raises ValueError for a learning rate or clip that is not positive and for a momentum outside
+    [0, 1), TypeError for one that is no number.
 
     >>> phi, gradient = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
     >>> GradientDescent(lr=0.1).update(phi, gradient, {})[0]["w"]
@@ -35,20 +40,44 @@ class GradientDescent(FirstOrderMinimizer):
 
     lr: float = 0.01
     per_point: bool = False
+    momentum: float = 0.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         no_tensors(self)
         positive("lr", self.lr)
         if not isinstance(self.per_point, bool):
             raise TypeError(f"per_point must be True or False, not {self.per_point!r}")
+        if isinstance(self.momentum, bool) or not isinstance(self.momentum, Real):
+            raise TypeError(f"momentum must be a number in [0, 1), not {self.momentum!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be a number in [0, 1), not {self.momentum}")
+        if self.clip is not None:
+            positive("clip", self.clip)
 
     def init(self, phi: Tree) -> Tree:
-        return {}
+        if not self.momentum:
+            return {}
+        return {f"velocity.{name}": torch.zeros_like(x) for name, x in phi.items()}
 
     def update(
         self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
     ) -> tuple[Tree, Tree]:
+        if self.clip is not None:
+            gradient = _clipped(gradient, self.clip)
+        if self.momentum:
+            gradient = {
+                name: self.momentum * state[f"velocity.{name}"] + g for name, g in gradient.items()
+            }
+            state = {f"velocity.{name}": v for name, v in gradient.items()}
         return tree.add(phi, gradient, -self.lr * lr_scale), state
+
+
+def _clipped(gradient: Tree, norm: float) -> Tree:
+    """The gradients of tasks in which it is longer than `norm`, scaled down to it."""
+    # the larger is taken of the squares: the root of a norm of 0 has no derivative
+    longer = tree.dot(gradient, gradient).clamp(min=norm * norm).sqrt()
+    return tree.scale(gradient, norm / longer)
 
 
 @dataclass(frozen=True)
