@@ -16,7 +16,7 @@ from varmeta.numerics.tree import Tree
 
 @dataclass(frozen=True)
 class GradientDescent(FirstOrderMinimizer):
-    """v <- momentum v + g,  phi <- phi - lr v, by the heavy ball; phi <- phi - lr g without momentum.
+    """v <- momentum v + g,  phi <- phi - lr v; without momentum phi <- phi - lr g.
 
     With `per_point` the rate is lr / n for a task of n support points.
 
