@@ -28,6 +28,7 @@ from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import State, Stats, Strategy, Traits
 from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
+from varmeta.tasks.episodes import Episodes, episodes
 from varmeta.verbs.compare import compare
 from varmeta.verbs.fit import fit
 from varmeta.verbs.meta_gradient import MetaGradient, meta_gradient
@@ -37,7 +38,7 @@ from varmeta.verbs.sigterm import sigterm_ends_fit
 
 __all__ = [
     # data
-    "Task", "TaskSet", "datasets",
+    "Task", "TaskSet", "episodes", "Episodes", "datasets",
     # model
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import adam, known, linear_model, net_model, ragged_tasks, scalar_model, seeded
-from varmeta.fitting.descent import _rows
 from varmeta.fitting.run import Run
 from varmeta.results.doubts import doubts
 from varmeta.strategies.strategy import Strategy
+from varmeta.tasks.source import minibatch
 
 PRIOR = vm.GaussianPrior(3.0)
 SHORT = vm.GradientDescent(lr=0.01)
@@ -317,7 +317,7 @@ def test_minibatch_gradients_average_to_the_full_gradient(name: str, size: int) 
         return dict(zip(eta, torch.autograd.grad(scalar, list(eta.values())), strict=True))
 
     full = gradient(tasks.batch())
-    batches = [tasks.batch(_rows(6, size, 0, step)) for step in range(-(-6 // size))]
+    batches = [tasks.batch(minibatch(6, size, 0, step)) for step in range(-(-6 // size))]
     assert sorted(itertools.chain(*(batch.rows.tolist() for batch in batches))) == list(range(6))
     parts = [(len(batch) / 6, gradient(batch)) for batch in batches]
     for key, value in full.items():
@@ -328,7 +328,7 @@ def test_minibatch_gradients_average_to_the_full_gradient(name: str, size: int) 
 
 def test_epochs_are_permutations_by_seed() -> None:
     def epoch(seed: int, number: int) -> list[int]:
-        return [int(i) for step in range(3) for i in _rows(7, 3, seed, 3 * number + step)]
+        return [int(i) for step in range(3) for i in minibatch(7, 3, seed, 3 * number + step)]
 
     assert all(
         sorted(epoch(seed, number)) == list(range(7)) for seed in range(3) for number in range(3)

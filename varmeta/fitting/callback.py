@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from varmeta.strategies.strategy import Eta
+from varmeta.tasks.stream import SourceError
 
 
 class Row(dict[str, float]):
@@ -51,7 +52,7 @@ class CallbackError(Exception):
 
 
 # What ends a run early, with what it has learned.
-ENDS = (KeyboardInterrupt, StopFit, CallbackError)
+ENDS = (KeyboardInterrupt, StopFit, CallbackError, SourceError)
 
 
 def told(callback: Callback, row: Row) -> None:

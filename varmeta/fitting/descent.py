@@ -24,7 +24,8 @@ from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy, Traits
 from varmeta.strategies.warnings import warning
-from varmeta.tasks import Batch, TaskSet
+from varmeta.tasks import Batch
+from varmeta.tasks.source import Source
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 # A line search that is stuck although its direction promises more than this (nats) is no
@@ -65,14 +66,13 @@ class Descent:
     """How far and in which steps to descend.
 
     num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
-    batch_size: tasks per step (None: all).  decay: the schedule's factor at a fraction of the way.
+    decay: the schedule's factor at a fraction of the way.
     compile, task_chunk_size: how the step is taken, see `Step`.
     """
 
     optimizer: OptimizerFactory
     num_steps: int | None
     budget: float | None
-    batch_size: int | None
     decay: Decay
     compile: Compile = "auto"
     task_chunk_size: int | None = None
@@ -81,7 +81,7 @@ class Descent:
 def descend(
     problem: Problem,
     strategy: Strategy,
-    tasks: TaskSet,
+    source: Source,
     run: Run,
     plan: Descent,
     callback: Callback | None,
@@ -89,9 +89,10 @@ def descend(
 ) -> None:
     """Step eta by a torch optimiser; updates `run` in place, also when interrupted.
 
+    source: the tasks of each step; where it ends, so does the run.
     watch: looks at the validation tasks on the way; `run` then ends at the best state that it saw.
     """
-    way = _Way(problem, strategy, tasks, run, plan, watch)
+    way = _Way(problem, strategy, source, run, plan, watch)
     run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
     try:
         way.look(run.step)
@@ -101,6 +102,9 @@ def descend(
                     f"spent its budget of {plan.budget:g} gradient evaluations per task after "
                     f"{step} steps"
                 )
+                break
+            if not source.has(step):
+                run.stop = f"the source of tasks ended after {step} steps"
                 break
             if not way.step(step, callback) or way.arrived(step):
                 break
@@ -126,20 +130,19 @@ class _Way:
         self,
         problem: Problem,
         strategy: Strategy,
-        tasks: TaskSet,
+        source: Source,
         run: Run,
         plan: Descent,
         watch: Watch | None,
     ) -> None:
-        self.problem, self.strategy, self.tasks = problem, strategy, tasks
+        self.problem, self.strategy, self.source = problem, strategy, source
         self.run, self.plan, self.watch = run, plan, watch
         self.traits = strategy.traits(problem)
         self.eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
         self.optimizer, self.rates = _optimizer(list(self.eta.values()), run, plan)
         self.quasi_newton = isinstance(self.optimizer, torch.optim.LBFGS)
-        all_at_once = plan.batch_size is None or plan.batch_size >= len(tasks)
-        _check_goes_together(strategy, problem, self.traits, self.quasi_newton, not all_at_once)
-        self.whole = tasks.batch() if all_at_once else None
+        self.whole = source.whole
+        _check_goes_together(strategy, problem, self.traits, self.quasi_newton, self.whole is None)
         self.take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
         self.first, self.begin = run.step, perf_counter() - run.seconds
         self.spent = run.evaluations
@@ -152,11 +155,11 @@ class _Way:
         plan, run, eta = self.plan, self.run, self.eta
         whole_way = plan.num_steps or math.inf, plan.budget or math.inf
         scale = plan.decay(max(step / whole_way[0], self.spent / whole_way[1]))
-        batch = self._batch(step)
+        batch = self.source.batch(step)
         before = replace(run.state, lr_scale=scale)
         if self.traits.period is not None:
             period = self.traits.period
-            before = _in_period(self.strategy, self.problem, self.tasks, eta, before, period)
+            before = _in_period(self.strategy, self.problem, self.source.known, eta, before, period)
         here = {name: value.detach().clone() for name, value in eta.items()}
         calls, lost = self._move(batch, before, scale)
         value, gradient, state, stats = calls[0]
@@ -173,9 +176,11 @@ class _Way:
             warnings.warn(sentence, RuntimeWarning, stacklevel=4)
             self.warned = True
         # a minibatch works for its own tasks only
-        share = len(batch) / len(self.tasks)
+        share = self.source.share(batch)
         self.spent += share * sum(float(call.stats.evaluations) for call in calls)
         run.state = state
+        if self.source.streams:
+            run.streamed = (run.streamed or 0) + len(batch)
         self.met = batch, stats.losses
         due = self.watch is not None and self.watch.is_due(step + 1)
         run.record(
@@ -199,14 +204,6 @@ class _Way:
         if self.run.history and self.run.history[-1]["step"] == step:
             self.run.history[-1].update(found)
         return found
-
-    def _batch(self, step: int) -> Batch:
-        if self.whole is not None:
-            return self.whole
-        total = len(self.tasks)
-        return self.tasks.batch(
-            _rows(total, self.plan.batch_size or total, self.problem.seed, step)
-        )
 
     def _move(self, batch: Batch, before: State, scale: float) -> tuple[list[Outcome], bool]:
         """Let the optimiser step eta; what it evaluated, and whether its line search was lost."""
@@ -271,7 +268,7 @@ class _Way:
 
     def end(self) -> None:
         """Write what was reached into the run."""
-        run, batch = self.run, self.whole or self.tasks.batch()
+        run, batch = self.run, self.source.known
         kept = None if self.watch is None else self.watch.best
         run.eta = {name: value.detach().clone() for name, value in self.eta.items()}
         # of a run that broke off the optimiser's averages are not finite either
@@ -284,7 +281,7 @@ class _Way:
         run.loss = self.take_step.value(self.problem, batch, run.eta, run.state)
         run.outlier = None if self.met is None or self.broken else drowning(*self.met)
         if kept is None and not self.quasi_newton and run.stop.startswith(("stopped", "spent")):
-            judge(run, len(self.tasks), self.traits.period or 1)
+            judge(run, self.source.total or len(batch), self.traits.period or 1)
 
 
 def _optimizer(
@@ -330,16 +327,14 @@ def _check_goes_together(
 
 
 def _in_period(
-    strategy: Strategy, problem: Problem, tasks: TaskSet, eta: Eta, state: State, period: int
+    strategy: Strategy, problem: Problem, whole: Batch, eta: Eta, state: State, period: int
 ) -> State:
     """phi back at the prior at the start of a period; its step size falls to zero within each."""
     within = state.step % period
     state = replace(state, lr_scale=0.5 * (1.0 + math.cos(math.pi * within / period)))
     if state.step == 0 or within:
         return state
-    start = strategy.init(
-        problem, tasks.batch(), {name: value.detach() for name, value in eta.items()}
-    )
+    start = strategy.init(problem, whole, {name: value.detach() for name, value in eta.items()})
     return replace(state, phi=start.phi, inner=start.inner)
 
 
@@ -382,17 +377,3 @@ def _norm(eta: Eta) -> Tensor:
         torch.cat([value.detach().reshape(-1) for value in eta.values()])
     )
     return norm
-
-
-def _rows(total: int, size: int, seed: int, step: int) -> Tensor:
-    """The tasks of a minibatch: each epoch is a new permutation, a function of (seed, step)
-    alone.
-    """
-    per_epoch = math.ceil(total / size)
-    epoch, number = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return (
-        torch.randperm(total, generator=generator)[number * size : (number + 1) * size]
-        .sort()
-        .values
-    )

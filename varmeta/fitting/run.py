@@ -15,6 +15,7 @@ from varmeta.fitting.callback import Callback, CallbackError, Row, told
 from varmeta.numerics.joint import Step
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch, TaskSet
+from varmeta.tasks.stream import SourceError
 
 if TYPE_CHECKING:
     from varmeta.models.ensemble import Ensemble
@@ -30,7 +31,8 @@ class Run:
     kept: the step whose eta and state these are, where validation tasks chose it; None: the last.
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, or an ensemble of them; None where eta is a point.
-    failure: what a callback raised, which ended the run; not kept in files.
+    streamed: how many tasks of a stream the steps met; None: they are a set's.
+    failure: what a callback or a source of tasks raised, which ended the run; not kept in files.
     undetermined: names that the data can hardly tell apart, where Newton's method converged; not
         kept in files.
     outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in
@@ -48,6 +50,7 @@ class Run:
     loss: float = math.nan
     schedule: str | None = None
     kept: int | None = None
+    streamed: int | None = None
     hyper: HyperPosterior | Ensemble | None = None
     seconds_compiling: float = 0.0
     outlier: str | None = None
@@ -67,13 +70,6 @@ class Run:
     @property
     def seconds(self) -> float:
         return self.history[-1]["seconds"] if self.history else 0.0
-
-    def rewind(self) -> None:
-        """Forget what came after the step that was kept, to go on from it."""
-        if self.kept is not None:
-            self.history = [row for row in self.history if row["step"] <= self.kept]
-            self.stop = f"kept at step {self.kept}"
-            self.kept = None
 
     def record(
         self, callback: Callback | None, eta: Callable[[], Eta] | None = None, **row: float
@@ -114,8 +110,9 @@ def end_early(run: Run, by: BaseException) -> None:
         if run.step == 0:
             before = "interrupted before the first step was done"
             run.stop = f"{before}: nothing has been learned yet"
-    elif isinstance(by, CallbackError):
-        run.stop = f"ended by the callback's {type(by.__cause__).__name__} {go_on}"
+    elif isinstance(by, (CallbackError, SourceError)):
+        who = "callback" if isinstance(by, CallbackError) else "source of tasks"
+        run.stop = f"ended by the {who}'s {type(by.__cause__).__name__} {go_on}"
         run.failure = by.__cause__ if isinstance(by.__cause__, Exception) else None
     else:
         run.stop = f"ended by the callback {go_on}"

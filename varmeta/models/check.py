@@ -72,7 +72,7 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
     check_features(model.coefficients, tasks.feature_names)
     if model.likelihood is not None:
         for rows in (tasks.support_rows, tasks.query_rows):
-            _check_observations(model.likelihood, rows, tasks.names)
+            check_observations(model.likelihood, rows, tasks.names)
     if model.all_linear and model.is_linear_gaussian:
         for rows in (tasks.support_rows, tasks.query_rows):
             _check_squares(rows, tasks.names)
@@ -263,7 +263,7 @@ def _check_squares(rows: Rows, names: tuple[str, ...]) -> None:
             )
 
 
-def _check_observations(likelihood: Likelihood, rows: Rows, names: tuple[str, ...]) -> None:
+def check_observations(likelihood: Likelihood, rows: Rows, names: tuple[str, ...]) -> None:
     if not len(rows.x):
         return
     bad, support = likelihood.invalid(rows.y)

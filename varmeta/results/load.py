@@ -216,7 +216,8 @@ def _run(content: dict[str, Any]) -> Run:
         content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule")
     )
     run = Run(content["eta"], state, *record)
-    run.kept = content.get("kept")  # of the time before validation tasks: none
+    # what older files do not know did not happen
+    run.kept, run.streamed = content.get("kept"), content.get("streamed")
     hyper = content["hyper"]
     if hyper is not None:
         run.hyper = Ensemble(**hyper) if set(hyper) == MEMBERS else HyperPosterior(**hyper)

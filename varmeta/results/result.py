@@ -125,7 +125,7 @@ class Fit:
     def loss(self) -> float:
         """The outer objective over all training tasks, in nats, at what was learned.
 
-        `loss_name` says what it is.
+        `loss_name` says what it is.  Of a stream it is that of the last step's tasks.
         """
         return self.run.loss
 
@@ -211,7 +211,7 @@ class Fit:
 
     @cached_property
     def _profiled(self) -> ProfiledEvidence | None:
-        if self._exact is None and self.run.hyper is None:
+        if self._exact is None and self.run.hyper is None and self.run.streamed is None:
             return profiled(self.strategy, self.problem, self.tasks, self.eta)
         return self._exact
 
@@ -220,12 +220,12 @@ class Fit:
         """Standard errors of theta0 and the shared parameters by name, as lme4's.
 
         Given the variances.  Under a posterior of eta its standard deviations.  None where there
-        are none: points, networks, noisy or unfinished fits.
+        are none: points, networks, noisy or unfinished fits, streams.
         """
         names = [
             name for name in self.model.start if name in self.eta
         ]  # theta0 that is held fixed has none
-        if self.members is not None:
+        if self.members is not None or self.run.streamed is not None:
             return None
         if self.hyper is not None:
             return standard_errors.of_hyper(self.hyper, self.eta, names)
@@ -254,7 +254,7 @@ class Fit:
         construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit
         that has converged to them.
         """
-        if self._fits_targets:
+        if self._fits_targets or self.run.streamed is not None:
             return None
         kind = "delta" if self.run.hyper is None else self.run.hyper.hyperguide
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
@@ -273,6 +273,7 @@ class Fit:
             and self.run.hyper is None
             and self.strategy.outer == "elbo"
             and not self._fits_targets
+            and self.run.streamed is None
         )
         if not known or self._can_be_exact:
             return None
@@ -315,8 +316,9 @@ class Fit:
         """The posteriors of the training tasks.
 
         Those stored, or found anew where the strategy stores none (or, as `Reinit` within a period,
-        was interrupted on the way to them).
+        was interrupted on the way to them).  Raises ValueError after a stream, which is not kept.
         """
+        self._refuse_stream()
         state = self.run.state
         if self.run.hyper is not None:
             return self._integrated
@@ -353,6 +355,13 @@ class Fit:
         if self.run.hyper is not None:
             return self._integrate(tasks)
         return self._adapted(tasks, compile, task_chunk_size)
+
+    def _refuse_stream(self) -> None:
+        if self.run.streamed is not None:
+            raise ValueError(
+                "the tasks that this fit learned from came as a stream and are not kept: give "
+                "tasks to fit.adapt(...)"
+            )
 
     def _checked(self, tasks: TaskSet) -> TaskSet:
         """On the dtype and device of the training tasks; raises where they are of another kind."""
@@ -437,6 +446,7 @@ class Fit:
         numbers, a low-rank prior with more directions than are told apart, and where the evidence
         has no maximum and there are no refits.
         """
+        self._refuse_stream()
         if self.members is not None:
             raise ValueError("an ensemble has no one eta to leave a task out of: fit one member")
         if self._fits_targets:
@@ -487,9 +497,9 @@ class Fit:
 
     def __str__(self) -> str:
         points, hyper = len(self.tasks.support_rows.x), self.run.hyper
+        streamed = self.run.streamed is not None
         lines = [
-            f"{summary.method(self.strategy, self.is_point, len(self.tasks))}, "
-            f"{counted(points, 'support observation')}",
+            self._method + ("" if streamed else f", {counted(points, 'support observation')}"),
             self._evidence_in_words,
             summary.ending(self.stop, self.converged, self.seconds_compiling),
         ]
@@ -532,7 +542,13 @@ class Fit:
 
     def __repr__(self) -> str:
         end = "converged" if self.converged else "not converged"
-        return f"<Fit: {summary.method(self.strategy, self.is_point, len(self.tasks))}, {end}>"
+        return f"<Fit: {self._method}, {end}>"
+
+    @property
+    def _method(self) -> str:
+        seen = self.run.streamed
+        tasks = counted(len(self.tasks), "task") if seen is None else f"{seen:,} tasks of a stream"
+        return f"{summary.method(self.strategy, self.is_point)}, {tasks}"
 
 
 def checked(fit: Fit, tasks: TaskSet) -> TaskSet:

@@ -15,10 +15,20 @@ from varmeta.models.model import TaskModel
 from varmeta.results.result import Fit
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import TaskSet
+from varmeta.tasks.stream import Streamed, kind
 
 
-def run_to_resume(fit: Fit, model: TaskModel, tasks: TaskSet, strategy: Strategy, seed: int) -> Run:
+def run_to_resume(
+    fit: Fit,
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy,
+    seed: int,
+    stream: Streamed | None = None,
+) -> Run:
     """A copy of a fit's run to go on from.
+
+    stream: where the tasks come from, if not from a set.
 
     Raises ValueError where model, tasks, strategy or seed differ.
     """
@@ -47,7 +57,7 @@ def run_to_resume(fit: Fit, model: TaskModel, tasks: TaskSet, strategy: Strategy
         raise ValueError(
             "resume is a fit with theta0 held at another place: give the prior the same loc"
         )
-    other = fit.tasks.first_difference(tasks)
+    other = _other_tasks(fit, tasks, stream)
     if other is not None:
         raise ValueError(
             f"resume is a fit of other tasks ({other}): give the same data in the same order"
@@ -57,8 +67,21 @@ def run_to_resume(fit: Fit, model: TaskModel, tasks: TaskSet, strategy: Strategy
             f"resume is a fit by {_unlike(fit.strategy, strategy)}: give fit the same strategy"
         )
     run = copy.deepcopy(fit.run)
-    run.rewind()
+    if run.kept is not None:  # forget what came after it
+        run.history = [row for row in run.history if row["step"] <= run.kept]
+        run.stop = f"kept at step {run.kept}"
+        run.kept = None
     return run
+
+
+def _other_tasks(fit: Fit, tasks: TaskSet, stream: Streamed | None) -> str | None:
+    """Where the tasks are not those of the fit, in a few words; of a stream as far as it shows."""
+    if (fit.run.streamed is None) != (stream is None):
+        return "of a stream" if stream is None else "of a TaskSet"
+    if stream is None or stream.reader.anywhere:
+        return fit.tasks.first_difference(tasks)
+    first, now = kind(fit.tasks), kind(tasks)
+    return next((f"{what} was {first[what]}" for what in first if first[what] != now[what]), None)
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -103,9 +103,10 @@ PRESENT: dict[str, Check] = {
     "numbers": optional(tensor),
     "version": text,
     "kept": optional(whole),
+    "streamed": optional(whole),
 }
 # what the first files of the present format do not have
-LATER = {"kept"}
+LATER = {"kept", "streamed"}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 

@@ -65,6 +65,7 @@ def save(
         "loss": run.loss,
         "schedule": run.schedule,
         "kept": run.kept,
+        "streamed": run.streamed,
         "hyper": None
         if run.hyper is None
         else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},

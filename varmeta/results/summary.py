@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from varmeta._checks import counted
 from varmeta.hyper.importance import GOOD_K
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.learned_prior import ROWS
@@ -19,15 +18,12 @@ NO_ERRORS = (
 )
 
 
-def method(strategy: Strategy, is_point: bool, tasks: int) -> str:
+def method(strategy: Strategy, is_point: bool) -> str:
     """The strategy in words; a point has no evidence lower bound, whatever the option is called."""
     text = strategy.describe()
-    text = (
-        text.replace("query_elbo", "query loss + prior").replace("elbo", "loss + prior")
-        if is_point
-        else text
-    )
-    return f"{text}, {counted(tasks, 'task')}"
+    if not is_point:
+        return text
+    return text.replace("query_elbo", "query loss + prior").replace("elbo", "loss + prior")
 
 
 def ending(stop: str, converged: bool, seconds_compiling: float) -> str:

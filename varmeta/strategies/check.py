@@ -28,6 +28,13 @@ from varmeta.tasks.taskset import no_tasks
 
 def check_kinds(model: object, tasks: object, strategy: object) -> None:
     """Raise TypeError where one of the three is something else."""
+    check_model_kind(model)
+    if not isinstance(tasks, TaskSet):
+        raise TypeError(f"tasks must be a TaskSet, not {no_tasks(tasks)}")
+    check_strategy_kind(strategy)
+
+
+def check_model_kind(model: object) -> None:
     if not isinstance(model, TaskModel):
         more = (
             ": of several models, fit each and compare the scores on tasks that none has seen"
@@ -35,8 +42,9 @@ def check_kinds(model: object, tasks: object, strategy: object) -> None:
             else ""
         )
         raise TypeError(f"model must be a TaskModel, not {kind_of(model)}{more}")
-    if not isinstance(tasks, TaskSet):
-        raise TypeError(f"tasks must be a TaskSet, not {no_tasks(tasks)}")
+
+
+def check_strategy_kind(strategy: object) -> None:
     if not isinstance(strategy, Strategy):
         raise TypeError(f"strategy must be one of vm.Joint(), vm.Implicit(), ..., not {strategy!r}")
 
@@ -56,7 +64,7 @@ def check_strategy(
     if callable(strategy.outer):
         _check_own_outer(strategy.outer, problem, tasks)
     elif strategy.outer != "elbo":
-        _check_query(strategy, tasks)
+        check_query(strategy, tasks)
     elif for_fit and not len(tasks.support_rows.x):
         others = ", or learn from the query rows by vm.Implicit(outer='query')"
         raise ValueError(
@@ -103,7 +111,7 @@ def _check_parts(strategy: Strategy) -> None:
         )
 
 
-def _check_query(strategy: Strategy, tasks: TaskSet) -> None:
+def check_query(strategy: Strategy, tasks: TaskSet) -> None:
     missing = tasks.query_rows.bare(tasks.names)
     if missing:
         raise ValueError(

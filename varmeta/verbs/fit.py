@@ -37,20 +37,23 @@ from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.doubts import doubts
 from varmeta.results.result import Fit, profiled_of
 from varmeta.results.resume import run_to_resume
-from varmeta.strategies.check import check_kinds, check_strategy
+from varmeta.strategies.check import check_model_kind, check_strategy, check_strategy_kind
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.members import Members
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
+from varmeta.tasks.source import OfSet
+from varmeta.tasks.stream import Stream, stream_of
 from varmeta.verbs.progress import progress_bar
+from varmeta.verbs.stream import check_stream
 from varmeta.verbs.validation import validation_of, watching
 
 
 def fit(
     model: TaskModel,
-    tasks: TaskSet,
+    tasks: TaskSet | Stream,
     strategy: Strategy | None = None,
     num_steps: int | None = None,
     optimizer: OptimizerFactory | None = None,
@@ -70,11 +73,15 @@ def fit(
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
-    model, tasks, strategy: what is fitted to what, and how; by default that of `resume`, or
+    model, strategy: what is fitted, and how; by default as `resume`, or by
         `Implicit("quadrature")` for a linear predictor with up to three weights per task under a
         log-concave likelihood that is not Gaussian, without optimizer, batch size or budget;
         `Joint("multivariate_normal")` for up to 20 weights per task, a dense prior
         (`learn_precision="full"`) or a hyperguide; else `Joint("normal")`.
+    tasks: a `TaskSet`; or a stream, whose tasks are used once and forgotten: a function `(step,
+        generator)` that gives a step's tasks, what gives a task for a number (`vm.episodes`, a
+        torch Dataset of tasks), a generator or a DataLoader with `collate_fn=list`.  See
+        docs/streams.md.
     num_steps: outer steps at most.  By default 200 for Newton and quasi-Newton steps, 2,000 for the
         others.
     optimizer: a factory `params -> torch.optim.Optimizer` for eta.  By default: joint Newton on
@@ -85,7 +92,7 @@ def fit(
         Small models then start from the pooled fit; with kinks, a minibatch or an optimizer of your
         own from where the model starts.
     batch_size: tasks per step (None: all); minibatches are drawn without replacement, by (seed,
-        step).
+        step).  Of a stream that gives one task at a time it is needed.
     hyperguide: what is found of eta: "delta", its best point (or what `resume` had); "normal" and
         "multivariate_normal", its posterior, by a Gaussian and importance weights (`Fit.hyper`,
         `Fit.hyperparameters()`), which then flows into `posterior`, `adapt` and `predict`; "reml",
@@ -134,33 +141,34 @@ def fit(
     # serve it
     validation = None if validate is None else validation_of(validate)
     free = optimizer is None and batch_size is None and budget is None
-    free = free and validation is None and ensemble is None
-    if strategy is None and isinstance(resume, Fit):
-        strategy = resume.strategy
-    elif strategy is None:
-        strategy = _default_strategy(model, hyperguide, free)
-    if hyperguide is None:
-        hyper = resume.hyper if isinstance(resume, Fit) else None
-        hyperguide = hyper.hyperguide if isinstance(hyper, HyperPosterior) else "delta"
-    _check_arguments(model, tasks, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
+    free = free and validation is None and ensemble is None and isinstance(tasks, TaskSet)
+    strategy, hyperguide = _defaults(model, strategy, hyperguide, resume, free)
+    _check_arguments(model, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
     decay = decay_of(schedule)
     check_compile(compile)
+    stream = None
+    if not isinstance(tasks, TaskSet):
+        stream = stream_of(tasks, batch_size, seed, 0 if resume is None else resume.run.step)
+        tasks = stream.tasks
     eta = model.init(tasks.support_rows.x.new_zeros(()))
     problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
+    if stream is not None:
+        check_stream(stream, strategy, problem, ensemble)
+        tasks = stream.kept
     chunks.check(task_chunk_size, problem)
     members = None if ensemble is None else members_of(strategy, problem, ensemble)
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
     smooth = model.is_linear_gaussian or kinked(model, tasks.batch(), eta) is None
-    resumed = None if resume is None else run_to_resume(resume, model, tasks, strategy, seed)
     exact = profiled(strategy, problem, tasks, eta) if free and hyperguide == "delta" else None
     way = "profiled" if exact else _way(strategy, problem, tasks, eta, hyperguide, free and smooth)
     # in raw units Adam would otherwise spend a budget on the way to the data
-    pooled = smooth and optimizer is None and batch_size is None
-    if resumed is None:
+    pooled = smooth and optimizer is None and batch_size is None and stream is None
+    if resume is None:
         run = _start(members or strategy, problem, tasks, eta, way, pooled)
     else:
-        run = reopened(resumed, members)
+        run = run_to_resume(resume, model, tasks, strategy, seed, stream)
+        run = reopened(run, members)
     few = 2000 if way == "steps" else 200
     steps = num_steps if num_steps is not None else None if budget is not None else few
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
@@ -172,8 +180,9 @@ def fit(
             factory = optimizer or (lbfgs if way == "lbfgs" else adam)
             decay = decay_of("constant") if way == "lbfgs" else decay
             run.schedule = None if way == "lbfgs" else label(schedule)
-            plan = Descent(factory, steps, budget, batch_size, decay, compile, task_chunk_size)
-            descend(problem, members or strategy, tasks, run, plan, report, watch)
+            plan = Descent(factory, steps, budget, decay, compile, task_chunk_size)
+            source = stream or OfSet(tasks, batch_size, seed)
+            descend(problem, members or strategy, source, run, plan, report, watch)
         elif exact is not None:
             profiled_newton(exact, tasks, run, steps or few, report)
         else:
@@ -184,7 +193,8 @@ def fit(
     result = begun(exact)
     if run.failure is not None:
         raise _with_fit(run.failure, result)
-    for sentence in _doubts(result, num_steps, budget, validation):
+    judged = result if stream is None else Fit(model, stream.now, strategy, seed, run, problem)
+    for sentence in _doubts(judged, num_steps, budget, validation):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
 
@@ -215,11 +225,11 @@ def _solve(
 
 
 def _with_fit(error: Exception, fit: Fit) -> Exception:
-    """A callback's exception, with what was learned until then as its `fit`."""
+    """What a callback or a source raised, with what was learned until then as its `fit`."""
     error.fit = fit  # type: ignore[attr-defined]
     error.add_note(
-        f"This came out of fit's callback after {fit.run.step} steps.  What was learned by then is "
-        "this exception's .fit: save it, or go on with fit(..., resume=error.fit)."
+        f"The fit was {fit.stop.partition(':')[0]}.  What was learned by then is this exception's "
+        ".fit: save it, or go on with fit(..., resume=error.fit)."
     )
     return error
 
@@ -311,14 +321,31 @@ def _doubts(
     reached = num_steps is not None and run.step >= num_steps
     reached = reached or (budget is not None and run.evaluations >= budget)
     reached = reached or validation is not None
-    interrupted = run.stop.startswith(("interrupted", "ended by the callback"))
+    interrupted = run.stop.startswith(("interrupted", "ended by the", "the source of tasks"))
     # where an interruption came before the first step, nothing was learned that one could doubt
     found = [] if interrupted and not run.step else doubts(result, own_end=reached or interrupted)
-    if run.outlier is None and profiled_of(result) is None:
+    if run.outlier is None and run.streamed is None and profiled_of(result) is None:
         run.outlier = drowning_at_start(
             result.strategy, result.problem, result.tasks.batch(), run.loss
         )
     return [*([run.outlier] if run.outlier else []), *found]
+
+
+def _defaults(
+    model: object,
+    strategy: Strategy | None,
+    hyperguide: Hyperguide | None,
+    resume: object,
+    free: bool,
+) -> tuple[Strategy, Hyperguide]:
+    """What the user left open: as in the fit that is resumed, else as suits the model."""
+    known = resume if isinstance(resume, Fit) else None
+    if strategy is None:
+        strategy = known.strategy if known else _default_strategy(model, hyperguide, free)
+    if hyperguide is None:
+        hyper = known.hyper if known else None
+        hyperguide = hyper.hyperguide if isinstance(hyper, HyperPosterior) else "delta"
+    return strategy, hyperguide
 
 
 def _default_strategy(model: object, hyperguide: Hyperguide | None, free: bool) -> Strategy:
@@ -354,10 +381,11 @@ def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed:
 
 
 def _check_arguments(
-    model: object, tasks: object, strategy: object, num_steps: int | None, optimizer: object,
+    model: object, strategy: object, num_steps: int | None, optimizer: object,
     batch_size: int | None, budget: float | None, resume: object, seed: int,
 ) -> None:  # fmt: skip
-    check_kinds(model, tasks, strategy)
+    check_model_kind(model)
+    check_strategy_kind(strategy)
     if optimizer is not None and (
         isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)
     ):

@@ -1,0 +1,108 @@
+"""Few-shot episodes: whose rows they hold, that they are functions of a number, what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import varmeta as vm
+
+LABELS = torch.arange(120) // 12  # ten classes of twelve rows
+ALPHABET = LABELS // 5
+# a row is its class and its number
+ROWS = torch.stack([LABELS.float(), torch.arange(120.0)], -1)
+
+
+def test_an_episode_holds_rows_of_its_classes_and_none_twice() -> None:
+    episodes = vm.episodes(ROWS, LABELS, ways=4, shots=2, queries=3, seed=5)
+    for number in range(30):
+        task = episodes[number]
+        assert task.support is not None and task.query is not None
+        (x, y), (query_x, query_y) = task.support, task.query
+        assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert query_y.tolist() == sorted([0, 1, 2, 3] * 3)
+        named = torch.tensor([int(name) for name in episodes.classes_of(number)])
+        assert len(named.unique()) == 4
+        assert torch.equal(x[:, 0].long(), named[y])
+        assert torch.equal(query_x[:, 0].long(), named[query_y])
+        assert len(torch.cat([x, query_x])[:, 1].unique()) == 20
+
+
+def test_an_episode_is_a_function_of_the_seed_and_its_number() -> None:
+    one, other = (vm.episodes(ROWS, LABELS, 3, 1, 2, seed=7) for _ in range(2))
+    assert one.take(20).first_difference(other.take(20)) is None
+    assert one.take(5, start=15).first_difference(other.take(20)[15:]) is None
+    other = vm.episodes(ROWS, LABELS, 3, 1, 2, seed=8)
+    same = [torch.equal(one[k].support[0], other[k].support[0]) for k in range(50)]  # type: ignore[index]
+    assert sum(same) <= 1
+
+
+def test_every_class_and_row_has_the_same_chance() -> None:
+    episodes = vm.episodes(ROWS, LABELS, ways=3, shots=1, queries=0)
+    drawn = torch.stack([episodes[k].support[0][:, 1].long() for k in range(4000)])  # type: ignore[index]
+    counts = drawn.flatten().bincount(minlength=120).double()
+    expected = 12000 / 120
+    # chi-squared with 119 degrees of freedom (the fixed number of ways makes it a little narrower)
+    assert float((counts - expected).square().sum() / expected) < 180.0
+    first = (drawn[:, 0] // 12).bincount(minlength=10).double()
+    assert float((first - 400).square().sum() / 400) < 30.0
+
+
+def test_all_classes_are_of_one_group() -> None:
+    episodes = vm.episodes(ROWS, LABELS, 4, 1, 2, within=ALPHABET)
+    met = set()
+    for number in range(40):
+        groups = {int(name) // 5 for name in episodes.classes_of(number)}
+        assert len(groups) == 1
+        met |= groups
+    assert met == {0, 1}
+    few = torch.where(LABELS == 9, 1, 0)  # a group of one class is left out
+    assert "2 groups" not in repr(vm.episodes(ROWS, LABELS, 4, 1, 2, within=few))
+
+
+def test_augmentation_sees_whole_classes_and_a_generator_of_its_own() -> None:
+    def turned(rows: Tensor, generator: torch.Generator) -> Tensor:
+        assert rows.shape == (3, 3, 2)
+        return rows + 1000.0 * torch.randint(4, (3, 1, 1), generator=generator)
+
+    episodes = vm.episodes(ROWS, LABELS, 3, 1, 2, augment=turned)
+    support, query = episodes[3].support, episodes[3].query
+    assert support is not None and query is not None
+    by = support[0][:, 0] // 1000
+    assert torch.equal(by[query[1]], query[0][:, 0] // 1000)
+    assert torch.equal(support[0], episodes[3].support[0])  # type: ignore[index]
+    plain = vm.episodes(ROWS, LABELS, 3, 1, 2)
+    assert torch.equal(support[0] % 1000, plain[3].support[0])  # type: ignore[index]
+
+
+def test_labels_may_be_words_and_images_bytes() -> None:
+    images = np.arange(8 * 4, dtype=np.uint8).reshape(8, 2, 2)
+    episodes = vm.episodes(images, ["cat", "dog"] * 4, 2, 1, 2)
+    assert set(episodes.classes_of(0)) == {"cat", "dog"}
+    support = episodes[0].support
+    assert support is not None and support[0].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"ways": 11}, "11 ways need as many classes, but labels has 10"),
+        ({"queries": 12}, "class '0' has 12 rows, fewer than the 13"),
+        ({"labels": LABELS[:-1]}, r"labels has shape \(119,\)"),
+        ({"within": LABELS % 2, "labels": LABELS // 2}, "rows in several groups"),
+        ({"within": LABELS // 2}, "no group of within has 5 classes: the largest has 2"),
+        ({"ways": 0}, "ways must be a whole number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(options: dict[str, object], sentence: str) -> None:
+    given = {"labels": LABELS, "ways": 5, "queries": 2} | options
+    with pytest.raises(ValueError, match=sentence):
+        vm.episodes(ROWS, **given)  # type: ignore[arg-type]
+
+
+def test_an_augmentation_of_another_shape_is_refused() -> None:
+    episodes = vm.episodes(ROWS, LABELS, 3, 1, 2, augment=lambda rows, generator: rows[:2])
+    with pytest.raises(ValueError, match=r"augment gave \(2, 3, 2\) for rows of shape"):
+        episodes[0]

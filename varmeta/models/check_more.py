@@ -1,0 +1,22 @@
+"""What further tasks are looked at for, once a model has been tried on others of their kind."""
+
+from __future__ import annotations
+
+from varmeta.models.check import check_observations
+from varmeta.models.check_rows import check_padding
+from varmeta.models.model import TaskModel
+from varmeta.tasks import TaskSet
+
+
+def check_more(model: TaskModel, tasks: TaskSet) -> None:
+    """Look at what differs from tasks to tasks: their observations, and their sizes.
+
+    Raises ValueError for observations outside the likelihood's support (naming task and row), and
+    where tasks are padded and a task's rows depend on each other.
+    """
+    batch = tasks.batch()
+    for rows, data in ((tasks.support_rows, batch.support), (tasks.query_rows, batch.query)):
+        if model.likelihood is not None:
+            check_observations(model.likelihood, rows, tasks.names)
+        if data is not None and data.mask.shape[1]:
+            check_padding(model, data)
