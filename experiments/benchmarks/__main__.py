@@ -7,6 +7,8 @@ b  second-order MAML, 5 steps                          e  growth of time and pea
 c  joint mean-field step, analytic KL, Adam            f  fraction of the machine's limit
                                                               g  what compiling costs, and "auto"
                                                               beside eager
+h  few-shot episodes on Conv-4: a head on shared
+   features (ANIL), and second-order MAML
 
 With --device cuda a, b, c and e run there, peers in torch too.  Every row is a process of its own.
 Peers come with the extra `bench`; who is not installed gets a row that says so.  Written after
@@ -27,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.benchmarks import accuracy, growth, overhead, report
+from experiments.benchmarks import accuracy, episodes, growth, overhead, report
 from experiments.benchmarks.pairs import PEERS
 
 CASES = {"a": "imaml", "b": "maml", "c": "joint"}
@@ -43,15 +45,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--size", choices=("smoke", "full"), default="full")
-    parser.add_argument("--only", default="a,b,c,d,e,f,g", help="letters, with commas between them")
+    parser.add_argument(
+        "--only", default="a,b,c,d,e,f,g,h", help="letters, with commas between them"
+    )
     parser.add_argument("--peers", help="only these, with commas between them")
     parser.add_argument("--device", default="cpu", help="where torch computes: cpu, cuda")
     parser.add_argument("--seconds", type=float, default=20.0, help="for which a pair is timed")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that one row may take")
     chosen = parser.parse_args(arguments)
     letters = chosen.only.split(",")
-    if not set(letters) <= set("abcdefg"):
-        parser.error(f"--only takes letters from a to g, not {chosen.only!r}")
+    if not set(letters) <= set("abcdefgh"):
+        parser.error(f"--only takes letters from a to h, not {chosen.only!r}")
     if chosen.device != "cpu":
         _check_device(parser, chosen.device, letters)
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
             "overhead",
             report.plot_overhead,
         )
+    if "h" in letters:
+        rows = of_episodes(run, full, chosen.seconds)
+        collect(rows, report.EPISODE_COLUMNS, chosen.out, "episodes")
 
 
 def _check_device(parser: argparse.ArgumentParser, device: str, letters: list[str]) -> None:
@@ -170,6 +177,13 @@ def first_calls(run: Run, full: bool) -> Iterable[dict[str, Any]]:
                 yield row | (
                     {"over_eager": row["first_s"] / eager} if eager and "first_s" in row else {}
                 )
+
+
+def of_episodes(run: Run, full: bool, seconds: float) -> Iterable[dict[str, Any]]:
+    small = {"seconds": 0.5, "channels": 4}
+    for case, tasks in episodes.CASES if full else (("anil", 2),):
+        asked = {"case": case, "tasks": tasks}
+        yield run("episodes", asked | ({"seconds": seconds} if full else small))
 
 
 def in_process(module: str, asked: dict[str, Any], limit: float) -> Any:

@@ -73,6 +73,21 @@ LIMIT_COLUMNS = (
     "copy_gb_per_s",
     "note",
 )
+EPISODE_COLUMNS = (
+    "case",
+    "tasks",
+    "ours_over_peer",
+    "ours_ms",
+    "ours_q1_ms",
+    "ours_q3_ms",
+    "peer_ms",
+    "peer_q1_ms",
+    "peer_q3_ms",
+    "loss_gap",
+    "gradient_gap",
+    "way",
+    "note",
+)
 OVERHEAD_COLUMNS = (
     "strategy",
     "tasks",

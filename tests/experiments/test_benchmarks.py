@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments.benchmarks import __main__ as command
-from experiments.benchmarks import accuracy, pairs, report
+from experiments.benchmarks import accuracy, episodes, pairs, report
 from experiments.benchmarks.work import Unavailable
 
 EXACT: dict[str, Any] = {"tasks": 3, "dtype": "float64", "timed": False, "compiled": False}
@@ -31,6 +31,13 @@ LIBRARIES = {
 @pytest.mark.parametrize("case", ["imaml", "maml", "joint"])
 def test_the_same_values_as_by_hand(case: str) -> None:
     found = pairs.compare(case, "torch eager", **EXACT)
+    assert found["loss_gap"] < 1e-12
+    assert found["gradient_gap"] < 1e-10
+
+
+@pytest.mark.parametrize("case", ["anil", "maml"])
+def test_episodes_have_the_same_values_as_by_hand(case: str) -> None:
+    found = episodes.measure(case, 2, seconds=0.0, channels=4, dtype="float64")
     assert found["loss_gap"] < 1e-12
     assert found["gradient_gap"] < 1e-10
 

@@ -29,9 +29,11 @@ def adapt(
     size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
 
     def solve(graphed: bool) -> Solution:
-        return chunks.solution(
-            lambda part: strategy.adapt(replace(problem, graphed=graphed), part, eta), batch, size
-        )
+        def one(part: Batch) -> Solution:
+            here = replace(problem, graphed=True) if graphed else problem.ahead(part, eta)
+            return strategy.adapt(here, part, eta)
+
+        return chunks.solution(one, batch, size)
 
     try:
         if compile == "auto":

@@ -175,6 +175,8 @@ def fall_back(reason: str) -> None:
 
 
 def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
+    if not problem.graphed:  # a piece's graph takes the data anew
+        problem = problem.ahead(batch, eta)
     scalar, state, stats = strategy.loss(problem, batch, eta, state)
     if not isinstance(stats, Stats):
         raise TypeError(

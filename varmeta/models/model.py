@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from varmeta.models.fan_in import fan_ins
 from varmeta.models.linearity import is_linear_in, looks_straight
 from varmeta.models.observe import observe_output
 from varmeta.models.pyro_program import DATA, SITE, TASKS, observed_log_prob, starts
+from varmeta.models.shared_layers import Ahead, Features, Split, split
 from varmeta.models.start import check_names, held_by, matches, placed_by
 from varmeta.priors.covariates import coefficients_of, offset
 from varmeta.priors.gaussian_prior import GaussianPrior
@@ -152,6 +153,7 @@ class TaskModel(Remembers):
         # what has been captured of this model so far; copies that differ in their start only share
         # it
         self.graphs: dict[Any, Any] = {}
+        self._ahead: Ahead | None = None
         shared = tuple(shared)
         own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
         check_names(start, shared, self.constants, own)
@@ -343,17 +345,62 @@ class TaskModel(Remembers):
             if name not in aside
         }
         # none where only the likelihood's own weights vary
-        return network.all_tasks(self.one_task(eta, x), weights, x, lead, task_chunk_size)
+        known = None if self._ahead is None else self._ahead.of(eta, x)
+        if known is None:
+            return network.all_tasks(self.one_task(eta, x), weights, x, lead, task_chunk_size)
+        assert self._split is not None
+        rest = network.rest_of_one_task(self._split, self._fixed(eta, x))
+        return network.all_tasks(rest, weights, (x, *known), lead, task_chunk_size)
 
     def one_task(self, eta: Mapping[str, Tensor], like: Tensor) -> network.Network:
         """The network at eta's shared parameters, in the precision of `like`.
 
         Weights of the likelihood are no business of it.
         """
-        assert self.net is not None and self.likelihood is not None
+        assert self.net is not None
+        return network.one_task(self.net, self._fixed(eta, like))
+
+    def _shared_by_net(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert self.likelihood is not None
         aside = self.likelihood.task_weights()
-        shared = {name: eta[name] for name in self.shared if name not in aside}
-        return network.one_task(self.net, shared | constants(self.net, self.constants, like))
+        return {name: eta[name] for name in self.shared if name not in aside}
+
+    def _fixed(self, eta: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """What of the network does not vary, by name."""
+        assert self.net is not None
+        return self._shared_by_net(eta) | constants(self.net, self.constants, like)
+
+    def ahead(
+        self,
+        eta: Mapping[str, Tensor],
+        rows: Sequence[Tensor],
+        task_chunk_size: int | None = None,
+    ) -> TaskModel:
+        """The same model, which runs what comes before the weights that vary once.
+
+        Its numbers and their derivatives are this one's.  Where it is asked for the same `rows` at
+        the same eta again it runs the rest of the network alone.
+
+        rows: x `(tasks, points, ...)`, the very tensors that it will be asked for.
+        Itself where nothing comes before.
+        """
+        if self._split is None:
+            return self
+        parts = self._split
+
+        def run(x: Tensor) -> Features:
+            return network.features(parts, self._fixed(eta, x), x, task_chunk_size)
+
+        new = copy.copy(self)
+        new._ahead = Ahead(run, self._shared_by_net(eta), rows)
+        return new
+
+    @cached_property
+    def _split(self) -> Split | None:
+        """The network in two where layers come before all weights that vary; else None."""
+        if self.net is None or not (self.shared or self.constants):
+            return None
+        return split(self.net, self.weights.names)
 
     @cached_property
     def is_linear(self) -> bool:

@@ -91,6 +91,18 @@ class Problem:
     def deterministic(self) -> bool:
         return self.expectation.deterministic
 
+    def ahead(self, batch: Batch, eta: Mapping[str, Tensor]) -> Problem:
+        """The same problem, what the batch's losses at this eta have in common worked out once.
+
+        That is the layers that come before all weights that vary, see `TaskModel.ahead`.
+        """
+        data = [part for part in (batch.support, batch.query) if part is not None]
+        rows = [part.filled[0] for part in data if part.mask.shape[1]]
+        model = self.model.ahead(eta, rows)
+        if model is self.model:
+            return self
+        return replace(self, model=model, guide=self.guide.bound(model))
+
     def losses(self, name: Outer | Literal["inner"], batch: Batch, step: int) -> Losses:
         """`fn(phi, eta) -> (tasks,)` for that objective, on this batch and with this step's noise.
 
