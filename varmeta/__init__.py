@@ -9,6 +9,7 @@ from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.model import TaskModel
 from varmeta.numerics.first_order import Adam, GradientDescent
+from varmeta.numerics.learning_rates import LearnedRates
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.newton import NewtonCG
@@ -43,7 +44,7 @@ __all__ = [
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile", "Stochastic",
-    "GradientDescent", "Adam", "NewtonCG", "ClosedForm", "CG", "Neumann", "Direct",
+    "GradientDescent", "LearnedRates", "Adam", "NewtonCG", "ClosedForm", "CG", "Neumann", "Direct",
     "StochasticAlg", "guides",
     # what strategies, minimisers and solvers of your own are made of (docs/extend.md)
     "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 WHY = (
     "a tensor would neither be learned, nor saved and resumed as it was.  Give the number, "
-    "float({name}); inner rates that are learned come in a later version"
+    "float({name}); inner rates that are learned are those of vm.GradientDescent(lr='learned')"
 )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors, positive
+from varmeta.numerics.learning_rates import Rate, checked_rate
 from varmeta.numerics.minimize import FirstOrderMinimizer
 from varmeta.numerics.tree import Tree
 
@@ -25,27 +28,33 @@ class GradientDescent(FirstOrderMinimizer):
     of n points is lr = a / n here, or lr = a with `per_point`; on a mean *squared error*, under a
     Gaussian of noise scale s, it is lr = 2 s^2 a / n, or lr = 2 s^2 a with `per_point`.
 
+    lr: the learning rate; or rates that are learned with eta, `LearnedRates(...)` ("learned" is
+        `LearnedRates()`, one for each layer); or fixed ones by patterns of the weights' names,
+        {"head.*": 0.1, "*": 0.01}, of which a weight takes the first that it matches; or fixed
+        ones as a vector, one for each weight in the order of `fit.prior.labels`.  What a guide
+        keeps of a weight beside its location takes the weight's rate, and what belongs to no one
+        weight, as correlations do, the rates' geometric mean.
     per_point: take lr on the mean over a task's points, whose loss does not grow with their number.
     momentum: of the heavy ball, as in torch.optim.SGD; every task has its own v, 0 at its start.
     clip: a task's g is scaled down to this norm where it is longer.  g is of the summed loss, also
         under `per_point`: the field's c on a mean over n points is c n.
 
     Raises ValueError for a learning rate or clip that is not positive and for a momentum outside
-    [0, 1), TypeError for one that is no number.
+    [0, 1), TypeError for one that is no number, as a tensor that asks for a gradient.
 
     >>> phi, gradient = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
     >>> GradientDescent(lr=0.1).update(phi, gradient, {})[0]["w"]
     tensor([0.8000])
     """
 
-    lr: float = 0.01
+    lr: Rate | Mapping[str, float] | Tensor | Literal["learned"] = 0.01
     per_point: bool = False
     momentum: float = 0.0
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lr", checked_rate(self.lr))
         no_tensors(self)
-        positive("lr", self.lr)
         if not isinstance(self.per_point, bool):
             raise TypeError(f"per_point must be True or False, not {self.per_point!r}")
         if isinstance(self.momentum, bool) or not isinstance(self.momentum, Real):
@@ -61,8 +70,9 @@ class GradientDescent(FirstOrderMinimizer):
         return {f"velocity.{name}": torch.zeros_like(x) for name, x in phi.items()}
 
     def update(
-        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: Any = 1.0
     ) -> tuple[Tree, Tree]:
+        """One step; lr_scale: where lr is not a number, the rates themselves, shaped as phi."""
         if self.clip is not None:
             gradient = _clipped(gradient, self.clip)
         if self.momentum:
@@ -70,6 +80,13 @@ class GradientDescent(FirstOrderMinimizer):
                 name: self.momentum * state[f"velocity.{name}"] + g for name, g in gradient.items()
             }
             state = {f"velocity.{name}": v for name, v in gradient.items()}
+        if isinstance(lr_scale, dict):
+            return tree.map_tree(lambda x, g, rate: x - rate * g, phi, gradient, lr_scale), state
+        if not isinstance(self.lr, (int, float)):
+            raise ValueError(
+                f"the rates of lr={self.lr!r} belong to the weights of a model, which are not "
+                "known here: give one number"
+            )
         return tree.add(phi, gradient, -self.lr * lr_scale), state
 
 

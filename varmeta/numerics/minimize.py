@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ def minimize(
     create_graph: bool = False,
     units: Tree | None = None,
     lr_scale: Tensor | None = None,
+    rates: Tree | None = None,
 ) -> Solution:
     """Minimise fn over phi, each task by itself.
 
@@ -93,6 +94,10 @@ def minimize(
     lr_scale: for each task a factor on the learning rate of a first-order rule, `(tasks,)`;
         None: 1.  A rule that is `per_point` needs it: 1 / the number of points whose losses a
         task's loss is the sum of.
+    rates: the learning rate of each entry of phi at each step, `(steps, tasks or 1, ...)`, for a
+        `GradientDescent` whose lr is not one number; steps beyond them take the last one's.  Also
+        without `create_graph` the value can be differentiated with respect to them, the gradients
+        of the steps held fixed.
 
     Returns a `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point
     (NaN after a fixed number of first-order steps, which spend no gradient on it);
@@ -149,6 +154,7 @@ def minimize(
         )
     more: dict[str, Any] = {"units": units} if minimizer.takes_units else {}
     more |= {} if lr_scale is None else {"lr_scale": lr_scale}
+    more |= {} if rates is None else {"rates": rates}
     found = minimizer.solve(
         fn,
         phi,
@@ -159,6 +165,30 @@ def minimize(
         **more,
     )
     return checked(found, minimizer, ("evaluations",))
+
+
+class Pace(NamedTuple):
+    """How far the steps of a first-order rule go; see `minimize`."""
+
+    lr_scale: Tensor | None = None
+    rates: Tree | None = None
+
+    def at(self, step: int) -> tuple[Tensor | Tree, ...]:
+        """What `FirstOrderMinimizer.update` is told at that step, if anything."""
+        if self.rates is None:
+            return () if self.lr_scale is None else (self.lr_scale,)
+        rates = {name: x[min(step, len(x) - 1)] for name, x in self.rates.items()}
+        return (rates if self.lr_scale is None else tree.scale(rates, self.lr_scale),)
+
+    def times(self, factor: Any) -> Any:
+        """The same of a first step, times a schedule's factor, a number or `(tasks,)`."""
+        for own in self.at(0):
+            return tree.scale(own, factor) if isinstance(own, dict) else own * factor
+        return factor
+
+    @property
+    def has_graph(self) -> bool:
+        return self.rates is not None and any(x.requires_grad for x in self.rates.values())
 
 
 class FirstOrderMinimizer(Minimizer):
@@ -173,11 +203,12 @@ class FirstOrderMinimizer(Minimizer):
 
     @abstractmethod
     def update(
-        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: float | Tensor = 1.0
+        self, phi: Tree, gradient: Tree, state: Tree, lr_scale: Any = 1.0
     ) -> tuple[Tree, Tree]:
         """One step from a gradient already at hand, as a pure function: phi and the state after.
 
         lr_scale: multiplies the learning rate (a schedule); a number, or one per task `(tasks,)`.
+            Of a `GradientDescent` whose lr is not one number, its rates as a tree shaped as phi.
         """
 
     def solve(
@@ -190,30 +221,28 @@ class FirstOrderMinimizer(Minimizer):
         max_steps: int,
         create_graph: bool,
         lr_scale: Tensor | None = None,
+        rates: Tree | None = None,
     ) -> Solution:
-        rates = () if lr_scale is None else (lr_scale,)
+        pace = Pace(lr_scale, rates)
         if steps is not None:
-            solution = self._exactly(fn, phi, steps, create_graph, rates)
+            solution = self._exactly(fn, phi, steps, create_graph, pace)
             # in a graph that is being traced no number can be read: whoever calls it looks at what
             # comes out
             if tracing() or solution.worst < Result.NON_FINITE:
                 return solution
-        return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph, rates)
+        return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph, pace)
 
     def _exactly(
-        self, fn: Losses, phi: Tree, steps: int, create_graph: bool, rates: tuple[Tensor, ...]
+        self, fn: Losses, phi: Tree, steps: int, create_graph: bool, pace: Pace
     ) -> Solution:
-        """`steps` steps with nothing to look at on the way: what is not finite stays so.
-
-        rates: the factors on each task's learning rate, where there are any.
-        """
-        go = apply if create_graph else run
+        """`steps` steps with nothing to look at on the way: what is not finite stays so."""
+        go = apply if create_graph or pace.has_graph else run
         point = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
         state = self.init(tree.detach(point))
         met: list[tuple[Tensor, Tensor]] = []  # losses and norms, of which the first are looked at
         for count in range(steps):
             losses, norm, point, state = go(
-                fn, _Move(self, create_graph, count == 0), point, state, *rates
+                fn, _Move(self, create_graph, count == 0), point, state, *pace.at(count)
             )
             met = met or [(losses, norm)]
         end = go(fn, _loss_at, point)
@@ -236,7 +265,7 @@ class FirstOrderMinimizer(Minimizer):
         tolerance: float,
         max_steps: int,
         create_graph: bool,
-        rates: tuple[Tensor, ...],
+        pace: Pace,
     ) -> Solution:
         """To tolerance, or for `steps` steps, a task that leads nowhere finite stopping where it
         was last.
@@ -248,14 +277,14 @@ class FirstOrderMinimizer(Minimizer):
         bound = tolerance if steps is None else None
         # without a graph the start is copied: the result must not share memory with it
         start = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
-        go = apply if create_graph else run  # a compiled piece has no graph of autograd's
+        # a compiled piece has no graph of autograd's
+        go = apply if create_graph or pace.has_graph else run
         walk = go(fn, _Begin(self, bound, middle if limit else final), start)
         for count in range(1, limit + 1):
             if steps is None and count % _HOST_READS_EVERY == 1 and not bool(walk["active"].any()):
                 break
-            walk = go(
-                fn, _Advance(self, steps is None, middle if count < limit else final), walk, *rates
-            )
+            advance = _Advance(self, steps is None, middle if count < limit else final)
+            walk = go(fn, advance, walk, *pace.at(count - 1))
 
         result = torch.where(walk["converged"], int(Result.CONVERGED), int(Result.STEP_LIMIT))
         result = _judged(result, walk["first"], walk["loss"], walk["failed"])
@@ -286,20 +315,16 @@ class _Move:
     first: bool
 
     def __call__(
-        self, fn: Losses, point: Tree, state: Tree, *rates: Tensor
+        self, fn: Losses, point: Tree, state: Tree, *rates: Tensor | Tree
     ) -> tuple[Tensor, Tensor, Tree, Tree]:
         """The losses before the step, their gradient's norm (before the first step only), the point
         and the state after.
         """
         losses, at, gradient = value_and_gradient(fn, point, self.create_graph)
         norm = tree.norm(tree.detach(gradient)) if self.first else losses
-        return (
-            losses,
-            norm,
-            *self.rule.update(
-                at if self.create_graph else tree.detach(at), gradient, state, *rates
-            ),
-        )
+        # what graph the point has without one of the gradients is that of the rates
+        begin = at if self.create_graph else point
+        return losses, norm, *self.rule.update(begin, gradient, state, *rates)
 
 
 def _loss_at(fn: Losses, phi: Tree) -> Tensor:
@@ -371,7 +396,7 @@ class _Advance:
     to_tolerance: bool
     evaluate: _Evaluation
 
-    def __call__(self, fn: Losses, walk: dict[str, Any], *rates: Tensor) -> dict[str, Any]:
+    def __call__(self, fn: Losses, walk: dict[str, Any], *rates: Tensor | Tree) -> dict[str, Any]:
         active, point, state = walk["active"], walk["point"], walk["state"]
         moved, moved_state = self.rule.update(point, walk["gradient"], state, *rates)
         trial = tree.where(active, moved, point)

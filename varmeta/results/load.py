@@ -22,6 +22,7 @@ from varmeta.models import constants
 from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
+from varmeta.numerics.learning_rates import LearnedRates
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import Minimizer
 from varmeta.results import old_format, schema
@@ -30,12 +31,21 @@ from varmeta.results.result import Fit
 from varmeta.strategies.alg import StochasticAlg
 from varmeta.strategies.check import check_strategy
 from varmeta.strategies.closed_form import ClosedForm
+from varmeta.strategies.inner_rates import RATE, initial_eta
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 
 MEMBERS = {field.name for field in dataclasses.fields(Ensemble)}
 # What a strategy may be made of: every class of ours below one of these is known by its name.
-PARTS: tuple[Any, ...] = (Strategy, Minimizer, ClosedForm, LinearSolver, Guide, StochasticAlg)
+PARTS: tuple[Any, ...] = (
+    Strategy,
+    Minimizer,
+    ClosedForm,
+    LinearSolver,
+    Guide,
+    StochasticAlg,
+    LearnedRates,
+)
 
 
 def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None = None) -> Fit:
@@ -122,6 +132,7 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
             "since, or varmeta has"
         )
     strategy = _strategy(json.loads(content["strategy"]), shown, model, tasks, strategy)
+    _check_rates(content, shown, model, strategy)
     run = _run(content)
     fit = Fit(model, tasks, strategy, content["seed"], run)
     phi = run.state.phi
@@ -161,11 +172,26 @@ def _check_learned(content: dict[str, Any], shown: str, model: TaskModel) -> Non
     eta = content["eta"]
     like = next(iter(eta.values()))
     expected = {name: list(value.shape) for name, value in model.init(like).items()}
-    learned = {name: list(value.shape) for name, value in eta.items()}
+    # the strategy's own entries are compared once it is known
+    own = {name for name in eta if name.partition(".")[0] == RATE} - set(expected)
+    learned = {name: list(value.shape) for name, value in eta.items() if name not in own}
     if learned != expected:
         raise Refused(
             f"{shown} learned {learned}, but this model has {expected}: give it the fit's "
             "learn_precision, shared and covariates"
+        )
+
+
+def _check_rates(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strategy) -> None:
+    """Refuse a strategy that learns other inner rates than those of the file."""
+    eta = content["eta"]
+    like = next(iter(eta.values()))
+    expected = {n: list(v.shape) for n, v in initial_eta(strategy, model, like).items()}
+    learned = {name: list(value.shape) for name, value in eta.items()}
+    if learned != expected:
+        raise Refused(
+            f"{shown} learned {learned}, but {strategy.describe()} learns {expected}: give it the "
+            "fit's rates of inner steps"
         )
 
 

@@ -38,6 +38,7 @@ from varmeta.results.evidence_gap import cost, is_tight
 from varmeta.results.storage import save
 from varmeta.strategies.closed_form import is_evidence
 from varmeta.strategies.expectation import Cubature
+from varmeta.strategies.inner_rates import without_rates
 from varmeta.strategies.objective import OuterName
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
@@ -397,7 +398,8 @@ class Fit:
         return self._by_guide(solution.value, tasks)
 
     def _by_guide(self, phi: Tree, tasks: TaskSet) -> Posterior:
-        return Posterior(GuideDraws(self.problem, phi, self.eta, tasks.batch()), tasks, self.tasks)
+        eta = without_rates(self.strategy, self.model, self.eta)
+        return Posterior(GuideDraws(self.problem, phi, eta, tasks.batch()), tasks, self.tasks)
 
     def _integrate(self, tasks: TaskSet) -> Posterior:
         assert self.run.hyper is not None
@@ -514,6 +516,7 @@ class Fit:
                 "",
                 self.prior.table(self.standard_errors),
                 *([summary.NO_ERRORS] if by_laplace else []),
+                *summary.inner_rates(self.strategy, self.model, self.eta),
             ]
         else:
             level = 0.9

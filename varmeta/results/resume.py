@@ -13,6 +13,7 @@ from varmeta.fitting.run import Run
 from varmeta.models import constants
 from varmeta.models.model import TaskModel
 from varmeta.results.result import Fit
+from varmeta.strategies.inner_rates import initial_eta
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import TaskSet
 from varmeta.tasks.stream import Streamed, kind
@@ -37,7 +38,7 @@ def run_to_resume(
             f"resume was run with seed={fit.seed}: give fit the same, or its noise and "
             "batches would change"
         )
-    start = model.init(tasks.batch().support.x.new_zeros(()))
+    start = initial_eta(fit.strategy, model, tasks.batch().support.x.new_zeros(()))
     if {name: value.shape for name, value in start.items()} != {
         n: v.shape for n, v in fit.eta.items()
     }:

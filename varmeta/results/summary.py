@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING
 from varmeta.hyper.importance import GOOD_K
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.learned_prior import ROWS
-from varmeta.strategies.strategy import Strategy
+from varmeta.models.model import TaskModel
+from varmeta.strategies.inner_rates import learned_rates, rates_by_name
+from varmeta.strategies.strategy import Eta, Strategy
 
 if TYPE_CHECKING:
     import pandas as pd
+
+STEPS = 10  # whose rates a line shows
 
 NO_ERRORS = (
     "(no standard errors: Laplace's evidence has no second derivative here; those of "
@@ -39,6 +43,28 @@ def importance(hyper: HyperPosterior) -> str:
         f"posterior of eta: {hyper.hyperguide}, k-hat {hyper.pareto_k:.2f} ({near}), "
         f"{hyper.ess:.0f} effective draws"
     )
+
+
+def inner_rates(strategy: Strategy, model: TaskModel, eta: Eta) -> list[str]:
+    """The learned rates of inner steps, a line for each entry of eta; none where none are."""
+    learned = learned_rates(strategy)
+    if learned is None:
+        return []
+    rates = rates_by_name(strategy, model, eta)
+    width = max(map(len, rates))
+    by_step = ", from the first step to the last" if learned.per_step else ""
+    lines = ["", f"learned rates of the inner steps{by_step}"]
+    for name, value in list(rates.items())[:ROWS]:
+        numbers = value.reshape(-1)
+        # the weights of a tensor are too many to read
+        if learned.per == "weight" and numbers.numel() > 1:
+            low, middle, high = map(float, (numbers.min(), numbers.median(), numbers.max()))
+            shown = f"{low:.4g} to {high:.4g}, median {middle:.4g}"
+        else:
+            shown = " ".join(f"{float(x):.4g}" for x in numbers[:STEPS])
+            shown += " ..." if len(numbers) > STEPS else ""
+        lines.append(f"{name:<{width}} {shown}")
+    return lines + ([f"... and {len(rates) - ROWS} more"] if len(rates) > ROWS else [])
 
 
 def hyperparameters(table: pd.DataFrame, level: float) -> str:

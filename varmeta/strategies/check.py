@@ -18,10 +18,12 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.tree import take
 from varmeta.priors.bounds_points import bounds_points
 from varmeta.strategies.closed_form import ClosedForm
+from varmeta.strategies.inner_rates import NOT_LEARNED, check_inner_rates, learned_rates
 from varmeta.strategies.objective import OwnObjective, check_outer
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import Strategy, Traits
+from varmeta.strategies.unrolled import FirstOrder, Unrolled
 from varmeta.tasks import TaskSet
 from varmeta.tasks.taskset import no_tasks
 
@@ -60,6 +62,7 @@ def check_strategy(
     """
     plain = strategy.strategy if isinstance(strategy, Stochastic) else strategy
     _check_parts(plain)
+    _check_rates(strategy, problem.model)
     check_outer(strategy.outer)
     if callable(strategy.outer):
         _check_own_outer(strategy.outer, problem, tasks)
@@ -109,6 +112,15 @@ def _check_parts(strategy: Strategy) -> None:
             "linear_solver must be one of vm.CG(), vm.Neumann() or vm.Direct(), not "
             f"{kind_of(solver)}"
         )
+
+
+def _check_rates(strategy: Strategy, model: TaskModel) -> None:
+    """Inner rates by weight belong to weights that there are, and are learned where they can be."""
+    plain = strategy.strategy if isinstance(strategy, Stochastic) else strategy
+    if learned_rates(plain) is not None and not isinstance(strategy, Unrolled | FirstOrder):
+        kind = type(plain).__name__ if plain is strategy else "a StochasticAlg"
+        raise ValueError(f"{kind} cannot learn its rates: {NOT_LEARNED}")
+    check_inner_rates(plain, model)
 
 
 def check_query(strategy: Strategy, tasks: TaskSet) -> None:

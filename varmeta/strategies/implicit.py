@@ -211,7 +211,7 @@ class Implicit(Amortised):
             steps=steps,
             tolerance=self.tolerance,
             units=units,
-            lr_scale=problem.lr_scale(batch, self.rule),
+            **problem.pace(batch, self.rule, eta, start)._asdict(),
         )
 
     def _not_captured(self, problem: Problem) -> str | None:

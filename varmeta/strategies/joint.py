@@ -96,8 +96,7 @@ class Joint(Strategy):
             materialize_grads=True,
         )
         phi_gradient = dict(zip(phi, (g / scale for g in gradients), strict=False))
-        rates = problem.lr_scale(batch, self.rule)
-        factor = state.lr_scale if rates is None else state.lr_scale * rates
+        factor = problem.pace(batch, self.rule, eta, phi).times(state.lr_scale)
         new, inner = self.rule.update(detach(phi), phi_gradient, batch.of(state.inner), factor)
         state = replace(
             state,
@@ -147,11 +146,11 @@ def _adapt_with_fresh_noise(
             problem.model.prior_distribution(eta).stddev.detach().expand_as(mode).contiguous()
         )
         origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}
-    move, rates = _NoisyStep(minimizer), problem.lr_scale(batch, minimizer)
-    rates = batch.support.x.new_ones(len(batch)) if rates is None else rates
+    move, pace = _NoisyStep(minimizer), problem.pace(batch, minimizer, eta, phi)
+    one = batch.support.x.new_ones(len(batch))
     free, state, record = phi, minimizer.init(phi), []
     for step in range(steps):
-        scale = rates * (1.0 - step / steps)
+        scale = pace.times(one * (1.0 - step / steps))
         losses, free, state = run(
             problem.losses("elbo", batch, step), move, free, state, scale, origin, unit, eta
         )
@@ -183,7 +182,7 @@ class _NoisyStep:
         fn: Losses,
         free: Tree,
         state: Tree,
-        lr_scale: Tensor,
+        lr_scale: Tensor | Tree,
         origin: Tree,
         unit: Tree,
         eta: Eta,

@@ -19,7 +19,7 @@ from varmeta.guides.make import make_guide
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import losses_and_gradient
-from varmeta.numerics.minimize import Minimizer, minimize
+from varmeta.numerics.minimize import Minimizer, Pace, minimize
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, detach
 from varmeta.priors.validation import validation_enabled
@@ -30,6 +30,7 @@ from varmeta.strategies.expectation import (
     Point,
     make_expectation,
 )
+from varmeta.strategies.inner_rates import inner_rates
 from varmeta.strategies.objective import Objective, Outer
 from varmeta.tasks import Batch, Data, TaskSet
 from varmeta.tasks.tensors import batch_of, tensors_of
@@ -213,15 +214,17 @@ class Problem:
             and phi["loc"].shape[1:] == (size,)
         )
 
-    def lr_scale(self, batch: Batch, minimizer: Minimizer) -> Tensor | None:
-        """What a rule that is `per_point` multiplies its rate with, `(tasks,)`; else None.
+    def pace(
+        self, batch: Batch, minimizer: Minimizer, eta: Mapping[str, Tensor], phi: Tree
+    ) -> Pace:
+        """How long the steps of a rule are: 1 / a task's support points of one that is `per_point`.
 
-        It is 1 / a task's support points.
+        Of one whose weights have rates of their own those too, differentiable in eta.
         """
-        return (
-            batch.support.num_points.clamp(min=1).to(batch.support.x).reciprocal()
-            if minimizer.per_point
-            else None
+        points = batch.support.num_points.clamp(min=1).to(batch.support.x)
+        return Pace(
+            points.reciprocal() if minimizer.per_point else None,
+            inner_rates(self.model.weights, minimizer, eta, phi),
         )
 
     def start(self, batch: Batch, eta: Mapping[str, Tensor]) -> Tree:
@@ -254,5 +257,5 @@ class Problem:
             steps=steps,
             tolerance=tolerance,
             units=self.units(batch, phi, known),
-            lr_scale=self.lr_scale(batch, minimizer),
+            **self.pace(batch, minimizer, known, phi)._asdict(),
         )

@@ -17,7 +17,7 @@ from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.guides.quadrature import Quadrature
 from varmeta.numerics.adjoint import detached, unrolled
 from varmeta.numerics.first_order import Adam, GradientDescent
-from varmeta.numerics.minimize import FirstOrderMinimizer, minimize
+from varmeta.numerics.minimize import FirstOrderMinimizer, Pace, minimize
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.strategies.amortised import (
@@ -59,7 +59,7 @@ class KSteps(Amortised):
 
     @abstractmethod
     def _through(
-        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, pace: Pace
     ) -> tuple[Tensor, Solution, float]:
         """G at phi_K, `(tasks,)`, with its derivative in eta; the end; and the gradient evaluations
         that this takes.
@@ -72,8 +72,9 @@ class KSteps(Amortised):
         self, problem: Problem, batch: Batch, eta: Eta, state: State
     ) -> tuple[Tensor, State, Stats]:
         inner, outer = self.objectives(problem, batch, state)
-        start, rates = problem.start(batch, eta), problem.lr_scale(batch, self.minimizer)
-        losses, solution, evaluations = self._through(inner, outer, start, eta, rates)
+        start = problem.start(batch, eta)
+        pace = problem.pace(batch, self.minimizer, eta, start)
+        losses, solution, evaluations = self._through(inner, outer, start, eta, pace)
         stats = Stats(losses.detach(), evaluations, diverged=has_diverged(solution))
         return self.total(problem, batch, eta, losses), replace(state, step=state.step + 1), stats
 
@@ -85,19 +86,21 @@ class KSteps(Amortised):
         return losses, Stats(losses.detach(), 1.0, ends=detach(start))
 
     def adapt_from_point(self, problem: Problem, batch: Batch, eta: Eta, start: Tree) -> Solution:
-        inner, rates = problem.losses("inner", batch, 0), problem.lr_scale(batch, self.minimizer)
-        return minimize(at(inner, eta), start, self.minimizer, steps=0, lr_scale=rates)
+        inner, pace = (
+            problem.losses("inner", batch, 0),
+            problem.pace(batch, self.minimizer, eta, start),
+        )
+        return minimize(at(inner, eta), start, self.minimizer, steps=0, **pace._asdict())
 
     def adapt(self, problem: Problem, batch: Batch, eta: Eta) -> Solution:
-        inner = problem.losses("inner", batch, 0)
-        rates = problem.lr_scale(batch, self.minimizer)
-        return self._steps(inner, detach(problem.start(batch, eta)), eta, rates)
+        inner, known = problem.losses("inner", batch, 0), detach(eta)
+        start = detach(problem.start(batch, eta))
+        return self._steps(inner, start, eta, problem.pace(batch, self.minimizer, known, start))
 
-    def _steps(self, inner: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None) -> Solution:
-        """phi_K without a derivative."""
-        return minimize(
-            at(inner, eta), start, self.minimizer, steps=self.inner_steps, lr_scale=lr_scale
-        )
+    def _steps(self, inner: Losses, start: Tree, eta: Eta, pace: Pace) -> Solution:
+        """phi_K without a derivative, but in the learned rates where they have a graph."""
+        rule, steps = self.minimizer, self.inner_steps
+        return minimize(at(inner, eta), start, rule, steps=steps, **pace._asdict())
 
     def _check_end(self, problem: Problem) -> None:
         if isinstance(problem.guide, Quadrature):
@@ -149,7 +152,7 @@ class Unrolled(KSteps):
         )
 
     def _through(
-        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, pace: Pace
     ) -> tuple[Tensor, Solution, float]:
         solution = minimize(
             at(inner, eta),
@@ -157,7 +160,7 @@ class Unrolled(KSteps):
             self.minimizer,
             steps=self.inner_steps,
             create_graph=True,
-            lr_scale=lr_scale,
+            **pace._asdict(),
         )
         end = solution.value
         # in double precision one step still leaves enough digits, also where another weight's
@@ -194,9 +197,9 @@ class FirstOrder(KSteps):
         return _first_order_traits(self, problem)
 
     def _through(
-        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, pace: Pace
     ) -> tuple[Tensor, Solution, float]:
-        solution = self._steps(inner, detach(start), detach(eta), lr_scale)
+        solution = self._steps(inner, detach(start), detach(eta), pace)
         moved = add(solution.value, detach(start), -1.0)
         return unrolled(outer, add(start, moved), eta), solution, self.inner_steps + 1.5
 
@@ -225,9 +228,9 @@ class Reptile(KSteps):
         return _first_order_traits(self, problem)
 
     def _through(
-        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, lr_scale: Tensor | None
+        self, inner: Losses, outer: Losses, start: Tree, eta: Eta, pace: Pace
     ) -> tuple[Tensor, Solution, float]:
-        solution = self._steps(inner, detach(start), detach(eta), lr_scale)
+        solution = self._steps(inner, detach(start), detach(eta), pace)
         return detached(outer, solution.value, eta), solution, self.inner_steps + 1.5
 
 

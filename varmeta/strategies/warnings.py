@@ -67,6 +67,11 @@ def diverged(batch: Batch, which: Tensor, minimizer: Minimizer) -> str | None:
     if not isinstance(minimizer, GradientDescent):
         return sentence + "lower the minimizer's learning rate"
     points, lr = int(batch.support.num_points.max()), minimizer.lr
+    if not isinstance(lr, (int, float)):
+        return sentence + (
+            "take lower rates (learned ones from a lower start), or clip=, which bounds a task's "
+            "gradient"
+        )
     if minimizer.per_point:
         return sentence + (
             f"lower the minimizer's lr of {lr:g}, or use Adam, whose steps do not grow with the "

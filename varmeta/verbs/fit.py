@@ -39,6 +39,7 @@ from varmeta.results.result import Fit, profiled_of
 from varmeta.results.resume import run_to_resume
 from varmeta.strategies.check import check_model_kind, check_strategy, check_strategy_kind
 from varmeta.strategies.implicit import Implicit
+from varmeta.strategies.inner_rates import initial_eta, without_rates
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.members import Members
 from varmeta.strategies.problem import Problem
@@ -150,7 +151,7 @@ def fit(
     if not isinstance(tasks, TaskSet):
         stream = stream_of(tasks, batch_size, seed, 0 if resume is None else resume.run.step)
         tasks = stream.tasks
-    eta = model.init(tasks.support_rows.x.new_zeros(()))
+    eta = initial_eta(strategy, model, tasks.support_rows.x.new_zeros(()))
     problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
     if stream is not None:
         check_stream(stream, strategy, problem, ensemble)
@@ -283,7 +284,7 @@ def _start(
         return first_run(strategy, problem, tasks)
     whole = tasks.batch()
     if pooled and is_regression(problem.model, tasks, eta):
-        eta = pooled_start(problem, whole, eta)
+        eta = eta | pooled_start(problem, whole, without_rates(strategy, problem.model, eta))
         if way == "lbfgs" and problem.guide.at_mode:
             eta = _dense_start(problem.model, tasks, whole, eta, problem.seed)
     if way != "hyperguide":

@@ -16,6 +16,7 @@ from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import gradient_by_name
 from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.check import check_kinds, check_strategy
+from varmeta.strategies.inner_rates import initial_eta
 from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import Strategy
 from varmeta.strategies.warnings import certificate, warning
@@ -27,7 +28,7 @@ class MetaGradient:
     """value: sum_i G_i in nats, and -log hyperprior where there is one.
 
     grads: d value / d eta by name: theta0 and shared parameters by parameter name, then
-        "log_precision...", "log_scale".
+        "log_precision...", "log_scale", and learned rates of inner steps, "inner_lr...".
     certificate: for `Implicit`, what the gradient rests on; else None.
     moving, selecting: of a `Stochastic` strategy, the two parts of grads by name: how each minimum
         moves, and how the probability of reaching it changes; else None.
@@ -81,7 +82,7 @@ def meta_gradient(
     traits = check_strategy(strategy, problem, tasks, for_fit=False)
     chunks.check(task_chunk_size, problem)
     batch = tasks.batch()
-    start = model.init(batch.support.x.new_zeros(()))
+    start = initial_eta(strategy, model, batch.support.x.new_zeros(()))
     if eta is not None:
         if set(eta) != set(start):
             raise ValueError(f"eta must have the names {sorted(start)}, not {sorted(eta)}")

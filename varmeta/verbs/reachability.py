@@ -111,9 +111,9 @@ def reachability(
     stored = strategy.adapt(problem, batch, fit.eta).value if state.phi is None else state.phi
     if problem.deterministic:
         rule = NewtonCG() if minimizer is None else minimizer
-        inner, rates = problem.losses("elbo", batch, 0), problem.lr_scale(batch, rule)
+        inner, pace = problem.losses("elbo", batch, 0), problem.pace(batch, rule, fit.eta, start)
         end = minimize(
-            lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps, lr_scale=rates
+            lambda phi: inner(phi, fit.eta), start, rule, steps=inner_steps, **pace._asdict()
         ).value
     else:
         rule = strategy.rule if minimizer is None else minimizer
@@ -123,10 +123,10 @@ def reachability(
             )
         inner_steps = strategy.adapt_steps if inner_steps is None else inner_steps
         end, moments = start, rule.init(start)
-        rates = problem.lr_scale(batch, rule)
+        pace = problem.pace(batch, rule, fit.eta, start)
         for step in range(inner_steps):
             noisy = problem.losses("elbo", batch, step)
-            factor = (1.0 - step / inner_steps) * (1.0 if rates is None else rates)
+            factor = pace.times(1.0 - step / inner_steps)
             _, point, gradient = value_and_gradient(
                 lambda phi: noisy(phi, fit.eta),  # noqa: B023
                 end,
