@@ -204,7 +204,8 @@ class Laplace(BoundGuide):
         slopes = slopes.reshape(*flat.shape, theta.shape[-1])
         given = out if out.requires_grad else out.detach().requires_grad_()
         with pyro.plate(TASKS, len(data), dim=-2), pyro.plate(DATA, data.mask.shape[1], dim=-1):
-            trace = poutine.trace(self.model.observe_output).get_trace(given, eta, y, 2)
+            known = self.model.told(eta, data)
+            trace = poutine.trace(self.model.observe_output).get_trace(given, known, y, 2)
         losses = torch.where(data.mask, -observed_log_prob(trace), 0.0)
         slope = _gradient(losses, given).reshape(flat.shape)
         # observations do not share outputs, so that a channel of all of them is differentiated at

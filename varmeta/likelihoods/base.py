@@ -58,6 +58,11 @@ class Likelihood(Remembers, ABC):
     has_hyperprior = False
 
     @property
+    def features(self) -> tuple[str, ...]:
+        """The tasks' features that the distribution depends on: they stand in eta, `told`."""
+        return ()
+
+    @property
     def predictive(self) -> Likelihood:
         """That of new observations, and of the query rows that a fit is judged by.
 
@@ -114,6 +119,11 @@ class Likelihood(Remembers, ABC):
         }
         inner = ", ".join(f"{key}={value}" for key, value in shown.items())
         return f"{type(self).__name__}({inner})"
+
+
+def told(name: str) -> str:
+    """Where the tasks' feature of that name stands in a distribution's eta, `(tasks,)`."""
+    return f"feature.{name}"
 
 
 def positive(name: str, value: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted
-from varmeta.likelihoods.base import Likelihood, not_count, positive
+from varmeta.likelihoods.base import Likelihood, not_count, positive, told
 
 CONCENTRATION, GAPS = "log_concentration", "log_gaps"
 
@@ -34,14 +34,30 @@ class Categorical(Likelihood):
     """y a class 0, ..., C-1 (integers).
 
     The network puts out C unnormalised log probabilities, C = `num_classes`.
+
+    ways: the name of a feature of the tasks that says how many classes a task has, 2 to C: the
+        others, from that number on, have probability 0 in it.  None: every task has all.
+
+    >>> likelihood, known = Categorical(3, ways="ways"), {"feature.ways": torch.tensor([2.0, 3.0])}
+    >>> likelihood.distribution(torch.zeros(2, 1, 3), known).probs
+    tensor([[[0.5000, 0.5000, 0.0000]],
+            [[0.3333, 0.3333, 0.3333]]])
     """
 
     kind = "classification"
 
-    def __init__(self, num_classes: int | None = None) -> None:
+    def __init__(self, num_classes: int | None = None, *, ways: str | None = None) -> None:
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, not {num_classes}")
-        self.num_classes = num_classes
+        if ways is not None and not isinstance(ways, str):
+            raise TypeError(
+                f"ways is the name of a feature of the tasks, such as 'ways', not {ways!r}"
+            )
+        self.num_classes, self.ways = num_classes, ways
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return () if self.ways is None else (self.ways,)
 
     def distribution(
         self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
@@ -52,6 +68,9 @@ class Categorical(Likelihood):
                 f"the network puts out {counted(outputs, 'number')} for a row, but {self!r} needs "
                 f"one for each class, {self.num_classes or 'at least 2'}"
             )
+        if self.ways is not None:
+            ways = eta[told(self.ways)][..., None, None]
+            out = out.masked_fill(torch.arange(outputs, device=out.device) >= ways, -math.inf)
         return dist.Categorical(logits=out)
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:

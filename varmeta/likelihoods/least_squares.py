@@ -34,6 +34,7 @@ class LeastSquaresClasses(Gaussian):
         `learn_temperature=False`.  Only rows that the weights were not fitted to can tell it, so
         that a learned one needs a query objective: `vm.Implicit(outer="query")`, whose loss is
         -log p of the query's classes.
+    ways: as of `Categorical`: a feature that says how many classes a task has.
     The objective "elbo", and all that is said of it, is of the regression, whose density of targets
         is no density of classes.
 
@@ -60,8 +61,10 @@ class LeastSquaresClasses(Gaussian):
         *,
         temperature: float = 1.0,
         learn_temperature: bool = True,
+        ways: str | None = None,
     ) -> None:
         super().__init__(scale, learn_scale, scale_hyperprior)
+        self.ways = ways
         self.num_classes = whole_number("num_classes", num_classes, 2)
         self.temperature = positive("temperature", temperature)
         self.learn_temperature = bool(learn_temperature)
@@ -77,9 +80,12 @@ class LeastSquaresClasses(Gaussian):
     @property
     def predictive(self) -> Likelihood:
         """The classes, given what the network puts out."""
-        return TemperedCategorical(
-            self.num_classes, None if self.learn_temperature else self.temperature
-        )
+        known = None if self.learn_temperature else self.temperature
+        return TemperedCategorical(self.num_classes, known, ways=self.ways)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        return self.predictive.features
 
     @property
     def only_by_query(self) -> tuple[str, ...]:
@@ -92,7 +98,7 @@ class LeastSquaresClasses(Gaussian):
         """
         return LeastSquaresClasses(
             self.num_classes, self.scale, False,
-            temperature=self.temperature, learn_temperature=False,
+            temperature=self.temperature, learn_temperature=False, ways=self.ways,
         )  # fmt: skip
 
     def distribution(
@@ -124,8 +130,10 @@ class TemperedCategorical(Categorical):
     temperature: None: that of eta.
     """
 
-    def __init__(self, num_classes: int, temperature: float | None = None) -> None:
-        super().__init__(num_classes)
+    def __init__(
+        self, num_classes: int, temperature: float | None = None, *, ways: str | None = None
+    ) -> None:
+        super().__init__(num_classes, ways=ways)
         self.temperature = temperature
 
     def distribution(

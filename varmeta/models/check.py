@@ -6,6 +6,7 @@ What does not fit is said in the user's words.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, Self
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from varmeta._checks import counted
-from varmeta.likelihoods.base import Likelihood
+from varmeta.likelihoods.base import Likelihood, told
 from varmeta.models.check_net import (
     check_batching,
     check_columns,
@@ -26,6 +27,7 @@ from varmeta.models.check_net import (
     warn_unless_twice_differentiable,
 )
 from varmeta.models.check_rows import ROWS, check_padding
+from varmeta.models.check_ways import check_ways
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import (
     DATA,
@@ -70,6 +72,8 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         )
     check_columns(model.net, tasks)
     check_features(model.coefficients, tasks.feature_names)
+    if model.likelihood is not None and model.likelihood.features:
+        check_ways(model.likelihood, tasks)
     if model.likelihood is not None:
         for rows in (tasks.support_rows, tasks.query_rows):
             check_observations(model.likelihood, rows, tasks.names)
@@ -235,6 +239,8 @@ def _check_outcomes(
         own = {
             **eta,
             **{name: eta[name].expand(1, 1, *eta[name].shape) for name in model.task_weights},
+            # rows of all tasks stand as one; what each task says of itself has been looked at
+            **{told(name): out.new_full((1,), math.inf) for name in model.likelihood.features},
         }
         rows, y = data.mask.nonzero(), data.y[data.mask].unsqueeze(0)
 

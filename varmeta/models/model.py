@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from varmeta._checks import kind_of, name_of
 from varmeta.files.remember import Remembers, remembered
-from varmeta.likelihoods.base import Likelihood
+from varmeta.likelihoods.base import Likelihood, told
 from varmeta.likelihoods.weighted import is_gaussian
 from varmeta.models import network
 from varmeta.models.check_net import BatchNorm, check_net
@@ -258,8 +258,13 @@ class TaskModel(Remembers):
                     pyro.plate(DATA, data.mask.shape[1], dim=-1),
                     poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
                 ):
-                    self.observe(self.moved(theta, eta, data), eta, *data.filled)
+                    self.observe(self.moved(theta, eta, data), self.told(eta, data), *data.filled)
         return theta
+
+    def told(self, eta: Mapping[str, Tensor], data: Data) -> Mapping[str, Tensor]:
+        """eta with the tasks' features that the likelihood depends on."""
+        names = () if self.likelihood is None else self.likelihood.features
+        return {**eta, **{told(name): data.features[name] for name in names}} if names else eta
 
     def observe(
         self,

@@ -62,7 +62,7 @@ class Observer:
         for eta, part in self.q.with_eta(theta, draws):
             stream.at(first, len(part))
             program = self._program(self.model.predictive, part, tasks)
-            yield poutine.trace(program).get_trace(eta, x, y)
+            yield poutine.trace(program).get_trace(self.model.told(eta, self.q.batch.support), x, y)
             first += len(part)
 
     def new(self, data: Data, num_samples: int, seed: int) -> Tensor:
@@ -152,13 +152,14 @@ class Observer:
             draws, tasks = self._sizes[theta.shape]
             for some in theta.split(draws):
                 program = self._program(self.model, some, tasks)
-                trace = poutine.trace(program).get_trace(eta, *data.filled)
+                here = self.model.told(eta, self.q.batch.support)
+                trace = poutine.trace(program).get_trace(here, *data.filled)
                 # where, not a product: the density of padding may be anything
                 parts.append(torch.where(data.mask, observed_log_prob(trace), 0.0).sum(-1))
         return torch.cat(parts)
 
     def _program(self, model: TaskModel, theta: Tensor, task_chunk_size: int) -> Any:
-        def program(eta: dict[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
+        def program(eta: Mapping[str, Tensor], x: Tensor, y: Tensor | None) -> Any:
             with (
                 pyro.plate("draws", len(theta), dim=-3),
                 pyro.plate("tasks", x.shape[0], dim=-2),

@@ -32,7 +32,7 @@ class Episodes:
         classes: list[Tensor],
         names: tuple[str, ...],
         groups: list[Tensor],
-        ways: int,
+        ways: int | tuple[int, int],
         shots: int,
         queries: int,
         seed: int,
@@ -55,12 +55,13 @@ class Episodes:
         x = self._images[rows]
         if self._augment is not None:
             x = self._augmented(x, generator)
-        y = torch.arange(self.ways).unsqueeze(-1).expand(-1, size)
+        y = torch.arange(len(chosen)).unsqueeze(-1).expand(-1, size)
         support, query = (
             (x[:, part].flatten(0, 1), y[:, part].flatten())
             for part in (slice(0, self.shots), slice(self.shots, size))
         )
-        return Task(support, query if self.queries else None, f"episode {number}")
+        known = {"ways": float(len(chosen))} if isinstance(self.ways, tuple) else None
+        return Task(support, query if self.queries else None, f"episode {number}", known)
 
     def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
         assert self._augment is not None
@@ -82,8 +83,12 @@ class Episodes:
         number = whole_number("the number of an episode", number, 0)
         generator = torch.Generator().manual_seed(task_id(f"episode {number} of {self.seed}"))
         group = self._groups[int(torch.randint(len(self._groups), (), generator=generator))]
+        ways = self.ways
+        if isinstance(ways, tuple):
+            most = min(ways[1], len(group))
+            ways = int(torch.randint(ways[0], most + 1, (), generator=generator))
         order = torch.randperm(len(group), generator=generator)
-        return group[order[: self.ways]].tolist(), generator
+        return group[order[:ways]].tolist(), generator
 
     def take(self, number: int, start: int = 0) -> TaskSet:
         """The episodes `start`, ..., `start + number - 1`, as for validation and tests."""
@@ -103,7 +108,7 @@ class Episodes:
 def episodes(
     images: Any,
     labels: Sequence[Any] | np.ndarray | Tensor,
-    ways: int = 5,
+    ways: int | tuple[int, int] = 5,
     shots: int = 1,
     queries: int = 15,
     seed: int = 0,
@@ -115,7 +120,9 @@ def episodes(
 
     images: any rows `(n, *shape)`, tensor or array; uint8 stays uint8.
     labels: the class of each, numbers or strings, `(n,)`.
-    ways: classes of an episode, called 0, ..., ways - 1 in it in random order.
+    ways: classes of an episode, called 0, ..., ways - 1 in it in random order; (least, most) for
+        episodes of different numbers, which say theirs as the feature "ways":
+        `likelihoods.Categorical(most, ways="ways")` holds the other classes at probability 0.
     shots, queries: rows of each class to adapt with and to be judged on.
     seed: episode k is a function of (seed, k).
     within: a group for each row, `(n,)`: all classes of an episode are of one group (the characters
@@ -135,8 +142,11 @@ def episodes(
     TaskSet(100 tasks, 300 support points (3 to 3 per task),
             1500 query points (15 to 15 per task), x (8,), float32, y int64)
     """
-    for name, number in (("ways", ways), ("shots", shots)):
+    few, most = ways if isinstance(ways, tuple) else (ways, ways)
+    for name, number in (("ways", few), ("the most ways", most), ("shots", shots)):
         whole_number(name, number)
+    if few > most:
+        raise ValueError(f"ways={ways} has its larger number first: give (least, most)")
     whole_number("queries", queries, 0)
     whole_number("seed", seed, 0)
     rows = as_tensor(images, "images")
@@ -151,9 +161,9 @@ def episodes(
             )
     groups = [torch.arange(len(names))]
     if within is not None:
-        groups = _groups(within, codes, names, len(rows), ways)
-    if len(groups[0]) < ways:
-        raise ValueError(f"{ways} ways need as many classes, but labels has {len(names)}")
+        groups = _groups(within, codes, names, len(rows), few)
+    if within is None and len(names) < most:
+        raise ValueError(f"{most} ways need as many classes, but labels has {len(names)}")
     return Episodes(rows, classes, names, groups, ways, shots, queries, seed, augment)
 
 

@@ -156,7 +156,8 @@ def fit(
     if stream is not None:
         check_stream(stream, strategy, problem, ensemble)
         tasks = stream.kept
-    chunks.check(task_chunk_size, problem)
+    if task_chunk_size is not None:
+        chunks.check(task_chunk_size, problem)
     members = None if ensemble is None else members_of(strategy, problem, ensemble)
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
