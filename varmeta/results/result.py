@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from varmeta._checks import counted, name_of
+from varmeta._checks import counted, name_of, one_of
 from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
-from varmeta.fitting.compiled_step import Compile, check_compile
+from varmeta.fitting.compiled_step import COMPILE, Compile
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import profiled
@@ -38,7 +38,7 @@ from varmeta.results.evidence_gap import cost, is_tight
 from varmeta.results.storage import save
 from varmeta.strategies.closed_form import is_evidence
 from varmeta.strategies.expectation import Cubature
-from varmeta.strategies.inner_rates import without_rates
+from varmeta.strategies.inner_rates import RATE, without_rates
 from varmeta.strategies.objective import OuterName
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
@@ -350,7 +350,7 @@ class Fit:
         another number or other names than those of the training tasks. Warns where the inner
         problem of a task was not solved.
         """
-        check_compile(compile)
+        one_of("compile", compile, COMPILE)
         chunks.check(task_chunk_size, self.problem)
         tasks = self._checked(tasks)
         if self.run.hyper is not None:
@@ -398,7 +398,9 @@ class Fit:
         return self._by_guide(solution.value, tasks)
 
     def _by_guide(self, phi: Tree, tasks: TaskSet) -> Posterior:
-        eta = without_rates(self.strategy, self.model, self.eta)
+        eta = self.eta
+        if any(name.startswith(RATE) for name in eta):
+            eta = without_rates(self.strategy, self.model, eta)
         return Posterior(GuideDraws(self.problem, phi, eta, tasks.batch()), tasks, self.tasks)
 
     def _integrate(self, tasks: TaskSet) -> Posterior:

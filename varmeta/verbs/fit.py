@@ -169,8 +169,7 @@ def fit(
     if resume is None:
         run = _start(members or strategy, problem, tasks, eta, way, pooled)
     else:
-        run = run_to_resume(resume, model, tasks, strategy, seed, stream)
-        run = reopened(run, members)
+        run = reopened(run_to_resume(resume, model, tasks, strategy, seed, stream), members)
     few = 2000 if way == "steps" else 200
     steps = num_steps if num_steps is not None else None if budget is not None else few
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
