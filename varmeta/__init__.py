@@ -14,6 +14,7 @@ from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result, Solution
+from varmeta.posteriors.accuracy import Accuracy
 from varmeta.posteriors.posterior import Posterior
 from varmeta.posteriors.prediction import Prediction
 from varmeta.priors.gaussian_prior import GaussianPrior
@@ -51,7 +52,7 @@ __all__ = [
     "Solution", "Result",
     # verbs and what they return
     "fit", "Validation", "StopFit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior",
-    "Prediction",
+    "Prediction", "Accuracy",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "reachability", "Reachability",
     # one scalar weight, seen whole

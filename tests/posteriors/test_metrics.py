@@ -213,7 +213,7 @@ def test_rows_of_the_table():
     ]
     assert row["rmse"] == pytest.approx(np.sqrt(np.mean((samples.mean(0) - y).numpy() ** 2)))
     probs = torch.tensor([[[1.0, 0.0]], [[0.4, 0.6]]])  # the mean says class 0, with 0.7
-    found = metrics.classes(torch.zeros(2, 1), probs, torch.tensor([0.0]))
+    found = metrics.classes(torch.zeros(2, 1), probs.mean(0), torch.tensor([0.0]))
     assert found == pytest.approx(
         {
             "n": 1,

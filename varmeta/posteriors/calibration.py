@@ -115,12 +115,17 @@ def expected_calibration_error(probs: Tensor, y: Tensor, num_bins: int = 15) -> 
     confidence, best = probs.max(-1)
     if bool(confidence.isnan().any()):
         return confidence.new_tensor(math.nan)
-    index = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
+    index = bins_of(confidence, num_bins)
     # |sum in the bin of (correct - confidence)| / n: |accuracy - confidence| times the bin's share
     gap = confidence.new_zeros(num_bins).index_add(
         0, index, (best == y).to(confidence.dtype) - confidence
     )
     return gap.abs().sum() / len(y)
+
+
+def bins_of(confidence: Tensor, num_bins: int) -> Tensor:
+    """Which of the bins ((b-1)/B, b/B] each confidence is in, counted from 0."""
+    return ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
 
 
 def _floating(tensor: Tensor) -> Tensor:

@@ -182,13 +182,12 @@ def normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float = 0.9) -> d
 
 
 def classes(
-    log_probs: Tensor, probs: Tensor, y: Tensor, level: float = 0.9, point: bool = False
+    log_probs: Tensor, predictive: Tensor, y: Tensor, point: bool = False
 ) -> dict[str, float]:
     """The table's row for classes.
 
-    probs `(draws, n, classes)` are averaged over draws, `level` is not used; point as above.
+    predictive: their probabilities `(n, classes)`, averaged over the draws; point as above.
     """
-    predictive = probs.mean(0)
     return {
         "n": len(y),
         "log_density": float(log_density(log_probs).mean()),

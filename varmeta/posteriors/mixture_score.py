@@ -24,8 +24,8 @@ ALL_PAIRS, PAIRS = 64, 4
 
 def row_of(
     model: TaskModel, components: Components, data: Data, level: float
-) -> Callable[[Tensor], dict[str, float]]:
-    """The function from a mask `(tasks, points)` to the table's row of those observations.
+) -> Callable[[slice], dict[str, float]]:
+    """The function from some observations to the table's row of them, as in `scoring.py`.
 
     log_density_se: Monte-Carlo, over the draws of eta; 0 of an ensemble, whose members are all.
     """
@@ -39,8 +39,7 @@ def row_of(
     log_probs, (centre, share_below, crps) = torch.cat(log_prob, 1), map(torch.cat, rest)
     low, high, draws = (1 - level) / 2, (1 + level) / 2, components.draws
 
-    def row(mask: Tensor) -> dict[str, float]:
-        chosen = mask[data.mask]
+    def row(chosen: slice) -> dict[str, float]:
         under = share_below[chosen]
         inside = torch.where(under.isnan(), math.nan, ((low <= under) & (under <= high)).double())
         each = log_probs[:, chosen]
@@ -49,7 +48,7 @@ def row_of(
         relative = (each - density).exp().mean(1)
         spread = (share * (relative - 1).square()).sum()
         return {
-            "n": int(mask.sum()),
+            "n": len(under),
             "log_density": float(density.mean()),
             "rmse": float(rmse(centre[chosen], y[chosen])),
             "coverage": float(inside.mean()),

@@ -26,9 +26,9 @@ class Evaluated:
         `(draws, tasks)`: what they add to the log joint density.
     mean: an observation's mean under each draw, `(draws, tasks, points, ...)`, None where the
         distribution does not tell.
-    probs: for classes their probabilities, classes last.  samples: draws of observations, where
-    asked for. Of a point there is one draw of the weights, under which the samples are drawn all
-    the same.
+    probs: for classes their probabilities, averaged over the draws, `(tasks, points, classes)`.
+    samples: draws of observations, where asked for.  Of a point there is one draw of the weights,
+        under which the samples are drawn all the same.
     """
 
     data: Data

@@ -109,7 +109,8 @@ class Observer:
 
         sampled: whether to draw observations; None: of numbers, not of classes.
         """
-        log_probs, means, probs, y = [], [], [], data.filled[1]
+        log_probs, means, y = [], [], data.filled[1]
+        probs: Tensor | None = None
         samples: list[Tensor] = []
         weighted = []
         theta = self.q.theta(num_samples, seed)
@@ -125,15 +126,18 @@ class Observer:
                 fn = site["fn"]
                 classes = isinstance(fn, (dist.Bernoulli, dist.Categorical))
                 means.append(known_mean(fn))
-                if classes:
-                    probs.append(class_probabilities(fn))
+                if classes:  # of many draws by themselves they would not fit
+                    part = class_probabilities(fn).sum(0) / len(own)
+                    probs = part if probs is None else probs + part
                 if sampled or (sampled is None and not classes):
                     samples += (
                         _sampled(fn, theta, data, stream) if self.q.is_point else [fn.sample()]
                     )
         known = [mean for mean in means if mean is not None]
-        joined = (torch.cat(parts) if parts else None for parts in (known, probs, samples))
-        return Evaluated(data, site["value"], torch.cat(log_probs), torch.cat(weighted), *joined)
+        mean, drawn = (torch.cat(parts) if parts else None for parts in (known, samples))
+        return Evaluated(
+            data, site["value"], torch.cat(log_probs), torch.cat(weighted), mean, probs, drawn
+        )
 
     def log_likelihood(self, theta: Tensor, eta: Mapping[str, Tensor]) -> Tensor:
         """log p(y_i | theta, eta) of the support data, `(draws, tasks)`.

@@ -14,6 +14,7 @@ from varmeta.guides.kl import location
 from varmeta.models.check_rows import check_padding
 from varmeta.models.labels import parameter_labels
 from varmeta.posteriors import arviz_groups
+from varmeta.posteriors.accuracy import Accuracy, accuracy
 from varmeta.posteriors.diagnostics import diagnose, evidence
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.inputs import points, scored
@@ -21,7 +22,7 @@ from varmeta.posteriors.normal_mixture import NormalMixture
 from varmeta.posteriors.observations import mean_of
 from varmeta.posteriors.observer import Observer
 from varmeta.posteriors.prediction import Prediction
-from varmeta.posteriors.scoring import row_of
+from varmeta.posteriors.scoring import by_task, row_of
 from varmeta.tasks import Data, TaskSet
 
 if TYPE_CHECKING:
@@ -248,24 +249,42 @@ class Posterior:
         import pandas as pd
 
         level = probability("level", level)
-        data = scored(query, self.q.batch, self.model, self.trained)
-        if not bool(data.mask.any()):
-            raise ValueError("there is nothing to score: none of the tasks has query data")
+        data = self._scored(query)
         row = row_of(self.observer, data, num_samples, seed, level)
         index, rows = [], []
-        for number, name in enumerate((*self.names, "all")):
-            mask = data.mask.clone()
-            if number < len(self.names):
-                mask[:number], mask[number + 1 :] = False, False
-            if bool(mask.any()):
+        for name, some in zip((*self.names, "all"), (*by_task(data), slice(None)), strict=True):
+            if some.start != some.stop or name == "all":
                 index.append(name)
-                rows.append(row(mask))
+                rows.append(row(some))
         errors = {
             name: found.pop("log_density_se") for name, found in zip(index, rows, strict=True)
         }
         table = pd.DataFrame(rows, index=pd.Index(index, name="task"))
         table.attrs["log_density_se"] = errors
         return table
+
+    def accuracy(
+        self, query: Any = None, level: float = 0.95, num_samples: int = 1000, seed: int = 0
+    ) -> Accuracy:
+        """How often the most probable class is the right one, with its interval over tasks.
+
+        Of classes alone (0 and 1 too): "97.3 % (96.9 to 97.6 over 600 tasks)" when it is printed;
+        `by_task` has each task's, `calibration()` a table of confidence and accuracy.
+
+        query: as for `score`.  level: of the interval, Student's t of the tasks' accuracies, which
+            is for other tasks like these under the same fit.
+        num_samples: draws over which probabilities are averaged; a point is one.
+
+        Raises as `score`, and ValueError for observations that are no classes.
+        """
+        probability("level", level)
+        return accuracy(self.observer, self._scored(query), num_samples, seed, level)
+
+    def _scored(self, query: Any) -> Data:
+        data = scored(query, self.q.batch, self.model, self.trained)
+        if not bool(data.mask.any()):
+            raise ValueError("there is nothing to score: none of the tasks has query data")
+        return data
 
     def evidence(self, num_samples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """The log evidence log p(y_i | eta) of every task's support data, in nats.

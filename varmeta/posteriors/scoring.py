@@ -12,38 +12,45 @@ from varmeta.posteriors.normal_mixture import predictive, responses
 from varmeta.posteriors.observer import Observer
 from varmeta.tasks import Data
 
-Row = Callable[[Tensor], dict[str, float]]
+Row = Callable[[slice], dict[str, float]]
+"""From some observations, of all that are no padding in order, to the table's row of them."""
+
+
+def by_task(data: Data) -> list[slice]:
+    """Where every task's observations stand among all that are no padding."""
+    counts = data.num_points
+    ends = counts.cumsum(0)
+    begins = (ends - counts).tolist()
+    return [slice(begin, end) for begin, end in zip(begins, ends.tolist(), strict=True)]
 
 
 def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: float) -> Row:
-    """The function from a mask `(tasks, points)` to the table's row of those observations."""
+    """How each row of the table is made; what all of them share is worked out now."""
     exact = normal_predictive(observer, data)
     if exact is not None:
         mean, covariance = exact
         y = responses(observer.model, data).to(mean)
 
-        def normal(mask: Tensor) -> dict[str, float]:
-            chosen = mask[data.mask]
-            return metrics.normal(mean[chosen], covariance[chosen], y[chosen], level)
-
-        return normal
+        return lambda some: metrics.normal(mean[some], covariance[some], y[some], level)
     components = observer.q.components()
     if components is not None:
         return mixture_score.row_of(observer.model, components, data, level)
     found = observer.evaluate(data, num_samples, seed, sampled=None)
-    is_point = observer.q.is_point
+    is_point, mask = observer.q.is_point, data.mask
+    log_prob, observed = found.log_prob[:, mask], found.y[mask]
     if found.probs is not None:
-        probs = found.probs
-        return lambda mask: metrics.classes(
-            found.log_prob[:, mask], probs[:, mask], found.y[mask], level, is_point
+        probs = found.probs[mask]
+        return lambda some: metrics.classes(
+            log_prob[:, some], probs[some], observed[some], is_point
         )
-    samples, means = found.samples, found.mean
-    assert samples is not None
+    assert found.samples is not None
+    samples = found.samples[:, mask]
+    mean_of_draws = None if found.mean is None else found.mean.mean(0)[mask]
 
-    def numbers(mask: Tensor) -> dict[str, float]:
-        mean = None if means is None else means[:, mask].mean(0)
+    def numbers(some: slice) -> dict[str, float]:
+        one = None if mean_of_draws is None else mean_of_draws[some]
         return metrics.numbers(
-            found.log_prob[:, mask], samples[:, mask], found.y[mask], level, mean, is_point
+            log_prob[:, some], samples[:, some], observed[some], level, one, is_point
         )
 
     return numbers
