@@ -22,6 +22,7 @@ from varmeta.hyper.integrate import check_hyperguide
 from varmeta.landscape.landscape import AnchoredOuter, Route
 from varmeta.models.check_net import BatchNorm, check_net
 from varmeta.models.hyper_posterior import Hyperguide
+from varmeta.numerics.learning_rates import Per
 from varmeta.posteriors.calibration import ErrorKind, calibration_error
 from varmeta.priors.check import LearnPrecision
 from varmeta.strategies.alg import Estimator
@@ -58,6 +59,7 @@ CHOICES: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "hyperguide": (Hyperguide, hyperguide),
     "schedule": (ScheduleName, decay_of),
     "compile": (Compile, check_compile),
+    "per": (Per, lambda name: vm.LearnedRates(per=name)),
     "kind": (ErrorKind, lambda name: calibration_error(torch.rand(9, 3), torch.rand(3), kind=name)),
     "split": (vm.datasets.shipped.Split, vm.datasets.gapminder),
     "route": (Route, lambda name: vm.Landscape.of(torch.cos).derivative(0.5, name)),
