@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from varmeta.graphs.capture import tracing
 from varmeta.graphs.pieces import apply, run
 from varmeta.numerics import tree
+from varmeta.numerics.recompute import recomputed
 from varmeta.numerics.solution import Result, Solution, checked
 from varmeta.numerics.tree import Tree
 
@@ -70,6 +71,7 @@ def minimize(
     units: Tree | None = None,
     lr_scale: Tensor | None = None,
     rates: Tree | None = None,
+    recompute: Sequence[Tensor] | None = None,
 ) -> Solution:
     """Minimise fn over phi, each task by itself.
 
@@ -98,6 +100,10 @@ def minimize(
         `GradientDescent` whose lr is not one number; steps beyond them take the last one's.  Also
         without `create_graph` the value can be differentiated with respect to them, the gradients
         of the steps held fixed.
+    recompute: with `create_graph` and `steps`, the tensors that fn depends on besides phi.  The
+        graph is then not kept but made again on the way back, a few steps at a time: memory does
+        not grow with the steps, and each takes another gradient.  The value has a first derivative
+        alone.
 
     Returns a `Solution` with the stats, each `(tasks,)`: "gradient_norm", at the returned point
     (NaN after a fixed number of first-order steps, which spend no gradient on it);
@@ -155,6 +161,7 @@ def minimize(
     more: dict[str, Any] = {"units": units} if minimizer.takes_units else {}
     more |= {} if lr_scale is None else {"lr_scale": lr_scale}
     more |= {} if rates is None else {"rates": rates}
+    more |= {} if recompute is None else {"recompute": recompute}
     found = minimizer.solve(
         fn,
         phi,
@@ -222,10 +229,11 @@ class FirstOrderMinimizer(Minimizer):
         create_graph: bool,
         lr_scale: Tensor | None = None,
         rates: Tree | None = None,
+        recompute: Sequence[Tensor] | None = None,
     ) -> Solution:
         pace = Pace(lr_scale, rates)
         if steps is not None:
-            solution = self._exactly(fn, phi, steps, create_graph, pace)
+            solution = self._exactly(fn, phi, steps, create_graph, pace, recompute)
             # in a graph that is being traced no number can be read: whoever calls it looks at what
             # comes out
             if tracing() or solution.worst < Result.NON_FINITE:
@@ -233,21 +241,30 @@ class FirstOrderMinimizer(Minimizer):
         return self._carefully(fn, phi, steps, tolerance, max_steps, create_graph, pace)
 
     def _exactly(
-        self, fn: Losses, phi: Tree, steps: int, create_graph: bool, pace: Pace
+        self,
+        fn: Losses,
+        phi: Tree,
+        steps: int,
+        create_graph: bool,
+        pace: Pace,
+        recompute: Sequence[Tensor] | None,
     ) -> Solution:
         """`steps` steps with nothing to look at on the way: what is not finite stays so."""
         go = apply if create_graph or pace.has_graph else run
         point = phi if create_graph else tree.map_tree(lambda x: x.detach().clone(), phi)
-        state = self.init(tree.detach(point))
-        met: list[tuple[Tensor, Tensor]] = []  # losses and norms, of which the first are looked at
-        for count in range(steps):
-            losses, norm, point, state = go(
-                fn, _Move(self, create_graph, count == 0), point, state, *pace.at(count)
+        walk = Walk(point, self.init(tree.detach(point)))
+        size = max(1, steps) if recompute is None else block_size(steps)
+        for begin in range(0, steps, size):
+            some = _Steps(self, range(begin, min(begin + size, steps)), go, create_graph)
+            walk = (
+                some(fn, walk, pace)
+                if recompute is None
+                else _without_graph(some, fn, walk, pace, recompute)
             )
-            met = met or [(losses, norm)]
+        point = walk.point
         end = go(fn, _loss_at, point)
         unknown = torch.full_like(end, math.nan)
-        first, norm = met[0] if met else (end, unknown)
+        first, norm = walk.met or (end, unknown)
         stats = {
             "gradient_norm": unknown,
             "start_gradient_norm": norm,
@@ -304,6 +321,71 @@ def _judged(result: Tensor, first: Tensor, end: Tensor, failed: Tensor) -> Tenso
     slack = 100 * torch.finfo(end.dtype).eps * first.abs().clamp(min=1)
     result = torch.where(failed, int(Result.NON_FINITE), result)
     return torch.where(~failed & (end > first + slack), int(Result.DIVERGED), result)
+
+
+class Walk(NamedTuple):
+    """Where all tasks stand: phi, the rule's state, and the first losses and gradient norms."""
+
+    point: Tree
+    state: Tree
+    met: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Some steps one after another.  numbers: theirs; go: how a piece is run."""
+
+    rule: FirstOrderMinimizer
+    numbers: range
+    go: Callable[..., Any]
+    create_graph: bool
+
+    def __call__(self, fn: Losses, walk: Walk, pace: Pace) -> Walk:
+        point, state, met = walk
+        for number in self.numbers:
+            move = _Move(self.rule, self.create_graph, number == 0)
+            losses, norm, point, state = self.go(fn, move, point, state, *pace.at(number))
+            met = met or (losses, norm)
+        return Walk(point, state, met)
+
+
+def block_size(steps: int) -> int:
+    """How many of so many steps are made again at a time, whose graph is then held.
+
+    Half the root: a step's graph is some four times as large as the point that a block starts from.
+    """
+    return max(1, round(math.sqrt(steps) / 2))
+
+
+def _without_graph(
+    some: _Steps, fn: Losses, walk: Walk, pace: Pace, given: Sequence[Tensor]
+) -> Walk:
+    """The same steps, whose graph is made again on the way back."""
+    parts = {"point": walk.point, "state": walk.state, "rates": pace.rates or {}}
+
+    def function(inputs: Tree) -> Tree:
+        own = {part: _under(part, inputs) for part in parts}
+        # without autograd, as it is run first, a step need not be differentiable
+        moving = replace(some, create_graph=torch.is_grad_enabled())
+        here = pace._replace(rates=own["rates"] or None)
+        end = moving(fn, Walk(own["point"], own["state"], walk.met), here)
+        first = () if walk.met else zip(("losses", "norm"), end.met or (), strict=True)
+        return _named("point", end.point) | _named("state", end.state) | _named("met", dict(first))
+
+    inputs = {k: v for part, values in parts.items() for k, v in _named(part, values).items()}
+    found = recomputed(function, inputs, [x for x in given if x.requires_grad])
+    own = _under("met", found)
+    met = walk.met or (own["losses"].detach(), own["norm"].detach())
+    return Walk(_under("point", found), _under("state", found), met)
+
+
+def _named(part: str, values: Tree) -> Tree:
+    return {f"{part} {name}": value for name, value in values.items()}
+
+
+def _under(part: str, values: Tree) -> Tree:
+    first = f"{part} "
+    return {k.removeprefix(first): v for k, v in values.items() if k.startswith(first)}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.guides.quadrature import Quadrature
 from varmeta.numerics.adjoint import detached, unrolled
 from varmeta.numerics.first_order import Adam, GradientDescent
-from varmeta.numerics.minimize import FirstOrderMinimizer, Pace, minimize
+from varmeta.numerics.minimize import FirstOrderMinimizer, Pace, block_size, minimize
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.strategies.amortised import (
@@ -137,15 +137,27 @@ class Unrolled(KSteps):
     phi_{k+1} = phi_k - step(dF/dphi_k),   phi_0 = prior(eta)
 
     dG/deta by backpropagation through the K steps.
+
+    recompute: keep no step's graph, but make them again on the way back, a few at a time: memory
+        does not grow with K, and a step takes four gradients instead of three.  None: beyond 50
+        steps.
     Reference: Finn et al. (2017); Ravi and Beatson (2019).
     """
+
+    recompute: bool | None = field(default=None, kw_only=True)
+
+    @property
+    def _recomputes(self) -> bool:
+        return self.inner_steps > MAX_TRACED_STEPS if self.recompute is None else self.recompute
 
     def traits(self, problem: Problem) -> Traits:
         self._check_end(problem)
         self._check_start(problem)
-        graph = self._too_long
-        # every step's graph is kept for the way back
-        memory = 4 * (1 + self.inner_steps)
+        again = "steps that are made again on the way back are no part of one graph"
+        graph = self._too_long or (again if self._recomputes else None)
+        # of how many steps a graph is kept for the way back; where blocks start takes as much again
+        kept = 2 * block_size(self.inner_steps) if self._recomputes else self.inner_steps
+        memory = 4 * (1 + kept)
         noisy, minimizer = not problem.deterministic, self.minimizer
         return Traits(
             noisy, memory=memory, not_captured=graph, not_in_pieces=graph, minimizer=minimizer
@@ -160,6 +172,7 @@ class Unrolled(KSteps):
             self.minimizer,
             steps=self.inner_steps,
             create_graph=True,
+            recompute=tuple(eta.values()) if self._recomputes else None,
             **pace._asdict(),
         )
         end = solution.value
@@ -172,8 +185,9 @@ class Unrolled(KSteps):
                 name: _kept_where_still(start[name], x, self.minimizer.lr)
                 for name, x in end.items()
             }
-        # a gradient forward, a Hessian product (two gradients) backward
-        return unrolled(outer, end, eta), solution, 3.0 * self.inner_steps + 1.5
+        # a gradient forward, and perhaps once more, a Hessian product (two gradients) backward
+        each = 4.0 if self._recomputes else 3.0
+        return unrolled(outer, end, eta), solution, each * self.inner_steps + 1.5
 
 
 def _kept_where_still(start: Tensor, end: Tensor, lr: float) -> Tensor:
