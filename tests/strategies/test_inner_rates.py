@@ -400,3 +400,39 @@ def test_a_file_is_read_with_the_rates_that_it_learned(tmp_path: Path) -> None:
     named = vm.Unrolled(minimizer=vm.GradientDescent({"0.*": 0.1, "*": 0.01}))
     vm.fit(model, tasks, named, 1, adam).save(tmp_path / "named.vm")
     assert vm.load(tmp_path / "named.vm", model).strategy == named
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_adaptation_by_other_steps_than_the_training(steps: int) -> None:
+    """Steps beyond those of the training take the rates of its last one."""
+    model, tasks = linear_model(PRIOR), ragged_tasks(3)
+    fit = vm.fit(model, tasks, vm.Unrolled("delta", "query", 3, learned("weight", True)), 3, adam)
+    rates = torch.cat(
+        [fit.eta[f"inner_lr.{n}"].reshape(3, 1) for n in ("weight", "bias")], -1
+    ).exp()
+    theta0, scale = model.weights.flatten(fit.eta), fit.eta["log_scale"].exp()
+    found = fit.adapt(tasks, inner_steps=steps).sample(1)
+    for number, task in enumerate(tasks):
+        assert task.support is not None
+        (x, y), theta = task.support, theta0
+        for step in range(steps):
+            residual = x[:, 0] * theta[0] + theta[1] - y
+            slope = torch.stack([(residual * x[:, 0]).sum(), residual.sum()]) / scale**2
+            theta = theta - rates[min(step, 2)] * (slope + 3.0 * (theta - theta0))
+        here = torch.cat([found[n][0, number].reshape(-1) for n in ("weight", "bias")])
+        torch.testing.assert_close(here, theta, rtol=1e-11, atol=1e-12)
+
+
+def test_other_inner_steps_are_for_strategies_that_count_them() -> None:
+    model, tasks = net_model(PRIOR), ragged_tasks(3)
+    five = vm.Implicit("delta", "query", 5, vm.GradientDescent(1e-3), on_unconverged="ignore")
+    fit = vm.fit(model, tasks, five, 1, adam)
+    ends = [fit.adapt(tasks, inner_steps=steps).sample(1)["2.bias"] for steps in (5, 6)]
+    assert torch.equal(ends[0], fit.adapt(tasks).sample(1)["2.bias"])
+    assert not torch.allclose(*ends, atol=1e-6)
+    with pytest.raises(ValueError, match="inner_steps must be a whole number of at least 1"):
+        fit.adapt(tasks, inner_steps=0)
+    for strategy in (vm.Implicit("delta", "query"), vm.Joint("normal")):
+        to_tolerance = vm.Fit(model, tasks, strategy, 0, fit.run)
+        with pytest.raises(ValueError, match=f"not for {type(strategy).__name__}.*leave it out"):
+            to_tolerance.adapt(tasks, inner_steps=3)

@@ -36,6 +36,7 @@ from varmeta.posteriors.posterior import Posterior
 from varmeta.results import leave_one_out, standard_errors, summary
 from varmeta.results.evidence_gap import cost, is_tight
 from varmeta.results.storage import save
+from varmeta.strategies.amortised import with_inner_steps
 from varmeta.strategies.closed_form import is_evidence
 from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.inner_rates import RATE, without_rates
@@ -325,17 +326,27 @@ class Fit:
             return self._integrated
         traits = self.strategy.traits(self.problem)
         if state.phi is None or not traits.stored or not (self.converged or traits.settled(state)):
-            return self._adapted(self.tasks, "auto", None)  # checked when they were fitted
+            return self._adapted(
+                self.tasks, self.strategy, "auto", None
+            )  # checked when they were fitted
         self.problem.start(
             self.tasks.batch(), self.eta
         )  # a user's guide makes its module for this many tasks
         return self._by_guide(state.phi, self.tasks)
 
     def adapt(
-        self, tasks: TaskSet, *, compile: Compile = "auto", task_chunk_size: int | None = None
+        self,
+        tasks: TaskSet,
+        *,
+        inner_steps: int | None = None,
+        compile: Compile = "auto",
+        task_chunk_size: int | None = None,
     ) -> Posterior:
         """The posteriors of new tasks: training's inner problem, on their support data.
 
+        inner_steps: how many inner steps are taken, of a strategy that takes a fixed number; None:
+            as many as in training.  Learned rates of single steps stay what they are, and steps
+            beyond those of the training take the last one's.
         compile: as in `varmeta.fit`; "auto" where there are so many tasks that one adaptation is
             worth it.
         task_chunk_size: how many tasks are worked on at a time; None: as many as fit into about a
@@ -347,15 +358,19 @@ class Fit:
         tasks' data do not change.
 
         Raises TypeError or ValueError for tasks that do not fit the model, or whose columns have
-        another number or other names than those of the training tasks. Warns where the inner
-        problem of a task was not solved.
+        another number or other names than those of the training tasks, ValueError for inner_steps
+        of a strategy that adapts by none or to tolerance. Warns where the inner problem of a task
+        was not solved.
         """
+        strategy = self.strategy
+        if inner_steps is not None:
+            strategy = with_inner_steps(strategy, inner_steps)
         one_of("compile", compile, COMPILE)
         chunks.check(task_chunk_size, self.problem)
         tasks = self._checked(tasks)
         if self.run.hyper is not None:
             return self._integrate(tasks)
-        return self._adapted(tasks, compile, task_chunk_size)
+        return self._adapted(tasks, strategy, compile, task_chunk_size)
 
     def _refuse_stream(self) -> None:
         if self.run.streamed is not None:
@@ -373,11 +388,13 @@ class Fit:
         check_model(self.model, tasks)
         return tasks
 
-    def _adapted(self, tasks: TaskSet, compile: Compile, task_chunk_size: int | None) -> Posterior:
-        batch, traits = tasks.batch(), self.strategy.traits(self.problem)
-        solution = adapt(self.strategy, self.problem, batch, self.eta, compile, task_chunk_size)
+    def _adapted(
+        self, tasks: TaskSet, strategy: Strategy, compile: Compile, task_chunk_size: int | None
+    ) -> Posterior:
+        batch, traits = tasks.batch(), strategy.traits(self.problem)
+        solution = adapt(strategy, self.problem, batch, self.eta, compile, task_chunk_size)
         # a fixed number of steps ends at that number, by choice; everybody else goes to tolerance
-        fixed = getattr(self.strategy, "inner_steps", None) is not None or traits.noisy
+        fixed = getattr(strategy, "inner_steps", None) is not None or traits.noisy
         if not (fixed or traits.closed_form):
             fixed = kinked(self.model, batch, self.eta) is not None  # by Adam's steps
         if solution.worst > (Result.STEP_LIMIT if fixed else Result.CONVERGED):
@@ -565,7 +582,7 @@ def posterior_of(fit: Fit, tasks: TaskSet) -> Posterior:
     """`Fit.adapt` of tasks that are `checked`, for who adapts to the same ones again and again."""
     if fit.run.hyper is not None:
         return fit._integrate(tasks)
-    return fit._adapted(tasks, "auto", None)
+    return fit._adapted(tasks, fit.strategy, "auto", None)
 
 
 def profiled_of(fit: Fit) -> ProfiledEvidence | None:

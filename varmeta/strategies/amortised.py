@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor
@@ -52,6 +52,23 @@ class Amortised(Strategy):
         inner = problem.losses("inner", batch, state.step)
         same = self.outer == "elbo" and not problem.guide.at_mode
         return inner, inner if same else problem.losses(self.outer, batch, state.step)
+
+
+def with_inner_steps(strategy: Strategy, steps: int) -> Strategy:
+    """The same strategy with that many inner steps.
+
+    Rates of single steps stay those of the training's; steps beyond them take the last one's.
+    Raises ValueError where it does not adapt by a fixed number of steps.
+    """
+    whole_number("inner_steps", steps)
+    fixed = isinstance(strategy, Amortised) and getattr(strategy, "inner_steps", None) is not None
+    if not fixed or getattr(strategy, "warm_start", False):
+        raise ValueError(
+            f"inner_steps is for strategies that adapt by a fixed number of them, such as "
+            f"vm.Unrolled or vm.Implicit(inner_steps=5), not for {strategy.describe()}: leave it "
+            "out"
+        )
+    return replace(strategy, inner_steps=steps)  # type: ignore[call-arg]
 
 
 def check_steps(steps: int | None) -> None:
