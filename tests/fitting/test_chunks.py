@@ -7,6 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
 import varmeta as vm
 from tests.cases import GUIDES, adam, net_model, ragged_tasks
@@ -137,6 +138,23 @@ def test_many_tasks_are_taken_in_chunks_by_themselves(monkeypatch: pytest.Monkey
     deep = vm.Unrolled("delta", inner_steps=20)
     monkeypatch.setattr(chunks, "MEMORY", 120_000)
     assert chunks.in_memory(deep, problem, batch, eta) < sizes[0]
+
+
+def test_a_chunk_of_images_is_as_large_as_memory_that_is_used_again() -> None:
+    """Of a convolution on many pixels four tasks at a time took half the time of sixteen."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(8, 1, 64, 64, generator=generator)
+    y = torch.tensor([0, 1] * 4)
+    tasks = vm.TaskSet([vm.Task((x[:2], y[:2]), (x, y)) for _ in range(64)])
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    body = nn.Sequential(net, nn.Linear(16, 2))
+    model = vm.TaskModel(body, vm.likelihoods.Categorical(2), shared=["0.*"])
+    batch, strategy = tasks.batch(), vm.Unrolled()
+    problem, eta = strategy.problem(model, tasks, 0), model.init(batch.support.x.new_zeros(()))
+    # 8 queries of 16 channels of 64 x 64 numbers of 4 bytes are 2 MiB
+    assert chunks.in_memory(strategy, problem, batch, eta) == 16
+    few = tasks[:2].batch()
+    assert chunks.in_memory(strategy, problem, few, eta) == 2
 
 
 @pytest.mark.parametrize(("tasks", "sizes"), [(60, [20] * 3), (59, [19, 20, 20]), (40, [40])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -255,7 +256,7 @@ def test_the_body_runs_once_for_each_of_support_and_query(name: str) -> None:
     # of "elbo" no query is looked at
     assert calls(model) == before + (1 if strategy.outer == "elbo" else 2)
     before, known = calls(model), {n: v.detach() for n, v in eta.items()}
-    adapt(strategy, problem, batch, known, False)
+    adapt(strategy, problem, batch, known, False, task_chunk_size=3)
     assert calls(model) == before + 1
 
 
@@ -273,6 +274,23 @@ def test_a_step_as_one_graph_has_the_body_once() -> None:
     graph = Step(strategy, True, 1)._prepared(problem, batch, state).traced(0, batch, eta, state)
     erfs = [n for n in graph.graph.nodes if n.target is torch.ops.aten.erf.default]
     assert len(erfs) == 2
+
+
+def test_pieces_of_an_adaptation_are_given_the_features() -> None:
+    model, tasks, strategy = model_of("skip"), ragged_tasks(3), STRATEGIES["implicit"]
+    problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
+    eta = model.init(batch.support.x.new_zeros(()))
+    ahead = replace(problem.ahead(batch, eta), graphed=True)
+    before = calls(model)
+    losses = ahead.losses("inner", batch, 0)
+    phi = {"loc": torch.randn(3, model.weights.size, dtype=torch.float64)}
+    expected = problem.losses("inner", batch, 0)(phi, eta)
+    assert calls(model) == before + 2  # once for the features, once by the whole network
+    assert_close(losses(phi, eta), expected)
+    graph = ahead.gradient_graph("inner", batch, eta)
+    assert calls(model) == before + 2
+    whole_graph = replace(problem, graphed=True).gradient_graph("inner", batch, eta)
+    assert len(graph.graph.nodes) < len(whole_graph.graph.nodes)
 
 
 # -- another eta, other rows, other derivatives ----------------------------------------------------

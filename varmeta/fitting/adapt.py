@@ -30,8 +30,7 @@ def adapt(
 
     def solve(graphed: bool) -> Solution:
         def one(part: Batch) -> Solution:
-            here = replace(problem, graphed=True) if graphed else problem.ahead(part, eta)
-            return strategy.adapt(here, part, eta)
+            return strategy.adapt(replace(problem, graphed=graphed).ahead(part, eta), part, eta)
 
         return chunks.solution(one, batch, size)
 
@@ -40,7 +39,7 @@ def adapt(
             compile = may_be_worth_it(problem, batch, 1)
             if compile:
                 part = next(iter(chunks.split(batch, size)))
-                graph = problem.gradient_graph("elbo", part, eta)
+                graph = problem.ahead(part, eta).gradient_graph("elbo", part, eta)
                 compile = is_worth_it(graph, len(batch) / len(part), in_pieces=True)
         return solve(bool(compile))
     except CaptureError as error:

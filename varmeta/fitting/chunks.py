@@ -19,6 +19,7 @@ from torch import Tensor
 from varmeta._checks import whole_number
 from varmeta.graphs.capture import CaptureError, graph_bytes
 from varmeta.guides.pyro_guide import PyroGuide
+from varmeta.models.check import Counted
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, take
 from varmeta.strategies.problem import Problem
@@ -34,6 +35,12 @@ MEMORY = 2**30
 CACHE = 2**21
 # Where phi is stored, noisy objectives are reported as the mean over this many steps' draws.
 VALUE_DRAWS = 32
+# Bytes of the largest tensor that an operation of a network makes.  What is larger the C library
+# takes from the system and gives back every time, which cost a step on images half of its time
+# (docs/speed.md); below, memory that has been used is used again.
+ALLOCATED = 2**25
+# What a network computes on the way is kept for the way back, with gradients of the same size.
+KEPT = 3
 # Fewer numbers in all fit into MEMORY whatever is done with them, so nobody counts.
 FEW = 10**6
 
@@ -74,13 +81,40 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
         held = 64 * size * (outputs * rows + size) * traits.copies
         return max(1, min(len(batch), MEMORY // max(1, held)))
     numbers = size + batch.support.x[0].numel()
-    if numbers * len(batch) < FEW or isinstance(problem.guide, PyroGuide):
+    if isinstance(problem.guide, PyroGuide):
         return len(batch)
+    run, largest = _on_the_way(problem, batch, eta)
+    if max(numbers, run) * len(batch) < FEW:
+        return len(batch)
+    one = batch.part(0, 1)
     try:
-        gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
+        gradient = graph_bytes(problem.ahead(one, eta).gradient_graph("inner", one, eta))
     except CaptureError:
         gradient = 64 * numbers * batch.support.x.element_size()
-    return max(1, min(len(batch), MEMORY // (traits.memory * gradient)))
+    width = batch.support.x.element_size()
+    most = [MEMORY // max(traits.memory * gradient, KEPT * run * width)]
+    if batch.support.x.device.type == "cpu" and largest:
+        most.append(ALLOCATED // (largest * width))
+    return max(1, min(len(batch), *most))
+
+
+def _on_the_way(problem: Problem, batch: Batch, eta: Eta) -> tuple[int, int]:
+    """Numbers that a network computes for one task, support and query, and those of its largest
+    tensor.
+    """
+    model, total, largest = problem.model, 0, 0
+    if model.net is None:
+        return 0, 0
+    theta = model.weights.flatten(eta).detach().reshape(1, 1, -1)
+    for data in (batch.support, batch.query):
+        if data is None or not data.mask.shape[1]:
+            continue
+        points = len(problem.noise("inner", batch.part(0, 1), 0))
+        x = data.filled[0][:1]
+        with torch.no_grad(), Counted() as counted:
+            model.output(theta, eta, x)
+        total, largest = total + points * counted.total, max(largest, points * counted.largest)
+    return total, largest
 
 
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:

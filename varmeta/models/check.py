@@ -207,12 +207,13 @@ def _quiet() -> Iterator[None]:
 
 
 class Counted(TorchFunctionMode):
-    """Counts the numbers that operations within it put out, `total`.
+    """Counts the numbers that operations within it put out, `total`, and those of the `largest`.
 
     What runs for many points or tasks counts as for one.
     """
 
     total: int = 0
+    largest: int = 0
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -222,6 +223,7 @@ class Counted(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.total += out.numel()
+            self.largest = max(self.largest, out.numel())
         return out
 
 

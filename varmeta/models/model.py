@@ -350,7 +350,7 @@ class TaskModel(Remembers):
             if name not in aside
         }
         # none where only the likelihood's own weights vary
-        known = None if self._ahead is None else self._ahead.of(eta, x)
+        known = self.features(eta, x)
         if known is None:
             return network.all_tasks(self.one_task(eta, x), weights, x, lead, task_chunk_size)
         assert self._split is not None
@@ -398,6 +398,25 @@ class TaskModel(Remembers):
 
         new = copy.copy(self)
         new._ahead = Ahead(run, self._shared_by_net(eta), rows)
+        return new
+
+    def features(self, eta: Mapping[str, Tensor] | None, x: Tensor) -> Features | None:
+        """What comes before the weights that vary puts out for x, where `ahead` was told of it.
+
+        eta: None: the one that `ahead` was told.
+        """
+        if self._ahead is None:
+            return None
+        return self._ahead.of(self._ahead.shared if eta is None else eta, x)
+
+    def ahead_by(
+        self, eta: Mapping[str, Tensor], x: Tensor, features: Features | None
+    ) -> TaskModel:
+        """`ahead` of one x, by the features that it has at eta; None: of nothing."""
+        new = copy.copy(self)
+        new._ahead = None
+        if features is not None:
+            new._ahead = Ahead(lambda _: features, self._shared_by_net(eta), [x])
         return new
 
     @cached_property

@@ -58,10 +58,13 @@ class Observer:
     ) -> Iterator[poutine.Trace]:
         """The program's traces under slices of the draws theta, sampling from `stream`."""
         x, first = data.filled[0], 0
-        draws, tasks = slices.sizes(self.model, self.q.eta, theta, data)
+        model = self.model.predictive
+        if self.q.kind != "integrated":  # one eta for all draws
+            model = slices.ahead(model, self.q.eta, theta, data)
+        draws, tasks = slices.sizes(model, self.q.eta, theta, data)
         for eta, part in self.q.with_eta(theta, draws):
             stream.at(first, len(part))
-            program = self._program(self.model.predictive, part, tasks)
+            program = self._program(model, part, tasks)
             yield poutine.trace(program).get_trace(self.model.told(eta, self.q.batch.support), x, y)
             first += len(part)
 
@@ -151,11 +154,12 @@ class Observer:
             return theta.new_zeros(theta.shape[:2])
         parts = []
         with validation_enabled(False):
+            model = slices.ahead(self.model, eta, theta, data)
             if theta.shape not in self._sizes:
-                self._sizes[theta.shape] = slices.sizes(self.model, eta, theta, data)
+                self._sizes[theta.shape] = slices.sizes(model, eta, theta, data)
             draws, tasks = self._sizes[theta.shape]
             for some in theta.split(draws):
-                program = self._program(self.model, some, tasks)
+                program = self._program(model, some, tasks)
                 here = self.model.told(eta, self.q.batch.support)
                 trace = poutine.trace(program).get_trace(here, *data.filled)
                 # where, not a product: the density of padding may be anything

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -95,11 +95,14 @@ class Problem:
     def ahead(self, batch: Batch, eta: Mapping[str, Tensor]) -> Problem:
         """The same problem, what the batch's losses at this eta have in common worked out once.
 
-        That is the layers that come before all weights that vary, see `TaskModel.ahead`.
+        That is the layers that come before all weights that vary, see `TaskModel.ahead`.  Where the
+        problem is `graphed` they are constants: its losses are to be differentiated in phi alone.
         """
         data = [part for part in (batch.support, batch.query) if part is not None]
         rows = [part.filled[0] for part in data if part.mask.shape[1]]
-        model = self.model.ahead(eta, rows)
+        return self._of(self.model.ahead(eta, rows))
+
+    def _of(self, model: TaskModel) -> Problem:
         if model is self.model:
             return self
         return replace(self, model=model, guide=self.guide.bound(model))
@@ -114,15 +117,21 @@ class Problem:
         noise = self.noise(name, batch, step)
         if not self.graphed:
             return lambda phi, eta: function(phi, eta, batch, noise)
-        total = batch.total
+        total, x = batch.total, batch.support.filled[0]
+        features = self.model.features(None, x)
+        # kept with the graphs, it must not keep these data's features
+        plain = self if features is None else self._of(self.model.ahead_by({}, x, None))
         graphs = self.model.graphs.setdefault(
-            (name, self.guide.key, self.model.prior, total, self.weights), {}
+            (name, self.guide.key, self.model.prior, total, self.weights, features is None), {}
         )
-        return Graphed(
-            lambda known, phi, eta: function(phi, eta, batch_of(known[0], total), known[1]),
-            (tensors_of(batch), noise),
-            graphs,
-        )
+
+        def losses(known: Any, phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
+            here = batch_of(known[0], total)
+            ahead = plain.model.ahead_by(eta, here.support.filled[0], known[2] or None)
+            return plain._of(ahead).objective.outer(name)(phi, eta, here, known[1])
+
+        known = () if features is None else tuple(value.detach() for value in features)
+        return Graphed(losses, (tensors_of(batch), noise, known), graphs)
 
     def gradient_graph(
         self, name: Literal["inner", "elbo"], batch: Batch, eta: Mapping[str, Tensor]
