@@ -24,7 +24,7 @@ from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import Tree, take
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy
-from varmeta.tasks import Batch
+from varmeta.tasks import Batch, Data
 
 # Bytes that a step or an adaptation may hold at once, of what grows with the number of tasks.  It
 # is a constant, and nobody asks the machine, so that the last digits of a fit are the same
@@ -41,6 +41,9 @@ VALUE_DRAWS = 32
 ALLOCATED = 2**25
 # What a network computes on the way is kept for the way back, with gradients of the same size.
 KEPT = 3
+# What a gradient writes for each number that the network does on the way, and for each weight:
+# within a factor of two what its traced graph says, of perceptrons and convolutions.
+OUTPUTS, WEIGHTS = 4, 10
 # Fewer numbers in all fit into MEMORY whatever is done with them, so nobody counts.
 FEW = 10**6
 
@@ -80,41 +83,57 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
         outputs = max(1, batch.support.y[0, :1].numel())
         held = 64 * size * (outputs * rows + size) * traits.copies
         return max(1, min(len(batch), MEMORY // max(1, held)))
-    numbers = size + batch.support.x[0].numel()
     if isinstance(problem.guide, PyroGuide):
         return len(batch)
-    run, largest = _on_the_way(problem, batch, eta)
-    if max(numbers, run) * len(batch) < FEW:
+    if problem.model.net is not None:
+        return _in_memory_of_a_network(traits.memory, problem, batch, eta)
+    numbers = size + batch.support.x[0].numel()
+    if numbers * len(batch) < FEW:
         return len(batch)
-    one = batch.part(0, 1)
     try:
-        gradient = graph_bytes(problem.ahead(one, eta).gradient_graph("inner", one, eta))
+        gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
     except CaptureError:
         gradient = 64 * numbers * batch.support.x.element_size()
-    width = batch.support.x.element_size()
-    most = [MEMORY // max(traits.memory * gradient, KEPT * run * width)]
-    if batch.support.x.device.type == "cpu" and largest:
-        most.append(ALLOCATED // (largest * width))
+    return max(1, min(len(batch), MEMORY // (traits.memory * gradient)))
+
+
+def _in_memory_of_a_network(gradients: int, problem: Problem, batch: Batch, eta: Eta) -> int:
+    """From what it computes on the way for one task, and from how large its tensors are.
+
+    gradients: in how many inner gradients' worth of memory a step finds room.
+    """
+    size, like, one = problem.model.weights.size, batch.support.x, batch.part(0, 1)
+    counts = [
+        _on_the_way(problem, data, one, eta)
+        for data in (one.support, one.query)
+        if data is not None
+    ]
+    run = sum(count.total for count in counts)
+    if (size + like[0].numel() + run) * len(batch) < FEW:
+        return len(batch)
+    inner = _on_the_way(problem.ahead(one, eta), one.support, one, eta).total
+    width = like.element_size()
+    held = max(gradients * (OUTPUTS * inner + WEIGHTS * size), KEPT * run)
+    most = [MEMORY // (width * held)]
+    largest = max(count.largest for count in counts)
+    if like.device.type == "cpu" and largest:
+        most.append(ALLOCATED // (width * largest))
     return max(1, min(len(batch), *most))
 
 
-def _on_the_way(problem: Problem, batch: Batch, eta: Eta) -> tuple[int, int]:
-    """Numbers that a network computes for one task, support and query, and those of its largest
-    tensor.
-    """
-    model, total, largest = problem.model, 0, 0
-    if model.net is None:
-        return 0, 0
+def _on_the_way(problem: Problem, data: Data, one: Batch, eta: Eta) -> Counted:
+    """What the network computes for the data of one task, at all points of the expectation."""
+    model = problem.model
     theta = model.weights.flatten(eta).detach().reshape(1, 1, -1)
-    for data in (batch.support, batch.query):
-        if data is None or not data.mask.shape[1]:
-            continue
-        points = len(problem.noise("inner", batch.part(0, 1), 0))
-        x = data.filled[0][:1]
-        with torch.no_grad(), Counted() as counted:
+    points = 1 if problem.guide.at_mode else len(problem.noise("inner", one, 0))
+    known = Counted()
+    if data.mask.shape[1]:
+        x = data.filled[0]
+        model.features(eta, x)  # are not counted where they are known
+        with torch.no_grad(), known:
             model.output(theta, eta, x)
-        total, largest = total + points * counted.total, max(largest, points * counted.largest)
-    return total, largest
+    known.total, known.largest = points * known.total, points * known.largest
+    return known
 
 
 def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> int:
