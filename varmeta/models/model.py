@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import pyro
@@ -380,6 +380,7 @@ class TaskModel(Remembers):
         eta: Mapping[str, Tensor],
         rows: Sequence[Tensor],
         task_chunk_size: int | None = None,
+        known: Features | None = None,
     ) -> TaskModel:
         """The same model, which runs what comes before the weights that vary once.
 
@@ -387,17 +388,17 @@ class TaskModel(Remembers):
         the same eta again it runs the rest of the network alone.
 
         rows: x `(tasks, points, ...)`, the very tensors that it will be asked for.
+        known: what is put out for `rows[0]` at eta, so that it need not be run for it.
         Itself where nothing comes before.
         """
-        if self._split is None:
-            return self
         parts = self._split
-
-        def run(x: Tensor) -> Features:
-            return network.features(parts, self._fixed(eta, x), x, task_chunk_size)
-
+        if parts is None:
+            return self
         new = copy.copy(self)
-        new._ahead = Ahead(run, self._shared_by_net(eta), rows)
+        new._ahead = None
+        if rows:
+            run = partial(_features, copy.copy(new), parts, dict(eta), task_chunk_size)
+            new._ahead = Ahead(run, self._shared_by_net(eta), rows, known)
         return new
 
     def features(self, eta: Mapping[str, Tensor] | None, x: Tensor) -> Features | None:
@@ -408,16 +409,6 @@ class TaskModel(Remembers):
         if self._ahead is None:
             return None
         return self._ahead.of(self._ahead.shared if eta is None else eta, x)
-
-    def ahead_by(
-        self, eta: Mapping[str, Tensor], x: Tensor, features: Features | None
-    ) -> TaskModel:
-        """`ahead` of one x, by the features that it has at eta; None: of nothing."""
-        new = copy.copy(self)
-        new._ahead = None
-        if features is not None:
-            new._ahead = Ahead(lambda _: features, self._shared_by_net(eta), [x])
-        return new
 
     @cached_property
     def _split(self) -> Split | None:
@@ -483,6 +474,16 @@ class TaskModel(Remembers):
         what = type(self.net).__name__ if program is None else name_of(program)
         noise = "" if self.likelihood is None else f", {self.likelihood!r}"
         return f"TaskModel({what}{noise}, {self.weights.size} weights per task)"
+
+
+def _features(
+    model: TaskModel,
+    parts: Split,
+    eta: Mapping[str, Tensor],
+    task_chunk_size: int | None,
+    x: Tensor,
+) -> Features:
+    return network.features(parts, model._fixed(eta, x), x, task_chunk_size)
 
 
 def negative_log_likelihood(

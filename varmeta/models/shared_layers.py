@@ -228,6 +228,7 @@ class Ahead:
     run: from x `(tasks, points, ...)` to its features, with their derivative in `shared`.
     shared: what of eta the network's layers share.
     rows: x of which this is to know.
+    known: the features of the first of them, where they are at hand.
     """
 
     def __init__(
@@ -235,9 +236,10 @@ class Ahead:
         run: Callable[[Tensor], Features],
         shared: Mapping[str, Tensor],
         rows: Sequence[Tensor],
+        known: Features | None = None,
     ) -> None:
         self.run, self.shared, self.rows = run, shared, rows
-        self._known: dict[int, Features] = {}
+        self._known: dict[int, Features] = {} if known is None else {0: known}
 
     def of(self, eta: Mapping[str, Tensor], x: Tensor) -> Features | None:
         """The features of x at eta; None where that is not what this knows.

@@ -62,7 +62,7 @@ def _on_the_way(model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data
     x = data.filled[0]
     known, few = model.features(eta, x), x[:1]
     if known is not None:
-        model = model.ahead_by(eta, few, tuple(value[:1] for value in known))
+        model = model.ahead(eta, [few], known=tuple(value[:1] for value in known))
     with torch.no_grad(), Counted() as counted:
         model.output(theta, eta, few)
     return counted.total

@@ -120,14 +120,15 @@ class Problem:
         total, x = batch.total, batch.support.filled[0]
         features = self.model.features(None, x)
         # kept with the graphs, it must not keep these data's features
-        plain = self if features is None else self._of(self.model.ahead_by({}, x, None))
+        plain = self if features is None else self._of(self.model.ahead({}, []))
         graphs = self.model.graphs.setdefault(
             (name, self.guide.key, self.model.prior, total, self.weights, features is None), {}
         )
 
         def losses(known: Any, phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
             here = batch_of(known[0], total)
-            ahead = plain.model.ahead_by(eta, here.support.filled[0], known[2] or None)
+            rows = [here.support.filled[0]] if known[2] else []
+            ahead = plain.model.ahead(eta, rows, known=known[2]) if rows else plain.model
             return plain._of(ahead).objective.outer(name)(phi, eta, here, known[1])
 
         known = () if features is None else tuple(value.detach() for value in features)
