@@ -476,8 +476,11 @@ def test_print_says_what_was_learned() -> None:
 def test_print_of_a_network_is_short() -> None:
     net = seeded(lambda: nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 1)))
     model = vm.TaskModel(net, vm.likelihoods.Gaussian(), PRIOR)
-    text = str(known(model, ragged_tasks(2), vm.Unrolled(inner_steps=1)))
-    assert "... and 81 weights more" in text and len(text.splitlines()) < 50
+    fit = known(model, ragged_tasks(2), vm.Unrolled(inner_steps=1))
+    text = str(fit)
+    own = fit.prior.loc["0.weight"].square().mean().sqrt()
+    assert f"{'0.weight (40, 1)':<16} {f'rms {float(own):.5g}':>12} {1 / 3**0.5:>12.5g}" in text
+    assert len(text.splitlines()) == 10 and "more" not in text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta.likelihoods.base import NOISE_SCALE
+from varmeta.models.by_tensor import are_many, between, of_tensor
 from varmeta.models.labels import parameter_labels
 from varmeta.models.model import TaskModel
 from varmeta.priors.factor_normal import FactorNormal
@@ -126,15 +127,19 @@ class LearnedPrior:
 
     def table(self, errors: Mapping[str, Tensor] | None = None) -> str:
         """The prior as text; errors: standard errors by parameter name, a column beside theta0."""
-        parts = (self._rows, self._shared_rows, self._coefficient_rows)
-        labels = [label for rows in parts for label, *_ in rows[:ROWS]]
-        width = max(map(len, [NOISE_SCALE, *self.observation, *labels]))
+        labels = [NOISE_SCALE, *self.observation, *(label for label, _ in self._coefficient_rows)]
+        for named, rows in ((self.loc, self._rows), (self.shared, self._shared_rows)):
+            if are_many(named, ROWS):
+                labels += [of_tensor(name, value)[0] for name, value in named.items()]
+            else:
+                labels += [label for label, *_ in rows[:ROWS]]
+        width = max(map(len, labels))
         columns = _Columns(width, None if errors is None else self._errors(errors))
         return "\n".join(
             (
                 columns.line("weight", "theta0", "std. error", f"{'prior sd':>12}"),
                 *self._weight_lines(columns),
-                *_entry_lines(columns, self._shared_rows, "shared", "shared numbers"),
+                *self._shared_lines(columns),
                 *_entry_lines(columns, self._coefficient_rows, "covariate", "coefficients"),
                 *(
                     columns.line(name, "", "", f"{float(value):>12.5g}")
@@ -161,6 +166,14 @@ class LearnedPrior:
     def _weight_lines(self, columns: _Columns) -> list[str]:
         # a number that was given must not be read as a finding
         fixed = "" if self.is_learned else " (fixed)"
+        if are_many(self.loc, ROWS):
+            lines = []
+            for name, value in self.loc.items():
+                label, size = of_tensor(name, value)
+                held = " (theta0 fixed)" if name in self.held else ""
+                last = f"{between(self.sd[name]):>12}{fixed}{held}"
+                lines.append(columns.line(label, size, "", last))
+            return lines
         given = [
             name in self.held for name, value in self.loc.items() for _ in range(value.numel())
         ]
@@ -170,6 +183,12 @@ class LearnedPrior:
             for (label, mean, spread), held in zip(rows[:ROWS], given, strict=False)
         ]
         return lines + _left_out(rows, "weights")
+
+    def _shared_lines(self, columns: _Columns) -> list[str]:
+        if not are_many(self.shared, ROWS):
+            return _entry_lines(columns, self._shared_rows, "shared", "shared numbers")
+        found = (of_tensor(name, value) for name, value in self.shared.items())
+        return [columns.line(label, size, "", f"{'shared':>12}") for label, size in found]
 
     def _correlation_lines(self, width: int) -> list[str]:
         if len(self.labels) > MAX_CORRELATIONS:
