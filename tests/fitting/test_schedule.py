@@ -5,6 +5,7 @@ holds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,61 @@ def test_a_scheduler_in_a_hook_is_refused() -> None:
         ValueError, match=r"a hook changed the learning rate within optimizer\.step \(to 0\.005\)"
     ):
         vm.fit(linear_model(PRIOR), ragged_tasks(2), vm.Joint("normal"), 2, factory)
+
+
+STEP_LR = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+
+
+def test_a_scheduler_of_torch_s_is_stepped_after_each_step() -> None:
+    assert rates(STEP_LR, num_steps=6)[0] == [0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
+    warm = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5, total_iters=2)
+    assert rates(warm)[0] == pytest.approx([0.005, 0.0075, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_resumed_run_goes_on_where_its_scheduler_was(saved: bool, tmp_path: Path) -> None:
+    met, half = rates(STEP_LR, num_steps=3)
+    if saved:
+        half.save(tmp_path / "half.vm")
+        half = vm.load(tmp_path / "half.vm", linear_model(PRIOR))
+    later, found = rates(STEP_LR, num_steps=6, resume=half)
+    whole_rates, whole = rates(STEP_LR, num_steps=6)
+    assert met + later == whole_rates
+    assert all(torch.equal(value, whole.eta[name]) for name, value in found.eta.items())
+
+
+def test_a_scheduler_that_needs_a_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps by a metric that you choose"):
+        rates(partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=2))
+
+
+def test_the_gradient_is_clipped_as_a_whole() -> None:
+    steps: dict[float | None, dict[str, torch.Tensor]] = {}
+    start = linear_model(PRIOR).init(torch.zeros((), dtype=torch.float64))
+    for clip in (None, 0.5, 1e9):
+        fit = rates("constant", num_steps=1, clip=clip)[1]
+        steps[clip] = {name: value - start[name] for name, value in fit.eta.items()}
+        gradient_norm = fit.run.history[0]["gradient_norm"]
+    norms = {
+        clip: float(torch.cat([by.reshape(-1) for by in step.values()]).norm())
+        for clip, step in steps.items()
+    }
+    assert gradient_norm > 1.0  # what is recorded is not clipped
+    assert norms[None] == pytest.approx(GIVEN * gradient_norm)
+    assert norms[0.5] == pytest.approx(GIVEN * 0.5) and norms[1e9] == norms[None]
+    for name, step in steps[0.5].items():
+        torch.testing.assert_close(step, steps[None][name] * (0.5 / gradient_norm))
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_a_clip_that_is_no_length_is_refused(clip: float) -> None:
+    with pytest.raises(ValueError, match="clip"):
+        rates("constant", clip=clip)
+
+
+def test_lbfgs_is_not_clipped() -> None:
+    with pytest.raises(ValueError, match="LBFGS chooses the length of its steps itself"):
+        vm.fit(
+            linear_model(PRIOR), ragged_tasks(2), vm.Implicit("delta"), 2, torch.optim.LBFGS,
+            clip=1.0,
+        )  # fmt: skip

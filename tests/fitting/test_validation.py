@@ -169,7 +169,7 @@ def test_a_look_that_is_not_finite_is_never_best() -> None:
     watch = Watch(vm.Validation(HELD_OUT), lambda eta: next(values))
     optimizer = adam([torch.zeros(1, requires_grad=True)])
     for step in range(5):
-        watch.look(step, {"a": torch.zeros(1)}, State(), optimizer)
+        watch.look(step, {"a": torch.zeros(1)}, State(), optimizer.state_dict)
     assert watch.best is not None and watch.best.step == 1 and watch.worse == 3
 
 

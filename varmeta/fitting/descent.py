@@ -18,7 +18,7 @@ from varmeta.fitting.compiled_step import Compile, Step
 from varmeta.fitting.convergence import judge, promised, settled
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Run, end_early
-from varmeta.fitting.schedule import GIVEN, Decay, Rates
+from varmeta.fitting.schedule import GIVEN, Decay, Rates, SchedulerFactory
 from varmeta.fitting.validation import Watch
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
@@ -66,7 +66,8 @@ class Descent:
     """How far and in which steps to descend.
 
     num_steps: outer steps; budget: gradient evaluations per task, whichever ends first.
-    decay: the schedule's factor at a fraction of the way.
+    decay: the schedule's factor at a fraction of the way; scheduler: makes one of torch's instead.
+    clip: the largest norm of a gradient in eta that is stepped by; None: any.
     compile, task_chunk_size: how the step is taken, see `Step`.
     """
 
@@ -76,6 +77,8 @@ class Descent:
     decay: Decay
     compile: Compile = "auto"
     task_chunk_size: int | None = None
+    scheduler: SchedulerFactory | None = None
+    clip: float | None = None
 
 
 def descend(
@@ -199,7 +202,7 @@ class _Way:
         """At the validation tasks after `step` steps, unless that was done; what is recorded."""
         if self.watch is None or self.watch.last == step or self.broken:
             return {}
-        value = self.watch.look(step, self.eta, self.run.state, self.optimizer)
+        value = self.watch.look(step, self.eta, self.run.state, self.rates.state)
         found = {"validation": value}
         if self.run.history and self.run.history[-1]["step"] == step:
             self.run.history[-1].update(found)
@@ -213,7 +216,7 @@ class _Way:
             if calls and not math.isfinite(float(_norm(self.eta))):
                 raise _NowhereError  # where a line search may lead, and nothing can be computed
             calls.append(self.take_step(self.problem, batch, self.eta, before))
-            for name, gradient in calls[-1].gradient.items():
+            for name, gradient in self._clipped(calls[-1].gradient).items():
                 # as torch.optim.LBFGS wants it; members that are differentiated at once are not
                 self.eta[name].grad = gradient.contiguous()
             return float(calls[-1].value)
@@ -226,6 +229,14 @@ class _Way:
                 raise
             return calls, True
         return calls, False
+
+    def _clipped(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scaled down, all of it, to the norm that the plan allows."""
+        if self.plan.clip is None:
+            return gradient
+        norm = _norm(gradient)
+        factor = (self.plan.clip / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+        return {name: factor * value for name, value in gradient.items()}
 
     def _break_off(
         self, step: int, batch: Batch, here: Eta, before: State, calls: list[Outcome]
@@ -272,7 +283,7 @@ class _Way:
         kept = None if self.watch is None else self.watch.best
         run.eta = {name: value.detach().clone() for name, value in self.eta.items()}
         # of a run that broke off the optimiser's averages are not finite either
-        run.optimizer_state = None if self.broken else self.optimizer.state_dict()
+        run.optimizer_state = None if self.broken else self.rates.state()
         if kept is not None:
             assert self.watch is not None
             run.stop, run.converged = f"{run.stop}; {self.watch.in_words(run.step)}", False
@@ -289,10 +300,11 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, Rates]:
     """The optimiser, where a resumed run left it.  Raises ValueError for one of another kind."""
     optimizer = plan.optimizer(leaves)
-    rates = Rates(optimizer)
+    if plan.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS chooses the length of its steps itself: leave clip out")
+    rates = Rates(optimizer, plan.scheduler)
     if run.optimizer_state is None:
         return optimizer, rates
-    given = [dict(group) for group in optimizer.param_groups]
     states = run.optimizer_state, optimizer.state_dict()
     known, own = (set(state["param_groups"][0]) for state in states)
     # a file of version 0.1.0 knows no given rate: it goes on at the new optimizer's
@@ -301,8 +313,7 @@ def _optimizer(
             "resume was stepped by another kind of optimizer: give fit(optimizer=...) the same "
             "again"
         )
-    optimizer.load_state_dict(run.optimizer_state)
-    rates.go_on_from(given)
+    rates.load(run.optimizer_state)
     return optimizer, rates
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from varmeta._checks import kind_of
 
 Decay = Callable[[float], float]
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 ScheduleName = Literal["cosine", "constant"]
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 DECAYS: dict[ScheduleName, Decay] = {
@@ -23,10 +26,35 @@ OWN = "own"
 # Where the learning rate that the factory gave stands in the optimizer's state, beside the one that
 # schedulers made of it.
 GIVEN = "given_lr"
+# Where a scheduler's own state stands in it.
+SCHEDULER = "scheduler"
 
 
-def decay_of(schedule: ScheduleName | Decay) -> Decay:
+def scheduler_of(schedule: object) -> SchedulerFactory | None:
+    """What makes a scheduler of torch's for an optimizer, where `schedule` is that.
+
+    Raises ValueError for one that steps by a metric.
+
+    >>> scheduler_of(partial(torch.optim.lr_scheduler.StepLR, step_size=100)) is not None
+    True
+    >>> scheduler_of(lambda fraction: 1.0 - fraction) is None
+    True
+    """
+    made: Any = schedule.func if isinstance(schedule, partial) else schedule
+    if not (isinstance(made, type) and issubclass(made, LRScheduler)):
+        return None
+    if issubclass(made, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau steps by a metric that you choose: make it in the optimizer's "
+            "factory and step it in callback, scheduler.step(row['validation'])"
+        )
+    return schedule  # type: ignore[return-value]
+
+
+def decay_of(schedule: ScheduleName | Decay | SchedulerFactory) -> Decay:
     """The factor as a function of the fraction of the way, from 0 to 1.
+
+    A scheduler of torch's has its own way to change the rate: the factor is 1.
 
     Raises ValueError for an unknown name and for a function whose factor at the start, half way or
     the end is no finite number of at least 0; TypeError for what is neither.
@@ -35,14 +63,18 @@ def decay_of(schedule: ScheduleName | Decay) -> Decay:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES} or a function, not {schedule!r}")
         return DECAYS[schedule]
+    if scheduler_of(schedule) is not None:
+        return DECAYS["constant"]
     if not callable(schedule):
         raise TypeError(
-            f"schedule must be one of {SCHEDULES} or a function of the fraction of the way, "
-            f"not {kind_of(schedule)}"
+            f"schedule must be one of {SCHEDULES}, a function of the fraction of the way or a "
+            "scheduler of torch's such as functools.partial(StepLR, step_size=100), not "
+            f"{kind_of(schedule)}"
         )
+    own: Any = schedule
 
     def checked(fraction: float) -> float:
-        factor = schedule(min(1.0, fraction))
+        factor = own(min(1.0, fraction))
         try:
             number = float(factor)
         except (TypeError, ValueError, RuntimeError):
@@ -59,7 +91,7 @@ def decay_of(schedule: ScheduleName | Decay) -> Decay:
     return checked
 
 
-def label(schedule: ScheduleName | Decay) -> str:
+def label(schedule: ScheduleName | Decay | SchedulerFactory) -> str:
     return schedule if isinstance(schedule, str) else OWN
 
 
@@ -70,10 +102,26 @@ class Rates:
     user's own, stepped from `fit(callback=...)`, reads and writes what it would without a schedule.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scheduler: SchedulerFactory | None = None
+    ) -> None:
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             group.setdefault(GIVEN, float(group["lr"]))
+        self.scheduler = None if scheduler is None else scheduler(optimizer)
+
+    def state(self) -> dict[str, Any]:
+        """The optimizer's, and with it the scheduler's."""
+        own = {} if self.scheduler is None else {SCHEDULER: self.scheduler.state_dict()}
+        return {**self.optimizer.state_dict(), **own}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        given = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        if self.scheduler is not None and SCHEDULER in state:
+            self.scheduler.load_state_dict(state[SCHEDULER])
+        self.go_on_from(given)
 
     def go_on_from(self, groups: list[dict[str, object]]) -> None:
         """Keep a loaded state's rates where this optimizer was made with the same ones.
@@ -102,6 +150,8 @@ class Rates:
         finally:
             for group, lr in zip(groups, before, strict=True):
                 group["lr"] = lr
+        if self.scheduler is not None:
+            self.scheduler.step()
         if moved:
             raise ValueError(
                 f"a hook changed the learning rate within optimizer.step (to {float(moved[0]):g}), "

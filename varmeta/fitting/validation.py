@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
-
 from varmeta._checks import one_of, whole_number
 from varmeta.likelihoods.base import SCALE
 from varmeta.strategies.strategy import Eta, State
@@ -117,12 +115,14 @@ class Watch:
         patience = self.validation.patience
         return patience is not None and self.worse >= patience
 
-    def look(self, step: int, eta: Eta, state: State, optimizer: torch.optim.Optimizer) -> float:
+    def look(
+        self, step: int, eta: Eta, state: State, optimizer: Callable[[], dict[str, Any]]
+    ) -> float:
         """The metric after `step` steps; not finite counts as worse than any that is."""
         eta = {name: value.detach().clone() for name, value in eta.items()}
         value, self.last = self._value(eta), step
         if self.best is None or self._is_better(value, self.best.value):
-            self.best = Kept(step, value, eta, state, copy.deepcopy(optimizer.state_dict()))
+            self.best = Kept(step, value, eta, state, copy.deepcopy(optimizer()))
             self.worse = 0
         else:
             self.worse += 1

@@ -21,7 +21,14 @@ from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.profiled_newton import profiled, profiled_newton
 from varmeta.fitting.run import Run
-from varmeta.fitting.schedule import Decay, ScheduleName, decay_of, label
+from varmeta.fitting.schedule import (
+    Decay,
+    ScheduleName,
+    SchedulerFactory,
+    decay_of,
+    label,
+    scheduler_of,
+)
 from varmeta.fitting.validation import Validation
 from varmeta.graphs.capture import seconds_compiling
 from varmeta.guides.convex import LOG_CONCAVE
@@ -33,6 +40,7 @@ from varmeta.models.hyper_posterior import Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
 from varmeta.models.responses import left_raw, one_scale_for_all
+from varmeta.numerics.arguments import positive
 from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.doubts import doubts
 from varmeta.results.result import Fit, profiled_of
@@ -62,7 +70,8 @@ def fit(
     seed: int = 0,
     *,
     hyperguide: Hyperguide | None = None,
-    schedule: ScheduleName | Decay = "cosine",
+    schedule: ScheduleName | Decay | SchedulerFactory = "cosine",
+    clip: float | None = None,
     budget: float | None = None,
     compile: Compile = "auto",
     task_chunk_size: int | None = None,
@@ -101,8 +110,11 @@ def fit(
         REML.  For small models and `Joint` with a Gaussian guide; see docs/hyper-posterior.md.
     schedule: a factor on the optimizer's learning rate: "cosine" (falls to zero over num_steps or
         the budget), "constant" (1), or a function of the fraction of the way, from 0 at the first
-        step towards 1.  A scheduler of torch.optim's, made in the factory and stepped in
-        `callback`, keeps its effect: both factors multiply.  The default L-BFGS ignores it.
+        step towards 1; or a scheduler of torch's instead, `functools.partial(StepLR,
+        step_size=100)`, stepped after each outer step.  One that is made in the optimizer's factory
+        and stepped in `callback` keeps its effect: both factors multiply.  The default L-BFGS
+        ignores factors.
+    clip: the largest norm of the gradient in eta, over all of it: longer ones are scaled down.
     budget: gradient evaluations per task, counted alike for every strategy; ends the run when
         spent.
     compile: capture each step as one graph and compile it: "auto" where eager steps would take four
@@ -141,10 +153,10 @@ def fit(
     # a budget is spent step by step, so solvers whose steps are large and of unequal cost do not
     # serve it
     validation = None if validate is None else validation_of(validate)
-    free = optimizer is None and batch_size is None and budget is None
-    free = free and validation is None and ensemble is None and isinstance(tasks, TaskSet)
+    given = optimizer, batch_size, budget, validation, ensemble, clip, scheduler_of(schedule)
+    free = all(one is None for one in given) and isinstance(tasks, TaskSet)
     strategy, hyperguide = _defaults(model, strategy, hyperguide, resume, free)
-    _check_arguments(model, strategy, num_steps, optimizer, batch_size, budget, resume, seed)
+    _check_arguments(model, strategy, num_steps, optimizer, batch_size, budget, resume, seed, clip)
     decay = decay_of(schedule)
     check_compile(compile)
     stream = None
@@ -154,8 +166,7 @@ def fit(
     eta = initial_eta(strategy, model, tasks.support_rows.x.new_zeros(()))
     problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
     if stream is not None:
-        check_stream(stream, strategy, problem, ensemble)
-        tasks = stream.kept
+        tasks = check_stream(stream, strategy, problem, ensemble)
     if task_chunk_size is not None:
         chunks.check(task_chunk_size, problem)
     members = None if ensemble is None else members_of(strategy, problem, ensemble)
@@ -181,7 +192,8 @@ def fit(
             factory = optimizer or (lbfgs if way == "lbfgs" else adam)
             decay = decay_of("constant") if way == "lbfgs" else decay
             run.schedule = None if way == "lbfgs" else label(schedule)
-            plan = Descent(factory, steps, budget, decay, compile, task_chunk_size)
+            own = task_chunk_size, scheduler_of(schedule), clip
+            plan = Descent(factory, steps, budget, decay, compile, *own)
             source = stream or OfSet(tasks, batch_size, seed)
             descend(problem, members or strategy, source, run, plan, report, watch)
         elif exact is not None:
@@ -383,7 +395,7 @@ def _dense_start(model: TaskModel, tasks: TaskSet, whole: Batch, eta: Eta, seed:
 
 def _check_arguments(
     model: object, strategy: object, num_steps: int | None, optimizer: object,
-    batch_size: int | None, budget: float | None, resume: object, seed: int,
+    batch_size: int | None, budget: float | None, resume: object, seed: int, clip: float | None,
 ) -> None:  # fmt: skip
     check_model_kind(model)
     check_strategy_kind(strategy)
@@ -403,3 +415,5 @@ def _check_arguments(
             whole_number(name, number)
     if budget is not None:
         positive_number("budget", budget)
+    if clip is not None:
+        positive("clip", clip)

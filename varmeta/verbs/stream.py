@@ -12,8 +12,10 @@ from varmeta.tasks.stream import Streamed
 
 def check_stream(
     stream: Streamed, strategy: Strategy, problem: Problem, ensemble: int | None
-) -> None:
+) -> TaskSet:
     """Refuse what needs all tasks; have each step's tasks looked at as the first ones were.
+
+    Returns what of the tasks a fit keeps.
 
     Raises ValueError for a strategy that stores phi, for an ensemble, and for a hyperprior beside a
     stream without an end.
@@ -41,3 +43,4 @@ def check_stream(
             check_query(strategy, tasks)
 
     stream.check = check
+    return stream.kept
