@@ -1,4 +1,4 @@
-"""Few-shot classes by a shared body and two kinds of head: least squares, and Laplace's.
+"""Few-shot classes by a shared body and three kinds of head: least squares, prototypes, Laplace's.
 
     python -m experiments.classes --steps 300 [--data DIR]
 
@@ -85,6 +85,7 @@ def methods() -> dict[str, tuple[vm.likelihoods.Likelihood, vm.Strategy]]:
         "least squares, temperature learned": (squares(WAYS), ridge),
         HELD_OUT: (squares(WAYS), ridge),
         "least squares, temperature 1": (squares(WAYS, learn_temperature=False), ridge),
+        "prototypes": (vm.likelihoods.Categorical(WAYS), vm.Prototypes()),
         "Laplace, elbo": (vm.likelihoods.Categorical(WAYS), vm.Implicit("laplace")),
         "Laplace, query_predictive": (
             vm.likelihoods.Categorical(WAYS), vm.Implicit("laplace", "query_predictive")
@@ -108,6 +109,8 @@ def run(name: str, parts: list[vm.TaskSet], steps: int, seed: int) -> list[float
     likelihood, strategy = methods()[name]
     net = body(train.batch().support.x.shape[-1], seed)
     prior = vm.GaussianPrior(learn_precision="shared", precision=32.0)
+    if isinstance(strategy, vm.Prototypes):  # which have no use for a prior
+        prior = vm.GaussianPrior(32.0)
     model = vm.TaskModel(net, likelihood, prior, shared=["0.*", "2.*"])
     rows = joined(train) if strategy.outer == "elbo" else train
     begin = time.perf_counter()

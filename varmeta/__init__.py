@@ -25,6 +25,7 @@ from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
+from varmeta.strategies.prototypes import Prototypes
 from varmeta.strategies.reinit import Reinit
 from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import State, Stats, Strategy, Traits
@@ -44,7 +45,7 @@ __all__ = [
     # model
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts
-    "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile", "Stochastic",
+    "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile", "Prototypes", "Stochastic",
     "GradientDescent", "LearnedRates", "Adam", "NewtonCG", "ClosedForm", "CG", "Neumann", "Direct",
     "StochasticAlg", "guides",
     # what strategies, minimisers and solvers of your own are made of (docs/extend.md)

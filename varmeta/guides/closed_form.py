@@ -18,7 +18,7 @@ from torch import Tensor
 from varmeta.guides.guide import Guide
 from varmeta.guides.prior_parts import prior_parts
 from varmeta.models.constants import constants
-from varmeta.models.design import columns
+from varmeta.models.design import columns, given_to
 from varmeta.models.model import TaskModel
 from varmeta.numerics import gaussian
 from varmeta.numerics.gaussian import Standardised
@@ -121,12 +121,27 @@ def design_of(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> tuple[T
     `(tasks, points, outputs, D)` and `(tasks, points, outputs)`, of x `(tasks, points, ...)`.
     """
     assert model.net is not None
-    net, names = model.net, model.weights.names
+    net, names, values = model.net, model.weights.names, _others(model, eta, x)
+    return torch.func.vmap(lambda one: columns(net, names, values, one))(x)
+
+
+def features_of(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """What the layer whose weights vary is given for x `(tasks, points, ...)`.
+
+    `(tasks, points, inputs)`.
+    """
+    assert model.net is not None
+    net, names, values = model.net, model.weights.names, _others(model, eta, x)
+    return torch.func.vmap(lambda one: given_to(net, names, values, one))(x)
+
+
+def _others(model: TaskModel, eta: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """What of the network does not vary, by name."""
+    assert model.net is not None
     # the body runs in the data's dtype, also where eta is widened for the algebra
     kind = x.dtype if x.is_floating_point() else None
     values = {name: eta[name].to(kind or eta[name].dtype) for name in model.shared}
-    values |= constants(net, model.constants, x)
-    return torch.func.vmap(lambda one: columns(net, names, values, one))(x)
+    return values | constants(model.net, model.constants, x)
 
 
 def _prior(model: TaskModel, eta: Mapping[str, Tensor]) -> tuple[Tensor, Root]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
-from varmeta.models.network import differentiable_attention
+from varmeta.models.network import as_columns, differentiable_attention
 
 
 def columns(
@@ -33,11 +33,42 @@ def columns(
     >>> design.tolist(), constant.tolist()
     ([[[1.0]]], [[1.0]])
     """
-    x = x.unsqueeze(-1) if x.dim() == 1 else x
+    x = as_columns(x)
     with differentiable_attention():
         found, constant = _columns(net, tuple(names), values, x)
     outputs = math.prod(constant.shape[1:])  # of no points too
     return found.reshape(len(x), outputs, found.shape[-1]), constant.reshape(len(x), outputs)
+
+
+def given_to(
+    net: nn.Module, names: Collection[str], values: Mapping[str, Tensor], x: Tensor
+) -> Tensor:
+    """What the layer that the parameters called `names` belong to is given, `(points, inputs)`.
+
+    net, values, x: as for `columns`.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(2, 1))
+    >>> given_to(net, ["1.weight", "1.bias"], {}, torch.ones(3, 1, 2)).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    x = as_columns(x)
+    with differentiable_attention():
+        while type(net) is nn.Sequential:
+            owner = next(iter(names)).partition(".")[0]
+            x = _before(net, owner, values, x)
+            names, values = [name.partition(".")[2] for name in names], _of(owner, values)
+            net = net.get_submodule(owner)
+    return x
+
+
+def _before(net: nn.Sequential, owner: str, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """x after the children before `owner`."""
+    for name, child in net._modules.items():
+        if name == owner:
+            break
+        if child is not None:
+            x = torch.func.functional_call(child, _of(name, values), (x,))
+    return x
 
 
 def _columns(
@@ -53,8 +84,7 @@ def _columns(
     owner = names[0].partition(".")[0]
     children = [(name, child) for name, child in net._modules.items() if child is not None]
     at = [name for name, _ in children].index(owner)
-    for name, child in children[:at]:
-        x = torch.func.functional_call(child, _of(name, values), (x,))
+    x = _before(net, owner, values, x)
     own = tuple(name.partition(".")[2] for name in names)
     found, constant = _columns(children[at][1], own, _of(owner, values), x)
     for name, child in children[at + 1 :]:

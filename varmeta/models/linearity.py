@@ -58,6 +58,29 @@ def _is_linear_in(net: nn.Module, names: Collection[str]) -> bool:
     return _is_linear_in(layers[at[0]], own) and all(map(_is_linear_map, layers[at[0] + 1 :]))
 
 
+def head_of(net: nn.Module, names: Collection[str]) -> nn.Linear | None:
+    """The last `nn.Linear` with a bias, where `names` are its parameters, both, and no others.
+
+    After it may stand what moves numbers and changes none (`nn.Flatten`).  None elsewhere, and of
+    what nothing is known, as in `is_linear_in`.
+
+    >>> net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 3))
+    >>> head_of(net, ["2.weight", "2.bias"])
+    Linear(in_features=8, out_features=3, bias=True)
+    >>> head_of(net, ["2.weight"]) is None
+    True
+    """
+    if not is_linear_in(net, names):
+        return None
+    own = {name.rpartition(".")[2] for name in names}
+    owner = net.get_submodule(next(iter(names)).rpartition(".")[0])
+    after = [module for module in net.modules() if next(module.parameters(recurse=False), None)
+             is not None]  # fmt: skip
+    if type(owner) is not nn.Linear or own != {"weight", "bias"} or after[-1] is not owner:
+        return None
+    return owner
+
+
 def _is_linear_map(module: nn.Module) -> bool:
     """Whether the output is known to be linear (affine) in the input."""
     if not _is_plain(module):

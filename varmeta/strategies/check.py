@@ -21,6 +21,7 @@ from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.inner_rates import NOT_LEARNED, check_inner_rates, learned_rates
 from varmeta.strategies.objective import OwnObjective, check_outer
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.prototypes import Prototypes, check_classes
 from varmeta.strategies.stochastic import Stochastic
 from varmeta.strategies.strategy import Strategy, Traits
 from varmeta.strategies.unrolled import FirstOrder, Unrolled
@@ -79,6 +80,8 @@ def check_strategy(
         _check_told(problem.model)
     _check_curvature(plain, problem, tasks)
     traits = strategy.traits(problem)
+    if isinstance(strategy, Prototypes):
+        check_classes(tasks)
     _check_alg(strategy, problem, tasks)
     if for_fit:
         # the gradient of Laplace's formula at phi_K can be asked for; a fit would call its value an

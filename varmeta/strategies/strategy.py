@@ -4,8 +4,8 @@ A strategy answers four questions: where phi starts, how many inner steps it tak
 derivative with respect to eta comes back through them, and which outer objective is differentiated.
 
 `joint.py` and `reinit.py` hold the strategies that store phi, `implicit.py` and `unrolled.py` those
-for which it is a function of eta; `stochastic.py` wraps one of these with an Alg that is a
-distribution:
+for which it is a function of eta, `prototypes.py` the one for which it is made of means of a task's
+classes; `stochastic.py` wraps some of these with an Alg that is a distribution:
 
 | strategy     | start of phi     | inner steps       | derivative           | outer objective |
 | `Joint`      | stored per task  | phi and eta move together                | elbo            |
@@ -14,6 +14,7 @@ distribution:
 | `Unrolled`   | the prior        | K                 | through the iterates | any of the four |
 | `FirstOrder` | the prior        | K                 | d phi_K/d phi_0 = 1  | any of the four |
 | `Reptile`    | the prior        | K                 | phi_K held fixed     | elbo            |
+| `Prototypes` | means of classes | none              | through the means    | query           |
 
 In the place of any of the four a function of the user's own may stand (`objective.py`).
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from varmeta.models.check_more import check_more
 from varmeta.strategies.check import check_query
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.prototypes import Prototypes, check_classes
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import TaskSet
 from varmeta.tasks.stream import Streamed
@@ -41,6 +42,8 @@ def check_stream(
         check_more(problem.model, tasks)
         if not callable(strategy.outer) and strategy.outer != "elbo":
             check_query(strategy, tasks)
+        if isinstance(strategy, Prototypes):
+            check_classes(tasks)
 
     stream.check = check
     return stream.kept
