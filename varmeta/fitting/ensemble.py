@@ -29,7 +29,7 @@ def members_of(strategy: Strategy, problem: Problem, number: object) -> Members:
 
 def first_run(members: Members, problem: Problem, tasks: TaskSet) -> Run:
     """The members before their first step."""
-    like = tasks.support_rows.x.new_zeros(())
+    like = torch.zeros((), dtype=tasks.dtype, device=tasks.device)
     return Run(starts(problem.model, members.number, problem.seed, like), State())
 
 

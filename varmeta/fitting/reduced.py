@@ -52,7 +52,7 @@ class ReducedTasks:
         """
         rows = tasks.support_rows
         design, y, weight, counts = linear_rows(
-            model, rows.x, rows.y, rows.counts, tasks.features, linear
+            model, rows.x.to(tasks.dtype), rows.y, rows.counts, tasks.features, linear
         )
         known = whitened_columns(design)
         if known is None:

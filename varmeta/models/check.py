@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, Self
 
 import pyro
@@ -37,6 +38,7 @@ from varmeta.models.pyro_program import (
     observed_log_prob,
     without_shapes,
 )
+from varmeta.models.tokens import check_tokens
 from varmeta.priors.covariates import check_features
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data, TaskSet
@@ -91,6 +93,7 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         if model.net is None:
             _try(model, eta, data, batch.names)
             continue
+        check_tokens(model.net, partial(_as_one_task, model, eta, data))
         sizes = data.num_points
         largest = int(sizes.argmax())
         one = _alone(data, largest)
@@ -138,6 +141,14 @@ def _try_largest(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | N
         data = one.query if part else one.support
         assert data is not None
         _try(model, eta, data.first_points(min(MANY_ROWS, data.mask.shape[1])), one.names)
+
+
+def _as_one_task(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> None:
+    """Run the network on rows of all tasks as if they were one's."""
+    x, theta = data.x[data.mask][:MANY_ROWS], model.weights.flatten(eta)
+    own = model.weights.unflatten(theta)
+    with torch.no_grad():
+        model.one_task(eta, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
 
 
 def _alone(data: Data, task: int) -> Data:

@@ -35,6 +35,7 @@ from varmeta.models.observe import observe_output
 from varmeta.models.pyro_program import DATA, SITE, TASKS, observed_log_prob, starts
 from varmeta.models.shared_layers import Ahead, Features, Split, split
 from varmeta.models.start import check_names, held_by, matches, placed_by
+from varmeta.models.tokens import give_whole_numbers
 from varmeta.priors.covariates import coefficients_of, offset
 from varmeta.priors.gaussian_prior import GaussianPrior
 from varmeta.priors.weights import Weights
@@ -93,6 +94,7 @@ class TaskModel(Remembers):
         self._program: Program | None = None
         self.constants = frozen(net)
         hold_padding_rows(self.net)
+        give_whole_numbers(self.net)
         start = {
             n: p.detach().clone() for n, p in net.named_parameters() if n not in self.constants
         }

@@ -17,10 +17,11 @@ def like_of(
     supports: list[Part | None],
     queries: list[Part | None],
     dtype: torch.dtype | None,
-) -> Part:
+) -> tuple[Part, torch.dtype]:
     """An empty part with the shapes, dtypes and device that all parts share.
 
-    Those that do not have them have to be brought to them.
+    Those that do not have them have to be brought to them.  With it the floating dtype in which x
+    is looked at, which is x's own but for bytes.
     """
     # the first of every kind speaks for the others
     kinds: dict[tuple[Any, ...], tuple[str, str, Part]] = {}
@@ -35,7 +36,7 @@ def like_of(
     known = [(who, part) for who, part in known if len(part[0])] or known[:1]
     if not known:
         kind = dtype or torch.get_default_dtype()
-        return torch.zeros(0, dtype=kind), torch.zeros(0, dtype=kind)
+        return (torch.zeros(0, dtype=kind), torch.zeros(0, dtype=kind)), kind
     first, (x0, y0) = known[0]
     for who, part in known:
         for what, tensor, reference in (("x", part[0], x0), ("y", part[1], y0)):
@@ -67,10 +68,11 @@ def like_of(
     images = all(part[0].dtype == torch.uint8 for _, part in known)
     kind = dtype or next(iter(seen), torch.get_default_dtype() if images else torch.float64)
     floating_y = any(part[1].is_floating_point() for _, part in known)
-    return (
-        x0.new_zeros(0, *x0.shape[1:], dtype=kind),
+    like = (
+        x0.new_zeros(0, *x0.shape[1:], dtype=torch.uint8 if images else kind),
         y0.new_zeros(0, *y0.shape[1:], dtype=kind if floating_y else torch.int64),
     )
+    return like, kind
 
 
 def fit_to(

@@ -35,10 +35,11 @@ class TaskSet:
     """Tasks of different sizes with one kind of data.
 
     x becomes floating: whole numbers and booleans are converted to the dtype of the floating data
-    in the set, or where there are none to float64; if all x is uint8, as images are, to torch's
-    default dtype.  y keeps its kind: all-integer y stays int64 (classes, counts), but if any task's
-    y is floating all are.  Floating data keep their precision (numpy float64 stays float64); Python
-    lists take torch's default.  All data are copied.
+    in the set, or where there are none to float64 (an `nn.Embedding` is given them as whole numbers
+    again).  If all x is uint8, as images are, it is kept so, and cast where a batch is made, by
+    default to torch's default dtype.  y keeps its kind: all-integer y stays int64 (classes,
+    counts), but if any task's y is floating all are.  Floating data keep their precision (numpy
+    float64 stays float64); Python lists take torch's default.  All data are copied.
 
     tasks: `Task`s, in a fixed order.
     dtype: cast floating data to it; by default all must share one dtype.
@@ -63,6 +64,8 @@ class TaskSet:
     query_rows: Rows
     names: tuple[str, ...]
     x_names: tuple[str, ...] | None
+    # the floating dtype to which x, kept as bytes, is cast in a batch; None: x is floating
+    _kind: torch.dtype | None = None
     # whether a scaling that was told of no likelihood left whole numbers in y as they were
     left_raw = False
 
@@ -94,7 +97,7 @@ class TaskSet:
             ]
             for what in ("support", "query")
         )
-        like = like_of(names, supports, queries, dtype)
+        like, kind = like_of(names, supports, queries, dtype)
         features = as_features([task.features for task in given], names)
         support, query = (
             Rows.of(fit_to(parts, like, names, what), like)
@@ -102,6 +105,7 @@ class TaskSet:
         )
         some = any(part is not None for part in (*supports, *queries))
         self._set(names, support, query, features, check_names(x_names, like[0] if some else None))
+        self._kind = None if like[0].is_floating_point() else kind
 
     def _set(
         self,
@@ -139,7 +143,7 @@ class TaskSet:
             self._known if features is None else features,
             self.x_names,
         )
-        new.left_raw = self.left_raw
+        new.left_raw, new._kind = self.left_raw, self._kind
         return new
 
     def _changed(
@@ -243,8 +247,8 @@ class TaskSet:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of x, and of y where it is floating."""
-        return self.support_rows.x.dtype
+        """The dtype of x as a model sees it, and of y where it is floating."""
+        return self._kind or self.support_rows.x.dtype
 
     @property
     def x_shape(self) -> tuple[int, ...]:
@@ -278,9 +282,12 @@ class TaskSet:
 
         def move(part: Part, name: str | None, what: str) -> Part:
             x, y = in_precision(part, dtype, name, what)
+            x = x if self._kind is None else part[0]
             return x.to(device=device), y.to(device=device)
 
-        return self._changed(move)
+        new = self._changed(move)
+        new._kind = self._kind and (dtype or self._kind)
+        return new
 
     def __repr__(self) -> str:
         count = counted(len(self), "task")
@@ -305,7 +312,12 @@ class TaskSet:
 
     @cached_property
     def features(self) -> dict[str, Tensor]:
-        return in_dtype_of(self.support_rows.x, self._known)
+        like = torch.zeros((), dtype=self.dtype, device=self.device)
+        return in_dtype_of(like, self._known)
+
+    def _cast(self, data: Data) -> Data:
+        """x as a model sees it."""
+        return data if self._kind is None else replace(data, x=data.x.to(self._kind))
 
     @cached_property
     def _ids(self) -> Tensor:
@@ -320,16 +332,17 @@ class TaskSet:
         """
         if rows is None:
             everyone = torch.arange(len(self), device=self.device)
-            return Batch(
-                self._support, self._query, self._ids, self.names, everyone, len(self), whole=True
-            )
+            query = None if self._query is None else self._cast(self._query)
+            support = self._cast(self._support)
+            return Batch(support, query, self._ids, self.names, everyone, len(self), whole=True)
         positions = positions_of(rows, len(self))
         if not len(positions):
             raise ValueError("rows is empty: a batch needs at least one task")
         at = torch.from_numpy(positions).to(self.device)
-        query = None if self._query is None else self._query.take(at)
+        query = None if self._query is None else self._cast(self._query.take(at))
         names = tuple(self.names[i] for i in positions.tolist())
-        return Batch(self._support.take(at), query, self._ids[at], names, at, len(self))
+        support = self._cast(self._support.take(at))
+        return Batch(support, query, self._ids[at], names, at, len(self))
 
     def first_difference(self, other: TaskSet) -> str | None:
         """Where another set differs from this one, in a few words.
@@ -445,7 +458,7 @@ class TaskSet:
                 "no task has support data, so there is nothing to take a mean of: standardize with "
                 "others"
             )
-        scaling = Scaling.of(rows.x, rows.y, self.features, likelihood)
+        scaling = Scaling.of(rows.x.to(self.dtype), rows.y, self.features, likelihood)
         return scaling.apply(self), scaling
 
     def mapped(
@@ -464,7 +477,7 @@ class TaskSet:
         """
 
         def one(part: Part, name: str | None, what: str) -> Part:
-            x, y = rows(part, name)
+            x, y = rows((part[0].to(self.dtype), part[1]), name)
             refuse_non_finite(x, f"task {name!r}: {what} x")
             refuse_non_finite(y, f"task {name!r}: {what} y")
             return in_precision((x, y), self.dtype, name, what)
@@ -473,7 +486,7 @@ class TaskSet:
         refuse_infinite(known, self.names)
         some = len(self.support_rows.x) or len(self.query_rows.x)
         new = self._changed(one, known) if some else self._derived(features=known)
-        new.left_raw = left_raw
+        new.left_raw, new._kind = left_raw, None if some else self._kind
         return new
 
 
