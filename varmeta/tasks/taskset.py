@@ -64,8 +64,8 @@ class TaskSet:
     query_rows: Rows
     names: tuple[str, ...]
     x_names: tuple[str, ...] | None
-    # the floating dtype to which x, kept as bytes, is cast in a batch; None: x is floating
-    _kind: torch.dtype | None = None
+    # of x as a model sees it, and of y where it is floating: bytes are cast to it in a batch
+    dtype: torch.dtype
     # whether a scaling that was told of no likelihood left whole numbers in y as they were
     left_raw = False
 
@@ -104,8 +104,8 @@ class TaskSet:
             for parts, what in ((supports, "support"), (queries, "query"))
         )
         some = any(part is not None for part in (*supports, *queries))
-        self._set(names, support, query, features, check_names(x_names, like[0] if some else None))
-        self._kind = None if like[0].is_floating_point() else kind
+        x_names = check_names(x_names, like[0] if some else None)
+        self._set(names, support, query, features, x_names, kind)
 
     def _set(
         self,
@@ -114,7 +114,9 @@ class TaskSet:
         query: Rows,
         features: dict[str, Tensor],
         x_names: tuple[str, ...] | None,
+        dtype: torch.dtype,
     ) -> None:
+        """dtype: x's own, but for bytes."""
         if not names:
             raise ValueError("no tasks: a TaskSet needs at least one Task (it may have no data)")
         if len(set(names)) < len(names):
@@ -126,6 +128,7 @@ class TaskSet:
             )
         self.names, self.x_names, self._known = tuple(names), x_names, features
         self.support_rows, self.query_rows = support, query
+        self.dtype = support.x.dtype if support.x.is_floating_point() else dtype
 
     def _derived(
         self,
@@ -142,8 +145,9 @@ class TaskSet:
             self.query_rows if query is None else query,
             self._known if features is None else features,
             self.x_names,
+            self.dtype,
         )
-        new.left_raw, new._kind = self.left_raw, self._kind
+        new.left_raw = self.left_raw
         return new
 
     def _changed(
@@ -197,7 +201,8 @@ class TaskSet:
         table = table_of_frame(frame, task, x, y, query, features)
         new = cls.__new__(cls)
         x_names = check_names([x] if isinstance(x, str) else x, table.support.x)
-        new._set(table.names, table.support, table.query, table.features, x_names)
+        dtype = table.support.x.dtype
+        new._set(table.names, table.support, table.query, table.features, x_names, dtype)
         return new
 
     # -- the tasks ---------------------------------------------------------------------------------
@@ -246,11 +251,6 @@ class TaskSet:
         return self._derived(support, query, [self.names[i] for i in positions.tolist()], features)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of x as a model sees it, and of y where it is floating."""
-        return self._kind or self.support_rows.x.dtype
-
-    @property
     def x_shape(self) -> tuple[int, ...]:
         """The shape of a row of x; `()` where no task has data."""
         return tuple(self.support_rows.x.shape[1:])
@@ -282,11 +282,11 @@ class TaskSet:
 
         def move(part: Part, name: str | None, what: str) -> Part:
             x, y = in_precision(part, dtype, name, what)
-            x = x if self._kind is None else part[0]
-            return x.to(device=device), y.to(device=device)
+            kept = x if part[0].is_floating_point() else part[0]
+            return kept.to(device=device), y.to(device=device)
 
         new = self._changed(move)
-        new._kind = self._kind and (dtype or self._kind)
+        new.dtype = dtype or self.dtype
         return new
 
     def __repr__(self) -> str:
@@ -317,7 +317,8 @@ class TaskSet:
 
     def _cast(self, data: Data) -> Data:
         """x as a model sees it."""
-        return data if self._kind is None else replace(data, x=data.x.to(self._kind))
+        same = data.x.dtype == self.dtype
+        return data if same else replace(data, x=data.x.to(self.dtype))
 
     @cached_property
     def _ids(self) -> Tensor:
@@ -486,7 +487,7 @@ class TaskSet:
         refuse_infinite(known, self.names)
         some = len(self.support_rows.x) or len(self.query_rows.x)
         new = self._changed(one, known) if some else self._derived(features=known)
-        new.left_raw, new._kind = left_raw, None if some else self._kind
+        new.left_raw = left_raw
         return new
 
 

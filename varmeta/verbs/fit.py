@@ -163,7 +163,7 @@ def fit(
     if not isinstance(tasks, TaskSet):
         stream = stream_of(tasks, batch_size, seed, 0 if resume is None else resume.run.step)
         tasks = stream.tasks
-    eta = initial_eta(strategy, model, torch.zeros((), dtype=tasks.dtype, device=tasks.device))
+    eta = initial_eta(strategy, model, tasks.support_rows.x.new_zeros((), dtype=tasks.dtype))
     problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
     if stream is not None:
         tasks = check_stream(stream, strategy, problem, ensemble)
