@@ -23,7 +23,7 @@ from varmeta.fitting.validation import Watch
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy, Traits
-from varmeta.strategies.warnings import warning
+from varmeta.strategies.warnings import Kind, warning
 from varmeta.tasks import Batch
 from varmeta.tasks.source import Source
 
@@ -150,7 +150,8 @@ class _Way:
         self.first, self.begin = run.step, perf_counter() - run.seconds
         self.spent = run.evaluations
         self.safe = run.eta, run.state
-        self.broken = self.warned = False
+        self.broken = False
+        self.said: set[Kind] = set()
         self.met: tuple[Batch, Tensor] | None = None
 
     def step(self, step: int, callback: Callback | None) -> bool:
@@ -174,10 +175,10 @@ class _Way:
         if lost or not all(map(math.isfinite, numbers)):
             self._break_off(step, batch, here, before, calls)
             return False
-        sentence = None if self.warned else warning(self.traits, batch, stats)
-        if sentence is not None:  # once: the next steps would say the same with other numbers
-            warnings.warn(sentence, RuntimeWarning, stacklevel=4)
-            self.warned = True
+        doubt = warning(self.traits, batch, stats, self.said)
+        if doubt is not None:
+            warnings.warn(doubt[1], RuntimeWarning, stacklevel=4)
+            self.said.add(doubt[0])
         # a minibatch works for its own tasks only
         share = self.source.share(batch)
         self.spent += share * sum(float(call.stats.evaluations) for call in calls)

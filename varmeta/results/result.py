@@ -43,6 +43,7 @@ from varmeta.strategies.inner_rates import RATE, without_rates
 from varmeta.strategies.objective import OuterName
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.strategies.warnings import diverging
 from varmeta.tasks import TaskSet
 from varmeta.tasks.scaling import Scaling
 from varmeta.tasks.taskset import no_tasks
@@ -403,9 +404,12 @@ class Fit:
                 for name, code in zip(batch.names, solution.result.tolist(), strict=True)
                 if code == solution.worst
             ]
+            why = HOW_IT_ENDED.get(solution.worst, solution.worst.sentence)
+            if solution.worst == Result.DIVERGED and traits.minimizer is not None:
+                why = f"the inner steps raise its loss: {diverging(batch, traits.minimizer)}"
             warnings.warn(
                 f"adaptation did not end well for {len(bad)} of {len(tasks)} tasks, {bad[0]!r} "
-                "first: " + HOW_IT_ENDED.get(solution.worst, solution.worst.sentence),
+                f"first: {why}",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -120,6 +120,8 @@ def _check_parts(strategy: Strategy) -> None:
 def _check_rates(strategy: Strategy, model: TaskModel) -> None:
     """Inner rates by weight belong to weights that there are, and are learned where they can be."""
     plain = strategy.strategy if isinstance(strategy, Stochastic) else strategy
+    if getattr(plain, "minimizer", None) is None:
+        return
     if learned_rates(plain) is not None and not isinstance(strategy, Unrolled | FirstOrder):
         kind = type(plain).__name__ if plain is strategy else "a StochasticAlg"
         raise ValueError(f"{kind} cannot learn its rates: {NOT_LEARNED}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from typing import Literal, get_args
+
 from torch import Tensor
 
 from varmeta._checks import counted
@@ -27,28 +30,37 @@ def certificate(batch: Batch, stats: Stats) -> Certificate | None:
     return Certificate.of(batch.names * draws, stats.inner, stats.linear)
 
 
-def warning(traits: Traits, batch: Batch, stats: Stats) -> str | None:
-    """What to warn about (once), if anything.
+Kind = Literal["steps", "gradient"]
+KINDS: frozenset[Kind] = frozenset(get_args(Kind))
+
+
+def warning(
+    traits: Traits, batch: Batch, stats: Stats, said: Set[Kind] = frozenset()
+) -> tuple[Kind, str] | None:
+    """What to warn about, if anything: inner steps that diverge, or else the gradient.
+
+    said: what was warned about before, which is not said again: the next steps would say the same
+        with other numbers.
 
     Raises RuntimeError where the strategy was told to raise.
     """
-    if stats.diverged is not None and traits.minimizer is not None:
-        sentence = diverged(batch, stats.diverged, traits.minimizer)
-        if sentence is not None:
-            return sentence
-    if traits.on_unconverged == "ignore":
-        return None
-    found = certificate(batch, stats)
-    if found is not None and traits.on_unconverged == "raise" and not found.ok:
+    raises = traits.on_unconverged == "raise"
+    asked = traits.on_unconverged != "ignore" and (raises or "gradient" not in said)
+    found = certificate(batch, stats) if asked else None
+    if raises and found is not None and not found.ok:
         raise RuntimeError(str(found))
-    unsettled = 0.0 if stats.unsettled is None else float(stats.unsettled)
+    if stats.diverged is not None and traits.minimizer is not None and said != KINDS:
+        sentence = diverged(batch, stats.diverged, traits.minimizer)
+        if sentence is not None:  # which explains the gradient too
+            return None if "steps" in said else ("steps", sentence)
+    unsettled = 0.0 if stats.unsettled is None or not asked else float(stats.unsettled)
     if unsettled > MAX_UNSETTLED:
-        return (
+        return "gradient", (
             f"{unsettled:.1%} of the draws of alg ended on a ridge between two minima, where the "
             "noise does not settle which one is reached and the gradient is biased: cool the noise "
             "down (cooling=True), or take more steps"
         )
-    return None if found is None or found.ok else str(found)
+    return None if found is None or found.ok else ("gradient", str(found))
 
 
 def diverged(batch: Batch, which: Tensor, minimizer: Minimizer) -> str | None:
@@ -61,24 +73,29 @@ def diverged(batch: Batch, which: Tensor, minimizer: Minimizer) -> str | None:
     if not bad:
         return None
     first = f"{bad[0]!r}" + (" first" if len(bad) > 1 else "")
-    sentence = (
+    return (
         f"the inner steps diverge for {counted(len(bad), 'task')}, {first}, whose loss they raise: "
+        + diverging(batch, minimizer)
     )
+
+
+def diverging(batch: Batch, minimizer: Minimizer) -> str:
+    """What to change in the numbers of the minimizer where its steps raise a task's loss."""
     if not isinstance(minimizer, GradientDescent):
-        return sentence + "lower the minimizer's learning rate"
+        return "lower the minimizer's learning rate"
     points, lr = int(batch.support.num_points.max()), minimizer.lr
     if not isinstance(lr, (int, float)):
-        return sentence + (
+        return (
             "take lower rates (learned ones from a lower start), or clip=, which bounds a task's "
             "gradient"
         )
     if minimizer.per_point:
-        return sentence + (
+        return (
             f"lower the minimizer's lr of {lr:g}, or use Adam, whose steps do not grow with the "
             "curvature (a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of "
             "noise scale s)"
         )
-    return sentence + (
+    return (
         f"losses are sums, so that lr={lr:g} on up to {counted(points, 'point')} is a step of "
         f"{lr * points:g} on their mean.  Take GradientDescent({lr:g}, per_point=True), which "
         "divides by the number of points, a lower lr, or Adam, whose steps do not grow with the "

@@ -107,9 +107,9 @@ def meta_gradient(
     scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(
         problem, batch, leaves, state
     )
-    sentence = warning(traits, batch, stats)
-    if sentence is not None:
-        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    doubt = warning(traits, batch, stats)
+    if doubt is not None:
+        warnings.warn(doubt[1], RuntimeWarning, stacklevel=2)
     grads = {name: found[name] for name in leaves}
     moving = (
         strategy.moving(problem, batch, leaves, state, stats)
