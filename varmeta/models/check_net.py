@@ -219,7 +219,7 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-BatchNorm = Literal["refuse", "frozen"]
+BatchNorm = Literal["refuse", "frozen", "batch"]
 BATCH_NORMS: tuple[BatchNorm, ...] = get_args(BatchNorm)
 # What an embedding does to its gradient or its weights by the side.
 _EMBEDDING = {
@@ -227,6 +227,14 @@ _EMBEDDING = {
     "max_norm": "which writes into the weights while it runs",
     "scale_grad_by_freq": "whose gradient is not that of the likelihood",
 }
+
+
+def use_batch_statistics(net: nn.Module) -> None:
+    """Let every batch norm take mean and variance of the rows that it is given, and keep none."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 def check_net(net: nn.Module, batch_norm: BatchNorm) -> None:
@@ -240,18 +248,19 @@ def check_net(net: nn.Module, batch_norm: BatchNorm) -> None:
         if why is not None:
             who = f"layer {name!r}" if name else "the network"
             raise ValueError(f"{who} {why.replace('KIND', type(module).__name__)}")
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or batch_norm == "batch":
             continue
         if batch_norm == "refuse":
             raise ValueError(
                 f"layer {name!r} is a {type(module).__name__}: batch statistics tie a task's "
                 "observations together, so its likelihood is no longer a product over them.  Use "
-                "GroupNorm or LayerNorm, or batch_norm='frozen'"
+                "GroupNorm or LayerNorm, batch_norm='frozen' (its running statistics), or "
+                "batch_norm='batch' (those of a task's rows, where all tasks have as many)"
             )
         if module.running_mean is None:
             raise ValueError(
                 f"layer {name!r} keeps no running statistics, so they cannot be frozen: use "
-                "GroupNorm"
+                "GroupNorm, or batch_norm='batch'"
             )
     parameters = list(net.parameters())
     if not parameters:

@@ -27,7 +27,7 @@ from varmeta.files.remember import Remembers, remembered
 from varmeta.likelihoods.base import Likelihood, told
 from varmeta.likelihoods.weighted import is_gaussian
 from varmeta.models import network
-from varmeta.models.check_net import BatchNorm, check_net
+from varmeta.models.check_net import BatchNorm, check_net, use_batch_statistics
 from varmeta.models.constants import constants, frozen, hold_padding_rows
 from varmeta.models.fan_in import fan_ins
 from varmeta.models.linearity import is_linear_in, looks_straight
@@ -47,9 +47,9 @@ Program = Callable[[dict[str, Tensor], Tensor, Tensor | None], Any]
 class TaskModel(Remembers):
     """A network (or any Pyro program) whose weights vary from task to task around a learned prior.
 
-    net: any `nn.Module` without batch norm; its parameters are the weights, its present values the
-        start of theta0. It is copied, and run in evaluation mode: dropout is off.  Its input is one
-        task's x `(points, features)`. Parameters with `requires_grad=False`, and the row
+    net: any `nn.Module`; its parameters are the weights, its present values the start of theta0.
+        It is copied, and run in evaluation mode: dropout is off.  Its input is one task's x
+        `(points, features)`.  Parameters with `requires_grad=False`, and the row
         `padding_idx` of an `nn.Embedding`, are constants: the same in every task, and never
         learned.  A row's output may depend on the task's other rows only where no task is padded,
         that is where all have the same number of rows.
@@ -58,9 +58,13 @@ class TaskModel(Remembers):
     shared: patterns (`"body.*"`) of parameters that are the same for every task: fixed effects, or
         a feature extractor that is not adapted.  They live in eta beside theta0.  What is a
         constant stays one.
-    batch_norm: "refuse", or "frozen" to use the running statistics that the network came with.
+    batch_norm: "refuse"; "frozen" to use the running statistics that the network came with; or
+        "batch", to use the mean and variance of the rows that stand together, as MAML's code does:
+        of a task's support while it adapts, of its query (or the x of `predict`) while it is
+        judged. A row's output then depends on the rows beside it, and p(y | x, theta) is no product
+        over rows: all tasks must have as many, and leaving out a row leaves the others changed.
 
-    Raises ValueError for batch norm, for a pattern that matches nothing or nothing but constants,
+    Raises ValueError for batch norm unless told how, for a pattern that matches nothing or nothing but constants,
     for a network without a parameter to learn or with a layer that cannot be run for many tasks,
     and for a name that varmeta uses itself.
 
@@ -93,6 +97,8 @@ class TaskModel(Remembers):
         self.likelihood: Likelihood | None = likelihood
         self._program: Program | None = None
         self.constants = frozen(net)
+        if batch_norm == "batch":
+            use_batch_statistics(self.net)
         hold_padding_rows(self.net)
         give_whole_numbers(self.net)
         start = {
