@@ -64,9 +64,9 @@ class TaskModel(Remembers):
         judged. A row's output then depends on the rows beside it, and p(y | x, theta) is no product
         over rows: all tasks must have as many, and leaving out a row leaves the others changed.
 
-    Raises ValueError for batch norm unless told how, for a pattern that matches nothing or nothing but constants,
-    for a network without a parameter to learn or with a layer that cannot be run for many tasks,
-    and for a name that varmeta uses itself.
+    Raises ValueError for batch norm unless it is told how, for a pattern that matches nothing or
+    nothing but constants, for a network without a parameter to learn or with a layer that cannot be
+    run for many tasks, and for a name that varmeta uses itself.
 
     >>> from varmeta import likelihoods
     >>> model = TaskModel(nn.Linear(1, 1), likelihoods.Gaussian(), GaussianPrior(precision=0.1))
