@@ -57,10 +57,8 @@ class Likelihood(Remembers, ABC):
 
     has_hyperprior = False
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """The tasks' features that the distribution depends on: they stand in eta, `told`."""
-        return ()
+    # the tasks' features that the distribution depends on: they stand in eta, see `told`
+    features: tuple[str, ...] = ()
 
     @property
     def predictive(self) -> Likelihood:

@@ -56,7 +56,7 @@ class Categorical(Likelihood):
         self.num_classes, self.ways = num_classes, ways
 
     @property
-    def features(self) -> tuple[str, ...]:
+    def features(self) -> tuple[str, ...]:  # type: ignore[override]
         return () if self.ways is None else (self.ways,)
 
     def distribution(

@@ -84,7 +84,7 @@ class LeastSquaresClasses(Gaussian):
         return TemperedCategorical(self.num_classes, known, ways=self.ways)
 
     @property
-    def features(self) -> tuple[str, ...]:
+    def features(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.predictive.features
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from varmeta.likelihoods.base import Likelihood
 from varmeta.likelihoods.discrete import Categorical
+from varmeta.likelihoods.weighted import unweighted
 from varmeta.tasks import TaskSet
 
 
@@ -19,7 +20,7 @@ def check_ways(likelihood: Likelihood, tasks: TaskSet) -> None:
             f"{likelihood!r} needs the feature {missing[0]!r} of every task, but these tasks "
             f"{have}: give Task(features={{{missing[0]!r}: 5}}), new tasks too"
         )
-    judged = likelihood.predictive
+    judged = unweighted(likelihood.predictive)
     if not isinstance(judged, Categorical) or judged.ways is None:
         return
     ways = tasks.features[judged.ways]
