@@ -174,10 +174,6 @@ REFUSED_WHEN_MADE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1)),
         "layer '0' is a LazyLinear that has seen no data",
     ),
-    "lstm_cell": (
-        lambda: Net(lambda net, x: x, nn.LSTMCell(4, 1)),
-        r"layer 'layer' is recurrent \(LSTMCell\).*GRUCell",
-    ),
     "sparse": (
         lambda: Net(lambda net, x: x, nn.Embedding(3, 1, sparse=True)),
         r"layer 'layer' \(Embedding\) has sparse",

@@ -340,9 +340,9 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"puts out 1 number for a row, but Categorical\(\) needs one for each class, at least 2$",
     ),
     "a recurrent net": (
-        lambda: vm.TaskModel(nn.GRU(1, 1), gaussian()),
+        lambda: fit(model=vm.TaskModel(nn.GRU(1, 1), gaussian())),
         ValueError,
-        r"the network is recurrent \(GRU\), which PyTorch cannot run for many tasks",
+        r"the network puts out a tuple, expected one tensor with a row for each row of x",
     ),
     # programs
     "a name that is no param": (

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.weight_norm import WeightNorm
 
 from varmeta._checks import counted, one_of
+from varmeta.models.recurrent import can_be_unrolled
 from varmeta.priors.weights import Weights
 from varmeta.tasks import TaskSet
 
@@ -185,15 +186,11 @@ def _refusal(module: nn.Module) -> str | None:
     """Why this layer cannot be run for many tasks with weights of their own, and what to use
     instead, if so.
     """
-    if isinstance(module, (nn.RNNBase, nn.LSTMCell)):
+    if isinstance(module, (nn.RNNBase, nn.LSTMCell)) and not can_be_unrolled(module):
         return (
-            "is recurrent (KIND), which PyTorch cannot run for many tasks with weights of their "
-            "own (no batching rule): "
-            + (
-                "use nn.GRUCell"
-                if isinstance(module, nn.LSTMCell)
-                else "use convolutions, attention, or nn.GRUCell in a loop"
-            )
+            "is recurrent (KIND), a layer of one's own made of PyTorch's, whose kernels cannot be "
+            "run for many tasks (no batching rule): use nn.RNN, nn.LSTM, nn.GRU or their cells "
+            "within it"
         )
     if isinstance(module, torch.jit.ScriptModule):
         return (

@@ -33,6 +33,7 @@ from varmeta.models.fan_in import fan_ins
 from varmeta.models.linearity import is_linear_in, looks_straight
 from varmeta.models.observe import observe_output
 from varmeta.models.pyro_program import DATA, SITE, TASKS, observed_log_prob, starts
+from varmeta.models.recurrent import unroll_recurrent_layers
 from varmeta.models.shared_layers import Ahead, Features, Split, split
 from varmeta.models.start import check_names, held_by, matches, placed_by
 from varmeta.models.tokens import give_whole_numbers
@@ -97,6 +98,7 @@ class TaskModel(Remembers):
         self.likelihood: Likelihood | None = likelihood
         self._program: Program | None = None
         self.constants = frozen(net)
+        unroll_recurrent_layers(self.net)
         if batch_norm == "batch":
             use_batch_statistics(self.net)
         hold_padding_rows(self.net)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from varmeta.models.recurrent import can_be_unrolled
+
 Features = tuple[Tensor, ...]
 """What the body puts out for rows x, each `(tasks, points, ...)` as a rule: what the head needs."""
 
@@ -44,6 +46,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             super().is_leaf_module(m, module_qualified_name)
+            or can_be_unrolled(m)
             or not _is_plain(m)
             or not _holds(m, self.varying)
         )
