@@ -237,7 +237,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a schedule that is no function": (
         lambda: fit(schedule=0.5),
         TypeError,
-        "or a function of the fraction of the way",
+        "a function of the fraction of the way or a scheduler",
     ),
     "a schedule that turns negative": (
         lambda: fit(schedule=lambda fraction: 0.9 - fraction),
