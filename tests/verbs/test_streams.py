@@ -158,6 +158,22 @@ def test_noise_is_never_repeated() -> None:
     assert len(ids.unique()) == 100
 
 
+def test_tasks_are_moved_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    move = vm.TaskSet.to
+
+    def to(self: vm.TaskSet, dtype: Any = None, device: Any = None) -> vm.TaskSet:
+        asked.append(device)
+        return move(self, dtype, "cpu" if device == "elsewhere" else device)
+
+    monkeypatch.setattr(vm.TaskSet, "to", to)
+    fit(by_step, 3, device="elsewhere")
+    assert asked.count("elsewhere") == 3
+    held = vm.TaskSet(by_step(0, torch.Generator()))
+    fit(held, 3, device="elsewhere")
+    assert asked.count("elsewhere") == 4
+
+
 def test_the_generator_is_of_the_seed_and_the_step() -> None:
     met: list[tuple[int, float]] = []
 

@@ -63,13 +63,16 @@ class Streamed(Source):
     """The tasks of a stream, step by step, of one kind and under names of their own.
 
     first: the step from which they are asked for.
+    device: where the tasks are moved; None: they stay where they are.
     check: looks at each step's tasks but the first's; set by who knows what they are for.
     """
 
     streams = True
 
-    def __init__(self, reader: Reader, first: int) -> None:
-        self.reader, self.total = reader, reader.length
+    def __init__(
+        self, reader: Reader, first: int, device: torch.device | str | None = None
+    ) -> None:
+        self.reader, self.total, self.device = reader, reader.length, device
         self.check: Callable[[TaskSet], None] = lambda tasks: None
         found = reader.read(first)
         if found is None:
@@ -101,6 +104,9 @@ class Streamed(Source):
         return found if self.total is None else replace(found, total=self.total)
 
     def _named(self, found: Any, step: int) -> TaskSet:
+        return self._together(found, step).to(device=self.device)
+
+    def _together(self, found: Any, step: int) -> TaskSet:
         if isinstance(found, TaskSet):
             return found
         tasks = list(found) if isinstance(found, (tuple, Iterator)) else found
@@ -225,7 +231,13 @@ class InOrder(Reader):
         return [item, *islice(self.iterator, self.size - 1)]
 
 
-def stream_of(tasks: object, batch_size: int | None, seed: int, first: int = 0) -> Streamed:
+def stream_of(
+    tasks: object,
+    batch_size: int | None,
+    seed: int,
+    first: int = 0,
+    device: torch.device | str | None = None,
+) -> Streamed:
     """The stream of a fit's tasks, asked for from step `first` on.
 
     tasks: a function `(step, generator)` that gives a step's tasks; what gives a task for a number,
@@ -234,7 +246,7 @@ def stream_of(tasks: object, batch_size: int | None, seed: int, first: int = 0) 
 
     Raises TypeError for anything else, ValueError for a source without tasks.
     """
-    return Streamed(_reader(tasks, batch_size, seed, first), first)
+    return Streamed(_reader(tasks, batch_size, seed, first), first, device)
 
 
 def _reader(tasks: object, size: int | None, seed: int, first: int) -> Reader:

@@ -54,7 +54,7 @@ from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 from varmeta.tasks.source import OfSet
-from varmeta.tasks.stream import Stream, stream_of
+from varmeta.tasks.stream import Stream, Streamed, stream_of
 from varmeta.verbs.progress import progress_bar
 from varmeta.verbs.stream import check_stream
 from varmeta.verbs.validation import validation_of, watching
@@ -80,6 +80,7 @@ def fit(
     resume: Fit | None = None,
     validate: TaskSet | Validation | None = None,
     ensemble: int | None = None,
+    device: torch.device | str | None = None,
 ) -> Fit:
     """Learn eta (theta0, precisions, noise scales, shared parameters) from tasks.
 
@@ -138,6 +139,9 @@ def fit(
         one descent.  `adapt` and `predict` then mix them with equal weights: a posterior of eta
         where a point of it fits few rows too well.
 
+    device: where the tasks are moved, a stream's step by step, and all is computed ("cuda"); None:
+        where the tasks are.
+
     Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
     SIGTERM is left to the process: see `sigterm_ends_fit`.
 
@@ -159,10 +163,7 @@ def fit(
     _check_arguments(model, strategy, num_steps, optimizer, batch_size, budget, resume, seed, clip)
     decay = decay_of(schedule)
     check_compile(compile)
-    stream = None
-    if not isinstance(tasks, TaskSet):
-        stream = stream_of(tasks, batch_size, seed, 0 if resume is None else resume.run.step)
-        tasks = stream.tasks
+    tasks, stream = _placed(tasks, batch_size, seed, resume, device)
     eta = initial_eta(strategy, model, tasks.support_rows.x.new_zeros((), dtype=tasks.dtype))
     problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
     if stream is not None:
@@ -210,6 +211,21 @@ def fit(
     for sentence in _doubts(judged, num_steps, budget, validation):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
     return result
+
+
+def _placed(
+    tasks: TaskSet | Stream,
+    batch_size: int | None,
+    seed: int,
+    resume: Fit | None,
+    device: torch.device | str | None,
+) -> tuple[TaskSet, Streamed | None]:
+    """The tasks on their device, a stream's first ones, and the stream where they are that."""
+    if isinstance(tasks, TaskSet):
+        return (tasks if device is None else tasks.to(device=device)), None
+    first = 0 if resume is None else resume.run.step
+    stream = stream_of(tasks, batch_size, seed, first, device)
+    return stream.tasks, stream
 
 
 def _solve(
