@@ -522,3 +522,24 @@ def test_a_compiled_step_that_is_not_finite_is_taken_eagerly_and_says_so_once(
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one of \('auto', True, False\), not 'fast'"):
         vm.fit(model_of(torch.float64), ragged_tasks(5), compile="fast")
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_graphs_are_made_for_a_few_shapes_of_a_stream(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(capture, "compile_graph", lambda graph, examples: made.append(1) or graph)
+
+    def tasks(step: int, generator: torch.Generator) -> list[vm.Task]:
+        x, y = torch.randn(2, 2 + step % 7, generator=generator, dtype=torch.float64)
+        return [vm.Task((x[:, None], y), (x[:, None], y))]
+
+    model, strategy = linear_model(vm.GaussianPrior(3.0)), vm.Unrolled(inner_steps=1, minimizer=GD)
+    sgd = lambda parameters: torch.optim.SGD(parameters, 1e-3)  # noqa: E731
+    with caplog.at_level(logging.WARNING, logger="varmeta"):
+        fits = [vm.fit(model, tasks, strategy, 15, sgd, compile=how) for how in (True, False)]
+    assert len(made) == fast.MAX_SHAPES
+    assert caplog.text.count("more than 4 shapes: others run without compilation") == 1
+    for name, value in fits[0].eta.items():
+        torch.testing.assert_close(value, fits[1].eta[name])

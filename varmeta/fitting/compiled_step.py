@@ -38,6 +38,8 @@ log = logging.getLogger("varmeta")
 
 Compile = Literal["auto", True, False]
 COMPILE: tuple[Compile, ...] = get_args(Compile)
+# Shapes of a step's tasks for which graphs are made; a stream's may be different every time.
+MAX_SHAPES = 4
 
 
 def check_compile(value: object) -> None:
@@ -69,7 +71,8 @@ class Step:
         # None: not yet decided
         self.compiled: bool | None = None if auto else bool(compile)
         self.given_size = self.size = task_chunk_size  # None: not yet decided
-        self._said = False
+        self._said = self._full = False
+        self._shapes = set[tuple[Any, ...]]()
 
     def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
         if self.compiled is None or self.size is None:
@@ -87,6 +90,8 @@ class Step:
         return chunks.value(self.strategy, problem, batch, eta, state, size)
 
     def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
+        if self.compiled and not self._has_graphs_for(batch):
+            return eager(self.strategy, problem, batch, eta, state)
         try:
             if self.compiled and self.strategy.traits(problem).not_captured is None:
                 found = self._prepared(problem, batch, state)(problem.seed, batch, eta, state)
@@ -101,6 +106,22 @@ class Step:
         except CaptureError as error:
             self._fall_back(error)
         return eager(self.strategy, problem, batch, eta, state)
+
+    def _has_graphs_for(self, batch: Batch) -> bool:
+        """Whether tasks of this shape were met before, or there is room for theirs."""
+        shape = batch.support.x.shape, None if batch.query is None else batch.query.x.shape
+        if shape in self._shapes:
+            return True
+        if len(self._shapes) < MAX_SHAPES:
+            self._shapes.add(shape)
+            return True
+        if not self._full:
+            log.warning(
+                "the steps' tasks come in more than %d shapes: others run without compilation",
+                MAX_SHAPES,
+            )
+        self._full = True
+        return False
 
     def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
         if self.compiled is None and not may_be_worth_it(problem, batch, self.num_steps):
