@@ -52,11 +52,16 @@ class Method:
 def methods() -> dict[str, Method]:
     """By the name that the table shows; step sizes are of the field's recipes (means over rows)."""
     step = vm.GradientDescent(0.4, per_point=True)
+    learned_step = vm.GradientDescent(vm.LearnedRates(0.4), per_point=True)
     ridge = vm.Implicit("delta", "query", minimizer=vm.ClosedForm())
     return {
+        "prototypes": Method(vm.Prototypes()),
         "ridge head (R2-D2)": Method(ridge, vm.likelihoods.LeastSquaresClasses, 1.0),
         "head by iMAML": Method(vm.Implicit("delta", "query"), precision=1.0),
         "head by 5 steps (ANIL)": Method(vm.Unrolled("delta", "query", 5, step)),
+        "MAML, 1 step, learned rates": Method(
+            vm.Unrolled("delta", "query", 1, learned_step), shared=False
+        ),
         "MAML, 1 step": Method(vm.Unrolled("delta", "query", 1, step), shared=False),
         "first-order MAML, 3 steps": Method(vm.FirstOrder("delta", "query", 3, step), shared=False),
     }
@@ -132,22 +137,17 @@ def minutes_since(begin: float) -> float:
 def five_way(data: Characters, options: argparse.Namespace) -> None:
     train = data.episodes(~data.unseen, 5, 5, seed=0, augment=turned)
     test = data.episodes(data.unseen, 5, 15, seed=1).take(options.episodes)
-    print(f"{'strategy':<28}{'accuracy':>26}{'log density':>13}{'min':>7}{'test min':>10}")
+    print(f"{'strategy':<30}{'accuracy':>38}{'log p':>12}{'min':>7}{'test min':>9}", flush=True)
     for name, method in methods().items():
         if options.only and name not in options.only:
             continue
         begin = time.perf_counter()
         fit = learned(method, train, 32, options.steps, options.batch, options.seed)
         took, begin = minutes_since(begin), time.perf_counter()
-        table = fit.adapt(test).score()
-        accuracy = 1 - table["error_rate"].iloc[:-1]
-        half = 1.96 * accuracy.std() / len(accuracy) ** 0.5
-        shown = (
-            f"{accuracy.mean():.3f} ({accuracy.mean() - half:.3f} to {accuracy.mean() + half:.3f})"
-        )
+        posterior = fit.adapt(test)
+        shown, density = str(posterior.accuracy()), posterior.score()["log_density"].iloc[-1]
         print(
-            f"{name:<28}{shown:>26}{table['log_density'].iloc[-1]:>13.3f}{took:>7.1f}"
-            f"{minutes_since(begin):>10.1f}",
+            f"{name:<30}{shown:>38}{density:>12.3f}{took:>7.1f}{minutes_since(begin):>9.1f}",
             flush=True,
         )
 
@@ -166,7 +166,7 @@ def within_alphabets(data: Characters, options: argparse.Namespace) -> None:
         for k in range(len(label))
     )
     for name, method in methods().items():
-        if name not in (options.only or ["ridge head (R2-D2)"]):
+        if name not in (options.only or ["prototypes", "ridge head (R2-D2)"]):
             continue
         begin = time.perf_counter()
         fit = learned(method, train, options.width, options.steps, options.batch, options.seed)
