@@ -61,14 +61,23 @@ def test_the_formulas_are_pytorchs(name: str, begin: bool, alone: bool) -> None:
     assert_same(ours(x, hx), plain(x, hx), *points)
 
 
+CELLS: dict[str, Any] = {
+    "lstm": lambda: nn.LSTMCell(3, 4),
+    "rnn": lambda: nn.RNNCell(3, 4, bias=False),
+    "relu": lambda: nn.RNNCell(3, 4, nonlinearity="relu"),
+}
+
+
 @pytest.mark.parametrize("begin", [False, True])
-def test_the_cell_is_pytorchs(begin: bool) -> None:
-    plain = seeded(lambda: nn.LSTMCell(3, 4))
+@pytest.mark.parametrize("name", CELLS)
+def test_the_cells_are_pytorchs(name: str, begin: bool) -> None:
+    plain = seeded(CELLS[name])
     ours = copy.deepcopy(plain)
     unroll_recurrent_layers(ours)
     x, h = (torch.randn(2, n, generator=torch.Generator().manual_seed(n), dtype=F64)
             for n in (3, 4))  # fmt: skip
-    hx = (h, -h) if begin else None
+    hx = None if not begin else (h, -h) if name == "lstm" else h
+    # a state of zeros gives the weights on it no gradient, in both
     assert_same(ours(x, hx), plain(x, hx), list(ours.parameters()), list(plain.parameters()))
 
 

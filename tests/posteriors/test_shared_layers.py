@@ -7,14 +7,14 @@ import torch
 
 import varmeta as vm
 from tests.cases import ragged_tasks
-from tests.models.test_shared_layers import calls, model_of, whole
+from tests.models.test_shared_layers import SHARED, calls, model_of, whole
 from varmeta.fitting.run import Run
 from varmeta.posteriors import slices
 from varmeta.strategies.strategy import State
 
 
-def posterior(guide: str) -> vm.Posterior:
-    model, tasks = model_of("skip"), ragged_tasks(4)
+def posterior(guide: str, shared: tuple[str, ...] = SHARED) -> vm.Posterior:
+    model, tasks = model_of("skip", shared=shared), ragged_tasks(4)
     run = Run(model.init(torch.zeros((), dtype=torch.float64)), State())
     strategy = vm.Joint(guide, adapt_steps=3)
     return vm.Fit(model, tasks, strategy, 0, run).adapt(tasks)
@@ -54,3 +54,18 @@ def test_the_body_runs_once_for_all_draws(monkeypatch: pytest.MonkeyPatch) -> No
     before = calls(found.model)
     found.observer.log_likelihood(found.q.theta(50, 0), found.q.eta)
     assert calls(found.model) > before + 10
+
+
+@pytest.mark.parametrize("shared", [SHARED, ()])
+def test_a_point_is_one_pass_whatever_is_asked(shared: tuple[str, ...]) -> None:
+    found, x = posterior("delta", shared), torch.zeros(5, 1, dtype=torch.float64)
+    for ask in (
+        lambda: found.score(num_samples=1000),
+        lambda: found.predict(x, num_samples=1000),
+        lambda: found.expected(x, num_samples=1000),
+        lambda: found.log_prob(num_samples=1000),
+    ):
+        before = calls(found.model)
+        ask()
+        # once for one task, to see what it holds on the way, and once for all
+        assert calls(found.model) <= before + 2

@@ -1,7 +1,7 @@
 """Recurrent layers as plain tensor operations, which can be run for many tasks at once.
 
-PyTorch's own kernels of `nn.RNN`, `nn.LSTM`, `nn.GRU` and `nn.LSTMCell` have no batching rule and
-no second derivative.  Here are their formulas, step by step, on the same parameters.
+PyTorch's own kernels of `nn.RNN`, `nn.LSTM`, `nn.GRU`, `nn.LSTMCell` and `nn.RNNCell` have no
+batching rule.  Here are their formulas, step by step, on the same parameters.
 """
 
 from __future__ import annotations
@@ -133,9 +133,18 @@ class _LSTMCell(nn.LSTMCell):
         return _lstm(gates, linear(hx[0], self.weight_hh, self.bias_hh), hx, torch.tanh)
 
 
+class _RNNCell(nn.RNNCell):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        gates = linear(input, self.weight_ih, self.bias_ih)
+        h = gates.new_zeros(gates.shape) if hx is None else hx
+        squash = torch.relu if self.nonlinearity == "relu" else torch.tanh
+        return _rnn(gates, linear(h, self.weight_hh, self.bias_hh), (h,), squash)[0]
+
+
 _FORMULAS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: _RNN,
     nn.LSTM: _LSTM,
     nn.GRU: _GRU,
     nn.LSTMCell: _LSTMCell,
+    nn.RNNCell: _RNNCell,
 }
