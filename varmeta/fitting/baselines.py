@@ -1,4 +1,8 @@
-"""What every comparison stands beside: one set of weights for all, and each task alone."""
+"""What every comparison stands beside: one set of weights for all, and each task alone.
+
+Of classes also what the field calls baselines: the nearest neighbour, and two heads on a shared
+body that take no inner steps.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,25 @@ from torch import Tensor
 from varmeta.fitting.pooled_start import is_regression, pooled_fit
 from varmeta.guides.delta import Delta
 from varmeta.guides.make import default_guide
+from varmeta.likelihoods.discrete import Categorical
+from varmeta.likelihoods.least_squares import LeastSquaresClasses
 from varmeta.models.model import TaskModel
 from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
 from varmeta.numerics.tree import detach
 from varmeta.priors.gaussian_prior import GaussianPrior
+from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.expectation import Point
+from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.prototypes import Prototypes, unsuited
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy, Traits
 from varmeta.tasks import Batch, TaskSet
 
 BASELINES = ("pooled", "no pooling")
+NEAREST, PROTOTYPES, HEAD = "nearest neighbour", "prototypes", "closed-form head"
 # "No pooling" still needs a proper prior: one that weighs as much as this share of one observation,
 # or, for a network, that has this share of the model's own precision.
 WEAK = 1e-2
@@ -53,10 +63,23 @@ class Pooled(Strategy):
         )
 
 
+def baselines_of(model: TaskModel, train: TaskSet) -> tuple[str, ...]:
+    """The baselines of a model's comparison, in the table's order.
+
+    Of classes the nearest neighbour too.  Where the weights that vary are those of the last linear
+    layer, and the training tasks have query rows to learn from, also two heads on its body: the
+    prototypes and `ClosedForm`'s.
+    """
+    if model.likelihood is None or not isinstance(model.likelihood.predictive, Categorical):
+        return BASELINES
+    learned = unsuited(model) is None and not train.query_rows.bare(train.names)
+    return (*BASELINES, NEAREST, *((PROTOTYPES, HEAD) if learned else ()))
+
+
 def baseline(
     name: str, model: TaskModel, train: TaskSet, strategies: Iterable[Strategy]
 ) -> tuple[TaskModel, Strategy]:
-    """The model and strategy of a baseline.
+    """The model and strategy of a baseline; the nearest neighbour has none.
 
     "no pooling" steps and adapts its posteriors as the first `Joint` does.
     """
@@ -64,13 +87,13 @@ def baseline(
     # theta0 is what all tasks have in common here, also where the model holds it at a value of its
     # own
     alone.weights = replace(model.weights, fixed={})
+    if name in (PROTOTYPES, HEAD):
+        return _head(name, alone, train)
     if model.likelihood is not None:  # all rows are support
         alone.likelihood = model.likelihood.without_query()
     batch = train.batch()
     eta = model.init(batch.support.x.new_zeros(()))
-    precision = (
-        WEAK * model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
-    )
+    precision = WEAK * _precision(model, eta)
     if is_regression(model, train, eta):
         found = pooled_fit(model, batch, eta)
         if found is not None:
@@ -84,6 +107,32 @@ def baseline(
     if not joints:
         return alone, Joint(guide)
     return alone, Joint(guide, minimizer=joints[0].minimizer, adapt_steps=joints[0].adapt_steps)
+
+
+def _head(name: str, alone: TaskModel, train: TaskSet) -> tuple[TaskModel, Strategy]:
+    """The same body under a head that is known without a search, learned from the query rows.
+
+    The prior's precision is that of the model's start: prototypes have no use for it, and the
+    scale that is learned beside it is enough for the other.
+    """
+    precision = _precision(alone, alone.init(train.support_rows.x.new_zeros(())))
+    start = alone.prior.start_loc
+    alone.prior = GaussianPrior(alone.weights.unflatten(precision), loc=start)
+    alone.graphs = {}  # those of another likelihood
+    alone.__dict__.pop("is_linear_gaussian", None)
+    if name == PROTOTYPES:
+        return alone, Prototypes()
+    assert alone.likelihood is not None and isinstance(alone.likelihood.predictive, Categorical)
+    if not isinstance(alone.likelihood, LeastSquaresClasses):
+        classes = alone.weights.shapes[alone.weights.names[0]][0]
+        ways = alone.likelihood.predictive.ways
+        alone.likelihood = LeastSquaresClasses(classes, ways=ways)
+    return alone, Implicit("delta", "query", minimizer=ClosedForm())
+
+
+def _precision(model: TaskModel, eta: Eta) -> Tensor:
+    """Of each weight under the prior, `(D,)`."""
+    return model.prior.log_precision(model.weights, eta, model.weights.flatten(eta)).exp()
 
 
 def no_pooling(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Tensor:

@@ -119,7 +119,9 @@ def _write_beside(
     mean, low, high = _interval(table, metric)
     for row in range(len(table)):
         if not np.isfinite(mean[row]):
-            text, at, side = "no score: every run failed", ax.get_xlim()[0], "left"
+            none = "solver" in table and table["solver"].iloc[row] == "none"
+            text = "no such score" if none else "no score: every run failed"
+            at, side = ax.get_xlim()[0], "left"
         elif edges is not None and not min(edges) <= mean[row] <= max(edges):
             at, side = (edges[1], "left") if edges[1] < edges[0] else (edges[1], "right")
             shape = "<" if side == "left" else ">"

@@ -1,4 +1,4 @@
-"""`compare`: several strategies on the same tasks, seeds and budget, beside two baselines."""
+"""`compare`: several strategies on the same tasks, seeds and budget, beside baselines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from varmeta._checks import positive_number, probability, whole_number
-from varmeta.fitting.baselines import BASELINES
+from varmeta.fitting.baselines import BASELINES, baselines_of
 from varmeta.fitting.compiled_step import Compile, check_compile
 from varmeta.fitting.descent import OptimizerFactory
 from varmeta.hyper.integrate import check_hyperguide
@@ -70,6 +70,12 @@ def compare(
         hundredth of one observation, so that tasks share next to nothing but the noise scale; for a
         network, a hundredth of the model's own precision).  They see no query rows apart, so that
         the temperature and the scale of `LeastSquaresClasses` stay where they start.
+        Of classes (`Categorical`, `LeastSquaresClasses`) also "nearest neighbour" (the class of the
+        support row nearest in x; nothing is fitted, and it has an error rate only) and, where the
+        weights that vary are those of the last linear layer and the training tasks have query rows,
+        two heads on the same body, learned from the query rows with the same seeds and budget:
+        "prototypes" (`Prototypes()`) and "closed-form head" (`LeastSquaresClasses` with
+        `Implicit("delta", "query", minimizer=ClosedForm())`).
 
     progress: a progress bar; None shows one on a terminal only.
     callback: called after each run with its row of the report's `runs`, a dict.
@@ -101,8 +107,11 @@ def compare(
     from tqdm.auto import tqdm
 
     seed_list = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    chosen = {name: (models or {}).get(name, model) for name in (*strategies, *BASELINES)}
+    chosen = {name: (models or {}).get(name, model) for name in strategies}
     _check(strategies, chosen, train, test, seed_list, level)
+    rows = baselines_of(model, train) if baselines else ()
+    _check_names(strategies, rows)
+    chosen |= dict.fromkeys(rows, model)
     hyperguides = _hyperguides(hyperguide, strategies, chosen, train)
     positive_number("budget", budget)
     check_compile(compile)
@@ -114,7 +123,7 @@ def compare(
         raise ValueError(
             f"models names {sorted(stray)}, but the strategies are {sorted(strategies)}"
         )
-    methods = [*strategies, *(BASELINES if baselines else ())]
+    methods = [*strategies, *rows]
     plan = Plan(
         strategies, chosen, hyperguides, train, test, budget, optimizer, batch_size, num_samples,
         level, compile,
@@ -141,8 +150,8 @@ def compare(
     if not scores:
         raise RuntimeError(f"every strategy failed; the first: {done[0].row['stop']}")
     fits = {(o.row["method"], o.row["seed"]): o.fit for o in done if o.fit is not None}
-    rows = pd.DataFrame([outcome.row for outcome in done])
-    return Report(pd.concat(scores, ignore_index=True), rows, fits, level, float(budget))
+    runs = pd.DataFrame([outcome.row for outcome in done])
+    return Report(pd.concat(scores, ignore_index=True), runs, fits, level, float(budget))
 
 
 def _complete(done: list[Outcome], num_methods: int) -> list[Outcome]:
@@ -170,11 +179,6 @@ def _check(
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be a number of at least 1, or different seeds, not {seeds}")
     probability("level", level)
-    clash = set(strategies) & set(BASELINES)
-    if clash:
-        raise ValueError(
-            f"{sorted(clash)} are the names of the baselines: call your strategies otherwise"
-        )
     for name, strategy in strategies.items():
         for tasks in (train, test):
             check_kinds(models[name], tasks, strategy)
@@ -188,6 +192,14 @@ def _check(
         check_model(models[name], train)
         check_model(models[name], test)
         check_strategy(strategy, strategy.problem(models[name], train, 0), train)
+
+
+def _check_names(strategies: Mapping[str, Strategy], rows: tuple[str, ...]) -> None:
+    clash = set(strategies) & {*BASELINES, *rows}
+    if clash:
+        raise ValueError(
+            f"{sorted(clash)} are the names of the baselines: call your strategies otherwise"
+        )
 
 
 def _hyperguides(

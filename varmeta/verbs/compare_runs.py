@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from varmeta.fitting.baselines import Pooled, baseline
+from varmeta.fitting.baselines import NEAREST, Pooled, baseline
 from varmeta.fitting.compiled_step import Compile
 from varmeta.fitting.descent import OptimizerFactory
 from varmeta.fitting.joint_newton import newton_applies
+from varmeta.fitting.nearest_neighbour import error_rates
 from varmeta.fitting.pooled_start import is_regression
 from varmeta.models.initialised import initialised
 from varmeta.models.kinks import kinked
@@ -54,6 +55,8 @@ class Plan:
 
     def run(self, name: str, seed: int) -> Outcome:
         """Fit the method of this name, adapt to the test tasks and score them; errors are kept."""
+        if name == NEAREST and name not in self.strategies:
+            return _nearest(self.test, seed)
         started, said = initialised(self.models[name], seed), list[str]()
         failed, reason, solver, seconds = 0, "", "budget", float("nan")
         result = score = None
@@ -115,6 +118,31 @@ class Plan:
         if solver == "exact":
             self.solved[name] = found, seconds
         return found, seconds
+
+
+def _nearest(test: TaskSet, seed: int) -> Outcome:
+    """The nearest neighbour, which is neither fitted nor drawn: the same for every seed."""
+    import pandas as pd
+
+    begin, batch = perf_counter(), test.batch()
+    wrong = error_rates(batch).tolist()
+    none, number = float("nan"), batch.require_query().num_points.tolist()
+    score = pd.DataFrame({"task": batch.names, "n": number}).assign(
+        log_density=none, error_rate=wrong, calibration_error=none, method=NEAREST, seed=seed
+    )
+    row = {
+        "method": NEAREST,
+        "seed": seed,
+        "hyperguide": "delta",
+        "solver": "none",
+        "evaluations": 0.0,
+        "seconds": perf_counter() - begin,
+        "failed": 0,
+        "converged": True,
+        "stop": "nothing is fitted",
+        "warnings": "",
+    }
+    return Outcome(row, score, None)
 
 
 def _parts(

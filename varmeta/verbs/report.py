@@ -29,8 +29,9 @@ class Report:
     """scores: one row per method, seed and test task.  fits: by (method, seed).
 
     runs: one row per method and seed: what was found of eta (hyperguide), by which solver
-        ("budget", "exact" or "posterior of eta", the last two outside the budget), what it cost,
-        whether it failed, whether it had converged, why it stopped, and what it warned about.
+        ("budget", "exact" or "posterior of eta", the last two outside the budget; "none" of the
+        nearest neighbour, of which nothing is fitted), what it cost, whether it failed, whether it
+        had converged, why it stopped, and what it warned about.
     level: of the interval whose coverage was counted.  budget: gradient evaluations per task that
         each run was given.
     """
@@ -156,6 +157,10 @@ class Report:
                     strict=True,
                 )
             ]
+        # of the nearest neighbour nothing failed: it has no such score
+        unfitted = table["solver"] == "none"
+        for metric in set(text) - set(costs):
+            text.loc[unfitted & table[metric].isna(), metric] = "-"
         text = text[[column for column in text if column not in costs] + costs]
         return "\n".join([text.to_string(), *self._notes(table)])
 
