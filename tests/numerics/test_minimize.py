@@ -6,8 +6,9 @@ import torch
 
 from varmeta.numerics import tree
 from varmeta.numerics.first_order import Adam, GradientDescent
-from varmeta.numerics.minimize import minimize, value_and_gradient
+from varmeta.numerics.minimize import minimize
 from varmeta.numerics.solution import Result
+from varmeta.numerics.steps import value_and_gradient
 
 torch.set_num_threads(1)
 RULES = [GradientDescent(lr=0.05), GradientDescent(0.03, momentum=0.5, clip=2.0), Adam(lr=0.05)]

@@ -7,9 +7,10 @@ import torch
 
 from varmeta.numerics import tree
 from varmeta.numerics.first_order import GradientDescent
-from varmeta.numerics.minimize import minimize, value_and_gradient
+from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
+from varmeta.numerics.steps import value_and_gradient
 
 torch.set_num_threads(1)
 DENSE, CG = NewtonCG(), NewtonCG(dense_size=0)

@@ -13,9 +13,10 @@ from varmeta.guides.delta import Delta
 from varmeta.models.model import TaskModel
 from varmeta.numerics.hessian import vector_hessian
 from varmeta.numerics.joint_model import SharedProblem
-from varmeta.numerics.minimize import Losses, minimize
+from varmeta.numerics.minimize import minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Result
+from varmeta.numerics.steps import Losses
 from varmeta.numerics.tree import Tree, leaves
 from varmeta.priors.factors import FACTOR, PRECISION, TRIL
 from varmeta.strategies.expectation import MAX_CUBATURE_SIZE, Cubature, GaussHermite

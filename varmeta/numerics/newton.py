@@ -22,8 +22,9 @@ from varmeta.numerics import tree
 from varmeta.numerics.arguments import no_tensors
 from varmeta.numerics.conjugate import ConjugateStep, walked
 from varmeta.numerics.hessian import Rows, pulled_back, symmetric, unit_vectors
-from varmeta.numerics.minimize import Losses, Minimizer, value_and_gradient
+from varmeta.numerics.minimize import Minimizer
 from varmeta.numerics.solution import Result, Solution
+from varmeta.numerics.steps import Losses, value_and_gradient
 from varmeta.numerics.tree import Tree
 
 # nats that a step may promise where a task is said to have converged

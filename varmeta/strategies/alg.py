@@ -18,7 +18,7 @@ from varmeta._checks import one_of
 from varmeta.guides.kl import location, move
 from varmeta.numerics import noise
 from varmeta.numerics.arguments import no_tensors
-from varmeta.numerics.minimize import value_and_gradient
+from varmeta.numerics.steps import value_and_gradient
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.strategies.problem import Losses, Problem
 from varmeta.tasks import Batch

@@ -16,9 +16,10 @@ from varmeta.graphs.pieces import at
 from varmeta.guides.convex import inverse_ceiling
 from varmeta.numerics.adjoint import MAX_DIRECT_SIZE, ImplicitAdjoint
 from varmeta.numerics.linear_solve import CG, Direct, LinearSolver, Neumann
-from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, value_and_gradient
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.solution import Solution
+from varmeta.numerics.steps import value_and_gradient
 from varmeta.numerics.tree import Tree, add, detach, dot, zeros_like
 from varmeta.strategies import closed_form
 from varmeta.strategies.amortised import (

@@ -19,8 +19,9 @@ from varmeta.guides.make import make_guide
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import losses_and_gradient
-from varmeta.numerics.minimize import Minimizer, Pace, minimize
+from varmeta.numerics.minimize import Minimizer, minimize
 from varmeta.numerics.solution import Solution
+from varmeta.numerics.steps import Pace
 from varmeta.numerics.tree import Tree, detach
 from varmeta.priors.validation import validation_enabled
 from varmeta.strategies.expectation import (

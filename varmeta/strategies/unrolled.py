@@ -17,8 +17,9 @@ from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.guides.quadrature import Quadrature
 from varmeta.numerics.adjoint import detached, unrolled
 from varmeta.numerics.first_order import Adam, GradientDescent
-from varmeta.numerics.minimize import FirstOrderMinimizer, Pace, block_size, minimize
+from varmeta.numerics.minimize import FirstOrderMinimizer, minimize
 from varmeta.numerics.solution import Solution
+from varmeta.numerics.steps import Pace, block_size
 from varmeta.numerics.tree import Tree, add, detach
 from varmeta.strategies.amortised import (
     MAX_TRACED_STEPS,

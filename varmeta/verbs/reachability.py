@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize, value_and_gradient
+from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize
 from varmeta.numerics.newton import NewtonCG
+from varmeta.numerics.steps import value_and_gradient
 from varmeta.numerics.tree import Tree, detach
 from varmeta.results.result import Fit
 from varmeta.strategies.joint import Joint
