@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import ragged_tasks, seeded
+from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
 from varmeta.fitting.compiled_step import Step, eager
 from varmeta.models.shared_layers import split
+from varmeta.strategies.expectation import MonteCarlo
 from varmeta.strategies.strategy import Strategy
 
 SHARED = ("body.*",)
@@ -258,6 +260,20 @@ def test_the_body_runs_once_for_each_of_support_and_query(name: str) -> None:
     before, known = calls(model), {n: v.detach() for n, v in eta.items()}
     adapt(strategy, problem, batch, known, False, task_chunk_size=3)
     assert calls(model) == before + 1
+
+
+@pytest.mark.parametrize("name", ["unrolled", "joint"])
+def test_the_value_at_the_end_runs_the_body_once(name: str) -> None:
+    model, tasks, strategy = model_of("skip"), ragged_tasks(3), STRATEGIES[name]
+    problem, batch = strategy.problem(model, tasks, 0), tasks.batch()
+    problem = replace(problem, expectation=MonteCarlo(2)) if name == "joint" else problem
+    eta = model.init(batch.support.x.new_zeros(()))
+    state, before = strategy.init(problem, batch, eta), calls(model)
+    found = chunks.value(strategy, problem, batch, eta, state)
+    assert calls(model) == before + (1 if name == "joint" else 2)
+    with whole():
+        expected = chunks.value(strategy, problem, batch, eta, state)
+    assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_step_as_one_graph_has_the_body_once() -> None:

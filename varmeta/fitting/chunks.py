@@ -231,15 +231,14 @@ def value(
     parts = list(split(batch, len(batch) if size is None else size))
 
     def one(part: Batch, own: State) -> float:
+        here = problem.ahead(part, known)
         if not traits.stored:
-            return float(
-                strategy.loss(problem, part, known, replace(own, certify=False))[0].detach()
-            )
+            return float(strategy.loss(here, part, known, replace(own, certify=False))[0].detach())
         assert own.phi is not None
         draws = VALUE_DRAWS if traits.noisy else 1
         with torch.no_grad():  # phi is given, so that neither a gradient nor a step is needed
             losses = [
-                problem.losses(strategy.outer, part, own.step + k)(own.phi, known)
+                here.losses(strategy.outer, part, own.step + k)(own.phi, known)
                 for k in range(draws)
             ]
             return float(strategy.total(problem, part, known, torch.stack(losses).mean(0)))
