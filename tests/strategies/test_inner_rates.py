@@ -216,9 +216,17 @@ def test_the_first_pattern_that_matches_counts() -> None:
     assert found == {"0.weight": {0.5}, "0.bias": {0.2}, "2.weight": {0.1}, "2.bias": {0.1}}
 
 
-def test_chunks_of_tasks_and_graphs_give_the_same_gradient() -> None:
+@pytest.mark.parametrize(
+    "rule",
+    [
+        learned("weight", True, momentum=0.5, clip=6.0),
+        vm.GradientDescent({"w*": 0.03, "*": 0.02}, per_point=True),
+    ],
+    ids=["learned", "fixed"],
+)
+def test_chunks_of_tasks_and_graphs_give_the_same_gradient(rule: vm.GradientDescent) -> None:
     model, tasks = linear_model(PRIOR), ragged_tasks(6)
-    strategy = vm.Unrolled("delta", "query", 2, learned("weight", True, momentum=0.5, clip=6.0))
+    strategy = vm.Unrolled("delta", "query", 2, rule)
     eta = moved(model, tasks, strategy)
     plain, chunks, compiled = (
         vm.meta_gradient(model, tasks, strategy, eta=eta, **options)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def check_inner_rates(strategy: object, model: TaskModel) -> None:
                 f"the parameter name {taken[0]!r} is one that varmeta uses itself: rename it"
             )
     elif isinstance(rule.lr, tuple):
-        _rates_of(rule.lr, tuple(zip(weights.names, weights.sizes, strict=True)))
+        _fixed(rule.lr, weights, torch.zeros(()))
 
 
 def inner_rates(
@@ -101,8 +101,7 @@ def inner_rates(
             raise ValueError(NOT_LEARNED)
         rates = _vector(rule.lr, weights, eta).exp()
     else:
-        sizes = tuple(zip(weights.names, weights.sizes, strict=True))
-        rates = _rates_of(rule.lr, sizes).to(next(iter(phi.values())))
+        rates = _fixed(rule.lr, weights, next(iter(phi.values())))
     rates = rates.reshape(-1, 1, weights.size)
     found = {}
     for name, x in phi.items():
@@ -134,33 +133,38 @@ def _vector(learned: LearnedRates, weights: Weights, eta: Mapping[str, Tensor]) 
     return torch.cat([one.expand(*one.shape[:-1], size) for one, size in parts], -1)
 
 
-@lru_cache(maxsize=64)
-def _rates_of(
-    given: tuple[tuple[str, float], ...] | tuple[float, ...], sizes: tuple[tuple[str, int], ...]
+def _fixed(
+    given: tuple[tuple[str, float], ...] | tuple[float, ...], weights: Weights, like: Tensor
 ) -> Tensor:
     """Fixed rates, `(D,)`.  Raises ValueError where a pattern or a weight stays alone."""
-    named = {pair[0]: pair[1] for pair in given if isinstance(pair, tuple)}
-    total = sum(size for _, size in sizes)
+    named = tuple(pair for pair in given if isinstance(pair, tuple))
     if not named:
-        if len(given) != total:
+        if len(given) != weights.size:
             raise ValueError(
-                f"lr has {len(given)} rates, but a task has {total} weights: one for each, in the "
-                "order of fit.prior.labels, or rates by name, such as {'head.*': 0.1, '*': 0.01}"
+                f"lr has {len(given)} rates, but a task has {weights.size} weights: one for each, "
+                "in the order of fit.prior.labels, or rates by name, such as "
+                "{'head.*': 0.1, '*': 0.01}"
             )
-        return torch.tensor(given, dtype=torch.float64)
-    names = [name for name, _ in sizes]
-    for pattern in named:
+        return torch.tensor(given, dtype=like.dtype, device=like.device)
+    own = zip(_matched(named, weights.names), weights.sizes, strict=True)
+    return torch.cat([like.new_full((size,), rate) for rate, size in own])
+
+
+@lru_cache(maxsize=64)
+def _matched(given: tuple[tuple[str, float], ...], names: tuple[str, ...]) -> tuple[float, ...]:
+    """The rate of each name: that of the first pattern that it matches."""
+    for pattern, _ in given:
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"lr names {pattern!r}, which matches none of the weights that vary between tasks, "
-                f"{names}"
+                f"{list(names)}"
             )
-    parts = []
-    for name, size in sizes:
-        own = [rate for pattern, rate in named.items() if matches(name, pattern)]
+    found = []
+    for name in names:
+        own = [rate for pattern, rate in given if matches(name, pattern)]
         if not own:
             raise ValueError(
                 f"lr has no rate for the weight {name!r}: add '*' for those that no pattern matches"
             )
-        parts.append(torch.full((size,), own[0], dtype=torch.float64))
-    return torch.cat(parts)
+        found.append(own[0])
+    return tuple(found)
