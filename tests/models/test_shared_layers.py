@@ -161,6 +161,7 @@ STRATEGIES: dict[str, Strategy] = {
     "laplace": vm.Implicit("laplace", "elbo"),
     "warm": vm.Implicit("delta", "query", warm_start=True),
     "unrolled": vm.Unrolled("delta", "query", 3, K),
+    "made again": vm.Unrolled("delta", "query", 5, K, recompute=True),
     "unrolled normal": vm.Unrolled("normal", "query_predictive", 2, K),
     "first order": vm.FirstOrder("delta", "query", 3, K),
     "reptile": vm.Reptile("delta", inner_steps=3, minimizer=K),
