@@ -35,7 +35,7 @@ class Validation:
 
     Use `Validation` where `fit(validate=tasks)` is not enough.
 
-    >>> import varmeta as vm
+    >>> import torch, varmeta as vm
     >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior())
     >>> tasks = vm.datasets.lines(20, num_query=5)
     >>> held_out = vm.Validation(vm.datasets.lines(5, num_query=5, seed=1), every=10, patience=2)
