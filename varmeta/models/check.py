@@ -275,7 +275,7 @@ def _check_squares(rows: Rows, names: tuple[str, ...]) -> None:
         largest, first = (part.item() for part in size.max(0))
         # columns of tiny numbers are whitened
         if (what == "y" and 0.0 < largest < 1.0 / LARGEST) or largest > LARGEST:
-            task = int(rows.owner[int(first)])
+            task, _ = rows.place(int(first))
             raise ValueError(
                 f"the largest number of {what}, in task {names[task]!r}, is {largest:g}: float64 "
                 "does not hold its square, so give it in other units"
@@ -289,8 +289,7 @@ def check_observations(likelihood: Likelihood, rows: Rows, names: tuple[str, ...
     bad = bad.reshape(len(bad), -1).any(-1)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
-        task = int(rows.owner[first])
-        row = first - int(rows.offsets[task])
+        task, row = rows.place(first)
         raise ValueError(
             f"task {names[task]!r}, row {row}: y = {rows.y[first].tolist()} is outside the "
             f"support of {type(likelihood).__name__}: expected {support} (rows are counted within "

@@ -6,18 +6,19 @@ from varmeta.models.check import check_observations
 from varmeta.models.check_rows import check_padding
 from varmeta.models.check_ways import check_ways
 from varmeta.models.model import TaskModel
-from varmeta.tasks import TaskSet
+from varmeta.tasks import Batch, TaskSet
 
 
-def check_more(model: TaskModel, tasks: TaskSet) -> None:
+def check_more(model: TaskModel, tasks: TaskSet, batch: Batch) -> None:
     """Look at what differs from tasks to tasks: their observations, and their sizes.
+
+    batch: the tasks, padded.
 
     Raises ValueError for observations outside the likelihood's support (naming task and row), and
     where tasks are padded and a task's rows depend on each other.
     """
     if model.likelihood is not None:
         check_ways(model.likelihood, tasks)
-    batch = tasks.batch()
     for rows, data in ((tasks.support_rows, batch.support), (tasks.query_rows, batch.query)):
         if model.likelihood is not None:
             check_observations(model.likelihood, rows, tasks.names)

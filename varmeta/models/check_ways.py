@@ -41,9 +41,9 @@ def check_ways(likelihood: Likelihood, tasks: TaskSet) -> None:
         beyond = rows.y >= ways[rows.owner]
         if bool(beyond.any()):
             first = int(beyond.nonzero()[0])
-            task = int(rows.owner[first])
+            task, row = rows.place(first)
             raise ValueError(
-                f"task {tasks.names[task]!r}, row {first - int(rows.offsets[task])}: y = "
+                f"task {tasks.names[task]!r}, row {row}: y = "
                 f"{rows.y[first].item()}, but the task has {int(ways[task])} classes: expected 0 "
                 f"to {int(ways[task]) - 1} (rows are counted within the task, from 0)"
             )

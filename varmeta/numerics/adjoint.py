@@ -419,14 +419,7 @@ def _nothing_solved(g: Tree, ceiling: Quadratic | None) -> dict[str, Tensor]:
 
 
 def _losses(fn: Objective, phi: Tree, eta: dict[str, Tensor], name: str) -> Tensor:
-    losses = fn(phi, eta)
-    tasks = tree.num_tasks(phi)
-    if losses.shape != (tasks,):
-        raise ValueError(
-            f"the {name} objective must return one loss per task, shape ({tasks},), but returned "
-            f"shape {tuple(losses.shape)}; sum over everything but the task axis"
-        )
-    return losses
+    return tree.one_for_each(fn(phi, eta), phi, f"the {name} objective")
 
 
 def _gradient(

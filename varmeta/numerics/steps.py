@@ -272,11 +272,4 @@ def value_and_gradient(
 
 
 def checked_losses(fn: Losses, phi: Tree) -> Tensor:
-    losses = fn(phi)
-    tasks = tree.num_tasks(phi)
-    if losses.shape != (tasks,):
-        raise ValueError(
-            f"the function to minimise must return one loss per task, shape ({tasks},), not "
-            f"{tuple(losses.shape)}: sum over everything but the task axis"
-        )
-    return losses
+    return tree.one_for_each(fn(phi), phi, "the function to minimise")

@@ -87,6 +87,20 @@ def num_tasks(a: Tree) -> int:
     return len(next(iter(a.values())))
 
 
+def one_for_each(losses: Tensor, a: Tree, who: str) -> Tensor:
+    """The losses, where there is one for each of a's tasks; ValueError where not.
+
+    who: what returned them, as its user knows it.
+    """
+    tasks = num_tasks(a)
+    if losses.shape != (tasks,):
+        raise ValueError(
+            f"{who} must return one loss per task, shape ({tasks},), not {tuple(losses.shape)}: "
+            "sum over everything but the task axis"
+        )
+    return losses
+
+
 def flatten(a: Tree) -> Tensor:
     """One row per task, `(tasks, size)`, in the order of the names."""
     return torch.cat([x.reshape(len(x), -1) for x in a.values()], -1)

@@ -142,11 +142,11 @@ def check_classes(tasks: TaskSet) -> None:
     shown, asked = (rows.owner * most + rows.y.long() for rows in (support, query))
     unseen = ~torch.isin(asked, shown)
     if bool(unseen.any()):
-        row = int(unseen.nonzero()[0])
-        task = int(query.owner[row])
+        first = int(unseen.nonzero()[0])
+        task, row = query.place(first)
         raise ValueError(
-            f"task {tasks.names[task]!r} has a query row of class {int(query.y[row])} "
-            f"(row {row - int(query.offsets[task])}), but no support row of it, so that it has no "
+            f"task {tasks.names[task]!r} has a query row of class {int(query.y[first])} "
+            f"(row {row}), but no support row of it, so that it has no "
             "prototype and probability 0: give each class of the query a support row, or leave "
             "its query rows out"
         )

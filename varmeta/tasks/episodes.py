@@ -150,8 +150,7 @@ def episodes(
     whole_number("queries", queries, 0)
     whole_number("seed", seed, 0)
     rows = as_tensor(images, "images")
-    known = _codes("labels", labels, len(rows))
-    names, codes = known
+    names, codes = _codes("labels", labels, len(rows))
     classes = [torch.from_numpy(np.flatnonzero(codes == k)) for k in range(len(names))]
     for name, own in zip(names, classes, strict=True):
         if len(own) < shots + queries:
@@ -159,11 +158,12 @@ def episodes(
                 f"class {name!r} has {counted(len(own), 'row')}, fewer than the {shots + queries} "
                 "that shots and queries take: leave it out, or take fewer"
             )
-    groups = [torch.arange(len(names))]
     if within is not None:
         groups = _groups(within, codes, names, len(rows), few)
-    if within is None and len(names) < most:
+    elif len(names) < most:
         raise ValueError(f"{most} ways need as many classes, but labels has {len(names)}")
+    else:
+        groups = [torch.arange(len(names))]
     return Episodes(rows, classes, names, groups, ways, shots, queries, seed, augment)
 
 

@@ -59,6 +59,11 @@ class Rows:
         """The position of the task that each row belongs to, `(rows,)`, int64."""
         return torch.repeat_interleave(self.counts, output_size=len(self.x))
 
+    def place(self, row: int) -> tuple[int, int]:
+        """The task that a row belongs to, and which of its rows it is, both from 0."""
+        task = int(self.owner[row])
+        return task, row - int(self.offsets[task])
+
     @cached_property
     def _bounds(self) -> list[int]:
         return list(accumulate(self.counts.tolist(), initial=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,8 +67,8 @@ class OfSet(Source):
     def whole(self) -> Batch | None:
         return self.known if self.size == len(self.tasks) else None
 
-    @property
-    def known(self) -> Batch:
+    @cached_property
+    def known(self) -> Batch:  # of bytes each batch is cast anew
         return self.tasks.batch()
 
 

@@ -73,11 +73,12 @@ class Streamed(Source):
         self, reader: Reader, first: int, device: torch.device | str | None = None
     ) -> None:
         self.reader, self.total, self.device = reader, reader.length, device
-        self.check: Callable[[TaskSet], None] = lambda tasks: None
+        self.check: Callable[[TaskSet, Batch], None] = lambda tasks, batch: None
         found = reader.read(first)
         if found is None:
             raise ValueError("the source of tasks gave none: fit needs tasks to learn from")
         self.tasks = self.now = self._named(found, first)
+        self._batch = self.tasks.batch()
         begun = self._named(reader.read(0), 0) if first and reader.anywhere else self.tasks
         self.kept, self.at = begun[:1], first
 
@@ -88,8 +89,9 @@ class Streamed(Source):
             found = self.reader.read(step)
             if found is not None:
                 tasks = self._alike(self._named(found, step), step)
-                self.check(tasks)
-                self.now, self.at = tasks, step
+                batch = tasks.batch()
+                self.check(tasks, batch)
+                self.now, self._batch, self.at = tasks, batch, step
         except Exception as error:
             raise SourceError from error
         return found is not None
@@ -100,8 +102,7 @@ class Streamed(Source):
 
     @property
     def known(self) -> Batch:
-        found = self.now.batch()
-        return found if self.total is None else replace(found, total=self.total)
+        return self._batch if self.total is None else replace(self._batch, total=self.total)
 
     def _named(self, found: Any, step: int) -> TaskSet:
         return self._together(found, step).to(device=self.device)

@@ -138,7 +138,6 @@ def fit(
         starts where the model does, each other at layers drawn anew, and all take their steps in
         one descent.  `adapt` and `predict` then mix them with equal weights: a posterior of eta
         where a point of it fits few rows too well.
-
     device: where the tasks are moved, a stream's step by step, and all is computed ("cuda"); None:
         where the tasks are.
 

@@ -7,7 +7,7 @@ from varmeta.strategies.check import check_query
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.prototypes import Prototypes, check_classes
 from varmeta.strategies.strategy import Strategy
-from varmeta.tasks import TaskSet
+from varmeta.tasks import Batch, TaskSet
 from varmeta.tasks.stream import Streamed
 
 
@@ -38,8 +38,8 @@ def check_stream(
             "knows how many there are: leave it out, or give a Dataset with a length"
         )
 
-    def check(tasks: TaskSet) -> None:
-        check_more(problem.model, tasks)
+    def check(tasks: TaskSet, batch: Batch) -> None:
+        check_more(problem.model, tasks, batch)
         if not callable(strategy.outer) and strategy.outer != "elbo":
             check_query(strategy, tasks)
         if isinstance(strategy, Prototypes):
