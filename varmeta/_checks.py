@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -40,10 +42,40 @@ def name_of(code: Any) -> str:
     return str(getattr(code, "__name__", type(code).__name__))
 
 
+def nearest(given: Any, known: Iterable[Any]) -> str:
+    """The end of a complaint about a name: the known one that is nearest to what was typed.
+
+    Nothing where none is near.  Upper and lower case are alike; of several names typed the first
+    that is near to one counts.
+
+    >>> nearest("Per-parameter", ("shared", "per_parameter")), nearest("both", ("shared",))
+    ("; did you mean 'per_parameter'?", '')
+    """
+    names = {name.lower(): name for name in known if isinstance(name, str)}
+    typed = given if isinstance(given, list | tuple) else [given]
+    for one in (name for name in typed if isinstance(name, str)):
+        near = get_close_matches(one.lower(), names, n=1)
+        if near:
+            return f"; did you mean {names[near[0]]!r}?"
+    return ""
+
+
+def no_task(name: Any, names: Iterable[str]) -> KeyError:
+    """The complaint about a task's name that is none of `names`.
+
+    >>> no_task("nort", ("north", "south"))
+    KeyError("no task is called 'nort'; the first names are [...]; did you mean 'north'?")
+    """
+    names = list(names)
+    return KeyError(
+        f"no task is called {name!r}; the first names are {names[:5]}{nearest(name, names)}"
+    )
+
+
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError, with the choices, for a value that is none of them."""
+    """Raise ValueError, with the choices and the nearest, for a value that is none of them."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+        raise ValueError(f"{name} must be one of {choices}, not {value!r}{nearest(value, choices)}")
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from varmeta._checks import kind_of
+from varmeta._checks import kind_of, nearest
 
 Decay = Callable[[float], float]
 SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -61,7 +61,10 @@ def decay_of(schedule: ScheduleName | Decay | SchedulerFactory) -> Decay:
     """
     if isinstance(schedule, str):
         if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES} or a function, not {schedule!r}")
+            raise ValueError(
+                f"schedule must be one of {SCHEDULES} or a function, not {schedule!r}"
+                f"{nearest(schedule, SCHEDULES)}"
+            )
         return DECAYS[schedule]
     if scheduler_of(schedule) is not None:
         return DECAYS["constant"]

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from varmeta._checks import nearest
 from varmeta.guides.delta import Delta
 from varmeta.guides.dense import Dense
 from varmeta.guides.guide import Guide
@@ -57,7 +58,7 @@ def make_guide(guide: GuideName | Callable[..., Any] | Guide) -> Guide:
         if guide not in GUIDES:
             raise ValueError(
                 f"unknown guide {guide!r}: choose one of {GUIDE_NAMES}, or pass a factory of a "
-                "Pyro guide"
+                f"Pyro guide{nearest(guide, GUIDE_NAMES)}"
             )
         return GUIDES[guide]()
     if isinstance(guide, torch.nn.Module):

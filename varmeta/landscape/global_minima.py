@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.guides.delta import Delta
 from varmeta.landscape.wells import lowest_of, lowest_wells
 from varmeta.models.model import TaskModel
@@ -59,7 +60,10 @@ class Anchored:
         start = model.init(like)
         unknown = set(eta) - set(start)
         if unknown:
-            raise ValueError(f"eta names {sorted(unknown)}, but the model has {sorted(start)}")
+            raise ValueError(
+                f"eta names {sorted(unknown)}, but the model has {sorted(start)}"
+                f"{nearest(sorted(unknown), start)}"
+            )
         self.eta = start | {name: value.detach().to(like) for name, value in eta.items()}
         log_precision = float(model.prior.log_precision(model.weights, self.eta, like))
         self.precision = math.exp(log_precision)  # lambda

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from varmeta._checks import counted
+from varmeta._checks import counted, nearest
 
 INTERCEPT = "intercept"
 
@@ -48,7 +48,7 @@ class LinearPredictor(nn.Module):
         if unknown:
             raise ValueError(
                 f"offset names {unknown}, but the columns are {list(self.columns)}: name one of "
-                "them"
+                f"them{nearest(unknown, self.columns)}"
             )
         free = [name for name in self.columns if name not in self.offset]
         if not free and not intercept:

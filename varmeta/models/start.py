@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.likelihoods.base import SCALE
 from varmeta.priors.factors import FACTOR, PRECISION, TRIL
 from varmeta.priors.gaussian_prior import GaussianPrior
@@ -41,6 +42,7 @@ def check_names(
             )
         raise ValueError(
             f"shared pattern {pattern!r} matches none of the parameters {sorted(start)}"
+            f"{nearest(pattern, start)}"
         )
     for name in start:
         if name in (SCALE, TRIL, FACTOR, *own) or name.partition(".")[0] == PRECISION:
@@ -58,6 +60,7 @@ def placed_by(prior: GaussianPrior, start: Mapping[str, Tensor]) -> dict[str, Te
     if unknown:
         raise ValueError(
             f"the prior's loc names {sorted(unknown)}, but the parameters are {sorted(start)}"
+            f"{nearest(sorted(unknown), start)}"
         )
     placed = {}
     for name, value in prior.start_loc.items():
@@ -77,6 +80,7 @@ def placed_by(prior: GaussianPrior, start: Mapping[str, Tensor]) -> dict[str, Te
     if stray:
         raise ValueError(
             f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}"
+            f"{nearest(sorted(unknown), start)}"
         )
     return placed
 
@@ -91,7 +95,7 @@ def held_by(prior: GaussianPrior, varying: list[str]) -> list[str]:
             if not any(matches(name, pattern) for name in varying):
                 raise ValueError(
                     f"learn_loc names {pattern!r}, but the weights that vary between tasks are "
-                    f"{varying} (what is shared is always learned)"
+                    f"{varying} (what is shared is always learned){nearest(pattern, varying)}"
                 )
         held = [name for name in varying if not any(matches(name, pattern) for pattern in learned)]
     named = prior.loc_hyperprior if isinstance(prior.loc_hyperprior, Mapping) else {}

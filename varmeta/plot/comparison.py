@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from varmeta._checks import probability
+from varmeta._checks import nearest, probability
 from varmeta.plot.style import INK, MUTED, axes_for, percent, tidy
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def plot_comparison(
     """
     if metric not in table:
         scores = [name[: -len("_low")] for name in table if name.endswith("_low")]
-        raise ValueError(f"unknown score {metric!r}: the table has {scores}")
+        raise ValueError(
+            f"unknown score {metric!r}: the table has {scores}{nearest(metric, scores)}"
+        )
     level = probability("level", level)
     by = "log_density" if "log_density" in table else metric
     table = table.loc[

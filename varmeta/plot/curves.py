@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.plot.curve_values import curves
 from varmeta.plot.style import BAND, INK, percent, tidy
 
@@ -82,6 +83,7 @@ def _check(posterior: Posterior, tasks: list[str]) -> None:
     if unknown or not tasks:
         raise ValueError(
             f"tasks must name some of {list(posterior.names[:5])}, ...; not {unknown or tasks}"
+            f"{nearest(unknown, posterior.names)}"
         )
     shape = posterior.trained.x_shape
     if shape not in ((), (1,)):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._checks import whole_number
+from varmeta._checks import nearest, whole_number
 from varmeta.fitting import baselines
 from varmeta.plot.style import BAND, INK, MUTED, axes_for, centre_of, percent, tidy
 from varmeta.tasks import Task, TaskSet
@@ -184,6 +184,7 @@ def _position(fit: Fit, label: str) -> int:
     if label not in fit.prior.labels:
         raise ValueError(
             f"no weight is called {label!r}; the labels are {list(fit.prior.labels[:8])}"
+            f"{nearest(label, fit.prior.labels)}"
         )
     return fit.prior.labels.index(label)
 

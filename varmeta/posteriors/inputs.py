@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel
 from varmeta.tasks import Batch, Data, Task, TaskSet
@@ -85,7 +86,10 @@ def _columns_of(x: Any, trained: TaskSet) -> Any:
         )
     missing = [name for name in trained.x_names if name not in x.columns]
     if missing:
-        raise ValueError(f"the table has no columns {missing}; its columns are {list(x.columns)}")
+        raise ValueError(
+            f"the table has no columns {missing}; its columns are {list(x.columns)}"
+            f"{nearest(missing, x.columns)}"
+        )
     table = x[list(trained.x_names)].to_numpy()
     return table.reshape(len(table), *trained.x_shape)
 

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted, probability, whole_number
+from varmeta._checks import counted, no_task, probability, whole_number
 from varmeta.guides.kl import location
 from varmeta.models.check_rows import check_padding
 from varmeta.models.labels import parameter_labels
@@ -58,9 +58,7 @@ class Posterior:
         """The same for some of the tasks.  Raises KeyError for a task that there is not."""
         unknown = [name for name in names if name not in self.names]
         if unknown:
-            raise KeyError(
-                f"no task is called {unknown[0]!r}; the first names are {list(self.names[:5])}"
-            )
+            raise no_task(unknown[0], self.names)
         at = torch.tensor(
             [self.names.index(name) for name in names], device=self.q.batch.rows.device
         )

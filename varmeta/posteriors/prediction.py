@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted, probability
+from varmeta._checks import counted, no_task, probability
 from varmeta.posteriors import calibration
 from varmeta.posteriors.normal_mixture import NormalMixture
 
@@ -101,9 +101,7 @@ class Prediction:
     def task(self, name: str) -> Tensor:
         """The draws of one task without padding, `(draws, points, ...)`."""
         if name not in self.names:
-            raise KeyError(
-                f"no task is called {name!r}; the first names are {list(self.names[:5])}"
-            )
+            raise no_task(name, self.names)
         index = self.names.index(name)
         return self.samples[:, index, self.mask[index]]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from varmeta._checks import kind_of
+from varmeta._checks import kind_of, nearest
 from varmeta.priors.weights import Weights
 
 Covariates = Mapping[str, Sequence[str]] | Sequence[str] | None
@@ -79,6 +79,7 @@ def coefficients_of(
     if unknown:
         raise ValueError(
             f"covariates name {unknown}, but the weights that vary are {list(weights)}"
+            f"{nearest(unknown, weights)}"
         )
     found = {
         f"{name}:{feature}": (name, feature)
@@ -128,4 +129,5 @@ def check_features(coefficients: Coefficients, known: Sequence[str]) -> None:
             f"the prior's covariates need the features {list(dict.fromkeys(missing))}, but these "
             f"tasks {have}: give "
             "Task(features={...}) or TaskSet.from_frame(features=[...]), new tasks too"
+            f"{nearest(missing, known)}"
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.priors.check import LearnPrecision
 from varmeta.priors.factors import first_trapezoid
 from varmeta.priors.hyperprior import Hyperprior
@@ -32,6 +33,7 @@ def check_names(
     if unknown:
         raise ValueError(
             f"precision names {sorted(unknown)}, but the weights and modules are {sorted(known)}"
+            f"{nearest(sorted(unknown), known)}"
         )
     if isinstance(start, Mapping):
         missing = [name for name in weights.names if not {name, weights.module(name)} & set(start)]
@@ -45,7 +47,7 @@ def check_names(
         if unknown:
             raise ValueError(
                 f"scale_hyperprior names {sorted(unknown)}, but the learned sds are of "
-                f"{sorted(known)}"
+                f"{sorted(known)}{nearest(sorted(unknown), known)}"
             )
 
 

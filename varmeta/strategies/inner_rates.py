@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.models.model import TaskModel
 from varmeta.models.start import matches
 from varmeta.numerics.first_order import GradientDescent
@@ -157,7 +158,7 @@ def _matched(given: tuple[tuple[str, float], ...], names: tuple[str, ...]) -> tu
         if not any(matches(name, pattern) for name in names):
             raise ValueError(
                 f"lr names {pattern!r}, which matches none of the weights that vary between tasks, "
-                f"{list(names)}"
+                f"{list(names)}{nearest(pattern, names)}"
             )
     found = []
     for name in names:

@@ -23,7 +23,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta._checks import kind_of
+from varmeta._checks import kind_of, nearest
 from varmeta.guides.guide import Guide
 from varmeta.guides.kl import kl, move
 from varmeta.guides.laplace import Laplace
@@ -166,7 +166,7 @@ def check_outer(outer: object) -> None:
         if outer not in OUTER:
             raise ValueError(
                 f"unknown outer objective {outer!r}: choose one of {OUTER}, or give a function "
-                "fn(objective, phi, eta, batch, noise) of one loss per task"
+                f"fn(objective, phi, eta, batch, noise) of one loss per task{nearest(outer, OUTER)}"
             )
     elif not callable(outer) or not isinstance(outer, Hashable):
         raise TypeError(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted
+from varmeta._checks import counted, nearest
 from varmeta.tasks.arrays import LARGEST
 from varmeta.tasks.common import in_precision
 from varmeta.tasks.features import as_features
@@ -145,6 +145,7 @@ def _column(frame: pd.DataFrame, name: Any) -> pd.Series:
         )
         raise ValueError(
             f"the table has no column {name!r}{hint}; its columns are {list(frame.columns)}"
+            f"{nearest(name, frame.columns)}"
         )
     column = frame[name]
     if column.ndim != 1:

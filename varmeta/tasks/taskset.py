@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted, kind_of
+from varmeta._checks import counted, kind_of, no_task
 from varmeta.numerics.noise import task_id
 from varmeta.tasks.arrays import Part, as_part, refuse_non_finite
 from varmeta.tasks.batch import Batch, Data
@@ -231,9 +231,7 @@ class TaskSet:
         """A position or a name gives a `Task`; a slice, positions or a boolean mask a `TaskSet`."""
         if isinstance(index, str):
             if index not in self.names:
-                raise KeyError(
-                    f"no task is called {index!r}; the first names are {list(self.names[:5])}"
-                )
+                raise no_task(index, self.names)
             return self._task(self.names.index(index))
         if isinstance(index, slice):
             # a copy, because torch reads no negative strides

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.fitting import chunks
 from varmeta.fitting.compiled_step import Compile, Step, check_compile
 from varmeta.models.check import check_model
@@ -85,7 +86,10 @@ def meta_gradient(
     start = initial_eta(strategy, model, batch.support.x.new_zeros(()))
     if eta is not None:
         if set(eta) != set(start):
-            raise ValueError(f"eta must have the names {sorted(start)}, not {sorted(eta)}")
+            raise ValueError(
+                f"eta must have the names {sorted(start)}, not {sorted(eta)}"
+                f"{nearest(sorted(set(eta) - set(start)), set(start) - set(eta))}"
+            )
         given = {
             name: torch.as_tensor(eta[name]).detach().to(value) for name, value in start.items()
         }

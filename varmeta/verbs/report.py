@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from varmeta._checks import counted
+from varmeta._checks import counted, nearest
 from varmeta.files.write import write
 from varmeta.results.result import Fit
 
@@ -95,6 +95,7 @@ class Report:
         if reference not in cells:
             raise ValueError(
                 f"reference must be one of the methods {list(cells)}, not {reference!r}"
+                f"{nearest(reference, cells)}"
             )
         own, settled = cells[reference], self._settled
         rows = {
