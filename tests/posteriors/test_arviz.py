@@ -91,10 +91,10 @@ def export(**attrs):
 def check(data):
     """Everything `export` put in, found again."""
     y, index, m, *_ = gaussian()
-    assert dict(data["posterior"].sizes) == {"chain": 1, "draw": DRAWS, "task": 3}
+    assert dict(data["posterior"].sizes) == {"chain": 4, "draw": DRAWS // 4, "task": 3}
     assert data["posterior"]["task"].values.tolist() == NAMES
-    assert np.array_equal(data["posterior"]["m"].values[0], m)
-    assert np.array_equal(data["posterior_predictive"]["y"].values[0], m[:, index])
+    assert np.array_equal(data["posterior"]["m"].values.reshape(m.shape), m)
+    assert np.array_equal(data["posterior_predictive"]["y"].values.reshape(DRAWS, -1), m[:, index])
     assert np.array_equal(data["observed_data"]["y"].values, y)
     assert data["observed_data"]["task_id"].dims == ("obs",)
     assert data["observed_data"]["task_id"].values.tolist() == TASK_OF.tolist()

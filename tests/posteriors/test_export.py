@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,15 @@ def log_weights(data: Any) -> np.ndarray:
     sample_stats = data["sample_stats"]
     return (
         (sample_stats["log_joint"] - sample_stats["log_q"])
-        .isel(chain=0)
-        .transpose("task", "draw")
+        .stack(s=("chain", "draw"))
+        .transpose("task", "s")
         .to_numpy()
     )
+
+
+def drawn(array: Any) -> np.ndarray:
+    """`(draws, ...)`, chain after chain."""
+    return np.asarray(array.values.reshape(-1, *array.shape[2:]))
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +65,73 @@ def test_groups_of_a_fit(data: Any, fit: vm.Fit) -> None:
         "log_likelihood",
         "sample_stats",
         "observed_data",
-        "constant_data",
         "fit",
     }
     posterior = fit.posterior()
     assert groups_of(posterior.to_arviz(10)) == groups_of(data) - {"fit"}
-    assert dict(data["posterior"].sizes) == {"chain": 1, "draw": 400, "task": 4, "weight": 2}
+    assert dict(data["posterior"].sizes) == {"chain": 4, "draw": 100, "weight": 2, "task": 4}
     assert data["posterior"]["task"].values.tolist() == list(fit.tasks.names)
     assert data["posterior"]["weight"].values.tolist() == list(fit.model.weights.labels)
     draws = posterior.draws(400, seed=2)
-    assert np.array_equal(data["posterior"]["theta"].values[0], draws.numpy())
+    assert np.array_equal(drawn(data["posterior"]["theta"]), draws.numpy())
     theta0 = fit.model.weights.flatten(fit.prior.loc)
     assert np.allclose(
-        data["posterior"]["distance"].values[0], (draws - theta0).norm(dim=-1).numpy(), rtol=1e-12
+        drawn(data["posterior"]["distance"]), (draws - theta0).norm(dim=-1).numpy(), rtol=1e-12
     )
-    assert np.array_equal(data["constant_data"]["theta0"].values, theta0.numpy())
-    assert np.allclose(data["constant_data"]["prior_sd"].values, 3.0**-0.5)
+    assert (drawn(data["posterior"]["theta0"]) == theta0.numpy()).all()
+    assert np.allclose(data["posterior"]["prior_sd"].values, 3.0**-0.5)
+    assert np.allclose(data["posterior"]["noise_scale"].values, float(fit.prior.scale))
+
+
+def test_a_summary_begins_with_the_prior() -> None:
+    tasks = vm.datasets.lines(30, num_support=8, noise=0.3, dtype=torch.float64)
+    prior = vm.GaussianPrior(learn_precision="full")
+    model = vm.TaskModel(vm.LinearPredictor(["dose"]), vm.likelihoods.Gaussian(), prior)
+    fit = vm.fit(model, tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # ArviZ divides by the sd of a constant
+        table = az.summary(fit.to_arviz(400), round_to=12)
+    frame = fit.prior.sd, fit.prior.loc
+    expected = {f"theta0[{name}]": float(frame[1][name]) for name in ("intercept", "dose")}
+    expected |= {f"prior_sd[{name}]": float(frame[0][name]) for name in ("intercept", "dose")}
+    expected["correlation[intercept, dose]"] = float(fit.prior.correlation[0, 1])
+    expected["noise_scale"] = float(fit.prior.scale)
+    assert list(table.index[:6]) == list(expected)
+    assert np.allclose(table["mean"][:6].to_numpy(float), list(expected.values()), rtol=1e-8)
+    assert table.index[6] == "theta[line 0.0, intercept]" and table.index[-1].startswith("distance")
+    assert (table["r_hat"][6:].to_numpy(float) < 1.05).all()
+
+
+def test_so_does_that_of_a_posterior_of_eta_whose_chains_are_mixed() -> None:
+    prior = vm.GaussianPrior(learn_precision="shared")
+    net = vm.LinearPredictor(["dose", "age"])
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), prior, shared=["age"])
+    rng = np.random.default_rng(0)
+    tasks = []
+    for i in range(20):
+        x, z = rng.normal(size=(6, 2)), rng.normal(size=2)
+        y = z[0] + (1.0 + 0.5 * z[1]) * x[:, 0] + 2.0 * x[:, 1] + 0.3 * rng.normal(size=6)
+        tasks.append(vm.Task((x, y), name=f"t{i}"))
+    fit = vm.fit(model, vm.TaskSet(tasks), hyperguide="multivariate_normal")
+    table = az.summary(fit.to_arviz(1000), var_names=["~distance", "~theta"], round_to=12)
+    assert list(table.index) == [
+        "theta0[intercept]", "theta0[dose]", "prior_sd[intercept]", "prior_sd[dose]",
+        "noise_scale", "shared[age]",
+    ]  # fmt: skip
+    known = fit.hyperparameters()
+    named = ["intercept", "dose", "sd(intercept)", "sd(dose)", "noise scale", "age"]
+    sd = known.loc[named, "sd"].to_numpy()
+    assert np.allclose(table["mean"].to_numpy(float), known.loc[named, "mean"], atol=0.1 * sd.max())
+    assert np.allclose(table["sd"].to_numpy(float), sd, rtol=0.1)
+    assert (table["r_hat"].to_numpy(float) < 1.02).all()
+    assert (table["ess_bulk"].to_numpy(float) > 500).all()
+
+
+def test_the_prior_of_a_network_stands_aside() -> None:
+    tasks = ragged_tasks(2)
+    data = known(net_model(PRIOR, width=100), tasks, vm.Joint()).adapt(tasks).to_arviz(8)
+    assert "theta0" not in data["posterior"]
+    assert data["constant_data"]["theta0"].dims == data["constant_data"]["prior_sd"].dims
 
 
 def test_observations_are_flat_with_their_tasks(data: Any, fit: vm.Fit) -> None:
@@ -91,11 +148,11 @@ def test_observations_are_flat_with_their_tasks(data: Any, fit: vm.Fit) -> None:
         .flatten()
         .numpy()
     )
-    theta = data["posterior"]["theta"].isel(chain=0).values[:, np.repeat(range(4), sizes)]
+    theta = drawn(data["posterior"]["theta"])[:, np.repeat(range(4), sizes)]
     labels = list(fit.model.weights.labels)
     mean = theta[..., labels.index("weight")] * x + theta[..., labels.index("bias")]
     exact = stats.norm.logpdf(y.numpy(), mean, float(fit.eta["log_scale"].exp()))
-    assert np.allclose(data["log_likelihood"]["y"].values[0], exact, atol=1e-10)
+    assert np.allclose(drawn(data["log_likelihood"]["y"]), exact, atol=1e-10)
 
 
 def test_the_record_of_the_run(data: Any, fit: vm.Fit) -> None:
@@ -186,7 +243,6 @@ def test_a_point_has_no_log_likelihood_and_no_bound(strategy: vm.Joint) -> None:
         "posterior",
         "posterior_predictive",
         "observed_data",
-        "constant_data",
         "fit",
     }
     assert data.attrs["posterior_kind"] == "delta"
@@ -204,7 +260,7 @@ def test_a_point_has_no_log_likelihood_and_no_bound(strategy: vm.Joint) -> None:
 
 def test_tasks_without_data_have_a_posterior_alone(fit: vm.Fit) -> None:
     data = fit.adapt(vm.TaskSet([vm.Task(name="new")])).to_arviz(50)
-    assert groups_of(data) == {"posterior", "constant_data"}
+    assert groups_of(data) == {"posterior"}
     assert data["posterior"]["task"].values.tolist() == ["new"]
 
 
@@ -216,9 +272,9 @@ def test_several_responses() -> None:
     model = vm.TaskModel(seeded(lambda: nn.Linear(1, 2)), vm.likelihoods.Gaussian(), PRIOR)
     data = known(model, tasks, vm.Joint()).adapt(tasks).to_arviz(40)
     assert data["posterior_predictive"]["y"].dims == ("chain", "draw", "obs", "response")
-    assert data["posterior_predictive"]["y"].shape == (1, 40, 5, 2)
+    assert data["posterior_predictive"]["y"].shape == (4, 10, 5, 2)
     assert data["observed_data"]["y"].shape == (5, 2)
-    assert data["log_likelihood"]["y"].shape == (1, 40, 5)
+    assert data["log_likelihood"]["y"].shape == (4, 10, 5)
 
 
 def test_counts_out_of_trials() -> None:
@@ -258,7 +314,7 @@ def test_many_weights_are_left_out_but_their_distance_is_not(
     monkeypatch.setattr("varmeta.posteriors.arviz_groups.MAX_WEIGHT_NUMBERS", 100)
     tasks = ragged_tasks(2)
     data = known(net_model(PRIOR), tasks, vm.Joint()).adapt(tasks).to_arviz(50)
-    assert set(data["posterior"].data_vars) == {"distance"}
+    assert "theta" not in data["posterior"] and "distance" in data["posterior"]
 
 
 def test_a_run_that_never_ran_is_exported() -> None:

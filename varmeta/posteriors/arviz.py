@@ -27,6 +27,7 @@ __all__ = ["load", "loo_elpd", "pareto_k", "save", "to_arviz"]
 
 # Groups whose arrays have no draws.
 NO_DRAWS = frozenset({"observed_data", "constant_data", "predictions_constant_data", "fit"})
+CHAINS = 4
 # The tail are min(draws / 5, 3 sqrt(draws)) weights; five or fewer say nothing of its shape.
 MIN_DRAWS = 30
 
@@ -42,8 +43,10 @@ def to_arviz(
 
     groups: arrays by group and variable.  In "observed_data", "constant_data",
         "predictions_constant_data" and "fit" their shape is that of `dims`; in every other group
-        the draws come first, and are stored as `chain=1, draw=S`, which is what `loo` and `summary`
-        need under both versions.  Groups without variables are left out.
+        the draws come first.  They are independent, so they are stored as four chains, one
+        quarter after the other: `summary` has an r_hat then, which it has not of one chain.  A
+        number of draws that four does not divide is one chain.  Groups without variables are left
+        out.
     dims: names of a variable's dimensions after the draws, by "variable" or, where it differs
         between groups, by "group/variable"; none by default.  A dimension of observations is called
         "obs" or begins with "obs_".
@@ -60,7 +63,7 @@ def to_arviz(
     >>> groups, coords = {"posterior": {"slope": draws}}, {"task": ["a", "b", "c"]}
     >>> data = to_arviz(groups, {"slope": ["task"]}, coords)
     >>> dict(data["posterior"].sizes)
-    {'chain': 1, 'draw': 100, 'task': 3}
+    {'chain': 4, 'draw': 25, 'task': 3}
     """
     dims, coords, obs_task, facts = (
         dims or {},
@@ -224,7 +227,7 @@ def _dataset(
                 f"{group}/{name} has shape {array.shape}, but dims says {expected}: give "
                 f"dims={{'{group}/{name}': [...]}} with {max(0, array.ndim - draws)} names"
             )
-        arrays[name] = (("chain", "draw", *own), array[None]) if draws else (own, array)
+        arrays[name] = (("chain", "draw", *own), _chains(array)) if draws else (own, array)
     try:
         dataset = xr.Dataset(arrays)
     except ValueError as error:
@@ -260,6 +263,12 @@ def _dataset(
             "per entry"
         )
     return dataset.assign_coords(task_id=(dim, ids))
+
+
+def _chains(draws: np.ndarray) -> np.ndarray:
+    """`(draws, ...)` as `(chains, draws of each, ...)`."""
+    number = CHAINS if len(draws) and len(draws) % CHAINS == 0 else 1
+    return draws.reshape(number, len(draws) // number, *draws.shape[1:])
 
 
 def _attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:

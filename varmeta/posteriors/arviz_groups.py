@@ -11,24 +11,18 @@ import torch
 from torch import Tensor
 
 from varmeta.files.version import __version__
-from varmeta.guides.kl import location
-from varmeta.models.hyper_posterior import natural
-from varmeta.models.labels import coefficients
-from varmeta.models.model import TaskModel
 from varmeta.posteriors import arviz as inference_data
-from varmeta.posteriors.draws import Draws
+from varmeta.posteriors.arviz_prior import DIMS as PRIOR_DIMS
+from varmeta.posteriors.arviz_prior import prior_numbers
 from varmeta.posteriors.observer import Observer
 
 # Draws of all weights are left out beyond this many numbers (80 MB); their distance from theta0
 # always goes in.
 MAX_WEIGHT_NUMBERS = 10_000_000
 # After the draws, by "variable" or "group/variable".
-DIMS = {
+DIMS = PRIOR_DIMS | {
     "theta": ["task", "weight"],
     "distance": ["task"],
-    "theta0": ["weight"],
-    "prior_sd": ["weight"],
-    "coefficients": ["coefficient"],
     "posterior_predictive/y": ["obs"],
     "observed_data/y": ["obs"],
     "log_likelihood/y": ["obs"],
@@ -60,18 +54,19 @@ def groups(
     """
     q = observer.q
     draws = q.theta(num_samples, seed)
-    hyper = _hyper_draws(q, num_samples, x_names)
-    named = coefficients(observer.model, q.eta, x_names)
+    prior = prior_numbers(q, num_samples, x_names)
     with torch.no_grad():
         distance = (draws.squeeze(-2) - q.centres(num_samples)).norm(dim=-1)
+    # a summary lists them in this order
     found: dict[str, dict[str, Any]] = {
-        "posterior": {"distance": distance} | hyper,
-        # under a posterior of eta its numbers are among the draws
-        "constant_data": {} if hyper else _prior(observer.model, q.eta, named),
+        "posterior": dict(prior.draws),
+        "constant_data": prior.constants,
     }
     if draws.numel() <= MAX_WEIGHT_NUMBERS:
         found["posterior"]["theta"] = draws.squeeze(-2)
-    observed = _observed(observer, draws, seed, of_guide=not hyper)
+    found["posterior"]["distance"] = distance
+    is_drawn = bool(q.etas(1))
+    observed = _observed(observer, draws, seed, of_guide=not is_drawn)
     found |= observed.groups
     facts = {
         "inference_library": "varmeta",
@@ -79,29 +74,31 @@ def groups(
         "guide": q.guide_name,
         "posterior_kind": q.kind,
     }
-    labels: dict[str, Any] = dict(names)
-    labels |= {"coefficient": list(named)} if named and not hyper else {}
+    labels: dict[str, Any] = prior.labels | dict(names)
     dims = DIMS | observed.dims
     if record is not None:
         found["fit"] = dict(record.history)
         dims |= {f"fit/{name}": ["step"] for name in record.history}
         labels |= {"step": record.steps}
         facts |= record.facts
+    order = _order(num_samples, seed, is_drawn)
     arrays = {
-        group: {name: _array(value) for name, value in values.items()}
+        group: {
+            name: _array(value) if group in inference_data.NO_DRAWS else _array(value)[order]
+            for name, value in values.items()
+        }
         for group, values in found.items()
     }
     return inference_data.to_arviz(arrays, dims, labels, observed.tasks, facts)
 
 
-def _prior(
-    model: TaskModel, eta: Mapping[str, Tensor], named: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The prior where eta is a point; named: the coefficients of the tasks' features."""
-    with torch.no_grad():
-        prior = model.prior_distribution(eta)
-        found = {"theta0": location(prior), "prior_sd": prior.stddev}
-        return found | ({"coefficients": torch.stack(list(named.values()))} if named else {})
+def _order(number: int, seed: int, shuffled: bool) -> np.ndarray:
+    """In which order the draws are stored.
+
+    Those of eta come as their points were laid out, which a convergence diagnostic would take for
+    chains that have not mixed.
+    """
+    return np.random.default_rng(seed).permutation(number) if shuffled else np.arange(number)
 
 
 @dataclass(frozen=True)
@@ -146,26 +143,6 @@ def _observed(observer: Observer, draws: Tensor, seed: int, of_guide: bool) -> _
             fitted = observer.log_likelihood(draws, q.eta)
         found["sample_stats"] = {"log_joint": log_prior + fitted, "log_q": log_q}
     return _Observed(found, dims, tasks)
-
-
-def _hyper_draws(q: Draws, num_samples: int, x_names: tuple[str, ...] | None) -> dict[str, Tensor]:
-    """Draws of eta in natural units, those behind the draws of the weights.
-
-    None where eta is a point.
-    """
-    eta = q.etas(num_samples)
-    if not eta:
-        return {}
-    named = list(natural(q.model, eta, x_names).items())
-    size = q.model.weights.size
-    found = {"theta0": torch.stack([value for _, value in named[:size]], -1)}
-    found |= {
-        name.replace(", ", ",").replace(" ", "_"): value
-        for name, value in named[size:]
-        if not name.startswith("sd(")
-    }
-    sds = [value for name, value in named if name.startswith("sd(")]
-    return found | ({"prior_sd": torch.stack(sds, -1)} if sds else {})
 
 
 def _array(value: Any) -> np.ndarray:

@@ -336,6 +336,11 @@ class Posterior:
 
         With posterior, predictive, log likelihood and the data.
 
+        The posterior begins with the prior's numbers: theta0 and prior_sd by weight, correlation by
+        pair of weights, what the likelihood learned (noise_scale), shared, coefficients; the same
+        in every draw where eta is a point (sd 0, no r_hat).  Then theta, the weights by task, and
+        distance, |theta - theta0|.  A prior of more than 200 numbers stands in "constant_data".
+        The draws are independent, in four chains where four divides num_samples.
         Observations are flat with a `task_id` coordinate.  A delta guide gets no log likelihood:
         its LOO would be the in-sample density.  The log likelihood is of one observation each: of
         one that counts w times (`Weighted`) ArviZ's LOO leaves one copy out.
