@@ -12,13 +12,17 @@ TEST_PROCESSES ?= 2
 
 export MPLBACKEND ?= Agg
 
+# The site: where it goes, and how many pages are run at once.
+DOCS_OUT  ?= build/docs
+DOCS_JOBS ?= 2
+
 # Odd inputs of `make fuzz`; `make test` takes 500.
 EXAMPLES ?= 10000
 # What `make test-machines` runs: the tests that stand on numbers that another processor may round otherwise.
 NUMERICAL = tests/numerics tests/priors tests/likelihoods tests/models tests/guides tests/verbs/test_units.py \
             tests/verbs/test_identities.py tests/verbs/test_exact_fits.py tests/fitting/test_whitened.py tests/strategies/test_certificate.py
 
-.PHONY: setup demo readme landscape bench test test-compiled test-machines fuzz lint test-arviz1 clean
+.PHONY: setup demo demo-page landscape bench test test-compiled test-machines fuzz lint test-arviz1 docs clean
 
 setup: $(VENV)/.installed
 
@@ -38,9 +42,13 @@ landscape: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m experiments.benchmarks --out results/benchmarks
 
-# Put the demonstration's output into the README.
-readme: $(VENV)/.installed
-	$(BIN)/python -m experiments.demo --out results/demo | $(BIN)/python -m experiments.readme
+# Put the demonstration's output into docs/demo.md.
+demo-page: $(VENV)/.installed
+	$(BIN)/python -m experiments.demo --out results/demo | $(BIN)/python -m experiments.demo_page
+
+# The site in docs/, every block of it run and its outputs compared; nothing is fetched.
+docs: $(VENV)/.installed
+	$(BIN)/python -m docs.site.build --out $(DOCS_OUT) --jobs $(DOCS_JOBS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal

@@ -24,7 +24,7 @@ RELATIVE = 1e-4
 ROUNDING = 1e-6
 STEPS = 2  # and may take so many steps more or fewer
 NOTES = {
-    "demo output: begin": "not compared",  # `make readme` writes it
+    "demo output: begin": "not compared",  # `make demo-page` writes it
     "output: words only": "words only",
     "output: not compared": "not compared",
 }

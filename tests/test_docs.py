@@ -5,15 +5,13 @@ what is shown.
 from __future__ import annotations
 
 import re
-import warnings
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from docs.site.run import run
 from experiments.demo import strategies
-from experiments.readme import BLOCK, README
+from experiments.demo_page import BLOCK, PAGE
 from tests.printed import blocks, difference
 from varmeta.fitting.baselines import BASELINES
 
@@ -26,20 +24,7 @@ def test_the_examples_run_and_print_what_is_shown(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # some of them write files
-    names: dict[str, object] = {}
-    printed, wrong = "", []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what an example shows may be a warning
-        for block in blocks(page.read_text()):
-            if block.language == "python":
-                with redirect_stdout(StringIO()) as output:
-                    exec(compile(block.body, page.name, "exec"), names)
-                printed = output.getvalue()
-            elif block.language == "text" and block.compared != "not compared":
-                found = difference(block.body, printed, numbers=block.compared == "all")
-                wrong += (
-                    [f"{page.name}:{block.line}: {found}\nprinted was\n{printed}"] if found else []
-                )
+    _, wrong = run(page.read_text(), page.name)
     assert not wrong, "\n".join(wrong)
 
 
@@ -88,9 +73,9 @@ def test_the_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_the_readme_shows_what_the_demonstration_prints() -> None:
-    """`make readme` writes it; its numbers move with the machine, so only its rows are compared."""
-    found = BLOCK.search(README.read_text())
+def test_the_page_of_the_demonstration_shows_what_it_prints() -> None:
+    """`make demo-page` writes it; numbers move with the machine, so its rows are compared."""
+    found = BLOCK.search(PAGE.read_text())
     assert found is not None
     rows = {line.split("  ")[0] for line in found[0].splitlines()}
     assert {*strategies(), *BASELINES} <= rows

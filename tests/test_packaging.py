@@ -41,9 +41,8 @@ def test_the_constraints_pin_everything_that_is_asked_for():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     extras = PROJECT["optional-dependencies"]
-    asked = requirement_names([*PROJECT["dependencies"], *extras["test"], *extras["dev"]]) - {
-        PROJECT["name"]
-    }
+    wanted = [*extras["test"], *extras["docs"], *extras["dev"]]
+    asked = requirement_names([*PROJECT["dependencies"], *wanted]) - {PROJECT["name"]}
     assert set(pins) == asked
 
 
