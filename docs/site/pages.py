@@ -19,7 +19,7 @@ ELSEWHERE = {
     "../varmeta/datasets/data/LICENSES.md": "data-licences.md",
     "../README.md": "index.md",
 }
-NAME = re.compile(r"(?<!\[)`vm\.([A-Za-z_][\w.]*)(\(\))?`(?!\])")
+NAME = re.compile(r"(?<!\[)`vm\.([A-Za-z_][\w.]*)(\([^`<>\\\n]*\))?`(?!\])")
 BETWEEN = re.compile(r"(?:\s|<!--.*?-->)*", re.S)
 
 
