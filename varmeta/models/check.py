@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from varmeta._checks import counted
 from varmeta.likelihoods.base import Likelihood, told
+from varmeta.models.check_cut import check_cut
 from varmeta.models.check_net import (
     check_batching,
     check_columns,
@@ -121,6 +122,7 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         theta = model.weights.flatten(eta)
         warn_unless_twice_differentiable(model.net, loss, theta, some.x[0, :2])
         check_batching(model.weights, loss, theta)
+        check_cut(model, eta, data)
     for data in parts:
         check_padding(model, data)
 

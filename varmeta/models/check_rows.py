@@ -96,10 +96,7 @@ def _where(
             torch.default_generator.manual_seed(0)
             y = _drawn(model, eta, x)
         for away in (0.0, 1.0):
-            here = {
-                name: value + away * _size(value) * _normal(value, generator)
-                for name, value in eta.items()
-            }
+            here = moved_by(away, eta, generator)
             read = _reader(model, here)
             try:
                 whole = read(x, y)
@@ -147,6 +144,16 @@ def _drawn(model: TaskModel, eta: dict[str, Tensor], x: Tensor) -> Tensor:
     )
     drawn: Tensor = site["value"][0]
     return drawn
+
+
+def moved_by(
+    away: float, eta: dict[str, Tensor], generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """eta and `away` times what a network's start varies by, drawn."""
+    generator = generator or torch.Generator().manual_seed(0)
+    return {
+        name: value + away * _size(value) * _normal(value, generator) for name, value in eta.items()
+    }
 
 
 def _size(value: Tensor) -> float:

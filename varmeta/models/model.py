@@ -164,6 +164,8 @@ class TaskModel(Remembers):
         # it
         self.graphs: dict[Any, Any] = {}
         self._ahead: Ahead | None = None
+        # whether layers before all that varies may be run apart: `check_cut` finds out
+        self.cut = True
         shared = tuple(shared)
         own = () if self.likelihood is None else self.likelihood.init(torch.zeros(()))
         check_names(start, shared, self.constants, own)
@@ -399,10 +401,10 @@ class TaskModel(Remembers):
 
         rows: x `(tasks, points, ...)`, the very tensors that it will be asked for.
         known: what is put out for `rows[0]` at eta, so that it need not be run for it.
-        Itself where nothing comes before.
+        Itself where nothing comes before, and where the parts are not the network (`check_cut`).
         """
         parts = self._split
-        if parts is None:
+        if parts is None or not self.cut:
             return self
         new = copy.copy(self)
         new._ahead = None

@@ -19,6 +19,7 @@ from varmeta.files.plain import difference
 from varmeta.fitting.run import Run
 from varmeta.guides.guide import Guide
 from varmeta.models import constants
+from varmeta.models.check_cut import check_cut
 from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
@@ -124,6 +125,7 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
         dtype=like.dtype,
         x_names=content["x_names"],
     )
+    check_cut(model, eta, tasks.batch().support)
     known = content.get("numbers")
     if known is not None and not same_numbers(known, numbers_of(model, tasks, eta), like.dtype):
         raise Refused(
