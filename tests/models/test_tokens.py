@@ -79,3 +79,36 @@ def test_a_linear_predictor_of_whole_numbers_takes_them_as_numbers() -> None:
     tasks = vm.TaskSet([vm.Task((TOKENS, Y)), vm.Task((TOKENS.flip(1), Y))])
     model = model_of(vm.LinearPredictor(["a", "b"]))
     assert vm.fit(model, tasks, progress=False).converged
+
+
+NO_TOKENS = {
+    "is given 0.5, expected whole numbers": TOKENS + 0.5,
+    "is given 4, but has the rows 0 to 3": TOKENS + 1,
+    "is given -1, but has the rows 0 to 3": TOKENS - 1,
+}
+STEP = vm.FirstOrder("delta", "query", 1, vm.GradientDescent(0.1))
+
+
+def tasks_of(x: Tensor) -> vm.TaskSet:
+    return vm.TaskSet([vm.Task((x.double(), Y), (x.double(), Y), name) for name in "ab"])
+
+
+@pytest.mark.parametrize("message", NO_TOKENS)
+def test_what_is_no_token_is_refused_wherever_it_comes_in(message: str) -> None:
+    model, bad = model_of(seeded(Words)), NO_TOKENS[message]
+    known = f"layer 'table' \\(Embedding\\) {message}"
+    with pytest.raises(ValueError, match=known):
+        vm.meta_gradient(model, tasks_of(bad), STEP)
+
+    def stream(step: int, generator: torch.Generator) -> vm.TaskSet:
+        return tasks_of(TOKENS if step < 2 else bad)
+
+    with pytest.raises(ValueError, match=known) as caught:
+        vm.fit(model, stream, STEP, 4, adam)
+    fit = caught.value.fit  # type: ignore[attr-defined]
+    assert len(fit.history) == 2
+    posterior = fit.adapt(tasks_of(TOKENS))
+    for ask in (posterior.predict, posterior.expected):
+        with pytest.raises(ValueError, match=known):
+            ask([TOKENS.double(), bad.double()])
+    assert posterior.expected(TOKENS).mean.shape == (2, 4)

@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn, Self
 
 import pyro
@@ -94,7 +93,7 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         if model.net is None:
             _try(model, eta, data, batch.names)
             continue
-        check_tokens(model.net, partial(_as_one_task, model, eta, data))
+        look_at_tokens(model, eta, data)
         sizes = data.num_points
         largest = int(sizes.argmax())
         one = _alone(data, largest)
@@ -145,12 +144,19 @@ def _try_largest(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | N
         _try(model, eta, data.first_points(min(MANY_ROWS, data.mask.shape[1])), one.names)
 
 
-def _as_one_task(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> None:
-    """Run the network on rows of all tasks as if they were one's."""
-    x, theta = data.x[data.mask][:MANY_ROWS], model.weights.flatten(eta)
-    own = model.weights.unflatten(theta)
-    with torch.no_grad():
-        model.one_task(eta, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
+def look_at_tokens(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> None:
+    """Raise ValueError where an embedding of the network is given no rows of it.
+
+    The network is run, where it has one, on rows of all tasks as if they were one's.
+    """
+
+    def run() -> None:
+        x, theta = data.x[data.mask][:MANY_ROWS], model.weights.flatten(eta)
+        own = model.weights.unflatten(theta)
+        with torch.no_grad():
+            model.one_task(eta, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
+
+    check_tokens(model.net, run)
 
 
 def _alone(data: Data, task: int) -> Data:

@@ -6,7 +6,7 @@ Up to 2^53 in double precision, and 2^24 in single, they lose nothing on the way
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def _whole(given: Tensor) -> Tensor:
 
 
 def check_tokens(net: nn.Module | None, run: Callable[[], object]) -> None:
-    """Raise ValueError, naming the layer, where an embedding is given numbers that are not whole.
+    """Raise ValueError, naming the layer, where an embedding is given what is none of its rows.
 
     run: the network on some rows, as they are.
     """
@@ -45,11 +45,19 @@ def check_tokens(net: nn.Module | None, run: Callable[[], object]) -> None:
     def looked_at(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             given = args[0] if args else kwargs["input"]
+            who = f"layer {name!r} ({type(module).__name__}) is given"
             bad = given[given != given.floor()] if given.is_floating_point() else given[:0]
             if bad.numel():
                 raise ValueError(
-                    f"layer {name!r} ({type(module).__name__}) is given {float(bad[0]):g}, "
-                    "expected whole numbers: was x standardized()?  Leave these columns as they are"
+                    f"{who} {float(bad[0]):g}, expected whole numbers: was x standardized()?  "
+                    "Leave these columns as they are"
+                )
+            last = len(cast("Tensor", module.weight)) - 1
+            beyond = given[(given < 0) | (given > last)]
+            if beyond.numel():
+                raise ValueError(
+                    f"{who} {int(beyond[0])}, but has the rows 0 to {last}: code x as 0, 1, ..., "
+                    "or make the layer larger"
                 )
 
         return look

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from varmeta._checks import counted, no_task, probability, whole_number
 from varmeta.guides.kl import location
+from varmeta.models.check import look_at_tokens
 from varmeta.models.check_rows import check_padding
 from varmeta.models.labels import parameter_labels
 from varmeta.posteriors import arviz_groups
@@ -200,6 +201,7 @@ class Posterior:
     def _new(self, x: Any) -> Data:
         data = points(x, self.names, self.trained, self.q.batch.support.x)
         check_padding(self.model, data, with_y=False)
+        look_at_tokens(self.model, self.model.init(data.x.new_zeros(())), data)
         return data
 
     def log_prob(
