@@ -205,3 +205,15 @@ def test_lbfgs_is_not_clipped() -> None:
             linear_model(PRIOR), ragged_tasks(2), vm.Implicit("delta"), 2, torch.optim.LBFGS,
             clip=1.0,
         )  # fmt: skip
+
+
+def test_a_scheduler_in_the_wrong_place_is_told_where_it_belongs() -> None:
+    with pytest.raises(TypeError, match=r"given as functools.partial\(StepLR"):
+        rates(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2))
+
+
+def test_a_scheduler_that_ends_before_the_run_is_refused_before_any_work() -> None:
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=3)
+    with pytest.raises(ValueError, match="OneCycleLR ends after its total_steps=3"):
+        rates(cycle)
+    assert len(rates(cycle, num_steps=3)[0]) == 3

@@ -146,3 +146,17 @@ def test_a_stream_s_later_tasks_are_looked_at_for_it() -> None:
 
     with pytest.raises(ValueError, match="task 'task 0 of step 1', row 1: y = 2"):
         vm.fit(classes(), tasks, vm.Implicit("delta", "query"), 3)
+
+
+def test_laplace_of_tasks_without_some_classes_in_single_precision() -> None:
+    """LAPACK gave up on the curvature, most of whose eigenvalues are 0, of one of these."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        rows, labels = torch.randn(200, 6), torch.arange(200) // 20
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    tasks = vm.episodes(rows, labels, (2, 5), 1, 2)
+    likelihood = vm.likelihoods.Categorical(5, ways="ways")
+    model = vm.TaskModel(net, likelihood, vm.GaussianPrior(1.0), shared=["0.*"])
+    strategy = vm.Implicit("laplace", "query_predictive")
+    fit = vm.fit(model, tasks, strategy, 4, batch_size=3)
+    assert fit.adapt(tasks.take(40)).score()["log_density"].notna().all()

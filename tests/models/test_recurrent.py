@@ -65,6 +65,7 @@ CELLS: dict[str, Any] = {
     "lstm": lambda: nn.LSTMCell(3, 4),
     "rnn": lambda: nn.RNNCell(3, 4, bias=False),
     "relu": lambda: nn.RNNCell(3, 4, nonlinearity="relu"),
+    "gru": lambda: nn.GRUCell(3, 4),
 }
 
 
@@ -79,6 +80,41 @@ def test_the_cells_are_pytorchs(name: str, begin: bool) -> None:
     hx = None if not begin else (h, -h) if name == "lstm" else h
     # a state of zeros gives the weights on it no gradient, in both
     assert_same(ours(x, hx), plain(x, hx), list(ours.parameters()), list(plain.parameters()))
+
+
+def test_every_recurrent_layer_runs_by_its_formula() -> None:
+    """PyTorch's kernel of nn.GRUCell would be run for one task after another, with a warning."""
+    for make in (*LAYERS.values(), *CELLS.values()):
+        module = make()
+        kind = type(module)
+        unroll_recurrent_layers(module)
+        assert type(module) is not kind and isinstance(module, kind)
+
+
+H = torch.zeros(1, 2, 4)
+MISGIVEN: dict[str, Any] = {
+    "features": (nn.LSTM, (torch.zeros(5, 2, 2), None), "expected 3"),
+    "dimensions": (nn.GRU, (torch.zeros(5, 2, 2, 3), None), "2 or 3 dimensions, not 4"),
+    "no steps": (nn.RNN, (torch.zeros(0, 2, 3), None), "no steps"),
+    "a tensor for a pair": (nn.LSTM, (torch.zeros(5, 2, 3), H), "a pair of tensors"),
+    "a pair for a tensor": (nn.GRU, (torch.zeros(5, 2, 3), (H, H)), "a tensor"),
+    "a batch of one": (
+        nn.LSTM,
+        (torch.zeros(5, 2, 3), (H[:, :1], H[:, :1])),
+        "a hidden state has the shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISGIVEN)
+def test_what_pytorchs_layer_refuses_is_refused(what: str) -> None:
+    make, given, sentence = MISGIVEN[what]
+    module = make(3, 4)
+    with pytest.raises((RuntimeError, ValueError, AttributeError, IndexError)):
+        module(*given)
+    unroll_recurrent_layers(module)
+    with pytest.raises(ValueError, match=sentence):
+        module(*given)
 
 
 class Reader(nn.Module):

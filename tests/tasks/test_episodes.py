@@ -94,6 +94,15 @@ def test_labels_may_be_words_and_images_bytes() -> None:
         ({"within": LABELS % 2, "labels": LABELS // 2}, "rows in several groups"),
         ({"within": LABELS // 2}, "no group of within has 5 classes: the largest has 2"),
         ({"ways": 0}, "ways must be a whole number"),
+        ({"ways": (3, 4, 5)}, r"ways=\(3, 4, 5\) has 3 numbers"),
+        ({"ways": (1, 3)}, "the least ways must be a whole number of at least 2"),
+        (
+            {"labels": torch.where(LABELS == 3, torch.nan, LABELS.double())},
+            "labels is missing in 12 rows of 120, row 36",
+        ),
+        ({"labels": [None if k == 3 else str(k) for k in LABELS.tolist()]}, "labels is missing"),
+        ({"labels": np.ma.masked_equal(LABELS.numpy(), 3)}, "labels is missing in 12 rows"),
+        ({"within": np.where(LABELS > 3, np.nan, 1.0)}, "within is missing in 72 rows"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(options: dict[str, object], sentence: str) -> None:
@@ -106,3 +115,22 @@ def test_an_augmentation_of_another_shape_is_refused() -> None:
     episodes = vm.episodes(ROWS, LABELS, 3, 1, 2, augment=lambda rows, generator: rows[:2])
     with pytest.raises(ValueError, match=r"augment gave \(2, 3, 2\) for rows of shape"):
         episodes[0]
+
+
+def test_what_is_no_function_does_not_augment() -> None:
+    with pytest.raises(TypeError, match="augment must be a function of"):
+        vm.episodes(ROWS, LABELS, 3, augment=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="labels mixes kinds that have no order"):
+        vm.episodes(ROWS, np.array([3, *["a"] * 119], dtype=object), 3)
+    with pytest.raises(ValueError, match="images is a single number"):
+        vm.episodes(3.0, LABELS, 3)
+
+
+def test_a_set_of_all_episodes_has_no_end_and_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"no end: tasks.take\(100\)"):
+        vm.TaskSet(vm.episodes(ROWS, LABELS, 3, 1, 2))  # type: ignore[arg-type]
+
+
+def test_classes_are_where_the_images_are() -> None:
+    support = vm.episodes(torch.empty(120, 2, device="meta"), LABELS, 3, 1, 2)[0].support
+    assert support is not None and support[1].device == support[0].device

@@ -119,6 +119,11 @@ def descend(
             watch.calibrate()
     except ENDS as by:
         end_early(run, by)
+    except Exception as error:
+        # what later tasks of a stream meet must not cost what was learned from those before
+        if not source.streams or run.step == way.first:
+            raise
+        end_early(run, error)
     way.end()
 
 
@@ -281,6 +286,8 @@ class _Way:
     def end(self) -> None:
         """Write what was reached into the run."""
         run, batch = self.run, self.source.known
+        if self.source.streams and run.failure is not None and self.met is not None:
+            batch = self.met[0]  # the step's own tasks may be what failed
         kept = None if self.watch is None else self.watch.best
         run.eta = {name: value.detach().clone() for name, value in self.eta.items()}
         # of a run that broke off the optimiser's averages are not finite either
@@ -303,7 +310,7 @@ def _optimizer(
     optimizer = plan.optimizer(leaves)
     if plan.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS chooses the length of its steps itself: leave clip out")
-    rates = Rates(optimizer, plan.scheduler)
+    rates = Rates(optimizer, plan.scheduler, plan.num_steps)
     if run.optimizer_state is None:
         return optimizer, rates
     states = run.optimizer_state, optimizer.state_dict()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from varmeta.fitting.callback import Callback, CallbackError, Row, told
+from varmeta.fitting.callback import Callback, CallbackError, Row, StopFit, told
 from varmeta.numerics.joint import Step
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch, TaskSet
@@ -32,7 +32,8 @@ class Run:
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, or an ensemble of them; None where eta is a point.
     streamed: how many tasks of a stream the steps met; None: they are a set's.
-    failure: what a callback or a source of tasks raised, which ended the run; not kept in files.
+    failure: what a callback, a source of tasks or a step raised, which ended the run; not kept in
+        files.
     undetermined: names that the data can hardly tell apart, where Newton's method converged; not
         kept in files.
     outlier: a sentence about a task whose loss drowns all others, where there is one; not kept in
@@ -103,7 +104,7 @@ class Run:
 
 
 def end_early(run: Run, by: BaseException) -> None:
-    """Say that a run ended early, by one of `ENDS`."""
+    """Say that a run ended early, by one of `ENDS` or by what a step raised."""
     go_on = f"after {run.step} steps: go on with fit(..., resume=this fit)"
     if isinstance(by, KeyboardInterrupt):
         run.stop = f"interrupted {go_on}"
@@ -114,8 +115,10 @@ def end_early(run: Run, by: BaseException) -> None:
         who = "callback" if isinstance(by, CallbackError) else "source of tasks"
         run.stop = f"ended by the {who}'s {type(by.__cause__).__name__} {go_on}"
         run.failure = by.__cause__ if isinstance(by.__cause__, Exception) else None
-    else:
+    elif isinstance(by, StopFit):
         run.stop = f"ended by the callback {go_on}"
+    elif isinstance(by, Exception):
+        run.stop, run.failure = f"ended by the step's {type(by).__name__} {go_on}", by
 
 
 ADVICE = "standardise the data, lower the learning rate, or raise the prior precision"

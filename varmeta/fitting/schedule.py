@@ -89,6 +89,13 @@ def decay_of(schedule: ScheduleName | Decay | SchedulerFactory) -> Decay:
             )
         return number
 
+    try:
+        own(0.0)
+    except TypeError as error:
+        raise TypeError(
+            f"schedule is called with the fraction of the way, and raises TypeError: {error}.  A "
+            "scheduler of torch's is given as functools.partial(StepLR, step_size=100)"
+        ) from error
     for fraction in (0.0, 0.5, 1.0):
         checked(fraction)
     return checked
@@ -106,12 +113,21 @@ class Rates:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, scheduler: SchedulerFactory | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: SchedulerFactory | None = None,
+        num_steps: int | None = None,
     ) -> None:
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             group.setdefault(GIVEN, float(group["lr"]))
         self.scheduler = None if scheduler is None else scheduler(optimizer)
+        last = getattr(self.scheduler, "total_steps", None)
+        if last is not None and num_steps is not None and last < num_steps:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} ends after its total_steps={last}, before "
+                f"num_steps={num_steps}: give it as many"
+            )
 
     def state(self) -> dict[str, Any]:
         """The optimizer's, and with it the scheduler's."""

@@ -105,7 +105,7 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
             smallest = int(sizes.masked_fill(sizes == 0, sizes[largest] + 1).argmin())
             if smallest != largest:
                 _try(model, eta, _alone(data, smallest), batch.names[smallest : smallest + 1])
-            _check_outcomes(model, eta, data, batch.names)
+            check_outcomes(model, eta, data, batch.names)
         some = one.take(torch.zeros(2, dtype=torch.int64, device=one.mask.device)).first_points(
             ROWS
         )
@@ -246,11 +246,12 @@ class Counted(TorchFunctionMode):
         return out
 
 
-def _check_outcomes(
+def check_outcomes(
     model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
 ) -> None:
-    """Every observation under what the network puts out for one row: what no output could explain
-    is found without the rest.
+    """Refuse what no output could explain: every observation is put under that of one row.
+
+    Raises ValueError that names task and row.
     """
     assert model.likelihood is not None
     task = int(data.num_points.argmax())

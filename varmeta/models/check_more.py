@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from varmeta.models.check import check_observations, look_at_tokens
+from varmeta.likelihoods.discrete import Categorical
+from varmeta.likelihoods.weighted import unweighted
+from varmeta.models.check import check_observations, check_outcomes, look_at_tokens
 from varmeta.models.check_rows import check_padding
 from varmeta.models.check_ways import check_ways
 from varmeta.models.model import TaskModel
@@ -24,5 +26,14 @@ def check_more(model: TaskModel, tasks: TaskSet, batch: Batch) -> None:
         if model.likelihood is not None:
             check_observations(model.likelihood, rows, tasks.names)
         if data is not None and data.mask.shape[1]:
+            eta = model.init(data.x.new_zeros(()))
             check_padding(model, data)
-            look_at_tokens(model, model.init(data.x.new_zeros(())), data)
+            look_at_tokens(model, eta, data)
+            if _outputs_tell(model):
+                check_outcomes(model, eta, data, tasks.names)
+
+
+def _outputs_tell(model: TaskModel) -> bool:
+    """Whether it is the network that says how many classes there are."""
+    judged = None if model.likelihood is None else unweighted(model.likelihood)
+    return isinstance(judged, Categorical) and judged.num_classes is None

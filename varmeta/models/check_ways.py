@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from varmeta.likelihoods.base import Likelihood
 from varmeta.likelihoods.discrete import Categorical
 from varmeta.likelihoods.weighted import unweighted
+from varmeta.models.model import TaskModel
 from varmeta.tasks import TaskSet
+from varmeta.tasks.rows import Rows
+
+# Fewer rows may show as many of each class by chance.
+FEW = 10
 
 
 def check_ways(likelihood: Likelihood, tasks: TaskSet) -> None:
@@ -47,3 +55,51 @@ def check_ways(likelihood: Likelihood, tasks: TaskSet) -> None:
                 f"{rows.y[first].item()}, but the task has {int(ways[task])} classes: expected 0 "
                 f"to {int(ways[task]) - 1} (rows are counted within the task, from 0)"
             )
+
+
+def unsaid_ways(model: TaskModel, tasks: TaskSet) -> str | None:
+    """A warning where tasks look like episodes of fewer classes than the likelihood has.
+
+    Episodes are balanced: each task's support and query show the classes 0, ..., k-1, as many rows
+    of each.  Data in which a class is rare, or happens to be missing, are not.  Of tasks some of
+    which have all the classes one is sure where a feature of theirs says each one's number.
+
+    None where there is nothing to say.
+    """
+    likelihood = model.likelihood
+    judged = None if likelihood is None else unweighted(likelihood.predictive)
+    if not isinstance(judged, Categorical) or judged.ways is not None:
+        return None
+    most, rows = judged.num_classes, (tasks.support_rows, tasks.query_rows)
+    known = [part for part in rows if len(part.y)]
+    if most is None or any(part.y.dim() != 1 for part in known):
+        return None
+    if sum(len(part.y) for part in known) < FEW:
+        return None
+    ways = [_ways(part, len(tasks), most) for part in known]
+    k = torch.stack(ways).amax(0)
+    if bool((k < 2).any()) or any(bool(((own != 0) & (own != k)).any()) for own in ways):
+        return None
+    said = [name for name, value in tasks.features.items() if bool((value.cpu() == k.cpu()).all())]
+    if not bool((k < most).all()) and not (said and bool((k < most).any())):
+        return None
+    few, many = int(k.min()), int(k.max())
+    number = f"{few}" if few == many else f"{few} to {many}"
+    fewer = f"Give the head {few} outputs, or say" if few == many else "Say"
+    return (
+        f"these tasks look like episodes of {number} classes, as many rows of each, but "
+        f"{likelihood!r} has {most}: the classes that a task lacks keep a share of its "
+        f"probabilities.  {fewer} each task's number in a feature, and the feature's name to the "
+        f"likelihood, ways={(said or ['ways'])[0]!r}"
+    )
+
+
+def _ways(rows: Rows, number: int, most: int) -> Tensor:
+    """How many classes each task shows, `(tasks,)`: 0 without rows, 1 where not all alike."""
+    pairs, counts = torch.unique(rows.owner * most + rows.y.long(), return_counts=True)
+    owner, one = pairs // most, rows.owner.new_zeros(number)
+    ways = torch.bincount(owner, minlength=number)
+    last = one.scatter_reduce(0, owner, pairs % most + 1, "amax")
+    least = one.scatter_reduce(0, owner, counts, "amin", include_self=False)
+    largest = one.scatter_reduce(0, owner, counts, "amax")
+    return torch.where((ways == last) & (least == largest), ways, ways.clamp(max=1))

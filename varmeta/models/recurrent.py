@@ -1,7 +1,7 @@
 """Recurrent layers as plain tensor operations, which can be run for many tasks at once.
 
-PyTorch's own kernels of `nn.RNN`, `nn.LSTM`, `nn.GRU`, `nn.LSTMCell` and `nn.RNNCell` have no
-batching rule.  Here are their formulas, step by step, on the same parameters.
+PyTorch's own kernels of `nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells have no batching rule.  Here
+are their formulas, step by step, on the same parameters.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class _Layers:
         begin = None if hx is None else hx if isinstance(hx, tuple) else (hx,)
         if begin is not None and alone:
             begin = tuple(part.unsqueeze(1) for part in begin)
+        _check(self, x, begin)
         squash = torch.relu if getattr(self, "nonlinearity", "tanh") == "relu" else torch.tanh
         ends: list[State] = []
         for layer in range(self.num_layers):
@@ -80,6 +81,38 @@ class _Layers:
         elif self.batch_first:
             x = x.transpose(0, 1)
         return x, last if _kind(self) is nn.LSTM else last[0]
+
+
+def _check(module: Any, x: Tensor, begin: State | None) -> None:
+    """Raise ValueError for what PyTorch's own layer refuses: here it would be broadcast.
+
+    x `(steps, batch, features)`, begin `(layers, batch, hidden)` each.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"a recurrent layer takes x of 2 or 3 dimensions, not {x.dim()}")
+    if not len(x):
+        raise ValueError("a recurrent layer is given a sequence of no steps")
+    if x.shape[-1] != module.input_size:
+        raise ValueError(
+            f"a recurrent layer is given {x.shape[-1]} features a step, expected "
+            f"{module.input_size}"
+        )
+    if begin is None:
+        return
+    pair = _kind(module) is nn.LSTM
+    if len(begin) != 1 + pair:
+        raise ValueError(
+            f"the hidden state of nn.{_kind(module).__name__.removesuffix('Base')} is "
+            f"{'a pair of tensors (h, c)' if pair else 'a tensor'}, not {len(begin)}"
+        )
+    lead = module.num_layers * (1 + module.bidirectional), x.shape[1]
+    sizes = module.proj_size or module.hidden_size, module.hidden_size
+    for part, size in zip(begin, sizes, strict=False):
+        if part.shape != (*lead, size):
+            raise ValueError(
+                f"a hidden state has the shape {tuple(part.shape)}, expected {(*lead, size)}, "
+                "layers and batch first"
+            )
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
@@ -133,6 +166,13 @@ class _LSTMCell(nn.LSTMCell):
         return _lstm(gates, linear(hx[0], self.weight_hh, self.bias_hh), hx, torch.tanh)
 
 
+class _GRUCell(nn.GRUCell):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        gates = linear(input, self.weight_ih, self.bias_ih)
+        h = gates.new_zeros(*gates.shape[:-1], self.hidden_size) if hx is None else hx
+        return _gru(gates, linear(h, self.weight_hh, self.bias_hh), (h,), torch.tanh)[0]
+
+
 class _RNNCell(nn.RNNCell):
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         gates = linear(input, self.weight_ih, self.bias_ih)
@@ -146,5 +186,6 @@ _FORMULAS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: _LSTM,
     nn.GRU: _GRU,
     nn.LSTMCell: _LSTMCell,
+    nn.GRUCell: _GRUCell,
     nn.RNNCell: _RNNCell,
 }

@@ -20,12 +20,14 @@ from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.integrated_draws import IntegratedDraws
 from varmeta.models.check import check_model
+from varmeta.models.check_ways import unsaid_ways
 from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.model import TaskModel
 from varmeta.models.raw_units import raw_prior
+from varmeta.models.responses import has_classes
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.posteriors.arviz_groups import Record, groups
@@ -42,6 +44,7 @@ from varmeta.strategies.expectation import Cubature
 from varmeta.strategies.inner_rates import RATE, without_rates
 from varmeta.strategies.objective import OuterName
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.prototypes import Prototypes
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.strategies.warnings import diverging
 from varmeta.tasks import TaskSet
@@ -387,6 +390,10 @@ class Fit:
         tasks = tasks.to(dtype=self.tasks.dtype, device=self.tasks.device)
         check_columns(tasks, self.tasks)
         check_model(self.model, tasks)
+        classes = has_classes(self.model) and not isinstance(self.strategy, Prototypes)
+        sentence = unsaid_ways(self.model, tasks) if classes else None
+        if sentence is not None:
+            warnings.warn(sentence, RuntimeWarning, stacklevel=3)
         return tasks
 
     def _adapted(

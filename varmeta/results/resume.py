@@ -60,8 +60,10 @@ def run_to_resume(
         )
     other = _other_tasks(fit, tasks, stream)
     if other is not None:
+        drawn = stream is not None and stream.reader.anywhere
         raise ValueError(
             f"resume is a fit of other tasks ({other}): give the same data in the same order"
+            + "; a function draws what is random from the generator that it is given" * drawn
         )
     if not _alike(strategy, fit.strategy):
         raise ValueError(

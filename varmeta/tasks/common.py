@@ -120,3 +120,17 @@ def check_names(names: Sequence[str] | None, x: Tensor | None) -> tuple[str, ...
             "name per column"
         )
     return tuple(map(str, names))
+
+
+def check_device(device: Any) -> None:
+    """Raise ValueError for what is no device on which numbers can be held."""
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device={device!r} is none that torch has here ({why}): give one such as 'cpu' or "
+            "'cuda'"
+        ) from error
+    if place.type == "meta":
+        raise ValueError(f"device={device!r} holds no numbers: give one such as 'cpu' or 'cuda'")

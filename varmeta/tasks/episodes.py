@@ -55,7 +55,7 @@ class Episodes:
         x = self._images[rows]
         if self._augment is not None:
             x = self._augmented(x, generator)
-        y = torch.arange(len(chosen)).unsqueeze(-1).expand(-1, size)
+        y = torch.arange(len(chosen), device=x.device).unsqueeze(-1).expand(-1, size)
         support, query = (
             (x[:, part].flatten(0, 1), y[:, part].flatten())
             for part in (slice(0, self.shots), slice(self.shots, size))
@@ -130,8 +130,8 @@ def episodes(
     augment: `(rows, generator) -> rows` of an episode's `(ways, shots + queries, *shape)`, before
         they are split: so that a class may be turned as a whole.
 
-    Raises ValueError for classes with too few rows (naming one), too few classes, and arrays of
-    different lengths.
+    Raises ValueError for classes with too few rows (naming one), too few classes, arrays of
+    different lengths, and labels or groups that are missing (None, NaN, masked).
 
     >>> import torch, varmeta as vm
     >>> images, labels = torch.randn(60, 8), torch.arange(60) // 6
@@ -142,14 +142,22 @@ def episodes(
     TaskSet(100 tasks, 300 support points (3 to 3 per task),
             1500 query points (15 to 15 per task), x (8,), float32, y int64)
     """
+    if isinstance(ways, tuple) and len(ways) != 2:
+        raise ValueError(f"ways={ways} has {len(ways)} numbers: give one, or (least, most)")
     few, most = ways if isinstance(ways, tuple) else (ways, ways)
     for name, number in (("ways", few), ("the most ways", most), ("shots", shots)):
         whole_number(name, number)
+    if isinstance(ways, tuple):
+        whole_number("the least ways", few, 2)  # a task of one class has nothing to tell
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment must be a function of (rows, generator), not {kind_of(augment)}")
     if few > most:
         raise ValueError(f"ways={ways} has its larger number first: give (least, most)")
     whole_number("queries", queries, 0)
     whole_number("seed", seed, 0)
     rows = as_tensor(images, "images")
+    if not rows.dim():
+        raise ValueError("images is a single number, expected rows (n, *shape)")
     names, codes = _codes("labels", labels, len(rows))
     classes = [torch.from_numpy(np.flatnonzero(codes == k)) for k in range(len(names))]
     for name, own in zip(names, classes, strict=True):
@@ -169,13 +177,24 @@ def episodes(
 
 def _codes(what: str, values: Any, number: int) -> tuple[tuple[str, ...], np.ndarray]:
     """The different values as strings, in order, and which each row has."""
+    from pandas import isna
+
     array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
     if array.shape != (number,):
         raise ValueError(
             f"{what} has shape {array.shape}, expected one for each of the {number} images, "
             f"({number},)"
         )
-    found, codes = np.unique(array, return_inverse=True)
+    missing = np.ma.getmaskarray(values) if isinstance(values, np.ma.MaskedArray) else isna(array)
+    if missing.any():
+        raise ValueError(
+            f"{what} is missing in {counted(int(missing.sum()), 'row')} of {number}, row "
+            f"{int(missing.argmax())} (counted from 0) first: leave these rows out"
+        )
+    try:
+        found, codes = np.unique(array, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(f"{what} mixes kinds that have no order ({error}): give strings") from error
     return tuple(str(value) for value in found.tolist()), codes
 
 

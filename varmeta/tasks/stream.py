@@ -111,8 +111,10 @@ class Streamed(Source):
         if isinstance(found, TaskSet):
             return found
         tasks = list(found) if isinstance(found, (tuple, Iterator)) else found
-        if not isinstance(tasks, list) or not all(isinstance(task, Task) for task in tasks):
-            what = f"a list with {kind_of(tasks[0])}" if isinstance(tasks, list) else kind_of(tasks)
+        listed = isinstance(tasks, list)
+        wrong = [one for one in tasks if not isinstance(one, Task)] if listed else [tasks]
+        if wrong:
+            what = f"a list with {kind_of(wrong[0])}" if listed else kind_of(tasks)
             raise TypeError(
                 f"the source gave {what} at step {step}, expected a list of vm.Task, or a TaskSet"
             )
@@ -190,6 +192,9 @@ class Numbered(Reader):
         return f"task {self._numbers(step)[position]}"
 
 
+_END = object()  # of an iterator: None is something that it may give
+
+
 class InOrder(Reader):
     """An iterable of tasks, or of lists of them, one for each step.
 
@@ -215,9 +220,11 @@ class InOrder(Reader):
         return found
 
     def _read(self) -> Any:
-        item = next(self.iterator, None)
-        if item is None:
+        item = next(self.iterator, _END)
+        if item is _END:
             return None
+        if item is None:
+            raise TypeError("the source gave None, expected a vm.Task, or a list of them")
         if not isinstance(item, Task):
             if self.size is not None and isinstance(item, Sized) and len(item) != self.size:
                 raise ValueError(

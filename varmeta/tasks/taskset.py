@@ -16,7 +16,7 @@ from varmeta._checks import counted, kind_of, no_task
 from varmeta.numerics.noise import task_id
 from varmeta.tasks.arrays import Part, as_part, refuse_non_finite
 from varmeta.tasks.batch import Batch, Data
-from varmeta.tasks.common import check_names, fit_to, in_precision, like_of
+from varmeta.tasks.common import check_device, check_names, fit_to, in_precision, like_of
 from varmeta.tasks.features import as_features, in_dtype_of, refuse_infinite
 from varmeta.tasks.frame import Columns, table_of_frame
 from varmeta.tasks.positions import position_of, positions_of
@@ -80,6 +80,11 @@ class TaskSet:
             raise TypeError("expected a list of tasks, got a single Task: write TaskSet([task])")
         if hasattr(tasks, "columns"):
             raise TypeError(f"expected a list of tasks, got {no_tasks(tasks)}")
+        if hasattr(tasks, "take") and not hasattr(tasks, "__len__"):
+            raise TypeError(
+                f"{kind_of(tasks)} has a task for every number and no end: tasks.take(100) makes a "
+                "TaskSet of the first hundred"
+            )
         given = list(tasks)
         for i, task in enumerate(given):
             if not isinstance(task, Task):
@@ -267,7 +272,8 @@ class TaskSet:
     ) -> TaskSet:
         """The same tasks in another precision or place; integer y stays int64.
 
-        Raises ValueError, naming the task and row, for numbers that the dtype cannot hold.
+        Raises ValueError, naming the task and row, for numbers that the dtype cannot hold, and for
+        a device that torch does not have here.
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(
@@ -277,6 +283,7 @@ class TaskSet:
 
         if dtype in (None, self.dtype) and device in (None, self.device):
             return self
+        check_device(device)
 
         def move(part: Part, name: str | None, what: str) -> Part:
             x, y = in_precision(part, dtype, name, what)

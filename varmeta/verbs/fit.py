@@ -36,10 +36,11 @@ from varmeta.guides.make import default_guide
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.integrate import check_hyperguide, integrate
 from varmeta.models.check import check_model
+from varmeta.models.check_ways import unsaid_ways
 from varmeta.models.hyper_posterior import Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
-from varmeta.models.responses import left_raw, one_scale_for_all
+from varmeta.models.responses import has_classes, left_raw, one_scale_for_all
 from varmeta.numerics.arguments import positive
 from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.doubts import doubts
@@ -51,6 +52,7 @@ from varmeta.strategies.inner_rates import initial_eta, without_rates
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.members import Members
 from varmeta.strategies.problem import Problem
+from varmeta.strategies.prototypes import Prototypes
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 from varmeta.tasks.source import OfSet
@@ -253,7 +255,7 @@ def _solve(
 
 
 def _with_fit(error: Exception, fit: Fit) -> Exception:
-    """What a callback or a source raised, with what was learned until then as its `fit`."""
+    """What a callback, a source or a step raised, with what was learned by then as its `fit`."""
     error.fit = fit  # type: ignore[attr-defined]
     error.add_note(
         f"The fit was {fit.stop.partition(':')[0]}.  What was learned by then is this exception's "
@@ -276,7 +278,10 @@ def _checked_problem(
     problem = strategy.problem(model, tasks, seed)
     check_strategy(strategy, problem, tasks)
     check_hyperguide(hyperguide, problem, tasks, strategy, free)
-    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks)):
+    # prototypes give a class without rows no probability
+    classes = has_classes(model) and not isinstance(strategy, Prototypes)
+    ways = unsaid_ways(model, tasks) if classes else None
+    for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks), ways):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=3)
     return problem
