@@ -126,6 +126,11 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         check_padding(model, data)
 
 
+def has_classes(model: TaskModel) -> bool:
+    """Whether a likelihood says that y is a class."""
+    return model.likelihood is not None and model.likelihood.kind == "classification"
+
+
 def _start(model: TaskModel, tasks: TaskSet) -> dict[str, Tensor]:
     return model.init(torch.zeros((), dtype=tasks.dtype, device=tasks.device))
 

@@ -15,11 +15,6 @@ from varmeta.tasks import TaskSet
 APART = 3.0
 
 
-def has_classes(model: TaskModel) -> bool:
-    """Whether a likelihood says that y is a class."""
-    return model.likelihood is not None and model.likelihood.kind == "classification"
-
-
 def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     """A warning where responses whose sds lie far apart share a noise scale that is learned.
 

@@ -19,7 +19,7 @@ from varmeta.fitting.profiled_newton import profiled
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.integrated_draws import IntegratedDraws
-from varmeta.models.check import check_model
+from varmeta.models.check import check_model, has_classes
 from varmeta.models.check_ways import unsaid_ways
 from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
@@ -27,7 +27,6 @@ from varmeta.models.kinks import kinked
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.model import TaskModel
 from varmeta.models.raw_units import raw_prior
-from varmeta.models.responses import has_classes
 from varmeta.numerics.solution import Result
 from varmeta.numerics.tree import Tree
 from varmeta.posteriors.arviz_groups import Record, groups

@@ -35,12 +35,12 @@ from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.integrate import check_hyperguide, integrate
-from varmeta.models.check import check_model
+from varmeta.models.check import check_model, has_classes
 from varmeta.models.check_ways import unsaid_ways
 from varmeta.models.hyper_posterior import Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
-from varmeta.models.responses import has_classes, left_raw, one_scale_for_all
+from varmeta.models.responses import left_raw, one_scale_for_all
 from varmeta.numerics.arguments import positive
 from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.doubts import doubts
