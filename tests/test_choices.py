@@ -69,7 +69,7 @@ CHOICES: dict[str, tuple[Any, Callable[[Any], object]]] = {
     ),
 }
 # said by our own code only, nowhere checked
-INTERNAL = {"RowOuter", "Kind"}
+INTERNAL = {"RowOuter", "Kind", "Criterion"}
 
 
 @pytest.mark.parametrize("what", CHOICES)

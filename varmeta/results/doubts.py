@@ -84,6 +84,14 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     return found + _undetermined(fit, explained)
 
 
+def is_singular(fit: Fit) -> bool:
+    """Whether a learned sd has run to 0 (or to infinity), or the covariance has lost a direction.
+
+    The estimates then lie on the edge of what they may be.
+    """
+    return bool(_runaways(fit) or _singular(fit))
+
+
 def _ran_off(fit: Fit) -> str | None:
     """The weights of a program that lie far beyond all numbers in the data: its curve is the same
     from there on.
