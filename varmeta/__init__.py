@@ -33,8 +33,10 @@ from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
 from varmeta.tasks.episodes import Episodes, episodes
 from varmeta.verbs.compare import compare
+from varmeta.verbs.compare_models import compare_models
 from varmeta.verbs.fit import fit
 from varmeta.verbs.meta_gradient import MetaGradient, meta_gradient
+from varmeta.verbs.model_comparison import ModelComparison
 from varmeta.verbs.reachability import Reachability, reachability
 from varmeta.verbs.report import Report
 from varmeta.verbs.sigterm import sigterm_ends_fit
@@ -55,6 +57,7 @@ __all__ = [
     "fit", "Validation", "StopFit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior",
     "Prediction", "Accuracy",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
+    "compare_models", "ModelComparison",
     "reachability", "Reachability",
     # one scalar weight, seen whole
     "Landscape",
