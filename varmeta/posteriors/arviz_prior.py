@@ -27,8 +27,10 @@ DIMS = {
 
 @dataclass(frozen=True)
 class PriorNumbers:
-    """draws: by variable, `(draws, ...)`; constants: without the axis of draws; labels: by
-    dimension, those of `DIMS`.
+    """What the prior is, as variables of ArviZ's.
+
+    draws: by variable, `(draws, ...)`; constants: without the axis of draws; labels: by dimension,
+        those of `DIMS`.
     """
 
     draws: dict[str, Tensor]
@@ -37,8 +39,9 @@ class PriorNumbers:
 
 
 def prior_numbers(q: Draws, num_samples: int, x_names: tuple[str, ...] | None) -> PriorNumbers:
-    """The prior's numbers behind each of `num_samples` draws; the same in all where eta is a
-    point.
+    """The prior's numbers behind each of `num_samples` draws.
+
+    The same in all where eta is a point.
     """
     drawn = q.etas(num_samples)
     eta = drawn or {name: value.unsqueeze(0) for name, value in q.eta.items()}
