@@ -21,6 +21,7 @@ ROOT = Path(varmeta.__file__).parent
 ROOMS = (
     "_checks",
     "files",
+    "display",
     "graphs",
     "numerics",
     "tasks",

@@ -1,6 +1,7 @@
 """Learn a prior over weights from many small data sets, and adapt it to new ones."""
 
 from varmeta import datasets, guides, likelihoods, plot
+from varmeta.display.versions import show_versions
 from varmeta.files.version import __version__ as __version__
 from varmeta.fitting.callback import StopFit
 from varmeta.fitting.validation import Validation
@@ -63,6 +64,8 @@ __all__ = [
     "Landscape",
     # figures
     "plot",
+    # for a bug report
+    "show_versions",
 ]  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def test_a_well_on_the_other_side_is_not_reached() -> None:
         and "'tilt -1.0'" in str(result)
         and "GradientDescent (to tolerance)" in str(result)
     )
-    assert result.frame.columns.tolist() == ["stored", "reached", "gap"]
+    assert result.frame().columns.tolist() == ["stored", "reached", "gap"]
     assert result.plot().get_ylabel().endswith("(nats)")
 
 

@@ -12,6 +12,7 @@ from varmeta.fitting.compiled_step import Compile, fall_back
 from varmeta.fitting.worth import is_worth_it, may_be_worth_it
 from varmeta.graphs.capture import CaptureError
 from varmeta.numerics.solution import Solution
+from varmeta.strategies.own_parts import no_solution
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.tasks import Batch
@@ -30,7 +31,11 @@ def adapt(
 
     def solve(graphed: bool) -> Solution:
         def one(part: Batch) -> Solution:
-            return strategy.adapt(replace(problem, graphed=graphed).ahead(part, eta), part, eta)
+            here = replace(problem, graphed=graphed).ahead(part, eta)
+            found = strategy.adapt(here, part, eta)
+            if not isinstance(found, Solution):
+                raise no_solution(found, strategy)
+            return found
 
         return chunks.solution(one, batch, size)
 

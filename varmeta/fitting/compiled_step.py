@@ -22,12 +22,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from varmeta._checks import kind_of, one_of
+from varmeta._checks import one_of
 from varmeta.fitting import chunks
 from varmeta.fitting.chunks import Outcome
 from varmeta.fitting.worth import is_worth_it, may_be_worth_it
 from varmeta.graphs.capture import Captured, CaptureError
 from varmeta.numerics.adjoint import gradient_by_name
+from varmeta.strategies.own_parts import checked_outcome
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy
 from varmeta.tasks import Batch
@@ -198,13 +199,8 @@ def fall_back(reason: str) -> None:
 def eager(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
     if not problem.graphed:  # a piece's graph takes the data anew
         problem = problem.ahead(batch, eta)
-    scalar, state, stats = strategy.loss(problem, batch, eta, state)
-    if not isinstance(stats, Stats):
-        raise TypeError(
-            f"{type(strategy).__name__}.loss returns {kind_of(stats)} as its third, expected "
-            "Stats(losses, evaluations): the outer loss of each task and the gradient evaluations "
-            "per task that the step took, which budgets and reports count"
-        )
+    found = strategy.loss(problem, batch, eta, state)
+    scalar, state, stats = checked_outcome(found, strategy)
     learned = [name for name, value in eta.items() if value.requires_grad]
     return Outcome(scalar.detach(), gradient_by_name(scalar, eta, learned), state, stats)
 

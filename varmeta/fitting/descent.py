@@ -16,6 +16,7 @@ from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.chunks import Outcome
 from varmeta.fitting.compiled_step import Compile, Step
 from varmeta.fitting.convergence import judge, promised, settled
+from varmeta.fitting.optimizer import checked_optimizer
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Run, end_early
 from varmeta.fitting.schedule import GIVEN, Decay, Rates, SchedulerFactory
@@ -307,7 +308,7 @@ def _optimizer(
     leaves: list[Tensor], run: Run, plan: Descent
 ) -> tuple[torch.optim.Optimizer, Rates]:
     """The optimiser, where a resumed run left it.  Raises ValueError for one of another kind."""
-    optimizer = plan.optimizer(leaves)
+    optimizer = checked_optimizer(plan.optimizer(leaves))
     if plan.clip is not None and isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS chooses the length of its steps itself: leave clip out")
     rates = Rates(optimizer, plan.scheduler, plan.num_steps)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from varmeta.models.hyper_posterior import HyperPosterior
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """The record of a run so far.
 
@@ -57,6 +57,9 @@ class Run:
     outlier: str | None = None
     undetermined: tuple[str, ...] = ()
     failure: Exception | None = None
+
+    def __repr__(self) -> str:
+        return f"<Run: step {self.step}, {self.stop}>"
 
     @property
     def step(self) -> int:

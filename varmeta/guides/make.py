@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
 
-from varmeta._checks import nearest
+from varmeta._checks import name_of, nearest
 from varmeta.guides.delta import Delta
 from varmeta.guides.dense import Dense
 from varmeta.guides.guide import Guide
@@ -72,4 +73,20 @@ def make_guide(guide: GuideName | Callable[..., Any] | Guide) -> Guide:
             "guide must be a name or a callable that makes a Pyro guide, not "
             f"{type(guide).__name__}"
         )
+    _check_factory(guide)
     return PyroGuide(guide)
+
+
+def _check_factory(guide: Callable[..., Any]) -> None:
+    """Raise TypeError for a function that does not take the model, and it alone."""
+    try:
+        signature(guide).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"guide must be a factory, model -> Pyro guide, which {name_of(guide)!r} is not "
+            f"({error}).  A plain Pyro guide function keeps its numbers in Pyro's global store: "
+            "make it a PyroModule that holds them, and give its class, or take "
+            "lambda model: AutoNormal(model) (docs/extend.md)"
+        ) from error
+    except ValueError:  # written in C, so it cannot be asked
+        pass

@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuideList, AutoStructured
 from torch import Tensor
 
-from varmeta._checks import name_of
+from varmeta._checks import kind_of, name_of
 from varmeta.guides.guide import Guide, _AtLocation
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel
@@ -114,7 +114,9 @@ class PyroGuide(Guide):
                 )
             if not isinstance(module, torch.nn.Module):
                 raise TypeError(
-                    f"the guide must be a Pyro guide (an nn.Module), not {type(module).__name__}"
+                    f"the guide's factory {self.name!r} must return a Pyro guide (an nn.Module), "
+                    f"not {kind_of(module)}: a guide function is made a PyroModule that holds its "
+                    "parameters (docs/extend.md)"
                 )
             module({name: value.detach() for name, value in eta.items()}, data)
             if pyro.get_param_store():

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from varmeta._checks import one_of
+from varmeta._checks import counted, one_of
 from varmeta.landscape.functions import model_of_function, tasks_of_coefficients
 from varmeta.landscape.global_minima import Anchored, RowDescent, phi_of, theta_of
 from varmeta.landscape.wells import locate_jumps
@@ -154,6 +154,9 @@ class Landscape:
                 "location: a landscape shows one theta per task, so fit with guide='delta'"
             )
         return cls(fit.model, fit.tasks, fit.eta, spacing=spacing)
+
+    def __repr__(self) -> str:
+        return f"<Landscape: {counted(len(self.tasks), 'task')}, precision {self.precision:.4g}>"
 
     @property
     def precision(self) -> float:

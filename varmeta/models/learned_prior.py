@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from varmeta.display.shown import Shown
 from varmeta.likelihoods.base import NOISE_SCALE
 from varmeta.models.by_tensor import are_many, between, of_tensor
 from varmeta.models.labels import parameter_labels
 from varmeta.models.model import TaskModel
+from varmeta.models.prior_frame import by_tensor, frame_of
 from varmeta.priors.factor_normal import FactorNormal
 
-# Weights that a table, and a repr, show; networks have more.
-ROWS, FEW = 40, 4
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Numbers that a table, and a repr, show; networks have more.
+ROWS, FEW = 20, 4
 MAX_CORRELATIONS = 10
 
 
 @dataclass(frozen=True, repr=False)
-class LearnedPrior:
+class LearnedPrior(Shown):
     """N(theta0, Lambda^-1) as learned.
 
     loc, precision, sd: by parameter name, in the parameter's shape; precision is 1 / variance of
@@ -122,19 +128,56 @@ class LearnedPrior:
     def _coefficient_rows(self) -> list[tuple[str, float]]:
         return _entries(self.coefficients, self.coefficient_labels)
 
+    def frame(self, errors: Mapping[str, Tensor] | None = None) -> pd.DataFrame:
+        """One row for every number of the prior, by its label.
+
+        Columns: kind, "weight", "shared", "covariate" or "observation"; value, theta0 of a weight
+        and the number itself of the others, in y's unit per unit of its column; sd, the prior's
+        standard deviation between tasks, NaN of what does not vary between them.
+
+        errors: standard errors by parameter name, as `Fit.standard_errors`, for a column std_error.
+
+        >>> import torch, varmeta as vm
+        >>> model = vm.TaskModel(vm.LinearPredictor(["dose"]), vm.likelihoods.Gaussian())
+        >>> fit = vm.fit(model, vm.datasets.lines(9, dtype=torch.float64))
+        >>> fit.prior.frame()["kind"].to_dict()
+        {'intercept': 'weight', 'dose': 'weight', 'noise scale': 'observation'}
+        """
+        rows = {
+            "weight": self._rows,
+            "shared": [(*row, math.nan) for row in self._shared_rows],
+            "covariate": [(*row, math.nan) for row in self._coefficient_rows],
+            "observation": [
+                (name, float(value), math.nan) for name, value in self.observation.items()
+            ],
+        }
+        return frame_of(rows, None if errors is None else self._errors(errors))
+
+    def _table(self, errors: Mapping[str, Tensor] | None = None) -> pd.DataFrame:
+        others = {
+            "shared": self.shared,
+            "covariate": self.coefficients,
+            "observation": self.observation,
+        }
+        if any(are_many(named, ROWS) for named in (self.loc, self.shared)):
+            return by_tensor(self.loc, self.sd, others)
+        return self.frame(errors)
+
     def __str__(self) -> str:
         return self.table()
 
     def table(self, errors: Mapping[str, Tensor] | None = None) -> str:
         """The prior as text; errors: standard errors by parameter name, a column beside theta0."""
-        labels = [NOISE_SCALE, *self.observation, *(label for label, _ in self._coefficient_rows)]
+        most = self._most
+        labels = [NOISE_SCALE, *self.observation]
+        labels += [label for label, _ in self._coefficient_rows[:most]]
         for named, rows in ((self.loc, self._rows), (self.shared, self._shared_rows)):
-            if are_many(named, ROWS):
-                labels += [of_tensor(name, value)[0] for name, value in named.items()]
+            if are_many(named, most):
+                labels += [of_tensor(name, value)[0] for name, value in [*named.items()][:most]]
             else:
-                labels += [label for label, *_ in rows[:ROWS]]
+                labels += [label for label, *_ in rows[:most]]
         width = max(map(len, labels))
-        columns = _Columns(width, None if errors is None else self._errors(errors))
+        columns = _Columns(width, most, None if errors is None else self._errors(errors))
         return "\n".join(
             (
                 columns.line("weight", "theta0", "std. error", f"{'prior sd':>12}"),
@@ -149,6 +192,14 @@ class LearnedPrior:
                 *self._direction_lines(),
             )
         )
+
+    @property
+    def _most(self) -> int:
+        """How many rows each of weights, shared numbers and coefficients gets."""
+        sizes = [
+            len(some) for some in (self._rows, self._shared_rows, self._coefficient_rows) if some
+        ]
+        return ROWS if sum(sizes) <= ROWS else ROWS // len(sizes)
 
     def _errors(self, errors: Mapping[str, Tensor]) -> dict[str, float]:
         """Standard errors by label, NaN where theta0 is held."""
@@ -166,29 +217,30 @@ class LearnedPrior:
     def _weight_lines(self, columns: _Columns) -> list[str]:
         # a number that was given must not be read as a finding
         fixed = "" if self.is_learned else " (fixed)"
-        if are_many(self.loc, ROWS):
+        if are_many(self.loc, columns.most):
             lines = []
-            for name, value in self.loc.items():
+            for name, value in [*self.loc.items()][: columns.most]:
                 label, size = of_tensor(name, value)
                 held = " (theta0 fixed)" if name in self.held else ""
                 last = f"{between(self.sd[name]):>12}{fixed}{held}"
                 lines.append(columns.line(label, size, "", last))
-            return lines
+            return lines + columns.left_out(len(self.loc), "tensors")
         given = [
             name in self.held for name, value in self.loc.items() for _ in range(value.numel())
         ]
         rows = self._rows
         lines = [
             columns.row(label, mean, f"{spread:>12.5g}{fixed}{' (theta0 fixed)' if held else ''}")
-            for (label, mean, spread), held in zip(rows[:ROWS], given, strict=False)
+            for (label, mean, spread), held in zip(rows[: columns.most], given, strict=False)
         ]
-        return lines + _left_out(rows, "weights")
+        return lines + columns.left_out(len(rows), "weights")
 
     def _shared_lines(self, columns: _Columns) -> list[str]:
-        if not are_many(self.shared, ROWS):
+        if not are_many(self.shared, columns.most):
             return _entry_lines(columns, self._shared_rows, "shared", "shared numbers")
-        found = (of_tensor(name, value) for name, value in self.shared.items())
-        return [columns.line(label, size, "", f"{'shared':>12}") for label, size in found]
+        found = [of_tensor(name, value) for name, value in [*self.shared.items()][: columns.most]]
+        lines = [columns.line(label, size, "", f"{'shared':>12}") for label, size in found]
+        return lines + columns.left_out(len(self.shared), "shared tensors")
 
     def _correlation_lines(self, width: int) -> list[str]:
         if len(self.labels) > MAX_CORRELATIONS:
@@ -241,9 +293,12 @@ def _entries(
 class _Columns:
     """The columns of the table: a label, a number, its standard error where there are any, and what
     is said of it.
+
+    most: rows that each part of the table gets.
     """
 
     width: int
+    most: int
     errors: Mapping[str, float] | None
 
     def row(self, label: str, number: float, last: str) -> str:
@@ -254,13 +309,13 @@ class _Columns:
         beside = "" if self.errors is None else f" {error:>12}"
         return f"{label:<{self.width}} {number:>12}{beside} {last}"
 
+    def left_out(self, number: int, several: str) -> list[str]:
+        """What is said of rows beyond those that the part gets."""
+        return [f"... and {number - self.most} {several} more"] if number > self.most else []
+
 
 def _entry_lines(
     columns: _Columns, rows: list[tuple[str, float]], kind: str, several: str
 ) -> list[str]:
-    lines = [columns.row(label, number, f"{kind:>12}") for label, number in rows[:ROWS]]
-    return lines + _left_out(rows, several)
-
-
-def _left_out(rows: Sized, several: str) -> list[str]:
-    return [f"... and {len(rows) - ROWS} {several} more"] if len(rows) > ROWS else []
+    lines = [columns.row(label, number, f"{kind:>12}") for label, number in rows[: columns.most]]
+    return lines + columns.left_out(len(rows), several)

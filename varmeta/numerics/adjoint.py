@@ -248,7 +248,7 @@ class ImplicitAdjoint:
             solutions = [solver.solve(product, v, guess)]
         else:
             stats = ("residual", "curvature", "products")
-            solutions = [checked(solver.solve(product, v), solver, stats)]
+            solutions = [checked(solver.solve(product, v), solver, stats, v)]
         if self.certify:
             # its order of magnitude is enough, at no more than what the other solve may cost;
             # judged by the energy, since weak directions, where most of it may lie, hardly show in

@@ -177,7 +177,7 @@ def minimize(
         create_graph=create_graph,
         **more,
     )
-    return checked(found, minimizer, ("evaluations",))
+    return checked(found, minimizer, ("evaluations",), phi)
 
 
 class FirstOrderMinimizer(Minimizer):

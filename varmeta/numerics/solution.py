@@ -62,10 +62,11 @@ class Solution(NamedTuple):
         return Result(int(self.result.max()))
 
 
-def checked(found: object, who: object, stats: tuple[str, ...]) -> Solution:
-    """What `who.solve` returned, if it is a `Solution` with those stats.
+def checked(found: object, who: object, stats: tuple[str, ...], like: Tree) -> Solution:
+    """What `who.solve` returned, if it is a `Solution` shaped as `like`, with those stats.
 
-    Raises TypeError for anything else, ValueError for one that lacks a stat: part of a user's own.
+    Raises TypeError for anything else, ValueError for one that lacks a stat or has other names or
+    shapes: part of a user's own.
     """
     name = f"{type(who).__name__}.solve"
     if not isinstance(found, Solution):
@@ -78,4 +79,19 @@ def checked(found: object, who: object, stats: tuple[str, ...]) -> Solution:
             f"{name} returns a Solution without {missing[0]!r} in its stats, which must hold "
             f"{', '.join(map(repr, stats))}, (tasks,) each"
         )
+    number = len(next(iter(like.values())))
+    numbers = {"result": found.result} | {name: found.stats[name] for name in stats}
+    for what, value in numbers.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} returns {kind_of(value)} as {what!r}, expected a tensor")
+        if value.shape != (number,):
+            raise ValueError(
+                f"{name} returns {what!r} of shape {tuple(value.shape)}, expected ({number},), a "
+                "number per task"
+            )
+    if not isinstance(found.value, dict):
+        raise TypeError(f"{name} returns {kind_of(found.value)} as its value, expected a dict")
+    came, expected = ({n: tuple(x.shape) for n, x in t.items()} for t in (found.value, like))
+    if came != expected:
+        raise ValueError(f"{name} returns a value of {came}, expected {expected}")
     return found

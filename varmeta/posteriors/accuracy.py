@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, whole_number
+from varmeta.display.shown import Shown
 from varmeta.posteriors.calibration import _classes, bins_of
 from varmeta.posteriors.observer import Observer
 from varmeta.tasks import Data
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Accuracy:
+class Accuracy(Shown):
     """The share of rows whose most probable class is the right one, as `Posterior.accuracy` finds.
 
     value: the mean of the tasks' accuracies, each task counted alike.
@@ -90,6 +91,10 @@ class Accuracy:
         columns |= {name: total / n.cpu() for name, total in sums.items()}
         table = pd.DataFrame({name: values.numpy() for name, values in columns.items()})
         return table[table["n"] > 0].reset_index(drop=True)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per task, and its accuracy."""
+        return self.by_task.to_frame()
 
     def __float__(self) -> float:
         return self.value

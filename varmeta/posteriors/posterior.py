@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, no_task, probability, whole_number
+from varmeta.display.shown import COLUMNS, Shown
 from varmeta.guides.kl import location
 from varmeta.models.check import look_at_tokens
 from varmeta.models.check_rows import check_padding
 from varmeta.models.labels import parameter_labels
 from varmeta.posteriors import arviz_groups
 from varmeta.posteriors.accuracy import Accuracy, accuracy
+from varmeta.posteriors.by_tensor import by_tensor
 from varmeta.posteriors.diagnostics import diagnose, evidence
 from varmeta.posteriors.draws import Draws
 from varmeta.posteriors.inputs import points, scored
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Posterior:
+class Posterior(Shown):
     """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`.
 
     `trained` are the training tasks.
@@ -349,6 +351,9 @@ class Posterior:
         """
         names = {"task": list(self.names), "weight": list(self.labels)}
         return arviz_groups.groups(self.observer, names, num_samples, seed, self.trained.x_names)
+
+    def _table(self) -> pd.DataFrame:
+        return self.frame() if 2 * len(self.labels) <= COLUMNS else by_tensor(self.mean, self.sd)
 
     def __repr__(self) -> str:
         guide, count = self.q.guide_name, self.model.weights.size

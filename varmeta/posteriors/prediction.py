@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, no_task, probability
+from varmeta.display.shown import Shown
 from varmeta.posteriors import calibration
 from varmeta.posteriors.normal_mixture import NormalMixture
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Prediction:
+class Prediction(Shown):
     """Of new observations, or of their mean.
 
     samples: draws `(draws, tasks, points, ...)`, or how to take so many of them, `num_samples`,
@@ -137,6 +138,9 @@ class Prediction:
         return pd.DataFrame(
             columns | {name: values.reshape(-1).tolist() for name, values in flat.items()}
         )
+
+    def _table(self) -> pd.DataFrame | None:
+        return None if self.are_classes else self.frame()
 
     def __repr__(self) -> str:
         tasks, points, *event = self._shape

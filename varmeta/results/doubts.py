@@ -15,6 +15,7 @@ from varmeta.fitting.whitened import whitened_correlation
 from varmeta.likelihoods.base import SCALE
 from varmeta.likelihoods.discrete import CONCENTRATION
 from varmeta.priors.factors import FACTOR, PRECISION, TRIL
+from varmeta.results.constant_columns import constant_columns, in_words
 from varmeta.results.excess_noise import spread, unexplained
 from varmeta.results.far_from_evidence import far_from_evidence, rough_quadrature
 from varmeta.results.heywood import has_one_factor, heywood
@@ -48,7 +49,10 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     own_end: the user chose where the run ends, so that it may do so before convergence.
     """
     unfinished = not fit.converged and not own_end
-    found = [f"the fit has not converged: {fit.stop}"] if unfinished else []
+    is_flat = unfinished or bool(fit.run.undetermined)
+    constant = constant_columns(fit) if is_flat and fit.run.streamed is None else {}
+    found = [in_words(constant)] if constant else []
+    found += [f"the fit has not converged: {fit.stop}"] if unfinished else []
     away = _ran_off(fit)
     found += [away] if away else []
     if fit.hyper is not None and not fit.hyper.is_reliable:
@@ -81,7 +85,7 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
         or (counts and name == CONCENTRATION)
         or (separation and name in fit.model.start)
     }
-    return found + _undetermined(fit, explained)
+    return found + ([] if constant else _undetermined(fit, explained))
 
 
 def is_singular(fit: Fit) -> bool:

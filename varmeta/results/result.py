@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from varmeta._checks import counted, name_of, one_of
+from varmeta.display.shown import Shown
 from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
 from varmeta.fitting.compiled_step import COMPILE, Compile
@@ -67,7 +68,7 @@ HOW_IT_ENDED = {
 }
 
 
-class Fit:
+class Fit(Shown):
     """A learned prior, with the tasks' posteriors and the record of the run."""
 
     def __init__(
@@ -526,14 +527,23 @@ class Fit:
 
     # -- print -------------------------------------------------------------------------------------
 
+    def _headline(self) -> str:
+        points, streamed = len(self.tasks.support_rows.x), self.run.streamed is not None
+        return "\n".join(
+            [
+                self._method + ("" if streamed else f", {counted(points, 'support observation')}"),
+                self._evidence_in_words,
+                summary.ending(self.stop, self.converged, self.seconds_compiling),
+            ]
+        )
+
+    def _table(self) -> pd.DataFrame:
+        if self.hyper is not None and self.hyper.hyperguide != "reml":
+            return self.hyperparameters()
+        return self.prior._table(None if self.members is not None else self.standard_errors)
+
     def __str__(self) -> str:
-        points, hyper = len(self.tasks.support_rows.x), self.run.hyper
-        streamed = self.run.streamed is not None
-        lines = [
-            self._method + ("" if streamed else f", {counted(points, 'support observation')}"),
-            self._evidence_in_words,
-            summary.ending(self.stop, self.converged, self.seconds_compiling),
-        ]
+        lines, hyper = [self._headline()], self.run.hyper
         if isinstance(hyper, Ensemble):
             lines += ["", f"the prior of the best of {len(hyper)} members:", self.prior.table(None)]
         elif hyper is None or hyper.hyperguide == "reml":

@@ -14,6 +14,7 @@ from varmeta.strategies.strategy import Eta, Strategy
 if TYPE_CHECKING:
     import pandas as pd
 
+FEW = 6  # rates that are shown
 STEPS = 10  # whose rates a line shows
 
 NO_ERRORS = (
@@ -54,7 +55,7 @@ def inner_rates(strategy: Strategy, model: TaskModel, eta: Eta) -> list[str]:
     width = max(map(len, rates))
     by_step = ", from the first step to the last" if learned.per_step else ""
     lines = ["", f"learned rates of the inner steps{by_step}"]
-    for name, value in list(rates.items())[:ROWS]:
+    for name, value in list(rates.items())[:FEW]:
         numbers = value.reshape(-1)
         # the weights of a tensor are too many to read
         if learned.per == "weight" and numbers.numel() > 1:
@@ -64,7 +65,7 @@ def inner_rates(strategy: Strategy, model: TaskModel, eta: Eta) -> list[str]:
             shown = " ".join(f"{float(x):.4g}" for x in numbers[:STEPS])
             shown += " ..." if len(numbers) > STEPS else ""
         lines.append(f"{name:<{width}} {shown}")
-    return lines + ([f"... and {len(rates) - ROWS} more"] if len(rates) > ROWS else [])
+    return lines + ([f"... and {len(rates) - FEW} more"] if len(rates) > FEW else [])
 
 
 def hyperparameters(table: pd.DataFrame, level: float) -> str:

@@ -9,11 +9,17 @@ units of the weights, and how well they are scaled, do not decide.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from varmeta._checks import counted
+from varmeta.display.shown import Shown
 from varmeta.numerics.solution import Result, Solution
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # How many nats above the inner minimum phi may be, and the relative error of the linear solution.
 # The error of the gradient goes with the root of the first: 3e-3 nats went with 2 % on a small
@@ -22,8 +28,8 @@ MAX_DECREMENT = {torch.float64: 1e-10, torch.float32: 1e-6}
 MAX_LINEAR_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
-@dataclass(frozen=True)
-class Certificate:
+@dataclass(frozen=True, repr=False)
+class Certificate(Shown):
     """Per task, `(tasks,)` each.
 
     decrement: 1/2 g' H^-1 g with the inner gradient g and Hessian H, an estimate of how many nats
@@ -106,6 +112,33 @@ class Certificate:
     @property
     def ok(self) -> bool:
         return not bool(self.failed.any())
+
+    def frame(self) -> pd.DataFrame:
+        """One row per task; the columns are those of the class, and ok.
+
+        decrement, decrement_bound in nats; inner_gradient in nats per unit of phi; linear_error,
+        linear_bound and residual relative, without unit; curvature in nats per square unit of phi;
+        inner_result, linear_result: names of `Result` codes; ok: whether the task is in tolerance.
+        """
+        import pandas as pd
+
+        numbers = (
+            "decrement", "decrement_bound", "inner_gradient", "linear_error", "linear_bound",
+            "residual", "curvature",
+        )  # fmt: skip
+        columns: dict[str, list[object]] = {name: getattr(self, name).tolist() for name in numbers}
+        for name in ("inner_result", "linear_result"):
+            columns[name] = [Result(int(code)).name for code in getattr(self, name).tolist()]
+        columns["ok"] = (~self.failed).tolist()
+        return pd.DataFrame(columns, index=pd.Index(self.names, name="task"))
+
+    def _headline(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        bad = int(self.failed.sum())
+        end = f"{bad} of them not certified" if bad else "all certified"
+        return f"<Certificate: {counted(len(self.names), 'task')}, {end}>"
 
     def __str__(self) -> str:
         failed, limits = self.failed, self._limits

@@ -13,6 +13,7 @@ from varmeta.models.check_rows import rows_meet
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
 from varmeta.numerics.arguments import no_tensors
+from varmeta.numerics.first_order import Adam, GradientDescent
 from varmeta.numerics.linear_solve import LinearSolver
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer
 from varmeta.numerics.tree import take
@@ -20,6 +21,7 @@ from varmeta.priors.bounds_points import bounds_points
 from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.inner_rates import NOT_LEARNED, check_inner_rates, learned_rates
 from varmeta.strategies.objective import OwnObjective, check_outer
+from varmeta.strategies.own_parts import check_rule, no_traits
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.prototypes import Prototypes, check_classes
 from varmeta.strategies.stochastic import Stochastic
@@ -80,6 +82,11 @@ def check_strategy(
         _check_told(problem.model)
     _check_curvature(plain, problem, tasks)
     traits = strategy.traits(problem)
+    if not isinstance(traits, Traits):
+        raise no_traits(traits, strategy)
+    rule = getattr(plain, "minimizer", None)
+    if isinstance(rule, FirstOrderMinimizer) and type(rule) not in (GradientDescent, Adam):
+        check_rule(rule, problem, tasks)
     if isinstance(strategy, Prototypes):
         check_classes(tasks)
     _check_alg(strategy, problem, tasks)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, kind_of, no_task
+from varmeta.display.shown import Shown
 from varmeta.numerics.noise import task_id
 from varmeta.tasks.arrays import Part, as_part, refuse_non_finite
 from varmeta.tasks.batch import Batch, Data
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Data", "Task", "TaskSet"]
 
 
-class TaskSet:
+class TaskSet(Shown):
     """Tasks of different sizes with one kind of data.
 
     x becomes floating: whole numbers and booleans are converted to the dtype of the floating data
@@ -293,6 +294,16 @@ class TaskSet:
         new = self._changed(move)
         new.dtype = dtype or self.dtype
         return new
+
+    def _table(self) -> pd.DataFrame:
+        """Of every task the rows of support and query, and its features."""
+        import pandas as pd
+
+        columns = {"support": self.support_rows.counts.tolist()}
+        if len(self.query_rows.x):
+            columns["query"] = self.query_rows.counts.tolist()
+        columns |= {name: value.tolist() for name, value in self._known.items()}
+        return pd.DataFrame(columns, index=pd.Index(self.names, name="task"))
 
     def __repr__(self) -> str:
         count = counted(len(self), "task")

@@ -18,6 +18,7 @@ from varmeta.fitting.descent import Descent, OptimizerFactory, adam, descend, lb
 from varmeta.fitting.ensemble import close, first_run, members_of, reopened
 from varmeta.fitting.evidence_newton import evidence_newton, evidence_newton_applies
 from varmeta.fitting.joint_newton import newton, newton_applies
+from varmeta.fitting.optimizer import check_factory
 from varmeta.fitting.pooled_start import is_regression, pooled_start
 from varmeta.fitting.profiled_newton import profiled, profiled_newton
 from varmeta.fitting.run import Run
@@ -51,6 +52,7 @@ from varmeta.strategies.implicit import Implicit
 from varmeta.strategies.inner_rates import initial_eta, without_rates
 from varmeta.strategies.joint import Joint
 from varmeta.strategies.members import Members
+from varmeta.strategies.own_parts import no_state
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.prototypes import Prototypes
 from varmeta.strategies.strategy import Eta, State, Strategy
@@ -321,7 +323,10 @@ def _start(
             eta = _dense_start(problem.model, tasks, whole, eta, problem.seed)
     if way != "hyperguide":
         check_support(problem.model, eta)
-    return Run(eta, strategy.init(problem, whole, eta))
+    state = strategy.init(problem, whole, eta)
+    if not isinstance(state, State):
+        raise no_state(state, strategy)
+    return Run(eta, state)
 
 
 def _check_steps(run: Run, steps: int | None, decay: Decay, same_schedule: bool) -> None:
@@ -419,12 +424,8 @@ def _check_arguments(
 ) -> None:  # fmt: skip
     check_model_kind(model)
     check_strategy_kind(strategy)
-    if optimizer is not None and (
-        isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer)
-    ):
-        raise TypeError(
-            "optimizer must be a factory, such as lambda params: torch.optim.Adam(params, lr=1e-2)"
-        )
+    if optimizer is not None:
+        check_factory(optimizer)
     if resume is not None and not isinstance(resume, Fit):
         raise TypeError(
             f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file"

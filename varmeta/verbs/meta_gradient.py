@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from varmeta._checks import nearest
+from varmeta._checks import counted, nearest
+from varmeta.display.shown import ROWS, Shown
 from varmeta.fitting import chunks
 from varmeta.fitting.compiled_step import Compile, Step, check_compile
 from varmeta.models.check import check_model
@@ -18,14 +21,18 @@ from varmeta.numerics.adjoint import gradient_by_name
 from varmeta.strategies.certificate import Certificate
 from varmeta.strategies.check import check_kinds, check_strategy
 from varmeta.strategies.inner_rates import initial_eta
+from varmeta.strategies.own_parts import no_state
 from varmeta.strategies.stochastic import Stochastic
-from varmeta.strategies.strategy import Strategy
+from varmeta.strategies.strategy import State, Strategy
 from varmeta.strategies.warnings import certificate, warning
 from varmeta.tasks import TaskSet
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-@dataclass(frozen=True)
-class MetaGradient:
+
+@dataclass(frozen=True, repr=False)
+class MetaGradient(Shown):
     """value: sum_i G_i in nats, and -log hyperprior where there is one.
 
     grads: d value / d eta by name: theta0 and shared parameters by parameter name, then
@@ -41,10 +48,37 @@ class MetaGradient:
     moving: dict[str, Tensor] | None = None
     selecting: dict[str, Tensor] | None = None
 
+    def frame(self) -> pd.DataFrame:
+        """One row for every tensor of eta, by its name.
+
+        Columns: shape; numbers, how many; norm, |d value / d eta|, and largest, the size of its
+        largest entry, both in nats per unit of eta.
+        """
+        import pandas as pd
+
+        columns = {
+            "shape": [str(tuple(g.shape)) for g in self.grads.values()],
+            "numbers": [g.numel() for g in self.grads.values()],
+            "norm": [float(g.norm()) for g in self.grads.values()],
+            "largest": [float(g.abs().max()) for g in self.grads.values()],
+        }
+        return pd.DataFrame(columns, index=pd.Index(list(self.grads), name="name"))
+
+    def _headline(self) -> str:
+        said = "" if self.certificate is None else f"\n{self.certificate}"
+        return f"{self!r}{said}"
+
+    def __repr__(self) -> str:
+        norm = math.sqrt(sum(float(g.square().sum()) for g in self.grads.values()))
+        of = counted(sum(g.numel() for g in self.grads.values()), "number")
+        known = "" if self.certificate is None else f", {self.certificate!r}"
+        return f"<MetaGradient: value {self.value:.6g} nats, |gradient| {norm:.4g} of {of}{known}>"
+
     def __str__(self) -> str:
         rows = [f"{name:24s} |gradient| = {float(g.norm()):.6g}" for name, g in self.grads.items()]
+        more = [f"... and {len(rows) - ROWS} more"] if len(rows) > ROWS else []
         tail = [] if self.certificate is None else [str(self.certificate)]
-        return "\n".join([f"value {self.value:.6g}", *rows, *tail])
+        return "\n".join([f"value {self.value:.6g}", *rows[:ROWS], *more, *tail])
 
 
 def meta_gradient(
@@ -107,7 +141,10 @@ def meta_gradient(
             )
         start = given
     leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
-    state = replace(strategy.init(problem, batch, leaves), certify=True)
+    state = strategy.init(problem, batch, leaves)
+    if not isinstance(state, State):
+        raise no_state(state, strategy)
+    state = replace(state, certify=True)
     scalar, found, _, stats = Step(strategy, compile, 1, task_chunk_size)(
         problem, batch, leaves, state
     )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from varmeta._checks import counted
+from varmeta.display.shown import Shown
 from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.steps import value_and_gradient
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 DRAWS = 64
 
 
-@dataclass(frozen=True)
-class Reachability:
+@dataclass(frozen=True, repr=False)
+class Reachability(Shown):
     """By task: F_i at the stored phi_i, where Alg(f_i, theta0) ended, and the gap (nats).
 
     A gap above 0: the joint solution is better than what the inner loop reaches from the prior.
@@ -48,9 +50,8 @@ class Reachability:
         """reached - stored, `(tasks,)`, in nats."""
         return self.reached - self.stored
 
-    @property
     def frame(self) -> pd.DataFrame:
-        """One row per task: stored, reached, gap."""
+        """One row per task: stored, reached, gap, in nats."""
         import pandas as pd
 
         columns = {"stored": self.stored, "reached": self.reached, "gap": self.gap}
@@ -64,6 +65,15 @@ class Reachability:
         from varmeta.plot import plot_gaps
 
         return plot_gaps(self.gap, ax)
+
+    def _headline(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        largest = float(self.gap.max())
+        return (
+            f"<Reachability: {counted(len(self.gap), 'task')}, the largest gap {largest:.3g} nats>"
+        )
 
     def __str__(self) -> str:
         gap = self.gap.to(torch.float64)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from varmeta._checks import counted, nearest
+from varmeta.display.shown import Shown
 from varmeta.files.write import write
 from varmeta.results.result import Fit
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 OVERSPENT = 1.1
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """scores: one row per method, seed and test task.  fits: by (method, seed).
 
     runs: one row per method and seed: what was found of eta (hyperguide), by which solver
@@ -72,6 +73,19 @@ class Report:
             overspent=share.where((share > OVERSPENT) & (by["solver"].first() == "budget")),
         )
         return table.join(rest, how="outer").reindex(rest.index)
+
+    def frame(self) -> pd.DataFrame:
+        """`table`, under the name that the table of everything has."""
+        return self.table
+
+    def _headline(self) -> str:
+        return "\n".join([repr(self), *self._notes(self.table)])
+
+    def __repr__(self) -> str:
+        of = {"method": self.runs["method"], "seed": self.runs["seed"]}
+        of["test task"] = self.scores["task"]
+        sizes = ", ".join(counted(column.nunique(), what) for what, column in of.items())
+        return f"<Report: {sizes}, {self.budget:.0f} evaluations each>"
 
     @property
     def _settled(self) -> dict[str, bool]:
