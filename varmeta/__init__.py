@@ -33,6 +33,7 @@ from varmeta.strategies.strategy import State, Stats, Strategy, Traits
 from varmeta.strategies.unrolled import FirstOrder, Reptile, Unrolled
 from varmeta.tasks import Task, TaskSet
 from varmeta.tasks.episodes import Episodes, episodes
+from varmeta.tasks.parts import Parts
 from varmeta.verbs.compare import compare
 from varmeta.verbs.compare_models import compare_models
 from varmeta.verbs.fit import fit
@@ -44,7 +45,7 @@ from varmeta.verbs.sigterm import sigterm_ends_fit
 
 __all__ = [
     # data
-    "Task", "TaskSet", "episodes", "Episodes", "datasets",
+    "Task", "TaskSet", "Parts", "episodes", "Episodes", "datasets",
     # model
     "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
     # strategies and their parts

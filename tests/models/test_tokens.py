@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.cases import adam, seeded
+from varmeta.models.check import check_model
+from varmeta.models.tokens import check_tokens
 
 TOKENS = torch.tensor([[0, 3], [2, 1], [3, 3], [1, 0]])
 Y = torch.tensor([0.3, -0.5, 0.8, 0.1], dtype=torch.float64)
@@ -112,3 +115,43 @@ def test_what_is_no_token_is_refused_wherever_it_comes_in(message: str) -> None:
         with pytest.raises(ValueError, match=known):
             ask([TOKENS.double(), bad.double()])
     assert posterior.expected(TOKENS).mean.shape == (2, 4)
+
+
+def many(rows: int, odd: int | None = None) -> vm.TaskSet:
+    """Tokens in two columns, one of them half of one in row `odd`."""
+    x = TOKENS.repeat(rows // 4, 1).double()
+    if odd is not None:
+        x[odd, 1] += 0.5
+    y = torch.zeros(rows, dtype=torch.float64)
+    return vm.TaskSet([vm.Task((x, y)), vm.Task((TOKENS, Y))])
+
+
+def test_every_row_is_looked_at_and_few_are_run_to_the_end() -> None:
+    ran: list[int] = []
+
+    class Counted(Words):
+        def forward(self, x: Tensor) -> Tensor:
+            both = self.table(x[..., :1]) + self.table(x[..., 1:])
+            ran.append(len(x))
+            return self.out(torch.tanh(both).mean(-2))
+
+    model = model_of(seeded(Counted))
+    with pytest.raises(ValueError, match=r"layer 'table' \(Embedding\) is given 0.5"):
+        check_model(model, many(12_000, odd=11_999))
+    assert ran == [16]
+    ran.clear()
+    check_tokens(model.net, many(12_000).batch().support, lambda x: model.net(x))  # type: ignore[misc]
+    assert ran == [16]
+
+
+def test_tokens_that_single_precision_may_have_rounded_are_refused() -> None:
+    """A table of so many rows is 64 MiB; its layer alone is asked."""
+    table = nn.Embedding(2**24 + 2, 1)
+    x = torch.tensor([[2.0**24 - 1], [2.0**24]])
+    y = torch.zeros(2)
+    alone = nn.Sequential(table)
+    for dtype, lost in ((torch.float64, False), (torch.float32, True)):
+        data = vm.TaskSet([vm.Task((x.to(dtype), y.to(dtype)))]).batch().support
+        message = r"layer '0' \(Embedding\) is given 16777216 in float32, .* use float64"
+        with pytest.raises(ValueError, match=message) if lost else nullcontext():
+            check_tokens(alone, data, lambda x: alone(x.long() if x.dtype == torch.float64 else x))

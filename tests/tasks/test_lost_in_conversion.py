@@ -64,6 +64,34 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: tasks(x=[1, 70000, 2], dtype=torch.float16),
         "support x, row 1 .* is 70000, which float16",
     ),
+    "tokens in single precision": (
+        lambda: tasks(x=[[1, 2], [3, 2**24 + 1], [0, 0]], dtype=torch.float32),
+        r"task 'a': support x, row 1 \(counted from 0\), is 16777217, which float32 rounds to "
+        r"16777216: it holds whole numbers up to 16777216, so use float64",
+    ),
+    "tokens beside floats in single precision": (
+        lambda: tasks(x=[0, -(2**24) - 1, 2], y=X.astype(np.float32)),
+        "support x, row 1 .* is -16777217, which float32 rounds to -16777216",
+    ),
+    "counts beside another task's floats": (
+        lambda: vm.TaskSet(
+            [
+                vm.Task((X, [1, 2, 2**53 + 1]), name="a"),
+                vm.Task((X, np.array([0.5, 1.0, 2.0])), name="b"),
+            ]
+        ),
+        f"task 'a': support y, row 2 .* is {2**53 + 1}, which float64 rounds to {2**53}",
+    ),
+    "a column of tokens": (
+        lambda: vm.TaskSet.from_frame(
+            pd.DataFrame({"g": [1, 1], "x": [1, 2**24 + 1], "y": np.float32([0, 1])}), "g", "x", "y"
+        ),
+        "task '1': support x, row 1 .* is 16777217, which float32 rounds",
+    ),
+    "the largest integer": (
+        lambda: tasks(x=[0, 2**63 - 1, 2]),
+        f"row 1 .* is {2**63 - 1}, which float64 rounds",
+    ),
     "to": (
         lambda: tasks(x=np.array([1.0, -1e39, 0.0])).to(torch.float32),
         r"support x, row 1 .* is "
@@ -96,6 +124,8 @@ def test_points_to_predict_at() -> None:
     posterior = vm.fit(model, some, vm.Joint("delta"), num_steps=1).posterior()
     with pytest.raises(ValueError, match=r"x of task 'a', row 1 .* which float32 cannot hold"):
         posterior.predict(np.array([[1.0], [1e300]]))
+    with pytest.raises(ValueError, match=r"x of task 'a', row 1 .* is 16777217, which float32 rounds"):
+        posterior.predict(np.array([[1], [2**24 + 1]]))
     with pytest.raises(ValueError, match=r"x, row 0 .* is masked"):
         posterior.predict(np.ma.masked_array([[1.0]], [[True]]))
 
@@ -116,3 +146,7 @@ def test_what_loses_nothing_passes() -> None:
         -largest,
     ]
     assert vm.TaskSet([vm.Task(([[]], [1.0]))]).to(torch.float64).x_shape == (0,)
+    # every whole number up to 2^24, and those above it that single precision has
+    some = [2**24, -(2**24), 2**24 + 2]
+    assert tasks(x=some, dtype=torch.float32)[0].support[0].tolist() == some
+    assert tasks(x=[-(2**63), 2**53, 0])[0].support[0].tolist() == [-(2**63), 2**53, 0]

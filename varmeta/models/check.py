@@ -155,13 +155,12 @@ def look_at_tokens(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> N
     The network is run, where it has one, on rows of all tasks as if they were one's.
     """
 
-    def run() -> None:
-        x, theta = data.x[data.mask][:MANY_ROWS], model.weights.flatten(eta)
-        own = model.weights.unflatten(theta)
+    def run(x: Tensor) -> None:
+        own = model.weights.unflatten(model.weights.flatten(eta))
         with torch.no_grad():
             model.one_task(eta, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
 
-    check_tokens(model.net, run)
+    check_tokens(model.net, data, run)
 
 
 def _alone(data: Data, task: int) -> Data:

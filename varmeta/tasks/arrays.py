@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,9 @@ def as_tensor(value: Any, what: str) -> Tensor:
 
     Python numbers have no precision of their own and take torch's default dtype.  `what` opens
     every complaint, e.g. "task 'a': support x".  Raises TypeError for what is not made of real
-    numbers, ValueError for a ragged nested list.
+    numbers and for a dict, ValueError for a ragged nested list.
     """
+    _refuse_dict(value, what)
     _refuse_masked(value, what)
     # a copy, because what has been checked must not change when the caller writes into the original
     tensor = value.detach().clone() if isinstance(value, Tensor) else _from_outside(value, what)
@@ -48,6 +49,11 @@ def _from_outside(value: Any, what: str) -> Tensor:
         leaf = leaf[0]
     if isinstance(leaf, Tensor):  # a list of tensors; numpy would lose their dtype and device
         return _stack(value, what)
+    if isinstance(leaf, Mapping):
+        raise TypeError(
+            f"{what} is a list of dicts, expected one array: put the numbers of each name together, "
+            "rows first, and make one array of them by vm.Parts(...).pack"
+        )
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -69,6 +75,22 @@ def _from_outside(value: Any, what: str) -> Tensor:
     kind: Any = whole if array.dtype.kind in "iub" else array.dtype.newbyteorder("=")
     # torch can read neither negative strides nor foreign byte orders
     return torch.from_numpy(np.array(array, dtype=kind, order="C"))
+
+
+def _refuse_dict(value: Any, what: str) -> None:
+    if not isinstance(value, Mapping):
+        return
+    if what.endswith(" y"):
+        raise TypeError(
+            f"{what} is a dict of several arrays, but a row of y is one: give several responses as "
+            "columns"
+        )
+    shapes = ", ".join(f"{name}={tuple(np.shape(part)[1:])}" for name, part in value.items())
+    raise TypeError(
+        f"{what} is a dict of several arrays, but a row of x is one: write parts = "
+        f"vm.Parts({shapes}), give parts.pack(x), and take it apart in the network's forward by "
+        "parts.unpack(x)"
+    )
 
 
 def _refuse_masked(value: Any, what: str) -> None:
@@ -104,7 +126,9 @@ def _refuse_large(array: np.ndarray, what: str) -> None:
 
 
 def to_dtype(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
-    """In another dtype, which must hold the numbers: finite data stay finite.
+    """In another dtype, which must hold the numbers.
+
+    Finite data stay finite, and integers, which may be tokens or classes, stay themselves.
 
     Raises ValueError that names the row.
     """
@@ -122,7 +146,31 @@ def to_dtype(tensor: Tensor, dtype: torch.dtype | None, what: str) -> Tensor:
                 f"{str(dtype).removeprefix('torch.')} cannot hold (up to "
                 f"{torch.finfo(dtype).max:g}): use dtype=torch.float64, or smaller units"
             )
+        if not tensor.is_floating_point():
+            _refuse_rounded(tensor, new, what)
     return new
+
+
+def largest_whole(dtype: torch.dtype) -> int:
+    """Up to where every whole number has its own place in a floating dtype: 2^24 in float32."""
+    return int(2 / torch.finfo(dtype).eps)
+
+
+def _refuse_rounded(whole: Tensor, new: Tensor, what: str) -> None:
+    most = largest_whole(new.dtype)
+    beyond = (whole > most) | (whole < -most)
+    if not bool(beyond.any()):
+        return
+    beyond &= new.to(whole.dtype) != whole
+    at = beyond.reshape(len(whole), -1) if whole.dim() else beyond.reshape(1, 1)
+    if bool(at.any()):
+        row = int(at.any(-1).nonzero()[0])
+        number, other = (int(v.reshape(len(at), -1)[row][at[row]][0]) for v in (whole, new))
+        raise ValueError(
+            f"{what}, row {row} (counted from 0), is {number}, which "
+            f"{str(new.dtype).removeprefix('torch.')} rounds to {other}: it holds whole numbers up "
+            f"to {most}, so use float64 (dtype=torch.float64), or smaller numbers"
+        )
 
 
 def _stack(value: Sequence[Any], what: str) -> Tensor:
