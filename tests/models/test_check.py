@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import varmeta as vm
 from tests.cases import seeded
@@ -29,6 +31,38 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(self, x)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, age: Tensor) -> Tensor:
+        return self.out(x) + age
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(4, 1)
+    prune.random_unstructured(layer, "weight", 0.5)
+    return layer
+
+
+def again(net: Any, x: Tensor) -> Tensor:
+    return checkpoint(net.out, x, use_reentrant=False)
+
+
+def without_gradient(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.out(x)
+
+
+def renormed(net: Any, x: Tensor) -> Tensor:
+    return net.out(F.embedding((x[:, 0] > 0).long(), net.layer.weight, max_norm=1.0))
+
+
+def sparse(net: Any, x: Tensor) -> Tensor:
+    return net.out(F.embedding((x[:, 0] > 0).long(), net.layer.weight, sparse=True))
 
 
 class Drop(nn.Module):
@@ -182,6 +216,10 @@ REFUSED_WHEN_MADE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: Net(lambda net, x: x, nn.EmbeddingBag(3, 1, max_norm=1.0)),
         r"layer 'layer' \(EmbeddingBag\) has max_norm",
     ),
+    "pruned": (
+        lambda: nn.Sequential(pruned(), nn.Linear(1, 1)),
+        r"layer '0' \(Linear\) keeps 'weight', which .* prune.remove\(layer, 'weight'\)",
+    ),
     "frequency": (
         lambda: Net(lambda net, x: x, nn.Embedding(3, 1, scale_grad_by_freq=True)),
         "whose gradient is not that of the",
@@ -209,6 +247,27 @@ REFUSED_ON_DATA: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1)),
         r"writes into its input, .*inplace=True: \['0'\]",
     ),
+    "whole numbers": (
+        lambda: Net(lambda net, x: net.out(x).long()), "puts out int64, expected floating numbers",
+    ),
+    "complex numbers": (
+        lambda: Net(lambda net, x: torch.complex(net.out(x), net.out(x))),
+        "puts out complex128, expected floating numbers",
+    ),
+    "no gradient": (
+        lambda: Net(without_gradient), r"does not depend on its weights .*no_grad\(\) or detach\(\)",
+    ),
+    "detached": (lambda: Net(lambda net, x: net.out(x).detach()), "does not depend on its weights"),
+    "made again": (lambda: Net(again), "cannot be differentiated for many tasks at once: "),
+    "functional max_norm": (
+        lambda: Net(renormed, nn.Embedding(2, 4)), "cannot be differentiated for many tasks at once",
+    ),
+    "functional sparse": (
+        lambda: Net(sparse, nn.Embedding(2, 4)), "cannot be differentiated for many tasks at once",
+    ),
+    "two inputs": (
+        Twice, r"given x alone: .*missing 1 required positional argument: 'age'.*vm\.Parts",
+    ),
     "padding_idx": (
         lambda: nn.Sequential(Table(), nn.Linear(4, 1)),
         "'0.table' has another gradient in the second of two equal tasks",
@@ -228,6 +287,7 @@ def test_layers_that_are_refused_by_name(name: str) -> None:
         vm.TaskModel(net, GAUSSIAN)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", REFUSED_ON_DATA)
 def test_networks_that_are_refused_on_data(name: str) -> None:
     make, match = REFUSED_ON_DATA[name]

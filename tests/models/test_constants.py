@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import varmeta as vm
 from tests.cases import seeded
 from tests.common import F64, randn
+from varmeta.models.initialised import initialised
 
 GAUSSIAN = vm.likelihoods.Gaussian(0.5)
 STRATEGIES: dict[str, vm.Strategy] = {
@@ -112,6 +113,19 @@ def test_a_fit_is_of_its_constants(tmp_path: Path) -> None:
         vm.load(tmp_path / "fit", other)
     with pytest.raises(ValueError, match=r"other numbers in '0.weight', which .* is not learned"):
         vm.fit(other, tasks, num_steps=3, resume=fit, progress=False)
+
+
+def test_a_start_drawn_anew_leaves_constants_where_they_are() -> None:
+    """Each seed of `compare`, and each member of an ensemble, has the frozen layer itself."""
+    net, tasks = half_frozen(), tasks_of((4, 4))
+    model = vm.TaskModel(net, GAUSSIAN)
+    fresh = initialised(model, 3)
+    assert fresh.start.keys() == model.start.keys()
+    assert not torch.equal(fresh.start["2.weight"], model.start["2.weight"])
+    unrolled = {"one step": STRATEGIES["unrolled"]}
+    report = vm.compare(unrolled, model, tasks, tasks, seeds=2, budget=20)
+    for fit in report.fits.values():
+        assert fit.eta.keys() == {"2.weight", "2.bias", "log_scale"}
 
 
 @pytest.mark.filterwarnings("ignore:the learned noise scale")  # x does not explain y there

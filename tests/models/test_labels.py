@@ -171,6 +171,14 @@ def test_print_of_a_shared_network_is_short() -> None:
     assert sum(line.endswith(" shared") for line in text.splitlines()) == 2
 
 
+def test_print_of_a_networks_head_is_by_tensor() -> None:
+    """33 weights of a head of 32 units."""
+    net = seeded(lambda: nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1)))
+    text = str(known(regression(net, shared=["0.*"]), ragged_tasks(2), vm.Joint()))
+    assert f"{'2.weight (1, 32)':<16} {'rms':>4}" in text and "[0,0]" not in text
+    assert len(text.splitlines()) == 10
+
+
 @pytest.mark.parametrize("outer", ["elbo", "query_elbo", "query", "query_predictive"])
 def test_print_of_a_point_says_that_nothing_is_a_bound(outer: str) -> None:
     fit = known(linear_model(PRIOR), ragged_tasks(2), vm.Implicit("delta", outer))

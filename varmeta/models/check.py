@@ -119,8 +119,8 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
                 ).sum()
 
         theta = model.weights.flatten(eta)
-        warn_unless_twice_differentiable(model.net, loss, theta, some.x[0, :2])
         check_batching(model.weights, loss, theta)
+        warn_unless_twice_differentiable(model.net, loss, theta, some.x[0, :2])
         check_cut(model, eta, data)
     for data in parts:
         check_padding(model, data)
@@ -183,6 +183,13 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
             raise ValueError(
                 f"the program raises KeyError: {error}; its params are {list(model.start)}: use "
                 "one of these names, or name it in params"
+            ) from error
+        except TypeError as error:
+            if model.net is None or "required positional argument" not in str(error):
+                raise
+            raise ValueError(
+                f"the network's forward is given x alone: {error}.  Of several inputs make one x, "
+                "see vm.Parts"
             ) from error
         except (RuntimeError, ValueError, IndexError) as error:
             with validation_enabled(False):

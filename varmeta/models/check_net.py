@@ -71,9 +71,9 @@ def warn_unless_twice_differentiable(
 
 
 def check_batching(weights: Weights, loss: Callable[[Tensor], Tensor], theta: Tensor) -> None:
-    """Raise ValueError, naming the parameter, where equal tasks get unequal gradients.
+    """Raise ValueError where there are no gradients, or equal tasks get unequal ones.
 
-    Two equal tasks are tried, and the second is compared with the first.
+    Two equal tasks are tried, and the second is compared with the first, parameter by parameter.
 
     So it is with PyTorch's rule for an embedding's padding row, where it is not that of an
     `nn.Embedding`, which is held.
@@ -81,9 +81,21 @@ def check_batching(weights: Weights, loss: Callable[[Tensor], Tensor], theta: Te
     """
     with torch.enable_grad():
         theta = theta.detach().expand(2, -1).clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            loss(theta), theta, allow_unused=True, materialize_grads=True
-        )
+        try:
+            value = loss(theta)
+            if not value.requires_grad:
+                raise ValueError(
+                    "what the network puts out does not depend on its weights as far as PyTorch "
+                    "follows it: leave out no_grad() or detach()"
+                )
+            (gradient,) = torch.autograd.grad(
+                value, theta, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0].rstrip(".")
+            raise ValueError(
+                f"the network cannot be differentiated for many tasks at once: {why}"
+            ) from error
     for name, (one, other) in weights.unflatten(gradient).items():
         if not torch.allclose(
             one, other, rtol=0.0, atol=1e-3 * float(one.abs().max()), equal_nan=True
@@ -167,12 +179,17 @@ def check_columns(net: nn.Module | None, tasks: TaskSet) -> None:
 def check_output(out: object, x: Tensor) -> Tensor:
     """What a network puts out for one task's x.
 
-    Raises ValueError for anything but a tensor with a row for each of x's.
+    Raises ValueError for anything but a floating tensor with a row for each of x's.
     """
     if not isinstance(out, Tensor):
         raise ValueError(
             f"the network puts out a {type(out).__name__}, expected one tensor with a row for each "
             "row of x: return that alone"
+        )
+    if not out.is_floating_point():
+        raise ValueError(
+            f"the network puts out {str(out.dtype).removeprefix('torch.')}, expected floating "
+            "numbers: return what comes before argmax or rounding"
         )
     if out.shape[:1] != x.shape[:1]:
         raise ValueError(
@@ -207,6 +224,12 @@ def _refusal(module: nn.Module) -> str | None:
             "has torch.nn.utils.weight_norm, whose weight is no parameter and cannot be copied: "
             "use torch.nn.utils.parametrizations.weight_norm"
         )
+    kept = [name for name, value in vars(module).items() if _is_result(value)]
+    if kept:
+        return (
+            f"(KIND) keeps {kept[0]!r}, which was computed and cannot be copied: detach it; of "
+            f"torch.nn.utils.prune, take prune.remove(layer, {kept[0]!r})"
+        )
     if any(is_lazy(value) for value in module.parameters(recurse=False)):
         return "is a KIND that has seen no data yet: run the network on a few rows first, net(x)"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -214,6 +237,10 @@ def _refusal(module: nn.Module) -> str | None:
             if getattr(module, option):
                 return f"(KIND) has {option}, {why}: leave it out"
     return None
+
+
+def _is_result(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
 
 
 BatchNorm = Literal["refuse", "frozen", "batch"]

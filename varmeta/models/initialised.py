@@ -27,7 +27,7 @@ def initialised(model: TaskModel, seed: int) -> TaskModel:
             # frozen statistics are data, not a start
             if reset is not None and not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 reset()
-    held = {*model.prior.start_loc, *model.weights.fixed}
+    held = {*model.prior.start_loc, *model.weights.fixed, *model.constants}
     new = {
         name: value.detach().clone() for name, value in net.named_parameters() if name not in held
     }
