@@ -157,6 +157,26 @@ def test_a_chunk_of_images_is_as_large_as_memory_that_is_used_again() -> None:
     assert chunks.in_memory(strategy, problem, few, eta) == 2
 
 
+def test_a_conv4_takes_four_episodes_at_a_time() -> None:
+    """32 channels of 28 x 28 for each of 75 query images; sixteen took 1.3 to 1.7 times as long."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) // 20
+    images = torch.rand(100, 1, 28, 28, generator=generator)
+    tasks = vm.episodes(images, labels, ways=5, shots=1, queries=15).take(16)
+
+    def block(channels: int) -> list[nn.Module]:
+        norm = nn.GroupNorm(4, 32)
+        return [nn.Conv2d(channels, 32, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
+
+    net = nn.Sequential(
+        *block(1), *block(32), *block(32), *block(32), nn.Flatten(), nn.Linear(32, 5)
+    )
+    model = vm.TaskModel(net, vm.likelihoods.Categorical(5), vm.GaussianPrior(1.0))
+    strategy, batch = vm.Unrolled("delta", "query", 1, vm.GradientDescent(0.01)), tasks.batch()
+    problem, eta = strategy.problem(model, tasks, 0), model.init(batch.support.x.new_zeros(()))
+    assert chunks.in_memory(strategy, problem, batch, eta) == 4
+
+
 @pytest.mark.parametrize(("tasks", "sizes"), [(60, [20] * 3), (59, [19, 20, 20]), (40, [40])])
 def test_chunks_of_a_compiled_step(
     tasks: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch

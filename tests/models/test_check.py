@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import varmeta as vm
 from tests.cases import seeded
 from tests.common import F64, randn
+from varmeta.fitting.run import Run
 from varmeta.models.check import check_model
+from varmeta.strategies.strategy import State
 
 GAUSSIAN = vm.likelihoods.Gaussian(0.7)
 
@@ -140,6 +142,48 @@ def test_the_work_does_not_grow_with_the_episodes(rows_run: list[int]) -> None:
     )  # one task of each size; the gradient's test takes two of at most 16 rows
 
 
+def test_the_first_step_comes_as_soon_however_many_episodes(rows_run: list[int]) -> None:
+    """In `fit` nothing but the check and the step runs the network before it."""
+    step = vm.Unrolled("delta", "query", 1, vm.GradientDescent(0.01))
+    before: list[list[int]] = []
+
+    def first(row: dict[str, float]) -> None:
+        before.append(list(rows_run))
+        raise vm.StopFit
+
+    options: dict[str, Any] = {"batch_size": 4, "callback": first, "compile": False}
+    for number in (15, 60):
+        rows_run.clear()
+        optimizer = lambda p: torch.optim.Adam(p, 1e-3)  # noqa: E731
+        vm.fit(conv(), episodes(number), step, 9, optimizer, progress=False, **options)
+    assert before[0] == before[1]
+    assert max(before[1]) <= 4 * 12
+
+
+def test_adapting_and_a_gradient_run_each_task_no_more_often_than_they_need(
+    rows_run: list[int],
+) -> None:
+    """Beside the check, whose work is the same, a task is run as often among many as among few."""
+    step = vm.Unrolled("delta", "query", 1, vm.GradientDescent(0.01))
+    model = conv()
+    run = Run(model.init(torch.zeros(())), State())
+    for verb in ("meta_gradient", "adapt"):
+        work = {}
+        for number in (15, 45, 75):
+            tasks = episodes(number)
+            rows_run.clear()
+            if verb == "adapt":
+                vm.Fit(model, tasks, step, 0, run).adapt(tasks, compile=False)
+            else:
+                vm.meta_gradient(model, tasks, step, compile=False)
+            work[number] = sum(rows_run)
+        each = (work[75] - work[45]) / 30
+        assert work[45] - work[15] == 30 * each
+        # the support at the start and after the step, and the query; one point is counted twice,
+        # since the network is called again without its axis
+        assert each <= 2 * {"adapt": 2 * 5, "meta_gradient": 2 * 5 + 12}[verb]
+
+
 @pytest.mark.parametrize("number", [2, 60])
 def test_every_class_is_looked_at(number: int) -> None:
     """Both where all tasks are run and where the network is run on some only."""
@@ -255,12 +299,14 @@ REFUSED_ON_DATA: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "puts out complex128, expected floating numbers",
     ),
     "no gradient": (
-        lambda: Net(without_gradient), r"does not depend on its weights .*no_grad\(\) or detach\(\)",
+        lambda: Net(without_gradient),
+        r"does not depend on its weights .*no_grad\(\) or detach\(\)",
     ),
     "detached": (lambda: Net(lambda net, x: net.out(x).detach()), "does not depend on its weights"),
     "made again": (lambda: Net(again), "cannot be differentiated for many tasks at once: "),
     "functional max_norm": (
-        lambda: Net(renormed, nn.Embedding(2, 4)), "cannot be differentiated for many tasks at once",
+        lambda: Net(renormed, nn.Embedding(2, 4)),
+        "cannot be differentiated for many tasks at once",
     ),
     "functional sparse": (
         lambda: Net(sparse, nn.Embedding(2, 4)), "cannot be differentiated for many tasks at once",

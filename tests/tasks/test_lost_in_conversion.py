@@ -124,7 +124,9 @@ def test_points_to_predict_at() -> None:
     posterior = vm.fit(model, some, vm.Joint("delta"), num_steps=1).posterior()
     with pytest.raises(ValueError, match=r"x of task 'a', row 1 .* which float32 cannot hold"):
         posterior.predict(np.array([[1.0], [1e300]]))
-    with pytest.raises(ValueError, match=r"x of task 'a', row 1 .* is 16777217, which float32 rounds"):
+    with pytest.raises(
+        ValueError, match=r"x of task 'a', row 1 .* is 16777217, which float32 rounds"
+    ):
         posterior.predict(np.array([[1], [2**24 + 1]]))
     with pytest.raises(ValueError, match=r"x, row 0 .* is masked"):
         posterior.predict(np.ma.masked_array([[1.0]], [[True]]))

@@ -193,7 +193,9 @@ def test_a_dict_is_told_what_to_do() -> None:
         vm.TaskSet([vm.Task((x, y), name="a")])
     with pytest.raises(TypeError, match=f"task 'a': query x {SAYS}"):
         vm.TaskSet([vm.Task((PARTS.pack(x), y), (x, y), name="a")])
-    with pytest.raises(TypeError, match="'a': support y is a dict of several arrays, .* as columns"):
+    with pytest.raises(
+        TypeError, match="'a': support y is a dict of several arrays, .* as columns"
+    ):
         vm.TaskSet([vm.Task((PARTS.pack(x), {"a": y, "b": y}), name="a")])
     with pytest.raises(TypeError, match="images is a dict of several arrays"):
         vm.episodes(x, torch.arange(4) // 2)

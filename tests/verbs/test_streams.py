@@ -113,6 +113,31 @@ def test_a_dataset_with_a_length_is_learned_from_as_a_set() -> None:
     assert streamed.run.evaluations == held.run.evaluations
 
 
+def test_a_step_of_a_stream_runs_the_network_as_often_as_of_a_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Checks of later tasks look at their numbers alone."""
+    seen: list[int] = []
+    network = vm.TaskModel._network
+
+    def counting(self: vm.TaskModel, theta: Any, eta: Any, x: torch.Tensor, *more: Any) -> Any:
+        seen.append(len(x) * x.shape[1])
+        return network(self, theta, eta, x, *more)
+
+    monkeypatch.setattr(vm.TaskModel, "_network", counting)
+    work = []
+    for source in (Lines(), vm.TaskSet(line(number) for number in range(20))):
+        steps: list[list[int]] = []
+
+        def step(row: dict[str, float], steps: list[list[int]] = steps) -> None:
+            steps.append(list(seen))
+            seen.clear()
+
+        fit(source, 5, batch_size=4, callback=step, compile=False)
+        work.append(steps[1:])
+    assert work[0] == work[1]
+
+
 def test_a_dataset_that_ends_is_read_again() -> None:
     found = fit(ByTurns(), 7, batch_size=4)
     again = fit((line(n % 20, f"line {n % 20}") for n in range(40)), 7, batch_size=4)
@@ -305,7 +330,8 @@ def test_a_hyperprior_needs_a_number_of_tasks() -> None:
 
 def test_what_needs_the_tasks_says_that_they_are_gone() -> None:
     found = fit(by_step, 3)
-    for ask in (found.posterior, found.leave_one_task_out, found.to_arviz):
+    landscape = lambda: vm.Landscape.of_fit(found)  # noqa: E731
+    for ask in (found.posterior, found.leave_one_task_out, found.to_arviz, landscape):
         with pytest.raises(ValueError, match="came as a stream and are not kept"):
             ask()
     assert found.standard_errors is None and found.log_likelihood is None

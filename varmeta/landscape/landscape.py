@@ -34,7 +34,7 @@ from varmeta.models.model import TaskModel
 from varmeta.numerics.adjoint import ImplicitAdjoint, unrolled
 from varmeta.numerics.first_order import GradientDescent
 from varmeta.numerics.minimize import FirstOrderMinimizer
-from varmeta.results.result import Fit
+from varmeta.results.result import Fit, training_tasks
 from varmeta.strategies.problem import Losses
 from varmeta.tasks import TaskSet
 
@@ -146,14 +146,15 @@ class Landscape:
     def of_fit(cls, fit: Fit, *, spacing: float = 0.01) -> Landscape:
         """The landscape that a fit has moved on, with all that it learned beside theta0.
 
-        Raises ValueError for a guide that is not a point.
+        Raises ValueError for a guide that is not a point, and where the tasks are not kept (a
+        stream, a file without data).
         """
         if not fit.is_point:
             raise ValueError(
                 f"the fit's guide is {fit.strategy.guide!r}, which has a width beside its "
                 "location: a landscape shows one theta per task, so fit with guide='delta'"
             )
-        return cls(fit.model, fit.tasks, fit.eta, spacing=spacing)
+        return cls(fit.model, training_tasks(fit), fit.eta, spacing=spacing)
 
     def __repr__(self) -> str:
         return f"<Landscape: {counted(len(self.tasks), 'task')}, precision {self.precision:.4g}>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,8 @@ from torch import Tensor
 from varmeta._checks import nearest, whole_number
 from varmeta.fitting import baselines
 from varmeta.plot.style import BAND, INK, MUTED, axes_for, centre_of, percent, tidy
+from varmeta.results.result import Fit, training_tasks
 from varmeta.tasks import Task, TaskSet
-
-if TYPE_CHECKING:
-    from varmeta.results.result import Fit
 
 # Two sds of the prior: the ellipse that holds 86 % of it.
 ELLIPSE = 2.0
@@ -148,9 +146,8 @@ def plot_prior_curves(
             "expected"
         )
     grid = torch.as_tensor(x).reshape(-1, *shape)
-    features = {
-        name: float(value.mean()) for name, value in fit.tasks.batch().support.features.items()
-    }
+    known = training_tasks(fit) if fit.model.coefficients else fit.tasks
+    features = {name: float(value.mean()) for name, value in known.features.items()}
     new = TaskSet([Task(name="new task", features=features)])
     drawn = fit.adapt(new).expected(grid, num_samples=max(1000, num_draws), seed=seed)
     if drawn.samples.dim() > 3:

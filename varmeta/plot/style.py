@@ -5,12 +5,11 @@ Matplotlib is imported when one is drawn.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from varmeta.results.result import Fit
+from varmeta.results.result import Fit, training_tasks
 
 INK, BAND, MUTED = "#1f3a5f", "#7fa6d6", "#8a8f98"
 
@@ -29,7 +28,9 @@ def centre_of(fit: Fit) -> Tensor:
     With covariates, at the mean of the training tasks' features.
     """
     theta0 = fit.model.weights.flatten(fit.prior.loc)
-    by = fit.model.offset(fit.eta, fit.tasks.batch().support)
+    if not fit.model.coefficients:
+        return theta0
+    by = fit.model.offset(fit.eta, training_tasks(fit).batch().support)
     return theta0 if by is None else theta0 + by.mean(0)
 
 

@@ -48,6 +48,7 @@ from varmeta.strategies.prototypes import Prototypes
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.strategies.warnings import diverging
 from varmeta.tasks import TaskSet
+from varmeta.tasks.fingerprint import LeftOut, fingerprint
 from varmeta.tasks.scaling import Scaling
 from varmeta.tasks.taskset import no_tasks
 
@@ -80,6 +81,7 @@ class Fit(Shown):
         run: Run,
         problem: Problem | None = None,
         exact: ProfiledEvidence | None = None,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.model = model
         self.tasks = tasks
@@ -88,6 +90,12 @@ class Fit(Shown):
         self.run = run
         self.problem = strategy.problem(model, tasks, seed) if problem is None else problem
         self._exact = exact
+        self._left_out = left_out
+
+    @property
+    def _has_tasks(self) -> bool:
+        """Whether `tasks` are those that it learned from, and not one of them."""
+        return self.run.streamed is None and self._left_out is None
 
     # -- what was learned --------------------------------------------------------------------------
 
@@ -217,7 +225,7 @@ class Fit(Shown):
 
     @cached_property
     def _profiled(self) -> ProfiledEvidence | None:
-        if self._exact is None and self.run.hyper is None and self.run.streamed is None:
+        if self._exact is None and self.run.hyper is None and self._has_tasks:
             return profiled(self.strategy, self.problem, self.tasks, self.eta)
         return self._exact
 
@@ -231,7 +239,7 @@ class Fit(Shown):
         names = [
             name for name in self.model.start if name in self.eta
         ]  # theta0 that is held fixed has none
-        if self.members is not None or self.run.streamed is not None:
+        if self.members is not None or not self._has_tasks:
             return None
         if self.hyper is not None:
             return standard_errors.of_hyper(self.hyper, self.eta, names)
@@ -260,7 +268,7 @@ class Fit(Shown):
         construction, with Gaussian noise, under a guide that can be the tasks' posteriors, in a fit
         that has converged to them.
         """
-        if self._fits_targets or self.run.streamed is not None:
+        if self._fits_targets or not self._has_tasks:
             return None
         kind = "delta" if self.run.hyper is None else self.run.hyper.hyperguide
         if not self.converged or self.model.has_hyperprior or kind not in ("delta", "reml"):
@@ -279,7 +287,7 @@ class Fit(Shown):
             and self.run.hyper is None
             and self.strategy.outer == "elbo"
             and not self._fits_targets
-            and self.run.streamed is None
+            and self._has_tasks
         )
         if not known or self._can_be_exact:
             return None
@@ -322,9 +330,10 @@ class Fit(Shown):
         """The posteriors of the training tasks.
 
         Those stored, or found anew where the strategy stores none (or, as `Reinit` within a period,
-        was interrupted on the way to them).  Raises ValueError after a stream, which is not kept.
+        was interrupted on the way to them).  Raises ValueError where the tasks are not kept: after
+        a stream, and of a fit that was saved without data.
         """
-        self._refuse_stream()
+        self._need_tasks()
         state = self.run.state
         if self.run.hyper is not None:
             return self._integrated
@@ -376,12 +385,14 @@ class Fit(Shown):
             return self._integrate(tasks)
         return self._adapted(tasks, strategy, compile, task_chunk_size)
 
-    def _refuse_stream(self) -> None:
-        if self.run.streamed is not None:
-            raise ValueError(
-                "the tasks that this fit learned from came as a stream and are not kept: give "
-                "tasks to fit.adapt(...)"
+    def _need_tasks(self) -> None:
+        if not self._has_tasks:
+            why = (
+                "this fit was saved without its tasks"
+                if self._left_out is not None
+                else "the tasks that this fit learned from came as a stream and are not kept"
             )
+            raise ValueError(f"{why}: give tasks to fit.adapt(...)")
 
     def _checked(self, tasks: TaskSet) -> TaskSet:
         """On the dtype and device of the training tasks; raises where they are of another kind."""
@@ -478,7 +489,7 @@ class Fit(Shown):
         numbers, a low-rank prior with more directions than are told apart, and where the evidence
         has no maximum and there are no refits.
         """
-        self._refuse_stream()
+        self._need_tasks()
         if self.members is not None:
             raise ValueError("an ensemble has no one eta to leave a task out of: fit one member")
         if self._fits_targets:
@@ -518,20 +529,31 @@ class Fit(Shown):
         record = Record(steps, history, facts)
         return groups(found.observer, names, num_samples, seed, self.tasks.x_names, record)
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], *, data: bool = True) -> None:
         """Write the fit as tensors and plain values (no pickled code).
 
         `varmeta.load(path, model)` reads it.
+
+        data: whether the file holds the tasks and their stored posteriors.  Without them it is as
+            small as what was learned: a fit that is read from it adapts to new tasks, and `fit(...,
+            resume=it)` goes on with the same tasks unless the strategy stores posteriors; what is
+            of the training tasks themselves, as `posterior()`, it refuses.
         """
-        save(path, self.model, self.tasks, self.strategy, self.seed, self.run, self.prior)
+        if not isinstance(data, bool):
+            raise TypeError(f"data must be True or False, not {data!r}")
+        left_out = self._left_out
+        if not data and self._has_tasks:
+            left_out = LeftOut(len(self.tasks), fingerprint(self.tasks))
+        what = self.model, self.tasks, self.strategy, self.seed, self.run, self.prior
+        save(path, *what, left_out, data)
 
     # -- print -------------------------------------------------------------------------------------
 
     def _headline(self) -> str:
-        points, streamed = len(self.tasks.support_rows.x), self.run.streamed is not None
+        points = counted(len(self.tasks.support_rows.x), "support observation")
         return "\n".join(
             [
-                self._method + ("" if streamed else f", {counted(points, 'support observation')}"),
+                self._method + (f", {points}" if self._has_tasks else ""),
                 self._evidence_in_words,
                 summary.ending(self.stop, self.converged, self.seconds_compiling),
             ]
@@ -588,9 +610,21 @@ class Fit(Shown):
 
     @property
     def _method(self) -> str:
-        seen = self.run.streamed
-        tasks = counted(len(self.tasks), "task") if seen is None else f"{seen:,} tasks of a stream"
+        seen, left_out = self.run.streamed, self._left_out
+        number = len(self.tasks) if left_out is None else left_out.number
+        tasks = counted(number, "task") if seen is None else f"{seen:,} tasks of a stream"
         return f"{summary.method(self.strategy, self.is_point)}, {tasks}"
+
+
+def left_out_of(fit: Fit) -> LeftOut | None:
+    """What is known of a set of tasks that the file of this fit did not hold."""
+    return fit._left_out
+
+
+def training_tasks(fit: Fit) -> TaskSet:
+    """The tasks that it learned from.  Raises ValueError where they are not kept."""
+    fit._need_tasks()
+    return fit.tasks
 
 
 def checked(fit: Fit, tasks: TaskSet) -> TaskSet:

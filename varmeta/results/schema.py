@@ -104,9 +104,10 @@ PRESENT: dict[str, Check] = {
     "version": text,
     "kept": optional(whole),
     "streamed": optional(whole),
+    "left_out": optional(pair_of(whole, text)),
 }
 # what the first files of the present format do not have
-LATER = {"kept", "streamed"}
+LATER = {"kept", "streamed", "left_out"}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 

@@ -18,8 +18,9 @@ from varmeta.models import constants
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.model import TaskModel
 from varmeta.results.configuration import configuration, numbers_of
-from varmeta.strategies.strategy import Eta, Strategy
+from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import TaskSet
+from varmeta.tasks.fingerprint import LeftOut
 
 
 def save(
@@ -30,11 +31,14 @@ def save(
     seed: int,
     run: Run,
     prior: LearnedPrior,
+    left_out: LeftOut | None,
+    data: bool,
 ) -> None:
     """Write a fit into a file.
 
     eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the
-    model's.
+    model's.  Without `data` there is no phi, and of tasks that are left out one stays, which tells
+    the model's inputs.
 
     The file is written beside the old one and takes its place at the end, so that a save which
     fails, is interrupted or is killed leaves the old one.
@@ -43,6 +47,10 @@ def save(
     path where the system refuses; TypeError where the run holds what is neither a tensor nor a
     plain value (an optimizer of the user's own might).
     """
+    if left_out is not None:
+        filled = tasks.support_rows.counts + tasks.query_rows.counts
+        tasks = tasks[[int(filled.argmax())]]
+    stored = run.state if data else State()
     content = {
         "version": __version__,
         "strategy": json.dumps(_describe(strategy)),
@@ -55,8 +63,8 @@ def save(
         else model.weights.flatten(prior.sd).square(),
         "seed": int(seed),
         "eta": run.eta,
-        "phi": run.state.phi,
-        "inner": run.state.inner,
+        "phi": stored.phi,
+        "inner": stored.inner,
         "counters": {"step": run.state.step, "lr_scale": run.state.lr_scale},
         "history": run.history,
         "optimizer": run.optimizer_state,
@@ -66,6 +74,7 @@ def save(
         "schedule": run.schedule,
         "kept": run.kept,
         "streamed": run.streamed,
+        "left_out": None if left_out is None else tuple(left_out),
         "hyper": None
         if run.hyper is None
         else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},

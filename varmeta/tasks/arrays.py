@@ -51,8 +51,8 @@ def _from_outside(value: Any, what: str) -> Tensor:
         return _stack(value, what)
     if isinstance(leaf, Mapping):
         raise TypeError(
-            f"{what} is a list of dicts, expected one array: put the numbers of each name together, "
-            "rows first, and make one array of them by vm.Parts(...).pack"
+            f"{what} is a list of dicts, expected one array: put the numbers of each name "
+            "together, rows first, and make one array of them by vm.Parts(...).pack"
         )
     try:
         array = np.asarray(value)

@@ -72,7 +72,10 @@ class Parts:
         kind = reduce(torch.promote_types, floating or kinds)
         columns = zip(found.items(), self._sizes, strict=True)
         return torch.cat(
-            [to_dtype(part, kind, repr(name)).reshape(rows, size) for (name, part), size in columns],
+            [
+                to_dtype(part, kind, repr(name)).reshape(rows, size)
+                for (name, part), size in columns
+            ],
             1,
         )
 

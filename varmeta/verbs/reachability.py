@@ -21,7 +21,7 @@ from varmeta.numerics.minimize import FirstOrderMinimizer, Minimizer, minimize
 from varmeta.numerics.newton import NewtonCG
 from varmeta.numerics.steps import value_and_gradient
 from varmeta.numerics.tree import Tree, detach
-from varmeta.results.result import Fit
+from varmeta.results.result import Fit, training_tasks
 from varmeta.strategies.joint import Joint
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def reachability(
         strategy's own rule for its `adapt_steps`, new draws at every step.
 
     Raises TypeError for a fit by another strategy, ValueError for a minimizer that noise does not
-    allow.
+    allow, and where the tasks are not kept (a stream, a file without data).
 
     >>> import varmeta as vm
     >>> net = torch.nn.Linear(1, 1).double()
@@ -110,14 +110,14 @@ def reachability(
     >>> bool(vm.reachability(fit).gap.abs().max() < 1e-6)  # one basin: reached
     True
     """
-    strategy, state = fit.strategy, fit.run.state
+    strategy, state, tasks = fit.strategy, fit.run.state, training_tasks(fit)
     known = isinstance(strategy, Joint) and strategy.traits(fit.problem).closed_form
     if not isinstance(strategy, Joint) or (state.phi is None and not known):
         raise TypeError(
             f"reachability compares with stored posteriors, and a fit by {type(strategy).__name__} "
             "stores none: use Joint or Reinit"
         )
-    problem, batch = fit.problem, fit.tasks.batch()
+    problem, batch = fit.problem, tasks.batch()
     start = detach(problem.start(batch, fit.eta))
     stored = strategy.adapt(problem, batch, fit.eta).value if state.phi is None else state.phi
     if problem.deterministic:
