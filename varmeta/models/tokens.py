@@ -44,7 +44,7 @@ def _whole(given: Tensor) -> Tensor:
 
 
 class _Seen(Exception):
-    """All that the embeddings are given has been looked at: the rest of the network need not run."""
+    """What the embeddings are given has been looked at: the rest of the network need not run."""
 
 
 def check_tokens(net: nn.Module | None, data: Data, run: Callable[[Tensor], object]) -> None:

@@ -138,8 +138,8 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     _check_rates(content, shown, model, strategy)
     run = _run(content)
     left_out = content.get("left_out")
-    known = None if left_out is None else LeftOut(*left_out)
-    fit = Fit(model, tasks, strategy, content["seed"], run, left_out=known)
+    absent = None if left_out is None else LeftOut(*left_out)
+    fit = Fit(model, tasks, strategy, content["seed"], run, left_out=absent)
     phi = run.state.phi
     if phi is not None:
         started = fit.problem.start(tasks.batch(), eta)
