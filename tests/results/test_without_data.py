@@ -82,6 +82,8 @@ def test_what_is_of_the_tasks_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=r"without its tasks|a width beside its location"):
                 look(back)
         assert back.standard_errors is None and back.log_likelihood is None
+        with pytest.raises(ValueError, match="saved without its tasks: save it with data=True"):
+            vm.compare_models(back, fit)
         assert back.loss == fit.loss and "5 tasks\n" in str(back)
         new = ragged_tasks(3, seed=2)
         assert back.adapt(new).score().equals(fit.adapt(new).score())
