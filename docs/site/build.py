@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from time import perf_counter
 
@@ -24,6 +24,11 @@ from docs.site.run import Ran, run
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 FETCHED = re.compile(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"(?:https?:)?//[^\"]*\"")
+
+
+def as_started_alone() -> None:
+    """Processes that a page starts itself begin as by a script, not as this one was: by spawn."""
+    set_start_method(None, force=True)
 
 
 def ran(path: Path) -> tuple[list[Ran], list[str], float]:
@@ -91,7 +96,7 @@ def main() -> None:
     paths = [] if arguments.no_run else sorted(DOCS.glob("*.md"))
     outcomes: dict[str, list[Ran]] = {}
     wrong: list[str] = []
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), as_started_alone) as pool:
         for path, (blocks, found, seconds) in zip(paths, pool.map(ran, paths), strict=True):
             outcomes[path.stem] = blocks
             wrong += found

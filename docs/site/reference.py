@@ -87,5 +87,5 @@ def _page(package: str, names: list[str], values: dict[str, Any]) -> str:
         kind = "class" if inspect.isclass(values[name]) else "function"
         lines = [f".. auto{kind}:: {name}"] + ["   :members:"] * (kind == "class")
         body = "\n".join(lines)
-        parts.append(f"## {name.removeprefix('varmeta.')}\n\n```{{eval-rst}}\n{body}\n```\n")
+        parts.append(f"```{{eval-rst}}\n{body}\n```\n")
     return "\n".join(parts)

@@ -32,6 +32,7 @@ def run(text: str, name: str) -> tuple[list[Ran], list[str]]:
     wrong: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what an example shows may be a warning
+        warnings.filterwarnings("ignore", "Creating legend")  # of matplotlib, on a slow machine
         for block in blocks(text):
             if block.language == "python":
                 with redirect_stdout(io.StringIO()) as output:
