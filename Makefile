@@ -15,6 +15,8 @@ export MPLBACKEND ?= Agg
 # The site: where it goes, and how many pages are run at once.
 DOCS_OUT  ?= build/docs
 DOCS_JOBS ?= 2
+# --no-run: without pictures, in seconds; `make test` compares the outputs too.
+DOCS_FLAGS ?=
 
 # Odd inputs of `make fuzz`; `make test` takes 500.
 EXAMPLES ?= 10000
@@ -48,7 +50,7 @@ demo-page: $(VENV)/.installed
 
 # The site in docs/, every block of it run and its outputs compared; nothing is fetched.
 docs: $(VENV)/.installed
-	$(BIN)/python -m docs.site.build --out $(DOCS_OUT) --jobs $(DOCS_JOBS)
+	$(BIN)/python -m docs.site.build --out $(DOCS_OUT) --jobs $(DOCS_JOBS) $(DOCS_FLAGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal

@@ -46,28 +46,29 @@ def rst(lines: list[str], names: set[str], public: set[str]) -> list[str]:
 
 def _prose(rows: list[str], names: set[str], public: set[str]) -> list[str]:
     """Sentences, arguments and items, which may follow each other without an empty line."""
-    out: list[str] = []
-    indent = ""
+    pieces: list[tuple[str, str, str]] = []  # what stands before it, how deep, its words
     for row in rows:
         head = HEAD.fullmatch(row)
         asked = set(head[1].replace("*", "").split(", ")) if head else set()
         if head and asked <= names:
-            out += ["", ", ".join(f"``{name}``" for name in head[1].split(", "))]
-            indent = "    "
-            out.append(indent + inline(head[2], public))
+            title = ", ".join(f"``{name}``" for name in head[1].split(", "))
+            pieces.append((f"{title}\n    ", "argument", head[2]))
         elif head and asked <= SOURCES:
-            out += ["", f"*{head[1]}:* {inline(head[2], public)}"]
-            indent = ""
+            pieces.append((f"*{head[1]}:* ", "text", head[2]))
         elif row.startswith("- "):
-            out += ["", f"- {inline(row[2:], public)}"]
-            indent = "  "
-        elif row.startswith(" ") and indent:
-            out.append(indent + inline(row.strip(), public))
+            pieces.append(("- ", "item", row[2:]))
+        elif pieces and (row.startswith(" ") or pieces[-1][1] == "text") and not _opens(row):
+            before, kind, words = pieces.pop()
+            pieces.append((before, kind, f"{words} {row.strip()}"))
         else:
-            out += [""] if indent or row.startswith("Raises ") else []
-            out.append(inline(row.strip(), public))
-            indent = ""
-    return out
+            pieces.append(("", "text", row.strip()))
+    lines = [f"{before}{inline(words, public)}\n" for before, _, words in pieces]
+    return "\n".join(lines).rstrip().split("\n")
+
+
+def _opens(row: str) -> bool:
+    """Whether a row begins a paragraph of its own, without an empty line before it."""
+    return row.startswith(("Raises ", "Returns "))
 
 
 def inline(text: str, public: set[str]) -> str:

@@ -103,8 +103,10 @@ def test_docstrings_become_arguments_formulas_links_and_plain_words() -> None:
     def made(count: int) -> None:
         """Make a*b of `fit`.
 
-        count: how many, an `int`,
-            at least 1 (docs/traps.md).
+        count: how many, a function `(step,
+            generator)`, at least 1 (docs/traps.md).
+        Raises ValueError for `fit
+        (tasks)`.
         Note: no argument.
 
             y = x_i
@@ -116,8 +118,9 @@ def test_docstrings_become_arguments_formulas_links_and_plain_words() -> None:
     lines = inspect.cleandoc(made.__doc__ or "").splitlines()
     rst = "\n".join(docstrings.rst(lines, docstrings.arguments(made), {"varmeta.fit"}))
     assert r"Make a\*b of :py:obj:`fit <varmeta.fit>`." in rst
-    assert "``count``\n    how many, an ``int``,\n    at least 1 (:doc:`/traps`)." in rst
-    assert "\n\nNote: no argument." in rst
+    how = "how many, a function ``(step, generator)``, at least 1 (:doc:`/traps`)."
+    assert f"\n\n``count``\n    {how}\n\nRaises ValueError for ``fit (tasks)``." in rst
+    assert "``. Note: no argument." in rst
     assert "::\n\n        y = x_i" in rst
     assert ">>> 1\n1" in rst
 
