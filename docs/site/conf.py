@@ -30,6 +30,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 
+smartquotes = False  # a second derivative is two quotes
+
 html_theme = "furo"
 html_title = "varmeta"
 html_static_path = ["_static"]
