@@ -8,7 +8,8 @@ from typing import Any
 
 import varmeta
 
-# the packages that have public names, in the order of a first reading, by their titles
+# the packages that have public names, in the order of a first reading, by their titles; one that
+# is not here stands at the end under its own name
 PACKAGES = {
     "verbs": "fit, compare, meta_gradient",
     "tasks": "Tasks",
@@ -24,6 +25,7 @@ PACKAGES = {
     "fitting": "On the way of a fit",
     "landscape": "Landscapes of one weight",
     "plot": "Figures",
+    "display": "For a report of a bug",
 }
 
 
@@ -65,15 +67,19 @@ def pages() -> dict[str, str]:
     names = public()
     of: dict[str, list[str]] = {package: [] for package in PACKAGES}
     for full, value in names.items():
-        of[package_of(full, value)].append(full)
-    written = {package: _page(package, of[package], names) for package in PACKAGES}
+        of.setdefault(package_of(full, value), []).append(full)
+    written = {package: _page(package, own, names) for package, own in of.items()}
     rows = [
-        f"| [{title}]({package}.md) | " + ", ".join(_link(name) for name in of[package]) + " |"
-        for package, title in PACKAGES.items()
+        f"| [{_title(package)}]({package}.md) | " + ", ".join(_link(name) for name in own) + " |"
+        for package, own in of.items()
     ]
-    tree = "```{toctree}\n:hidden:\n\n" + "\n".join(PACKAGES) + "\n```\n"
+    tree = "```{toctree}\n:hidden:\n\n" + "\n".join(of) + "\n```\n"
     head = "# Reference\n\nEvery public name, by the package that holds it.\n\n| | |\n|---|---|\n"
     return written | {"index": head + "\n".join(rows) + "\n\n" + tree}
+
+
+def _title(package: str) -> str:
+    return PACKAGES.get(package, package.capitalize())
 
 
 def _link(name: str) -> str:
@@ -82,7 +88,7 @@ def _link(name: str) -> str:
 
 def _page(package: str, names: list[str], values: dict[str, Any]) -> str:
     says = (importlib.import_module(f"varmeta.{package}").__doc__ or "").strip()
-    parts = [f"# {PACKAGES[package]}\n\n{says}\n"]
+    parts = [f"# {_title(package)}\n\n{says}\n"]
     for name in names:
         kind = "class" if inspect.isclass(values[name]) else "function"
         lines = [f".. auto{kind}:: {name}"] + ["   :members:"] * (kind == "class")
