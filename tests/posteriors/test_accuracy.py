@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import varmeta as vm
 from tests.cases import known, seeded
+from varmeta.posteriors.accuracy import Accuracy
 
 L = vm.likelihoods
 MODELS = {
@@ -115,6 +117,14 @@ def test_ends_lie_within_0_and_1_and_one_task_has_none() -> None:
     alone = posterior.accuracy([query[0], None, None])
     assert np.isnan(alone.low) and np.isnan(alone.high)
     assert str(alone) == f"{100 * alone.value:.1f} % (of 1 task)"
+
+
+def test_a_task_without_probabilities_is_not_left_out() -> None:
+    """A network may overflow in one task: what is not known of it is not known of the mean."""
+    by_task = pd.Series([1.0, np.nan, 0.5], ["a", "b", "c"])
+    found = Accuracy(by_task, 0.95, torch.ones(3), torch.ones(3))
+    assert np.isnan([found.value, found.low, found.high]).all()
+    assert str(found) == "nan % (of 3 tasks)"
 
 
 @pytest.mark.parametrize("bins", [1, 4, 15])

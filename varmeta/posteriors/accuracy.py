@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Accuracy(Shown):
     """The share of rows whose most probable class is the right one, as `Posterior.accuracy` finds.
 
-    value: the mean of the tasks' accuracies, each task counted alike.
+    value: the mean of the tasks' accuracies, each task counted alike; NaN where one task's is, as
+        of a network that overflows there.
     low, high: ends of its interval of confidence `level` over other tasks, Student's t of the
         tasks' accuracies, within [0, 1]; NaN of a single task.  Where every task has the same
         accuracy, as all of them right, it has no width.
@@ -46,7 +47,13 @@ class Accuracy(Shown):
 
     @property
     def value(self) -> float:
-        return float(np.mean(self.by_task))
+        return float(self._shares.mean())
+
+    @property
+    def _shares(self) -> np.ndarray:
+        # not the Series, whose mean and sd leave NaN out
+        shares: np.ndarray = self.by_task.to_numpy()
+        return shares
 
     @property
     def low(self) -> float:
@@ -63,7 +70,7 @@ class Accuracy(Shown):
         count = len(self.by_task)
         if count < 2:
             return math.nan
-        sd = float(np.std(self.by_task, ddof=1))
+        sd = float(self._shares.std(ddof=1))
         return float(t.ppf(0.5 + self.level / 2, count - 1)) * sd / math.sqrt(count)
 
     def calibration(self, num_bins: int = 15) -> pd.DataFrame:
