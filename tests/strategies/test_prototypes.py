@@ -125,6 +125,20 @@ def test_a_class_without_support_has_probability_0() -> None:
         vm.fit(model_of(), lambda step, generator: list(few), vm.Prototypes(), 1)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_task_without_support_knows_no_class_from_another(alone: bool) -> None:
+    tasks = clouds(2)
+    none = vm.Task(None, tasks[0].query, "none")
+    posterior = known(model_of(), tasks, vm.Prototypes()).adapt(
+        vm.TaskSet([none] if alone else [tasks[1], none])
+    )
+    assert tasks[0].query is not None and tasks[1].query is not None
+    x = [tasks[0].query[0]] if alone else [tasks[1].query[0], tasks[0].query[0]]
+    probs = posterior.expected(x).task("none")[0]
+    torch.testing.assert_close(probs, torch.full_like(probs, 1 / WAYS))
+    assert posterior.score().loc["none", "log_density"] == pytest.approx(-np.log(WAYS))
+
+
 def test_it_learns_resumes_saves_and_streams(tmp_path: Path) -> None:
     model, tasks, proto = model_of(), clouds(12), vm.Prototypes()
     fit = vm.fit(model, tasks, proto, 30, adam, batch_size=4, compile=False)

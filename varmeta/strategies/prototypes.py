@@ -42,7 +42,7 @@ class Prototypes(Strategy):
     so they stay where they start.
 
     A class without a support row has probability 0 in its task; where a query row to learn from is
-    of one, `fit` refuses the task.
+    of one, `fit` refuses the task.  Of a task without any support row all classes are as probable.
 
     Raises ValueError, before any work, for another guide than a point and for other models.
     Source: Snell, Swersky and Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017.
@@ -112,7 +112,7 @@ def unsuited(model: TaskModel) -> str | None:
 def prototypes(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
     """phi of every task: the last layer with weights 2 c_k and biases -|c_k|^2, `(tasks, D)`.
 
-    Differentiable in eta.  A class without rows has the bias -inf.
+    Differentiable in eta.  A class without rows has the bias -inf, all of a task without rows 0.
     """
     assert model.net is not None
     names = model.weights.names
@@ -127,7 +127,8 @@ def prototypes(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
     own = own.to(features)
     count = own.sum(1)  # (tasks, classes)
     mean = own.mT @ features / count.clamp(min=1).unsqueeze(-1)
-    bias = torch.where(count > 0, -mean.square().sum(-1), -math.inf)
+    absent = (count == 0) & (count > 0).any(-1, keepdim=True)
+    bias = torch.where(absent, -math.inf, -mean.square().sum(-1))
     parts = {"weight": 2 * mean, "bias": bias}
     named = {name: parts[name.rpartition(".")[2]] for name in names}
     return {"loc": model.weights.flatten(named)}
