@@ -9,6 +9,7 @@ import itertools
 import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,11 @@ def test_an_interrupted_newton_run_goes_on() -> None:
             "another kind of optimizer",
         ),
         ({"optimizer": None}, ValueError, "another kind of optimizer"),  # by default L-BFGS
+        (
+            {"schedule": partial(torch.optim.lr_scheduler.StepLR, step_size=2)},
+            ValueError,
+            r"or of scheduler: give fit\(optimizer=\.\.\., schedule=\.\.\.\) the same again",
+        ),
     ],
 )
 def test_what_cannot_be_resumed(

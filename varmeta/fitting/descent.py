@@ -319,8 +319,8 @@ def _optimizer(
     # a file of version 0.1.0 knows no given rate: it goes on at the new optimizer's
     if known | {GIVEN} != own:
         raise ValueError(
-            "resume was stepped by another kind of optimizer: give fit(optimizer=...) the same "
-            "again"
+            "resume was stepped by another kind of optimizer or of scheduler: give "
+            "fit(optimizer=..., schedule=...) the same again"
         )
     rates.load(run.optimizer_state)
     return optimizer, rates
