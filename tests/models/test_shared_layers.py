@@ -112,6 +112,31 @@ def test_the_parts_are_the_network(name: str) -> None:
     assert {n.partition(".")[0] for n, _ in parts.body.named_parameters()} <= {"body", "scale"}
 
 
+class Mixed(Net):
+    """What is made of a buffer is made anew in the data's precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mix", torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x) @ self.mix.T) * (self.mix[0] / 3.0))
+
+
+def test_buffers_follow_the_precision_of_the_data() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Mixed()  # in single precision, the tasks in double
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(2.0), SHARED)
+    strategy = vm.Unrolled("delta", "query", 2, vm.GradientDescent(0.01))
+    found = vm.meta_gradient(model, ragged_tasks(), strategy)
+    assert model.ahead({}, []) is not model
+    with whole():
+        expected = vm.meta_gradient(model, ragged_tasks(), strategy)
+    for name, gradient in expected.grads.items():
+        torch.testing.assert_close(found.grads[name], gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_the_cut_is_before_the_first_layer_that_varies() -> None:
     net = nn.Sequential(
         nn.Sequential(nn.Linear(2, 3), nn.Tanh()), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))

@@ -39,6 +39,9 @@ class Split(NamedTuple):
 class _Tracer(fx.Tracer):
     """Looks into a module only where something in it varies, and nothing but its forward is run."""
 
+    # what is made of a buffer is no constant: it follows the buffer to the data's precision
+    proxy_buffer_attributes = True
+
     def __init__(self, varying: frozenset[int]) -> None:
         super().__init__()
         self.varying = varying
