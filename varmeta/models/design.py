@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
+from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.network import as_columns, differentiable_attention
 
 
@@ -113,13 +113,13 @@ def _predictor(
     net: nn.Module, values: Mapping[str, Tensor], x: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     assert isinstance(net, LinearPredictor)
-    parts = {INTERCEPT: x.new_ones(len(x), 1)} if net.has_intercept else {}
+    parts = {net.intercept_name: x.new_ones(len(x), 1)} if net.intercept_name else {}
     constant = x.new_zeros(len(x))
     for j, name in enumerate(net.columns):
         if name in net.offset:
             constant = constant + x[:, j]
         else:
-            parts[name] = x[:, j : j + 1]
+            parts[net.parameter_names[name]] = x[:, j : j + 1]
     return parts, constant
 
 

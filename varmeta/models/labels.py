@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from varmeta.models.linear_predictor import INTERCEPT
+from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
 from varmeta.models.model import TaskModel
 from varmeta.priors.weights import Weights
 
@@ -58,6 +58,8 @@ def _parameters(model: TaskModel, x_names: tuple[str, ...] | None) -> dict[str, 
         for name, value in model.start.items()
         if name not in model.coefficients
     }
+    if isinstance(model.net, LinearPredictor):
+        return plain | {name: (column,) for column, name in model.net.parameter_names.items()}
     layer = _reader_of_x(model.net)
     if layer is None or x_names is None or layer[1].in_features != len(x_names):
         return plain

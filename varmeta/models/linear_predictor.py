@@ -15,13 +15,16 @@ INTERCEPT = "intercept"
 class LinearPredictor(nn.Module):
     """intercept + sum_j x_j coefficient_j, each coefficient a parameter called as its column is.
 
+    A dot, which no parameter's name may have, becomes an underscore there; tables and figures
+    show the column's own name.
+
     So single coefficients can be shared, or get a precision of their own, by name; those of
     `nn.Linear` are one tensor. `y ~ age + dose + (1 + dose | g)` is
     `TaskModel(LinearPredictor(["age", "dose"]), ..., shared=["age"])`.
 
     columns: the names of x's columns, in x's order, such as `tasks.x_names`; [] leaves the
         intercept alone.
-    intercept: whether there is one; it is called "intercept".
+    intercept: whether there is one; it is called "intercept", or as is said here.
     offset: one of the columns (or several) whose coefficient is known to be 1: the logarithm of an
     exposure. x is `(points, columns)`, the output `(points,)`.  All coefficients start at 0.
 
@@ -33,7 +36,7 @@ class LinearPredictor(nn.Module):
     """
 
     def __init__(
-        self, columns: Sequence[str], intercept: bool = True, offset: str | Sequence[str] = ()
+        self, columns: Sequence[str], intercept: bool | str = True, offset: str | Sequence[str] = ()
     ) -> None:
         super().__init__()
         if isinstance(columns, str) or not isinstance(columns, Sequence):
@@ -42,7 +45,8 @@ class LinearPredictor(nn.Module):
                 f"{columns!r}"
             )
         self.columns = tuple(map(str, columns))
-        self.has_intercept = bool(intercept)
+        # its name; "" where there is none
+        self.intercept_name = INTERCEPT if intercept is True else intercept or ""
         self.offset = (offset,) if isinstance(offset, str) else tuple(map(str, offset))
         unknown = [name for name in self.offset if name not in self.columns]
         if unknown:
@@ -55,15 +59,20 @@ class LinearPredictor(nn.Module):
             raise ValueError(
                 "there are neither columns nor an intercept, so there is nothing to learn"
             )
-        for name in (*([INTERCEPT] if intercept else []), *free):
-            # names are paths and attributes in torch
-            if not name or "." in name or hasattr(self, name):
+        # by column, without the dots, which make a path in torch
+        self.parameter_names = {column: column.replace(".", "_") for column in free}
+        if len(self.parameter_names) < len(free):
+            twice = next(name for name in free if free.count(name) > 1)
+            raise ValueError(f"the column name {twice!r} comes twice: rename it in the table")
+        named = [(self.intercept_name, self.intercept_name)] if self.intercept_name else []
+        for column, name in (*named, *self.parameter_names.items()):
+            if not name or "." in name or hasattr(self, name):  # what a module has itself
                 why = (
                     "comes twice"
                     if name in self._parameters
                     else "cannot name a parameter of a module"
                 )
-                raise ValueError(f"the column name {name!r} {why}: rename it in the table")
+                raise ValueError(f"the column name {column!r} {why}: rename it in the table")
             self.register_parameter(name, nn.Parameter(torch.zeros(())))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,14 +80,17 @@ class LinearPredictor(nn.Module):
             raise ValueError(
                 f"the network takes {counted(len(self.columns), 'column')}, x has {x.shape[-1]}"
             )
-        out = getattr(self, INTERCEPT) if self.has_intercept else x.new_zeros(())
+        out = getattr(self, self.intercept_name) if self.intercept_name else x.new_zeros(())
         if not self.columns:
             return out.expand(len(x))
         one = x.new_ones(())
         return out + x @ torch.stack(
-            [one if name in self.offset else getattr(self, name) for name in self.columns]
+            [
+                one if name in self.offset else getattr(self, self.parameter_names[name])
+                for name in self.columns
+            ]
         )
 
     def extra_repr(self) -> str:
         names = [f"offset({name})" if name in self.offset else name for name in self.columns]
-        return ", ".join((*([INTERCEPT] if self.has_intercept else []), *names))
+        return ", ".join((*filter(None, [self.intercept_name]), *names))

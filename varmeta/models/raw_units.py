@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from varmeta.likelihoods.base import NOISE_SCALE, TASK_SCALE
 from varmeta.models.learned_prior import LearnedPrior
-from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
+from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import named_parts
 from varmeta.tasks.scaling import Scaling
@@ -126,9 +126,8 @@ def _positions(net: nn.Module | None) -> tuple[list[int], int | None]:
         return list(range(net.in_features)), None if net.bias is None else net.in_features
     if isinstance(net, LinearPredictor):
         names = [name for name, _ in net.named_parameters()]
-        return [names.index(column) for column in net.columns], names.index(
-            INTERCEPT
-        ) if net.has_intercept else None
+        slopes = [names.index(net.parameter_names[column]) for column in net.columns]
+        return slopes, names.index(net.intercept_name) if net.intercept_name else None
     what = "a Pyro program" if net is None else f"a {type(net).__name__}"
     raise TypeError(
         "raw_prior needs a linear model, nn.Linear with one output or vm.LinearPredictor, not "
