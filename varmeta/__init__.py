@@ -6,6 +6,7 @@ from varmeta.files.version import __version__ as __version__
 from varmeta.fitting.callback import StopFit
 from varmeta.fitting.validation import Validation
 from varmeta.landscape.landscape import Landscape
+from varmeta.models.formula import FormulaModel, from_formula
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.model import TaskModel
@@ -47,7 +48,7 @@ __all__ = [
     # data
     "Task", "TaskSet", "Parts", "episodes", "Episodes", "datasets",
     # model
-    "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods",
+    "TaskModel", "LinearPredictor", "GaussianPrior", "likelihoods", "from_formula", "FormulaModel",
     # strategies and their parts
     "Joint", "Reinit", "Implicit", "Unrolled", "FirstOrder", "Reptile", "Prototypes", "Stochastic",
     "GradientDescent", "LearnedRates", "Adam", "NewtonCG", "ClosedForm", "CG", "Neumann", "Direct",

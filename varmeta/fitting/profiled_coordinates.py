@@ -17,7 +17,8 @@ from varmeta.likelihoods.base import SCALE, LocationScale
 from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import cast
-from varmeta.numerics.triangular import lower_root
+from varmeta.numerics.triangular import lower_root, whitened_columns
+from varmeta.priors.blocks import together
 from varmeta.priors.factors import PRECISION
 from varmeta.strategies.strategy import Eta
 
@@ -32,9 +33,10 @@ _FLOOR, _FLOOR_OF_NOISE = 1e-6, 1e-7
 class ProfiledCoordinates:
     """What stands for an eta, all in float64.
 
-    "covariance", the lower triangle of K in whitened columns, of a learned dense prior; of others
-    each learned sd over s, by the name of its log precision; "log_scale" where s is learned;
-    theta0, shared parameters and coefficients by name, where a hyperprior acts on them.
+    "covariance", the lower triangle of K in whitened columns, of a learned dense prior, or of K in
+    the whitened columns of each block of weights that are correlated; of others each learned sd
+    over s, by the name of its log precision; "log_scale" where s is learned; theta0, shared
+    parameters and coefficients by name, where a hyperprior acts on them.
     """
 
     def __init__(
@@ -57,11 +59,16 @@ class ProfiledCoordinates:
         )  # fmt: skip
         # of the weights that vary
         self.own_whitening = tasks.whitening[: self.size, : self.size]
-        self._lower = torch.tril(torch.ones_like(self.own_whitening))
+        within = together(prior.blocks, model.weights)
+        self._lower = torch.tril(within.to(self.own_whitening))
         # where each entry of the factor stands among the coordinates
-        rows, columns = torch.tril_indices(self.size, self.size)
+        self.entries = tuple(self._lower.nonzero().unbind(-1))
         self._entry = torch.zeros(self.size, self.size, dtype=torch.int64)
-        self._entry[rows, columns] = torch.arange(len(rows))
+        self._entry[self.entries] = torch.arange(len(self.entries[0]))
+        # each block's columns by themselves: Q `(D, D)`, and R with zeros between blocks
+        self._bases, self._own = None, self.own_whitening
+        if prior.blocks is not None:
+            self._bases, self._own = _whitened_blocks(self.own_whitening, within)
 
     def white(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """Minus the whitened coordinates of the places, and 1, `(P,)`, at an eta."""
@@ -73,12 +80,20 @@ class ProfiledCoordinates:
     def factor(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """K `(D, D)` in whitened columns: any root of the prior's covariance over s^2."""
         if self.dense:
-            return coordinates[COVARIANCE][self._entry] * self._lower
+            return self.of_triangle(self.triangle(coordinates))
         if self.precisions:
             # what it makes of log precisions, one for each weight, it makes of sds
             own = self.own_whitening
             return own * self.model.prior.log_precision(self.model.weights, coordinates, own)
         return self.own_whitening @ self._given * torch.exp(-self.log_scale(coordinates))
+
+    def triangle(self, coordinates: Mapping[str, Tensor]) -> Tensor:
+        """The lower triangle `(D, D)` that stands for K of a learned dense prior."""
+        return coordinates[COVARIANCE][self._entry] * self._lower
+
+    def of_triangle(self, triangle: Tensor) -> Tensor:
+        """K `(D, D)` from that."""
+        return triangle if self._bases is None else self._bases @ triangle
 
     @property
     def _given(self) -> Tensor:
@@ -100,10 +115,8 @@ class ProfiledCoordinates:
         found = {name: wide[name] for name in self.places if not self.profiles_places}
         scale = self.log_scale(wide).exp()
         if self.dense:
-            own = self.own_whitening
-            factor = lower_root(own @ self.model.prior_distribution(wide).scale_tril) / scale
-            rows, columns = torch.tril_indices(self.size, self.size)
-            found[COVARIANCE] = factor[rows, columns]
+            root = self._own @ self.model.prior_distribution(wide).scale_tril
+            found[COVARIANCE] = lower_root(root)[self.entries] / scale
         found |= {name: torch.exp(-0.5 * wide[name]) / scale for name in self.precisions}
         return found | ({SCALE: wide[SCALE]} if self.learns_scale else {})
 
@@ -121,7 +134,22 @@ class ProfiledCoordinates:
         return found
 
 
+def _whitened_blocks(own: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R of each block's columns of the whitening `(D, D)`, in their places; 0 between blocks.
+
+    within: whether two weights are in one block, `(D, D)`.
+    """
+    bases, triangles = torch.zeros_like(own), torch.zeros_like(own)
+    for block in within.unique(dim=0):
+        at = block.nonzero()[:, 0]
+        known = whitened_columns(own[:, at])
+        assert known is not None  # all columns together have full rank
+        bases[:, at] = known[0]
+        triangles[at.unsqueeze(-1), at] = known[1]
+    return bases, triangles
+
+
 def least_entries(factor: Tensor) -> Tensor:
-    """How small the diagonal of K `(D, D)` is told as, `(D,)`."""
+    """How small the diagonal of K's triangle `(D, D)` is told as, `(D,)`."""
     found: Tensor = (_FLOOR * factor.norm(dim=-1)).clamp(min=_FLOOR_OF_NOISE)
     return found

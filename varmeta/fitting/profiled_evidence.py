@@ -24,6 +24,7 @@ from varmeta.likelihoods.base import SCALE
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import held_off_zero, lower_root, whitened
+from varmeta.priors.blocks import kept
 from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
 from varmeta.strategies.strategy import Eta
 
@@ -207,8 +208,7 @@ class ProfiledEvidence(ProfiledCoordinates):
         begin = self.model.prior.start_at(self.model.weights, at, own.mT @ own / scale.square())
         found = self.enter(at | begin)
         if self.dense and begin:  # as it is meant, to the last digit
-            rows, columns = torch.tril_indices(self.size, self.size)
-            found[COVARIANCE] = torch.eye(self.size, dtype=own.dtype)[rows, columns]
+            found[COVARIANCE] = torch.eye(self.size, dtype=own.dtype)[self.entries]
         return self._narrowed(found) if begin else found
 
     def _narrowed(self, start: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -244,10 +244,11 @@ class ProfiledEvidence(ProfiledCoordinates):
 
         With a covariance that has an inverse.
         """
-        factor = self.factor(coordinates)
         if self.dense:
-            factor = held_off_zero(factor, least_entries(factor))
+            triangle = self.triangle(coordinates)
+            factor = self.of_triangle(held_off_zero(triangle, least_entries(triangle)))
         else:
+            factor = self.factor(coordinates)
             held = {
                 name: torch.maximum(coordinates[name].abs(), least)
                 for name, least in self.least_sds().items()
@@ -267,7 +268,7 @@ class ProfiledEvidence(ProfiledCoordinates):
             root = torch.linalg.solve_triangular(own, factor, upper=True) * log_scale.exp()
             raw[PRECISION], tril = log_precision_and_tril(lower_root(root))
             if TRIL in self.eta:
-                raw[TRIL] = tril
+                raw[TRIL] = tril[kept(self.model.prior.blocks, self.model.weights)]
         for name in self.precisions:
             raw[name] = -2.0 * (coordinates[name].abs().log() + log_scale)
         return raw

@@ -55,16 +55,42 @@ class ReducedTasks:
             model, rows.x.to(tasks.dtype), rows.y, rows.counts, tasks.features, linear
         )
         known = whitened_columns(design)
+        are_white = known is not None
+        known = known or _each_by_itself(model, design)
         if known is None:
             return None
         unit = len(design) ** 0.5
         del design  # of a million rows every copy is felt
         q, r = known[0].mul_(unit), known[1] / unit
         origin = q.mT @ y / len(q)
+        if not are_white:  # any origin will do; this one leaves the least of y
+            origin = torch.linalg.lstsq(q, y.unsqueeze(-1), driver="gelsd").solution[:, 0]
         z = torch.cat([q, (y - q @ origin).unsqueeze(-1)], -1)
         owner = torch.repeat_interleave(counts)
         log_weights = z.new_zeros(len(counts)).index_add(0, owner, weight.log())
         return cls(triangles(z, counts), r, origin, counts.to(z), log_weights)
+
+
+def _each_by_itself(model: TaskModel, design: Tensor) -> tuple[Tensor, Tensor] | None:
+    """As `whitened_columns`, of the weights that vary and of what does not, each among themselves.
+
+    For columns that are collinear together, where a theta0 that is held leaves no doubt: a factor
+    whose levels all vary beside fixed effects of the same factor.  None where what is learned is
+    collinear.
+    """
+    size, fixed = model.weights.size, model.weights.fixed
+    if not fixed:
+        return None
+    learned = [
+        torch.full((count,), name not in fixed)
+        for name, count in zip(model.weights.names, model.weights.sizes, strict=True)
+    ]
+    free = torch.cat([*learned, torch.ones(design.shape[1] - size, dtype=torch.bool)])
+    parts = [whitened_columns(part) for part in (design[:, :size], design[:, size:])]
+    if parts[0] is None or parts[1] is None or whitened_columns(design[:, free]) is None:
+        return None
+    q, r = zip(*(part for part in parts if part is not None), strict=True)
+    return torch.cat(q, -1), torch.block_diag(*r)
 
 
 def triangles(rows: Tensor, counts: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ class Whitened:
         model = problem.model
         if model.prior.learn_precision != "full" or model.prior.scale_hyperprior is not None:
             return None
+        if model.prior.blocks is not None:  # a factor of whitened columns mixes them
+            return None
         gaussian = type(problem.guide) in (Dense, Quadrature)
         if not gaussian or not problem.deterministic or not model.all_linear:
             return None

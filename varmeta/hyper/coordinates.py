@@ -22,7 +22,7 @@ from torch import Tensor
 
 from varmeta.hyper.bounds import bounds
 from varmeta.models.model import TaskModel
-from varmeta.priors.factors import PRECISION, TRIL, unit_lower
+from varmeta.priors.factors import PRECISION, TRIL
 from varmeta.priors.hyperprior import log_correlation_jacobian
 
 
@@ -66,9 +66,12 @@ class Coordinates:
 
     def _of(self, name: str, eta: Mapping[str, Tensor]) -> Tensor:
         if name.partition(".")[0] == PRECISION:
-            wider = self.model.prior.row_norms(eta).log() if TRIL in eta else 0.0
+            wider = self._row_norms(eta).log() if TRIL in eta else 0.0
             return -0.5 * eta[name] + wider
         return torch.asinh(eta[name]) if name == TRIL else eta[name]
+
+    def _row_norms(self, eta: Mapping[str, Tensor]) -> Tensor:
+        return self.model.prior.row_norms(self.model.weights, eta)
 
     def eta(self, coordinates: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """eta at these coordinates."""
@@ -77,7 +80,7 @@ class Coordinates:
         found = {}
         for name, value in coordinates.items():
             if name.partition(".")[0] == PRECISION:
-                narrower = unit_lower(tril[TRIL], len(value)).norm(dim=-1).log() if tril else 0.0
+                narrower = self._row_norms({PRECISION: value, **tril}).log() if tril else 0.0
                 found[name] = -2.0 * (value - narrower)
             else:
                 found[name] = tril.get(name, value)
@@ -94,7 +97,7 @@ class Coordinates:
         jacobian: of the coordinates; else of the sds, precisions and scales themselves, for
             estimates of their mode.
         """
-        eta, prior = self.eta(coordinates), self.model.prior
+        eta, prior, weights = self.eta(coordinates), self.model.prior, self.model.weights
         total = next(iter(coordinates.values())).new_zeros(()) - self.model.penalty(eta)
         if not jacobian:
             return total
@@ -109,7 +112,9 @@ class Coordinates:
             elif name == TRIL:
                 total = (
                     total
-                    + log_correlation_jacobian(prior.row_norms(eta))
+                    + log_correlation_jacobian(
+                        self._row_norms(eta), prior.block_sizes(weights).to(value)
+                    )
                     + value.cosh().log().sum()
                 )
             elif name in self.scales:

@@ -135,7 +135,8 @@ def natural(
         }
         if model.prior.correlates:
             for i in range(len(names)):
-                for j in range(i):
+                # weights of other blocks have none
+                for j in [j for j in range(i) if bool(covariance[:, i, j].any())]:
                     found[f"cor({names[j]}, {names[i]})"] = covariance[:, i, j] / (
                         sd[:, i] * sd[:, j]
                     )

@@ -12,6 +12,7 @@ from varmeta.files.remember import Remembers
 from varmeta.numerics.roots import LowRankRoot
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors import hyperprior as densities
+from varmeta.priors.blocks import block_of, checked_blocks, in_place, kept, together
 from varmeta.priors.check import (
     LearnPrecision,
     check_hyperpriors,
@@ -50,6 +51,9 @@ class GaussianPrior(Remembers):
         every single weight), "full" (a dense covariance over up to a few hundred weights, as lme4's
         `(1 + x | g)`), or "low_rank" (a variance of each weight's own and a few directions along
         which tasks differ in all weights together, for any number of weights).
+    blocks: of "full", lists of parameter names whose weights are correlated with each other and
+        with no others, `[["intercept", "x"], ["z"]]` for lme4's `(x | g) + (0 + z | g)`; a
+        parameter in none of them is a block by itself.  Left out: all weights are one block.
     rank: how many directions "low_rank" has, fewer than a task's weights; left out, 5 or all
         weights but one.  More than the number of tasks - 1 find nothing to learn.
     loc: theta0 by parameter name, where it should not start at the network's own weights (or at
@@ -108,6 +112,7 @@ class GaussianPrior(Remembers):
         covariates: Covariates = None,
         learn_loc: bool | Sequence[str] = True,
         rank: int | None = None,
+        blocks: Sequence[Sequence[str]] | None = None,
     ) -> None:
         check_precision(precision, learn_precision)
         self.start = precision
@@ -122,6 +127,7 @@ class GaussianPrior(Remembers):
         self.covariates = check_covariates(covariates)
         self.learn_loc = checked_learn_loc(learn_loc)
         self.rank = checked_rank(rank, learn_precision)
+        self.blocks = checked_blocks(blocks, learn_precision, self.covariance)
 
     def __repr__(self) -> str:
         parts = [f"precision={self.start}"] if isinstance(self.start, (int, float)) else []
@@ -145,6 +151,7 @@ class GaussianPrior(Remembers):
         parts += [] if self.lkj == 1.0 else [f"lkj={self.lkj:g}"]
         parts += [f"covariates={self.covariates!r}"] if self.covariates else []
         parts += [] if self.rank is None else [f"rank={self.rank}"]
+        parts += [] if self.blocks is None else [f"blocks={list(map(list, self.blocks))}"]
         parts += [] if self.learn_loc is True else [f"learn_loc={self.learn_loc!r}"]
         return f"GaussianPrior({', '.join(parts)})"
 
@@ -191,6 +198,7 @@ class GaussianPrior(Remembers):
         if self.learn_precision == "shared":
             return {PRECISION: log_precision.mean()}
         if self.learn_precision == "full":
+            factor = factor[kept(self.blocks, weights)] if self.blocks is not None else factor
             below = {TRIL: factor} if len(factor) else {}
             return {PRECISION: log_precision, **below}
         if self.learn_precision == "low_rank":
@@ -242,7 +250,7 @@ class GaussianPrior(Remembers):
         if not self.dense:
             diagonal: dist.TorchDistribution = dist.Normal(loc, sd).to_event(1)
             return diagonal
-        tril = eta[TRIL] if TRIL in eta else self._start(weights, loc)[1]
+        tril = self.below(weights, eta[TRIL]) if TRIL in eta else self._start(weights, loc)[1]
         return dist.MultivariateNormal(
             loc, scale_tril=sd.unsqueeze(-1) * unit_lower(tril, weights.size)
         )
@@ -266,17 +274,23 @@ class GaussianPrior(Remembers):
             key[start:]: value for key, value in eta.items() if key.partition(".")[0] == PRECISION
         }
 
-    def row_norms(self, eta: Mapping[str, Tensor]) -> Tensor:
+    def below(self, weights: Weights, tril: Tensor) -> Tensor:
+        """All entries of U below its diagonal, `(..., D (D - 1) / 2)`, from those that are free."""
+        return in_place(tril, self.blocks, weights)
+
+    def block_sizes(self, weights: Weights) -> Tensor:
+        """How many weights are in each weight's block, `(D,)`."""
+        return together(self.blocks, weights).sum(-1)
+
+    def row_norms(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor:
         """The marginal sd of each weight over its conditional one, `(D,)`.
 
         Of the factor U of a learned dense covariance.
         """
-        size = len(eta[PRECISION])
-        return (
-            unit_lower(eta[TRIL], size).norm(dim=-1)
-            if TRIL in eta
-            else torch.ones_like(eta[PRECISION])
-        )
+        if TRIL not in eta:
+            return torch.ones_like(eta[PRECISION])
+        norms: Tensor = unit_lower(self.below(weights, eta[TRIL]), weights.size).norm(dim=-1)
+        return norms
 
     def learned_sds(self, weights: Weights, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The learned standard deviations, named as in `learned`.
@@ -284,7 +298,9 @@ class GaussianPrior(Remembers):
         Of "full" and "low_rank" by parameter name, each weight's on its own.
         """
         sds = {name: torch.exp(-0.5 * value) for name, value in self.learned(eta).items()}
-        return weights.unflatten(sds[""] * self.row_norms(eta)) if self.correlates else sds
+        if not self.correlates:
+            return sds
+        return weights.unflatten(sds[""] * self.row_norms(weights, eta))
 
     def penalty(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor | float:
         """-log of the hyperpriors' density at eta (0 where there is none), up to a constant."""
@@ -304,7 +320,7 @@ class GaussianPrior(Remembers):
                 self.scale_hyperprior, self.learned_sds(weights, eta)
             )
         if self.learn_precision == "full" and self.lkj != 1.0:
-            total = total - densities.log_lkj(self.row_norms(eta), self.lkj)
+            total = total - densities.log_lkj(self.row_norms(weights, eta), self.lkj)
         return total
 
     def start_at(
@@ -323,6 +339,8 @@ class GaussianPrior(Remembers):
         scale = information.diagonal().clamp(min=torch.finfo(information.dtype).tiny).rsqrt()
         if self.learn_precision != "full":
             return self._entries(weights, -2.0 * scale.log(), self._start_factor(weights, scale))
+        if self.blocks is not None:
+            information = information * together(self.blocks, weights).to(information)
         values, vectors = torch.linalg.eigh(scale[:, None] * information * scale)
         # in units of the diagonal; collinear predictors leave directions that no observation knows
         root = scale[:, None] * (vectors * values.clamp(min=1e-4).rsqrt())
@@ -346,6 +364,7 @@ class GaussianPrior(Remembers):
     def _check(self, weights: Weights) -> None:
         check_names(self.start, self.learn_precision, self.scale_hyperprior, weights)
         self.rank_for(weights)  # that there are enough
+        block_of(self.blocks, weights)  # that they have these names
         if self.covariance is not None and len(self.covariance) != weights.size:
             raise ValueError(
                 f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has "

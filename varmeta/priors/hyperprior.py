@@ -107,14 +107,15 @@ def log_lkj(row_norms: Tensor, concentration: float) -> Tensor:
     return -2.0 * (concentration - 1.0) * row_norms.log().sum()
 
 
-def log_correlation_jacobian(row_norms: Tensor) -> Tensor:
+def log_correlation_jacobian(row_norms: Tensor, sizes: Tensor) -> Tensor:
     """log |d R / d U|: of the correlations below the diagonal, with respect to U's entries there.
 
     With L the Cholesky factor of R and rows counted from 0, |d L_i / d U_i| = r_i^-(i + 2) and
     |d R / d L| = prod_i r_i^-(D - 1 - i), so that both together are prod_i r_i^-(D + 1).
+    sizes: D of each weight, `(D,)`, of the block of correlated weights that it is in.
     Source of the second: Lewandowski, Kurowicka and Joe, J. Multivariate Analysis 100 (2009).
     """
-    return -(row_norms.shape[-1] + 1.0) * row_norms.log().sum()
+    return -((sizes + 1.0) * row_norms.log()).sum()
 
 
 def check(hyperprior: Any, what: str) -> Any:

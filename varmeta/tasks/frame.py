@@ -53,6 +53,7 @@ def table_of_frame(
         raise TypeError(f"expected a pandas DataFrame, got {type(frame).__name__}")
     if not len(frame):
         raise ValueError("the table has no rows: give at least one observation")
+    _refuse_twice(task, x, y)
     codes, names = _tasks(frame, task)
     rows_of = _RowNames(frame, names, codes)
     xs, ys = _block(frame, x, rows_of), _block(frame, y, rows_of)
@@ -74,6 +75,34 @@ def table_of_frame(
         for what, at in (("support", order[~asked]), ("query", order[asked]))
     )
     return Table(names, support, held_out, known)
+
+
+def _refuse_twice(task: str, x: Columns, y: Columns) -> None:
+    """Raise ValueError for a column that has two parts to play."""
+    xs, ys = ([names] if isinstance(names, str) else [*names] for names in (x, y))
+    for what, names in (("x", xs), ("y", ys)):
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{what} names the column {twice[0]!r} twice: name it once")
+    both = [name for name in xs if name in ys]
+    if both:
+        raise ValueError(
+            f"the column {both[0]!r} is among x and among y, so that y predicts itself: leave it "
+            "out of one"
+        )
+    if task in (*xs, *ys):
+        raise ValueError(
+            f"the column {task!r} says which task a row belongs to, and is among "
+            f"{'x' if task in xs else 'y'} too: leave it out, or copy it under another name"
+        )
+
+
+def of_dates(name: str) -> TypeError:
+    """What to do with a column that holds dates."""
+    return TypeError(
+        f"column {name!r} holds dates or times, expected numbers: count from a day, such as "
+        f"(frame[{name!r}] - frame[{name!r}].min()) / pandas.Timedelta(days=1)"
+    )
 
 
 def _tasks(frame: pd.DataFrame, task: str) -> tuple[np.ndarray, list[str]]:
@@ -164,6 +193,9 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
             "impute them"
         )
     array = np.asarray(column.to_numpy())
+    # a period is a month or a year
+    if array.dtype.kind in "mM" or str(column.dtype).startswith(("datetime", "period")):
+        raise of_dates(name)
     if array.dtype.kind == "O" and getattr(column.dtype, "kind", "O") in "fiub":
         array = array.astype(
             column.dtype.kind + "8"
@@ -176,7 +208,7 @@ def _numbers(frame: pd.DataFrame, name: str, rows_of: _RowNames) -> np.ndarray:
         raise TypeError(
             f"column {name!r} has dtype {column.dtype}{_first_word(column, rows_of)}, expected "
             f"numbers: for classes use frame[{name!r}].astype('category').cat.codes, for "
-            "predictors pandas.get_dummies, for text pandas.to_numeric"
+            "predictors pandas.get_dummies or vm.from_formula, for text pandas.to_numeric"
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         first = int(np.flatnonzero(~np.isfinite(array))[0])

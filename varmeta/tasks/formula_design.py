@@ -1,0 +1,211 @@
+"""The design of a formula: which columns x has, which of them vary, and tables through it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varmeta._checks import counted, one_of
+from varmeta.tasks.formula_columns import INTERCEPT, Columns, names_in
+from varmeta.tasks.formula_response import Response
+from varmeta.tasks.formula_text import Varying, read_formula
+from varmeta.tasks.taskset import TaskSet
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Missing = Literal["refuse", "drop"]
+TASK, QUERY = "(task)", "(query)"
+# Less than this share of a column left by those before it is rounding.
+_RANK = 1e-10
+
+
+class FormulaDesign:
+    """What a formula makes of a table, remembered for other tables.
+
+    names: what else than columns the formula may name, beside numpy's functions.
+    weights: a column of weights, the last of y.
+
+    columns: of x, in order, but for the intercept; offsets: those whose coefficient is 1.
+    fixed: the names of the fixed effects, the intercept's too.
+    blocks: the names of what varies, of each term by itself; those of a term are correlated.
+    """
+
+    def __init__(
+        self,
+        formula: str,
+        frame: pd.DataFrame,
+        names: Mapping[str, Any],
+        weights: str | None,
+        missing: Missing,
+    ) -> None:
+        one_of("missing", missing, get_args(Missing))
+        self.formula, self.weights, self.missing = formula, weights, missing
+        self.text = read_formula(formula)
+        frame = self._complete(frame, (formula,))
+        self.response = Response(self.text.response, frame, names)
+        fixed = Columns(self.text.fixed, frame, names)
+        _check_rank(fixed, formula)
+        self.fixed = fixed.labels
+        # where each column of x is found: the part and the position in it
+        self._parts, self._at = [fixed], {label: (0, i) for i, label in enumerate(fixed.labels)}
+        self.blocks: tuple[tuple[str, ...], ...] = ()
+        for term in self.text.varying:
+            for part in _parts_of(term, frame, names):
+                self._add_block(part)
+        if not self.blocks:
+            raise ValueError(f"{formula!r} has no term that varies: (0 | g) is nothing")
+        offsets = [Columns(f"0 + {text}", frame, names) for text in self.text.offsets]
+        self.offsets = tuple(part.labels[0] for part in offsets)
+        for part in offsets:
+            self._at[part.labels[0]] = len(self._parts), 0
+            self._parts.append(part)
+        self.columns = tuple(label for label in self._at if label != INTERCEPT)
+
+    @property
+    def has_intercept(self) -> bool:
+        return INTERCEPT in self._at
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The names of all that varies."""
+        return tuple(name for block in self.blocks for name in block)
+
+    def _add_block(self, part: Columns) -> None:
+        """Columns that vary and are correlated; one of the same values is not kept twice."""
+        names: list[str] = []
+        for position, label in enumerate(part.labels):
+            own = part.values[:, position]
+            if label in self._at and not np.array_equal(self._values(label), own):
+                # of the same name and other contrasts
+                label = f"{label}|{':'.join(self.text.group)}"
+            if label in (*self.varying, *names):
+                raise ValueError(
+                    f"{label!r} varies in several terms of {self.formula!r}, which no data tell "
+                    "apart: name it in one (0 + x, or ||, leaves the intercept to another)"
+                )
+            self._at.setdefault(label, (len(self._parts), position))
+            names.append(label)
+        self._parts.append(part)
+        self.blocks += (tuple(names),) if names else ()
+
+    def _values(self, label: str) -> np.ndarray:
+        part, position = self._at[label]
+        return self._parts[part].values[:, position]
+
+    # -- tables ------------------------------------------------------------------------------------
+
+    def x(self, frame: pd.DataFrame) -> Tensor:
+        """x of a table's rows, in their order, `(rows, columns)`, float64.
+
+        Raises ValueError as `tasks`, but that no response is needed.
+        """
+        return torch.from_numpy(self._x(self._complete(frame, (*self._texts,))))
+
+    def tasks(self, frame: pd.DataFrame, query: str | None = None) -> TaskSet:
+        """The tasks of a table, which may have other groups: see `FormulaModel.tasks`."""
+        import pandas as pd
+
+        frame = self._complete(frame, (self.formula, *self.text.group), query)
+        group = [frame[name].astype(str) for name in self.text.group]
+        one = frame[self.text.group[0]] if len(group) == 1 else group[0].str.cat(group[1:], ":")
+        found: dict[str, Any] = {TASK: one}
+        found |= dict(zip(self.columns, self._x(frame).T, strict=True))
+        y = self.response.of(frame)
+        if self.weights is not None:
+            y[self.weights if self.weights not in found else f"{self.weights} "] = frame[
+                self.weights
+            ]
+        found |= y
+        if query is not None:
+            found[QUERY] = frame[query]
+        table = pd.DataFrame(found, index=frame.index)
+        names = list(y)
+        return TaskSet.from_frame(
+            table,
+            task=TASK,
+            x=list(self.columns),
+            y=names if len(names) > 1 else names[0],
+            query=None if query is None else QUERY,
+        )
+
+    def _x(self, frame: pd.DataFrame) -> np.ndarray:
+        parts = [part.of(frame) for part in self._parts]
+        found = [parts[part][:, at] for part, at in (self._at[name] for name in self.columns)]
+        return np.column_stack(found).astype(float) if found else np.zeros((len(frame), 0))
+
+    @property
+    def _texts(self) -> list[str]:
+        """The texts of what stands in x."""
+        return [part.terms for part in self._parts]
+
+    def _complete(
+        self, frame: pd.DataFrame, texts: tuple[str, ...], query: str | None = None
+    ) -> pd.DataFrame:
+        """The table without rows that lack a value of what these texts, and y's weights, name.
+
+        Raises ValueError for a column that there is not, and for missing values unless such rows
+        are to be dropped; TypeError for what is no table.
+        """
+        if not hasattr(frame, "columns"):
+            raise TypeError(f"expected a pandas DataFrame, got {type(frame).__name__}")
+        if not len(frame):
+            raise ValueError("the table has no rows: give at least one observation")
+        used = {name for text in texts for name in names_in(text)}
+        # x alone is asked of rows without a task
+        asked = [*self.text.group, self.weights, query] if self.formula in texts else []
+        needed = [name for name in asked if name is not None]
+        absent = [name for name in needed if name not in frame.columns]
+        if absent:
+            raise ValueError(
+                f"the table has no column {absent[0]!r}; its columns are {list(frame.columns)}"
+            )
+        found = frame[[name for name in frame.columns if name in used or name in needed]]
+        if not found.columns.is_unique:
+            twice = found.columns[found.columns.duplicated()][0]
+            raise ValueError(f"the table has several columns called {twice!r}: rename them")
+        lacks = found.isna().any(axis=1).to_numpy()
+        if self.missing == "drop" and not lacks.all():
+            return frame[~lacks]
+        if lacks.any():
+            columns = [str(name) for name in found.columns if found[name].isna().any()]
+            raise ValueError(
+                f"{counted(int(lacks.sum()), 'row')} of {len(found)} lack a value of "
+                f"{' or '.join(columns)}, first row {found.index[int(lacks.argmax())]!r}: "
+                "missing='drop' leaves such rows out, or impute them"
+            )
+        return frame
+
+
+def _parts_of(term: Varying, frame: pd.DataFrame, names: Mapping[str, Any]) -> list[Columns]:
+    """The columns of `(terms | group)`, of `(terms || group)` for each of the terms.
+
+    A factor by itself has a column for each of its levels, and these are correlated, as in lme4.
+    """
+    whole = Columns(term.terms, frame, names)
+    if term.correlated:
+        return [whole]
+    parts = [Columns("1", frame, names)] if INTERCEPT in whole.labels else []
+    return [*parts, *(Columns(f"0 + {one}", frame, names) for one in whole.terms_of)]
+
+
+def _check_rank(fixed: Columns, formula: str) -> None:
+    """Raise ValueError, by name, for fixed effects that follow from those before them."""
+    values = fixed.values.astype(float)
+    size = np.linalg.norm(values, axis=0)
+    if values.shape[1] == 0 or not np.isfinite(size).all():  # which the tasks say better
+        return
+    r: np.ndarray = np.linalg.qr(values / np.where(size > 0, size, 1.0)).R
+    left = np.zeros(values.shape[1])
+    left[: min(values.shape)] = np.abs(np.diagonal(r))
+    lost = [name for name, share in zip(fixed.labels, left, strict=True) if share <= _RANK]
+    if lost:
+        raise ValueError(
+            f"the fixed effects {lost} of {formula!r} follow from those before them in all rows "
+            "(a column that never changes, a sum of others, a combination of levels without rows):"
+            " leave them out"
+        )
