@@ -60,11 +60,11 @@ class FormulaDesign:
         if not self.blocks:
             raise ValueError(f"{formula!r} has no term that varies: (0 | g) is nothing")
         offsets = [Columns(f"0 + {text}", frame, names) for text in self.text.offsets]
-        self.offsets = tuple(part.labels[0] for part in offsets)
+        self.offsets: tuple[str, ...] = tuple(part.labels[0] for part in offsets)
         for part in offsets:
             self._at[part.labels[0]] = len(self._parts), 0
             self._parts.append(part)
-        self.columns = tuple(label for label in self._at if label != INTERCEPT)
+        self.columns: tuple[str, ...] = tuple(label for label in self._at if label != INTERCEPT)
 
     @property
     def has_intercept(self) -> bool:
