@@ -336,7 +336,7 @@ def test_a_fit_is_kept_and_read(tmp_path: Path) -> None:
         ("y ~ x + (1 | factor(g))", ValueError, "make a column of them first"),
         ("y ~ x + (1 | school)", ValueError, "the table has no column 'school'"),
         ("y ~ x + (x | g) + (1 | g)", ValueError, "'Intercept' varies in several terms"),
-        ("y ~ arms + (1 | g)", ValueError, "'arms' in .* is neither .* did you mean 'arm'"),
+        ("y ~ arms + (1 | g)", ValueError, "'arms' in .* is neither .*; did you mean 'arm'"),
         ("y ~ sine(x) + (1 | g)", ValueError, "'sine' in 'sine.x.' is neither a column nor"),
         ("y ~ x + I(2 * x) + (1 | g)", ValueError, r"\['I\(2 \* x\)'\] .* follow from those"),
         ("y ~ x ^ 2 + (1 | g)", ValueError, "cannot be read"),

@@ -293,8 +293,8 @@ def by_groups(
 def test_a_table_is_its_groups(task: str, query: str | None) -> None:
     frame = table()
     frame["level"] = frame.groupby(task, observed=True)["level"].transform("first")
-    tasks = TaskSet.from_frame(frame, task, ["a", "count"], "a", query, features=["level"])
-    assert_same(tasks, list(by_groups(frame, task, ["a", "count"], "a", query, F64)))
+    tasks = TaskSet.from_frame(frame, task, ["a", "count"], "b", query, features=["level"])
+    assert_same(tasks, list(by_groups(frame, task, ["a", "count"], "b", query, F64)))
     assert tasks.x_names == ("a", "count")
 
 
@@ -302,6 +302,10 @@ def test_a_table_is_its_groups(task: str, query: str | None) -> None:
 @pytest.mark.parametrize("x", ["a", "b", "half", "byte", "foreign", ["b"], ["half", "b"], []])
 def test_columns_of_every_kind(x: Any, y: Any) -> None:
     frame = table()
+    if set([x] if isinstance(x, str) else x) & set([y] if isinstance(y, str) else y):
+        with pytest.raises(ValueError, match="is among x and among y"):
+            TaskSet.from_frame(frame, "str", x, y)
+        return
     tasks = TaskSet.from_frame(frame, "str", x, y, "asked", features=["level"])
     kinds = [
         np.result_type(*(frame[c].dtype for c in ([block] if isinstance(block, str) else block)))
@@ -343,8 +347,8 @@ def one_large() -> TaskSet:
     """1,000 tasks of 5 rows and one of 10^6, of which a rectangle has 10^9."""
     sizes = [5] * 1000 + [10**6]
     codes = np.repeat(np.arange(1001), sizes)
-    columns = {"g": codes, "a": codes * 0.5, "b": np.arange(len(codes)) * 1.0}
-    return TaskSet.from_frame(pd.DataFrame(columns), "g", ["a", "b"], "a")
+    columns = {"g": codes, "a": codes * 0.5, "b": np.arange(len(codes)) * 1.0, "y": codes * 0.5}
+    return TaskSet.from_frame(pd.DataFrame(columns), "g", ["a", "b"], "y")
 
 
 def test_one_large_task_makes_no_rectangle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -399,6 +399,7 @@ def frame() -> pd.DataFrame:
             "county": ["LAKE", "CASS", "LAKE", "CASS", "LAKE", "AITKIN"],
             "floor": [0, 1, 0, 0, 1, 0],
             "uppm": [0.5, -0.5, 0.5, -0.5, 0.5, 1.0],
+            "size": [1.5, -0.5, 0.5, -0.5, 0.5, 1.0],
             "radon": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
             "kind": [0, 1, 2, 0, 1, 2],
             "held": [False, False, True, False, False, False],
@@ -408,7 +409,7 @@ def frame() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("x", ["floor", ["floor"], ["floor", "uppm"], []])
-@pytest.mark.parametrize("y", ["radon", ["radon", "uppm"], "kind"])
+@pytest.mark.parametrize("y", ["radon", ["radon", "size"], "kind"])
 def test_from_frame_agrees_with_groupby(frame, x, y):
     tasks = TaskSet.from_frame(frame, task="county", x=x, y=y)
     assert tasks.names == ("LAKE", "CASS", "AITKIN")  # first appearance
@@ -479,7 +480,15 @@ def spoil(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
             r"'CASS'\)"),
         (lambda f: spoil(f, "held", 2.0), {"query": "held"}, ValueError, r"is 2.0 in row 40 "
             r"\(task 'CASS'\)"),
-        (lambda f: f, {"y": "county"}, TypeError, "column 'county' has dtype .*cat.codes"),
+        (lambda f: f.assign(kind="a"), {"y": "kind"}, TypeError, "column 'kind' has dtype .*"
+            "cat.codes.*vm.from_formula"),
+        (lambda f: f, {"y": "county"}, ValueError, "'county' says which task .* among y too"),
+        (lambda f: f, {"x": ["floor", "county"]}, ValueError, "'county' says .* among x too"),
+        (lambda f: f, {"x": ["floor", "floor"]}, ValueError, "x names the column 'floor' twice"),
+        (lambda f: f, {"x": ["floor", "radon"]}, ValueError, "'radon' is among x and among y"),
+        (lambda f: f.assign(floor=pd.Timestamp("2024-01-01")), {}, TypeError, "'floor' holds dates "
+            "or times.*Timedelta"),
+        (lambda f: f.assign(floor=pd.Timestamp("2024-01-01", tz="UTC")), {}, TypeError, "dates"),
         (lambda f: f.astype({"floor": "category"}), {}, TypeError, "column 'floor' has dtype "
             "category"),
         (lambda f: f, {"x": ["floor", "flor"]}, ValueError, "no column 'flor'; its columns are"),

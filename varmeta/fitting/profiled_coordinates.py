@@ -18,8 +18,7 @@ from varmeta.likelihoods.weighted import unweighted
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import cast
 from varmeta.numerics.triangular import lower_root, whitened_columns
-from varmeta.priors.blocks import together
-from varmeta.priors.factors import PRECISION
+from varmeta.priors.factors import PRECISION, together
 from varmeta.strategies.strategy import Eta
 
 # The name of those that are the lower triangle of a dense prior's K, row by row.
@@ -59,16 +58,17 @@ class ProfiledCoordinates:
         )  # fmt: skip
         # of the weights that vary
         self.own_whitening = tasks.whitening[: self.size, : self.size]
-        within = together(prior.blocks, model.weights)
-        self._lower = torch.tril(within.to(self.own_whitening))
+        self._lower = torch.tril(torch.ones_like(self.own_whitening))
+        # each block's columns by themselves: Q `(D, D)`, and R with zeros between blocks
+        self._bases, self._own = None, self.own_whitening
+        if prior.blocks is not None:
+            within = together(prior.blocks, model.weights)
+            self._bases, self._own = _whitened_blocks(self.own_whitening, within)
+            self._lower = self._lower * within
         # where each entry of the factor stands among the coordinates
         self.entries = tuple(self._lower.nonzero().unbind(-1))
         self._entry = torch.zeros(self.size, self.size, dtype=torch.int64)
         self._entry[self.entries] = torch.arange(len(self.entries[0]))
-        # each block's columns by themselves: Q `(D, D)`, and R with zeros between blocks
-        self._bases, self._own = None, self.own_whitening
-        if prior.blocks is not None:
-            self._bases, self._own = _whitened_blocks(self.own_whitening, within)
 
     def white(self, coordinates: Mapping[str, Tensor]) -> Tensor:
         """Minus the whitened coordinates of the places, and 1, `(P,)`, at an eta."""

@@ -24,8 +24,7 @@ from varmeta.likelihoods.base import SCALE
 from varmeta.models.model import TaskModel
 from varmeta.numerics.tree import named_parts
 from varmeta.numerics.triangular import held_off_zero, lower_root, whitened
-from varmeta.priors.blocks import kept
-from varmeta.priors.factors import PRECISION, TRIL, log_precision_and_tril
+from varmeta.priors.factors import PRECISION, TRIL, kept, log_precision_and_tril
 from varmeta.strategies.strategy import Eta
 
 # Of the sds that one observation knows: tasks as a rule differ by less.
@@ -267,8 +266,9 @@ class ProfiledEvidence(ProfiledCoordinates):
             own = self.own_whitening
             root = torch.linalg.solve_triangular(own, factor, upper=True) * log_scale.exp()
             raw[PRECISION], tril = log_precision_and_tril(lower_root(root))
+            blocks = self.model.prior.blocks
             if TRIL in self.eta:
-                raw[TRIL] = tril[kept(self.model.prior.blocks, self.model.weights)]
+                raw[TRIL] = tril if blocks is None else tril[kept(blocks, self.model.weights)]
         for name in self.precisions:
             raw[name] = -2.0 * (coordinates[name].abs().log() + log_scale)
         return raw

@@ -65,7 +65,7 @@ class FormulaModel(TaskModel):
         >>> frame = datasets.radon(as_frame=True)
         >>> _, model = from_formula("log_radon ~ center(floor) + (1 | county)", frame)
         >>> model.x(frame[["floor"]][:2]).round(decimals=3).tolist()
-        [[0.834], [-0.166]]
+        [[-0.166], [-0.166]]
         """
         return self.design.x(frame)
 

@@ -13,6 +13,8 @@ from varmeta._checks import kind_of, one_of, whole_number
 from varmeta.priors.hyperprior import Hyperprior
 
 LearnPrecision = Literal["shared", "per_module", "per_parameter", "full", "low_rank"]
+# Names of parameters whose weights are correlated with each other, and with no others.
+Blocks = tuple[tuple[str, ...], ...]
 LEARN_PRECISION: tuple[LearnPrecision | None, ...] = (None, *get_args(LearnPrecision))
 
 
@@ -149,3 +151,30 @@ def checked_learn_loc(learn_loc: bool | Sequence[str]) -> bool | tuple[str, ...]
             f"learn_loc must be True, False or a list of parameter names, not {learn_loc!r}"
         )
     return tuple(learn_loc)
+
+
+def checked_blocks(
+    blocks: Sequence[Sequence[str]] | None,
+    learn_precision: LearnPrecision | None,
+    covariance: Tensor | None,
+) -> Blocks | None:
+    """The blocks as tuples of names; see `GaussianPrior`.
+
+    Raises TypeError for what lists no lists of names; ValueError for a name in two blocks, and
+    where no covariance of blocks is learned.
+    """
+    if blocks is None:
+        return None
+    if isinstance(blocks, str) or any(isinstance(names, str) for names in blocks):
+        raise TypeError(f"blocks must be a list of lists of parameter names, not {blocks!r}")
+    if learn_precision != "full" or covariance is not None:
+        raise ValueError(
+            "blocks divide a covariance that is learned: set learn_precision='full', and give no "
+            "covariance"
+        )
+    found = tuple(tuple(map(str, names)) for names in blocks)
+    every = [name for names in found for name in names]
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise ValueError(f"blocks name {twice} more than once: a weight is in one block")
+    return found

@@ -12,11 +12,11 @@ from varmeta.files.remember import Remembers
 from varmeta.numerics.roots import LowRankRoot
 from varmeta.numerics.triangular import lower_root
 from varmeta.priors import hyperprior as densities
-from varmeta.priors.blocks import block_of, checked_blocks, in_place, kept, together
 from varmeta.priors.check import (
     LearnPrecision,
     check_hyperpriors,
     check_precision,
+    checked_blocks,
     checked_covariance,
     checked_learn_loc,
     checked_lkj,
@@ -28,7 +28,11 @@ from varmeta.priors.factors import (
     FACTOR,
     PRECISION,
     TRIL,
+    block_of,
+    in_place,
+    kept,
     log_precision_and_tril,
+    together,
     trapezoid,
     unit_lower,
 )
@@ -276,10 +280,12 @@ class GaussianPrior(Remembers):
 
     def below(self, weights: Weights, tril: Tensor) -> Tensor:
         """All entries of U below its diagonal, `(..., D (D - 1) / 2)`, from those that are free."""
-        return in_place(tril, self.blocks, weights)
+        return tril if self.blocks is None else in_place(tril, self.blocks, weights)
 
     def block_sizes(self, weights: Weights) -> Tensor:
         """How many weights are in each weight's block, `(D,)`."""
+        if self.blocks is None:
+            return torch.full((weights.size,), weights.size)
         return together(self.blocks, weights).sum(-1)
 
     def row_norms(self, weights: Weights, eta: Mapping[str, Tensor]) -> Tensor:
@@ -364,7 +370,8 @@ class GaussianPrior(Remembers):
     def _check(self, weights: Weights) -> None:
         check_names(self.start, self.learn_precision, self.scale_hyperprior, weights)
         self.rank_for(weights)  # that there are enough
-        block_of(self.blocks, weights)  # that they have these names
+        if self.blocks is not None:
+            block_of(self.blocks, weights)  # that they have these names
         if self.covariance is not None and len(self.covariance) != weights.size:
             raise ValueError(
                 f"covariance is {len(self.covariance)} x {len(self.covariance)}, but a task has "

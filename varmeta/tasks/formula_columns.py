@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from varmeta._checks import nearest
 from varmeta.tasks.frame import of_dates
 
 if TYPE_CHECKING:
@@ -112,11 +112,9 @@ def _said_better(
     """What a mistake in a formula is, in terms of the table."""
     if isinstance(error, KeyError) and error.args:
         name = str(error.args[0])
-        near = get_close_matches(name, [str(column) for column in frame.columns], 1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
         return ValueError(
-            f"{name!r} in {terms!r} is neither a column nor a function that is known{hint}; the "
-            f"columns are {list(frame.columns)}"
+            f"{name!r} in {terms!r} is neither a column nor a function that is known; the columns "
+            f"are {list(frame.columns)}{nearest(name, frame.columns)}"
         )
     dates = [
         name

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted, one_of
+from varmeta._checks import counted, nearest, one_of
 from varmeta.tasks.formula_columns import INTERCEPT, Columns, names_in
 from varmeta.tasks.formula_response import Response
 from varmeta.tasks.formula_text import Varying, read_formula
+from varmeta.tasks.frame import label_of
 from varmeta.tasks.taskset import TaskSet
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ class FormulaDesign:
         if absent:
             raise ValueError(
                 f"the table has no column {absent[0]!r}; its columns are {list(frame.columns)}"
+                f"{nearest(absent[0], frame.columns)}"
             )
         found = frame[[name for name in frame.columns if name in used or name in needed]]
         if not found.columns.is_unique:
@@ -175,7 +177,7 @@ class FormulaDesign:
             columns = [str(name) for name in found.columns if found[name].isna().any()]
             raise ValueError(
                 f"{counted(int(lacks.sum()), 'row')} of {len(found)} lack a value of "
-                f"{' or '.join(columns)}, first row {found.index[int(lacks.argmax())]!r}: "
+                f"{' or '.join(columns)}, first row {label_of(found, int(lacks.argmax()))}: "
                 "missing='drop' leaves such rows out, or impute them"
             )
         return frame

@@ -112,7 +112,7 @@ def _tasks(frame: pd.DataFrame, task: str) -> tuple[np.ndarray, list[str]]:
         where = np.flatnonzero(codes < 0)
         raise ValueError(
             f"column {task!r} is missing in {counted(len(where), 'row')}, first in row "
-            f"{_label(frame, where[0])}: every row must belong to a task; drop them with "
+            f"{label_of(frame, where[0])}: every row must belong to a task; drop them with "
             f"frame.dropna(subset=[{task!r}])"
         )
     return codes, [str(value) for value in values.tolist()]
@@ -153,10 +153,11 @@ class _RowNames:
         self.frame, self.names, self.codes = frame, names, codes
 
     def __call__(self, position: int) -> str:
-        return f"row {_label(self.frame, position)} (task {self.names[self.codes[position]]!r})"
+        return f"row {label_of(self.frame, position)} (task {self.names[self.codes[position]]!r})"
 
 
-def _label(frame: pd.DataFrame, position: int) -> str:
+def label_of(frame: pd.DataFrame, position: int) -> str:
+    """What the row at a position is called in the table."""
     label = frame.index[int(position)]
     return repr(label.item() if isinstance(label, np.generic) else label)
 
