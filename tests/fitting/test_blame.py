@@ -205,3 +205,21 @@ def test_inner_steps_that_diverge_name_a_task() -> None:
         RuntimeWarning, match="the inner steps diverge for 1 task, 'task 1', whose loss they raise"
     ):
         vm.meta_gradient(model, data, vm.Unrolled("delta", minimizer=vm.GradientDescent(lr=0.05)))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "y", "told"),
+    [
+        (GAUSSIAN(), torch.tensor([0.0, 1.0, 0.0]), True),
+        (vm.likelihoods.Categorical(2), torch.tensor([0, 1, 0]), False),
+    ],
+)
+def test_of_a_squared_error_only_numbers_are_told(likelihood: Any, y: Any, told: bool) -> None:
+    outputs = 1 if told else 2
+    model = vm.TaskModel(nn.Linear(1, outputs), likelihood, vm.GaussianPrior(1.0))
+    x = torch.tensor([[-90.0], [100.0], [110.0]])
+    data = vm.TaskSet([vm.Task((x, y), (x, y))])
+    steps = vm.Unrolled("delta", minimizer=vm.GradientDescent(1.0, per_point=True))
+    with pytest.warns(RuntimeWarning, match="lower the minimizer's lr of 1") as said:
+        vm.meta_gradient(model, data, steps)
+    assert ("squared error" in str(said[0].message)) is told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,6 +44,19 @@ def test_it_hears_eta_after_the_step(way: str) -> None:
         torch.testing.assert_close(heard[-1][1][name].to(value), value)
         assert not heard[-1][1][name].requires_grad
     assert all(type(row) is dict for row in fit.run.history)
+
+
+def test_it_hears_the_rate_of_the_step() -> None:
+    """The optimizer's own, with the schedule's factor on it."""
+    for schedule, expected in (
+        ("constant", [3e-2] * 4),
+        (lambda fraction: 1.0 - fraction, [3e-2, 2.25e-2, 1.5e-2, 0.75e-2]),
+        (partial(torch.optim.lr_scheduler.StepLR, step_size=2), [3e-2, 3e-2, 3e-3, 3e-3]),
+    ):
+        heard: list[float] = []
+        hear = lambda row, heard=heard: heard.append(row["lr"])  # noqa: E731
+        fit = run("steps", hear, num_steps=4, schedule=schedule)
+        assert heard == pytest.approx(expected) == fit.history["lr"].tolist()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -121,6 +121,14 @@ def test_going_on_from_a_kept_step_is_no_matter_of_where_the_last_one_was() -> N
     vm.fit(head_model(), TRAIN, HEAD, 220, adam, resume=fit)  # a warning would be an error
 
 
+def test_going_on_from_a_kept_last_step_warns_where_the_cosine_had_fallen() -> None:
+    options: dict[str, Any] = {"validate": vm.Validation(HELD_OUT, every=5, patience=None)}
+    fit = vm.fit(head_model(), TRAIN, HEAD, 10, adam, **options)
+    assert fit.run.kept == 10, "the case must learn to its end"
+    with pytest.warns(RuntimeWarning, match="had fallen to zero by its last step, 10"):
+        vm.fit(head_model(), TRAIN, HEAD, 20, adam, resume=fit)
+
+
 def test_a_kept_state_comes_back_from_a_file(tmp_path: Path) -> None:
     fit = watched(30)
     fit.save(tmp_path / "fit.pt")
@@ -182,6 +190,8 @@ def test_what_it_cannot_use_is_refused() -> None:
         vm.fit(model, tasks, validate=[1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="metric"):
         vm.Validation(tasks, "loss")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="accuracy is 1 - error_rate: use metric='error_rate'"):
+        vm.Validation(tasks, "accuracy")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every"):
         vm.Validation(tasks, every=0)
     with pytest.raises(ValueError, match="leave out optimizer, batch_size, budget and validate"):

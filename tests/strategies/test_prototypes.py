@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,35 @@ def test_bare_and_flattened_heads() -> None:
 def test_models_without_prototypes_are_refused(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vm.fit(model(), clouds(2), vm.Prototypes(), 1)
+
+
+class Own(nn.Module):
+    """A body and a head, and a `forward`, of which nothing is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, WAYS)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "strategy"),
+    [
+        (L.Categorical(WAYS), vm.Prototypes()),
+        (L.LeastSquaresClasses(WAYS), vm.Implicit("delta", "query", minimizer=vm.ClosedForm())),
+    ],
+)
+def test_a_network_with_a_forward_of_its_own_is_told_to_be_a_sequential(
+    likelihood: Any, strategy: Any
+) -> None:
+    advice = r"an Own, whose own forward .* nn\.Sequential\(body, head\)"
+    with pytest.raises(ValueError, match=advice):
+        vm.fit(model_of(seeded(Own), ("body.*",), likelihood), clouds(2), strategy, 1)
+    own = seeded(Own)
+    parts = OrderedDict(body=nn.Sequential(own.body, nn.Tanh()), head=own.head)
+    vm.fit(model_of(nn.Sequential(parts), ("body.*",), likelihood), clouds(2), strategy, 1)
 
 
 def test_other_guides_and_a_learned_precision_are_refused() -> None:

@@ -24,6 +24,8 @@ def tasks_of(kind: type = np.uint8, dtype: torch.dtype | None = None) -> vm.Task
 
 def test_bytes_are_kept_and_cast_by_batch() -> None:
     tasks = tasks_of()
+    assert repr(tasks).endswith("x (2,) uint8, float32, y int64)")
+    assert repr(tasks_of(np.float32)).endswith("x (2,), float32, y int64)")
     assert tasks.support_rows.x.dtype == tasks.query_rows.x.dtype == torch.uint8
     assert tasks.dtype == torch.float32
     for batch in (tasks.batch(), tasks.batch([2, 0]), tasks[1:].batch()):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import varmeta as vm
+from tests.cases import adam
 
 LABELS = torch.arange(120) // 12  # ten classes of twelve rows
 ALPHABET = LABELS // 5
@@ -59,7 +62,8 @@ def test_all_classes_are_of_one_group() -> None:
         met |= groups
     assert met == {0, 1}
     few = torch.where(LABELS == 9, 1, 0)  # a group of one class is left out
-    assert "2 groups" not in repr(vm.episodes(ROWS, LABELS, 4, 1, 2, within=few))
+    left = vm.episodes(ROWS, LABELS, 4, 1, 2, within=few)
+    assert "of 9 classes, 108 rows" in repr(left)
 
 
 def test_augmentation_sees_whole_classes_and_a_generator_of_its_own() -> None:
@@ -126,11 +130,33 @@ def test_what_is_no_function_does_not_augment() -> None:
         vm.episodes(3.0, LABELS, 3)
 
 
-def test_a_set_of_all_episodes_has_no_end_and_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"no end: tasks.take\(100\)"):
-        vm.TaskSet(vm.episodes(ROWS, LABELS, 3, 1, 2))  # type: ignore[arg-type]
-
-
 def test_classes_are_where_the_images_are() -> None:
     support = vm.episodes(torch.empty(120, 2, device="meta"), LABELS, 3, 1, 2)[0].support
     assert support is not None and support[1].device == support[0].device
+
+
+def test_a_dataset_of_single_images_says_how_to_stack_it() -> None:
+    pairs = torch.utils.data.TensorDataset(ROWS, LABELS)
+    with pytest.raises(TypeError, match=r"torch\.stack\(\[image for image, _ in dataset\]\)"):
+        vm.episodes(pairs, LABELS)
+    loader = torch.utils.data.DataLoader(pairs)
+    with pytest.raises(TypeError, match="images is a DataLoader, expected all images in one array"):
+        vm.episodes(loader, LABELS)
+
+
+def test_where_tasks_are_expected_episodes_say_how_to_take_some() -> None:
+    episodes = vm.episodes(ROWS, LABELS, 3, 1, 2)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    model = vm.TaskModel(net, vm.likelihoods.Categorical(3), vm.GaussianPrior(1.0))
+    maml = vm.Unrolled("delta", inner_steps=1, minimizer=vm.GradientDescent(1e-4))
+    fit = vm.fit(model, episodes, maml, 1, adam, batch_size=2)
+    advice = r"an Episodes, which has .* no end: tasks\.take\(100\) makes a TaskSet"
+    wrong: dict[str, Callable[[], object]] = {
+        "TaskSet": lambda: vm.TaskSet(episodes),  # type: ignore[arg-type]
+        "adapt": lambda: fit.adapt(episodes),  # type: ignore[arg-type]
+        "validate": lambda: vm.fit(model, episodes, maml, 1, adam, 2, validate=episodes),  # type: ignore[arg-type]
+        "Validation": lambda: vm.Validation(episodes),  # type: ignore[arg-type]
+    }
+    for call in wrong.values():
+        with pytest.raises(TypeError, match=advice):
+            call()

@@ -448,7 +448,7 @@ def test_the_callback_sees_every_step() -> None:
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert (
         set(rows[0])
-        == {"step", "loss", "gradient_norm", "evaluations", "seconds"}
+        == {"step", "loss", "gradient_norm", "lr", "evaluations", "seconds"}
         == set(fit.history.columns)
     )
     assert fit.history["loss"].tolist() == [row["loss"] for row in rows]

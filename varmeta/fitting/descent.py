@@ -200,6 +200,7 @@ class _Way:
             step=step + 1,
             loss=loss,
             gradient_norm=gradient_norm,
+            lr=self.rates.taken,
             evaluations=self.spent,
             seconds=perf_counter() - self.begin,
         )

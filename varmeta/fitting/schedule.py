@@ -110,6 +110,8 @@ class Rates:
 
     Between two steps the optimizer holds the rates without the factor, so that a scheduler of the
     user's own, stepped from `fit(callback=...)`, reads and writes what it would without a schedule.
+
+    taken: the first group's rate in the last step, with the factor on it.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Rates:
         self.optimizer = optimizer
         for group in optimizer.param_groups:
             group.setdefault(GIVEN, float(group["lr"]))
+        self.taken = math.nan
         self.scheduler = None if scheduler is None else scheduler(optimizer)
         last = getattr(self.scheduler, "total_steps", None)
         if last is not None and num_steps is not None and last < num_steps:
@@ -157,6 +160,7 @@ class Rates:
         groups = self.optimizer.param_groups
         before = [group["lr"] for group in groups]
         during = [lr * factor for lr in before]
+        self.taken = float(during[0])
         for group, lr in zip(groups, during, strict=True):
             group["lr"] = lr
         try:

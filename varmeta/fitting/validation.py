@@ -12,6 +12,7 @@ from varmeta._checks import one_of, whole_number
 from varmeta.likelihoods.base import SCALE
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import TaskSet
+from varmeta.tasks.taskset import no_tasks
 
 Metric = Literal["log_density", "rmse", "error_rate"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -24,7 +25,7 @@ class Validation:
     tasks: held-out tasks with query data.  Each is adapted to its support data and scored on its
         query data, as `Fit.adapt(tasks).score()` does.
     metric: what is judged, over all query observations: "log_density" (nats, higher is better),
-        "rmse", or for classes "error_rate" (lower is better).
+        "rmse", or for classes "error_rate", 1 - accuracy (lower is better).
     every: outer steps from one look to the next; the start and the end are looked at too.
     patience: how many looks without a better one end the run; None: none do.
     num_samples: draws where the score is not exact.
@@ -53,16 +54,16 @@ class Validation:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tasks, TaskSet):
-            raise TypeError(
-                f"validation tasks must be a TaskSet, not {type(self.tasks).__name__}: "
-                "vm.TaskSet([vm.Task(...), ...]) makes one"
-            )
+            raise TypeError(f"validation tasks must be a TaskSet, not {no_tasks(self.tasks)}")
         if all(task.query is None for task in self.tasks):
             raise ValueError(
                 "the validation tasks have no query data to be scored on: tasks.split(0.5) sets "
                 "half of each task's rows apart"
             )
-        one_of("metric", self.metric, METRICS)
+        metric: str = self.metric
+        if metric == "accuracy":  # what people say, and `Posterior.accuracy` shows
+            raise ValueError("accuracy is 1 - error_rate: use metric='error_rate'")
+        one_of("metric", metric, METRICS)
         whole_number("every", self.every)
         if self.patience is not None:
             whole_number("patience", self.patience)

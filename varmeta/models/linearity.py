@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from varmeta._checks import kind_of
 from varmeta.models.linear_predictor import LinearPredictor
 
 # Linear in their parameters, and in their input; exact types, since a subclass may have another
@@ -79,6 +80,20 @@ def head_of(net: nn.Module, names: Collection[str]) -> nn.Linear | None:
     if type(owner) is not nn.Linear or own != {"weight", "bias"} or after[-1] is not owner:
         return None
     return owner
+
+
+def own_forward(net: nn.Module | None) -> str | None:
+    """What to do about a network whose `forward` is its user's own; None for others.
+
+    >>> own_forward(nn.Sequential(nn.Linear(1, 1))) is None
+    True
+    """
+    if net is None or type(net) in (nn.Sequential, *_LINEAR):
+        return None
+    return (
+        f"the network is {kind_of(net)}, whose own forward may do anything: give its parts as "
+        "nn.Sequential(body, head)"
+    )
 
 
 def _is_linear_map(module: nn.Module) -> bool:

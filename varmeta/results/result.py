@@ -117,8 +117,9 @@ class Fit(Shown):
     def history(self) -> pd.DataFrame:
         """One row per outer step: step, loss (nats), evaluations, seconds.
 
-        Evaluations are gradients per task so far; with a torch optimiser there is gradient_norm
-        too.
+        Evaluations are gradients per task so far.  With a torch optimiser there are gradient_norm
+        and lr too, the rate of its first parameters with the schedule's factor on it, and with
+        validation tasks validation, their metric at the steps at which it was looked at.
         """
         import pandas as pd
 

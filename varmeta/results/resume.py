@@ -77,9 +77,10 @@ def run_to_resume(
             "it with data=True"
         )
     run = copy.deepcopy(fit.run)
-    if run.kept is not None:  # forget what came after it
-        run.history = [row for row in run.history if row["step"] <= run.kept]
-        run.stop = f"kept at step {run.kept}"
+    if run.kept is not None:
+        until = [row for row in run.history if row["step"] <= run.kept]
+        if len(until) < len(run.history):  # forget what came after it
+            run.history, run.stop = until, f"kept at step {run.kept}"
         run.kept = None
     return run
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from varmeta.guides import closed_form
 from varmeta.guides.convex import inverse_ceiling
+from varmeta.models.linearity import own_forward
 from varmeta.numerics.adjoint import ImplicitAdjoint
 from varmeta.numerics.linear_solve import Direct
 from varmeta.numerics.solution import Result, Solution
@@ -25,7 +26,7 @@ class ClosedForm:
 
     phi is the exact minimum of F_i, with its exact derivative in eta; nothing is iterated.
     It serves models that are linear in the weights that vary, `nn.Linear`, `vm.LinearPredictor` or
-    the last linear layer of a network whose other layers are `shared`, under
+    the last linear layer of an `nn.Sequential` whose other layers are `shared`, under
     `likelihoods.Gaussian` or `LeastSquaresClasses`, and guides that are a point or a Gaussian.
     `Joint`, `Reinit` and `Implicit` choose it by themselves where the guide can be the posterior
     ("multivariate_normal"); give another minimiser to iterate instead.  With a dense guide the
@@ -74,11 +75,12 @@ def _check(problem: Problem) -> None:
     """Raise ValueError where `ClosedForm` was asked for and does not serve."""
     model = problem.model
     if not model.is_linear_gaussian:
+        own = own_forward(model.net)
         raise ValueError(
             "ClosedForm serves models that are linear in the weights that vary by construction "
-            "(nn.Linear, vm.LinearPredictor, or a network whose other layers are shared=) under "
-            "likelihoods.Gaussian with one scale or LeastSquaresClasses, not "
-            f"{model!r}: leave out the minimizer"
+            "(nn.Linear, vm.LinearPredictor, or an nn.Sequential whose other layers are shared=) "
+            "under likelihoods.Gaussian with one scale or LeastSquaresClasses, not "
+            f"{model!r}: {'' if own is None else f'{own}, or '}leave out the minimizer"
         )
     if not _has_phi(problem):
         raise ValueError(

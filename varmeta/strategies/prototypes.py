@@ -22,7 +22,7 @@ from torch import Tensor
 from varmeta.guides.closed_form import features_of
 from varmeta.guides.delta import Delta
 from varmeta.likelihoods.discrete import Categorical
-from varmeta.models.linearity import head_of
+from varmeta.models.linearity import head_of, own_forward
 from varmeta.models.model import TaskModel
 from varmeta.numerics.solution import Result, Solution
 from varmeta.numerics.tree import Tree
@@ -36,10 +36,10 @@ from varmeta.tasks import Batch, Data, TaskSet
 class Prototypes(Strategy):
     """The last layer from the means of a task's classes (ProtoNet); the body is learned.
 
-    For classes (`likelihoods.Categorical` or `LeastSquaresClasses`) and networks whose weights that
-    vary are those of the last `nn.Linear`, with its bias; all other layers are `shared`.  The body
-    is learned by -log p of the query rows' classes.  The layer's theta0 and the prior are not used,
-    so they stay where they start.
+    For classes (`likelihoods.Categorical` or `LeastSquaresClasses`) and networks, an
+    `nn.Sequential`, whose weights that vary are those of the last `nn.Linear`, with its bias; all
+    other layers are `shared`.  The body is learned by -log p of the query rows' classes.  The
+    layer's theta0 and the prior are not used, so they stay where they start.
 
     A class without a support row has probability 0 in its task; where a query row to learn from is
     of one, `fit` refuses the task.  Of a task without any support row all classes are as probable.
@@ -99,10 +99,10 @@ def unsuited(model: TaskModel) -> str | None:
             f"not {'a program' if likelihood is None else repr(likelihood)}"
         )
     if model.net is None or head_of(model.net, model.weights.names) is None:
+        found = own_forward(model.net) or f"what varies here is {list(model.weights.names)}"
         return (
             "are the last layer's weights: they need a network (nn.Sequential) that ends with an "
-            "nn.Linear with a bias, both of them left to vary and all other layers shared=, but "
-            f"what varies here is {list(model.weights.names)}"
+            f"nn.Linear with a bias, both left to vary and all other layers shared=, but {found}"
         )
     if model.coefficients:
         return "follow from the support alone: leave out the prior's covariates"

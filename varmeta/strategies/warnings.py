@@ -90,10 +90,15 @@ def diverging(batch: Batch, minimizer: Minimizer) -> str:
             "gradient"
         )
     if minimizer.per_point:
+        # whole numbers are classes or counts, whose loss is no squared error
+        squared = batch.support.y.is_floating_point()
+        field = (
+            " (a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of noise scale "
+            "s)"
+        )
         return (
             f"lower the minimizer's lr of {lr:g}, or use Adam, whose steps do not grow with the "
-            "curvature (a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of "
-            "noise scale s)"
+            f"curvature{field * squared}"
         )
     return (
         f"losses are sums, so that lr={lr:g} on up to {counted(points, 'point')} is a step of "

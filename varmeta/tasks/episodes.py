@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from varmeta._checks import counted, kind_of, whole_number
 from varmeta.numerics.noise import task_id
@@ -96,12 +97,12 @@ class Episodes:
         return TaskSet(self[start + i] for i in range(number))
 
     def __repr__(self) -> str:
-        number = len(self._groups)
-        groups = f" within {number} groups" if number > 1 else ""
+        # those that may be drawn, without the groups that are left out
+        own = [len(self._classes[c]) for group in self._groups for c in group.tolist()]
+        groups = f" within {len(self._groups)} groups" if len(self._groups) > 1 else ""
         return (
             f"Episodes({self.ways} ways, {self.shots} shots, {self.queries} queries, of "
-            f"{len(self._classes)} classes{groups}, "
-            f"{len(self._images)} rows, seed={self.seed})"
+            f"{len(own)} classes{groups}, {sum(own)} rows, seed={self.seed})"
         )
 
 
@@ -131,7 +132,8 @@ def episodes(
         they are split: so that a class may be turned as a whole.
 
     Raises ValueError for classes with too few rows (naming one), too few classes, arrays of
-    different lengths, and labels or groups that are missing (None, NaN, masked).
+    different lengths, and labels or groups that are missing (None, NaN, masked); TypeError for a
+    torch Dataset, whose images are still to be stacked.
 
     >>> import torch, varmeta as vm
     >>> images, labels = torch.randn(60, 8), torch.arange(60) // 6
@@ -155,9 +157,7 @@ def episodes(
         raise ValueError(f"ways={ways} has its larger number first: give (least, most)")
     whole_number("queries", queries, 0)
     whole_number("seed", seed, 0)
-    rows = as_tensor(images, "images")
-    if not rows.dim():
-        raise ValueError("images is a single number, expected rows (n, *shape)")
+    rows = _rows(images)
     names, codes = _codes("labels", labels, len(rows))
     classes = [torch.from_numpy(np.flatnonzero(codes == k)) for k in range(len(names))]
     for name, own in zip(names, classes, strict=True):
@@ -173,6 +173,18 @@ def episodes(
     else:
         groups = [torch.arange(len(names))]
     return Episodes(rows, classes, names, groups, ways, shots, queries, seed, augment)
+
+
+def _rows(images: Any) -> Tensor:
+    if isinstance(images, (Dataset, DataLoader)):
+        raise TypeError(
+            f"images is {kind_of(images)}, expected all images in one array (n, *shape), such as "
+            "torch.stack([image for image, _ in dataset]), and the label of each in labels"
+        )
+    rows = as_tensor(images, "images")
+    if not rows.dim():
+        raise ValueError("images is a single number, expected rows (n, *shape)")
+    return rows
 
 
 def _codes(what: str, values: Any, number: int) -> tuple[tuple[str, ...], np.ndarray]:

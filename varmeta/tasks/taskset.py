@@ -79,13 +79,8 @@ class TaskSet(Shown):
     ) -> None:
         if isinstance(tasks, Task):
             raise TypeError("expected a list of tasks, got a single Task: write TaskSet([task])")
-        if hasattr(tasks, "columns"):
+        if hasattr(tasks, "columns") or _has_no_end(tasks):
             raise TypeError(f"expected a list of tasks, got {no_tasks(tasks)}")
-        if hasattr(tasks, "take") and not hasattr(tasks, "__len__"):
-            raise TypeError(
-                f"{kind_of(tasks)} has a task for every number and no end: tasks.take(100) makes a "
-                "TaskSet of the first hundred"
-            )
         given = list(tasks)
         for i, task in enumerate(given):
             if not isinstance(task, Task):
@@ -312,7 +307,10 @@ class TaskSet(Shown):
             "" if self.support_rows.y.is_floating_point() else ", y int64"
         )
         known = f", features {', '.join(self.feature_names)}" if self.feature_names else ""
-        return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}{known}, {kind})"
+        rows = self.support_rows if len(self.support_rows.x) else self.query_rows
+        # bytes are stored as bytes, and cast by batch
+        stored = " uint8" if rows.x.dtype == torch.uint8 else ""
+        return f"TaskSet({count}, {', '.join(parts)}, x {self.x_shape}{stored}{known}, {kind})"
 
     # -- what a model sees -------------------------------------------------------------------------
 
@@ -515,7 +513,16 @@ def no_tasks(value: object) -> str:
         )
     if isinstance(value, tuple) and value and isinstance(value[0], TaskSet):
         return "a tuple: standardized() returns (tasks, scaling), so take its first"
+    if _has_no_end(value):
+        return (
+            f"{kind_of(value)}, which has a task for every number and no end: tasks.take(100) "
+            "makes a TaskSet of the first hundred"
+        )
     return f"{kind_of(value)}: write TaskSet([Task(support=(x, y)), ...])"
+
+
+def _has_no_end(tasks: object) -> bool:
+    return hasattr(tasks, "take") and not hasattr(tasks, "__len__")
 
 
 def _describe(what: str, rows: Rows) -> str:

@@ -15,6 +15,7 @@ from varmeta.results.result import Fit, checked, posterior_of
 from varmeta.strategies.members import Members
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import TaskSet
+from varmeta.tasks.taskset import no_tasks
 
 
 def validation_of(given: object) -> Validation:
@@ -25,7 +26,7 @@ def validation_of(given: object) -> Validation:
         return Validation(given)
     raise TypeError(
         "validate takes a TaskSet of held-out tasks, or vm.Validation(tasks, ...), not "
-        f"{type(given).__name__}"
+        f"{no_tasks(given)}"
     )
 
 
