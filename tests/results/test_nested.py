@@ -69,6 +69,13 @@ NESTED = {
     "a given noise": (built(likelihood=vm.likelihoods.Gaussian(0.5, False)), built(), 0),
     "another start of the noise": (built("a", likelihood=vm.likelihoods.Gaussian(0.5)), built(), 1),
     "low rank": (built(learn="low_rank", rank=1), built(), 0),
+    "blocks": (built(blocks=[["intercept", "a"]]), built(), 0),
+    "within a block": (built("a"), built(blocks=[["intercept", "a"]]), 1),
+    "uncorrelated": (built(learn="per_parameter"), built(blocks=[["a", "b"]]), 0),
+    "an intercept of another name": (
+        built(net=vm.LinearPredictor(["a", "b"], "Intercept"), shared="b"),
+        built(net=vm.LinearPredictor(["a", "b"], "Intercept")), 1,
+    ),
     "a network's": (
         built(net=nn.Linear(2, 1), learn="per_parameter"), built(net=nn.Linear(2, 1)), 0
     ),
@@ -100,6 +107,12 @@ NOT = {
         built("ab", "per_parameter", "a"), built("ab", shared="b"), r"\['b'\] varies in the smaller"
     ),
     "correlated": (built("a"), built(learn="per_parameter"), "correlated in the smaller only"),
+    "correlated, in blocks": (
+        built("a"), built(blocks=[["a", "b"]]), "in other blocks of the larger"
+    ),
+    "other blocks": (
+        built(blocks=[["intercept", "a"]]), built(blocks=[["a", "b"]]), "in other blocks"
+    ),
     "a group of variances": (
         built(learn="shared", shared="b"), built(learn="shared"), "the variance of other weights"
     ),

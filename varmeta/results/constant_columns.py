@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
+from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.results.result import Fit
 
 
@@ -15,7 +15,8 @@ def constant_columns(fit: Fit) -> dict[str, float]:
     if x.dim() != 2 or len(x) < 2 or not model.all_linear:
         return {}
     names = fit.tasks.x_names or tuple(f"column {i} of x" for i in range(x.shape[1]))
-    offset = model.net.offset if isinstance(model.net, LinearPredictor) else ()
+    predictor = model.net if isinstance(model.net, LinearPredictor) else None
+    offset = () if predictor is None else predictor.offset
     same = (x == x[0]).all(0).tolist()
     found = {
         name: value
@@ -23,7 +24,9 @@ def constant_columns(fit: Fit) -> dict[str, float]:
         if is_same and name not in offset
     }
     parameters = (*model.weights.names, *model.shared)
-    has_intercept = any(name == INTERCEPT or name.endswith("bias") for name in parameters)
+    has_intercept = any(name.endswith("bias") for name in parameters)
+    if predictor is not None:
+        has_intercept = bool(predictor.intercept_name)
     several = has_intercept or sum(value != 0 for value in found.values()) > 1
     return {name: value for name, value in found.items() if several or value == 0}
 

@@ -18,8 +18,9 @@ from varmeta._checks import name_of
 from varmeta.files.plain import plain
 from varmeta.likelihoods.base import Likelihood
 from varmeta.models import constants
-from varmeta.models.linear_predictor import INTERCEPT, LinearPredictor
+from varmeta.models.linear_predictor import LinearPredictor
 from varmeta.models.model import TaskModel
+from varmeta.priors.factors import together
 from varmeta.results.result import Fit
 
 
@@ -102,7 +103,7 @@ def _own(model: TaskModel) -> dict[str, Tensor]:
 
 def _other_columns(a: LinearPredictor, b: LinearPredictor, x: Tensor, z: Tensor) -> str | None:
     missing = [name for name in a.columns if name not in b.columns]
-    missing += [INTERCEPT] if a.has_intercept and not b.has_intercept else []
+    missing += [a.intercept_name] if a.intercept_name not in ("", b.intercept_name) else []
     if missing:
         return f"{missing} {'is' if len(missing) == 1 else 'are'} in the smaller only"
     if set(a.offset) != set(b.offset):
@@ -140,6 +141,9 @@ def _covariances(a: TaskModel, b: TaskModel) -> Nested | str:
     size = sum(b.weights.shapes[name].numel() for name in extra)
     kind = b.prior.learn_precision
     if kind == "full":
+        at = [b.weights.labels.index(name) for name in a.weights.labels]
+        if bool((_correlated(a) & ~_correlated(b)[at][:, at]).any()):
+            return "weights are correlated in the smaller that are in other blocks of the larger"
         return Nested(extra, size)
     if kind == "low_rank":
         return _in_low_rank(a, b, extra, size)
@@ -152,6 +156,16 @@ def _covariances(a: TaskModel, b: TaskModel) -> Nested | str:
     if correlates:
         return "weights are correlated in the smaller only"
     return _in_groups(_owners(a), _owners(b), extra, kind is not None)
+
+
+def _correlated(model: TaskModel) -> Tensor:
+    """Which weights may be correlated, `(D, D)`, bool."""
+    prior, size = model.prior, model.weights.size
+    if prior.blocks is not None:
+        return together(prior.blocks, model.weights)
+    if prior.correlates or prior.dense:
+        return torch.ones(size, size, dtype=torch.bool)
+    return torch.eye(size, dtype=torch.bool)
 
 
 def _in_low_rank(a: TaskModel, b: TaskModel, extra: tuple[str, ...], size: int) -> Nested | str:
