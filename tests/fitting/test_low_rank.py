@@ -200,7 +200,7 @@ def test_a_network_with_such_a_head_is_fitted_and_kept(dtype: torch.dtype, tmp_p
     torch.testing.assert_close(again.prior.factor, fit.prior.factor)
     with pytest.raises(ValueError, match="rank"):
         vm.load(tmp_path / "fit.pt", body(low_rank(2), 6, dtype))
-    assert "prior_sd" in fit.to_arviz(num_samples=10).constant_data
+    assert "prior_sd" in fit.to_arviz(num_samples=10).posterior
     posterior = fit.posterior()
     assert posterior.score(tasks, num_samples=50).log_density.notna().all()
     assert posterior.predict([[0.0], [1.0]], num_samples=3).samples.isfinite().all()

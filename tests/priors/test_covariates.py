@@ -477,7 +477,7 @@ def test_shown_by_name(moved: vm.Fit) -> None:
 
 def test_exported(moved: vm.Fit) -> None:
     data = moved.to_arviz(200)
-    assert data.constant_data["coefficients"].sel(
+    assert data.posterior["coefficients"].isel(chain=0, draw=0).sel(
         coefficient="intercept:log_uppm"
     ).item() == pytest.approx(float(moved.eta["intercept:log_uppm"]))
     drawn = data.posterior["theta"].mean(("chain", "draw")).sel(weight="intercept")
