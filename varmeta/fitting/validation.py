@@ -36,6 +36,9 @@ class Validation:
 
     Use `Validation` where `fit(validate=tasks)` is not enough.
 
+    Raises TypeError for tasks that are no TaskSet, ValueError where none has query data, for
+    another metric or number, and for calibrate=True of another metric than "log_density".
+
     >>> import torch, varmeta as vm
     >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian(), vm.GaussianPrior())
     >>> tasks = vm.datasets.lines(20, num_query=5)

@@ -17,7 +17,12 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True, repr=False)
 class Delta(Guide):
-    """q_i = delta(theta_i): MAP.  Its objective is *not* a bound on the evidence."""
+    """q_i = delta(theta_i): MAP.  Its objective is *not* a bound on the evidence.
+
+    >>> import varmeta as vm
+    >>> vm.Joint(Delta()).describe() == vm.Joint("delta").describe()
+    True
+    """
 
     name = "delta"
     is_point = True

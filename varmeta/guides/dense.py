@@ -22,6 +22,12 @@ class Dense(Guide):
     """q_i = N(loc_i, L_i L_i'): one dense block per task.
 
     L_i = diag(exp(log_scale_i)) U_i, U_i unit lower triangular.
+
+    loc_i is `(D,)`, in the weights' units.
+
+    >>> import varmeta as vm
+    >>> vm.Joint(Dense()).describe() == vm.Joint("multivariate_normal").describe()
+    True
     """
 
     name = "multivariate_normal"

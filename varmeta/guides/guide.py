@@ -27,7 +27,15 @@ from varmeta.tasks import Data
 
 
 class Guide(ABC):
-    """q(theta; phi_i), one factor per task."""
+    """q(theta; phi_i), one factor per task.
+
+    phi is a tree of tensors `(tasks, ...)`; theta is `(tasks, 1, D)`.  A whole one stands in
+    docs/extend.md.
+
+    >>> import varmeta as vm
+    >>> isinstance(vm.guides.Dense(), Guide), vm.guides.Dense().is_any_gaussian(3)
+    (True, True)
+    """
 
     name = "guide"
 
@@ -44,7 +52,10 @@ class Guide(ABC):
     phi_is_loc = False
 
     def bound(self, model: TaskModel) -> Guide:
-        """The guide as it serves this model; the same one where it does not look at the model."""
+        """The guide as it serves this model; the same one where it does not look at the model.
+
+        Raises ValueError where the guide does not suit the model.
+        """
         return self
 
     def at_gaussian(self, loc: Tensor, factor: Tensor) -> Tree | None:
@@ -61,7 +72,10 @@ class Guide(ABC):
     def doubt(
         self, phi: Tree, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]
     ) -> str | None:
-        """What should make one doubt these posteriors of the tasks called `names`."""
+        """What should make one doubt these posteriors of the tasks called `names`.
+
+        phi: `(tasks, ...)` each.
+        """
         return None
 
     @abstractmethod
@@ -69,6 +83,8 @@ class Guide(ABC):
         """phi at the prior: q = p(theta | eta), or its mean.
 
         Differentiable in eta (what MAML goes through), and sharing no memory with it.
+
+        eta: by name, without an axis of tasks.  Returns phi, `(tasks, ...)` each.
         """
 
     @abstractmethod
@@ -83,6 +99,8 @@ class Guide(ABC):
         """q(theta; phi), read off the program's trace: a Delta, Normal or MultivariateNormal.
 
         Raises ValueError where the program samples anything but one theta per task.
+
+        Its batch shape is `(tasks, 1)`, its event shape `(D,)`.
         """
         with pyro.settings.context(module_local_params=True), _AtLocation():
             trace = poutine.trace(self).get_trace(phi, eta, data)

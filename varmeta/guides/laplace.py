@@ -61,6 +61,13 @@ class Laplace(BoundGuide):
         Statistical Software 67 (2015).
 
     Raises ValueError for an unknown Hessian, and for one that the model does not have.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> vm.fit(model, tasks, vm.Implicit(Laplace("exact"))).strategy.describe()
+    'Implicit(laplace(hessian=exact), outer=Laplace evidence)'
     """
 
     hessian: HessianName = "auto"

@@ -18,7 +18,14 @@ from varmeta.tasks import Data
 
 @dataclass(frozen=True, repr=False)
 class MeanField(Guide):
-    """q_i = N(loc_i, diag(exp(log_scale_i))^2)."""
+    """q_i = N(loc_i, diag(exp(log_scale_i))^2).
+
+    loc_i is `(D,)`, in the weights' units.
+
+    >>> import varmeta as vm
+    >>> vm.Joint(MeanField()).describe() == vm.Joint("normal").describe()
+    True
+    """
 
     name = "normal"
     is_point = False

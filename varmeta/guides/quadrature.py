@@ -44,6 +44,12 @@ class Quadrature(Laplace):
     Source: Pinheiro and Bates, J. Computational and Graphical Statistics 4 (1995).
 
     Raises ValueError for more than three weights per task.
+
+    >>> import torch, varmeta as vm
+    >>> votes = vm.TaskSet([vm.Task((torch.zeros(3, 0), torch.tensor([0, 1, i]))) for i in (0, 1)])
+    >>> model = vm.TaskModel(vm.LinearPredictor([]), vm.likelihoods.Bernoulli())
+    >>> vm.fit(model, votes, vm.Implicit(Quadrature(num_nodes=21))).loss_name
+    'negative log evidence by quadrature'
     """
 
     num_nodes: int | None = None

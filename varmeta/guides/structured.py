@@ -49,6 +49,10 @@ class LowRank(BoundGuide):
     Source: Mishkin et al., SLANG (NeurIPS 2018), for a precision of this kind.
 
     Raises ValueError for a rank below 1.
+
+    >>> import varmeta as vm
+    >>> vm.Joint(LowRank(rank=3)).describe()
+    'Joint(low_rank(rank=3), outer=elbo)'
     """
 
     rank: int | None = None
@@ -104,6 +108,14 @@ class Structured(BoundGuide):
     Memory per task: 2 D + m (m - 1) / 2 numbers for m weights that match.
 
     Raises TypeError for what is no list of patterns; ValueError for a pattern that matches nothing.
+
+    >>> import varmeta as vm
+    >>> net = torch.nn.Sequential(torch.nn.Linear(1, 9), torch.nn.Tanh(), torch.nn.Linear(9, 1))
+    >>> model = vm.TaskModel(net, vm.likelihoods.Gaussian())
+    >>> guide = Structured(dense=("2.*",))  # the last layer
+    >>> fit = vm.fit(model, vm.datasets.lines(5), vm.Joint(guide), num_steps=2)
+    >>> fit.posterior().distribution.event_shape
+    torch.Size([28])
     """
 
     dense: tuple[str, ...] = ()

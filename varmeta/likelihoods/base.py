@@ -26,18 +26,29 @@ class Likelihood(Remembers, ABC):
     `out` is the network's output, `(..., points, channels)`; a single channel may be left out.
 
     A likelihood's own learned numbers live in eta; `init` gives their start.
+
+    Observations are in y's units.  A whole one stands in docs/extend.md.
+
+    >>> from varmeta.likelihoods import Gaussian
+    >>> sorted(Gaussian(scale=2.0).init(torch.zeros(())))
+    ['log_scale']
     """
 
     kind = "regression"
 
     def init(self, like: Tensor) -> dict[str, Tensor]:
-        """The likelihood's entries of eta."""
+        """The likelihood's entries of eta.
+
+        Numbers `()`, or vectors such as cutpoints, in the dtype of `like`, `()`.
+        """
         return {}
 
     def learned(self, eta: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What it learned, on a scale and under names for people to read.
 
         Further axes of eta in front stay.
+
+        Each `()`, or in the shape of those axes.
         """
         return {}
 
@@ -92,14 +103,25 @@ class Likelihood(Remembers, ABC):
         """The distribution of the observations.
 
         `y` only for what it says about the design (numbers of trials).
+
+        out: `(..., points, channels)`, or `(..., points)` of one channel; the batch shape is that
+            of out, without the channels where they make one observation.
+
+        Raises ValueError for another number of channels than it needs.
         """
 
     def observed(self, y: Tensor) -> Tensor:
-        """The random part of y."""
+        """The random part of y.
+
+        y: `(..., points)`, with an axis more where a row has several numbers.
+        """
         return y
 
     def weights(self, y: Tensor) -> Tensor | None:
-        """How often each observation counts, as the leading axes of y; None: once."""
+        """How often each observation counts, as the leading axes of y; None: once.
+
+        y: as for `observed`; the weights are `(..., points)`.
+        """
         return None
 
     def invalid(self, y: Tensor) -> tuple[Tensor, str]:
@@ -206,5 +228,8 @@ class LocationScale(Likelihood):
         return eta[SCALE].exp() if self.learn_scale else out.new_tensor(self.scale)
 
     def noise(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        """The distribution of observations around `loc` with that scale."""
+        """The distribution of observations around `loc` with that scale.
+
+        loc: `(..., points)`; scale: what broadcasts against it, in y's units, `()` as a rule.
+        """
         return dist.Normal(loc, scale)

@@ -23,6 +23,9 @@ class Gaussian(LocationScale):
 
     Raises ValueError for a scale that is not positive, and for per_task with learn_scale=False or a
     scale_hyperprior.
+
+    >>> Gaussian(scale=0.5, learn_scale=False)
+    Gaussian(scale=0.5, learn_scale=False)
     """
 
 
@@ -30,6 +33,12 @@ class StudentT(LocationScale):
     """y = out + scale * t(df), for data with outliers.
 
     `df` > 0 is fixed; per_task as of `Gaussian`.
+
+    Raises ValueError for a `df` or a scale that is not positive.
+
+    >>> import torch
+    >>> StudentT(df=3.0, scale=2.0, learn_scale=False).distribution(torch.zeros(4), {}).batch_shape
+    torch.Size([4])
     """
 
     def __init__(
@@ -53,6 +62,11 @@ class LogNormal(LocationScale):
     """log y = out + scale * N(0, 1), for y > 0 with a constant coefficient of variation.
 
     `scale` is that of log y.
+
+    >>> import torch
+    >>> d = LogNormal(scale=0.1, learn_scale=False).distribution(torch.zeros(1), {})
+    >>> d.mean.round(decimals=3)  # exp(0.1^2 / 2)
+    tensor([1.0050])
     """
 
     real_valued = False  # a shift would leave the support

@@ -16,7 +16,11 @@ CONCENTRATION, GAPS = "log_concentration", "log_gaps"
 
 
 class Bernoulli(Likelihood):
-    """y in {0, 1}; the network puts out the log odds."""
+    """y in {0, 1}; the network puts out the log odds.
+
+    >>> Bernoulli().distribution(torch.tensor([0.0]), {}).mean
+    tensor([0.5000])
+    """
 
     kind = "binary"
 
@@ -37,6 +41,8 @@ class Categorical(Likelihood):
 
     ways: the name of a feature of the tasks that says how many classes a task has, 2 to C: the
         others, from that number on, have probability 0 in it.  None: every task has all.
+
+    Raises ValueError for fewer than two classes, TypeError where `ways` is no name.
 
     >>> likelihood, known = Categorical(3, ways="ways"), {"feature.ways": torch.tensor([2.0, 3.0])}
     >>> likelihood.distribution(torch.zeros(2, 1, 3), known).probs
@@ -81,7 +87,11 @@ class Categorical(Likelihood):
 
 
 class Poisson(Likelihood):
-    """y a count; the network puts out the log rate."""
+    """y a count; the network puts out the log rate.
+
+    >>> Poisson().distribution(torch.tensor([2.0]).log(), {}).mean
+    tensor([2.])
+    """
 
     kind = "count"
 
@@ -112,6 +122,11 @@ class Binomial(Likelihood):
 
     total_count: the trials of every observation; None where y has two columns, (successes,
         trials).  A prediction without y is then for a single trial.
+
+    Raises ValueError for a total_count below 1.
+
+    >>> Binomial(total_count=10).distribution(torch.tensor([0.0]), {}).mean
+    tensor([5.])
     """
 
     kind = "count"
@@ -151,6 +166,8 @@ class NegativeBinomial(Likelihood):
 
     concentration: > 0, learned from where it starts (as `log_concentration`), or fixed with
         `learn_concentration=False`; at infinity the counts are Poisson's.
+
+    Raises ValueError for a concentration that is not positive.
 
     >>> counts = NegativeBinomial(2.0, learn_concentration=False)
     >>> d = counts.distribution(torch.tensor(3.0).log(), {})
@@ -235,6 +252,8 @@ class Ordinal(Likelihood):
     learned by the logarithms of their distances (`log_gaps`), which start at 1.  The cumulative
     logit (proportional odds) model.
 
+    Raises ValueError for a number of classes that is no whole number of at least 2.
+
     >>> Ordinal(3).distribution(torch.tensor(0.0), {"log_gaps": torch.zeros(1)}).probs
     tensor([0.5000, 0.2311, 0.2689])
     """
@@ -259,7 +278,10 @@ class Ordinal(Likelihood):
         )
 
     def cutpoints(self, eta: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """c_0, ..., c_{C-2}, ascending from 0."""
+        """c_0, ..., c_{C-2}, ascending from 0.
+
+        `(C - 1,)`, on the scale of log odds, in the dtype of `like`.
+        """
         first = like.new_zeros(1)
         return torch.cat([first, _free(eta)]) if self.num_classes > 2 else first
 

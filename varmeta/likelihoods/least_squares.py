@@ -104,7 +104,10 @@ class LeastSquaresClasses(Gaussian):
     def distribution(
         self, out: Tensor, eta: Mapping[str, Tensor], y: Tensor | None = None
     ) -> dist.TorchDistribution:
-        """Of the targets."""
+        """Of the targets, batch shape `(..., points)`; out: `(..., points, C)`.
+
+        Raises ValueError where out has another number of channels than there are classes.
+        """
         if out.shape[-1] != self.num_classes:
             raise ValueError(
                 f"the network puts out {counted(out.shape[-1], 'number')} for a row, but {self!r} "

@@ -76,6 +76,10 @@ class LinearPredictor(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(())))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The predictions `(points,)` at x `(points, columns)`.
+
+        Raises ValueError for another number of columns.
+        """
         if x.shape[-1] != len(self.columns):
             raise ValueError(
                 f"the network takes {counted(len(self.columns), 'column')}, x has {x.shape[-1]}"

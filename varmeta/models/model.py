@@ -132,6 +132,8 @@ class TaskModel(Remembers):
         params: shape of each weight (theta0 starts at zero), or a tensor to start theta0 from.
         prior, shared: as for a network; a shared parameter reaches the program with its own shape.
 
+        Raises TypeError for a program that is not callable, ValueError for names as `TaskModel`.
+
         >>> def program(params, x, y):
         ...     mean = params["intercept"] + params["slope"] * x
         ...     return pyro.sample("y", dist.Normal(mean, params["log_sd"].exp()), obs=y)

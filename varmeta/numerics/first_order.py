@@ -72,7 +72,10 @@ class GradientDescent(FirstOrderMinimizer):
     def update(
         self, phi: Tree, gradient: Tree, state: Tree, lr_scale: Any = 1.0
     ) -> tuple[Tree, Tree]:
-        """One step; lr_scale: where lr is not a number, the rates themselves, shaped as phi."""
+        """One step; lr_scale: where lr is not a number, the rates themselves, shaped as phi.
+
+        Raises ValueError where the rates that the rule learns are not given.
+        """
         if self.clip is not None:
             gradient = _clipped(gradient, self.clip)
         if self.momentum:

@@ -35,6 +35,11 @@ class LearnedRates:
     2019), "How to train your MAML".
 
     Raises ValueError for a start that is not positive or another `per`, TypeError for other kinds.
+
+    >>> import varmeta as vm
+    >>> rule = vm.GradientDescent(lr=LearnedRates(start=0.05, per="weight"))
+    >>> vm.Unrolled(minimizer=rule).minimizer.lr.start
+    0.05
     """
 
     start: float = 0.01

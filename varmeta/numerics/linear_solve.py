@@ -38,7 +38,12 @@ _DELAY = 4
 
 
 class LinearSolver(ABC):
-    """A way to solve A x = b.  Subclasses hold choices, never state."""
+    """A way to solve A x = b.  Subclasses hold choices, never state.
+
+    >>> import torch
+    >>> Direct().solve(lambda v: {"w": 2.0 * v["w"]}, {"w": torch.ones(1, 2)}).value["w"]
+    tensor([[0.5000, 0.5000]])
+    """
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Tree) -> Solution:
@@ -58,7 +63,10 @@ class LinearSolver(ABC):
         """
 
     def solve_all(self, matvec: Matvec, bs: Sequence[Tree]) -> list[Solution]:
-        """Several right-hand sides for one A."""
+        """Several right-hand sides for one A.
+
+        bs: right-hand sides, each a tree of tensors `(tasks, ...)` as `solve` takes it.
+        """
         return [self.solve(matvec, b) for b in bs]
 
 

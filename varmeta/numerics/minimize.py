@@ -43,6 +43,12 @@ class Minimizer(ABC):
     """A way to minimise: `solve`.  Subclasses hold choices, never state.
 
     A rule that needs the gradient alone is written faster as a `FirstOrderMinimizer`.
+
+    >>> import torch
+    >>> from varmeta.numerics.newton import NewtonCG
+    >>> fn = lambda phi: (phi["w"] - 2.0).square().sum(-1)  # a loss per task
+    >>> minimize(fn, {"w": torch.zeros(1, 2)}, NewtonCG()).value["w"]
+    tensor([[2., 2.]])
     """
 
     takes_units = False
@@ -62,6 +68,11 @@ class Minimizer(ABC):
         """What `minimize` calls once it has checked the arguments, which see.
 
         With `units` too where the class says `takes_units`.
+
+        fn: phi to losses `(tasks,)`; phi: where to start, `(tasks, ...)` each.  Returns a
+            `Solution`, whose stats have "evaluations", `(tasks,)`.
+
+        Raises ValueError for what the rule cannot do, as the derivative of Newton's steps.
         """
 
 
@@ -181,13 +192,22 @@ def minimize(
 
 
 class FirstOrderMinimizer(Minimizer):
-    """A rule that needs the gradient alone: a subclass writes `init` and `update`."""
+    """A rule that needs the gradient alone: a subclass writes `init` and `update`.
+
+    phi, its gradient and the state are trees of tensors `(tasks, ...)`.
+
+    >>> import torch
+    >>> from varmeta.numerics.first_order import GradientDescent
+    >>> rule, phi = GradientDescent(lr=0.5), {"w": torch.ones(1, 2)}
+    >>> rule.update(phi, {"w": torch.ones(1, 2)}, rule.init(phi))
+    ({'w': tensor([[0.5000, 0.5000]])}, {})
+    """
 
     @abstractmethod
     def init(self, phi: Tree) -> Tree:
         """The state before the first step.
 
-        Every tensor has the task axis first, so rows can be taken and put back.
+        Every tensor has the task axis first, `(tasks, ...)`, so rows can be taken and put back.
         """
 
     @abstractmethod

@@ -15,6 +15,9 @@ class Result(enum.IntEnum):
     """How an iteration ended; the larger, the worse.
 
     `.sentence` says it and ends in something to do.
+
+    >>> Result.STEP_LIMIT > Result.CONVERGED, Result.DIVERGED.sentence
+    (True, 'the iteration diverges: lower its step size')
     """
 
     CONVERGED = 0
@@ -51,6 +54,11 @@ class Solution(NamedTuple):
     value: the tree that was found.
     result: codes of `Result`, `(tasks,)`, int64.
     stats: named numbers, each `(tasks,)`.
+
+    >>> import torch
+    >>> found = Solution({"w": torch.zeros(2, 3)}, torch.tensor([0, 1]), {})
+    >>> found.worst.name
+    'STEP_LIMIT'
     """
 
     value: Tree

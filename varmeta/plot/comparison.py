@@ -37,6 +37,12 @@ def plot_comparison(
     level: the nominal level of the coverage in the table.
 
     Raises ValueError for a score that the table does not have.
+
+    >>> import matplotlib.pyplot as plt, pandas as pd
+    >>> columns = {"log_density": [-1.0], "log_density_low": [-1.2], "log_density_high": [-0.8]}
+    >>> plot_comparison(pd.DataFrame(columns, index=["joint"])).get_yticklabels()[0].get_text()
+    'joint'
+    >>> plt.close("all")
     """
     if metric not in table:
         scores = [name[: -len("_low")] for name in table if name.endswith("_low")]

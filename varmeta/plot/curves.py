@@ -45,6 +45,17 @@ def plot_curves(
 
     Raises ValueError for a task that the posterior does not have, an x of several columns, and
     observations of several numbers.
+
+    >>> import matplotlib.pyplot as plt
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks)
+    >>> grid = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    >>> plot_curves(fit.posterior(), grid, [tasks.names[0]])[0, 0].get_title()
+    'line 0.0'
+    >>> plt.close("all")
     """
     tasks = [tasks] if isinstance(tasks, str) else tasks
     _check(posterior, tasks)

@@ -25,6 +25,13 @@ def no_pooling(fit: Fit) -> Tensor:
     That is its mode under a prior that weighs 1 % of one observation.
 
     Shared parameters and the noise scale are the fit's.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> no_pooling(vm.fit(model, tasks)).shape
+    torch.Size([9, 2])
     """
     return baselines.no_pooling(fit.model, fit.tasks, fit.eta, fit.seed)
 
@@ -40,6 +47,16 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
         stand side by side.
 
     Raises ValueError for a weight that there is not.
+
+    >>> import matplotlib.pyplot as plt
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks)
+    >>> plot_shrinkage(fit, ("intercept", "x")).get_xlabel()
+    'intercept'
+    >>> plt.close("all")
     """
     at = [_position(fit, label) for label in (weights or fit.prior.labels[:2])]
     own = no_pooling(fit).cpu().numpy()
@@ -99,6 +116,16 @@ def plot_posteriors(fit: Fit, weight: str, ax: Any = None) -> Any:
     Where features move the prior, it is drawn for a task whose features are at their mean. Raises
     ValueError for a weight that there is not, and for a delta guide, whose posteriors have no
     density.
+
+    >>> import matplotlib.pyplot as plt
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks)
+    >>> plot_posteriors(fit, "x").get_xlabel()
+    'x'
+    >>> plt.close("all")
     """
     posterior, index = fit.posterior(), _position(fit, weight)
     if posterior.is_point:
@@ -137,6 +164,16 @@ def plot_prior_curves(
     such curves at each x. Where features move the prior, the new tasks' are at their mean.
 
     Raises ValueError for an x of several columns, as `plot_curves` does.
+
+    >>> import matplotlib.pyplot as plt
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks)
+    >>> plot_prior_curves(fit, torch.linspace(-1, 1, 9, dtype=torch.float64)).get_xlabel()
+    'x'
+    >>> plt.close("all")
     """
     num_draws = whole_number("num_draws", num_draws)
     shape = fit.tasks.x_shape

@@ -24,6 +24,16 @@ def plot_prior(fit: Fit, limit: int = 30) -> Any:
     A few weights get an axis each, since their units differ; more share one.  The dots' heights
     mean nothing.  Where features move the prior, it is drawn for a task whose features are at their
     mean.  Returns the axes, `(weights or 1, 1)`.
+
+    >>> import matplotlib.pyplot as plt
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks)
+    >>> plot_prior(fit).shape
+    (2, 1)
+    >>> plt.close("all")
     """
     import matplotlib.pyplot as plt
 
@@ -104,7 +114,15 @@ def _explain(figure: Any, ax: Any) -> None:
 
 
 def plot_gaps(gap: Any, ax: Any = None) -> Any:
-    """Gaps of a `Reachability` in nats, one bar per task, sorted; returns the axes."""
+    """Gaps of a `Reachability` in nats, one bar per task, sorted; returns the axes.
+
+    gap: `(tasks,)`.
+
+    >>> import matplotlib.pyplot as plt
+    >>> plot_gaps([0.1, 0.5]).get_xlabel()
+    'tasks, sorted'
+    >>> plt.close("all")
+    """
     ax = axes_for(ax, figsize=(6.5, 3.0))
     gap = np.sort(np.asarray(gap))
     ax.bar(np.arange(1, len(gap) + 1), gap, color=np.where(gap > 0, BAND, MUTED), width=0.9)

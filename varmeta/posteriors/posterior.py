@@ -38,6 +38,18 @@ class Posterior(Shown):
     `trained` are the training tasks.
 
     q: where the weights are and how they are drawn.
+
+    The weights are in y's units per unit of their column.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> posterior = vm.fit(model, tasks).posterior()
+    >>> posterior
+    <Posterior: 9 tasks, 2 weights each, multivariate_normal guide>
+    >>> posterior.mean["x"].shape, posterior.predict([[0.0]]).mean.shape
+    (torch.Size([9]), torch.Size([9, 1]))
     """
 
     def __init__(self, q: Draws, tasks: TaskSet, trained: TaskSet) -> None:
@@ -180,6 +192,9 @@ class Posterior(Shown):
         """What `read` takes from the observations' distribution at x, under each draw.
 
         A point is one draw.
+
+        read: takes a distribution of batch shape `(draws, tasks, points)` to a tensor whose shape
+            begins so.
         """
         data = self._new(x)
         return Prediction(self.observer.read(data, read, num_samples, seed), data.mask, self.names)
@@ -214,6 +229,8 @@ class Posterior(Shown):
         `(draws, tasks, points)`, 0 in the padding; the mask is `(tasks, points)`.
 
         Densities, so that the weights of `Weighted`, or of `poutine.scale`, are not in them.
+
+        Raises ValueError as `score`.
         """
         data = scored(query, self.q.batch, self.model, self.trained)
         evaluated = self.observer.evaluate(data, num_samples, seed, sampled=False)

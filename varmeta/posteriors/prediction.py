@@ -75,6 +75,8 @@ class Prediction(Shown):
         """Ends of the central interval of probability `level`, `(tasks, points, ...)` each.
 
         The lower one first.
+
+        Raises ValueError for a level that is not between 0 and 1, and of classes.
         """
         level = probability("level", level)
         ends = (1 - level) / 2, (1 + level) / 2
@@ -100,7 +102,10 @@ class Prediction(Shown):
         )
 
     def task(self, name: str) -> Tensor:
-        """The draws of one task without padding, `(draws, points, ...)`."""
+        """The draws of one task without padding, `(draws, points, ...)`.
+
+        Raises KeyError for a task that there is not.
+        """
         if name not in self.names:
             raise no_task(name, self.names)
         index = self.names.index(name)

@@ -63,6 +63,17 @@ def load(path: str | PathLike[str], model: TaskModel, strategy: Strategy | None 
     is not a fit or was changed after it was written, for a fit of another model, naming the
     argument, and for another kind of strategy.  Warns of a file of an older format, which knows
     less.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "lines.fit")
+    ...     vm.fit(model, tasks).save(path)
+    ...     load(path, model).converged
+    True
     """
     if not isinstance(model, TaskModel):
         raise TypeError(f"model must be the TaskModel that was fitted, not {type(model).__name__}")

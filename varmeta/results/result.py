@@ -70,7 +70,20 @@ HOW_IT_ENDED = {
 
 
 class Fit(Shown):
-    """A learned prior, with the tasks' posteriors and the record of the run."""
+    """A learned prior, with the tasks' posteriors and the record of the run.
+
+    Numbers of the objective are nats; weights are in y's units per unit of their column.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks)
+    >>> fit
+    <Fit: Joint(multivariate_normal, outer=elbo), 9 tasks, converged>
+    >>> fit.prior.frame().index.tolist()
+    ['intercept', 'x', 'noise scale']
+    """
 
     def __init__(
         self,
@@ -236,6 +249,8 @@ class Fit(Shown):
 
         Given the variances.  Under a posterior of eta its standard deviations.  None where there
         are none: points, networks, noisy or unfinished fits, streams.
+
+        In the parameter's shape, `(*shape,)`, and its units.
         """
         names = [
             name for name in self.model.start if name in self.eta

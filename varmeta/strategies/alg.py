@@ -73,6 +73,14 @@ class StochasticAlg:
     noisy steps; Kool et al. (2019) for the baseline.
 
     Raises ValueError for a number out of range, and where nothing is random.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> noisy = vm.StochasticAlg(num_steps=5, lr=0.001, start_scale=1.0)
+    >>> found = vm.meta_gradient(model, tasks, vm.Stochastic(vm.Unrolled(inner_steps=1), noisy))
+    >>> sorted(found.moving) == sorted(found.grads)
+    True
     """
 
     num_steps: int = 50

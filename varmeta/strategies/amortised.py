@@ -42,7 +42,10 @@ class Amortised(Strategy):
 
     @abstractmethod
     def adapt_from_point(self, problem: Problem, batch: Batch, eta: Eta, start: Tree) -> Solution:
-        """phi where the strategy gets to from there."""
+        """phi where the strategy gets to from there.
+
+        start: phi, one row `(tasks, ...)` for each draw and task.
+        """
 
     def objectives(self, problem: Problem, batch: Batch, state: State) -> tuple[Losses, Losses]:
         """F_i and G_i.

@@ -49,6 +49,12 @@ class Certificate(Shown):
     curvature: the smallest curvature d'Ad / d'd that the solvers met; negative means that phi is no
         minimum.
     failed: which tasks are out of tolerance; ok: none is.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> vm.meta_gradient(model, tasks, vm.Implicit("delta", "query")).certificate
+    <Certificate: 9 tasks, all certified>
     """
 
     names: tuple[str, ...]

@@ -67,6 +67,15 @@ class Implicit(Amortised):
     tolerance: of the inner gradient, relative to 1 + its norm at the start; None: 1e-8 in float64,
         1e-4 in float32.
     Reference: Rajeswaran et al. (2019).
+
+    Raises ValueError for an unknown name, fewer than one step, and inner steps of `ClosedForm`.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> found = vm.meta_gradient(model, tasks, vm.Implicit("delta", "query"))
+    >>> sorted(found.grads), found.certificate.ok
+    (['intercept', 'log_scale', 'x'], True)
     """
 
     outer: Outer = "elbo"
@@ -139,7 +148,7 @@ class Implicit(Amortised):
     def from_point(
         self, problem: Problem, batch: Batch, eta: Eta, state: State, start: Tree
     ) -> tuple[Tensor, Stats]:
-        """At the minimum below."""
+        """At the minimum below: losses `(tasks,)`."""
         losses, ends, _, stats = self._at_minimum(problem, batch, eta, state, start)
         inner, _ = self.objectives(problem, batch, state)
         unsettled = _on_a_ridge(inner, start, ends, detach(eta)).to(losses).mean()

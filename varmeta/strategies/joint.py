@@ -44,6 +44,14 @@ class Joint(Strategy):
         tolerance).
     Reference: Amit and Meir (2018) for Gaussian guides; with a delta guide, Zhou et al. (2019),
         Meta-MinibatchProx.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks, vm.Joint("multivariate_normal"))
+    >>> fit.converged, fit.log_likelihood is not None
+    (True, True)
     """
 
     guide: GuideName | Guide | Callable[..., Any] = "normal"

@@ -24,6 +24,18 @@ class Reinit(Joint):
     schedule for phi, full at its start and falling to zero at its end, while eta's falls once over
     the whole run; so phi's steps must be large enough to get from the prior to the posterior within
     a period.
+
+    every: in outer steps.
+
+    Raises ValueError for one below 1.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> prior = vm.GaussianPrior(learn_precision="shared")
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), prior)
+    >>> fit = vm.fit(model, tasks, vm.Reinit("normal", every=10), num_steps=20)
+    >>> fit.strategy.describe()
+    'Reinit(normal, outer=elbo)'
     """
 
     every: int = field(default=100, kw_only=True)

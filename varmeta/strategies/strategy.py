@@ -57,6 +57,9 @@ class State:
     step: the outer step, which also numbers the noise.
     lr_scale: the schedule's present multiplier, for steps that the strategy takes itself.
     certify: whether to work out what an implicit gradient rests on; None: as the strategy was told.
+
+    >>> State().step, State(certify=True).phi
+    (0, None)
     """
 
     phi: Tree | None = None
@@ -78,6 +81,10 @@ class Stats:
         each draw and task.
     ends: where the draws of a stochastic Alg ended.  unsettled: the share of them that ended on a
         ridge.
+
+    >>> import torch
+    >>> Stats(losses=torch.zeros(3), evaluations=2.0).losses.shape
+    torch.Size([3])
     """
 
     losses: Tensor
@@ -111,6 +118,10 @@ class Traits:
         does.
     minimizer: whose steps may diverge; None: nobody's.
     on_unconverged: what is done about an implicit gradient whose certificate is out of tolerance.
+
+    >>> traits = Traits(noisy=False, stored=True)
+    >>> traits.line_search, traits.settled(State(step=3))
+    (True, True)
     """
 
     noisy: bool
@@ -143,6 +154,12 @@ class Strategy(ABC):
         "auto" is the first of these that serves, see docs/choices.md.
 
     The contract of a subclass is `init`, `loss`, `adapt` and `traits`.
+
+    A whole one stands in docs/extend.md.
+
+    >>> import varmeta as vm
+    >>> isinstance(vm.Joint("normal"), Strategy), vm.Joint("normal").describe()
+    (True, 'Joint(normal, outer=elbo)')
     """
 
     guide: GuideName | Guide | Callable[..., Any] = "delta"

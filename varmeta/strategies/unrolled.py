@@ -143,6 +143,13 @@ class Unrolled(KSteps):
         does not grow with K, and a step takes four gradients instead of three.  None: beyond 50
         steps.
     Reference: Finn et al. (2017); Ravi and Beatson (2019).
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> found = vm.meta_gradient(model, tasks, vm.Unrolled(inner_steps=3))
+    >>> sorted(found.grads)
+    ['intercept', 'log_scale', 'x']
     """
 
     recompute: bool | None = field(default=None, kw_only=True)
@@ -204,7 +211,15 @@ def _kept_where_still(start: Tensor, end: Tensor, lr: float) -> Tensor:
 
 @dataclass(frozen=True)
 class FirstOrder(KSteps):
-    """`Unrolled` with d phi_K / d phi_0 taken as the identity: first-order MAML."""
+    """`Unrolled` with d phi_K / d phi_0 taken as the identity: first-order MAML.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> found = vm.meta_gradient(model, tasks, vm.FirstOrder(inner_steps=3))
+    >>> sorted(found.grads)
+    ['intercept', 'log_scale', 'x']
+    """
 
     def traits(self, problem: Problem) -> Traits:
         self._check_end(problem)
@@ -226,6 +241,15 @@ class Reptile(KSteps):
     By lambda (theta0 - phi_K), the elbo with phi_K held fixed.
 
     Reference: Nichol et al. (2018); its pull with the precision of the prior as the factor.
+
+    Raises ValueError for another outer objective than "elbo".
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> found = vm.meta_gradient(model, tasks, vm.Reptile(inner_steps=3))
+    >>> sorted(found.grads)
+    ['intercept', 'log_scale', 'x']
     """
 
     outer: Outer = "elbo"

@@ -25,6 +25,15 @@ class Episodes:
 
     A number's task is a function of the seed and the number alone.  `fit` takes it as a stream,
     `take` makes a TaskSet of some.
+
+    images: `(rows, ...)`; classes: of each class its rows, `(n,)`; groups: of each group its
+        classes, `(k,)`.
+
+    >>> import torch, varmeta as vm
+    >>> digits, labels = torch.zeros(12, 1, 4, 4), ["a", "b", "c"] * 4
+    >>> vm.episodes(digits, labels, ways=2, shots=1, queries=2, seed=0).take(3)
+    TaskSet(3 tasks, 6 support points (2 to 2 per task),
+            12 query points (4 to 4 per task), x (1, 4, 4), float32, y int64)
     """
 
     def __init__(
@@ -92,7 +101,10 @@ class Episodes:
         return group[order[:ways]].tolist(), generator
 
     def take(self, number: int, start: int = 0) -> TaskSet:
-        """The episodes `start`, ..., `start + number - 1`, as for validation and tests."""
+        """The episodes `start`, ..., `start + number - 1`, as for validation and tests.
+
+        Raises ValueError or TypeError where `number` is no whole number of at least 1.
+        """
         whole_number("number", number)
         return TaskSet(self[start + i] for i in range(number))
 

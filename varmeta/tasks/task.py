@@ -21,6 +21,11 @@ class Task:
     name: unique in a set; unnamed tasks are called "task 0", "task 1", ... by their position.
     features: what is known of the task as a whole, numbers by name, the same names in every task of
         a set: what `GaussianPrior(covariates=...)` moves the prior by.
+
+    x is `(points,)` or `(points, features)`, y `(points,)` or `(points, responses)`, in any units.
+
+    >>> Task(support=([0.0, 1.0], [0.5, 1.5]), query=([2.0], [2.5]), name="north")
+    Task('north', support=2 points, query=1 points)
     """
 
     support: tuple[Any, Any] | None = None

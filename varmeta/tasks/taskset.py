@@ -344,6 +344,8 @@ class TaskSet(Shown):
         """The tasks at the positions `rows` (None: all), padded to the set's largest task.
 
         The tensors may share memory with the set: do not write into them.
+
+        Raises ValueError for no rows, IndexError for positions that there are not.
         """
         if rows is None:
             everyone = torch.arange(len(self), device=self.device)

@@ -40,6 +40,15 @@ class MetaGradient(Shown):
     certificate: for `Implicit`, what the gradient rests on; else None.
     moving, selecting: of a `Stochastic` strategy, the two parts of grads by name: how each minimum
         moves, and how the probability of reaching it changes; else None.
+
+    grads, moving and selecting have eta's shapes, `(*shape,)`, in nats per unit of eta.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
+    >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
+    >>> found = meta_gradient(model, tasks, vm.Implicit("delta", "query"))
+    >>> found.frame().index.tolist()
+    ['intercept', 'x', 'log_scale']
     """
 
     value: float
@@ -109,6 +118,8 @@ def meta_gradient(
     >>> result = vm.meta_gradient(model, tasks, vm.Implicit(outer="query"))
     >>> sorted(result.grads), result.certificate.ok
     (['bias', 'log_scale', 'weight'], True)
+
+    eta: by name, in the shapes of the gradients, `(*shape,)`.
     """
     check_kinds(model, tasks, strategy)
     check_compile(compile)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from varmeta._checks import counted
+from varmeta.display.shown import Shown
 from varmeta.results.fitted import Criteria, Fitted
 from varmeta.results.left_out_differences import LeftOut
 from varmeta.results.likelihood_ratio import Ratio
@@ -25,12 +26,21 @@ TEST = ["against", "chi2", "df", "p"]
 
 
 @dataclass(frozen=True, repr=False)
-class ModelComparison:
+class ModelComparison(Shown):
     """Fitted models side by side, those with fewer parameters first.
 
     table: one row per model, see `frame`.
     head: what was compared, in a line.  notes: what must be known to read the table, a sentence
         each.
+
+    >>> import torch, varmeta as vm
+    >>> tasks = vm.datasets.lines(9, noise=0.1, dtype=torch.float64)
+    >>> def fitted(learned):
+    ...     net, prior = vm.LinearPredictor(["x"]), vm.GaussianPrior(learn_precision=learned)
+    ...     return vm.fit(vm.TaskModel(net, vm.likelihoods.Gaussian(), prior), tasks)
+    >>> both = [fitted("shared"), fitted("full")]
+    >>> vm.compare_models(*both, names=["shared", "full"], leave_one_task_out=False)
+    <ModelComparison: shared, full>
     """
 
     table: pd.DataFrame
@@ -85,12 +95,8 @@ class ModelComparison:
         """
         return self.table.copy()
 
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        found: str = self.table.to_html(na_rep="")
-        lines = (self.head, *self.notes)
-        return found + "".join(f"<p>{escape(line)}</p>" for line in lines)
+    def _headline(self) -> str:
+        return "\n".join([self.head, *self.notes])
 
     def __str__(self) -> str:
         """The table in two parts, the models and the tests, and the notes."""

@@ -38,6 +38,11 @@ class Reachability(Shown):
     A gap above 0: the joint solution is better than what the inner loop reaches from the prior.
     Below 0: the inner loop finds a better one than the joint run had arrived at.
     alg: what was run from the prior, in words.
+
+    >>> import torch
+    >>> found = Reachability(("a", "b"), torch.tensor([1.0, 2.0]), torch.tensor([1.5, 2.0]), "Adam")
+    >>> found
+    <Reachability: 2 tasks, the largest gap 0.5 nats>
     """
 
     names: tuple[str, ...]

@@ -35,6 +35,13 @@ class Report(Shown):
         had converged, why it stopped, and what it warned about.
     level: of the interval whose coverage was counted.  budget: gradient evaluations per task that
         each run was given.
+
+    >>> import torch, varmeta as vm
+    >>> train, test = vm.datasets.lines(8, 5), vm.datasets.lines(4, 3, 3, seed=1)
+    >>> model = vm.TaskModel(torch.nn.Linear(1, 1), vm.likelihoods.Gaussian())
+    >>> both = {"joint": vm.Joint("normal"), "MAML": vm.Unrolled("delta", "elbo", 1)}
+    >>> vm.compare(both, model, train, test, 1, budget=20, baselines=False, compile=False)
+    <Report: 2 methods, 1 seed, 4 test tasks, 20 evaluations each>
     """
 
     scores: pd.DataFrame
