@@ -554,6 +554,8 @@ class Fit(Shown):
             small as what was learned: a fit that is read from it adapts to new tasks, and `fit(...,
             resume=it)` goes on with the same tasks unless the strategy stores posteriors; what is
             of the training tasks themselves, as `posterior()`, it refuses.
+
+        Raises TypeError for another `data`, OSError where the path cannot be written.
         """
         if not isinstance(data, bool):
             raise TypeError(f"data must be True or False, not {data!r}")
