@@ -29,8 +29,10 @@ from varmeta.strategies.alg import Estimator
 from varmeta.strategies.expectation import ExpectationName, make_expectation
 from varmeta.strategies.objective import OuterName, check_outer
 from varmeta.strategies.strategy import OnUnconverged
+from varmeta.tasks.formula_design import Missing
 
 ROOT = Path(vm.__file__).parent
+RADON = vm.datasets.radon(as_frame=True)
 LINE = vm.datasets.lines(4, num_support=5, dtype=torch.float64)
 MODEL = vm.TaskModel(
     vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="shared")
@@ -62,6 +64,10 @@ CHOICES: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "per": (Per, lambda name: vm.LearnedRates(per=name)),
     "kind": (ErrorKind, lambda name: calibration_error(torch.rand(9, 3), torch.rand(3), kind=name)),
     "split": (vm.datasets.shipped.Split, vm.datasets.gapminder),
+    "missing": (
+        Missing,
+        lambda name: vm.from_formula("log_radon ~ 1 + (1 | county)", RADON, missing=name),
+    ),
     "route": (Route, lambda name: vm.Landscape.of(torch.cos).derivative(0.5, name)),
     "outer of a landscape": (
         AnchoredOuter,

@@ -403,7 +403,7 @@ def test_what_is_no_guide() -> None:
     with pytest.raises(TypeError, match="name or a callable"):
         make_guide(3)  # type: ignore[arg-type]
     model, batch = linear_model(LEARNED), ragged_tasks(2).batch()
-    with pytest.raises(TypeError, match="must be a Pyro guide"):
+    with pytest.raises(TypeError, match="must return a Pyro guide .*not a function"):
         problem(model, lambda m: lambda eta, data: None).start(batch, start(model))
     with pytest.raises(RuntimeError, match="call init"):
         PyroGuide(Own)({}, {}, batch.support)

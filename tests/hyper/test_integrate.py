@@ -246,8 +246,8 @@ def test_saved_and_resumed(one_way: vm.Fit, tmp_path: Path) -> None:
 def test_export(one_way: vm.Fit) -> None:
     data = one_way.to_arviz(num_samples=100)
     group = data["posterior"]
-    assert group["theta0"].shape == (1, 100, 1) and group["prior_sd"].shape == (1, 100, 1)
-    assert group["noise_scale"].shape == (1, 100) and group["theta"].shape == (1, 100, TASKS, 1)
+    assert group["theta0"].shape == (4, 25, 1) and group["prior_sd"].shape == (4, 25, 1)
+    assert group["noise_scale"].shape == (4, 25) and group["theta"].shape == (4, 25, TASKS, 1)
     assert data.attrs["posterior_kind"] == "integrated" and "log_likelihood" in data
     difference = group["theta"].values - group["theta0"].values[:, :, None]
     np.testing.assert_allclose(np.abs(difference[..., 0]), group["distance"].values, rtol=1e-10)

@@ -147,13 +147,13 @@ def test_the_export_holds_densities_and_its_log_joint_the_weights() -> None:
         model, task_set(lines), vm.Joint("multivariate_normal"), num_steps=2
     ).posterior()
     data = posterior.to_arviz(num_samples=200, seed=1)
-    theta = data["posterior"]["theta"].values[0]  # (draws, tasks, weight and bias)
+    theta = data["posterior"]["theta"].values  # (chains, draws, tasks, weight and bias)
     x, y, w = (np.stack([line[k].numpy()[:6] for line in lines]) for k in range(3))
     density = stats.norm(theta[..., :1] * x + theta[..., 1:], 0.7).logpdf(y)
-    assert np.allclose(data["log_likelihood"]["y"].values[0], density.reshape(200, -1), rtol=1e-8)
+    assert np.allclose(data["log_likelihood"]["y"], density.reshape(4, 50, -1), rtol=1e-8)
     loc = model.weights.flatten(posterior.q.eta).numpy()
     joint = (w * density).sum(-1) + stats.norm(loc, 2.0**-0.5).logpdf(theta).sum(-1)
-    assert np.allclose(data["sample_stats"]["log_joint"].values[0], joint, rtol=1e-8)
+    assert np.allclose(data["sample_stats"]["log_joint"], joint, rtol=1e-8)
 
 
 def test_a_program_that_scales_its_site_is_scored_by_the_density_too() -> None:

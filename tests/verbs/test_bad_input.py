@@ -457,7 +457,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a guide of another kind": (
         lambda: fit(strategy=strategy_of(lambda model: 3)),
         TypeError,
-        "must be a Pyro guide .*not int",
+        "must return a Pyro guide .*not an int",
     ),
     "a guide that is made already": (
         lambda: fit(strategy=strategy_of(autoguide.AutoNormal(lambda: None))),

@@ -172,7 +172,7 @@ def test_it_shows_itself(both: tuple[vm.Fit, vm.Fit]) -> None:
     assert "likelihood ratio" in text and len(text.splitlines()) == 8
     assert len(repr(found)) < 80
     html = found._repr_html_()
-    assert "<table" in html and "<p>2 models" in html and "one <slope>" not in html
+    assert "<table" in html and "<pre>2 models" in html and "one <slope>" not in html
     frame = found.frame()
     frame["AIC"] = 0.0
     assert not found.frame()["AIC"].equals(frame["AIC"])

@@ -33,7 +33,7 @@ def constant_columns(fit: Fit) -> dict[str, float]:
 
 def in_words(found: dict[str, float]) -> str:
     """What to say of them."""
-    named = ", ".join(f"{name} is {value:g}" for name, value in found.items())
+    named = ", ".join(f"{name} is {value + 0.0:g}" for name, value in found.items())
     one = len(found) == 1
     return (
         f"{named} in every row, so that the data say nothing of "
