@@ -49,6 +49,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "precision": (lambda: _model(precision={"hours": 1.0, "Intercept": 1.0}), "intercept"),
     "loc": (lambda: _model(loc={"hour": 0.0}), "hours"),
     "learn_loc": (lambda: _model(learn_loc=["intercpt"]), "intercept"),
+    "loc_hyperprior": (
+        lambda: _model(loc_hyperprior={"hour": torch.distributions.Normal(0.0, 1.0)}),
+        "hours",
+    ),
     "scale_hyperprior": (
         lambda: _model(
             learn_precision="per_parameter",

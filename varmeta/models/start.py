@@ -80,7 +80,7 @@ def placed_by(prior: GaussianPrior, start: Mapping[str, Tensor]) -> dict[str, Te
     if stray:
         raise ValueError(
             f"loc_hyperprior names {sorted(stray)}, but the parameters are {sorted(start)}"
-            f"{nearest(sorted(unknown), start)}"
+            f"{nearest(sorted(stray), start)}"
         )
     return placed
 
