@@ -21,7 +21,12 @@ def of_tensor(name: str, value: Tensor) -> tuple[str, str]:
     ('0.weight (1, 2)', 'rms 3.5355')
     """
     shape = ", ".join(map(str, value.shape))
-    return f"{name} ({shape})", f"rms {float(value.square().mean().sqrt()):.5g}"
+    return f"{name} ({shape})", f"rms {rms(value):.5g}"
+
+
+def rms(value: Tensor) -> float:
+    """The root mean square of a tensor's numbers."""
+    return float(value.square().mean().sqrt())
 
 
 def between(value: Tensor) -> str:

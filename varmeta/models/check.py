@@ -28,7 +28,7 @@ from varmeta.models.check_net import (
     warn_unless_twice_differentiable,
 )
 from varmeta.models.check_rows import ROWS, check_padding
-from varmeta.models.check_ways import check_ways
+from varmeta.models.check_ways import check_ways, unsaid_ways
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import (
     DATA,
@@ -93,7 +93,7 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         if model.net is None:
             _try(model, eta, data, batch.names)
             continue
-        look_at_tokens(model, eta, data)
+        look_at_tokens(model, data, eta)
         sizes = data.num_points
         largest = int(sizes.argmax())
         one = _alone(data, largest)
@@ -126,9 +126,12 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         check_padding(model, data)
 
 
-def has_classes(model: TaskModel) -> bool:
-    """Whether a likelihood says that y is a class."""
-    return model.likelihood is not None and model.likelihood.kind == "classification"
+def ways_left_unsaid(model: TaskModel, tasks: TaskSet) -> str | None:
+    """A warning where tasks look like episodes of fewer classes than the model has; else None."""
+    likelihood = model.likelihood
+    if likelihood is None or likelihood.kind != "classification":
+        return None
+    return unsaid_ways(model, tasks)
 
 
 def _start(model: TaskModel, tasks: TaskSet) -> dict[str, Tensor]:
@@ -149,16 +152,18 @@ def _try_largest(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | N
         _try(model, eta, data.first_points(min(MANY_ROWS, data.mask.shape[1])), one.names)
 
 
-def look_at_tokens(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> None:
+def look_at_tokens(model: TaskModel, data: Data, eta: Mapping[str, Tensor] | None = None) -> None:
     """Raise ValueError where an embedding of the network is given no rows of it.
 
-    The network is run, where it has one, on rows of all tasks as if they were one's.
+    The network is run, where it has one, on rows of all tasks as if they were one's.  eta: where;
+    None: where it starts.
     """
 
     def run(x: Tensor) -> None:
-        own = model.weights.unflatten(model.weights.flatten(eta))
+        at = model.init(data.x.new_zeros(())) if eta is None else eta
+        own = model.weights.unflatten(model.weights.flatten(at))
         with torch.no_grad():
-            model.one_task(eta, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
+            model.one_task(at, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
 
     check_tokens(model.net, data, run)
 

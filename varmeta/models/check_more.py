@@ -26,11 +26,10 @@ def check_more(model: TaskModel, tasks: TaskSet, batch: Batch) -> None:
         if model.likelihood is not None:
             check_observations(model.likelihood, rows, tasks.names)
         if data is not None and data.mask.shape[1]:
-            eta = model.init(data.x.new_zeros(()))
             check_padding(model, data)
-            look_at_tokens(model, eta, data)
+            look_at_tokens(model, data)
             if _outputs_tell(model):
-                check_outcomes(model, eta, data, tasks.names)
+                check_outcomes(model, model.init(data.x.new_zeros(())), data, tasks.names)
 
 
 def _outputs_tell(model: TaskModel) -> bool:

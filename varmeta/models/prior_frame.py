@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from varmeta.models.by_tensor import rms
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -46,7 +48,7 @@ def by_tensor(
             "kind": kind,
             "shape": str(tuple(value.shape)),
             "numbers": value.numel(),
-            "rms": float(value.square().mean().sqrt()),
+            "rms": rms(value),
             "sd_low": float(sd[name].min()) if kind == "weight" else math.nan,
             "sd_high": float(sd[name].max()) if kind == "weight" else math.nan,
         }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from varmeta._checks import kind_of
-from varmeta.numerics.tree import Tree
+from varmeta.numerics.tree import Tree, num_tasks
 
 
 class Result(enum.IntEnum):
@@ -87,7 +87,7 @@ def checked(found: object, who: object, stats: tuple[str, ...], like: Tree) -> S
             f"{name} returns a Solution without {missing[0]!r} in its stats, which must hold "
             f"{', '.join(map(repr, stats))}, (tasks,) each"
         )
-    number = len(next(iter(like.values())))
+    number = num_tasks(like)
     numbers = {"result": found.result} | {name: found.stats[name] for name in stats}
     for what, value in numbers.items():
         if not isinstance(value, Tensor):

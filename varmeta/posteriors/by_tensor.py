@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from varmeta.models.by_tensor import rms
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -27,14 +29,10 @@ def by_tensor(mean: Mapping[str, Tensor], sd: Mapping[str, Tensor]) -> pd.DataFr
     rows = {
         name: {
             "shape": str(tuple(value.shape[1:])),
-            "rms": _rms(value),
-            "between": _rms(value - value.mean(0)),
-            "sd": _rms(sd[name]),
+            "rms": rms(value),
+            "between": rms(value - value.mean(0)),
+            "sd": rms(sd[name]),
         }
         for name, value in mean.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
-
-
-def _rms(value: Tensor) -> float:
-    return float(value.square().mean().sqrt())

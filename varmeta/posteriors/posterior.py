@@ -218,7 +218,7 @@ class Posterior(Shown):
     def _new(self, x: Any) -> Data:
         data = points(x, self.names, self.trained, self.q.batch.support.x)
         check_padding(self.model, data, with_y=False)
-        look_at_tokens(self.model, self.model.init(data.x.new_zeros(())), data)
+        look_at_tokens(self.model, data)
         return data
 
     def log_prob(

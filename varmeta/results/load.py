@@ -35,7 +35,7 @@ from varmeta.strategies.closed_form import ClosedForm
 from varmeta.strategies.inner_rates import RATE, initial_eta
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
-from varmeta.tasks.fingerprint import LeftOut
+from varmeta.tasks.fingerprint import AbsentTasks
 
 MEMBERS = {field.name for field in dataclasses.fields(Ensemble)}
 # What a strategy may be made of: every class of ours below one of these is known by its name.
@@ -148,9 +148,9 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     strategy = _strategy(json.loads(content["strategy"]), shown, model, tasks, strategy)
     _check_rates(content, shown, model, strategy)
     run = _run(content)
-    left_out = content.get("left_out")
-    absent = None if left_out is None else LeftOut(*left_out)
-    fit = Fit(model, tasks, strategy, content["seed"], run, left_out=absent)
+    known = content.get("left_out")
+    absent = None if known is None else AbsentTasks(*known)
+    fit = Fit(model, tasks, strategy, content["seed"], run, absent=absent)
     phi = run.state.phi
     if phi is not None:
         started = fit.problem.start(tasks.batch(), eta)

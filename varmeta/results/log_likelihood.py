@@ -12,7 +12,7 @@ from varmeta.models.model import TaskModel
 from varmeta.priors.factors import FACTOR, PRECISION, TRIL
 from varmeta.results.evidence_gap import is_tight
 from varmeta.results.far_from_evidence import rough_quadrature
-from varmeta.results.result import Fit, left_out_of
+from varmeta.results.result import Fit, absent_tasks_of
 from varmeta.strategies.inner_rates import RATE
 
 Criterion = Literal["ML", "REML", "penalised"]
@@ -74,7 +74,7 @@ def _refused(fit: Fit) -> str | None:
     likelihood = fit.model.likelihood
     if fit.run.streamed is not None:
         return "its tasks came as a stream and are not kept: fit a TaskSet"
-    if left_out_of(fit) is not None:
+    if absent_tasks_of(fit) is not None:
         return "it was saved without its tasks: save it with data=True"
     if fit.members is not None:
         return "it is an ensemble of several estimates: fit one member"

@@ -20,8 +20,7 @@ from varmeta.fitting.profiled_newton import profiled
 from varmeta.fitting.run import Run
 from varmeta.guides.quadrature import Quadrature
 from varmeta.hyper.integrated_draws import IntegratedDraws
-from varmeta.models.check import check_model, has_classes
-from varmeta.models.check_ways import unsaid_ways
+from varmeta.models.check import check_model, ways_left_unsaid
 from varmeta.models.ensemble import Ensemble
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.kinks import kinked
@@ -48,7 +47,7 @@ from varmeta.strategies.prototypes import Prototypes
 from varmeta.strategies.strategy import Eta, Strategy
 from varmeta.strategies.warnings import diverging
 from varmeta.tasks import TaskSet
-from varmeta.tasks.fingerprint import LeftOut, fingerprint
+from varmeta.tasks.fingerprint import AbsentTasks
 from varmeta.tasks.scaling import Scaling
 from varmeta.tasks.taskset import no_tasks
 
@@ -94,7 +93,7 @@ class Fit(Shown):
         run: Run,
         problem: Problem | None = None,
         exact: ProfiledEvidence | None = None,
-        left_out: LeftOut | None = None,
+        absent: AbsentTasks | None = None,
     ) -> None:
         self.model = model
         self.tasks = tasks
@@ -103,12 +102,12 @@ class Fit(Shown):
         self.run = run
         self.problem = strategy.problem(model, tasks, seed) if problem is None else problem
         self._exact = exact
-        self._left_out = left_out
+        self._absent = absent
 
     @property
     def _has_tasks(self) -> bool:
         """Whether `tasks` are those that it learned from, and not one of them."""
-        return self.run.streamed is None and self._left_out is None
+        return self.run.streamed is None and self._absent is None
 
     # -- what was learned --------------------------------------------------------------------------
 
@@ -405,7 +404,7 @@ class Fit(Shown):
         if not self._has_tasks:
             why = (
                 "this fit was saved without its tasks"
-                if self._left_out is not None
+                if self._absent is not None
                 else "the tasks that this fit learned from came as a stream and are not kept"
             )
             raise ValueError(f"{why}: give tasks to fit.adapt(...)")
@@ -417,8 +416,8 @@ class Fit(Shown):
         tasks = tasks.to(dtype=self.tasks.dtype, device=self.tasks.device)
         check_columns(tasks, self.tasks)
         check_model(self.model, tasks)
-        classes = has_classes(self.model) and not isinstance(self.strategy, Prototypes)
-        sentence = unsaid_ways(self.model, tasks) if classes else None
+        has_own = isinstance(self.strategy, Prototypes)  # classes without rows have probability 0
+        sentence = None if has_own else ways_left_unsaid(self.model, tasks)
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=3)
         return tasks
@@ -559,11 +558,11 @@ class Fit(Shown):
         """
         if not isinstance(data, bool):
             raise TypeError(f"data must be True or False, not {data!r}")
-        left_out = self._left_out
+        absent = self._absent
         if not data and self._has_tasks:
-            left_out = LeftOut(len(self.tasks), fingerprint(self.tasks))
+            absent = AbsentTasks.of(self.tasks)
         what = self.model, self.tasks, self.strategy, self.seed, self.run, self.prior
-        save(path, *what, left_out, data)
+        save(path, *what, absent, data)
 
     # -- print -------------------------------------------------------------------------------------
 
@@ -628,15 +627,15 @@ class Fit(Shown):
 
     @property
     def _method(self) -> str:
-        seen, left_out = self.run.streamed, self._left_out
-        number = len(self.tasks) if left_out is None else left_out.number
+        seen, absent = self.run.streamed, self._absent
+        number = len(self.tasks) if absent is None else absent.number
         tasks = counted(number, "task") if seen is None else f"{seen:,} tasks of a stream"
         return f"{summary.method(self.strategy, self.is_point)}, {tasks}"
 
 
-def left_out_of(fit: Fit) -> LeftOut | None:
+def absent_tasks_of(fit: Fit) -> AbsentTasks | None:
     """What is known of a set of tasks that the file of this fit did not hold."""
-    return fit._left_out
+    return fit._absent
 
 
 def training_tasks(fit: Fit) -> TaskSet:

@@ -12,11 +12,11 @@ from torch import Tensor
 from varmeta.fitting.run import Run
 from varmeta.models import constants
 from varmeta.models.model import TaskModel
-from varmeta.results.result import Fit, left_out_of
+from varmeta.results.result import Fit, absent_tasks_of
 from varmeta.strategies.inner_rates import initial_eta
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks import TaskSet
-from varmeta.tasks.fingerprint import LeftOut, fingerprint
+from varmeta.tasks.fingerprint import AbsentTasks
 from varmeta.tasks.stream import Streamed, kind
 
 
@@ -70,7 +70,7 @@ def run_to_resume(
         raise ValueError(
             f"resume is a fit by {_unlike(fit.strategy, strategy)}: give fit the same strategy"
         )
-    lost = left_out_of(fit) is not None and fit.run.state.phi is None
+    lost = absent_tasks_of(fit) is not None and fit.run.state.phi is None
     if lost and strategy.traits(fit.problem).stored:
         raise ValueError(
             "resume was saved without its tasks' posteriors, from which its strategy goes on: save "
@@ -89,9 +89,9 @@ def _other_tasks(fit: Fit, tasks: TaskSet, stream: Streamed | None) -> str | Non
     """Where the tasks are not those of the fit, in a few words; of a stream as far as it shows."""
     if (fit.run.streamed is None) != (stream is None):
         return "of a stream" if stream is None else "of a TaskSet"
-    left_out = left_out_of(fit)
-    if left_out is not None:
-        same = left_out == LeftOut(len(tasks), fingerprint(tasks))
+    absent = absent_tasks_of(fit)
+    if absent is not None:
+        same = absent == AbsentTasks.of(tasks)
         return None if same else "by their names or numbers"
     if stream is None or stream.reader.anywhere:
         return fit.tasks.first_difference(tasks)

@@ -20,7 +20,7 @@ from varmeta.models.model import TaskModel
 from varmeta.results.configuration import configuration, numbers_of
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import TaskSet
-from varmeta.tasks.fingerprint import LeftOut
+from varmeta.tasks.fingerprint import AbsentTasks
 
 
 def save(
@@ -31,7 +31,7 @@ def save(
     seed: int,
     run: Run,
     prior: LearnedPrior,
-    left_out: LeftOut | None,
+    absent: AbsentTasks | None,
     data: bool,
 ) -> None:
     """Write a fit into a file.
@@ -47,7 +47,7 @@ def save(
     path where the system refuses; TypeError where the run holds what is neither a tensor nor a
     plain value (an optimizer of the user's own might).
     """
-    if left_out is not None:
+    if absent is not None:
         filled = tasks.support_rows.counts + tasks.query_rows.counts
         tasks = tasks[[int(filled.argmax())]]
     stored = run.state if data else State()
@@ -74,7 +74,7 @@ def save(
         "schedule": run.schedule,
         "kept": run.kept,
         "streamed": run.streamed,
-        "left_out": None if left_out is None else tuple(left_out),
+        "left_out": None if absent is None else tuple(absent),
         "hyper": None
         if run.hyper is None
         else {f.name: getattr(run.hyper, f.name) for f in dataclasses.fields(run.hyper)},

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from varmeta.tasks.taskset import TaskSet
 
 
-class LeftOut(NamedTuple):
+class AbsentTasks(NamedTuple):
     """What is known of a set of tasks that is not at hand.
 
     number: how many tasks it has.
@@ -17,6 +17,11 @@ class LeftOut(NamedTuple):
 
     number: int
     fingerprint: str
+
+    @classmethod
+    def of(cls, tasks: TaskSet) -> AbsentTasks:
+        """What will be known of these tasks."""
+        return cls(len(tasks), fingerprint(tasks))
 
 
 def fingerprint(tasks: TaskSet) -> str:

@@ -36,8 +36,7 @@ from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
 from varmeta.hyper.bounds import check_support
 from varmeta.hyper.integrate import check_hyperguide, integrate
-from varmeta.models.check import check_model, has_classes
-from varmeta.models.check_ways import unsaid_ways
+from varmeta.models.check import check_model, ways_left_unsaid
 from varmeta.models.hyper_posterior import Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
@@ -281,8 +280,7 @@ def _checked_problem(
     check_strategy(strategy, problem, tasks)
     check_hyperguide(hyperguide, problem, tasks, strategy, free)
     # prototypes give a class without rows no probability
-    classes = has_classes(model) and not isinstance(strategy, Prototypes)
-    ways = unsaid_ways(model, tasks) if classes else None
+    ways = None if isinstance(strategy, Prototypes) else ways_left_unsaid(model, tasks)
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks), ways):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=3)
