@@ -1,6 +1,8 @@
-"""Validation is the process's: whichever thread ends last, it is as it was before."""
+"""Validation is the process's: a block puts it back, and another thread's waits for its end."""
 
 from __future__ import annotations
+
+import threading
 
 import pyro
 import pyro.distributions as dist
@@ -19,33 +21,26 @@ def state() -> tuple[bool, ...]:
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("first_to_end", [0, 1])
-def test_overlapping_blocks_put_back_what_held(first_to_end: int, before: bool) -> None:
+def test_another_threads_block_waits(before: bool) -> None:
+    inside, seen = threading.Event(), list[tuple[bool, ...]]()
+
+    def other() -> None:
+        inside.wait()
+        with validation_enabled(True):
+            seen.append(state())
+
+    thread = threading.Thread(target=other)
     with pyro.validation_enabled(before):
         held = state()
-        blocks = [validation_enabled(False), validation_enabled(True)]
-        for block in blocks:
-            block.__enter__()
-        assert state() == (True, True, True)
-        blocks[first_to_end].__exit__(None, None, None)
-        assert state() == ((True,) * 3 if first_to_end == 0 else (False,) * 3)
-        blocks[1 - first_to_end].__exit__(None, None, None)
-        assert state() == held
-
-
-def test_pyros_own_stays_off() -> None:
-    """What it is for: two blocks that overlap, as those of two threads do."""
-    before = state()
-    one, other = pyro.validation_enabled(False), pyro.validation_enabled(False)
-    try:
-        one.__enter__()
-        other.__enter__()
-        one.__exit__(None, None, None)
-        other.__exit__(None, None, None)
-        assert state() == (False, False, False)
-    finally:
-        for part, was in zip((dist, infer, poutine), before, strict=True):
-            part.enable_validation(was)
+        thread.start()
+        with validation_enabled(False):
+            inside.set()
+            thread.join(0.1)
+            with validation_enabled(True):
+                assert state() == (True,) * 3
+            assert (state(), seen) == ((False,) * 3, [])
+        thread.join()
+        assert (state(), seen) == (held, [(True,) * 3])
 
 
 def test_an_error_ends_the_block_too() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -30,6 +29,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
 from varmeta.graphs.nodes import is_view
+from varmeta.graphs.process import ALONE, unheard
 from varmeta.graphs.rewrite import rewrite
 
 log = logging.getLogger("varmeta")
@@ -122,7 +122,7 @@ def trace(function: Function, leaves: Sequence[Tensor], structure: pytree.TreeSp
         return values
 
     try:
-        with _one_fake_mode():
+        with ALONE, _one_fake_mode():
             graph = make_fx(flat, tracing_mode="real")(*[leaf.detach() for leaf in leaves])
         # autograd's bookkeeping leaves operations whose results nobody reads; some of them the
         # compiler cannot handle
@@ -240,7 +240,7 @@ def _compiled_by(
 
     # the graph is made of plain operations already: nothing for torch.compile's front end, and its
     # guards, to add
-    with torch.no_grad(), _kept_on_disk(), _without_remarks():
+    with _without_remarks(), ALONE, torch.no_grad(), _kept_on_disk():
         compiled: Function = _inductor.compile(graph, list(examples), options=options)
         compiled(*examples)
     return compiled
@@ -280,8 +280,7 @@ def _without_remarks() -> Iterator[None]:
     level = lowering.level
     lowering.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with unheard():
             yield
     finally:
         lowering.setLevel(level)

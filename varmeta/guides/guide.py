@@ -19,6 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from varmeta.graphs.process import ALONE
 from varmeta.guides.kl import has_closed_form, location, require_closed_form
 from varmeta.models.model import TaskModel
 from varmeta.models.pyro_program import SITE, TASKS
@@ -102,7 +103,7 @@ class Guide(ABC):
 
         Its batch shape is `(tasks, 1)`, its event shape `(D,)`.
         """
-        with pyro.settings.context(module_local_params=True), _AtLocation():
+        with ALONE, pyro.settings.context(module_local_params=True), _AtLocation():
             trace = poutine.trace(self).get_trace(phi, eta, data)
         sites: dict[str, Any] = {
             name: site

@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGaussian, AutoGuideList, Au
 from torch import Tensor
 
 from varmeta._checks import kind_of, name_of
+from varmeta.graphs.process import ALONE
 from varmeta.guides.guide import Guide, _AtLocation
 from varmeta.guides.kl import location, scale
 from varmeta.models.model import TaskModel
@@ -96,6 +97,7 @@ class PyroGuide(Guide):
     def _make(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> torch.nn.Module:
         devices = [data.mask.device] if data.mask.device.type == "cuda" else []
         with (
+            ALONE,
             pyro.settings.context(module_local_params=True),
             pyro.get_param_store().scope(),
             torch.random.fork_rng(devices=devices),
@@ -158,7 +160,11 @@ class PyroGuide(Guide):
                     f"the guide's theta has {q.event_shape[0]} entries, but a task "
                     f"{model.weights.size} weights"
                 )
-            with pyro.settings.context(module_local_params=True), _AtLocation(offset=1.0):
+            with (
+                ALONE,
+                pyro.settings.context(module_local_params=True),
+                _AtLocation(offset=1.0),
+            ):
                 trace = poutine.trace(self).get_trace(phi, eta, more)
             # of an auxiliary Gaussian only the very draw will do as theta: the density of a
             # transformed one is not read off

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from varmeta._checks import counted
+from varmeta.graphs.process import ALONE
 from varmeta.likelihoods.base import Likelihood, told
 from varmeta.models.check_cut import check_cut
 from varmeta.models.check_net import (
@@ -234,6 +235,7 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
 def _quiet() -> Iterator[None]:
     """No gradients, and nothing left in Pyro's store."""
     with (
+        ALONE,
         pyro.settings.context(module_local_params=True),
         pyro.get_param_store().scope(),
         torch.no_grad(),

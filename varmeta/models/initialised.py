@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from varmeta.graphs.process import ALONE
 from varmeta.models.model import TaskModel
 
 
@@ -20,7 +21,7 @@ def initialised(model: TaskModel, seed: int) -> TaskModel:
         return model
     fresh = copy.copy(model)
     net = copy.deepcopy(model.net).cpu()  # one generator, whatever the device
-    with torch.random.fork_rng(devices=[]):
+    with ALONE, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for module in net.modules():
             reset = _reset_of(module)

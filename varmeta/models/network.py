@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from varmeta.graphs.process import ALONE
 from varmeta.models.check_net import check_output
 from varmeta.models.shared_layers import Features, Split, numbers_of
 
@@ -96,14 +97,16 @@ def all_tasks(
 
 @contextlib.contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Attention written out within it.
+    """Attention written out within it, and the network run by one thread at a time.
 
-    PyTorch's fused kernels have no second derivative, and some no first one under vmap.
+    PyTorch's fused kernels have no second derivative, and some no first one under vmap; that they
+    are not used is the process's, and while a module runs with weights from outside it holds them.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with ALONE:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
+from varmeta.graphs.process import ALONE
 from varmeta.models.recurrent import can_be_unrolled
 
 Features = tuple[Tensor, ...]
@@ -75,7 +76,8 @@ def split(net: nn.Module, varying: Collection[str]) -> Split | None:
         return None
     own = frozenset(id(value) for name, value in every if name in varying)
     try:
-        graph = _Tracer(own).trace(net, _defaults(net))
+        with ALONE:  # which patches nn.Module
+            graph = _Tracer(own).trace(net, _defaults(net))
         return _cut(net, graph, own)
     except Exception:  # anything may stand in a forward, and only some of it can be followed
         return None

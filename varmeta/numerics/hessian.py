@@ -5,12 +5,12 @@ Rows of a Hessian are products of the gradient's graph with unit vectors, some a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from varmeta.graphs.process import unheard
 from varmeta.numerics.batching import cannot_be_batched
 
 # Rows made at once: enough to hide the overhead, few enough to bound the memory.
@@ -88,10 +88,9 @@ class Rows:
     ) -> list[Tensor]:
         if self.batched:
             try:
-                with warnings.catch_warnings():
-                    # torch loops over operations without a batching rule by itself, and says so
-                    # each time
-                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                # torch loops over operations without a batching rule by itself, and says so each
+                # time
+                with unheard("There is a performance drop"):
                     return pulled_back(outputs, leaves, vectors, True, create_graph)
             except RuntimeError as error:
                 if not cannot_be_batched(error):

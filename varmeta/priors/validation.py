@@ -1,50 +1,30 @@
-"""Pyro's and torch's validation for the length of a block, put back across threads too."""
+"""Pyro's and torch's validation for the length of a block."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import pyro
 import pyro.distributions as dist
 from pyro import infer, poutine
 
+from varmeta.graphs.process import ALONE
+
 _PARTS = (dist, infer, poutine)
-
-
-class _Blocks:
-    """The blocks that are open, whoever opened them, and what held before the first."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.open: dict[object, bool] = {}
-        self.before: list[bool] = []
-
-
-_BLOCKS = _Blocks()
 
 
 @contextlib.contextmanager
 def validation_enabled(is_validate: bool) -> Iterator[None]:
-    """As Pyro's, but of two blocks in two threads the last to end restores the first state.
+    """As Pyro's, for one thread at a time: its state, and its stack, are the process's.
 
-    Pyro's state is the process's: there, the last to end puts back what the other set, and
-    validation stays off for good.  Here it puts back what held before the first.
+    Of two threads' blocks that overlapped, the last to end would put back what the other had set.
     """
-    mine = object()
-    with _BLOCKS.lock:
-        if not _BLOCKS.open:
-            _BLOCKS.before = [part.is_validation_enabled() for part in _PARTS]
-        _BLOCKS.open[mine] = is_validate
+    with ALONE:
+        before = [part.is_validation_enabled() for part in _PARTS]
         pyro.enable_validation(is_validate)
-    try:
-        yield
-    finally:
-        with _BLOCKS.lock:
-            del _BLOCKS.open[mine]
-            if _BLOCKS.open:
-                pyro.enable_validation(list(_BLOCKS.open.values())[-1])
-            else:
-                for part, before in zip(_PARTS, _BLOCKS.before, strict=True):
-                    part.enable_validation(before)
+        try:
+            yield
+        finally:
+            for part, was in zip(_PARTS, before, strict=True):
+                part.enable_validation(was)

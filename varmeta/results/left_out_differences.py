@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from varmeta._checks import counted
+from varmeta.graphs.process import kept_warnings
 from varmeta.results.fitted import Fitted
 
 if TYPE_CHECKING:
@@ -68,9 +68,8 @@ def _table(one: Fitted, wanted: bool | None) -> pd.DataFrame | str:
     if wanted is None and not one.fit.model.is_linear_gaussian:
         return "they are drawn, which may take minutes: leave_one_task_out=True"
     try:
-        with warnings.catch_warnings():
-            # of columns that are not used; what is used is looked at
-            warnings.simplefilter("ignore", RuntimeWarning)
+        # of columns that are not used; what is used is looked at
+        with kept_warnings(RuntimeWarning):
             return one.fit.leave_one_task_out()
     except ValueError as error:
         return str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,6 +14,7 @@ from varmeta.fitting.descent import OptimizerFactory
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.nearest_neighbour import error_rates
 from varmeta.fitting.pooled_start import is_regression
+from varmeta.graphs.process import kept_warnings
 from varmeta.models.initialised import initialised
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
@@ -174,13 +174,8 @@ def _collected(said: list[str]) -> Iterator[None]:
     """Keep what RuntimeWarnings say, each once, instead of showing it between the runs of a
     comparison.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
+    with kept_warnings(RuntimeWarning) as kept:
         try:
             yield
         finally:
-            kept = [item for item in caught if issubclass(item.category, RuntimeWarning)]
             said.extend(dict.fromkeys(str(item.message) for item in kept))
-    for item in caught:
-        if item not in kept:
-            warnings.warn_explicit(item.message, item.category, item.filename, item.lineno)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from varmeta.fitting.ensemble import mixture
 from varmeta.fitting.run import Run
 from varmeta.fitting.validation import METRICS, Validation, Watch
+from varmeta.graphs.process import kept_warnings
 from varmeta.likelihoods.base import SCALE
 from varmeta.posteriors.scoring import row_of
 from varmeta.results.result import Fit, checked, posterior_of
@@ -76,8 +77,7 @@ def _value(
     def value(eta: Eta) -> float:
         run = Run(eta, State()) if members is None else mixture(eta)
         here = Fit(fit.model, fit.tasks, fit.strategy, fit.seed, run, fit.problem)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with kept_warnings() as caught:
             posterior = posterior_of(here, tasks)
             query = posterior.q.batch.query
             assert query is not None  # `Validation` asks for it
