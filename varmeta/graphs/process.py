@@ -14,7 +14,7 @@ from typing import Any, cast
 # for this one.
 ALONE = threading.RLock()
 # Held while Python's filters of warnings are other ones.  Of the two locks it comes first.
-_FILTERS = threading.RLock()
+FILTERS = threading.RLock()
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def kept_warnings(category: type[Warning] = Warning) -> Iterator[list[warnings.W
     ['of no matter']
     """
     mine, kept = threading.get_ident(), list[warnings.WarningMessage]()
-    with _FILTERS, warnings.catch_warnings():
+    with FILTERS, warnings.catch_warnings():
         show = warnings.showwarning
 
         def keep(message: Warning | str, kind: type[Warning], *where: Any) -> None:
@@ -49,7 +49,7 @@ def unheard(message: str = "", category: type[Warning] = Warning) -> Iterator[No
 
     It never waits, so that it may stand where a backward pass comes by.
     """
-    if not _FILTERS.acquire(blocking=False):
+    if not FILTERS.acquire(blocking=False):
         yield
         return
     try:
@@ -57,4 +57,4 @@ def unheard(message: str = "", category: type[Warning] = Warning) -> Iterator[No
             warnings.filterwarnings("ignore", message, category)
             yield
     finally:
-        _FILTERS.release()
+        FILTERS.release()

@@ -12,14 +12,13 @@ alike.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from varmeta.graphs.process import unheard
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -201,8 +200,10 @@ def _container(datasets: Mapping[str, Any], attrs: Mapping[Any, Any]) -> Any:
         return tree
     import arviz as az
 
-    # ArviZ 0.x accepts groups of one's own (here "fit") but says that its schema does not have them
-    with unheard(".*group is not defined", UserWarning):
+    with warnings.catch_warnings():
+        # ArviZ 0.x accepts groups of one's own (here "fit") but says that its schema does not have
+        # them
+        warnings.filterwarnings("ignore", message=".*group is not defined", category=UserWarning)
         return az.InferenceData(**datasets, attrs=dict(attrs))
 
 

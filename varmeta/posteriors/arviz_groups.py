@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta.files.version import __version__
+from varmeta.graphs.process import FILTERS
 from varmeta.posteriors import arviz as inference_data
 from varmeta.posteriors.arviz_prior import DIMS as PRIOR_DIMS
 from varmeta.posteriors.arviz_prior import prior_numbers
@@ -89,7 +90,8 @@ def groups(
         }
         for group, values in found.items()
     }
-    return inference_data.to_arviz(arrays, dims, labels, observed.tasks, facts)
+    with FILTERS:
+        return inference_data.to_arviz(arrays, dims, labels, observed.tasks, facts)
 
 
 def _order(number: int, seed: int, shuffled: bool) -> np.ndarray:
