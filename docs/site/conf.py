@@ -56,5 +56,20 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
     lines[:] = docstrings.rst(lines, docstrings.arguments(obj), PUBLIC)
 
 
+# what verbs return: nobody calls these classes
+RETURNED = (
+    "Fit", "LearnedPrior", "Posterior", "Prediction", "Accuracy", "MetaGradient", "Certificate",
+    "Report", "ModelComparison", "Reachability",
+)  # fmt: skip
+
+
+def without_constructor(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str | None, str | None]:
+    made = what == "class" and name.removeprefix("varmeta.") in RETURNED
+    return ("", None) if made else (signature, returns)
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", as_rst)
+    app.connect("autodoc-process-signature", without_constructor)
