@@ -20,6 +20,7 @@ from varmeta.posteriors.accuracy import Accuracy
 from varmeta.posteriors.posterior import Posterior
 from varmeta.posteriors.prediction import Prediction
 from varmeta.priors.gaussian_prior import GaussianPrior
+from varmeta.results.checkpoints import Checkpoints
 from varmeta.results.load import load
 from varmeta.results.result import Fit
 from varmeta.strategies.alg import StochasticAlg
@@ -57,8 +58,8 @@ __all__ = [
     "Strategy", "Traits", "State", "Stats", "Minimizer", "FirstOrderMinimizer", "LinearSolver",
     "Solution", "Result",
     # verbs and what they return
-    "fit", "Validation", "StopFit", "sigterm_ends_fit", "Fit", "LearnedPrior", "load", "Posterior",
-    "Prediction", "Accuracy",
+    "fit", "Validation", "StopFit", "Checkpoints", "sigterm_ends_fit", "Fit", "LearnedPrior",
+    "load", "Posterior", "Prediction", "Accuracy",
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "compare_models", "ModelComparison",
     "reachability", "Reachability",

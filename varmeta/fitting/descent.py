@@ -7,15 +7,18 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from varmeta.fitting.blame import drowning, largest, what_failed
-from varmeta.fitting.callback import ENDS, Callback
+from varmeta.fitting.callback import ENDS, Callback, Row, told
+from varmeta.fitting.checkpoint import Keeper
 from varmeta.fitting.chunks import Outcome
 from varmeta.fitting.compiled_step import Compile, Step
 from varmeta.fitting.convergence import judge, promised, settled
+from varmeta.fitting.hold import Hold
 from varmeta.fitting.optimizer import checked_optimizer
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Run, end_early
@@ -23,7 +26,7 @@ from varmeta.fitting.schedule import GIVEN, Decay, Rates, SchedulerFactory
 from varmeta.fitting.validation import Watch
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
-from varmeta.strategies.strategy import Eta, State, Strategy, Traits
+from varmeta.strategies.strategy import Eta, State, Stats, Strategy, Traits
 from varmeta.strategies.warnings import Kind, warning
 from varmeta.tasks import Batch
 from varmeta.tasks.source import Source
@@ -90,42 +93,68 @@ def descend(
     plan: Descent,
     callback: Callback | None,
     watch: Watch | None = None,
+    keeper: Keeper | None = None,
 ) -> None:
     """Step eta by a torch optimiser; updates `run` in place, also when interrupted.
 
+    A `run` that has converged stays where it is.
+
     source: the tasks of each step; where it ends, so does the run.
     watch: looks at the validation tasks on the way; `run` then ends at the best state that it saw.
+    keeper: writes where the run stands at its last step, before that is judged.
     """
-    way = _Way(problem, strategy, source, run, plan, watch)
-    run.stop, run.converged = f"stopped after {plan.num_steps} steps", False
-    try:
-        way.look(run.step)
-        for step in range(run.step, plan.num_steps if plan.num_steps is not None else 10**9):
-            if plan.budget is not None and way.spent >= plan.budget:
-                run.stop = (
-                    f"spent its budget of {plan.budget:g} gradient evaluations per task after "
-                    f"{step} steps"
-                )
-                break
-            if not source.has(step):
-                run.stop = f"the source of tasks ended after {step} steps"
-                break
-            if not way.step(step, callback) or way.arrived(step):
-                break
-            if watch is not None and watch.has_seen_enough:
-                run.stop = f"stopped after {step + 1} steps, {watch.worse} looks without a better"
-                break
-        way.look(run.step)
-        if watch is not None and watch.validation.calibrate:
-            watch.calibrate()
-    except ENDS as by:
-        end_early(run, by)
-    except Exception as error:
-        # what later tasks of a stream meet must not cost what was learned from those before
-        if not source.streams or run.step == way.first:
-            raise
-        end_early(run, error)
-    way.end()
+    with Hold() as hold:
+        way = _Way(problem, strategy, source, run, plan, watch, hold)
+        if keeper is not None:
+            callback = keeper.reporting(callback, way.live)
+            if watch is not None and keeper.found is not None and keeper.found.watched is not None:
+                watch.go_on(keeper.found.watched)
+        try:
+            if watch is None or watch.last < 0 or watch.is_due(run.step):
+                way.look(run.step)
+            if not run.converged:
+                _walk(way, callback)
+            # before a closing look, which a longer run would not take there
+            if keeper is not None:
+                keeper.last()
+            way.look(run.step)
+            if watch is not None and watch.validation.calibrate:
+                watch.calibrate()
+        except (*ENDS, SystemExit) as by:
+            end_early(run, by)
+            if keeper is not None:
+                keeper.last()
+            if isinstance(by, SystemExit):  # from a handler of the program's own
+                raise
+        except Exception as error:
+            # what later tasks of a stream meet must not cost what was learned from those before
+            if not source.streams or run.step == way.first:
+                raise
+            end_early(run, error)
+            if keeper is not None:
+                keeper.last()
+        way.end()
+
+
+def _walk(way: _Way, callback: Callback | None) -> None:
+    """Step after step, until one of the reasons for which a run ends."""
+    run, plan, source, watch = way.run, way.plan, way.source, way.watch
+    run.stop = f"stopped after {plan.num_steps} steps"
+    for step in range(run.step, plan.num_steps if plan.num_steps is not None else 10**9):
+        if watch is not None and watch.has_seen_enough:
+            run.stop = f"stopped after {step} steps, {watch.worse} looks without a better"
+            return
+        if plan.budget is not None and way.spent >= plan.budget:
+            run.stop = (
+                f"spent its budget of {plan.budget:g} gradient evaluations per task after "
+                f"{step} steps"
+            )
+            return
+        if not source.has(step):
+            run.stop = f"the source of tasks ended after {step} steps"
+            return
+        if not way.step(step, callback) or way.arrived(step):
+            return
 
 
 class _Way:
@@ -133,6 +162,7 @@ class _Way:
 
     safe: the last point at which the loss was finite, which a run that breaks off returns.
     met: the losses of the last step that went well.
+    hold: keeps signals waiting from the first change that a step makes until it is written down.
     """
 
     def __init__(
@@ -143,9 +173,10 @@ class _Way:
         run: Run,
         plan: Descent,
         watch: Watch | None,
+        hold: Hold,
     ) -> None:
         self.problem, self.strategy, self.source = problem, strategy, source
-        self.run, self.plan, self.watch = run, plan, watch
+        self.run, self.plan, self.watch, self.hold = run, plan, watch, hold
         self.traits = strategy.traits(problem)
         self.eta = {name: value.clone().requires_grad_() for name, value in run.eta.items()}
         self.optimizer, self.rates = _optimizer(list(self.eta.values()), run, plan)
@@ -162,6 +193,26 @@ class _Way:
 
     def step(self, step: int, callback: Callback | None) -> bool:
         """Take one; False where the run breaks off."""
+        try:
+            met = self._step(step)
+        finally:
+            self.hold.release()
+        if met is None:
+            return False
+        doubt = warning(self.traits, *met, self.said)
+        if doubt is not None:
+            warnings.warn(doubt[1], RuntimeWarning, stacklevel=4)
+            self.said.add(doubt[0])
+        if self.watch is not None and self.watch.is_due(step + 1):
+            self.look(step + 1)
+        if callback is not None:
+            told(callback, Row(self.run.history[-1], lambda: self.eta))
+        return True
+
+    def _step(self, step: int) -> tuple[Batch, Stats] | None:
+        """Take one and write it down; its tasks, and what they tell.  None where the run breaks
+        off.
+        """
         plan, run, eta = self.plan, self.run, self.eta
         whole_way = plan.num_steps or math.inf, plan.budget or math.inf
         scale = plan.decay(max(step / whole_way[0], self.spent / whole_way[1]))
@@ -171,7 +222,7 @@ class _Way:
             period = self.traits.period
             before = _in_period(self.strategy, self.problem, self.source.known, eta, before, period)
         here = {name: value.detach().clone() for name, value in eta.items()}
-        calls, lost = self._move(batch, before, scale)
+        calls, lost = self._move(batch, here, before, scale)
         value, gradient, state, stats = calls[0]
         # one read a step
         numbers = torch.stack([value, _norm(gradient), _norm(eta)]).tolist()
@@ -180,11 +231,7 @@ class _Way:
             self.safe = here, run.state
         if lost or not all(map(math.isfinite, numbers)):
             self._break_off(step, batch, here, before, calls)
-            return False
-        doubt = warning(self.traits, batch, stats, self.said)
-        if doubt is not None:
-            warnings.warn(doubt[1], RuntimeWarning, stacklevel=4)
-            self.said.add(doubt[0])
+            return None
         # a minibatch works for its own tasks only
         share = self.source.share(batch)
         self.spent += share * sum(float(call.stats.evaluations) for call in calls)
@@ -192,11 +239,8 @@ class _Way:
         if self.source.streams:
             run.streamed = (run.streamed or 0) + len(batch)
         self.met = batch, stats.losses
-        due = self.watch is not None and self.watch.is_due(step + 1)
         run.record(
-            callback,
-            lambda: eta,
-            **(self.look(step + 1) if due else {}),
+            None,
             step=step + 1,
             loss=loss,
             gradient_norm=gradient_norm,
@@ -204,21 +248,35 @@ class _Way:
             evaluations=self.spent,
             seconds=perf_counter() - self.begin,
         )
-        return True
+        return batch, stats
 
-    def look(self, step: int) -> dict[str, float]:
-        """At the validation tasks after `step` steps, unless that was done; what is recorded."""
+    def look(self, step: int) -> None:
+        """At the validation tasks after `step` steps, unless that was done; into the history."""
         if self.watch is None or self.watch.last == step or self.broken:
-            return {}
+            return
         value = self.watch.look(step, self.eta, self.run.state, self.rates.state)
-        found = {"validation": value}
         if self.run.history and self.run.history[-1]["step"] == step:
-            self.run.history[-1].update(found)
-        return found
+            self.run.history[-1]["validation"] = value
 
-    def _move(self, batch: Batch, before: State, scale: float) -> tuple[list[Outcome], bool]:
-        """Let the optimiser step eta; what it evaluated, and whether its line search was lost."""
+    def live(self) -> dict[str, Any]:
+        """What is kept between two steps beside the run's own record."""
+        return {
+            "eta": self.eta,
+            # of a run that broke off the optimiser's averages are not finite either
+            "optimizer_state": None if self.broken else self.rates.state(),
+            "watched": None if self.watch is None else self.watch.state(),
+        }
+
+    def _move(
+        self, batch: Batch, here: Eta, before: State, scale: float
+    ) -> tuple[list[Outcome], bool]:
+        """Let the optimiser step eta; what it evaluated, and whether its line search was lost.
+
+        A step of first order is held from its gradient on, and so is taken or not; a line search
+        takes long, and one that is interrupted goes back to where it began.
+        """
         calls: list[Outcome] = []
+        memory = _memory(self.optimizer) if self.quasi_newton else None
 
         def closure() -> float:
             if calls and not math.isfinite(float(_norm(self.eta))):
@@ -227,15 +285,25 @@ class _Way:
             for name, gradient in self._clipped(calls[-1].gradient).items():
                 # as torch.optim.LBFGS wants it; members that are differentiated at once are not
                 self.eta[name].grad = gradient.contiguous()
-            return float(calls[-1].value)
+            value = float(calls[-1].value)
+            if memory is None:
+                self.hold.hold()
+            return value
 
         try:
             self.rates.step(closure, scale)
+            self.hold.hold()
         # an IndexError of torch's line search, of values that it cannot order
         except (_NowhereError, IndexError):
             if not self.quasi_newton:
                 raise
+            self.hold.hold()
             return calls, True
+        except BaseException:
+            if memory is not None:
+                self._put_back(here)
+                _remember(self.optimizer, memory)
+            raise
         return calls, False
 
     def _clipped(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -259,7 +327,10 @@ class _Way:
         self.run.stop = f"{message}; this is the fit of the last step at which it was"
         warnings.warn(self.run.stop, RuntimeWarning, stacklevel=5)
         self.broken, self.run.state = True, self.safe[1]
-        for name, value in self.safe[0].items():
+        self._put_back(self.safe[0])
+
+    def _put_back(self, eta: Eta) -> None:
+        for name, value in eta.items():
             self.eta[name].data.copy_(value)
 
     def arrived(self, step: int) -> bool:
@@ -292,8 +363,7 @@ class _Way:
             batch = self.met[0]  # the step's own tasks may be what failed
         kept = None if self.watch is None else self.watch.best
         run.eta = {name: value.detach().clone() for name, value in self.eta.items()}
-        # of a run that broke off the optimiser's averages are not finite either
-        run.optimizer_state = None if self.broken else self.rates.state()
+        run.optimizer_state = self.live()["optimizer_state"]
         if kept is not None:
             assert self.watch is not None
             run.stop, run.converged = f"{run.stop}; {self.watch.in_words(run.step)}", False
@@ -325,6 +395,27 @@ def _optimizer(
         )
     rates.load(run.optimizer_state)
     return optimizer, rates
+
+
+def _memory(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What L-BFGS remembers, held still: its lists grow, and its last gradient is overwritten."""
+    return [
+        (leaf, {name: _still(value) for name, value in own.items()})
+        for leaf, own in optimizer.state.items()
+    ]
+
+
+def _still(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
+
+
+def _remember(
+    optimizer: torch.optim.Optimizer, memory: list[tuple[Tensor, dict[str, Any]]]
+) -> None:
+    optimizer.state.clear()
+    optimizer.state.update(memory)
 
 
 def _check_goes_together(

@@ -61,5 +61,8 @@ def reopened(run: Run, members: Members | None) -> Run:
         raise ValueError(f"resume is a fit with ensemble={count}, not {asked}: give it the same")
     if isinstance(found, Ensemble):
         run.eta = found.points
-    run.hyper, run.undetermined, run.failure = None, (), None
+    # what a run had found at its end is found again, unless there is nothing left to do
+    if isinstance(found, Ensemble) or run.checkpoint is None or not run.checkpoint.finished:
+        run.hyper = None
+    run.undetermined, run.failure = (), None
     return run

@@ -28,7 +28,7 @@ from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.float64 import in_double
 from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_SIZE, WHY_IT_ENDED
-from varmeta.fitting.run import Run, end_early, non_finite
+from varmeta.fitting.run import Run, end_early, follow, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.prior_parts import prior_parts
@@ -105,7 +105,7 @@ def evidence_newton(
         run.eta = detach(step.eta if inside is None else inside.leave({}, step.eta)[1])
         run.loss = step.loss
         run.state = replace(run.state, step=first + step.number)
-        run.follow(step, first, spent, begin, callback)
+        follow(run, step, first, spent, begin, callback)
 
     try:
         while True:

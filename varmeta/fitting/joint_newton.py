@@ -12,7 +12,7 @@ from varmeta.fitting.blame import drowning, drowning_at_start, largest
 from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.float64 import in_double
 from varmeta.fitting.groups_by_size import elbo_losses
-from varmeta.fitting.run import Run, end_early, non_finite
+from varmeta.fitting.run import Run, end_early, follow, non_finite
 from varmeta.fitting.whitened import Whitened
 from varmeta.numerics.joint import JointSolution, Step, minimize_jointly
 from varmeta.numerics.solution import Result
@@ -186,7 +186,7 @@ def _period(
         keep(step.phi, step.eta)
         run.state = replace(run.state, step=first + step.number)
         run.loss = step.loss
-        run.follow(step, first, spent, begin, callback)
+        follow(run, step, first, spent, begin, callback)
 
     solution = minimize_jointly(
         elbo_losses(problem, batch) if inside is None else inside.losses(),

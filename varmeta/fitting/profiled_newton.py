@@ -16,7 +16,7 @@ from varmeta.fitting.profiled_coordinates import COVARIANCE
 from varmeta.fitting.profiled_derivatives import applies, derivatives, directions
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.reduced import ReducedTasks
-from varmeta.fitting.run import Run, end_early, non_finite
+from varmeta.fitting.run import Run, end_early, follow, non_finite
 from varmeta.numerics.joint import JointSolution, Step, minimize_single
 from varmeta.numerics.joint_model import row
 from varmeta.numerics.solution import Result
@@ -77,11 +77,11 @@ def profiled_newton(
     def arrived(step: Step) -> None:
         nonlocal reached
         reached, run.loss = row(step.phi), step.loss
-        run.follow(step, first, spent, begin, callback, lambda: objective.leave(reached))
+        follow(run, step, first, spent, begin, callback, lambda: objective.leave(reached))
 
     if not point:  # all that is learned is profiled
         run.eta, run.loss = objective.leave(point), float(objective(point))
-        run.follow(Step(0, run.loss, {}, {}, 0.5), first, spent, begin, callback)
+        follow(run, Step(0, run.loss, {}, {}, 0.5), first, spent, begin, callback)
         run.converged = True
         run.stop = "converged at once: the best places are known in closed form"
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting.callback import Callback, CallbackError, Row, StopFit, told
+from varmeta.fitting.checkpoint import Checkpoint
 from varmeta.numerics.joint import Step
 from varmeta.strategies.strategy import Eta, State
 from varmeta.tasks import Batch, TaskSet
@@ -32,6 +33,7 @@ class Run:
     schedule: how the step size fell, None for solvers without one.
     hyper: the posterior of eta, or an ensemble of them; None where eta is a point.
     streamed: how many tasks of a stream the steps met; None: they are a set's.
+    checkpoint: of a run that was read from one, what it needs to go on bit for bit.
     failure: what a callback, a source of tasks or a step raised, which ended the run; not kept in
         files.
     undetermined: names that the data can hardly tell apart, where Newton's method converged; not
@@ -53,6 +55,7 @@ class Run:
     kept: int | None = None
     streamed: int | None = None
     hyper: HyperPosterior | Ensemble | None = None
+    checkpoint: Checkpoint | None = None
     seconds_compiling: float = 0.0
     outlier: str | None = None
     undetermined: tuple[str, ...] = ()
@@ -83,27 +86,28 @@ class Run:
         if callback is not None:
             told(callback, Row(row, eta or (lambda: self.eta)))
 
-    def follow(
-        self,
-        step: Step,
-        first: int,
-        spent: float,
-        begin: float,
-        callback: Callback | None,
-        eta: Callable[[], Eta] | None = None,
-    ) -> None:
-        """Record an iteration's step behind `first` steps and `spent` evaluations before it.
 
-        begin: the clock when the run began, less what it had taken by then.
-        """
-        self.record(
-            callback,
-            eta,
-            step=first + step.number,
-            loss=step.loss,
-            evaluations=spent + step.evaluations,
-            seconds=perf_counter() - begin,
-        )
+def follow(
+    run: Run,
+    step: Step,
+    first: int,
+    spent: float,
+    begin: float,
+    callback: Callback | None,
+    eta: Callable[[], Eta] | None = None,
+) -> None:
+    """Record an iteration's step behind `first` steps and `spent` evaluations before it.
+
+    begin: the clock when the run began, less what it had taken by then.
+    """
+    run.record(
+        callback,
+        eta,
+        step=first + step.number,
+        loss=step.loss,
+        evaluations=spent + step.evaluations,
+        seconds=perf_counter() - begin,
+    )
 
 
 def end_early(run: Run, by: BaseException) -> None:

@@ -124,13 +124,37 @@ class Watch:
     ) -> float:
         """The metric after `step` steps; not finite counts as worse than any that is."""
         eta = {name: value.detach().clone() for name, value in eta.items()}
-        value, self.last = self._value(eta), step
-        if self.best is None or self._is_better(value, self.best.value):
-            self.best = Kept(step, value, eta, state, copy.deepcopy(optimizer()))
-            self.worse = 0
-        else:
-            self.worse += 1
+        value = self._value(eta)
+        best, worse = self.best, self.worse + 1
+        if best is None or self._is_better(value, best.value):
+            best, worse = Kept(step, value, eta, state, copy.deepcopy(optimizer())), 0
+        # all at once: an interruption finds the look taken or not
+        self.best, self.worse, self.last = best, worse, step
         return value
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as tensors and plain values: what `go_on` takes."""
+        found: dict[str, Any] = {"last": self.last, "worse": self.worse, "best": None}
+        if self.best is not None:
+            kept, at = self.best, self.best.state
+            found["best"] = {
+                "step": kept.step,
+                "value": kept.value,
+                "eta": kept.eta,
+                "phi": at.phi,
+                "inner": at.inner,
+                "counters": {"step": at.step, "lr_scale": at.lr_scale},
+                "optimizer": kept.optimizer,
+            }
+        return found
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From where another one stood."""
+        best = state["best"]
+        self.last, self.worse = state["last"], state["worse"]
+        if best is not None:
+            at = State(best["phi"], best["inner"], **best["counters"])
+            self.best = Kept(best["step"], best["value"], best["eta"], at, best["optimizer"])
 
     def _is_better(self, value: float, than: float) -> bool:
         if not math.isfinite(value) or not math.isfinite(than):

@@ -17,7 +17,7 @@ from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import profiled
-from varmeta.fitting.run import Run, non_finite
+from varmeta.fitting.run import Run, follow, non_finite
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.hyper import exact as in_closed_form
 from varmeta.hyper import family
@@ -191,7 +191,7 @@ def integrate(
 
     def arrived(step: Step) -> None:
         work = each * step.evaluations
-        run.follow(step._replace(evaluations=work), first, spent, begin, callback)
+        follow(run, step._replace(evaluations=work), first, spent, begin, callback)
 
     if reml is not None:
         found = restricted(reml, coordinates, first > 0, max_steps, arrived)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from varmeta.files.container import MAGIC, DamagedError, unpacked
 from varmeta.files.plain import difference
+from varmeta.fitting.checkpoint import Checkpoint
 from varmeta.fitting.run import Run
 from varmeta.guides.guide import Guide
 from varmeta.models import constants
@@ -113,6 +114,10 @@ class Refused(ValueError):
     """A sound file, but not of this model or strategy."""
 
 
+class IsCode(Refused):
+    """A sound file, of a strategy that must be given."""
+
+
 def _read(path: str | PathLike[str], shown: str) -> bytes:
     if not Path(path).exists():
         raise FileNotFoundError(2, "there is no such file: Fit.save writes one", fspath(path))
@@ -154,7 +159,9 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     phi = run.state.phi
     if phi is not None:
         started = fit.problem.start(tasks.batch(), eta)
-        if {n: v.shape for n, v in started.items()} != {n: v.shape for n, v in phi.items()}:
+        # how many rows there are `schema.fault` has looked at
+        rows = [{n: v.shape[1:] for n, v in one.items()} for one in (started, phi)]
+        if rows[0] != rows[1]:
             raise ValueError("its 'phi' are not those of its guide and tasks")
     if "model" not in content:
         warnings.warn(old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
@@ -260,10 +267,25 @@ def _run(content: dict[str, Any]) -> Run:
     run = Run(content["eta"], state, *record)
     # what older files do not know did not happen
     run.kept, run.streamed = content.get("kept"), content.get("streamed")
+    checkpoint = content.get("checkpoint")
+    if checkpoint is not None:
+        run.checkpoint = Checkpoint(**checkpoint)
+        best = (checkpoint["watched"] or {}).get("best")
+        if best is not None and {n: v.shape for n, v in best["eta"].items()} != {
+            n: v.shape for n, v in _descended(content).items()
+        }:
+            raise ValueError("its best 'eta' is not one of its model")
     hyper = content["hyper"]
     if hyper is not None:
         run.hyper = Ensemble(**hyper) if set(hyper) == MEMBERS else HyperPosterior(**hyper)
     return run
+
+
+def _descended(content: dict[str, Any]) -> dict[str, Tensor]:
+    """What the optimiser moved: of an ensemble all members."""
+    hyper = content["hyper"]
+    found: dict[str, Tensor] = content["eta"]
+    return hyper["points"] if hyper is not None and set(hyper) == MEMBERS else found
 
 
 def _rebuild(value: Any) -> Any:
@@ -273,7 +295,7 @@ def _rebuild(value: Any) -> Any:
         return value
     kind = value.pop("kind")
     if kind == "code":
-        raise Refused(
+        raise IsCode(
             f"the fit used {value['name']!r}, which is code and is not stored: pass load(path, "
             "model, strategy=...)"
         )
@@ -283,7 +305,7 @@ def _rebuild(value: Any) -> Any:
         )
     known: dict[str, Any] = {made.__name__: made for part in PARTS for made in _below(part)}
     if kind not in known:
-        raise Refused(
+        raise IsCode(
             f"the fit used {kind!r}, which is not varmeta's own: pass load(path, model, "
             "strategy=...)"
         )

@@ -77,6 +77,8 @@ def run_to_resume(
             "it with data=True"
         )
     run = copy.deepcopy(fit.run)
+    # where steps go on from a fit they may find more; what goes on from a checkpoint is that run
+    run.converged = run.converged and run.checkpoint is not None
     if run.kept is not None:
         until = [row for row in run.history if row["step"] <= run.kept]
         if len(until) < len(run.history):  # forget what came after it

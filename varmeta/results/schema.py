@@ -52,6 +52,10 @@ def anything(value: Any) -> bool:
     return True
 
 
+def is_optimizer(value: Any) -> bool:
+    return type(value) is dict and {"state", "param_groups"} <= set(value)
+
+
 text, number, whole, truth, tensor = (
     is_a(str),
     is_a(int, float),
@@ -61,6 +65,16 @@ text, number, whole, truth, tensor = (
 )
 numbers = dict_of(lambda value: tensor(value) and value.is_floating_point())
 data = optional(pair_of(tensor, tensor))
+counters = fields_of(step=whole, lr_scale=number)
+best = fields_of(
+    step=whole,
+    value=number,
+    eta=numbers,
+    phi=optional(numbers),
+    inner=optional(dict_of(tensor)),
+    counters=counters,
+    optimizer=is_optimizer,
+)
 HYPER: dict[str, Check] = {
     field.name: text
     if field.name == "hyperguide"
@@ -78,13 +92,11 @@ FIELDS: dict[str, Check] = {
     "eta": lambda value: numbers(value) and bool(value),
     "phi": optional(numbers),
     "inner": optional(dict_of(tensor)),
-    "counters": fields_of(step=whole, lr_scale=number),
+    "counters": counters,
     "history": list_of(
         lambda row: dict_of(number)(row) and {"step", "loss", "evaluations", "seconds"} <= set(row)
     ),
-    "optimizer": optional(
-        lambda value: type(value) is dict and {"state", "param_groups"} <= set(value)
-    ),
+    "optimizer": optional(is_optimizer),
     "stop": text,
     "converged": truth,
     "loss": number,
@@ -96,6 +108,14 @@ FIELDS: dict[str, Check] = {
     "features": list_of(dict_of(number)),
     "x_names": optional(lambda value: type(value) in (tuple, list) and all(map(text, value))),
 }
+CHECKPOINT: dict[str, Check] = {
+    "settings": dict_of(anything),
+    "versions": dict_of(text),
+    "begun": tensor,
+    "random": tensor,
+    "finished": truth,
+    "watched": optional(fields_of(last=whole, worse=whole, best=optional(best))),
+}
 PRESENT: dict[str, Check] = {
     **FIELDS,
     "model": text,
@@ -105,9 +125,10 @@ PRESENT: dict[str, Check] = {
     "kept": optional(whole),
     "streamed": optional(whole),
     "left_out": optional(pair_of(whole, text)),
+    "checkpoint": optional(fields_of(**CHECKPOINT)),
 }
 # what the first files of the present format do not have
-LATER = {"kept", "streamed", "left_out"}
+LATER = {"kept", "streamed", "left_out", "checkpoint"}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 
@@ -128,8 +149,10 @@ def fault(content: Any, checks: dict[str, Check]) -> str | None:
         return f"it has {len(tasks)} tasks and the features of {len(content['features'])}"
     if content["counters"]["step"] < 0 or content["seed"] < 0:
         return "it counts below 0"
+    absent = content.get("left_out")
+    number = len(tasks) if absent is None else absent[0]
     for name in ("phi", "inner"):
         rows = {key: tuple(value.shape[:1]) for key, value in (content[name] or {}).items()}
-        if any(size != (len(tasks),) for size in rows.values()):
-            return f"its {name!r} has not one row for each of its {len(tasks)} tasks"
+        if any(size != (number,) for size in rows.values()):
+            return f"its {name!r} has not one row for each of its {number} tasks"
     return None

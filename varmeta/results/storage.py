@@ -34,18 +34,39 @@ def save(
     absent: AbsentTasks | None,
     data: bool,
 ) -> None:
-    """Write a fit into a file.
-
-    eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the
-    model's.  Without `data` there is no phi, and of tasks that are left out one stays, which tells
-    the model's inputs.
+    """Write a fit into a file: what `parts_of` makes of it.
 
     The file is written beside the old one and takes its place at the end, so that a save which
     fails, is interrupted or is killed leaves the old one.
 
     Raises ValueError where there is no such folder; OSError (PermissionError, a full disk) with the
-    path where the system refuses; TypeError where the run holds what is neither a tensor nor a
-    plain value (an optimizer of the user's own might).
+    path where the system refuses; TypeError as `parts_of`.
+    """
+    try:
+        parts = parts_of(model, tasks, strategy, seed, run, prior, absent, data)
+    except TypeError as error:
+        raise TypeError(f"{fspath(path)!r} was not written: {error}") from error
+    write(path, parts)
+
+
+def parts_of(
+    model: TaskModel,
+    tasks: TaskSet,
+    strategy: Strategy,
+    seed: int,
+    run: Run,
+    prior: LearnedPrior,
+    absent: AbsentTasks | None,
+    data: bool,
+) -> list[bytes]:
+    """A fit as a file's bytes, in parts.
+
+    eta, phi, the run's record and optimiser state, the tasks' data, the strategy's settings and the
+    model's.  Without `data` there is no phi, and of tasks that are left out one stays, which tells
+    the model's inputs.
+
+    Raises TypeError where the run holds what is neither a tensor nor a plain value (an optimizer of
+    the user's own might).
     """
     if absent is not None:
         filled = tasks.support_rows.counts + tasks.query_rows.counts
@@ -74,6 +95,9 @@ def save(
         "schedule": run.schedule,
         "kept": run.kept,
         "streamed": run.streamed,
+        "checkpoint": None
+        if run.checkpoint is None
+        else {f.name: getattr(run.checkpoint, f.name) for f in dataclasses.fields(run.checkpoint)},
         "left_out": None if absent is None else tuple(absent),
         "hyper": None
         if run.hyper is None
@@ -83,10 +107,9 @@ def save(
         "x_names": tasks.x_names,
     }
     try:
-        parts = packed(content)
+        return packed(content)
     except TypeError as error:
-        raise TypeError(f"{fspath(path)!r} was not written: of the fit, {error}") from error
-    write(path, parts)
+        raise TypeError(f"of the fit, {error}") from error
 
 
 def _numbers(model: TaskModel, tasks: TaskSet, eta: Eta) -> Tensor | None:

@@ -6,6 +6,7 @@ import math
 import warnings
 from contextlib import nullcontext
 from functools import partial
+from os import PathLike
 
 import torch
 
@@ -20,6 +21,7 @@ from varmeta.fitting.evidence_newton import evidence_newton, evidence_newton_app
 from varmeta.fitting.joint_newton import newton, newton_applies
 from varmeta.fitting.optimizer import check_factory
 from varmeta.fitting.pooled_start import is_regression, pooled_start
+from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import profiled, profiled_newton
 from varmeta.fitting.run import Run
 from varmeta.fitting.schedule import (
@@ -43,6 +45,7 @@ from varmeta.models.model import TaskModel
 from varmeta.models.responses import left_raw, one_scale_for_all
 from varmeta.numerics.arguments import positive
 from varmeta.numerics.quadrature import EVIDENCE
+from varmeta.results.checkpoints import Checkpoints
 from varmeta.results.doubts import doubts
 from varmeta.results.result import Fit, profiled_of
 from varmeta.results.resume import run_to_resume
@@ -58,7 +61,9 @@ from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import Batch, TaskSet
 from varmeta.tasks.source import OfSet
 from varmeta.tasks.stream import Stream, Streamed, stream_of
+from varmeta.verbs.checkpoint import Saving, settings_of
 from varmeta.verbs.progress import progress_bar
+from varmeta.verbs.sigterm import ends_by_sigterm
 from varmeta.verbs.stream import check_stream
 from varmeta.verbs.validation import validation_of, watching
 
@@ -80,7 +85,8 @@ def fit(
     task_chunk_size: int | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
-    resume: Fit | None = None,
+    resume: Fit | str | PathLike[str] | None = None,
+    checkpoint: Checkpoints | str | PathLike[str] | None = None,
     validate: TaskSet | Validation | None = None,
     ensemble: int | None = None,
     device: torch.device | str | None = None,
@@ -131,8 +137,13 @@ def fit(
     callback: called after every step with a dict of its numbers that has eta too: `row["loss"]`,
         `row.eta`.  `vm.StopFit` raised there ends the run; any other exception comes out of `fit`
         with what was learned by then as its `.fit`.
-    resume: a `Fit` of the same model, tasks, strategy and seed to go on from; `num_steps` counts
-        from its first step.
+    resume: a `Fit` of the same model, tasks, strategy and seed to go on from, or where one is: a
+        folder of checkpoints, of which the last is taken, or a file.  `num_steps` counts from its
+        first step.
+    checkpoint: a folder, or `vm.Checkpoints(folder, ...)`, into which it is written every so often
+        where the fit stands: a run that is cut short goes on with `resume=folder`.  With both, the
+        run begins where the folder is empty.  SIGTERM then ends the fit with all of it written, and
+        the process, unless it is handled otherwise.  See docs/long-runs.md.
     validate: held-out tasks with query data, or `vm.Validation(tasks, ...)`.  Every 50 steps of an
         optimiser (by default Adam) they are adapted and scored, and the state that predicts them
         best is what is returned; 10 looks without a better one end the run.  For networks, which
@@ -147,7 +158,8 @@ def fit(
     Ctrl-C ends the run early and returns what has been learned; `.stop` says why a run ended.
     SIGTERM is left to the process: see `sigterm_ends_fit`.
 
-    Raises ValueError or TypeError, before any work, for input that does not fit together.
+    Raises ValueError or TypeError, before any work, for input that does not fit together, and
+    OSError for a folder that cannot be written or read.
 
     >>> import varmeta as vm
     >>> prior = vm.GaussianPrior(learn_precision="shared")
@@ -161,6 +173,7 @@ def fit(
     validation = None if validate is None else validation_of(validate)
     given = optimizer, batch_size, budget, validation, ensemble, clip, scheduler_of(schedule)
     free = all(one is None for one in given) and isinstance(tasks, TaskSet)
+    saving, resume = _saving(checkpoint, resume, model, strategy)
     strategy, hyperguide = _defaults(model, strategy, hyperguide, resume, free)
     _check_arguments(model, strategy, num_steps, optimizer, batch_size, budget, resume, seed, clip)
     decay = decay_of(schedule)
@@ -187,22 +200,24 @@ def fit(
     few = 2000 if way == "steps" else 200
     steps = num_steps if num_steps is not None else None if budget is not None else few
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
-    compiled = seconds_compiling()
     begun = partial(Fit, model, tasks, strategy, seed, run, problem)
+    if saving is not None:
+        saving.begin(begun(), settings_of(
+            stream, validation, num_steps=steps, budget=budget, batch_size=batch_size,
+            schedule=label(schedule), clip=clip, ensemble=ensemble, hyperguide=hyperguide,
+        ))  # fmt: skip
+    compiled, ends = seconds_compiling(), nullcontext() if saving is None else ends_by_sigterm()
     looks = nullcontext() if validation is None else watching(validation, begun(), members)
-    with progress_bar(progress, steps or few, callback) as report, looks as watch:
+    with ends, progress_bar(progress, steps or few, callback) as report, looks as watch:
         if way in ("steps", "lbfgs"):
-            factory = optimizer or (lbfgs if way == "lbfgs" else adam)
-            decay = decay_of("constant") if way == "lbfgs" else decay
-            run.schedule = None if way == "lbfgs" else label(schedule)
             own = task_chunk_size, scheduler_of(schedule), clip
-            plan = Descent(factory, steps, budget, decay, compile, *own)
+            plan = _plan(way, optimizer, steps, budget, schedule, compile, own)
+            run.schedule = None if way == "lbfgs" else label(schedule)
             source = stream or OfSet(tasks, batch_size, seed)
-            descend(problem, members or strategy, source, run, plan, report, watch)
-        elif exact is not None:
-            profiled_newton(exact, tasks, run, steps or few, report)
+            descend(problem, members or strategy, source, run, plan, report, watch, saving)
         else:
-            _solve(way, problem, strategy, tasks, run, hyperguide, steps or few, report)
+            most = steps or few
+            _solve(way, problem, strategy, tasks, run, hyperguide, most, report, exact, saving)
     if members is not None:
         close(run, members, problem, tasks)
     run.seconds_compiling = seconds_compiling() - compiled
@@ -215,6 +230,19 @@ def fit(
     return result
 
 
+def _saving(
+    checkpoint: Checkpoints | str | PathLike[str] | None,
+    resume: Fit | str | PathLike[str] | None,
+    model: TaskModel,
+    strategy: Strategy | None,
+) -> tuple[Saving | None, Fit | None]:
+    """Who reads and writes checkpoints, where any are, and the fit to go on from."""
+    if checkpoint is None and not isinstance(resume, (str, PathLike)):
+        return None, resume
+    saving = Saving(checkpoint, resume, model, strategy)
+    return saving, saving.resume
+
+
 def _placed(
     tasks: TaskSet | Stream,
     batch_size: int | None,
@@ -223,11 +251,35 @@ def _placed(
     device: torch.device | str | None,
 ) -> tuple[TaskSet, Streamed | None]:
     """The tasks on their device, a stream's first ones, and the stream where they are that."""
+    found = None if resume is None else resume.run.checkpoint
     if isinstance(tasks, TaskSet):
-        return (tasks if device is None else tasks.to(device=device)), None
-    first = 0 if resume is None else resume.run.step
-    stream = stream_of(tasks, batch_size, seed, first, device)
-    return stream.tasks, stream
+        stream, placed = None, tasks if device is None else tasks.to(device=device)
+    else:
+        # a DataLoader that shuffles draws its order from torch's own generator
+        if found is not None:
+            torch.set_rng_state(found.begun)
+        stream = stream_of(
+            tasks, batch_size, seed, 0 if resume is None else resume.run.step, device
+        )
+        placed = stream.tasks
+    if found is not None:
+        torch.set_rng_state(found.random)
+    return placed, stream
+
+
+def _plan(
+    way: str,
+    optimizer: OptimizerFactory | None,
+    steps: int | None,
+    budget: float | None,
+    schedule: ScheduleName | Decay | SchedulerFactory,
+    compile: Compile,
+    own: tuple[int | None, SchedulerFactory | None, float | None],
+) -> Descent:
+    """own: what is handed on as it came."""
+    if way == "lbfgs":
+        return Descent(lbfgs, steps, budget, decay_of("constant"), compile, *own)
+    return Descent(optimizer or adam, steps, budget, decay_of(schedule), compile, *own)
 
 
 def _solve(
@@ -239,20 +291,30 @@ def _solve(
     hyperguide: Hyperguide,
     most: int,
     report: Callback | None,
+    exact: ProfiledEvidence | None,
+    saving: Saving | None,
 ) -> None:
     """By the solvers that look at all tasks at once."""
-    batch, seed = tasks.batch(), problem.seed
-    if way == "hyperguide":
+    if saving is not None:
+        if saving.is_done(run, most):
+            return
+        # a posterior of eta is found whole or not at all
+        report = report if way == "hyperguide" else saving.reporting(report)
+    if exact is not None:
+        profiled_newton(exact, tasks, run, most, report)
+    elif way == "hyperguide":
         run.schedule = None
-        left = most - run.step
+        own = hyperguide, most - run.step, problem.seed, report
         try:
-            integrate(problem, strategy, batch, tasks, run, hyperguide, left, seed, report)
+            integrate(problem, strategy, tasks.batch(), tasks, run, *own)
         except CallbackError as error:  # all or nothing
             raise error.__cause__ or error from None
     elif way == "evidence":
-        evidence_newton(problem, strategy, batch, run, most, report)
+        evidence_newton(problem, strategy, tasks.batch(), run, most, report)
     else:
-        newton(problem, strategy, batch, run, most, report)
+        newton(problem, strategy, tasks.batch(), run, most, report)
+    if saving is not None:
+        saving.last()
 
 
 def _with_fit(error: Exception, fit: Fit) -> Exception:
@@ -331,7 +393,8 @@ def _check_steps(run: Run, steps: int | None, decay: Decay, same_schedule: bool)
     """Refuse steps that a resumed run has taken already; warn where its step size starts anew."""
     if steps is None:
         return
-    if run.step >= steps:
+    # of a checkpoint's run the end may be all that is left
+    if run.step >= steps + (run.checkpoint is not None):
         raise ValueError(
             f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, "
             "so give more"
@@ -426,7 +489,8 @@ def _check_arguments(
         check_factory(optimizer)
     if resume is not None and not isinstance(resume, Fit):
         raise TypeError(
-            f"resume must be a Fit, not {type(resume).__name__}: vm.load reads one from a file"
+            f"resume must be a Fit or a path, not {type(resume).__name__}: a folder of checkpoints "
+            "or a file of Fit.save"
         )
     whole_number("seed", seed, 0)
     for name, number in (("num_steps", num_steps), ("batch_size", batch_size)):

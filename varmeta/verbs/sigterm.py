@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from varmeta.verbs.fit import fit
+FIT = ("varmeta.verbs.fit", "fit")
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def sigterm_ends_fit() -> Iterator[None]:
     At the end of the block the process ends by the SIGTERM that it got, with the exit status that
     it would have had (143 in a shell); a second SIGTERM ends it at once.  Outside a fit, as in
     `save`, nothing is interrupted.  What handled SIGTERM before the block does so after it.
-    Without the block varmeta leaves SIGTERM alone.
+    Without the block varmeta leaves SIGTERM alone, but for a fit that writes checkpoints.
 
     Raises ValueError outside the main thread, which alone gets signals.
 
@@ -56,9 +56,21 @@ def sigterm_ends_fit() -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def ends_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a fit and then the process; where it is handled otherwise, it stays so."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    with sigterm_ends_fit():
+        yield
+
+
 def _in_fit(frame: FrameType | None) -> bool:
+    """Whether that is, or was called by, `fit`, which stands above this file."""
     while frame is not None:
-        if frame.f_code is fit.__code__:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == FIT:
             return True
         frame = frame.f_back
     return False
