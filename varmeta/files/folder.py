@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import weakref
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import IO
 
 from varmeta.files.write import write
 
@@ -36,6 +36,7 @@ class Folder:
     """The folder, made where there is none, as the one process that writes into it.
 
     keep: how many files there are at most.
+    close: lets others write into it, as its end does.
 
     Raises OSError (PermissionError, a full disk) where it cannot be made or written into,
     ValueError where another process writes into it.
@@ -48,11 +49,13 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         # a lock is the process's, which its end gives back, however that comes; a forked worker
         # that outlives it does not hold it
-        self._lock: IO[str] = open(self.path / LOCK, "a")  # noqa: SIM115
+        lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self.close = weakref.finalize(self, os.close, lock)
         if fcntl is not None:
             try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                self.close()
                 raise ValueError(
                     f"another process writes its checkpoints into {os.fspath(path)!r}: wait for "
                     "its end, or give another folder"

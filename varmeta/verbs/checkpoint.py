@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from varmeta.results.load import IsCode, Refused, load
 from varmeta.results.result import Fit
 from varmeta.strategies.strategy import Strategy
 from varmeta.tasks.fingerprint import fingerprint
+from varmeta.verbs.sigterm import ends_by_sigterm
 
 # Settings that a run may go on under others of.
 FREE = ("num_steps", "budget")
@@ -29,6 +31,8 @@ FREE = ("num_steps", "budget")
 
 class Saving:
     """What `fit(checkpoint=..., resume=path)` adds to a fit: it is read, and written.
+
+    Within the block SIGTERM ends the fit where checkpoints are written; after it others may write.
 
     resume: the fit to go on from; found: the checkpoint that it was, if it was one.
 
@@ -50,6 +54,15 @@ class Saving:
             resume = fit_to_resume(resume, model, strategy, self.own)
         self.resume = resume
         self.found = resume.run.checkpoint if isinstance(resume, Fit) else None
+
+    def __enter__(self) -> None:
+        self._open = ExitStack()
+        if self.writer is not None:
+            self._open.callback(self.writer.folder.close)
+            self._open.enter_context(ends_by_sigterm())
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def begin(self, fit: Fit, settings: dict[str, Any]) -> None:
         """Refuse to go on under other settings, and write where the fit starts."""
@@ -101,7 +114,7 @@ def fit_to_resume(
                 f"the run goes on after {step} steps, since a later checkpoint cannot be read: "
                 f"{unread[0]}",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
         return found
     if unread:
@@ -146,17 +159,6 @@ def check_settings(found: Checkpoint, now: dict[str, Any]) -> None:
             f"the checkpoint is of another fit: {other}.  Give the same, or what it has learned as "
             "resume=vm.load(path of the file, model), which goes on under other settings"
         )
-    longer = any(found.settings[name] != now[name] for name in FREE)
-    if longer and now["schedule"] not in (None, "constant") and not found.finished:
-        was, is_now = (
-            f"{one['num_steps']} steps, budget {one['budget']}" for one in (found.settings, now)
-        )
-        warnings.warn(
-            f"the step size falls until the end of the run, which was to come after {was}, and "
-            f"now {is_now}: what is left of the way is not that of a run that was never cut short",
-            RuntimeWarning,
-            stacklevel=3,
-        )
     mine = versions()
     others = [
         f"{name} {was}, not {mine.get(name)}"
@@ -168,5 +170,5 @@ def check_settings(found: Checkpoint, now: dict[str, Any]) -> None:
             f"the checkpoint was written under {', '.join(others)}: the rest of the run may differ "
             "in its last digits from one that was never cut short",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

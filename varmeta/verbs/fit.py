@@ -63,7 +63,6 @@ from varmeta.tasks.source import OfSet
 from varmeta.tasks.stream import Stream, Streamed, stream_of
 from varmeta.verbs.checkpoint import Saving, settings_of
 from varmeta.verbs.progress import progress_bar
-from varmeta.verbs.sigterm import ends_by_sigterm
 from varmeta.verbs.stream import check_stream
 from varmeta.verbs.validation import validation_of, watching
 
@@ -206,9 +205,9 @@ def fit(
             stream, validation, num_steps=steps, budget=budget, batch_size=batch_size,
             schedule=label(schedule), clip=clip, ensemble=ensemble, hyperguide=hyperguide,
         ))  # fmt: skip
-    compiled, ends = seconds_compiling(), nullcontext() if saving is None else ends_by_sigterm()
+    compiled, kept = seconds_compiling(), nullcontext() if saving is None else saving
     looks = nullcontext() if validation is None else watching(validation, begun(), members)
-    with ends, progress_bar(progress, steps or few, callback) as report, looks as watch:
+    with kept, progress_bar(progress, steps or few, callback) as report, looks as watch:
         if way in ("steps", "lbfgs"):
             own = task_chunk_size, scheduler_of(schedule), clip
             plan = _plan(way, optimizer, steps, budget, schedule, compile, own)
@@ -399,8 +398,19 @@ def _check_steps(run: Run, steps: int | None, decay: Decay, same_schedule: bool)
             f"resume has taken {run.step} steps already: num_steps={steps} counts from its first, "
             "so give more"
         )
-    ended = same_schedule and run.stop.startswith("stopped")
-    if ended and decay(run.step / steps) > decay(1.0):
+    if not same_schedule:
+        return
+    if run.checkpoint is not None:
+        was = run.checkpoint.settings["num_steps"]
+        if was is not None and decay(run.step / was) != decay(run.step / steps):
+            warnings.warn(
+                f"the run that is resumed was to end after {was} steps, by which its step size "
+                f"falls, and now ends after {steps}: it is not one that was never cut short, as "
+                "under schedule='constant'",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    elif run.stop.startswith("stopped") and decay(run.step / steps) > decay(1.0):
         low = "to zero" if decay(1.0) == 0 else f"to {decay(1.0):.2g} of its full size"
         warnings.warn(
             f"the step size of the run that is resumed had fallen {low} by its last step, "
