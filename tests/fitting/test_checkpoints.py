@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import varmeta as vm
+from tests import kill_checkpoints
 from tests.cases import GUIDES, adam, linear_model, net_model, ragged_tasks, seeded
 from tests.verbs.test_fit import STRATEGIES, assert_same_fit, stop_at
 from tests.verbs.test_streams import ENDLESS, Lines
@@ -287,7 +292,9 @@ def test_a_checkpoint_holds_no_data_and_is_read_by_load(tmp_path: Path) -> None:
             callback=_gone_after(6),
         )  # fmt: skip
     file = next(iter(numbered(tmp_path).values()))
-    assert file.stat().st_size < 100_000 < 6 * 2 * 8 * 5000  # one task of six tells the model's inputs
+    assert (
+        file.stat().st_size < 100_000 < 6 * 2 * 8 * 5000
+    )  # one task of six tells the model's inputs
     fit = vm.load(file, model)
     again = f"go on with fit(..., resume={str(tmp_path)!r})"
     assert fit.stop == f"checkpoint after 5 steps: {again}" and not fit.converged
@@ -497,3 +504,169 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     simple(checkpoint=tmp_path, callback=other)
     assert len(said) == 1 and said[0].startswith("another process writes its checkpoints into ")
     simple(checkpoint=tmp_path, resume=tmp_path)  # it is free again
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+
+class Torn(torch.optim.SGD):
+    """Is interrupted between two of its parameters, once."""
+
+    at, by = 3, signal.SIGINT
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=1e-3, momentum=0.9)
+        self.taken = 0
+
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        loss = closure()
+        self.taken += 1
+        for leaf in groups[0]["params"]:
+            self.param_groups = [{**groups[0], "params": [leaf]}]
+            super().step(None)
+            if self.taken == self.at:
+                os.kill(os.getpid(), self.by)
+        self.param_groups = groups
+        return loss
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_step_is_taken_whole_or_not_at_all(
+    by: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Torn, "by", by)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        broken = simple(optimizer=Torn, checkpoint=tmp_path)
+        assert broken.stop.startswith("interrupted after 3 steps") and broken.run.step == 3
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.setattr(Torn, "at", 0)
+    whole = simple(optimizer=Torn)
+    assert_same_fit(simple(optimizer=Torn, resume=broken), whole)
+    assert_same_fit(simple(optimizer=Torn, resume=tmp_path), whole)
+
+
+@pytest.mark.parametrize("evaluation", range(7, 13))
+def test_an_interrupted_line_search_goes_back_to_where_it_began(
+    evaluation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from varmeta.fitting.compiled_step import Step
+
+    take, calls = Step.__call__, itertools.count(1)
+
+    def interrupted(*given: Any) -> Any:
+        if next(calls) == evaluation:
+            raise KeyboardInterrupt
+        return take(*given)
+
+    def fit(**options: Any) -> vm.Fit:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return vm.fit(
+                linear_model(PRIOR), ragged_tasks(4), vm.Implicit("laplace"), 6, lbfgs, **options
+            )
+
+    monkeypatch.setattr(Step, "__call__", interrupted)
+    broken = fit()
+    assert broken.stop.startswith("interrupted after") and 1 <= broken.run.step < 6
+    monkeypatch.setattr(Step, "__call__", take)
+    assert_same_fit(fit(resume=broken), fit())
+
+
+def test_an_interrupted_look_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from varmeta.fitting.validation import Watch
+
+    look, calls = Watch.look, itertools.count(1)
+
+    def interrupted(*given: Any) -> float:
+        if next(calls) == 3:  # at steps 0, 5, and 10
+            raise KeyboardInterrupt
+        return look(*given)
+
+    monkeypatch.setattr(Watch, "look", interrupted)
+    broken = simple(checkpoint=tmp_path, validate=HELD_OUT)
+    assert broken.stop.startswith("interrupted after 10 steps")
+    monkeypatch.setattr(Watch, "look", look)
+    on, whole = simple(resume=tmp_path, validate=HELD_OUT), simple(validate=HELD_OUT)
+    assert_same_fit(on, whole)
+    assert on.stop == whole.stop
+
+
+def test_an_exit_of_the_programs_own_keeps_all(tmp_path: Path) -> None:
+    """As of `signal.signal(SIGTERM, lambda *_: sys.exit(143))`."""
+
+    def leave(row: dict[str, float]) -> None:
+        if row["step"] == 6:
+            sys.exit(143)
+
+    with pytest.raises(SystemExit):
+        simple(checkpoint=tmp_path, callback=leave)
+    assert next(iter(numbered(tmp_path))) == 6
+    assert_same_fit(simple(resume=tmp_path), simple())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
+def test_kills_lose_an_interval_and_terminations_nothing() -> None:
+    """Some of the hundreds that `python -m tests.kill_checkpoints` runs."""
+    killed = kill_checkpoints.strike(4, signal.SIGKILL, 0)
+    assert killed["most steps lost"] <= kill_checkpoints.EVERY and killed["ends"] == {"-9": 4}
+    ended = kill_checkpoints.strike(3, signal.SIGTERM, 0)
+    assert ended["most steps lost"] == 0 and ended["ends"] == {"-15": 3}
+    for found in (killed, ended):
+        assert found["unreadable"] == [] and found["the same bits"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_compiling_ends_it_with_all_written(
+    by: signal.Signals, tmp_path: Path
+) -> None:
+    """The compiler is really at work, in a process of its own, and finds nothing on disk."""
+    code = f"""
+import os, signal, threading, time, torch, varmeta as vm
+from varmeta.verbs import progress
+torch.manual_seed(0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+net = torch.nn.Sequential(torch.nn.Linear(1, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1))
+model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior())
+tasks, said = vm.datasets.sinusoids(20, num_query=3), []
+options = dict(strategy=vm.Joint("normal"), optimizer=torch.optim.Adam, schedule="constant")
+class Bar:
+    disable = False
+    def set_description(self, text):
+        said.append(text)
+        if text == "compiling" and len(said) == 1:
+            threading.Timer(1.5, os.kill, (os.getpid(), {int(by)})).start()
+    def update(self, n): ...
+    def set_postfix(self, **_): ...
+    def close(self): ...
+progress._bar = lambda *_: Bar()
+begin = time.perf_counter()
+half = vm.fit(model, tasks, num_steps=3, compile=False, checkpoint="run", **options)
+with vm.sigterm_ends_fit():
+    fit = vm.fit(model, tasks, num_steps=6, compile=True, checkpoint="run", resume="run", **options)
+    assert fit.run.step == 3 and fit.stop.startswith("interrupted after 3 steps"), fit.stop
+    assert said == ["compiling", None], said
+    assert fit.adapt(tasks[:2]).score().shape[0] == 3
+    on = vm.fit(model, tasks, num_steps=6, compile=False, resume="run", **options)
+    assert on.run.step == 6
+    print("usable", flush=True)
+print("after")
+"""
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    env["PYTHONPATH"] = str(Path(vm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env,
+    )  # fmt: skip
+    assert "usable" in done.stdout, done.stderr
+    if by == signal.SIGTERM:
+        assert done.returncode == -signal.SIGTERM and "after" not in done.stdout
+    else:
+        assert done.returncode == 0 and "after" in done.stdout, done.stderr

@@ -166,7 +166,8 @@ def test_an_interrupted_newton_run_goes_on() -> None:
         ),
         ({"seed": 1}, ValueError, "was run with seed=0"),
         ({"num_steps": 3}, ValueError, "has taken 3 steps already"),
-        ({"resume": "fit.pt"}, TypeError, "resume must be a Fit, not str"),
+        ({"resume": 3}, TypeError, "resume must be a Fit or a path, not int: a folder of"),
+        ({"resume": "no.pt"}, FileNotFoundError, "there are no checkpoints here"),
         (
             {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
             ValueError,

@@ -21,7 +21,7 @@ class Hold:
 
     def __init__(self) -> None:
         self._held = False
-        self._waiting: list[tuple[Handler, int]] = []
+        self._waiting: dict[int, Handler] = {}  # twice the same is once
         self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> Self:
@@ -47,11 +47,11 @@ class Hold:
         """What came meanwhile is handled now, and may raise KeyboardInterrupt."""
         self._held = False
         while self._waiting:
-            handler, number = self._waiting.pop(0)
+            number, handler = self._waiting.popitem()
             handler(number, sys._getframe())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._held:
-            self._waiting.append((self._before[number], number))
+            self._waiting[number] = self._before[number]
         else:
             self._before[number](number, frame)
