@@ -25,9 +25,11 @@ from tests.verbs.test_fit import STRATEGIES, assert_same_fit, stop_at
 from tests.verbs.test_streams import ENDLESS, Lines
 from tests.verbs.test_streams import fit as fit_stream
 from tests.verbs.test_streams import model as stream_model
+from varmeta.files import columns
 from varmeta.files.folder import numbered
 from varmeta.graphs import capture
-from varmeta.results import checkpoints
+from varmeta.results import checkpoints, schema, storage
+from varmeta.results.resume import moved
 
 PRIOR = vm.GaussianPrior(3.0)
 STEPS = 8
@@ -305,6 +307,41 @@ def test_a_checkpoint_holds_no_data_and_is_read_by_load(tmp_path: Path) -> None:
     whole = simple(model=model, tasks=tasks)
     assert_same_fit(simple(model=model, tasks=tasks, resume=fit), whole)
     assert_same_fit(simple(model=model, tasks=tasks, resume=file), whole)
+
+
+def test_a_history_is_columns_of_a_file_and_of_older_ones_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = simple(validate=HELD_OUT)
+    fit.save(tmp_path / "new.fit")
+    monkeypatch.setattr(storage, "columns_of", lambda rows: rows)
+    fit.save(tmp_path / "old.fit")
+    for name in ("new.fit", "old.fit"):
+        back = vm.load(tmp_path / name, linear_model(PRIOR))
+        assert back.run.history == fit.run.history and back.history.equals(fit.history)
+    assert columns.rows_of(columns.columns_of([]), 0) == []
+    sound = columns.columns_of(fit.run.history)
+    at, values = sound["validation"]
+    assert schema.columns(sound) and schema.columns({})
+    for wrong in ((at + 20, values), (at - 99, values), (at, values[1:]), (at.double(), values)):
+        assert not schema.columns({**sound, "validation": wrong})
+    assert not schema.columns({**sound, "loss": sound["validation"]})
+    assert not schema.columns({"step": sound["step"]})
+
+
+def test_a_run_from_a_file_moves_to_where_the_tasks_are(tmp_path: Path) -> None:
+    with pytest.raises(_Gone):
+        simple(
+            checkpoint=vm.Checkpoints(tmp_path, every=5), validate=HELD_OUT,
+            callback=_gone_after(11),
+        )  # fmt: skip
+    fit = vm.load(next(iter(numbered(tmp_path).values())), linear_model(PRIOR))
+    run = moved(fit.run, torch.device("meta"))
+    best = run.checkpoint.watched["best"]  # type: ignore[union-attr, index]
+    for tree in (run.eta, run.state.phi, best["eta"], best["phi"]):
+        assert tree and all(value.is_meta for value in tree.values())
+    assert run.step == 10 and run.checkpoint is not None and not run.checkpoint.random.is_meta
+    assert moved(fit.run, torch.device("cpu")) is fit.run
 
 
 # -- where one goes on, and where not --------------------------------------------------------------

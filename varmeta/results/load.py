@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from varmeta.files.columns import rows_of
 from varmeta.files.container import MAGIC, DamagedError, unpacked
 from varmeta.files.plain import difference
 from varmeta.fitting.checkpoint import Checkpoint
@@ -265,6 +266,9 @@ def _run(content: dict[str, Any]) -> Run:
         content[name] for name in ("history", "optimizer", "stop", "converged", "loss", "schedule")
     )
     run = Run(content["eta"], state, *record)
+    history: Any = content["history"]
+    if isinstance(history, dict):
+        run.history = rows_of(history, len(history["step"][0]) if history else 0)
     # what older files do not know did not happen
     run.kept, run.streamed = content.get("kept"), content.get("streamed")
     checkpoint = content.get("checkpoint")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from varmeta.fitting.run import Run
 from varmeta.models import constants
@@ -76,7 +78,7 @@ def run_to_resume(
             "resume was saved without its tasks' posteriors, from which its strategy goes on: save "
             "it with data=True"
         )
-    run = copy.deepcopy(fit.run)
+    run = moved(copy.deepcopy(fit.run), tasks.device)
     # where steps go on from a fit they may find more; what goes on from a checkpoint is that run
     run.converged = run.converged and run.checkpoint is not None
     if run.kept is not None:
@@ -85,6 +87,29 @@ def run_to_resume(
             run.history, run.stop = until, f"kept at step {run.kept}"
         run.kept = None
     return run
+
+
+def moved(run: Run, device: torch.device) -> Run:
+    """The run with what it steps on that device, where a file has it on the CPU.
+
+    The optimiser moves its own state to where its parameters are.
+    """
+    if next(iter(run.eta.values())).device == device:
+        return run
+
+    def to(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    state = replace(run.state, phi=tree_map(to, run.state.phi), inner=tree_map(to, run.state.inner))
+    hyper, found = run.hyper, run.checkpoint
+    if hyper is not None:
+        parts = {f.name: tree_map(to, getattr(hyper, f.name)) for f in dataclasses.fields(hyper)}
+        hyper = replace(hyper, **parts)
+    if found is not None and found.watched is not None and found.watched["best"] is not None:
+        best = found.watched["best"]
+        own = {name: tree_map(to, best[name]) for name in ("eta", "phi", "inner")}
+        found = replace(found, watched={**found.watched, "best": {**best, **own}})
+    return replace(run, eta=tree_map(to, run.eta), state=state, hyper=hyper, checkpoint=found)
 
 
 def _other_tasks(fit: Fit, tasks: TaskSet, stream: Streamed | None) -> str | None:
@@ -96,7 +121,7 @@ def _other_tasks(fit: Fit, tasks: TaskSet, stream: Streamed | None) -> str | Non
         same = absent == AbsentTasks.of(tasks)
         return None if same else "by their names or numbers"
     if stream is None or stream.reader.anywhere:
-        return fit.tasks.first_difference(tasks)
+        return fit.tasks.first_difference(tasks.to(device=fit.tasks.device))
     first, now = kind(fit.tasks), kind(tasks)
     return next((f"{what} was {first[what]}" for what in first if first[what] != now[what]), None)
 

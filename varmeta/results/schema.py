@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varmeta.models.hyper_posterior import HyperPosterior
@@ -56,6 +57,22 @@ def is_optimizer(value: Any) -> bool:
     return type(value) is dict and {"state", "param_groups"} <= set(value)
 
 
+def columns(value: Any) -> bool:
+    """Whether it is a history by columns, of which every row has what `RECORD` names."""
+    if not dict_of(pair_of(tensor, tensor))(value) or not (value == {} or set(value) >= RECORD):
+        return False
+    number = len(value["step"][0]) if value else 0
+    return all(
+        at.dtype == torch.int64
+        and at.dim() == 1
+        and at.shape == values.shape
+        and values.dtype in (torch.int64, torch.float64)
+        and (name not in RECORD or len(at) == number)
+        and bool(((at >= 0) & (at < number)).all())
+        for name, (at, values) in value.items()
+    )
+
+
 text, number, whole, truth, tensor = (
     is_a(str),
     is_a(int, float),
@@ -65,6 +82,9 @@ text, number, whole, truth, tensor = (
 )
 numbers = dict_of(lambda value: tensor(value) and value.is_floating_point())
 data = optional(pair_of(tensor, tensor))
+RECORD = {"step", "loss", "evaluations", "seconds"}
+# as it was before it became columns
+rows = list_of(lambda row: dict_of(number)(row) and set(row) >= RECORD)
 counters = fields_of(step=whole, lr_scale=number)
 best = fields_of(
     step=whole,
@@ -93,9 +113,7 @@ FIELDS: dict[str, Check] = {
     "phi": optional(numbers),
     "inner": optional(dict_of(tensor)),
     "counters": counters,
-    "history": list_of(
-        lambda row: dict_of(number)(row) and {"step", "loss", "evaluations", "seconds"} <= set(row)
-    ),
+    "history": lambda value: rows(value) or columns(value),
     "optimizer": optional(is_optimizer),
     "stop": text,
     "converged": truth,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from varmeta._checks import name_of
+from varmeta.files.columns import columns_of
 from varmeta.files.container import packed
 from varmeta.files.version import __version__
 from varmeta.files.write import write
@@ -87,7 +88,7 @@ def parts_of(
         "phi": stored.phi,
         "inner": stored.inner,
         "counters": {"step": run.state.step, "lr_scale": run.state.lr_scale},
-        "history": run.history,
+        "history": columns_of(run.history),
         "optimizer": run.optimizer_state,
         "stop": run.stop,
         "converged": run.converged,
