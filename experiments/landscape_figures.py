@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 import varmeta as vm
 from varmeta.landscape.landscape import ROUTES
-from varmeta.plot import BAND, INK, MUTED
+from varmeta.plot import BAND, INK, MUTED, WARM
+from varmeta.plot.landscape import with_gaps
 
-WARM, STAR = "#d9772b", "#c1272d"  # the penalty, and iMAML's objective; the minimum
+STAR = "#c1272d"  # the minimum
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -45,13 +46,6 @@ def shades(dark: str, middle: str, light: str, count: int) -> list[Any]:
 
 def blues(count: int) -> list[Any]:
     return shades(INK, BAND, "#b3cbe6", count)
-
-
-def broken(x: Any, y: Any, at: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """A curve with a gap at each jump."""
-    x, y = np.asarray(x), np.asarray(y)
-    places = np.searchsorted(x, at)
-    return np.insert(x, places, at), np.insert(y, places, np.nan)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -144,7 +138,7 @@ def animate(landscape: vm.Landscape, path: Path, frames: int) -> None:
     anchors = torch.from_numpy(-2.8 * np.cos(2 * np.pi * np.arange(frames) / frames))
     fine = torch.linspace(-2.8, 2.8, 400, dtype=torch.float64)
     jumps = landscape.jumps(-2.8, 2.8)
-    x, y = broken(fine, landscape.argmin(fine)[:, 0], [jump.anchor for jump in jumps])
+    x, y = with_gaps(fine, landscape.argmin(fine)[:, 0], [jump.anchor for jump in jumps])
     lower.plot(x, y, color=BAND, lw=1, alpha=0.7)
     (trail,) = lower.plot([], [], color=INK, lw=2)
     (head,) = lower.plot([], [], "*", color=STAR, ms=13, mec="white", mew=0.6)
@@ -204,7 +198,7 @@ def minima(curves: Curves, numbers: Curves) -> Figure:
         ax.plot([-3, 3], [-3, 3], color=MUTED, lw=0.8, ls="--", label=r"$\theta^* = \theta_0$")
         for key, colour in zip(mine, blues(len(mine)), strict=True):
             jumps = numbers[key]["jumps"]
-            x, y = broken(
+            x, y = with_gaps(
                 curves["anchors"], curves[key]["theta"], [jump["anchor"] for jump in jumps]
             )
             ax.plot(x, y, color=colour, lw=1.8, label=rf"$\lambda = {key.rpartition('= ')[2]}$")
@@ -258,7 +252,7 @@ def derivatives(curves: Curves, numbers: Curves, precision: str = "1") -> Figure
                     label="jump" if position == at[0] else None,
                 )
         upper.plot(
-            *broken(anchors, closed, at),
+            *with_gaps(anchors, closed, at),
             color=INK,
             lw=1.6,
             label=r"closed form $\lambda/(\lambda + f'')$",
@@ -277,7 +271,7 @@ def derivatives(curves: Curves, numbers: Curves, precision: str = "1") -> Figure
             )
             gap = np.abs(routes[route] - closed).clip(1e-16)  # 0 has no logarithm
             lower.semilogy(
-                *broken(anchors, gap, at), color=colour, lw=1.6 if route == "implicit" else 1.1
+                *with_gaps(anchors, gap, at), color=colour, lw=1.6 if route == "implicit" else 1.1
             )
         upper.set_title(f"{key.rpartition(',')[0]}, $\\lambda = {precision}$")
         lower.set_ylim(3e-17, 1e-5)
@@ -328,9 +322,9 @@ def objectives(curves: Curves, numbers: Curves) -> Figure:
                 label=r"$f(\theta_0)$, nothing adapted",
             )
             ax.plot(
-                *broken(anchors, curve["variational"], jumps), color=INK, lw=2, label=VARIATIONAL
+                *with_gaps(anchors, curve["variational"], jumps), color=INK, lw=2, label=VARIATIONAL
             )
-            ax.plot(*broken(anchors, curve["imaml"], jumps), color=WARM, lw=2, label=IMAML)
+            ax.plot(*with_gaps(anchors, curve["imaml"], jumps), color=WARM, lw=2, label=IMAML)
             values = np.array([curve["imaml"], curve["variational"]])
             margin = 0.08 * np.ptp(values)
             ax.set_ylim(values.min() - margin, values.max() + margin)

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.landscape_figures import ANCHOR, STYLE, WARM, blues, save, shades
+from experiments.landscape_figures import ANCHOR, STYLE, blues, save, shades
 from experiments.landscape_networks import OBJECTIVES
-from varmeta.plot import INK, MUTED
+from varmeta.plot import INK, MUTED, WARM
 
 COLOURS = {"imaml": WARM, "variational": INK}
 LABELS = {"imaml": "iMAML", "variational": "variational"}

@@ -4,7 +4,6 @@ words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ from varmeta.plot.curve_values import NOISE_POINTS, curves
 from varmeta.posteriors.prediction import Prediction
 
 GRID = torch.linspace(-2.0, 2.0, 41, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
-    yield
-    import matplotlib.pyplot as plt
-
-    plt.close("all")
 
 
 # -- comparison ------------------------------------------------------------------------------------
@@ -120,6 +111,37 @@ def test_labels_are_wrapped_and_coverage_has_its_level() -> None:
     assert left >= -0.05 and right <= 1.05
 
 
+def test_an_interval_of_a_share_ends_at_0_and_1() -> None:
+    """Student's t over few seeds is wider than all that a share can be."""
+    wide = table().iloc[:3].assign(coverage_low=-2.0, coverage_high=3.0, rmse_low=-1.0)
+    for metric, least, most in (("coverage", 0.0, 1.0), ("rmse", 0.0, np.inf)):
+        (container,) = plot_comparison(wide, metric).containers
+        _, caps, (bars,) = container.lines
+        ends = np.concatenate([segment[:, 0] for segment in bars.get_segments()])
+        ends = np.concatenate([ends, *(cap.get_xdata() for cap in caps)])
+        assert ends.min() == least and ends.max() <= most
+
+
+def title_of(ax: Any) -> str:
+    return " ".join(ax.get_title().split())
+
+
+def test_the_title_names_the_best_method_and_how_sure_that_is() -> None:
+    assert title_of(plot_comparison(table())) == (
+        "a method with a long name in many words is highest (-0.2); its interval holds 0 other "
+        "means"
+    )
+    assert title_of(plot_comparison(table(), "rmse")).startswith("last is lowest (0.2)")
+    assert title_of(plot_comparison(table(), "coverage")).startswith("last is nearest to 90 %")
+    near = table().assign(log_density_low=-2.0, log_density_high=0.0)
+    assert title_of(plot_comparison(near)).endswith("its interval holds 2 other means")
+    # one that has not settled has no interval and is not called the best
+    near.loc[METHODS[1], ["log_density_low", "log_density_high"]] = np.nan
+    assert title_of(plot_comparison(near)).startswith("first is highest (-0.5)")
+    none = near.assign(log_density_low=np.nan, log_density_high=np.nan)
+    assert title_of(plot_comparison(none)) == "no method has an interval of this score"
+
+
 def test_it_knows_its_scores() -> None:
     with pytest.raises(
         ValueError, match=r"unknown score 'error_rate': the table has \['log_density', 'rmse', 'cov"
@@ -200,8 +222,8 @@ def test_the_legend_says_what_bands_and_dots_are() -> None:
         labels=(None, "weight (g)"),
     )
     assert legend_of(axes) == [
-        "90 % interval of observations",
-        "50 % interval of observations",
+        "90 % of observations",
+        "50 % of observations",
         "mean",
         "adapted to",
         "held out",
@@ -211,23 +233,61 @@ def test_the_legend_says_what_bands_and_dots_are() -> None:
     assert [ax.get_title() for ax in axes[0]] == ["a", "b"]
     axes = plot_curves(discrete(vm.likelihoods.Poisson(), [0, 3, 1]), GRID, ["b"])
     assert legend_of(axes) == [
-        "90 % interval of the mean",
-        "50 % interval of the mean",
+        "90 % of the mean",
+        "50 % of the mean",
         "mean",
         "adapted to",
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (7, (2, 4)), (20, (4, 5))]
+)
+def test_panels_stand_in_a_page(number: int, shape: tuple[int, int]) -> None:
+    posterior = known(
+        linear_model(vm.GaussianPrior(3.0)), ragged_tasks(20), vm.Joint("normal")
+    ).posterior()
+    axes = plot_curves(posterior, GRID, list(posterior.names[:number]), num_samples=10)
+    assert axes.shape == shape
+    width, height = axes[0, 0].figure.get_size_inches()
+    assert width <= 10.0 and height <= 12.0
+    assert [ax.get_visible() for ax in axes.flat].count(True) == number
+
+
+def test_a_long_name_is_cut_at_its_beginning() -> None:
+    names = [f"a very long name of a task that has the number {index}" for index in range(40)]
+    tasks = vm.TaskSet([vm.Task(([[0.0], [1.0]], [0.0, 1.0]), name=name) for name in names])
+    posterior = known(linear_model(vm.GaussianPrior(3.0)), tasks.to(torch.float64), vm.Joint())
+    titles = [
+        ax.get_title() for ax in plot_curves(posterior.posterior(), None, names, num_samples=5).flat
+    ]
+    assert titles[39].startswith("…") and titles[39].endswith(" 39") and len(set(titles)) == 40
+
+
+def test_without_x_the_grid_runs_over_the_tasks_rows() -> None:
+    posterior = discrete(vm.likelihoods.Gaussian(), np.array([0.0, 0.5, 1.0]))
+    line = plot_curves(posterior)[0, 1].lines[0].get_xdata()  # of both tasks
+    assert (line[0], line[-1], len(line)) == (-1.0, 1.0, 101)
+    # of a task without rows over those that were learned from
+    fit = known(linear_model(vm.GaussianPrior(3.0)), ragged_tasks(2), vm.Joint("normal"))
+    line = plot_curves(fit.adapt(vm.TaskSet([vm.Task(name="empty")])))[0, 0].lines[0].get_xdata()
+    rows = torch.cat([part.x[part.mask].flatten() for part in all_parts(fit.tasks)])
+    assert (line[0], line[-1]) == (float(rows.min()), float(rows.max()))
+
+
+def all_parts(tasks: vm.TaskSet) -> list[Any]:
+    batch = tasks.batch()
+    return [part for part in (batch.support, batch.query) if part is not None]
 
 
 def test_on_axes_of_ones_own() -> None:
     import matplotlib.pyplot as plt
 
     ax = plt.subplots()[1]
-    assert (
-        plot_curves(
-            discrete(vm.likelihoods.Poisson(), [0, 3, 1]), GRID, ["a"], ax, labels=("mg", "n")
-        )
-        is ax
+    axes = plot_curves(
+        discrete(vm.likelihoods.Poisson(), [0, 3, 1]), GRID, ["a"], ax, labels=("mg", "n")
     )
+    assert axes.shape == (1, 1) and axes[0, 0] is ax
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("mg", "n") and "held out" in legend_of(ax)
 
 
@@ -306,7 +366,7 @@ def test_the_prior_is_drawn_with_its_intervals_and_the_tasks() -> None:
     )
     axes = plot_prior(fit)
     assert [ax.get_yticklabels()[0].get_text() for ax in axes[:, 0]] == ["day", "intercept"]
-    assert legend_of(axes) == ["prior, 90 %", "prior, 50 %", "tasks' posterior means", "theta0"]
+    assert legend_of(axes) == ["prior, 90 %", "prior, 50 %", "tasks' means", "theta0"]
     wide, narrow, dots, bar = axes[0, 0].collections
     loc, sd = float(fit.prior.loc["weight"]), float(fit.prior.sd["weight"])
     assert wide.get_segments()[0][:, 0] == pytest.approx([loc - 1.645 * sd, loc + 1.645 * sd])
@@ -320,3 +380,11 @@ def test_the_prior_is_drawn_with_its_intervals_and_the_tasks() -> None:
 def test_many_weights_share_an_axis() -> None:
     axes = plot_prior(known(net_model(vm.GaussianPrior(3.0)), ragged_tasks(3), vm.Joint()), limit=8)
     assert axes.shape == (1, 1) and len(axes[0, 0].get_yticklabels()) == 8
+    assert title_of(axes[0, 0]).endswith("8 of 10 weights shown")
+
+
+def test_two_hundred_weights_stay_on_a_page() -> None:
+    large = net_model(vm.GaussianPrior(3.0), width=66)
+    ax = plot_prior(known(large, ragged_tasks(3), vm.Joint()), limit=199)[0, 0]
+    assert ax.figure.get_size_inches()[1] <= 12.0
+    assert ax.get_ylim()[0] > 198 and 20 < len(ax.get_yticklabels()) < 100

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from varmeta._checks import nearest, probability
-from varmeta.plot.style import INK, MUTED, axes_for, percent, tidy
+from varmeta._checks import counted, nearest, probability
+from varmeta.plot.style import INK, MUTED, axes_for, percent, settle, size_of, tidy, titled, wrapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,14 @@ AXIS_NAMES = {
     "log_density": "log predictive density (nats per observation)", "rmse": "RMSE", "crps": "CRPS",
     "calibration_error": "calibration error", "error_rate": "error rate",
 }  # fmt: skip
+# What a score cannot be below or above; an interval by Student's t may be.
+SHARE, POSITIVE = (0.0, 1.0), (0.0, np.inf)
+BOUNDS = {
+    "coverage": SHARE, "calibration_error": SHARE, "error_rate": SHARE,
+    "rmse": POSITIVE, "crps": POSITIVE,
+}  # fmt: skip
 LABEL_WIDTH = 26
+NARROW, NARROW_WIDTH = 4.0, 16  # inches of axes, and letters of the names beside narrower ones
 # A method is off the axis when it is this many times farther from the best than the median method.
 FAR = 6.0
 
@@ -31,9 +38,9 @@ def plot_comparison(
     The methods stand in the same order whatever the score, by their log density, best on top
     (without it, by the score).
     Coverage has no better end: its nominal level is drawn, and lines show how far from it a method
-    is. A method that failed by far stands at the edge, with its numbers.  One that has not settled
-    has an open circle and no interval, and its name says so; one that overspent its budget says by
-    how much.
+    is. An interval ends where the score does, a share at 0 and 1.  A method that failed by far
+    stands at the edge, with its numbers.  One that has not settled has an open circle and no
+    interval, and its name says so; one that overspent its budget says by how much.
     level: the nominal level of the coverage in the table.
 
     Raises ValueError for a score that the table does not have.
@@ -54,7 +61,8 @@ def plot_comparison(
     table = table.loc[
         _loss(table, by, level).sort_values(ascending=False, na_position="first").index
     ]
-    ax = axes_for(ax, figsize=(7.0, 0.42 * len(table) + 1.2))
+    ax = axes_for(ax, figsize=(7.0, 0.42 * len(table) + 1.4))
+    wide = size_of(ax)[0] >= NARROW
     settled = table["settled"].to_numpy(bool) if "settled" in table else np.ones(len(table), bool)
     if metric == "coverage":
         ax.axvline(level, color=MUTED, lw=1, ls="--", zorder=1)
@@ -65,7 +73,11 @@ def plot_comparison(
     edges = _edges(_loss(table, metric, level).to_numpy(float), table, metric)
     _limit(ax, metric, edges)
     _write_beside(ax, table, metric, settled, edges)
-    ax.set_yticks(np.arange(len(table)), [_name(name, row) for name, row in table.iterrows()])
+    width = LABEL_WIDTH if wide else NARROW_WIDTH
+    names = [_name(name, row, width) for name, row in table.iterrows()]
+    ax.set_yticks(np.arange(len(table)), names)
+    if not wide:
+        ax.tick_params(labelsize=8)
     ax.set_ylim(-0.6, len(table) - 0.4)
     name = (
         f"coverage of the {percent(level)} interval"
@@ -74,16 +86,37 @@ def plot_comparison(
     )
     order = "" if metric == by else "\n(methods in the order of their log density)"
     open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
-    ax.set_xlabel(f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}")
     tidy(ax, "x")
+    settle(ax)
+    inches = size_of(ax)[0]
+    below = f"{name}\nmean and 95 % interval over seeds and tasks{order}{open_circles}"
+    points = 10 if wide else 8
+    ax.set_xlabel(wrapped(below, inches, points), fontsize=points)
+    titled(ax, _finding(table, metric, level))
     return ax
 
 
 def _interval(table: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means and the ends of their intervals, cut where a score can be no more."""
     mean, low, high = (
         table[name].to_numpy(float) for name in (metric, f"{metric}_low", f"{metric}_high")
     )
-    return mean, low, high
+    least, most = BOUNDS.get(metric, (-np.inf, np.inf))
+    return mean, low.clip(least, most), high.clip(least, most)
+
+
+def _finding(table: pd.DataFrame, metric: str, level: float) -> str:
+    """Which method is best, and how many others' means its interval holds."""
+    loss = _loss(table, metric, level)
+    known = table[f"{metric}_low"].notna() & loss.notna()
+    if not known.any():
+        return "no method has an interval of this score"
+    best = loss[known].idxmin()
+    words = {"coverage": f"is nearest to {percent(level)}", "log_density": "is highest"}
+    text = f"{best} {words.get(metric, 'is lowest')} ({table.loc[best, metric]:.3g})"
+    low, high = table.loc[best, f"{metric}_low"], table.loc[best, f"{metric}_high"]
+    near = int(table.loc[known, metric].between(low, high).sum()) - 1
+    return f"{text}; its interval holds {counted(near, 'other mean')}"
 
 
 def _draw_intervals(ax: Any, table: pd.DataFrame, metric: str, settled: np.ndarray) -> None:
@@ -155,14 +188,14 @@ def _write_beside(
         )
 
 
-def _name(method: Hashable, row: pd.Series) -> str:
+def _name(method: Hashable, row: pd.Series, width: int) -> str:
     """The method, and what a reader must know of its run."""
     over = row.get("overspent", np.nan)
     notes = [] if row.get("settled", True) else ["not settled"]
     notes += [] if np.isnan(over) else [f"{over:.1f} x budget"]
     notes += ["exact"] if row.get("solver") == "exact" else []
-    named = fill(str(method), LABEL_WIDTH)
-    return f"{named}\n({', '.join(notes)})" if notes else named
+    named = fill(str(method), width)
+    return f"{named}\n" + fill(f"({', '.join(notes)})", width) if notes else named
 
 
 def _loss(table: pd.DataFrame, metric: str, level: float) -> pd.Series:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, no_task, probability, whole_number
+from varmeta.display.drawn import Drawn
 from varmeta.display.shown import COLUMNS, Shown
 from varmeta.guides.kl import location
 from varmeta.models.check import look_at_tokens
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Posterior(Shown):
+class Posterior(Drawn, Shown):
     """q(theta_i) for every task of `tasks`, as found by `Fit.posterior` or `Fit.adapt`.
 
     `trained` are the training tasks.

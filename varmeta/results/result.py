@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from varmeta._checks import counted, name_of, one_of
+from varmeta.display.drawn import Drawn
 from varmeta.display.shown import Shown
 from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
@@ -68,7 +69,7 @@ HOW_IT_ENDED = {
 }
 
 
-class Fit(Shown):
+class Fit(Drawn, Shown):
     """A learned prior, with the tasks' posteriors and the record of the run.
 
     Numbers of the objective are nats; weights are in y's units per unit of their column.
