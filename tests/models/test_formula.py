@@ -315,6 +315,50 @@ def test_a_fit_is_kept_and_read(tmp_path: Path) -> None:
     assert again.prior.labels == fit.prior.labels and again.loss == fit.loss
 
 
+@pytest.mark.parametrize(
+    ("formula", "other", "match"),
+    [
+        ("y ~ center(x) + (1 | g)", None, r"made 'center\(x\)' = .* but makes .* now: means"),
+        ("y ~ scale(x) + (scale(x) | g)", None, r"made 'scale\(x\)'"),
+        ("y ~ bs(x, df=4) + (1 | g)", None, "made 'bs"),
+        ("center(y) ~ x + (1 | g)", None, r"made 'center\(y\)'"),
+        ("y ~ x + (1 | g)", "np.exp(y) ~ x + (1 | g)", "response was 'y', but is"),
+        ("y ~ double(x) + (1 | g)", None, r"made 'double\(x\)'"),
+    ],
+)
+def test_a_file_refuses_another_reading(
+    formula: str, other: str | None, match: str, tmp_path: Path
+) -> None:
+    def double(x: np.ndarray) -> np.ndarray:
+        return 2.0 * x
+
+    frame = table()
+    tasks, model = vm.from_formula(formula, frame)
+    fit = vm.fit(model, tasks)
+    fit.save(tmp_path / "whole.fit")
+    fit.save(tmp_path / "bare.fit", data=False)
+    same = vm.from_formula(formula, frame.sample(frac=1.0, random_state=0))[1]
+    assert vm.load(tmp_path / "whole.fit", same).loss == fit.loss
+
+    def double(x: np.ndarray) -> np.ndarray:  # type: ignore[no-redef]  # noqa: F811
+        return 2.1 * x
+
+    part = frame[frame["y"] > frame["y"].quantile(0.3)]
+    changed = vm.from_formula(formula if other is None else other, part)[1]
+    for name in ("whole.fit", "bare.fit"):
+        with pytest.raises(ValueError, match=match):
+            vm.load(tmp_path / name, changed)
+
+
+def test_a_formula_without_means_is_read_with_any_table(tmp_path: Path) -> None:
+    frame = table()
+    tasks, model = vm.from_formula("y ~ np.log(z) + arm + (x | g)", frame)
+    fit = vm.fit(model, tasks)
+    fit.save(tmp_path / "a.fit")
+    other = vm.from_formula(model.formula, frame[60:])[1]
+    assert vm.load(tmp_path / "a.fit", other).loss == fit.loss
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from varmeta.guides.guide import Guide
 from varmeta.models import constants
 from varmeta.models.check_cut import check_cut
 from varmeta.models.ensemble import Ensemble
+from varmeta.models.formula import FormulaModel
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.models.model import TaskModel
 from varmeta.numerics.learning_rates import LearnedRates
@@ -185,6 +186,14 @@ def _check_model(content: dict[str, Any], shown: str, model: TaskModel) -> None:
         raise Refused(
             f"{shown} is a fit of another model: {found}.  Give load the model as it was fitted"
         )
+    kept = content.get("design")  # None in files of before
+    if kept is not None and isinstance(model, FormulaModel):
+        found = model.design.difference(json.loads(kept))
+        if found is not None:
+            raise Refused(
+                f"{shown} is a fit of another model: {found}.  Read the formula with the table "
+                "of the fit, and other tables by model.tasks(table) and model.x(table)"
+            )
     other = constants.difference(json.loads(content["constants"]), model.net, model.constants)
     if other is not None:
         raise Refused(

@@ -137,6 +137,7 @@ CHECKPOINT: dict[str, Check] = {
 PRESENT: dict[str, Check] = {
     **FIELDS,
     "model": text,
+    "design": optional(text),
     "constants": text,
     "numbers": optional(tensor),
     "version": text,
@@ -146,7 +147,7 @@ PRESENT: dict[str, Check] = {
     "checkpoint": optional(fields_of(**CHECKPOINT)),
 }
 # what the first files of the present format do not have
-LATER = {"kept", "streamed", "left_out", "checkpoint"}
+LATER = {"design", "kept", "streamed", "left_out", "checkpoint"}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 

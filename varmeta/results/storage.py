@@ -16,6 +16,7 @@ from varmeta.files.version import __version__
 from varmeta.files.write import write
 from varmeta.fitting.run import Run
 from varmeta.models import constants
+from varmeta.models.formula import FormulaModel
 from varmeta.models.learned_prior import LearnedPrior
 from varmeta.models.model import TaskModel
 from varmeta.results.configuration import configuration, numbers_of
@@ -79,6 +80,7 @@ def parts_of(
         "weights": json.dumps({name: list(shape) for name, shape in model.weights.shapes.items()}),
         "constants": json.dumps(constants.fingerprint(model.net, model.constants)),
         "model": json.dumps(configuration(model)),
+        "design": json.dumps(model.design.kept()) if isinstance(model, FormulaModel) else None,
         "numbers": _numbers(model, tasks, run.eta),
         "covariance": prior.covariance
         if model.prior.dense

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from varmeta._checks import counted, nearest, one_of
 from varmeta.tasks.formula_columns import INTERCEPT, Columns, names_in
+from varmeta.tasks.formula_probe import probe_of
 from varmeta.tasks.formula_response import Response
 from varmeta.tasks.formula_text import Varying, read_formula
 from varmeta.tasks.frame import label_of
@@ -66,6 +67,51 @@ class FormulaDesign:
             self._at[part.labels[0]] = len(self._parts), 0
             self._parts.append(part)
         self.columns: tuple[str, ...] = tuple(label for label in self._at if label != INTERCEPT)
+        texts = [*self._texts, *([self.text.response] if self.response.remembers else [])]
+        used = {name for text in texts for name in names_in(text)}
+        self._probe = probe_of(frame[[name for name in frame.columns if name in used]])
+
+    def kept(self) -> dict[str, Any]:
+        """How tables are read, as plain values for a file: see `difference`."""
+        return {
+            "formula": self.formula,
+            "response": self.text.response,
+            "weights": self.weights,
+            "columns": list(self.columns),
+            "rows": self._probe,
+            "read": self._read(self._probe).tolist(),
+        }
+
+    def difference(self, kept: Mapping[str, Any]) -> str | None:
+        """How another design read tables in another way; None where it did not."""
+        for what, own in (("response", self.text.response), ("weights", self.weights)):
+            if kept[what] != own:
+                return f"its {what} was {kept[what]!r}, but is {own!r}"
+        if kept["columns"] != list(self.columns):
+            return f"its columns of x were {kept['columns']}, but are {list(self.columns)}"
+        try:
+            now = self._read(kept["rows"])
+        except ValueError as error:
+            return f"{kept['formula']!r} read rows that {self.formula!r} does not: {error}"
+        before = np.asarray(kept["read"], float).reshape(now.shape)
+        off = ~np.isclose(before, now, rtol=1e-6, atol=1e-9, equal_nan=True)
+        if not off.any():
+            return None
+        row, column = (int(at) for at in np.argwhere(off)[0])
+        given = {name: values[row] for name, values in kept["rows"].items()}
+        return (
+            f"of {given} its formula made {(*self.columns, kept['response'])[column]!r} = "
+            f"{before[row, column]:.6g}, "
+            f"but makes {now[row, column]:.6g} now: means, knots and levels belong to the table "
+            "that a formula is read with"
+        )
+
+    def _read(self, rows: Mapping[str, Any]) -> np.ndarray:
+        import pandas as pd
+
+        frame = pd.DataFrame(rows)
+        y = self.response.of(frame) if self.response.remembers else {}
+        return np.column_stack([self._x(frame), *y.values()])
 
     @property
     def has_intercept(self) -> bool:

@@ -41,6 +41,11 @@ class Response:
                 "and products as I(a + b)"
             )
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a table's y may depend on the table that the formula was read with."""
+        return self._columns is not None
+
     def of(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """The columns of y of a table's rows, by name."""
         if self._columns is not None:
