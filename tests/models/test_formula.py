@@ -300,11 +300,42 @@ def test_missing_values_are_counted_and_refused_or_dropped() -> None:
         ValueError, match="3 rows of 180 lack a value of x or arm, first row 5: missing='drop'"
     ):
         vm.from_formula(formula, frame)
-    tasks, model = vm.from_formula(formula, frame, missing="drop")
+    with pytest.warns(RuntimeWarning, match="left out: 3 rows of 180 .* first row 5$"):
+        tasks, model = vm.from_formula(formula, frame, missing="drop")
     assert len(tasks.support_rows.x) == 177
-    assert len(model.tasks(frame).support_rows.x) == 177
+    with pytest.warns(RuntimeWarning, match="left out: 3 rows of 180"):
+        assert len(model.tasks(frame).support_rows.x) == 177
+    # predictions stand row by row, so that none may go
+    with pytest.raises(ValueError, match=r"3 rows of 180 lack .*: drop them with frame.dropna"):
+        model.x(frame)
     # of a column that is not used nothing is said
     assert len(vm.from_formula("y ~ z + (1 | g)", frame)[0].support_rows.x) == 180
+
+
+def test_numbers_that_are_text_are_told() -> None:
+    frame = table()
+    frame["text"] = frame["trials"].astype(str) + ".5"  # four levels, as codes may be
+    vm.from_formula("y ~ text + (1 | g)", frame)
+    frame["text"] = (frame["z"] * 10).round().astype(str)
+    with pytest.warns(RuntimeWarning, match="'text' is text, and so a factor of 21 levels"):
+        vm.from_formula("y ~ text + (1 | g)", frame)
+    with pytest.raises(TypeError, match=r"'text' in 'log\(text\)' holds text.*pandas.to_numeric"):
+        vm.from_formula("y ~ log(text) + (1 | g)", frame)
+    with pytest.raises(ValueError, match=r"a power is written \*\*"):
+        vm.from_formula("y ~ I(x^2) + (1 | g)", frame)
+
+
+def test_groups_that_lack_all_are_named() -> None:
+    frame = table()
+    frame.loc[frame["g"].isin(["g3", "g11"]), "x"] = np.nan
+    formula, lost = "y ~ x + (1 | g)", r"18 rows .* among them all rows of 2 groups \(g11, g3\)"
+    with pytest.raises(ValueError, match=lost):
+        vm.from_formula(formula, frame)
+    with pytest.warns(RuntimeWarning, match=lost):
+        tasks, model = vm.from_formula(formula, frame, missing="drop")
+    assert len(tasks) == 18
+    with pytest.raises(ValueError, match="9 rows of 9 lack a value of x.*: no others are left"):
+        model.tasks(frame[frame["g"] == "g3"])
 
 
 def test_a_fit_is_kept_and_read(tmp_path: Path) -> None:

@@ -147,11 +147,21 @@ def test_a_task_without_data_knows_the_columns_of_the_training_tasks() -> None:
 
 
 @pytest.mark.parametrize("ask", ["predict", "expected"])
-def test_a_set_of_tasks_is_no_array(ask: str) -> None:
-    tasks = ragged_tasks(2)
+def test_a_set_of_tasks_gives_each_its_own_rows(ask: str) -> None:
+    split = ragged_tasks(3)
+    tasks = vm.TaskSet([vm.Task(task.support, name=task.name) for task in split])
     posterior = known(linear_model(vm.GaussianPrior()), tasks, vm.Joint()).posterior()
-    with pytest.raises(TypeError, match=r"x is a TaskSet, expected an array .* score\(tasks\)"):
-        getattr(posterior, ask)(tasks)
+    read = getattr(posterior, ask)
+    own = read([task.support[0] for task in tasks])
+    # in any order, by name; a task that it does not have is predicted nowhere
+    for some in (tasks, tasks[[2, 0, 1]]):
+        assert torch.equal(read(some).mean, own.mean) and torch.equal(read(some).mask, own.mask)
+    assert read(tasks[[1]]).mask.sum(1).tolist() == [0, len(tasks[1].support[0]), 0]
+    # query rows where there are any
+    assert torch.equal(read(split).mean, read([task.query[0] for task in split]).mean)
+    stranger = vm.TaskSet([vm.Task((np.zeros((1, 1)), np.zeros(1)), name="new")])
+    with pytest.raises(ValueError, match="x has the task 'new', which this posterior is not of"):
+        read(stranger)
 
 
 def test_a_table_is_not_scored() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,9 @@ class FormulaModel(TaskModel):
             those of the table that the formula was read with.
         query: a column of booleans or 0 and 1 that marks the query rows; None: all are support.
 
-        Raises ValueError for a column that is missing, for missing values (unless the formula was
-        read with missing="drop"), and, by name, for a level that was not there.
+        Raises ValueError for a column that is missing, for missing values (where the formula was
+        read with missing="drop" it warns of what it leaves out), and, by name, for a level that was
+        not there.
 
         >>> from varmeta import datasets
         >>> frame = datasets.radon(as_frame=True)
@@ -59,7 +61,8 @@ class FormulaModel(TaskModel):
     def x(self, frame: pd.DataFrame) -> Tensor:
         """x of a table's rows, `(rows, columns)`, float64, for `Posterior.predict`.
 
-        The table needs neither response nor groups.  Raises ValueError as `tasks`.
+        The table needs neither response nor groups.  Raises ValueError as `tasks`, and for a row
+        that lacks a value in any case: each has its place.
 
         >>> from varmeta import datasets
         >>> frame = datasets.radon(as_frame=True)
@@ -102,7 +105,8 @@ def from_formula(
         variance is scale^2 / weight; else a row counts so often, as in glmer.  Where the
         likelihood is a `Weighted` one, what it says.
     query: a column that marks the query rows, as in `TaskSet.from_frame`.
-    missing: "refuse" rows that lack a value that is used, or "drop" them.
+    missing: "refuse" rows that lack a value that is used, or "drop" them with a warning that says
+        which groups go with them.
     loc_hyperprior, scale_hyperprior, lkj: as of `GaussianPrior`; names are the formula's.
 
     Returns the tasks, whose x is `(rows, columns)` in the order of `tasks.x_names` (no column of
@@ -121,6 +125,13 @@ def from_formula(
     """
     design = FormulaDesign(formula, frame, _names_of_caller(formula), weights, missing)
     tasks = design.tasks(frame, query)
+    for name in design.numbers_as_text:
+        warnings.warn(
+            f"column {name!r} is text, and so a factor of {frame[name].nunique()} levels, but all "
+            f"of them are numbers: pandas.to_numeric(frame[{name!r}]) makes numbers of it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     net = LinearPredictor(design.columns, INTERCEPT if design.has_intercept else False,
                           design.offsets)  # fmt: skip
     likelihood = Gaussian() if likelihood is None else likelihood

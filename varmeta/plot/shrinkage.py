@@ -36,17 +36,17 @@ def no_pooling(fit: Fit) -> Tensor:
     return baselines.no_pooling(fit.model, fit.tasks, fit.eta, fit.seed)
 
 
-def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = None) -> Any:
-    """Arrows from every task's own estimate to its posterior mean, for two weights by label.
+def plot_shrinkage(fit: Fit, weights: str | tuple[str, ...] | None = None, ax: Any = None) -> Any:
+    """Arrows from every task's own estimate to its posterior mean, of one weight or two.
 
     Returns the axes.
 
     The cross is theta0, the ellipse the prior's two sds.  Tasks without data have no arrow.  Where
     features move the prior, it is drawn for a task whose features are at their mean.
-    weights: by default the first two of `fit.prior.labels`; for a model with one weight the tasks
-        stand side by side.
+    weights: labels, by default the first two of `fit.prior.labels`; of one weight alone the tasks
+        stand side by side, sorted.
 
-    Raises ValueError for a weight that there is not.
+    Raises ValueError for a weight that there is not, and for more than two.
 
     >>> import matplotlib.pyplot as plt
     >>> import torch, varmeta as vm
@@ -58,7 +58,10 @@ def plot_shrinkage(fit: Fit, weights: tuple[str, str] | None = None, ax: Any = N
     'intercept'
     >>> plt.close("all")
     """
-    at = [position(fit.prior.labels, label) for label in (weights or fit.prior.labels[:2])]
+    asked = (weights,) if isinstance(weights, str) else weights or fit.prior.labels[:2]
+    if len(asked) > 2:
+        raise ValueError(f"one weight or two are drawn, not {list(asked)}")
+    at = [position(fit.prior.labels, label) for label in asked]
     own = no_pooling(fit).cpu().numpy()
     mean = fit.model.weights.flatten(fit.posterior().mean).cpu().numpy()
     some = fit.tasks.batch().support.mask.any(-1).cpu().numpy()

@@ -42,12 +42,7 @@ def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data
 
     In the dtype and on the device of `like`.
     """
-    if isinstance(x, TaskSet):
-        raise TypeError(
-            "x is a TaskSet, expected an array or one array per task: [task.query[0] for task in "
-            "tasks]; score(tasks) judges predictions of their y"
-        )
-    x = _columns_of(x, trained)
+    x = _own_rows(x, names, trained) if isinstance(x, TaskSet) else _columns_of(x, trained)
     if isinstance(x, (list, tuple)) and any(
         isinstance(part, (np.ndarray, Tensor)) and part.ndim for part in x
     ):
@@ -72,6 +67,20 @@ def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data
     return Data(padded, padded.new_zeros(len(parts), longest), mask)
 
 
+def _own_rows(tasks: TaskSet, names: Sequence[str], trained: TaskSet) -> list[Tensor]:
+    """x of each task's own query rows, or of its support rows where no task has query rows."""
+    check_columns(tasks, trained)
+    unknown = sorted(set(tasks.names) - set(names))
+    if unknown:
+        raise ValueError(
+            f"x has the task {unknown[0]!r}, which this posterior is not of: adapt to it first, by "
+            "fit.adapt(tasks)"
+        )
+    rows = tasks.query_rows if len(tasks.query_rows.x) else tasks.support_rows
+    own = dict(zip(tasks.names, rows.x.split(rows.counts.tolist()), strict=True))
+    return [own.get(name, rows.x[:0]) for name in names]
+
+
 def _columns_of(x: Any, trained: TaskSet) -> Any:
     """The columns of a table by name, so that their order in it does not matter.
 
@@ -88,7 +97,7 @@ def _columns_of(x: Any, trained: TaskSet) -> Any:
     if missing:
         raise ValueError(
             f"the table has no columns {missing}; its columns are {list(x.columns)}"
-            f"{nearest(missing, x.columns)}"
+            f"{nearest(missing, x.columns)}; where a formula makes them, model.x(table) is x"
         )
     table = x[list(trained.x_names)].to_numpy()
     return table.reshape(len(table), *trained.x_shape)

@@ -145,7 +145,8 @@ class Posterior(Drawn, Shown):
         """New observations at x.
 
         x: one array `(points, ...)` for all tasks (nested lists of numbers too, or a table with the
-            training tasks' columns), or a list with one array per task (of any lengths).
+            training tasks' columns), or a list with one array per task (of any lengths), or a
+            `TaskSet` of these tasks: each at its own query rows (support rows where none has any).
         Its mean, sd, interval and frame are exact where the model is known to be linear and
             Gaussian, as in `score`: normal, or under a posterior of eta a mixture of normals over
             its draws.  Elsewhere they are those of `num_samples` draws.  `samples` are draws either
@@ -153,9 +154,10 @@ class Posterior(Drawn, Shown):
         For `Binomial` without `total_count` a draw is one trial, 0 or 1, since x does not say how
         many.
 
-        Raises ValueError where a list does not have one array per task, for NaN and infinity, for
-        rows of another shape than those of the training tasks, and for arrays of different lengths
-        where the model's rows depend on each other; TypeError for what is no array.
+        Raises ValueError where a list does not have one array per task or a set has tasks of other
+        names, for NaN and infinity, for rows of another shape than those of the training tasks, and
+        for arrays of different lengths where the model's rows depend on each other; TypeError for
+        what is no array.
         """
         data = self._new(x)
         num_samples = whole_number("num_samples", num_samples)

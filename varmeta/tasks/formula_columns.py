@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 INTERCEPT = "Intercept"
+# Levels that are written as numbers are often codes; so many are none.
+CODES = 10
 # What a formula may call without its module, as in R.
 FUNCTIONS: Mapping[str, Any] = {
     "np": np,
@@ -91,6 +93,21 @@ class Columns:
             ) from error
 
 
+def many_numbers(column: pd.Series) -> bool:
+    """Whether it is a column of text whose levels are numbers, and too many to be codes."""
+    return _is_text(column) and column.nunique() > CODES and _are_numbers(column)
+
+
+def _is_text(column: pd.Series) -> bool:
+    return str(column.dtype) != "category" and column.dtype.kind not in "iufbcmM"
+
+
+def _are_numbers(column: pd.Series) -> bool:
+    import pandas as pd
+
+    return bool(pd.to_numeric(column.drop_duplicates(), errors="coerce").notna().all())
+
+
 def _labels(matrix: Any) -> Iterator[str]:
     for term in () if matrix is None else matrix.terms.values():
         yield from [term.labels] if isinstance(term.labels, str) else term.labels
@@ -123,4 +140,12 @@ def _said_better(
     ]
     if dates:
         return of_dates(dates[0])
-    return ValueError(f"{terms!r} cannot be read as terms of a formula: {error}")
+    text = [name for name, column in frame.items() if name in names_in(terms) and _is_text(column)]
+    if text and isinstance(error, TypeError):  # a function of numbers was called
+        numbers = all(_are_numbers(frame[name]) for name in text)
+        return TypeError(
+            f"column {text[0]!r} in {terms!r} holds text, of which no function of numbers can be "
+            "made" + (f": frame[{text[0]!r}] = pandas.to_numeric(frame[{text[0]!r}])" * numbers)
+        )
+    power = ": a power is written **" if "^" in terms else ""
+    return ValueError(f"{terms!r} cannot be read as terms of a formula: {error}{power}")

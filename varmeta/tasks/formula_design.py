@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varmeta._checks import counted, nearest, one_of
-from varmeta.tasks.formula_columns import INTERCEPT, Columns, names_in
+from varmeta._checks import one_of
+from varmeta.tasks.formula_columns import INTERCEPT, Columns, many_numbers, names_in
+from varmeta.tasks.formula_missing import Lacking
 from varmeta.tasks.formula_probe import probe_of
 from varmeta.tasks.formula_response import Response
 from varmeta.tasks.formula_text import Varying, read_formula
-from varmeta.tasks.frame import label_of
 from varmeta.tasks.taskset import TaskSet
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class FormulaDesign:
     columns: of x, in order, but for the intercept; offsets: those whose coefficient is 1.
     fixed: the names of the fixed effects, the intercept's too.
     blocks: the names of what varies, of each term by itself; those of a term are correlated.
+    numbers_as_text: the columns of text that are read as factors although they hold numbers.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class FormulaDesign:
         one_of("missing", missing, get_args(Missing))
         self.formula, self.weights, self.missing = formula, weights, missing
         self.text = read_formula(formula)
-        frame = self._complete(frame, (formula,))
+        frame = self._complete(frame)
         self.response = Response(self.text.response, frame, names)
         fixed = Columns(self.text.fixed, frame, names)
         _check_rank(fixed, formula)
@@ -69,7 +71,10 @@ class FormulaDesign:
         self.columns: tuple[str, ...] = tuple(label for label in self._at if label != INTERCEPT)
         texts = [*self._texts, *([self.text.response] if self.response.remembers else [])]
         used = {name for text in texts for name in names_in(text)}
-        self._probe = probe_of(frame[[name for name in frame.columns if name in used]])
+        named = frame[[name for name in frame.columns if name in used]]
+        self._probe: dict[str, list[Any]] = probe_of(named)
+        texts_of_numbers = (name for name in named if many_numbers(named[name]))
+        self.numbers_as_text: tuple[str, ...] = tuple(texts_of_numbers)
 
     def kept(self) -> dict[str, Any]:
         """How tables are read, as plain values for a file: see `difference`."""
@@ -98,10 +103,11 @@ class FormulaDesign:
         if not off.any():
             return None
         row, column = (int(at) for at in np.argwhere(off)[0])
-        given = {name: values[row] for name, values in kept["rows"].items()}
+        label = (*self.columns, kept["response"])[column]
+        named = (name for name in kept["rows"] if name in names_in(label))
+        given = ", ".join(f"{name} = {_short(kept['rows'][name][row])}" for name in named)
         return (
-            f"of {given} its formula made {(*self.columns, kept['response'])[column]!r} = "
-            f"{before[row, column]:.6g}, "
+            f"of {given} its formula made {label!r} = {before[row, column]:.6g}, "
             f"but makes {now[row, column]:.6g} now: means, knots and levels belong to the table "
             "that a formula is read with"
         )
@@ -149,15 +155,19 @@ class FormulaDesign:
     def x(self, frame: pd.DataFrame) -> Tensor:
         """x of a table's rows, in their order, `(rows, columns)`, float64.
 
-        Raises ValueError as `tasks`, but that no response is needed.
+        Raises ValueError as `tasks`, but that no response is needed, and for rows that lack a value
+        whatever the formula says of them: each row has its place.
         """
-        return torch.from_numpy(self._x(self._complete(frame, (*self._texts,))))
+        used = {name for text in self._texts for name in names_in(text)}
+        lacking = Lacking(frame, used, (), ())
+        lacking.refuse("drop them with frame.dropna(), or impute them")
+        return torch.from_numpy(self._x(frame))
 
     def tasks(self, frame: pd.DataFrame, query: str | None = None) -> TaskSet:
         """The tasks of a table, which may have other groups: see `FormulaModel.tasks`."""
         import pandas as pd
 
-        frame = self._complete(frame, (self.formula, *self.text.group), query)
+        frame = self._complete(frame, query, tell=True)
         group = [frame[name].astype(str) for name in self.text.group]
         one = frame[self.text.group[0]] if len(group) == 1 else group[0].str.cat(group[1:], ":")
         found: dict[str, Any] = {TASK: one}
@@ -191,42 +201,27 @@ class FormulaDesign:
         return [part.terms for part in self._parts]
 
     def _complete(
-        self, frame: pd.DataFrame, texts: tuple[str, ...], query: str | None = None
+        self, frame: pd.DataFrame, query: str | None = None, tell: bool = False
     ) -> pd.DataFrame:
-        """The table without rows that lack a value of what these texts, and y's weights, name.
+        """The table without rows that lack a value, where the formula says to drop them.
 
-        Raises ValueError for a column that there is not, and for missing values unless such rows
-        are to be dropped; TypeError for what is no table.
+        tell: warn of what is left out.
+
+        Raises as `Lacking`, and ValueError for missing values where they are not dropped.
         """
-        if not hasattr(frame, "columns"):
-            raise TypeError(f"expected a pandas DataFrame, got {type(frame).__name__}")
-        if not len(frame):
-            raise ValueError("the table has no rows: give at least one observation")
-        used = {name for text in texts for name in names_in(text)}
-        # x alone is asked of rows without a task
-        asked = [*self.text.group, self.weights, query] if self.formula in texts else []
-        needed = [name for name in asked if name is not None]
-        absent = [name for name in needed if name not in frame.columns]
-        if absent:
-            raise ValueError(
-                f"the table has no column {absent[0]!r}; its columns are {list(frame.columns)}"
-                f"{nearest(absent[0], frame.columns)}"
-            )
-        found = frame[[name for name in frame.columns if name in used or name in needed]]
-        if not found.columns.is_unique:
-            twice = found.columns[found.columns.duplicated()][0]
-            raise ValueError(f"the table has several columns called {twice!r}: rename them")
-        lacks = found.isna().any(axis=1).to_numpy()
-        if self.missing == "drop" and not lacks.all():
-            return frame[~lacks]
-        if lacks.any():
-            columns = [str(name) for name in found.columns if found[name].isna().any()]
-            raise ValueError(
-                f"{counted(int(lacks.sum()), 'row')} of {len(found)} lack a value of "
-                f"{' or '.join(columns)}, first row {label_of(found, int(lacks.argmax()))}: "
-                "missing='drop' leaves such rows out, or impute them"
-            )
-        return frame
+        needed = [name for name in (*self.text.group, self.weights, query) if name is not None]
+        lacking = Lacking(frame, names_in(self.formula), needed, self.text.group)
+        if self.missing == "refuse":
+            lacking.refuse("missing='drop' leaves such rows out, or impute them")
+        elif lacking.rows.all():
+            lacking.refuse("no others are left")
+        elif tell and lacking.rows.any():
+            warnings.warn(f"left out: {lacking.in_words()}", RuntimeWarning, stacklevel=4)
+        return frame[~lacking.rows] if lacking.rows.any() else frame
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def _parts_of(term: Varying, frame: pd.DataFrame, names: Mapping[str, Any]) -> list[Columns]:

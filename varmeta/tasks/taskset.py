@@ -511,7 +511,8 @@ def no_tasks(value: object) -> str:
     """What came instead of a TaskSet, and how to make one of it."""
     if hasattr(value, "columns"):
         return (
-            "a table: make tasks of it, TaskSet.from_frame(table, task='...', x=['...'], y='...')"
+            "a table: make tasks of it, TaskSet.from_frame(table, task='...', x=['...'], "
+            "y='...'), or model.tasks(table) of a formula's model"
         )
     if isinstance(value, tuple) and value and isinstance(value[0], TaskSet):
         return "a tuple: standardized() returns (tasks, scaling), so take its first"
