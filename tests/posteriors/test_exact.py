@@ -78,7 +78,7 @@ def test_no_draw_is_taken_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(type(posterior.observer), "new", lambda *_: pytest.fail("drawn"))
         assert np.isfinite(found.frame()[["mean", "sd", "low", "high"]].to_numpy()).all()
-        assert repr(found) == "<Prediction: 50 draws for 16 tasks at 3 points>"
+        assert repr(found) == "<Prediction: known by formula for 16 tasks at 3 points>"
     assert torch.equal(found.samples, expected)
     with pytest.raises(ValueError, match="num_samples"):
         posterior.predict(X, 0)

@@ -213,12 +213,12 @@ def test_reprs_are_one_short_line() -> None:
     assert repr(posterior) == "<Posterior: 3 tasks, 3 weights each, normal guide>"
     assert (
         repr(posterior.predict(np.zeros((2, 2)), 10))
-        == "<Prediction: 10 draws for 3 tasks at 2 points>"
+        == "<Prediction: known by formula for 3 tasks at 2 points>"
     )
     ragged = [np.zeros((n, 2)) for n in (1, 3, 2)]
     assert (
         repr(posterior.expected(ragged, 10))
-        == "<Prediction: 10 draws for 3 tasks at 1 to 3 points>"
+        == "<Prediction: known by formula for 3 tasks at 1 to 3 points>"
     )
     classes = Prediction(torch.zeros(2, 1, 1, 3), torch.ones(1, 1, dtype=torch.bool), ("a",))
     assert repr(classes) == "<Prediction: 2 draws for 1 task at 1 point of shape (3,)>"

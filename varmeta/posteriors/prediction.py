@@ -152,8 +152,9 @@ class Prediction(Shown):
         counts = self.mask.sum(-1).tolist()
         smallest = min(counts, default=points)
         at = counted(points, "point") if smallest == points else f"{smallest} to {points} points"
-        draws, of = counted(self.num_samples, "draw"), f" of shape {tuple(event)}" if event else ""
-        return f"<Prediction: {draws} for {counted(tasks, 'task')} at {at}{of}>"
+        drawn = counted(self.num_samples, "draw") if self.known is None else "known by formula"
+        of = f" of shape {tuple(event)}" if event else ""
+        return f"<Prediction: {drawn} for {counted(tasks, 'task')} at {at}{of}>"
 
     @property
     def _shape(self) -> tuple[int, ...]:
