@@ -25,6 +25,7 @@ ROOMS = (
     "graphs",
     "numerics",
     "tasks",
+    "group",
     "datasets",
     "priors",
     "likelihoods",

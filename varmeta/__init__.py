@@ -5,6 +5,7 @@ from varmeta.display.versions import show_versions
 from varmeta.files.version import __version__ as __version__
 from varmeta.fitting.callback import StopFit
 from varmeta.fitting.validation import Validation
+from varmeta.group.processes import ProcessError, Processes, processes
 from varmeta.landscape.landscape import Landscape
 from varmeta.models.formula import FormulaModel, from_formula
 from varmeta.models.learned_prior import LearnedPrior
@@ -63,6 +64,8 @@ __all__ = [
     "meta_gradient", "MetaGradient", "Certificate", "compare", "Report",
     "compare_models", "ModelComparison",
     "reachability", "Reachability",
+    # many processes that share the work
+    "processes", "Processes", "ProcessError",
     # one scalar weight, seen whole
     "Landscape",
     # figures

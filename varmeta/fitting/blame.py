@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,15 +49,14 @@ def what_failed(
     begun = drowning_at_start(strategy, problem, batch, float(losses.abs().sum()))
     if begun is not None:  # by now all tasks may have been drawn after one
         return f"eta is not finite {when}: {begun}"
-    return f"eta is not finite {when}, {largest(batch, losses)}: {ADVICE}"
+    return f"eta is not finite {when}, {largest(batch.names, losses)}: {ADVICE}"
 
 
-def largest(batch: Batch, losses: Tensor) -> str:
+def largest(names: Sequence[str], losses: Tensor) -> str:
     """Where no task's numbers fail by themselves: the one with most to say."""
     worst = int(losses.abs().nan_to_num(nan=math.inf).argmax())
     return (
-        f"where the loss of task {batch.names[worst]!r} is the largest "
-        f"({float(losses[worst]):.1e} nats)"
+        f"where the loss of task {names[worst]!r} is the largest ({float(losses[worst]):.1e} nats)"
     )
 
 

@@ -51,8 +51,19 @@ class CallbackError(Exception):
     """On its way out through a solver; the callback's own exception is its cause."""
 
 
+class EndedElsewhere(Exception):
+    """Another process of the group ended the run.
+
+    stop: why, in its words; failure: what came out of it, if that is no end that a user wants.
+    """
+
+    def __init__(self, stop: str, failure: Exception | None) -> None:
+        super().__init__(stop)
+        self.stop, self.failure = stop, failure
+
+
 # What ends a run early, with what it has learned.
-ENDS = (KeyboardInterrupt, StopFit, CallbackError, SourceError)
+ENDS = (KeyboardInterrupt, StopFit, CallbackError, SourceError, EndedElsewhere)
 
 
 def told(callback: Callback, row: Row) -> None:

@@ -40,13 +40,20 @@ class Keeper(Protocol):
     found: Checkpoint | None
 
     def reporting(
-        self, callback: Callback | None, live: Callable[[], dict[str, Any]] = ...
+        self,
+        callback: Callback | None,
+        live: Callable[[], dict[str, Any]] = ...,
+        due: Callable[[int], bool] | None = ...,
     ) -> Callback | None:
         """The callback, after which a checkpoint is written where one is due.
 
         live: what the descent keeps to itself between its steps: `eta`, `optimizer_state` and
-            `watched`.
+            `watched`; `state`, where the run's own is not that of all tasks.
+        due: whether it is, of a step's number; None: as `is_due` says.
         """
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written behind that step."""
 
     def last(self) -> None:
         """Write where the run stands now that it takes no more steps."""

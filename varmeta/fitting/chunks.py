@@ -210,7 +210,7 @@ def step(
         inner=_into(state.inner, batch, [own.inner for own, _ in found]),
     )
     return Outcome(
-        value, gradient, after, _join([stats for _, stats in found], [len(part) for part in parts])
+        value, gradient, after, joined([stats for _, stats in found], [len(part) for part in parts])
     )
 
 
@@ -252,7 +252,7 @@ def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solut
         return one(batch)
     parts = list(split(batch, size))
     found = [one(part) for part in parts]
-    return Solution(*_join([tuple(x) for x in found], [len(part) for part in parts]))
+    return Solution(*joined([tuple(x) for x in found], [len(part) for part in parts]))
 
 
 def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | None:
@@ -264,23 +264,24 @@ def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | 
     )
 
 
-def _join(found: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Of every chunk the same tree of stats: those with a task axis as one, the others, means over
-    tasks, averaged.
+def joined(found: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Of every chunk the same tree of stats as one of all tasks.
+
+    What has a task axis is put together, the others, means over tasks, are averaged.
     """
     first = found[0]
     if first is None:
         return None
     if isinstance(first, Stats):
         return Stats(
-            **{f.name: _join([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)}
+            **{f.name: joined([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)}
         )
     if isinstance(first, dict):
-        return {key: _join([x[key] for x in found], sizes) for key in first}
+        return {key: joined([x[key] for x in found], sizes) for key in first}
     if isinstance(first, Solution):
-        return Solution(*_join([tuple(x) for x in found], sizes))
+        return Solution(*joined([tuple(x) for x in found], sizes))
     if isinstance(first, tuple):
-        return tuple(_join(list(x), sizes) for x in zip(*found, strict=True))
+        return tuple(joined(list(x), sizes) for x in zip(*found, strict=True))
     if isinstance(first, Tensor) and first.dim():
         # draws of an algorithm stand one whole batch after another
         draws = len(first) // sizes[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -23,7 +24,10 @@ from varmeta.fitting.optimizer import checked_optimizer
 from varmeta.fitting.pooled_start import MAX_ETA_SIZE
 from varmeta.fitting.run import ADVICE, Run, end_early
 from varmeta.fitting.schedule import GIVEN, Decay, Rates, SchedulerFactory
+from varmeta.fitting.shard import shard_of
+from varmeta.fitting.shared import Shared
 from varmeta.fitting.validation import Watch
+from varmeta.group.processes import ProcessError, Processes
 from varmeta.guides.pyro_guide import PyroGuide
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta, State, Stats, Strategy, Traits
@@ -94,6 +98,7 @@ def descend(
     callback: Callback | None,
     watch: Watch | None = None,
     keeper: Keeper | None = None,
+    processes: Processes | None = None,
 ) -> None:
     """Step eta by a torch optimiser; updates `run` in place, also when interrupted.
 
@@ -102,11 +107,16 @@ def descend(
     source: the tasks of each step; where it ends, so does the run.
     watch: looks at the validation tasks on the way; `run` then ends at the best state that it saw.
     keeper: writes where the run stands at its last step, before that is judged.
+    processes: those that share the tasks; in each of them `run` is that of all in the end.
     """
-    with Hold() as hold:
+    telling = nullcontext() if processes is None else processes.telling()
+    with telling, Hold() as hold:
         way = _Way(problem, strategy, source, run, plan, watch, hold)
+        if processes is not None and processes.size > 1:
+            way.share(processes, keeper)
         if keeper is not None:
-            callback = keeper.reporting(callback, way.live)
+            due = None if way.shared is None else way.shared.is_due
+            callback = keeper.reporting(callback, way.live, due)
             if watch is not None and keeper.found is not None and keeper.found.watched is not None:
                 watch.go_on(keeper.found.watched)
         try:
@@ -114,6 +124,7 @@ def descend(
                 way.look(run.step)
             if not run.converged:
                 _walk(way, callback)
+            way.close(None)
             # before a closing look, which a longer run would not take there
             if keeper is not None:
                 keeper.last()
@@ -122,15 +133,19 @@ def descend(
                 watch.calibrate()
         except (*ENDS, SystemExit) as by:
             end_early(run, by)
+            way.close(by)
             if keeper is not None:
                 keeper.last()
             if isinstance(by, SystemExit):  # from a handler of the program's own
                 raise
+        except ProcessError:
+            raise
         except Exception as error:
             # what later tasks of a stream meet must not cost what was learned from those before
             if not source.streams or run.step == way.first:
                 raise
             end_early(run, error)
+            way.close(error)
             if keeper is not None:
                 keeper.last()
         way.end()
@@ -183,7 +198,10 @@ class _Way:
         self.quasi_newton = isinstance(self.optimizer, torch.optim.LBFGS)
         self.whole = source.whole
         _check_goes_together(strategy, problem, self.traits, self.quasi_newton, self.whole is None)
-        self.take_step = Step(strategy, plan.compile, _num_steps(plan), plan.task_chunk_size)
+        self.take_step: Step | Shared = Step(
+            strategy, plan.compile, _num_steps(plan), plan.task_chunk_size
+        )
+        self.shared: Shared | None = None
         self.first, self.begin = run.step, perf_counter() - run.seconds
         self.spent = run.evaluations
         self.safe = run.eta, run.state
@@ -191,8 +209,26 @@ class _Way:
         self.said: set[Kind] = set()
         self.met: tuple[Batch, Tensor] | None = None
 
+    def share(self, processes: Processes, keeper: Keeper | None) -> None:
+        """Work on this process's tasks, and add up with the others."""
+        run, due = self.run, (lambda step: False) if keeper is None else keeper.is_due
+        assert isinstance(self.take_step, Step)
+        shard = shard_of(self.source, processes, run.state)
+        self.source, self.whole = shard, shard.whole
+        self.shared = Shared(self.take_step, shard, self.traits, self.said, self.eta, due)
+        self.take_step, run.state = self.shared, self.shared.own(run.state)
+        self.safe = run.eta, run.state
+
+    def close(self, by: BaseException | None) -> None:
+        """Come to the end with the other processes; by: what ended the run here."""
+        if self.shared is not None:
+            self.hold.hold()
+            self.shared.close(self.run, by)
+
     def step(self, step: int, callback: Callback | None) -> bool:
         """Take one; False where the run breaks off."""
+        if self.shared is not None:
+            self.hold.hold()  # all take it, or none does
         try:
             met = self._step(step)
         finally:
@@ -237,7 +273,7 @@ class _Way:
         self.spent += share * sum(float(call.stats.evaluations) for call in calls)
         run.state = state
         if self.source.streams:
-            run.streamed = (run.streamed or 0) + len(batch)
+            run.streamed = (run.streamed or 0) + self.source.number(batch)
         self.met = batch, stats.losses
         run.record(
             None,
@@ -248,13 +284,21 @@ class _Way:
             evaluations=self.spent,
             seconds=perf_counter() - self.begin,
         )
-        return batch, stats
+        if self.shared is None:
+            return batch, stats
+        self.shared.gather_if_due(state)
+        return self.shared.to_warn_of(step, batch, stats)
 
     def look(self, step: int) -> None:
         """At the validation tasks after `step` steps, unless that was done; into the history."""
         if self.watch is None or self.watch.last == step or self.broken:
             return
-        value = self.watch.look(step, self.eta, self.run.state, self.rates.state)
+        state = self.run.state
+        if self.shared is not None:
+            self.hold.hold()
+            state = self.shared.whole(state)
+            self.hold.release()
+        value = self.watch.look(step, self.eta, state, self.rates.state)
         if self.run.history and self.run.history[-1]["step"] == step:
             self.run.history[-1]["validation"] = value
 
@@ -265,6 +309,7 @@ class _Way:
             # of a run that broke off the optimiser's averages are not finite either
             "optimizer_state": None if self.broken else self.rates.state(),
             "watched": None if self.watch is None else self.watch.state(),
+            "state": self.run.state if self.shared is None else self.shared.state_of(self.run),
         }
 
     def _move(
@@ -318,7 +363,9 @@ class _Way:
         self, step: int, batch: Batch, here: Eta, before: State, calls: list[Outcome]
     ) -> None:
         """Back to the last finite point.  Raises ValueError where that is none of this run's."""
-        met = [] if self.met is None else [self.met]
+        met = [] if self.met is None else [(self.met[0].names, self.met[1])]
+        if self.shared is not None:
+            batch, before, met, calls = self.shared.all_of(step, before, met, calls)
         message = _what_failed(
             self.strategy, self.problem, batch, here, before, met, calls, f"at step {step}"
         )
@@ -370,7 +417,8 @@ class _Way:
             run.kept, run.eta, run.state = kept.step, kept.eta, kept.state
             run.optimizer_state = kept.optimizer
         run.loss = self.take_step.value(self.problem, batch, run.eta, run.state)
-        run.outlier = None if self.met is None or self.broken else drowning(*self.met)
+        told = drowning if self.shared is None else self.shared.drowning
+        run.outlier = None if self.met is None or self.broken else told(*self.met)
         if kept is None and not self.quasi_newton and run.stop.startswith(("stopped", "spent")):
             judge(run, self.source.total or len(batch), self.traits.period or 1)
 
@@ -456,7 +504,7 @@ def _what_failed(
     batch: Batch,
     eta: Eta,
     state: State,
-    met: list[tuple[Batch, Tensor]],
+    met: list[tuple[tuple[str, ...], Tensor]],
     calls: list[Outcome],
     when: str,
 ) -> str:

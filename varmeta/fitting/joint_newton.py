@@ -157,7 +157,7 @@ def _where(batch: Batch, solution: JointSolution) -> str:
         if bad
     ]
     if not failed:
-        return largest(batch, solution.stats["losses"])
+        return largest(batch.names, solution.stats["losses"])
     more = f" (and of {len(failed) - 1} more)" if len(failed) > 1 else ""
     return (
         f"where the loss of task {failed[0]!r}{more} or a derivative of it is lost at every step "

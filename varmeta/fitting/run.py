@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from varmeta.fitting.callback import Callback, CallbackError, Row, StopFit, told
+from varmeta.fitting.callback import (
+    Callback,
+    CallbackError,
+    EndedElsewhere,
+    Row,
+    StopFit,
+    told,
+)
 from varmeta.fitting.checkpoint import Checkpoint
 from varmeta.numerics.joint import Step
 from varmeta.strategies.strategy import Eta, State
@@ -122,6 +129,8 @@ def end_early(run: Run, by: BaseException) -> None:
         who = "callback" if isinstance(by, CallbackError) else "source of tasks"
         run.stop = f"ended by the {who}'s {type(by.__cause__).__name__} {go_on}"
         run.failure = by.__cause__ if isinstance(by.__cause__, Exception) else None
+    elif isinstance(by, EndedElsewhere):
+        run.stop, run.failure = by.stop, by.failure
     elif isinstance(by, StopFit):
         run.stop = f"ended by the callback {go_on}"
     elif isinstance(by, Exception):

@@ -285,7 +285,7 @@ def _check_found(problem: Problem, batch: Batch, run: Run, found: Gaussian) -> N
         raise ValueError(
             non_finite(batch, losses, "at the start")
             if not losses.isfinite().all()
-            else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch, losses)}"
+            else f"{WHY_IT_ENDED[Result.DIVERGED]}; it started {largest(batch.names, losses)}"
         )
 
 
@@ -338,5 +338,5 @@ def _no_evidence(problem: Problem, batch: Batch, run: Run) -> str:
     losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
     return (
         "the evidence cannot be computed around the posterior of eta; it started "
-        f"{largest(batch, losses)}: look at its data, or standardise them"
+        f"{largest(batch.names, losses)}: look at its data, or standardise them"
     )

@@ -88,6 +88,10 @@ def checkpoints_of(given: object) -> Checkpoints:
     )
 
 
+def same_folder(one: str | PathLike[str], other: str | PathLike[str]) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 class Writer:
     """Writes the checkpoints of one fit.
 
@@ -99,10 +103,6 @@ class Writer:
         self.live: Callable[[], dict[str, Any]] = dict
         self.begun: Tensor = torch.get_rng_state()
         self._said = False
-
-    def is_of(self, path: str | PathLike[str]) -> bool:
-        """Whether it writes into that folder."""
-        return os.path.realpath(path) == os.path.realpath(self.folder.path)
 
     def begin(
         self, fit: Fit, settings: dict[str, Any], found: Checkpoint | None, own: bool
@@ -133,15 +133,18 @@ class Writer:
         self._write(fit.run.eta, fit.run.stop, found is not None and found.finished)
 
     def reporting(
-        self, callback: Callback | None, live: Callable[[], dict[str, Any]] = dict
+        self,
+        callback: Callback | None,
+        live: Callable[[], dict[str, Any]] = dict,
+        due: Callable[[int], bool] | None = None,
     ) -> Callback:
         """The callback, after which a checkpoint is written where one is due: see `Keeper`."""
-        self.live = live
+        self.live, due = live, due or self.is_due
 
         def report(row: Row) -> None:
             if callback is not None:
                 callback(row)
-            if self._is_due(int(row["step"])):
+            if due(int(row["step"])):
                 go_on = f"go on with fit(..., resume={os.fspath(self.plan.folder)!r})"
                 self._try(row.eta, f"checkpoint after {int(row['step'])} steps: {go_on}", False)
 
@@ -152,7 +155,8 @@ class Writer:
         run = self.fit.run
         self._try(run.eta, run.stop, not run.stop.startswith(("interrupted", "ended by")))
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """See `Keeper`."""
         if self.plan.every is not None:
             return step % self.plan.every == 0
         return perf_counter() - self._wrote >= max(SECONDS, TIMES * self._took)
@@ -188,7 +192,8 @@ class Writer:
         run, live = self.fit.run, self.live()
         dtype = self.fit.tasks.dtype  # Newton's steps are in float64
         eta = cast({name: value.detach() for name, value in live.get("eta", eta).items()}, dtype)
-        phi, hyper = run.state.phi, run.hyper
+        state, hyper = live.get("state", run.state), run.hyper
+        phi = state.phi
         if self.settings["ensemble"] is not None and hyper is None:
             losses = next(iter(eta.values())).new_full((self.settings["ensemble"],), math.nan)
             hyper = Ensemble(eta, losses)
@@ -204,7 +209,7 @@ class Writer:
         return replace(
             run,
             eta=eta,
-            state=replace(run.state, phi=None if phi is None else cast(phi, dtype)),
+            state=replace(state, phi=None if phi is None else cast(phi, dtype)),
             hyper=hyper,
             stop=stop,
             kept=None,

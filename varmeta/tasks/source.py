@@ -45,9 +45,13 @@ class Source(ABC):
         """Whether there are tasks for that step."""
         return True
 
+    def number(self, batch: Batch) -> int:
+        """How many tasks the step has whose batch that is, of all processes."""
+        return len(batch)
+
     def share(self, batch: Batch) -> float:
         """How much of a gradient of all tasks that of a step's tasks is; 1 of an endless stream."""
-        return 1.0 if self.total is None else len(batch) / self.total
+        return 1.0 if self.total is None else self.number(batch) / self.total
 
 
 class OfSet(Source):
@@ -61,7 +65,11 @@ class OfSet(Source):
     def batch(self, step: int) -> Batch:
         if self.size == len(self.tasks):
             return self.known
-        return self.tasks.batch(minibatch(len(self.tasks), self.size, self.seed, step))
+        return self.tasks.batch(self.positions(step))
+
+    def positions(self, step: int) -> Tensor:
+        """Which tasks that step takes, in order, int64 `(tasks,)`."""
+        return minibatch(len(self.tasks), self.size, self.seed, step)
 
     @property
     def whole(self) -> Batch | None:

@@ -7,7 +7,7 @@ their place in the stream, so that no two of them meet the same noise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
@@ -34,6 +34,10 @@ class ByNumber(Protocol):
 
 Stream = ByStep | ByNumber | Iterable[Task] | Iterable[Iterable[Task]]
 """What `fit` takes in the place of a TaskSet."""
+
+
+Cut = Callable[[int], slice]
+"""How many tasks a step has -> which of them are this process's."""
 
 
 class SourceError(Exception):
@@ -65,6 +69,7 @@ class Streamed(Source):
     first: the step from which they are asked for.
     device: where the tasks are moved; None: they stay where they are.
     check: looks at each step's tasks but the first's; set by who knows what they are for.
+    count: how many tasks of all processes the step has.
     """
 
     streams = True
@@ -74,6 +79,7 @@ class Streamed(Source):
     ) -> None:
         self.reader, self.total, self.device = reader, reader.length, device
         self.check: Callable[[TaskSet, Batch], None] = lambda tasks, batch: None
+        self._cut: Cut | None = None
         found = reader.read(first)
         if found is None:
             raise ValueError("the source of tasks gave none: fit needs tasks to learn from")
@@ -82,12 +88,33 @@ class Streamed(Source):
         begun = self._named(reader.read(0), 0) if first and reader.anywhere else self.tasks
         self.kept, self.at = begun[:1], first
 
+    def deal(self, cut: Cut) -> None:
+        """From here on read of every step's tasks this process's, or one of another's."""
+        self._cut = cut
+        self.now = self.tasks[self._mine(len(self.tasks))]
+        self._batch = self.now.batch()
+
+    def everyone(self, step: int) -> Batch:
+        """The tasks of all processes, of the step that was taken last."""
+        cut, self._cut = self._cut, None
+        found = self.reader.read(step) if self.reader.anywhere else self._found
+        tasks = self._alike(self._named(found, step), step)
+        self._cut = cut
+        return tasks.batch()
+
+    def _mine(self, count: int) -> slice:
+        self.count = count
+        mine = slice(0, count) if self._cut is None else self._cut(count)
+        return mine if mine.start < mine.stop else slice(0, 1)
+
     def has(self, step: int) -> bool:
         if step == self.at:
             return True
         try:
             found = self.reader.read(step)
             if found is not None:
+                found = list(found) if isinstance(found, (tuple, Iterator)) else found
+                self._found = None if self.reader.anywhere else found
                 tasks = self._alike(self._named(found, step), step)
                 batch = tasks.batch()
                 self.check(tasks, batch)
@@ -109,9 +136,11 @@ class Streamed(Source):
 
     def _together(self, found: Any, step: int) -> TaskSet:
         if isinstance(found, TaskSet):
-            return found
+            return found if self._cut is None else found[self._mine(len(found))]
         tasks = list(found) if isinstance(found, (tuple, Iterator)) else found
-        listed = isinstance(tasks, list)
+        listed = isinstance(tasks, (list, _Drawn))
+        mine = self._mine(len(tasks) if listed else 0)
+        tasks = list(tasks[mine]) if listed else tasks
         wrong = [one for one in tasks if not isinstance(one, Task)] if listed else [tasks]
         if wrong:
             what = f"a list with {kind_of(wrong[0])}" if listed else kind_of(tasks)
@@ -122,7 +151,7 @@ class Streamed(Source):
             raise ValueError(f"the source gave no tasks at step {step}: a step needs at least one")
         return TaskSet(
             task if task.name is not None else replace(task, name=self.reader.name(step, position))
-            for position, task in enumerate(tasks)
+            for position, task in enumerate(tasks, mine.start)
         )
 
     def _alike(self, tasks: TaskSet, step: int) -> TaskSet:
@@ -186,10 +215,25 @@ class Numbered(Reader):
         return numbers
 
     def read(self, step: int) -> Any:
-        return [self.tasks[number] for number in self._numbers(step)] or None
+        return _Drawn(self.tasks, self._numbers(step)) or None
 
     def name(self, step: int, position: int) -> str:
         return f"task {self._numbers(step)[position]}"
+
+
+class _Drawn(Sequence[Task]):
+    """Tasks by their numbers, each drawn when it is asked for."""
+
+    def __init__(self, tasks: Any, numbers: list[int]) -> None:
+        self.tasks, self.numbers = tasks, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Drawn(self.tasks, self.numbers[index])
+        return self.tasks[self.numbers[index]]
 
 
 _END = object()  # of an iterator: None is something that it may give

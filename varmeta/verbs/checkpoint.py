@@ -18,7 +18,7 @@ from varmeta.fitting.checkpoint import Checkpoint
 from varmeta.fitting.run import Run
 from varmeta.fitting.validation import Validation
 from varmeta.models.model import TaskModel
-from varmeta.results.checkpoints import Checkpoints, Writer, checkpoints_of
+from varmeta.results.checkpoints import Checkpoints, Writer, checkpoints_of, same_folder
 from varmeta.results.load import IsCode, Refused, load
 from varmeta.results.result import Fit
 from varmeta.strategies.strategy import Strategy
@@ -35,6 +35,7 @@ class Saving:
     Within the block SIGTERM ends the fit where checkpoints are written; after it others may write.
 
     resume: the fit to go on from; found: the checkpoint that it was, if it was one.
+    writes: whether this process does; of several that share a fit, the first alone.
 
     Raises as `Writer` and `fit_to_resume`.
     """
@@ -45,12 +46,14 @@ class Saving:
         resume: Fit | str | PathLike[str] | None,
         model: TaskModel,
         strategy: Strategy | None,
+        writes: bool = True,
     ) -> None:
-        self.writer = None if checkpoint is None else Writer(checkpoints_of(checkpoint))
+        plan = None if checkpoint is None else checkpoints_of(checkpoint)
+        self.plan, self.writer = plan, Writer(plan) if plan and writes else None
         self.by_path = isinstance(resume, (str, PathLike))
         self.own = False
         if isinstance(resume, (str, PathLike)):
-            self.own = self.writer is not None and self.writer.is_of(resume)
+            self.own = plan is not None and same_folder(plan.folder, resume)
             resume = fit_to_resume(resume, model, strategy, self.own)
         self.resume = resume
         self.found = resume.run.checkpoint if isinstance(resume, Fit) else None
@@ -59,6 +62,7 @@ class Saving:
         self._open = ExitStack()
         if self.writer is not None:
             self._open.callback(self.writer.folder.close)
+        if self.plan is not None:
             self._open.enter_context(ends_by_sigterm())
 
     def __exit__(self, *error: Any) -> None:
@@ -78,10 +82,17 @@ class Saving:
         return finished and (run.converged or run.step >= most)
 
     def reporting(
-        self, callback: Callback | None, live: Callable[[], dict[str, Any]] = dict
+        self,
+        callback: Callback | None,
+        live: Callable[[], dict[str, Any]] = dict,
+        due: Callable[[int], bool] | None = None,
     ) -> Callback | None:
         """See `Keeper`."""
-        return callback if self.writer is None else self.writer.reporting(callback, live)
+        return callback if self.writer is None else self.writer.reporting(callback, live, due)
+
+    def is_due(self, step: int) -> bool:
+        """See `Keeper`."""
+        return self.writer is not None and self.writer.is_due(step)
 
     def last(self) -> None:
         """See `Keeper`."""

@@ -32,8 +32,10 @@ from varmeta.fitting.schedule import (
     label,
     scheduler_of,
 )
+from varmeta.fitting.shard import check_group
 from varmeta.fitting.validation import Validation
 from varmeta.graphs.capture import seconds_compiling
+from varmeta.group.processes import Processes, check_processes
 from varmeta.guides.convex import LOG_CONCAVE
 from varmeta.guides.make import default_guide
 from varmeta.hyper.bounds import check_support
@@ -64,6 +66,7 @@ from varmeta.tasks.stream import Stream, Streamed, stream_of
 from varmeta.verbs.checkpoint import Saving, settings_of
 from varmeta.verbs.progress import progress_bar
 from varmeta.verbs.stream import check_stream
+from varmeta.verbs.together import agree, begin_together
 from varmeta.verbs.validation import validation_of, watching
 
 
@@ -82,6 +85,7 @@ def fit(
     budget: float | None = None,
     compile: Compile = "auto",
     task_chunk_size: int | None = None,
+    processes: Processes | None = None,
     progress: bool | None = None,
     callback: Callback | None = None,
     resume: Fit | str | PathLike[str] | None = None,
@@ -132,6 +136,9 @@ def fit(
     task_chunk_size: how many tasks of a step are worked on at a time, which bounds memory and
         changes nothing but rounding.  None: all that fit into about a gigabyte; compiled, what
         stays in cache.  Joint Newton steps take all.
+    processes: those that share the work, `with vm.processes() as group:`; all of them make this
+        call.  Each takes its part of every step's tasks and gets the whole fit; the first alone
+        warns, calls `callback` and writes checkpoints.  See docs/many-processes.md.
     progress: a progress bar; None shows one on a terminal only.
     callback: called after every step with a dict of its numbers that has eta too: `row["loss"]`,
         `row.eta`.  `vm.StopFit` raised there ends the run; any other exception comes out of `fit`
@@ -172,18 +179,16 @@ def fit(
     validation = None if validate is None else validation_of(validate)
     given = optimizer, batch_size, budget, validation, ensemble, clip, scheduler_of(schedule)
     free = all(one is None for one in given) and isinstance(tasks, TaskSet)
-    saving, resume = _saving(checkpoint, resume, model, strategy)
+    saving, resume = _saving(checkpoint, resume, model, strategy, processes)
     strategy, hyperguide = _defaults(model, strategy, hyperguide, resume, free)
     _check_arguments(model, strategy, num_steps, optimizer, batch_size, budget, resume, seed, clip)
     decay = decay_of(schedule)
-    check_compile(compile)
-    tasks, stream = _placed(tasks, batch_size, seed, resume, device)
+    work = compile, task_chunk_size, processes
+    tasks, stream = _placed(tasks, batch_size, seed, resume, device, processes)
     eta = initial_eta(strategy, model, tasks.support_rows.x.new_zeros((), dtype=tasks.dtype))
-    problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free)
+    problem = _checked_problem(model, tasks, strategy, eta, seed, hyperguide, free, *work)
     if stream is not None:
         tasks = check_stream(stream, strategy, problem, ensemble)
-    if task_chunk_size is not None:
-        chunks.check(task_chunk_size, problem)
     members = None if ensemble is None else members_of(strategy, problem, ensemble)
     # a likelihood whose curvature no second derivative sees is descended by Adam, from where the
     # model starts
@@ -196,6 +201,8 @@ def fit(
         run = _start(members or strategy, problem, tasks, eta, way, pooled)
     else:
         run = reopened(run_to_resume(resume, model, tasks, strategy, seed, stream), members)
+    if processes is not None:
+        callback, progress = begin_together(processes, run, callback, progress)
     few = 2000 if way == "steps" else 200
     steps = num_steps if num_steps is not None else None if budget is not None else few
     _check_steps(run, steps, decay, resume is not None and run.schedule == label(schedule))
@@ -212,11 +219,11 @@ def fit(
             own = task_chunk_size, scheduler_of(schedule), clip
             plan = _plan(way, optimizer, steps, budget, schedule, compile, own)
             run.schedule = None if way == "lbfgs" else label(schedule)
-            source = stream or OfSet(tasks, batch_size, seed)
-            descend(problem, members or strategy, source, run, plan, report, watch, saving)
+            source, others = stream or OfSet(tasks, batch_size, seed), (saving, processes)
+            descend(problem, members or strategy, source, run, plan, report, watch, *others)
         else:
-            most = steps or few
-            _solve(way, problem, strategy, tasks, run, hyperguide, most, report, exact, saving)
+            how = hyperguide, steps or few, report, exact, saving, processes
+            _solve(way, problem, strategy, tasks, run, *how)
     if members is not None:
         close(run, members, problem, tasks)
     run.seconds_compiling = seconds_compiling() - compiled
@@ -234,11 +241,15 @@ def _saving(
     resume: Fit | str | PathLike[str] | None,
     model: TaskModel,
     strategy: Strategy | None,
+    processes: Processes | None,
 ) -> tuple[Saving | None, Fit | None]:
     """Who reads and writes checkpoints, where any are, and the fit to go on from."""
+    if processes is not None:
+        check_processes(processes)
     if checkpoint is None and not isinstance(resume, (str, PathLike)):
         return None, resume
-    saving = Saving(checkpoint, resume, model, strategy)
+    writes = processes is None or processes.is_first
+    saving = Saving(checkpoint, resume, model, strategy, writes)
     return saving, saving.resume
 
 
@@ -248,6 +259,7 @@ def _placed(
     seed: int,
     resume: Fit | None,
     device: torch.device | str | None,
+    processes: Processes | None,
 ) -> tuple[TaskSet, Streamed | None]:
     """The tasks on their device, a stream's first ones, and the stream where they are that."""
     found = None if resume is None else resume.run.checkpoint
@@ -257,6 +269,8 @@ def _placed(
         # a DataLoader that shuffles draws its order from torch's own generator
         if found is not None:
             torch.set_rng_state(found.begun)
+        if processes is not None and processes.size > 1:
+            torch.set_rng_state(processes.all(torch.get_rng_state())[0])
         stream = stream_of(
             tasks, batch_size, seed, 0 if resume is None else resume.run.step, device
         )
@@ -292,6 +306,7 @@ def _solve(
     report: Callback | None,
     exact: ProfiledEvidence | None,
     saving: Saving | None,
+    processes: Processes | None,
 ) -> None:
     """By the solvers that look at all tasks at once."""
     if saving is not None:
@@ -312,6 +327,8 @@ def _solve(
         evidence_newton(problem, strategy, tasks.batch(), run, most, report)
     else:
         newton(problem, strategy, tasks.batch(), run, most, report)
+    if processes is not None:
+        agree(processes, run)
     if saving is not None:
         saving.last()
 
@@ -334,12 +351,20 @@ def _checked_problem(
     seed: int,
     hyperguide: Hyperguide,
     free: bool,
+    compile: Compile,
+    task_chunk_size: int | None,
+    processes: Processes | None,
 ) -> Problem:
     """What is to be solved; raises where model, tasks and strategy do not go together."""
+    check_compile(compile)
     check_model(model, tasks, eta)
     problem = strategy.problem(model, tasks, seed)
     check_strategy(strategy, problem, tasks)
     check_hyperguide(hyperguide, problem, tasks, strategy, free)
+    if task_chunk_size is not None:
+        chunks.check(task_chunk_size, problem)
+    if processes is not None:
+        check_group(processes, problem)
     # prototypes give a class without rows no probability
     ways = None if isinstance(strategy, Prototypes) else ways_left_unsaid(model, tasks)
     for sentence in (left_raw(model, tasks), one_scale_for_all(model, tasks), ways):
