@@ -4,6 +4,9 @@ energy norm elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -221,3 +224,51 @@ def test_a_bound_that_is_far_too_large_is_no_alarm() -> None:
     found = vm.meta_gradient(model, vm.TaskSet(tasks), vm.Implicit("delta", "query")).certificate
     assert float(found.linear_bound.max()) > 1e-6 > float(found.linear_error.max())
     assert found.ok and "linear error about" in str(found)
+
+
+class Wrong(vm.LinearSolver):
+    """Conjugate gradients whose x is changed at the end, and which tell of the x before."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.change = change
+
+    def solve(self, matvec: Any, b: Any) -> vm.Solution:
+        right = vm.CG().solve(matvec, b)
+        stats = right.stats | {"curvature": torch.full_like(right.stats["curvature"], torch.inf)}
+        changed = {name: self.change(value) for name, value in right.value.items()}
+        return vm.Solution(changed, right.result, stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "certified"),
+    [
+        (lambda x: x, True),
+        (lambda x: 1.3 * x, False),
+        (lambda x: 0.5 * x, False),
+        (lambda x: -x, False),
+        (torch.zeros_like, False),
+        (lambda x: x + 0.1 * torch.cos(torch.arange(x.numel()).reshape(x.shape)).to(x), False),
+        (lambda x: x.float().double(), True),  # 1e-7 off, within tolerance, and told
+    ],
+)
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.filterwarnings("ignore:the implicit gradient is not certified")
+def test_a_solver_is_not_believed(
+    change: Callable[[torch.Tensor], torch.Tensor], certified: bool, linear: bool
+) -> None:
+    tasks = vm.datasets.lines(6, 5, 5, noise=0.1, dtype=torch.float64)
+    torch.manual_seed(0)
+    hidden = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    net = vm.LinearPredictor(["x"]) if linear else hidden.double()
+    model = vm.TaskModel(net, vm.likelihoods.Gaussian(), vm.GaussianPrior(5.0))
+    exact, own = (
+        vm.meta_gradient(model, tasks, vm.Implicit("delta", "query", linear_solver=solver))
+        for solver in (vm.Direct(), Wrong(change))
+    )
+    assert exact.certificate.ok
+    off = max(float((own.grads[name] - exact.grads[name]).abs().max()) for name in exact.grads)
+    assert own.certificate.ok is certified
+    assert (off < 1e-5) is certified
+    # what is certified says how far off it is
+    if certified and off > 1e-9:
+        assert float(own.certificate.linear_error.max()) > 1e-9

@@ -198,7 +198,11 @@ JUDGED: dict[str, tuple[float, float, bool, str]] = {
         False,
         "fell by .* so it is still moving: raise num_steps or the learning rate",
     ),
-    "rising": (0.1, 1.0, False, "rose by .* so it does not descend: lower the learning rate"),
+    "rising": (0.1, 0.04, False, "rose by .* so it does not descend: lower the learning rate"),
+    "far": (0.1, 1.0, False, "ended 180 nats above where it began: lower the learning rate"),
+    "beyond": (0.1, 1e306, False, "nats above where it began: lower the learning rate"),
+    # half of the steps go up: larger ones are not what it lacks
+    "uneven": (5.0, -0.3, False, "fell by .* so it is still moving: raise num_steps$"),
 }
 
 
@@ -213,6 +217,19 @@ def test_whether_a_run_has_settled(
     run = Run({}, State(None, None, 0, 1.0), [{"loss": x} for x in losses.tolist()])
     judge(run, 10, 1)
     assert run.converged is converged and re.search(verdict, run.stop)
+
+
+def test_a_fit_that_diverges_is_told() -> None:
+    tasks = vm.datasets.lines(10, num_support=5, noise=0.1, dtype=torch.float64)
+    model = vm.TaskModel(
+        vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian(), vm.GaussianPrior(1.0)
+    )
+    options = {"num_steps": 40, "schedule": "constant"}
+    with pytest.warns(RuntimeWarning, match="the fit diverges: .* nats above where it began"):
+        fit = vm.fit(
+            model, tasks, vm.Joint("delta"), optimizer=lambda p: torch.optim.SGD(p, 0.05), **options
+        )
+    assert not fit.converged and fit.run.history[-1]["loss"] > fit.run.history[0]["loss"] + 100.0
 
 
 def test_tasks_too_small_to_split_are_named_and_can_be_left_out() -> None:

@@ -13,6 +13,10 @@ from varmeta.fitting.run import Run
 # known.
 SETTLED = 0.01
 RESOLVED = 0.05
+# Where more than this share of the steps raise the objective, larger ones are not what it lacks.
+UNEVEN = 0.3
+# A run whose mean objective ends this far above where it began diverges (nats per task).
+RISEN = 1.0
 
 
 def settled(history: list[dict[str, float]], window: int, tolerance: float = 1e-10) -> bool:
@@ -30,6 +34,22 @@ def promised(optimizer: torch.optim.Optimizer) -> float:
     """
     state = next(iter(optimizer.state.values()))
     return -0.5 * float(state["prev_flat_grad"] @ state["d"])
+
+
+def risen(history: list[dict[str, float]], num_tasks: int) -> float:
+    """How far the mean loss of the last tenth of the steps lies above that of the first (nats).
+
+    0 where it does not, or by no more than chance or `RISEN` makes of it.  Infinite where it is
+    beyond all numbers.
+    """
+    losses = torch.tensor([row["loss"] for row in history], dtype=torch.float64)
+    tenth = len(losses) // 10
+    if not tenth:
+        return 0.0
+    first, last = losses[:tenth], losses[-tenth:]
+    rise = (last.mean() - first.mean()).nan_to_num(nan=math.inf)
+    chance = 3.0 * float(first.std(correction=0)) if tenth > 2 else 0.0
+    return float(rise) if float(rise) > max(RISEN * num_tasks, chance) else 0.0
 
 
 def judge(run: Run, num_tasks: int, every: int) -> None:
@@ -54,6 +74,14 @@ def judge(run: Run, num_tasks: int, every: int) -> None:
     longer = "the budget" if run.stop.startswith("spent") else "num_steps"
     still = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
     run.converged = still and noise <= RESOLVED * num_tasks
+    above = risen(run.history, num_tasks)
+    if above:
+        run.converged = False
+        run.stop += (
+            f"; the mean objective ended {above:.3g} nats above where it began: lower the learning "
+            "rate"
+        )
+        return
     if run.converged:
         verdict = "which has settled"
     elif still:
@@ -61,7 +89,9 @@ def judge(run: Run, num_tasks: int, every: int) -> None:
             f"which its noise of {noise:.1e} hides: raise {longer}, num_particles or batch_size"
         )
     elif change > 0:
-        verdict = f"so it is still moving: raise {longer} or the learning rate"
+        ups = float((losses[1:] > losses[:-1]).double().mean())
+        faster = "" if ups > UNEVEN else " or the learning rate"
+        verdict = f"so it is still moving: raise {longer}{faster}"
     else:
         verdict = "so it does not descend: lower the learning rate"
     moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting import profiled_at_eta
+from varmeta.fitting.convergence import risen
 from varmeta.fitting.joint_newton import UNDETERMINED
 from varmeta.fitting.pooled_start import NO_INFORMATION, is_regression, pooled_fit
 from varmeta.fitting.whitened import whitened_correlation
@@ -53,6 +54,9 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     constant = constant_columns(fit) if is_flat and fit.run.streamed is None else {}
     found = [in_words(constant)] if constant else []
     found += [f"the fit has not converged: {fit.stop}"] if unfinished else []
+    by_steps = fit.run.schedule is not None
+    if by_steps and not unfinished and risen(fit.run.history, len(fit.tasks)):
+        found.append(f"the fit diverges: {fit.stop}")
     away = _ran_off(fit)
     found += [away] if away else []
     if fit.hyper is not None and not fit.hyper.is_reliable:

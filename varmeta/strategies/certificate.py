@@ -50,6 +50,10 @@ class Certificate(Shown):
         minimum.
     failed: which tasks are out of tolerance; ok: none is.
 
+    It says that phi is a minimum, not which: of a loss with several, two minimisers may be
+    certified at two, with two gradients.  A curvature below the prior's precision says that there
+    may be.
+
     >>> import torch, varmeta as vm
     >>> tasks = vm.datasets.lines(9, 5, 5, noise=0.1, dtype=torch.float64)
     >>> model = vm.TaskModel(vm.LinearPredictor(["x"]), vm.likelihoods.Gaussian())
@@ -161,7 +165,10 @@ class Certificate(Shown):
         )
         if not count:
             return f"certified for all {len(self.names)} tasks; the largest: {numbers}"
-        advice = "take more inner steps (inner_steps=None runs to tolerance)"
+        advice = (
+            "take more inner steps (inner_steps=None runs to tolerance); where they do, a faster "
+            "minimizer, NewtonCG() or a higher rate, or float64"
+        )
         if bool((self.curvature[failed] < 0).any()) or bool(
             (self.inner_result == Result.NEGATIVE_CURVATURE).any()
         ):
