@@ -77,6 +77,7 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
         "seed",
         "hyperguide",
         "solver",
+        "steps",
         "evaluations",
         "seconds",
         "failed",
@@ -103,6 +104,7 @@ def test_columns_of_the_table(report: vm.Report) -> None:
     ends = [column for metric in METRICS for column in (metric, f"{metric}_low", f"{metric}_high")]
     assert list(table.columns) == [
         *ends,
+        "steps",
         "evaluations",
         "seconds",
         "failed",
@@ -413,7 +415,8 @@ def test_the_callback_sees_every_run() -> None:
 
 
 def test_print_shows_intervals_of_what_has_settled(report: vm.Report) -> None:
-    report = replace(report, budget=100.0)  # nothing overspent
+    # nothing overspent, nothing hardly begun
+    report = replace(report, budget=100.0, runs=report.runs.assign(steps=50))
     settled = replace(report, runs=report.runs.assign(converged=True))
     row, text = settled.table.loc["maml"], str(settled)
     assert f"{row['rmse']:.2f} [{row['rmse_low']:.2f}, {row['rmse_high']:.2f}]" in text
@@ -432,6 +435,23 @@ def test_print_shows_intervals_of_what_has_settled(report: vm.Report) -> None:
     )
     assert str(replace(report, runs=one)).endswith("(report.runs): maml")
     assert replace(report, runs=one).differences("maml").filter(like="_low").isna().all(axis=None)
+
+
+def test_outer_steps_are_told_with_their_range_over_seeds(report: vm.Report) -> None:
+    by = report.runs.groupby("method")["steps"]
+    assert (by.mean()[report.table.index] == report.table["steps"]).all()
+    runs = report.runs.assign(steps=40)
+    assert " outer step" not in str(replace(report, runs=runs))
+    maml = runs["method"] == "maml"
+    runs.loc[maml, "steps"] = [9, 12]
+    text = str(replace(report, runs=runs))
+    assert "steps" in text.splitlines()[0] and "9 to 12" in text
+    assert text.splitlines()[-1].startswith("maml took 9 to 12 outer steps: what is judged is")
+    runs.loc[runs["method"].isin(["reptile", "pooled"]), "steps"] = 3
+    text = str(replace(report, runs=runs.assign(steps=runs["steps"].where(~maml, 10))))
+    assert text.splitlines()[-1].startswith("reptile, pooled took 3 outer steps: what is judged is")
+    # few steps of a fit that has settled are enough
+    assert " outer step" not in str(replace(report, runs=runs.assign(converged=True)))
 
 
 # -- what is solved exactly, and what is overspent -------------------------------------------------
@@ -510,9 +530,17 @@ def test_what_overspends_its_budget_is_said() -> None:
     text = str(report)
     assert f"({over['imaml']:.1f} x budget)" in text
     assert "overspent, since one step took more than was left of the budget: imaml" in text
-    names = [label.get_text() for label in report.plot().get_yticklabels()]
+    # the budget bought one step, so that theta0 is almost the one that it started from
+    taken = report.runs.set_index("method")["steps"]
+    assert taken["imaml"] == report.table.loc["imaml", "steps"] == 1
+    assert taken["imaml"] == len(report.fits["imaml", 0].history)
+    assert (
+        "imaml took 1 outer step: what is judged is nearly where the model starts, and what "
+        "adaptation makes of that" in text
+    )
+    names = [" ".join(label.get_text().split()) for label in report.plot().get_yticklabels()]
     assert any(
-        name.startswith("imaml\n(") and f"{over['imaml']:.1f} x budget" in name for name in names
+        name.startswith("imaml (") and f"{over['imaml']:.1f} x budget" in name for name in names
     )
 
 

@@ -59,8 +59,8 @@ def compare(
     seeds: how many, or which.
     budget: gradient evaluations per training task for every strategy and the pooled baseline (a
         Hessian product counts as two); adaptation at test time is not counted.  A run ends with the
-        first step that spends it; the table says by how much a method overspent, as one to
-        tolerance may in a single step.
+        first step that spends it; the table says how many outer steps that were, and by how much a
+        method overspent, as one to tolerance may in a single step.
     optimizer, batch_size: as in `fit`, and the same for every strategy; Adam at 1e-2 by default.
         Without them a regression starts from the pooled fit, and what `fit` solves by joint Newton
         steps is solved so here: once for all seeds, outside the budget, which the report says.

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from varmeta._checks import counted, nearest
 from varmeta.display.shown import Shown
 from varmeta.files.write import write
 from varmeta.results.result import Fit
+from varmeta.verbs.report_text import notes, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,8 @@ class Report(Shown):
 
     runs: one row per method and seed: what was found of eta (hyperguide), by which solver
         ("budget", "exact" or "posterior of eta", the last two outside the budget; "none" of the
-        nearest neighbour, of which nothing is fitted), what it cost, whether it failed, whether it
+        nearest neighbour, of which nothing is fitted), the outer steps that it took (of Newton's
+        method or of whatever solved it), what they cost, whether it failed, whether it
         had converged, why it stopped, and what it warned about.
     level: of the interval whose coverage was counted.  budget: gradient evaluations per task that
         each run was given.
@@ -59,6 +60,7 @@ class Report(Shown):
         The interval is for other seeds and other tasks (with a single seed, for other tasks alone);
         see `interval`.  A method that has not settled in some run has none (NaN): where it goes on
         to is not a matter of seeds and tasks.
+        steps: outer steps, as evaluations and seconds the mean over seeds; `runs` has each.
         settled: whether every run that did not fail had.  solver: as in `runs`.  overspent:
         evaluations as a multiple of the budget, where a run spent more than a tenth above it; else
         NaN.
@@ -71,7 +73,7 @@ class Report(Shown):
         }
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
         by = self.runs.groupby("method", sort=False)
-        rest = by[["evaluations", "seconds"]].mean()
+        rest = by[["steps", "evaluations", "seconds"]].mean()
         share = rest["evaluations"] / self.budget
         rest = rest.assign(
             failed=by["failed"].sum(),
@@ -86,7 +88,7 @@ class Report(Shown):
         return self.table
 
     def _headline(self) -> str:
-        return "\n".join([repr(self), *self._notes(self.table)])
+        return "\n".join([repr(self), *notes(self.table, self.runs)])
 
     def __repr__(self) -> str:
         of = {"method": self.runs["method"], "seed": self.runs["seed"]}
@@ -161,75 +163,7 @@ class Report(Shown):
 
     def __str__(self) -> str:
         table = self.table
-        costs = ["evaluations", "seconds", "failed"]
-        text = table[costs].copy()
-        text["evaluations"] = [
-            f"{spent:.0f}" + ("" if math.isnan(over) else f" ({over:.1f} x budget)")
-            for spent, over in zip(table["evaluations"], table["overspent"], strict=True)
-        ]
-        text["seconds"] = text["seconds"].map("{:.1f}".format)
-        for metric in [column[: -len("_low")] for column in table if column.endswith("_low")]:
-            text[metric] = [
-                f"{mean:.2f} [{low:.2f}, {high:.2f}]" if settled else f"{mean:.2f} (not settled)"
-                for mean, low, high, settled in zip(
-                    table[metric],
-                    table[f"{metric}_low"],
-                    table[f"{metric}_high"],
-                    table["settled"],
-                    strict=True,
-                )
-            ]
-        # of the nearest neighbour nothing failed: it has no such score
-        unfitted = table["solver"] == "none"
-        for metric in set(text) - set(costs):
-            text.loc[unfitted & table[metric].isna(), metric] = "-"
-        text = text[[column for column in text if column not in costs] + costs]
-        return "\n".join([text.to_string(), *self._notes(table)])
-
-    def _notes(self, table: pd.DataFrame) -> list[str]:
-        """What a reader of the table must know, a line each."""
-        notes = []
-        unsettled = list(table.index[~table["settled"]])
-        rest = list(table.index[table["settled"]])
-        if unsettled:
-            named = ", ".join(unsettled)
-            if len(unsettled) > len(rest):
-                named = "every method" + (f" but {', '.join(rest)}" if rest else "")
-            notes.append(
-                "not settled, so without an interval: a larger budget, or standardised tasks, may "
-                f"change the order (report.runs): {named}"
-            )
-        over = list(table.index[table["overspent"].notna()])
-        if over:
-            notes.append(
-                "overspent, since one step took more than was left of the budget: "
-                f"{', '.join(over)}"
-            )
-        exact = list(table.index[table["solver"] == "exact"])
-        if exact:
-            notes.append(
-                f"solved exactly, outside the budget and alike for every seed: {', '.join(exact)}"
-            )
-        own = (
-            self.runs[self.runs["hyperguide"] != "delta"]
-            .groupby("method", sort=False)["hyperguide"]
-            .first()
-        )
-        if len(own):
-            notes.append("with a posterior of eta, found by a solver of its own outside the budget")
-            notes += [f"  {method} ({hyperguide})" for method, hyperguide in own.items()]
-        said = (
-            self.runs[self.runs["warnings"] != ""]
-            .groupby("method", sort=False)["warnings"]
-            .agg(["size", "first"])
-        )
-        if len(said):
-            notes.append("warnings (in full: report.runs)")
-            notes += [
-                f"  {method} ({counted(row['size'], 'run')}): {shorten(row['first'], 150)}"
-                for method, row in said.iterrows()
-            ]
-        return notes
+        return "\n".join([shown(table, self.runs).to_string(), *notes(table, self.runs)])
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
