@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy import special, stats
@@ -441,3 +442,35 @@ def test_the_negative_binomial_and_its_derivatives_in_any_concentration(c: float
         torch.testing.assert_close(mine(at), its(at), rtol=1e-9, atol=1e-12)
     second = (torch.func.jacfwd(torch.func.jacfwd(f))(at) for f in (ours, product))
     torch.testing.assert_close(*second, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "match"),
+    [
+        (lambda out, eta: -out.square(), TypeError, "Own.distribution returned a Tensor, expected"),
+        (
+            lambda out, eta: dist.Normal(out, eta["log_beta"].exp()),
+            ValueError,
+            "Own reads 'log_beta', of which nothing is known: .* its init returns",
+        ),
+        (
+            lambda out, eta: dist.Normal(out.sum(-1), 1.0),
+            ValueError,
+            r"one of batch shape \(2, 1\) for outputs of shape \(2, 1, 5\), expected \(2, 1, 5\)",
+        ),
+        (lambda out, eta: dist.Normal(out[0], 1.0), ValueError, r"batch shape \(1, 5\)"),
+    ],
+)
+def test_what_a_likelihood_of_ones_own_returns_is_looked_at(returned, error, match):
+    class Own(vm.likelihoods.Likelihood):
+        kind = "regression"
+
+        def init(self, like):
+            return {}
+
+        def distribution(self, out, eta, y):
+            return returned(out, eta)
+
+    model = vm.TaskModel(vm.LinearPredictor(["x"]), Own())
+    with pytest.raises(error, match=match):
+        vm.fit(model, vm.datasets.lines(5, num_support=5), vm.Joint("normal"), 2)

@@ -186,6 +186,11 @@ def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[s
                 trace = program.get_trace(eta, own)
             trace.compute_log_prob()
         except KeyError as error:
+            if model.likelihood is not None:
+                raise ValueError(
+                    f"{type(model.likelihood).__name__} reads {error}, of which nothing is known: "
+                    "what a likelihood learns, its init returns under that name"
+                ) from error
             raise ValueError(
                 f"the program raises KeyError: {error}; its params are {list(model.start)}: use "
                 "one of these names, or name it in params"

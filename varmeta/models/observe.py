@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from torch import Tensor
 
+from varmeta._checks import kind_of
 from varmeta.likelihoods.base import Likelihood
 
 
@@ -19,7 +21,8 @@ def observe_output(
 
     The output's first `batch` axes are `(..., tasks, points)`.
 
-    Raises ValueError where an output and an observation differ in shape.
+    Raises TypeError where the likelihood returns no distribution, ValueError where that has not one
+    for each row, and where an output and an observation differ in shape.
     """
     obs = None if y is None else likelihood.observed(y)
     if obs is not None and likelihood.kind != "classification":
@@ -28,6 +31,17 @@ def observe_output(
     if likelihood.kind != "classification" and out.dim() == batch + 1 and out.shape[-1] == 1:
         out = out if obs is not None and obs.dim() == 3 else out.squeeze(-1)
     noise = likelihood.distribution(out, eta, y)
+    if not isinstance(noise, torch.distributions.Distribution):
+        raise TypeError(
+            f"{type(likelihood).__name__}.distribution returned {kind_of(noise)}, expected a "
+            "distribution of torch or Pyro over y"
+        )
+    if noise.batch_shape[:batch] != out.shape[:batch]:
+        raise ValueError(
+            f"{type(likelihood).__name__}.distribution returned one of batch shape "
+            f"{tuple(noise.batch_shape)} for outputs of shape {tuple(out.shape)}, expected "
+            f"{tuple(out.shape[:batch])} first, (..., tasks, rows): a distribution for each row"
+        )
     if len(noise.batch_shape) > batch:
         noise = noise.to_event(len(noise.batch_shape) - batch)
     if obs is not None and noise.event_shape != obs.shape[2:]:
