@@ -61,7 +61,8 @@ def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
     """
     likelihood = model.likelihood
     y = tasks.support_rows.y
-    if not tasks.left_raw or likelihood is None or not likelihood.real_valued or not len(y):
+    raw = tasks.scaling is not None and tasks.scaling.left_raw
+    if not raw or likelihood is None or not likelihood.real_valued or not len(y):
         return None
     y = likelihood.observed(y).double()
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,10 +15,14 @@ from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel
 from varmeta.tasks import Batch, Data, Task, TaskSet
 from varmeta.tasks.arrays import as_tensor, refuse_non_finite, to_dtype
+from varmeta.tasks.scaling import Scaling
 
 
 def check_columns(tasks: TaskSet, trained: TaskSet) -> None:
-    """Raise ValueError for tasks whose x has other columns than the training tasks'."""
+    """Raise ValueError for tasks whose x has other columns than the training tasks'.
+
+    Warn where it is not known to be in the same units.
+    """
     # tasks without any data do not know their columns
     if not len(tasks.support_rows.x) and not len(tasks.query_rows.x):
         return
@@ -35,6 +40,31 @@ def check_columns(tasks: TaskSet, trained: TaskSet) -> None:
             f"the columns of these tasks' x are {list(tasks.x_names)}, but {list(trained.x_names)} "
             "in the training tasks: give the same columns in the same order"
         )
+    sentence = _other_units(tasks.scaling, trained.scaling)
+    if sentence is not None:
+        warnings.warn(sentence, RuntimeWarning, stacklevel=4)
+
+
+def _other_units(given: Scaling | None, trained: Scaling | None) -> str | None:
+    """A warning where tasks are not known to be in the training tasks' units."""
+    if given is trained or (given is not None and trained is not None and given.is_same(trained)):
+        return None
+    if trained is None:
+        return (
+            f"these tasks were scaled, by {given!r}, and the fit's tasks were not: give them as "
+            "they were before; if the fit's are in these units already, say so by "
+            "fit.tasks.scaling = tasks.scaling"
+        )
+    if given is None:
+        return (
+            f"the fit's tasks were scaled, by {trained!r}, and these were not: give "
+            "fit.tasks.scaling.apply(tasks); if they are in these units already, say so by "
+            "tasks.scaling = fit.tasks.scaling"
+        )
+    return (
+        f"these tasks were scaled by {given!r}, but the fit's by {trained!r}: scale them, as they "
+        "were before, by fit.tasks.scaling.apply(tasks)"
+    )
 
 
 def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data:

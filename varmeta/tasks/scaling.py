@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
@@ -42,7 +42,7 @@ class Scalable(Protocol):
         self,
         rows: Callable[[Part, str | None], Part],
         features: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        left_raw: bool,
+        scaling: Scaling,
     ) -> Self: ...
 
 
@@ -131,9 +131,37 @@ class Scaling:
                 for name, value in features.items()
             }
 
-        return tasks.mapped(
-            scaled, standard, left_raw=not self._scales_y and self.likelihood is None
-        )
+        return tasks.mapped(scaled, standard, self)
+
+    def after(self, first: Scaling) -> Scaling:
+        """What scaling by `first` and then by this one does to the raw data."""
+
+        def both(name: str) -> tuple[Tensor, Tensor]:
+            loc, scale = (getattr(self, f"{name}_{what}") for what in ("loc", "scale"))
+            # the dtypes stay: whole numbers say that y was left alone
+            at, by = (getattr(first, f"{name}_{what}").to(loc.device) for what in ("loc", "scale"))
+            return at + by * loc, by * scale
+
+        features = {
+            name: (at + by * self.features[name][0], by * self.features[name][1])
+            for name, (at, by) in first.features.items()
+        }
+        told = first.likelihood if self.likelihood is None else self.likelihood
+        return Scaling(*both("x"), *both("y"), features, told)
+
+    def is_same(self, other: Scaling) -> bool:
+        """Whether both lead to the same units, to a thousandth of them."""
+        mine, its = self._numbers(), other._numbers()
+        return mine.shape == its.shape and bool(((mine - its).abs() <= 1e-3 * mine[1]).all())
+
+    def _numbers(self) -> Tensor:
+        """All locs and all scales, `(2, columns)`."""
+        rows = [
+            torch.cat([x.flatten().double().cpu(), y.flatten().double().cpu()])
+            for x, y in ((self.x_loc, self.y_loc), (self.x_scale, self.y_scale))
+        ]
+        known = torch.tensor([self.features[name] for name in sorted(self.features)])
+        return torch.cat([torch.stack(rows), known.reshape(-1, 2).double().T], 1)
 
     def y_inverse(self, values: Tensor) -> Tensor:
         """Scaled responses, or predictions of them, `(..., *event)`, in y's units.
@@ -187,8 +215,21 @@ class Scaling:
         return f"Scaling(x: {numbers(self.x_loc, self.x_scale)}; y: {y}{known})"
 
     @property
+    def left_raw(self) -> bool:
+        """Whether whole numbers in y were left as they were for want of a likelihood."""
+        return not self._scales_y and self.likelihood is None
+
+    @property
     def _scales_y(self) -> bool:
         return self.y_loc.is_floating_point()
+
+
+def common_scaling(scalings: Iterable[Scaling | None]) -> Scaling | None:
+    """The one that all were made by; None where they are of several."""
+    first, *others = dict.fromkeys(scalings) or [None]
+    if first is None or any(other is None or not first.is_same(other) for other in others):
+        return None
+    return first
 
 
 def _moments_of_y(y: Tensor, likelihood: Reads | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

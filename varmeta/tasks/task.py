@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from varmeta.tasks.scaling import Scaling
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -21,6 +23,7 @@ class Task:
     name: unique in a set; unnamed tasks are called "task 0", "task 1", ... by their position.
     features: what is known of the task as a whole, numbers by name, the same names in every task of
         a set: what `GaussianPrior(covariates=...)` moves the prior by.
+    scaling: what brought the data into their units; a set that was scaled gives it to its tasks.
 
     x is `(points,)` or `(points, features)`, y `(points,)` or `(points, responses)`, in any units.
 
@@ -32,6 +35,7 @@ class Task:
     query: tuple[Any, Any] | None = None
     name: str | None = None
     features: Mapping[str, float] | None = None
+    scaling: Scaling | None = field(default=None, kw_only=True)
 
     def __getstate__(self) -> dict[str, Any]:
         # a task of a set is a view: as it is, all rows of the set would be pickled with it

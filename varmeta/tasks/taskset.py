@@ -22,7 +22,7 @@ from varmeta.tasks.features import as_features, in_dtype_of, refuse_infinite
 from varmeta.tasks.frame import Columns, table_of_frame
 from varmeta.tasks.positions import position_of, positions_of
 from varmeta.tasks.rows import Rows
-from varmeta.tasks.scaling import Reads, Scaling
+from varmeta.tasks.scaling import Reads, Scaling, common_scaling
 from varmeta.tasks.split import kept_rows
 from varmeta.tasks.task import Task
 
@@ -67,8 +67,8 @@ class TaskSet(Shown):
     x_names: tuple[str, ...] | None
     # of x as a model sees it, and of y where it is floating: bytes are cast to it in a batch
     dtype: torch.dtype
-    # whether a scaling that was told of no likelihood left whole numbers in y as they were
-    left_raw = False
+    # what made these numbers of the raw ones; set it where you scaled them by its numbers yourself
+    scaling: Scaling | None = None
 
     def __init__(
         self,
@@ -107,6 +107,11 @@ class TaskSet(Shown):
         some = any(part is not None for part in (*supports, *queries))
         x_names = check_names(x_names, like[0] if some else None)
         self._set(names, support, query, features, x_names, kind)
+        known = zip(given, supports, queries, strict=True)
+        # a task without any data is in no units
+        self.scaling = common_scaling(
+            task.scaling for task, s, q in known if s is not None or q is not None
+        )
 
     def _set(
         self,
@@ -148,7 +153,7 @@ class TaskSet(Shown):
             self.x_names,
             self.dtype,
         )
-        new.left_raw = self.left_raw
+        new.scaling = self.scaling
         return new
 
     def _changed(
@@ -220,6 +225,7 @@ class TaskSet(Shown):
             self.query_rows.part(position),
             self.names[position],
             {name: float(value[position]) for name, value in self._known.items()},
+            scaling=self.scaling,
         )
 
     @overload
@@ -457,8 +463,9 @@ class TaskSet(Shown):
             takes them for numbers.
 
         The sd divides by the number of rows; a constant column is centred only.  Query rows are
-        scaled with the support's numbers; further tasks with `Scaling.apply`.  Raises ValueError
-        where no task has support data.
+        scaled with the support's numbers; further tasks with `Scaling.apply`.  The set remembers
+        its scaling, `tasks.scaling`, and so do what is taken from it and a fit to it (`fit.tasks`).
+        Raises ValueError where no task has support data.
 
         >>> tasks, scaling = TaskSet([Task(support=([1.0, 3.0], [10.0, 10.0]))]).standardized()
         >>> tasks[0].support[0].tolist(), scaling.y_loc.item(), scaling.y_scale.item()
@@ -482,7 +489,7 @@ class TaskSet(Shown):
         self,
         rows: Callable[[Part, str | None], Part],
         features: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-        left_raw: bool,
+        scaling: Scaling,
     ) -> Self:
         """The tasks with every (x, y), support and query, replaced by `rows((x, y), name)`.
 
@@ -490,7 +497,7 @@ class TaskSet(Shown):
 
         rows: takes any number of rows, and gives one for each: it is called with all at once and no
             name, and task by task where it refuses, so that it can name the task.
-        left_raw: whether whole numbers in y were left as they were for want of a likelihood.
+        scaling: what the new set remembers it was made by, after the one that made this set.
         """
 
         def one(part: Part, name: str | None, what: str) -> Part:
@@ -503,7 +510,7 @@ class TaskSet(Shown):
         refuse_infinite(known, self.names)
         some = len(self.support_rows.x) or len(self.query_rows.x)
         new = self._changed(one, known) if some else self._derived(features=known)
-        new.left_raw = left_raw
+        new.scaling = scaling if self.scaling is None else scaling.after(self.scaling)
         return new
 
 
