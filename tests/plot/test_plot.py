@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -388,3 +389,41 @@ def test_two_hundred_weights_stay_on_a_page() -> None:
     ax = plot_prior(known(large, ragged_tasks(3), vm.Joint()), limit=199)[0, 0]
     assert ax.figure.get_size_inches()[1] <= 12.0
     assert ax.get_ylim()[0] > 198 and 20 < len(ax.get_yticklabels()) < 100
+
+
+def test_curves_run_over_one_column_of_several() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tasks = []
+    for _ in range(6):
+        x = torch.rand(8, 2, generator=generator, dtype=torch.float64) * torch.tensor([4.0, 1.0])
+        y = x @ torch.randn(2, generator=generator, dtype=torch.float64)
+        y = y + 0.1 * torch.randn(8, generator=generator, dtype=torch.float64)
+        tasks.append(vm.Task((x, y)))
+    raw = vm.TaskSet(tasks, x_names=["dose", "age"])
+    scaled, scaling = raw.standardized()
+    model = vm.TaskModel(
+        vm.LinearPredictor(["dose", "age"]),
+        vm.likelihoods.Gaussian(),
+        vm.GaussianPrior(learn_precision="per_parameter"),
+    )
+    for own, units in ((raw, None), (scaled, scaling)):
+        posterior = vm.fit(model, own).posterior()
+        figure, axes = plt.subplots(1, 2)
+        vm.plot.plot_curves(posterior, None, list(raw.names[:2]), axes, scaling=units, over="age")
+        line = axes[1].lines[0]
+        assert axes[1].get_xlabel() == "age"
+        ages = torch.as_tensor(line.get_xdata())
+        dots = axes[1].collections[-1].get_offsets()
+        assert np.allclose(np.asarray(dots[:, 0]), raw[1].support[0][:, 1])
+        # the other column stays at its mean over the task's own rows
+        rows = torch.stack([raw[1].support[0][:, 0].mean().expand(len(ages)), ages], -1)
+        if units is not None:
+            rows = (rows - units.x_loc) / units.x_scale
+        mean = posterior.take([raw.names[1]]).expected(rows).mean[0]
+        mean = mean if units is None else units.y_inverse(mean)
+        assert np.allclose(line.get_ydata(), mean, atol=0.05)
+        plt.close(figure)
+    with pytest.raises(ValueError, match=r"no column of x is called 'ages'.* did you mean 'age'"):
+        vm.plot.plot_curves(posterior, over="ages")
+    with pytest.raises(ValueError, match=r"a row of x has shape \(2,\): see over="):
+        vm.plot.plot_curves(posterior)

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from varmeta._checks import nearest
 from varmeta.plot.curve_values import curves
-from varmeta.plot.observations import Units, are_binary, check_one_predictor, draw_task, grid_over
+from varmeta.plot.observations import (
+    Units,
+    are_binary,
+    column_of,
+    draw_task,
+    grid_over,
+    rows_at,
+)
 from varmeta.plot.page import Page, page_of, spread
 from varmeta.plot.style import (
     BAND,
@@ -43,6 +50,7 @@ def plot_curves(
     seed: int = 0,
     scaling: Scaling | None = None,
     labels: tuple[str | None, str | None] = (None, None),
+    over: str | None = None,
 ) -> Any:
     """The mean with 50 % and 90 % bands over a one-dimensional grid x, for some tasks by name.
 
@@ -56,9 +64,11 @@ def plot_curves(
     axes: of your own, one for each task; by default of a new figure.
     scaling: the `Scaling` of standardised tasks; the figure is then in the data's own units.
     labels: of the x and the y axis; x by default as its column is called.
+    over: of several columns of x, the one that the curve runs over, by its name in
+        `tasks.x_names`; the others stay at their mean over the task's rows.
 
     Raises ValueError for a task that the posterior does not have, too few axes, an x of several
-    columns, and observations of several numbers.
+    columns where `over` names none of them, and observations of several numbers.
 
     >>> import matplotlib.pyplot as plt
     >>> import torch, varmeta as vm
@@ -75,26 +85,30 @@ def plot_curves(
     tasks = spread(posterior.names, SOME) if tasks is None else tasks
     tasks = [tasks] if isinstance(tasks, str) else list(tasks)
     _check_names(posterior, tasks)
-    check_one_predictor(posterior.trained.x_shape, "posterior.expected")
+    column = column_of(over, posterior.trained, "over=, or posterior.expected")
     page, own = page_of(len(tasks)), axes is None
     is_cut = own and len(tasks) == SOME < number
     posterior = posterior.take(tasks)
-    grid = grid_over(x, posterior.tasks, posterior.trained)
+    grid = grid_over(x, posterior.tasks, posterior.trained, column)
+    rows = [rows_at(grid, column, task, posterior.trained) for task in posterior.tasks]
     # a task at a time: the draws of many at once may not fit into memory
-    panels = [_panel(posterior.take([name]), grid, num_samples, seed) for name in tasks]
+    panels = [
+        _panel(posterior.take([name]), own_rows, num_samples, seed)
+        for name, own_rows in zip(tasks, rows, strict=True)
+    ]
     axes = panels_for(
         axes, len(tasks), page.rows, page.columns, figsize=page.size, sharex=True, sharey=True
     )
-    units = Units(scaling)
+    units = Units(scaling, column)
     is_binary = panels[0].of_mean and are_binary(posterior.tasks)
     for index, (ax, panel) in enumerate(zip(axes.flat, panels, strict=False)):
         width = page.width if own else size_of(ax)[0]
         thin = min(1.0, width / SMALL)  # where panels are small, marks are
-        panel.draw(ax, units, grid, thin)
+        panel.draw(ax, units, rows[index], thin)
         draw_task(ax, posterior.tasks[index], units, index if is_binary else None, thin)
         _name(ax, tasks[index], width)
         tidy(ax)
-    names = (labels[0] or _column(posterior), labels[1])
+    names = (labels[0] or over or _column(posterior), labels[1])
     if own:
         of = f"{SOME} of {number} tasks" if is_cut else None
         _explain_page(axes, page, len(tasks), names, of)

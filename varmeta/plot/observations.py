@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta._checks import nearest
 from varmeta.plot.style import INK
 from varmeta.tasks import Task, TaskSet
 from varmeta.tasks.scaling import Scaling
@@ -18,23 +19,40 @@ JITTER = 0.03
 GRID_POINTS = 101
 
 
-def check_one_predictor(shape: tuple[int, ...], instead: str) -> None:
+def column_of(over: str | None, tasks: TaskSet, instead: str) -> int | None:
+    """The column of x that a curve is drawn over; None where x is one.
+
+    Raises ValueError where there are several and none, or another, is named.
+    """
+    shape = tasks.x_shape
+    if over is not None:
+        names = tasks.x_names or ()
+        if len(shape) != 1 or over not in names:
+            raise ValueError(
+                f"no column of x is called {over!r}; the columns are {list(names)}"
+                f"{nearest(over, names)}"
+            )
+        return names.index(over)
     if shape not in ((), (1,)):
         raise ValueError(
             f"a curve is drawn over one predictor, but a row of x has shape {tuple(shape)}: see "
             f"{instead}"
         )
+    return None
 
 
-def grid_over(x: Any, tasks: TaskSet, others: TaskSet) -> Tensor:
+def grid_over(x: Any, tasks: TaskSet, others: TaskSet, column: int | None = None) -> Tensor:
     """x as rows, `(points, *x_shape)`; None: even steps over the rows of the tasks.
 
     Where those have no rows, over the rows of the others.  Raises ValueError where nobody has.
+    column: the one that is stepped over, `(points,)`; see `rows_at`.
     """
+    shape = others.x_shape if column is None else ()
     if x is not None:
-        return torch.as_tensor(x).reshape(-1, *others.x_shape)
-    rows = [part[0].reshape(-1) for part in _parts(tasks)]
-    rows = rows or [part[0].reshape(-1) for part in _parts(others)]
+        return torch.as_tensor(x).reshape(-1, *shape)
+    at = (lambda rows: rows) if column is None else (lambda rows: rows[:, column])
+    rows = [at(part[0]).reshape(-1) for part in _parts(tasks)]
+    rows = rows or [at(part[0]).reshape(-1) for part in _parts(others)]
     if not rows:
         raise ValueError("no task has rows that x could run over: give x")
     seen = torch.cat(rows)
@@ -43,7 +61,18 @@ def grid_over(x: Any, tasks: TaskSet, others: TaskSet) -> Tensor:
         grid = seen.min() + (seen.max() - seen.min()) * steps
     else:
         grid = seen.msort().unique_consecutive()
-    return grid.reshape(-1, *others.x_shape)
+    return grid.reshape(-1, *shape)
+
+
+def rows_at(grid: Tensor, column: int | None, task: Task, others: TaskSet) -> Tensor:
+    """Rows of x whose column runs over the grid, the others at their mean in the task's rows."""
+    if column is None:
+        return grid
+    own = [part[0] for part in _parts([task])] or [part[0] for part in _parts(others)]
+    middle = torch.cat(own).to(grid).mean(0)
+    rows = middle.expand(len(grid), -1).clone()
+    rows[:, column] = grid
+    return rows
 
 
 def _parts(tasks: Iterable[Task]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,15 +85,20 @@ def _parts(tasks: Iterable[Task]) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of the figure: the data's own, where standardised tasks come with their scaling."""
+    """The units of the figure: the data's own, where standardised tasks come with their scaling.
+
+    column: of x, the one that is drawn; None: x is one.
+    """
 
     scaling: Scaling | None
+    column: int | None = None
 
     def x(self, values: Tensor) -> np.ndarray:
-        values = values.cpu()
+        values, at = values.cpu(), slice(None) if self.column is None else self.column
+        values = values if self.column is None else values[:, at]
         if self.scaling is not None:
             scale, loc = self.scaling.x_scale.to(values), self.scaling.x_loc.to(values)
-            values = values * scale + loc
+            values = values * scale[at] + loc[at] if scale.dim() else values * scale + loc
         return np.asarray(values).reshape(-1)
 
     def y(self, values: Tensor) -> np.ndarray:

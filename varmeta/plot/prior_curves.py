@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varmeta._checks import probability, whole_number
 from varmeta.guides.kl import moved_by
-from varmeta.plot.observations import Units, are_binary, check_one_predictor, dots_of, grid_over
+from varmeta.plot.observations import Units, are_binary, column_of, dots_of, grid_over
 from varmeta.plot.style import BAND, INK, MUTED, axes_for, explain, percent, tidy, titled
 from varmeta.posteriors.draws import GuideDraws
 from varmeta.posteriors.posterior import Posterior
@@ -65,7 +65,7 @@ def plot_prior_curves(
     >>> plt.close("all")
     """
     num_draws, level = whole_number("num_draws", num_draws), probability("level", level)
-    check_one_predictor(fit.tasks.x_shape, "adapt and expected")
+    column_of(None, fit.tasks, "adapt and expected")
     is_kept = fit.run.streamed is None and absent_tasks_of(fit) is None
     known = fit.tasks if is_kept or x is not None else training_tasks(fit)
     grid = grid_over(x, known, known)
