@@ -181,7 +181,7 @@ def growth(out: Path, seeds: int, budget: float) -> None:
     fit = report.fits[DENSE, 0]
     posterior = fit.adapt(test)
     years = torch.linspace(1950, 2010, 61, dtype=train.dtype)
-    grid = (years - scaling.x_loc) / scaling.x_scale
+    grid = scaling.x(years)
     shown = posterior.names[:: max(1, len(posterior.names) // 6)][:6]
     axes = plot_curves(
         posterior, grid, list(shown), scaling=scaling, labels=("year", "life expectancy (years)")

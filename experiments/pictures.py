@@ -63,7 +63,7 @@ def unseen(fit: vm.Fit, scaling: Any, ink: Ink) -> Any:
     """Curves drawn from the prior, and three countries adapted to their years up to 1977."""
     import matplotlib.pyplot as plt
 
-    x = ((torch.as_tensor(YEARS) - scaling.x_loc) / scaling.x_scale).unsqueeze(-1)
+    x = scaling.x(YEARS).unsqueeze(-1)
     new = fit.adapt(vm.TaskSet([vm.Task(name="new")], dtype=torch.float64))
     shown = [task for task in countries("test", query="later") if task.name in SHOWN]
     posterior = fit.adapt(scaling.apply(vm.TaskSet(shown)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +127,56 @@ def test_scaled_twice_is_one_scaling(told: bool) -> None:
     # standardised data stay as they are
     again = one.apply(first[:1]).standardized(likelihood)[0]
     assert again.scaling is not None and again.scaling.is_same(one)
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_file_knows_the_scaling(data: bool, told: bool, tmp_path: Path) -> None:
+    likelihood = L.Gaussian() if told else None
+    tasks, scaling = raw().standardized(likelihood)
+    vm.fit(model(), tasks, vm.Joint("multivariate_normal")).save(tmp_path / "a.fit", data=data)
+    back = vm.load(tmp_path / "a.fit", model())
+    found = back.tasks.scaling
+    assert found is not None
+    for name in ("x_loc", "x_scale", "y_loc", "y_scale"):
+        assert torch.equal(getattr(found, name), getattr(scaling, name))
+    assert (found.likelihood is not None) is told and found.features == scaling.features
+    back.adapt(found.apply(raw(1)))
+    back.adapt(scaling.apply(raw(1)))
+    with pytest.warns(RuntimeWarning, match="and these were not"):
+        back.adapt(raw(1))
+    back.save(tmp_path / "b.fit", data=data)
+    assert vm.load(tmp_path / "b.fit", model()).tasks.scaling.is_same(scaling)  # type: ignore[union-attr]
+
+
+def test_a_checkpoint_and_features_and_whole_numbers_too(tmp_path: Path) -> None:
+    rows = [([[1.0, 5.0], [3.0, 2.0]], [1, 4]), ([[2.0, 0.0]], [2])]
+    tasks = vm.TaskSet([vm.Task(row, features={"a": float(i)}) for i, row in enumerate(rows)])
+    tasks, scaling = tasks.standardized(L.Poisson())
+    prior = vm.GaussianPrior(covariates=["a"])
+    counts = vm.TaskModel(vm.LinearPredictor(["b", "c"]), L.Poisson(), prior)
+    adam = torch.optim.Adam
+    folder = tmp_path / "run"
+    vm.fit(counts, tasks, vm.Joint("normal"), 2, adam, checkpoint=folder)
+    (file,) = [file for file in folder.iterdir() if "2" in file.name]
+    found = vm.load(file, counts).tasks.scaling
+    assert found is not None and found.is_same(scaling) and found.features == scaling.features
+    assert found.y_scale.dtype == torch.int64
+
+
+def test_a_fit_to_raw_tasks_has_none(tmp_path: Path, fits: dict[str, vm.Fit]) -> None:
+    fits["raw"].save(tmp_path / "a.fit")
+    assert vm.load(tmp_path / "a.fit", model()).tasks.scaling is None
+
+
+def test_raw_x_is_scaled_as_the_tasks_are() -> None:
+    tasks = vm.TaskSet([vm.Task(([[1.0, 5.0], [3.0, 9.0]], [1.0, 2.0]))])
+    scaled, scaling = tasks.standardized()
+    x = scaling.x([[1.0, 5.0], [3.0, 9.0]])
+    torch.testing.assert_close(x, scaled[0].support[0])
+    torch.testing.assert_close(scaling.x(np.array([1, 5])), scaled[0].support[0][0])
+    for wrong in ([1.0, 2.0, 3.0], 1.0):
+        with pytest.raises(ValueError, match=r"rows of shape \(2,\): give one such row per point"):
+            scaling.x(wrong)
+    _, single = raw().standardized()
+    assert single.x([1980.0, 1990.0]).shape == (2,) and single.x(single.x_loc[None]).item() == 0

@@ -39,6 +39,7 @@ from varmeta.strategies.inner_rates import RATE, initial_eta
 from varmeta.strategies.strategy import State, Strategy
 from varmeta.tasks import Task, TaskSet
 from varmeta.tasks.fingerprint import AbsentTasks
+from varmeta.tasks.scaling import Scaling
 
 MEMBERS = {field.name for field in dataclasses.fields(Ensemble)}
 # What a strategy may be made of: every class of ours below one of these is known by its name.
@@ -144,6 +145,7 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
         dtype=like.dtype,
         x_names=content["x_names"],
     )
+    tasks.scaling = _scaling(content.get("scaling"), model, tasks)
     check_cut(model, eta, tasks.batch().support)
     known = content.get("numbers")
     if known is not None and not same_numbers(known, numbers_of(model, tasks, eta), like.dtype):
@@ -168,6 +170,20 @@ def _fit(content: dict[str, Any], shown: str, model: TaskModel, strategy: Strate
     if "model" not in content:
         warnings.warn(old_format.LACKS.format(shown), RuntimeWarning, stacklevel=3)
     return fit
+
+
+def _scaling(known: dict[str, Any] | None, model: TaskModel, tasks: TaskSet) -> Scaling | None:
+    if known is None:
+        return None
+    numbers = {name: value for name, value in known.items() if name != "told"}
+    scaling = Scaling(**numbers, likelihood=model.likelihood if known["told"] else None)
+    rows = tasks.support_rows if len(tasks.support_rows.x) else tasks.query_rows
+    if len(rows.x):  # else they do not know their shapes
+        for name, one in (("x", rows.x[0]), ("y", rows.y[0])):
+            shapes = {tuple(numbers[f"{name}_{what}"].shape) for what in ("loc", "scale")}
+            if shapes != {tuple(one.shape)}:
+                raise ValueError(f"its 'scaling' has {name} of the shapes {sorted(shapes)}")
+    return scaling
 
 
 def _check_model(content: dict[str, Any], shown: str, model: TaskModel) -> None:

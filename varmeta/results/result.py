@@ -555,6 +555,8 @@ class Fit(Drawn, Shown):
             resume=it)` goes on with the same tasks unless the strategy stores posteriors; what is
             of the training tasks themselves, as `posterior()`, it refuses.
 
+        Either file knows how the tasks were standardised, `fit.tasks.scaling`.
+
         Raises TypeError for another `data`, OSError where the path cannot be written.
         """
         if not isinstance(data, bool):

@@ -134,6 +134,11 @@ CHECKPOINT: dict[str, Check] = {
     "finished": truth,
     "watched": optional(fields_of(last=whole, worse=whole, best=optional(best))),
 }
+SCALING: dict[str, Check] = {
+    **dict.fromkeys(("x_loc", "x_scale", "y_loc", "y_scale"), tensor),
+    "features": dict_of(pair_of(number, number)),
+    "told": truth,
+}
 PRESENT: dict[str, Check] = {
     **FIELDS,
     "model": text,
@@ -145,9 +150,10 @@ PRESENT: dict[str, Check] = {
     "streamed": optional(whole),
     "left_out": optional(pair_of(whole, text)),
     "checkpoint": optional(fields_of(**CHECKPOINT)),
+    "scaling": optional(fields_of(**SCALING)),
 }
 # what the first files of the present format do not have
-LATER = {"design", "kept", "streamed", "left_out", "checkpoint"}
+LATER = {"design", "kept", "streamed", "left_out", "checkpoint", "scaling"}
 BEFORE: dict[str, Check] = {**FIELDS, "likelihood": text}
 
 

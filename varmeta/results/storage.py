@@ -23,6 +23,7 @@ from varmeta.results.configuration import configuration, numbers_of
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import TaskSet
 from varmeta.tasks.fingerprint import AbsentTasks
+from varmeta.tasks.scaling import Scaling
 
 
 def save(
@@ -108,11 +109,21 @@ def parts_of(
         "tasks": [(task.name, task.support, task.query) for task in tasks],
         "features": [dict(task.features or {}) for task in tasks],
         "x_names": tasks.x_names,
+        "scaling": _scaling(tasks.scaling),
     }
     try:
         return packed(content)
     except TypeError as error:
         raise TypeError(f"of the fit, {error}") from error
+
+
+def _scaling(scaling: Scaling | None) -> dict[str, Any] | None:
+    """Its numbers; of the likelihood, which is the model's, whether it was told one."""
+    if scaling is None:
+        return None
+    numbers = {name: getattr(scaling, name) for name in ("x_loc", "x_scale", "y_loc", "y_scale")}
+    known = {name: tuple(two) for name, two in scaling.features.items()}
+    return numbers | {"features": known, "told": scaling.likelihood is not None}
 
 
 def _numbers(model: TaskModel, tasks: TaskSet, eta: Eta) -> Tensor | None:

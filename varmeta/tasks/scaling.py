@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -163,10 +163,37 @@ class Scaling:
         known = torch.tensor([self.features[name] for name in sorted(self.features)])
         return torch.cat([torch.stack(rows), known.reshape(-1, 2).double().T], 1)
 
+    def x(self, values: Any) -> Tensor:
+        """Raw x, in x's units, scaled: where a posterior is to predict.
+
+        values: `(..., *features)`; of a single column any shape, which stays.
+
+        Raises ValueError where the rows have another shape than those the scaling was made from.
+
+        >>> x, y = [[1970.0], [1990.0]], [60.0, 70.0]
+        >>> scaling = Scaling.of(torch.tensor(x), torch.tensor(y))
+        >>> scaling.x([[1990.0], [2000.0]]).tolist()
+        [[1.0], [2.0]]
+        >>> mean, sd = torch.tensor(0.5), torch.tensor(0.1)
+        >>> scaling.y_inverse(mean).item(), (scaling.y_scale * sd).item()
+        (67.5, 0.5)
+        """
+        loc, scale = self.x_loc, self.x_scale
+        rows = torch.as_tensor(values, dtype=loc.dtype, device=loc.device)
+        if loc.numel() == 1:
+            return (rows - loc.reshape(())) / scale.reshape(())
+        if rows.shape[-loc.dim() :] != loc.shape:
+            raise ValueError(
+                f"x has shape {tuple(rows.shape)}, but this scaling was made from rows of shape "
+                f"{tuple(loc.shape)}: give one such row per point"
+            )
+        return (rows - loc) / scale
+
     def y_inverse(self, values: Tensor) -> Tensor:
         """Scaled responses, or predictions of them, `(..., *event)`, in y's units.
 
-        Without weights, which are no responses.
+        Without weights, which are no responses.  Means, quantiles and draws are brought back so;
+        an sd is not shifted, so it is `y_scale * sd`.
         """
         loc, scale = self.response
         return values * scale.to(values) + loc.to(values) if self._scales_y else values
