@@ -127,7 +127,7 @@ def groups(small: bool) -> Rows:
         model = regression(
             ["floor"], vm.likelihoods.Gaussian(), vm.GaussianPrior(learn_precision="full")
         )
-        with patch("varmeta.fitting.groups_by_size._WORTH", worth):
+        with patch("varmeta.tasks.batch.WORTH", worth):
             fit, seconds = fitted(model, tasks)
         rows.append(
             {

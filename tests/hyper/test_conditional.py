@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import varmeta as vm
 from tests.fuzz.oracles import gaussian_task
-from varmeta.fitting.groups_by_size import buckets, elbo_losses
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.hyper.conditional import conditionals
 from varmeta.numerics.quadrature import nodes, normal_points
 from varmeta.numerics.rows import rowwise
@@ -124,11 +124,11 @@ def test_nodes_are_those_of_a_standard_normal(size: int) -> None:
 
 
 def test_groups_of_ragged_tasks_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("varmeta.fitting.groups_by_size._WORTH", 10)
+    monkeypatch.setattr("varmeta.tasks.batch.WORTH", 10)
     tasks = ragged((3, 40, 0, 2, 38, 3, 5))
     batch = tasks.batch()
-    groups = buckets(batch)
-    assert len(groups) > 2 and sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(
+    groups = batch.by_size()
+    assert len(groups) == 2 and sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(
         range(7)
     )
     for rows, group in groups:

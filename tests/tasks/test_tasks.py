@@ -55,8 +55,8 @@ def test_stacking_and_reading_back_equals_the_originals(seed, features, event):
         assert len(batch) == len(batch.support) == len(originals)
         for data, name in [(batch.support, "support"), (batch.query, "query")]:
             width = max(
-                len(getattr(t, name)[1]) if getattr(t, name) else 0 for t in given
-            )  # of the whole set
+                len(getattr(t, name)[1]) if getattr(t, name) else 0 for t in originals
+            )  # of these tasks
             assert data.x.shape == (len(originals), width, *features)
             assert data.y.shape == (len(originals), width, *event)
             assert data.mask.dtype == torch.bool

@@ -27,7 +27,8 @@ def adapt(
     task_chunk_size: int | None = None,
 ) -> Solution:
     """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
-    size = task_chunk_size or chunks.in_memory(strategy, problem, batch, eta)
+
+    cut = chunks.pieces_in_memory(strategy, problem, batch, eta, task_chunk_size)
 
     def solve(graphed: bool) -> Solution:
         def one(part: Batch) -> Solution:
@@ -37,15 +38,16 @@ def adapt(
                 raise no_solution(found, strategy)
             return found
 
-        return chunks.solution(one, batch, size)
+        return chunks.solution(one, cut)
 
     try:
         if compile == "auto":
             compile = may_be_worth_it(problem, batch, 1)
             if compile:
-                part = next(iter(chunks.split(batch, size)))
+                number, times = chunks.heaviest(cut)
+                part = cut[number].batch
                 graph = problem.ahead(part, eta).gradient_graph("elbo", part, eta)
-                compile = is_worth_it(graph, len(batch) / len(part), in_pieces=True)
+                compile = is_worth_it(graph, times, in_pieces=True)
         return solve(bool(compile))
     except CaptureError as error:
         fall_back(str(error))

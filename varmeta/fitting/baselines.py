@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.pooled_start import is_regression, pooled_fit
 from varmeta.guides.delta import Delta
 from varmeta.guides.make import default_guide
@@ -92,7 +93,7 @@ def baseline(
     if model.likelihood is not None:  # all rows are support
         alone.likelihood = model.likelihood.without_query()
     batch = train.batch()
-    eta = model.init(batch.support.x.new_zeros(()))
+    eta = model.init(batch.support.like)
     precision = WEAK * _precision(model, eta)
     if is_regression(model, train, eta):
         found = pooled_fit(model, batch, eta)
@@ -145,8 +146,8 @@ def no_pooling(model: TaskModel, tasks: TaskSet, eta: Eta, seed: int) -> Tensor:
     alone, _ = baseline("no pooling", model, tasks, [])
     alone.prior.start_loc = {}
     batch = tasks.batch()
-    own = {name: eta[name] for name in alone.init(batch.support.x.new_zeros(()))}
+    own = {name: eta[name] for name in alone.init(batch.support.like)}
     problem = Problem(alone, Delta(), Point(), seed)
-    inner = problem.losses("inner", batch, 0)
+    inner = elbo_losses(problem, batch, "inner")
     found = minimize(lambda phi: inner(phi, own), detach(problem.start(batch, own)), NewtonCG())
     return model.moved(found.value["loc"].unsqueeze(-2), eta, batch.support).squeeze(-2)

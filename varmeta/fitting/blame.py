@@ -67,15 +67,16 @@ def drowning_at_start(
 
     By then all tasks may have been drawn after one.
     """
-    if abs(loss) * torch.finfo(batch.support.x.dtype).eps <= LOST:  # NaN goes on
+    if abs(loss) * torch.finfo(batch.support.like.dtype).eps <= LOST:  # NaN goes on
         return None
-    eta = problem.model.init(batch.support.x.new_zeros(()))
-    parts = chunks.split(batch, chunks.in_memory(strategy, problem, batch, eta))
+    eta = problem.model.init(batch.support.like)
+    cut = chunks.pieces_in_memory(strategy, problem, batch, eta)
     with torch.no_grad():
         losses = [
-            problem.losses(strategy.outer, part, 0)(problem.start(part, eta), eta) for part in parts
+            problem.losses(strategy.outer, part, 0)(problem.start(part, eta), eta)
+            for _, part in cut
         ]
-    return drowning(batch, torch.cat(losses))
+    return drowning(batch, chunks.in_place(losses, cut))
 
 
 def drowning(batch: Batch, end: Tensor) -> str | None:
@@ -83,7 +84,7 @@ def drowning(batch: Batch, end: Tensor) -> str | None:
 
     None where there is none.
     """
-    rows = batch.support.mask.sum(1) + (0 if batch.query is None else batch.query.mask.sum(1))
+    rows = batch.support.num_points + (0 if batch.query is None else batch.query.num_points)
     return drowning_of(batch.names, rows, end)
 
 
@@ -118,8 +119,11 @@ def _tasks_without_gradient(
             if len(part) == 1:
                 bad.append(part.names[0])
                 continue
-            halves = list(chunks.split(part, math.ceil(len(part) / 2)))
-            waiting += reversed(list(zip(halves, chunks.states(own, part, halves), strict=True)))
+            cut = chunks.pieces(problem, part, math.ceil(len(part) / 2))
+            if len(cut) == 1:  # a guide of the user's own serves all tasks only
+                return []
+            states = chunks.states(own, part, cut)
+            waiting += reversed([(p.batch, s) for p, s in zip(cut, states, strict=True)])
     except (RuntimeError, ValueError):  # a guide of the user's own may serve all tasks only
         return []
     return bad

@@ -78,22 +78,22 @@ def in_memory(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> i
     traits = strategy.traits(problem)
     if traits.closed_form:
         # the design of a task in float64, by output, its triangle, and what derivatives keep
-        rows = batch.support.mask.shape[1]
-        rows += 1 if batch.query is None else batch.query.mask.shape[1]
-        outputs = max(1, batch.support.y[0, :1].numel())
+        rows = batch.support.width
+        rows += 1 if batch.query is None else batch.query.width
+        outputs = max(1, math.prod(batch.support.y_shape))
         held = 64 * size * (outputs * rows + size) * traits.copies
         return max(1, min(len(batch), MEMORY // max(1, held)))
     if isinstance(problem.guide, PyroGuide):
         return len(batch)
     if problem.model.net is not None:
         return _in_memory_of_a_network(traits.memory, problem, batch, eta)
-    numbers = size + batch.support.x[0].numel()
+    numbers = size + batch.support.width * math.prod(batch.support.x_shape)
     if numbers * len(batch) < FEW:
         return len(batch)
     try:
         gradient = graph_bytes(problem.gradient_graph("inner", batch.part(0, 1), eta))
     except CaptureError:
-        gradient = 64 * numbers * batch.support.x.element_size()
+        gradient = 64 * numbers * batch.support.like.element_size()
     return max(1, min(len(batch), MEMORY // (traits.memory * gradient)))
 
 
@@ -102,14 +102,15 @@ def _in_memory_of_a_network(gradients: int, problem: Problem, batch: Batch, eta:
 
     gradients: in how many inner gradients' worth of memory a step finds room.
     """
-    size, like, one = problem.model.weights.size, batch.support.x, batch.part(0, 1)
+    size, like, one = problem.model.weights.size, batch.support.like, batch.part(0, 1)
+    own = batch.support.width * math.prod(batch.support.x_shape)
     counts = [
         _on_the_way(problem, data, one, eta)
         for data in (one.support, one.query)
         if data is not None
     ]
     run = sum(count.total for count in counts)
-    if (size + like[0].numel() + run) * len(batch) < FEW:
+    if (size + own + run) * len(batch) < FEW:
         return len(batch)
     inner = _on_the_way(problem.ahead(one, eta), one.support, one, eta).total
     width = like.element_size()
@@ -127,7 +128,7 @@ def _on_the_way(problem: Problem, data: Data, one: Batch, eta: Eta) -> Counted:
     theta = model.weights.flatten(eta).detach().reshape(1, 1, -1)
     points = 1 if problem.guide.at_mode else len(problem.noise("inner", one, 0))
     known = Counted()
-    if data.mask.shape[1]:
+    if data.width:
         x = data.filled[0]
         model.features(eta, x)  # are not counted where they are known
         with torch.no_grad(), known:
@@ -141,14 +142,13 @@ def in_cache(strategy: Strategy, problem: Problem, batch: Batch, eta: Eta) -> in
 
     If possible all chunks are alike, or two graphs are compiled.
     """
-    like = batch.support.x
+    like = batch.support.like
+    own = batch.support.width * math.prod(batch.support.x_shape)
     if like.device.type != "cpu" or isinstance(problem.guide, PyroGuide):
         return len(batch)  # elsewhere large kernels are what is fast
     wanted = held = in_memory(strategy, problem, batch, eta)
     if not strategy.traits(problem).stored:
-        wanted = min(
-            held, CACHE // (like.element_size() * max(problem.model.weights.size, like[0].numel()))
-        )
+        wanted = min(held, CACHE // (like.element_size() * max(problem.model.weights.size, own)))
     elif wanted == len(
         batch
     ):  # a step that takes one gradient reads nothing often enough for a cache to matter
@@ -169,19 +169,81 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
     return (batch.part(begin, end) for begin, end in pairwise(edges))
 
 
-def states(state: State, batch: Batch, parts: Sequence[Batch]) -> Iterator[State]:
-    """The state for each part: its rows of what is stored."""
+class Piece(NamedTuple):
+    """Some tasks of a batch, and where they stand in it, int64 `(n,)` or a slice."""
+
+    positions: Tensor | slice
+    batch: Batch
+
+
+def pieces(
+    problem: Problem, batch: Batch, size: int | Callable[[Batch], int], worth: int | None = None
+) -> list[Piece]:
+    """The batch in groups of alike size, each of these in chunks of at most `size` tasks.
+
+    size: or a function of a group.  worth: see `by_size`.
+    The batch as it is, where it is one of each, and where a guide of one's own makes its module for
+    all tasks at once.
+    """
+    if isinstance(problem.guide, PyroGuide):
+        return [Piece(slice(None), batch)]
+    groups = batch.by_size(worth)
+    found = []
+    for positions, group in groups:
+        most, begin = size(group) if callable(size) else size, 0
+        if most >= len(group):
+            found.append(Piece(slice(None) if len(groups) == 1 else positions, group))
+            continue
+        for part in split(group, most):
+            here = slice(begin, begin + len(part))
+            found.append(Piece(here if len(groups) == 1 else positions[here], part))
+            begin += len(part)
+    return found
+
+
+def pieces_in_memory(
+    strategy: Strategy, problem: Problem, batch: Batch, eta: Eta, size: int | None = None
+) -> list[Piece]:
+    """`pieces` of `size` tasks; None: of as many as memory holds."""
+    return pieces(
+        problem,
+        batch,
+        (lambda group: in_memory(strategy, problem, group, eta)) if size is None else size,
+    )
+
+
+def heaviest(cut: Sequence[Piece]) -> tuple[int, float]:
+    """Which piece is most work, and how many times its work all of them are."""
+    work = [len(part) * max(1, part.support.width) for _, part in cut]
+    return work.index(max(work)), sum(work) / max(work)
+
+
+def in_place(parts: Sequence[Tensor], cut: Sequence[Piece], dim: int = 0) -> Tensor:
+    """What was found for each piece, with a task axis `dim`, in the order of their batch."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = torch.cat(list(parts), dim)
+    back = _back(cut)
+    return whole if back is None else whole.index_select(dim, back)
+
+
+def _back(cut: Sequence[Piece]) -> Tensor | None:
+    """Where each task of the batch stands among the pieces' one after another; None: in place."""
+    if isinstance(cut[0].positions, slice):
+        return None
+    return torch.cat([p.positions for p in cut if isinstance(p.positions, Tensor)]).argsort()
+
+
+def states(state: State, batch: Batch, cut: Sequence[Piece]) -> Iterator[State]:
+    """The state for each piece: its rows of what is stored."""
     phi = None if state.phi is None else batch.of(state.phi)
     inner = None if state.inner is None else batch.of(state.inner)
-    begin = 0
-    for part in parts:
-        rows = slice(begin, begin + len(part))
+    for positions, _ in cut:
         yield replace(
             state,
-            phi=None if phi is None else take(phi, rows),
-            inner=None if inner is None else take(inner, rows),
+            phi=None if phi is None else take(phi, positions),
+            inner=None if inner is None else take(inner, positions),
         )
-        begin += len(part)
 
 
 def step(
@@ -190,14 +252,15 @@ def step(
     batch: Batch,
     eta: Eta,
     state: State,
-    size: int,
+    cut: Sequence[Piece],
 ) -> Outcome:
-    """`one` for each chunk, put together."""
-    parts = list(split(batch, size))
+    """`one` for each piece, put together."""
+    if len(cut) == 1:
+        return one(problem, cut[0].batch, eta, state)
     value: Any = 0.0
     gradient: dict[str, Tensor] = {}
     found: list[tuple[State, Stats]] = []
-    for part, own in zip(parts, states(state, batch, parts), strict=True):
+    for (_, part), own in zip(cut, states(state, batch, cut), strict=True):
         here = one(problem, part, eta, own)
         value = value + here.value
         gradient = {
@@ -206,12 +269,10 @@ def step(
         found.append((here.state, here.stats))
     after = replace(
         found[0][0],
-        phi=_into(state.phi, batch, [own.phi for own, _ in found]),
-        inner=_into(state.inner, batch, [own.inner for own, _ in found]),
+        phi=_into(state.phi, batch, [own.phi for own, _ in found], cut),
+        inner=_into(state.inner, batch, [own.inner for own, _ in found], cut),
     )
-    return Outcome(
-        value, gradient, after, joined([stats for _, stats in found], [len(part) for part in parts])
-    )
+    return Outcome(value, gradient, after, _joined([stats for _, stats in found], cut))
 
 
 def value(
@@ -220,15 +281,16 @@ def value(
     batch: Batch,
     eta: Eta,
     state: State,
-    size: int | None = None,
+    cut: Sequence[Piece] | None = None,
 ) -> float:
-    """The outer objective at eta and the state, for the record (nats), chunk by chunk.
+    """The outer objective at eta and the state, for the record (nats), piece by piece.
 
-    Of a noisy one a mean over draws.
+    Of a noisy one a mean over draws.  cut: the pieces; None: as `pieces` of all tasks at once.
     """
     known = {name: value.detach() for name, value in eta.items()}
     traits = strategy.traits(problem)
-    parts = list(split(batch, len(batch) if size is None else size))
+    if cut is None:
+        cut = pieces(problem, batch, len(batch))
 
     def one(part: Batch, own: State) -> float:
         here = problem.ahead(part, known)
@@ -243,49 +305,58 @@ def value(
             ]
             return float(strategy.total(problem, part, known, torch.stack(losses).mean(0)))
 
-    return math.fsum(map(one, parts, states(state, batch, parts)))
+    if len(cut) == 1:
+        return one(cut[0].batch, state)
+    return math.fsum(map(one, [part for _, part in cut], states(state, batch, cut)))
 
 
-def solution(one: Callable[[Batch], Solution], batch: Batch, size: int) -> Solution:
-    """`one` for each chunk, put together."""
-    if size >= len(batch):
-        return one(batch)
-    parts = list(split(batch, size))
-    found = [one(part) for part in parts]
-    return Solution(*joined([tuple(x) for x in found], [len(part) for part in parts]))
+def solution(one: Callable[[Batch], Solution], cut: Sequence[Piece]) -> Solution:
+    """`one` for each piece, put together."""
+    if len(cut) == 1:
+        return one(cut[0].batch)
+    found = [one(part) for _, part in cut]
+    return Solution(*_joined([tuple(x) for x in found], cut))
 
 
-def _into(stored: Tree | None, batch: Batch, rows: list[Tree | None]) -> Tree | None:
+def _into(
+    stored: Tree | None, batch: Batch, rows: list[Tree | None], cut: Sequence[Piece]
+) -> Tree | None:
     if stored is None:
         return None
-    return batch.into(
-        stored,
-        {name: torch.cat([tree[name] for tree in rows if tree is not None]) for name in stored},
-    )
+    trees = [tree for tree in rows if tree is not None]
+    return batch.into(stored, {n: in_place([tree[n] for tree in trees], cut) for n in stored})
 
 
-def joined(found: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Of every chunk the same tree of stats as one of all tasks.
+def _joined(found: Sequence[Any], cut: Sequence[Piece]) -> Any:
+    return joined(found, [len(part) for _, part in cut], _back(cut))
+
+
+def joined(found: Sequence[Any], sizes: Sequence[int], back: Tensor | None = None) -> Any:
+    """Of every piece the same tree of stats as one of all tasks.
 
     What has a task axis is put together, the others, means over tasks, are averaged.
+    back: where each task stands among those of the pieces one after another; None: in place.
     """
     first = found[0]
     if first is None:
         return None
+
+    def of(parts: Sequence[Any]) -> Any:
+        return joined(parts, sizes, back)
+
     if isinstance(first, Stats):
-        return Stats(
-            **{f.name: joined([getattr(x, f.name) for x in found], sizes) for f in fields(Stats)}
-        )
+        return Stats(**{f.name: of([getattr(x, f.name) for x in found]) for f in fields(Stats)})
     if isinstance(first, dict):
-        return {key: joined([x[key] for x in found], sizes) for key in first}
+        return {key: of([x[key] for x in found]) for key in first}
     if isinstance(first, Solution):
-        return Solution(*joined([tuple(x) for x in found], sizes))
+        return Solution(*of([tuple(x) for x in found]))
     if isinstance(first, tuple):
-        return tuple(joined(list(x), sizes) for x in zip(*found, strict=True))
+        return tuple(of(x) for x in zip(*found, strict=True))
     if isinstance(first, Tensor) and first.dim():
         # draws of an algorithm stand one whole batch after another
         draws = len(first) // sizes[0]
-        cut = [x.reshape(draws, size, *x.shape[1:]) for x, size in zip(found, sizes, strict=True)]
-        return torch.cat(cut, 1).flatten(0, 1)
+        apart = [x.reshape(draws, size, *x.shape[1:]) for x, size in zip(found, sizes, strict=True)]
+        whole = torch.cat(apart, 1)
+        return (whole if back is None else whole.index_select(1, back)).flatten(0, 1)
     total = sum(sizes)
     return sum(x * (size / total) for x, size in zip(found, sizes, strict=True))

@@ -16,7 +16,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields, replace
+from itertools import islice
 from types import NoneType
 from typing import Any, Literal, cast, get_args
 
@@ -41,6 +42,10 @@ Compile = Literal["auto", True, False]
 COMPILE: tuple[Compile, ...] = get_args(Compile)
 # Shapes of a step's tasks for which graphs are made; a stream's may be different every time.
 MAX_SHAPES = 4
+# Rows of padding that one more graph is worth, whose compilation takes seconds.
+GRAPH_WORTH = 200_000
+# Sizes of chunks that are remembered, by the shape of a group of tasks.
+REMEMBERED = 256
 
 
 def check_compile(value: object) -> None:
@@ -71,24 +76,48 @@ class Step:
         auto = compile == "auto"
         # None: not yet decided
         self.compiled: bool | None = None if auto else bool(compile)
-        self.given_size = self.size = task_chunk_size  # None: not yet decided
+        self.given_size = task_chunk_size
+        self._sizes = dict[tuple[Any, ...], int]()
         self._said = self._full = False
         self._shapes = set[tuple[Any, ...]]()
 
     def __call__(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
-        if self.compiled is None or self.size is None:
-            self._decide(problem, batch, eta, state)
-        assert self.size is not None
-        if self.size >= len(batch):
-            return self._one(problem, batch, eta, state)
-        return chunks.step(self._one, problem, batch, eta, state, self.size)
+        if self.compiled is None:
+            self.compiled = self._is_worth_compiling(problem, batch, eta, state)
+        cut = self._pieces(problem, batch, eta, self.compiled)
+        return chunks.step(self._one, problem, batch, eta, state, cut)
 
     def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
         """The outer objective at eta and the state, for the record (nats)."""
-        size = (
-            chunks.in_memory(self.strategy, problem, batch, eta) if self.size is None else self.size
+        cut = self._pieces(problem, batch, eta, bool(self.compiled))
+        return chunks.value(self.strategy, problem, batch, eta, state, cut)
+
+    def _pieces(
+        self, problem: Problem, batch: Batch, eta: Eta, compiled: bool
+    ) -> list[chunks.Piece]:
+        """Groups of alike size, of which a compiled step makes fewer, in chunks."""
+        if not compiled:
+            return chunks.pieces(problem, batch, lambda group: self._size(problem, group, eta))
+        as_graph = self.strategy.traits(problem).not_captured is None
+        return chunks.pieces(
+            problem,
+            batch.widened(),
+            lambda group: self._size(problem, group, eta, as_graph),
+            GRAPH_WORTH,
         )
-        return chunks.value(self.strategy, problem, batch, eta, state, size)
+
+    def _size(self, problem: Problem, group: Batch, eta: Eta, as_graph: bool = False) -> int:
+        """How many of a group's tasks are worked on at a time."""
+        if self.given_size is not None:
+            return self.given_size
+        query = None if group.query is None else group.query.width
+        key = as_graph, len(group), group.support.width, query
+        if key not in self._sizes:
+            if len(self._sizes) >= REMEMBERED:
+                self._sizes.clear()
+            find = chunks.in_cache if as_graph else chunks.in_memory
+            self._sizes[key] = find(self.strategy, problem, group, eta)
+        return self._sizes[key]
 
     def _one(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> Outcome:
         if self.compiled and not self._has_graphs_for(batch):
@@ -110,7 +139,8 @@ class Step:
 
     def _has_graphs_for(self, batch: Batch) -> bool:
         """Whether tasks of this shape were met before, or there is room for theirs."""
-        shape = batch.support.x.shape, None if batch.query is None else batch.query.x.shape
+        query = None if batch.query is None else batch.query.width
+        shape = len(batch), batch.support.width, query
         if shape in self._shapes:
             return True
         if len(self._shapes) < MAX_SHAPES:
@@ -124,26 +154,17 @@ class Step:
         self._full = True
         return False
 
-    def _decide(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> None:
-        if self.compiled is None and not may_be_worth_it(problem, batch, self.num_steps):
-            self.compiled = False
-        as_graph = self.compiled is not False and self.strategy.traits(problem).not_captured is None
-        size = self.size
-        if size is None and as_graph:
-            size = chunks.in_cache(self.strategy, problem, batch, eta)
-        elif size is None:
-            size = self.size = chunks.in_memory(self.strategy, problem, batch, eta)
-        if self.compiled is None:
-            part = next(iter(chunks.split(batch, size)))
-            own = next(iter(chunks.states(state, batch, [part])))
-            try:
-                self.compiled = self._worth_it(problem, part, eta, own, len(batch) / len(part))
-            except CaptureError as error:
-                self._fall_back(error)
-        if self.size is None:
-            self.size = (
-                size if self.compiled else chunks.in_memory(self.strategy, problem, batch, eta)
-            )
+    def _is_worth_compiling(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> bool:
+        if not may_be_worth_it(problem, batch, self.num_steps):
+            return False
+        cut = self._pieces(problem, batch, eta, compiled=True)
+        number, times = chunks.heaviest(cut)
+        own = next(islice(chunks.states(state, batch, cut), number, None))
+        try:
+            return self._worth_it(problem, cut[number].batch, eta, own, times)
+        except CaptureError as error:
+            self._fall_back(error)
+            return False
 
     def _worth_it(
         self, problem: Problem, batch: Batch, eta: Eta, state: State, times: float
@@ -159,7 +180,6 @@ class Step:
     def _fall_back(self, error: CaptureError) -> None:
         fall_back(str(error))
         self.compiled = False
-        self.size = self.given_size  # what suits a graph does not suit eager steps
 
     def _say_that_it_is_not_finite(self) -> None:
         if not self._said:
@@ -184,11 +204,12 @@ class Step:
             problem.model.prior,
             batch.total,
             batch.share,
+            batch.support.widest,
             state.certify,
         )
         graphs = problem.model.graphs
         if key not in graphs:
-            graphs[key] = _Graph(self.strategy, problem, batch.total, batch.share, state.certify)
+            graphs[key] = _Graph(self.strategy, problem, batch, state.certify)
         return cast("_Graph", graphs[key])
 
 
@@ -211,11 +232,11 @@ class _Graph:
 
     strategy: Strategy
     problem: Problem
-    total: float
-    share: float
+    like: InitVar[Batch]
     certify: bool | None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, like: Batch) -> None:
+        self.total, self.share, self.widest = like.total, like.share, like.support.widest
         self.static: dict[str, Any] = {}  # the stats that are plain numbers, as the trace met them
         self.captured = Captured(self._traced)
 
@@ -236,7 +257,7 @@ class _Graph:
     def _traced(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         problem = replace(self.problem, seed=inputs["seed"], graphed=False)
         batch = batch_of(
-            inputs["batch"], self.total, self.share
+            inputs["batch"], self.total, self.share, self.widest
         )  # rows are taken and put back outside
         learned = inputs["learned"]
         with torch.enable_grad():
@@ -275,7 +296,9 @@ def _inputs(seed: int, batch: Batch, eta: Eta, state: State) -> dict[str, Any]:
         "learned": {name: () for name, value in eta.items() if value.requires_grad},  # names alone
         "phi": {} if state.phi is None else batch.of(state.phi),
         "inner": {} if state.inner is None else batch.of(state.inner),
-        "lr_scale": torch.tensor(state.lr_scale, dtype=batch.support.x.dtype, device=like.device),
+        "lr_scale": torch.tensor(
+            state.lr_scale, dtype=batch.support.like.dtype, device=like.device
+        ),
         "seed": torch.tensor(_signed(seed), device=like.device),
         "step": torch.tensor(state.step, device=like.device),
         "batch": tensors_of(batch),

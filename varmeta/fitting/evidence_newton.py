@@ -26,7 +26,6 @@ from torch import Tensor
 from varmeta.fitting import chunks
 from varmeta.fitting.callback import ENDS, Callback
 from varmeta.fitting.float64 import in_double
-from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.joint_newton import MAX_NEWTON_SIZE, WHY_IT_ENDED
 from varmeta.fitting.run import Run, end_early, follow, non_finite
 from varmeta.fitting.whitened import Whitened
@@ -89,7 +88,7 @@ def evidence_newton(
 
     An interruption leaves it at the last step that was completed.
     """
-    begin, dtype = perf_counter() - run.seconds, batch.support.x.dtype
+    begin, dtype = perf_counter() - run.seconds, batch.support.like.dtype
     wide = in_double(problem, batch, detach(problem.start(batch, run.eta)), run.eta)
     if wide is not None:
         batch, _, run.eta = wide
@@ -97,7 +96,7 @@ def evidence_newton(
     density = _density(problem.model, batch) if inside is None else inside.log_density()
     penalty = problem.model.penalty if inside is None else inside.penalty
     eta = run.eta if inside is None else inside.enter({}, run.eta)[1]
-    mode = batch.support.x.new_zeros(len(batch), problem.model.weights.size)
+    mode = batch.support.like.new_zeros(len(batch), problem.model.weights.size)
     numbers, totals = _numbers_of_nodes(problem), list[float]()
     run.converged, first, spent = False, run.step, run.evaluations
 
@@ -223,7 +222,7 @@ class _Nodes(NamedTuple):
 
 
 def _density(model: TaskModel, batch: Batch) -> Density:
-    groups = buckets(batch)
+    groups = batch.by_size()
     back = torch.cat([rows for rows, _ in groups]).argsort()
 
     def fn(u: Tensor, eta: Mapping[str, Tensor]) -> Tensor:

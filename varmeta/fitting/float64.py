@@ -28,7 +28,7 @@ def in_double(
     A program, or a forward, may hold float32 tensors of its own that do not mix with float64; so
     may a guide of the user's own, and some devices know no float64.
     """
-    if batch.support.x.dtype == torch.float64:
+    if batch.support.like.dtype == torch.float64:
         return batch, phi, eta
     if isinstance(problem.guide, PyroGuide):
         return None

@@ -88,7 +88,7 @@ def newton(
     stored = run.state.phi is not None
     if not stored:
         run.state = replace(run.state, phi=detach(problem.start(batch, run.eta)))
-    dtype = batch.support.x.dtype
+    dtype = batch.support.like.dtype
     assert run.state.phi is not None
     wide = in_double(problem, batch, run.state.phi, run.eta)
     if wide is not None:

@@ -27,7 +27,7 @@ def nearest(support: Data, query: Data) -> Tensor:
 
     -1 where there is none.
     """
-    if not support.mask.shape[1]:
+    if not support.width:
         return torch.full_like(query.y, -1)
     one, other = (_flat(data.x) for data in (query, support))
     # by differences: of products, digits are lost where rows are alike

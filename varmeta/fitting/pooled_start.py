@@ -23,7 +23,7 @@ from varmeta.strategies.expectation import MAX_CUBATURE_SIZE, Cubature, GaussHer
 from varmeta.strategies.objective import Objective
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta
-from varmeta.tasks import Batch, TaskSet
+from varmeta.tasks import Batch, Data, TaskSet
 
 # Meta-parameters beyond which a model is no regression any more.
 MAX_ETA_SIZE = 300
@@ -105,7 +105,7 @@ def _precision_start(problem: Problem, batch: Batch, best: Eta, information: Ten
     if problem.guide.at_mode or problem.is_point(batch, best | begin):
         return begin
     pooled = float(pooled_loss(model, batch, best))
-    rise = 0.5 * model.weights.size * float(batch.support.mask.sum())
+    rise = 0.5 * model.weights.size * float(batch.support.num_points.sum())
     if _bends(problem, batch, best | begin, pooled + 2.0 * rise):
         # along a ridge of the loss the weights trade for each other only near where it was measured
         alone = torch.diag_embed(information.diagonal().abs())
@@ -134,7 +134,7 @@ def pooled_fit(
     hold: names that stay where they are.  None where the fit is not finite, and where no task has
         support rows.
     """
-    if not bool(batch.support.mask.any()):
+    if not bool(batch.support.num_points.any()):
         return None
     moving = [
         name
@@ -185,16 +185,21 @@ def _at_edges(fn: Losses, row: Tree) -> list[str]:
 
 def pooled_loss(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The loss of all tasks with every weight at theta0, a scalar."""
-    objective = Objective(model, Delta())
-    phi = objective.guide.init(model, eta, batch.support)
-    return objective.terms(
-        phi, eta, batch.support, batch.support.x.new_zeros(1, 1, model.weights.size)
-    )[1].sum()
+    objective, noise = (
+        Objective(model, Delta()),
+        batch.support.like.new_zeros(1, 1, model.weights.size),
+    )
+
+    def of(data: Data) -> Tensor:
+        phi = objective.guide.init(model, eta, data)
+        return objective.terms(phi, eta, data, noise)[1].sum()
+
+    return torch.stack([of(group.support) for _, group in batch.by_size()]).sum()
 
 
 def _information(model: TaskModel, batch: Batch, eta: Eta) -> Tensor:
     """The mean Hessian of one observation's loss in theta0, `(D, D)`."""
-    weights, count = model.weights, batch.support.mask.sum().clamp(min=1)
+    weights, count = model.weights, batch.support.num_points.sum().clamp(min=1)
     hessian = vector_hessian(
         lambda theta: pooled_loss(model, batch, eta | weights.unflatten(theta)),
         weights.flatten(eta),

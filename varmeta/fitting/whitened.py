@@ -22,7 +22,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.dense import Dense
 from varmeta.guides.quadrature import Quadrature
 from varmeta.models.model import TaskModel
@@ -77,14 +76,14 @@ class Whitened:
         linear = (*model.shared, *model.coefficients)
         groups = [
             (tasks, group, *_design(model, group.support, eta, linear))
-            for tasks, group in buckets(batch)
+            for tasks, group in batch.by_size()
         ]
         kept = [
             (design * group.support.mask.reshape(*design.shape[:2], 1, 1), tasks)
             for tasks, group, design, _ in groups
         ]
         stacked = torch.cat([design.reshape(-1, design.shape[-1]) for design, _ in kept]).double()
-        count = sum(int(group.support.mask.sum()) for _, group, _, _ in groups)
+        count = sum(int(group.support.num_points.sum()) for _, group, _, _ in groups)
         known = whitened_columns(stacked)
         if known is None:
             return None
@@ -293,13 +292,13 @@ def _design(
 
 def _log_density(model: TaskModel, out: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
     """log p(data_i | out) `(points, tasks)` for outputs `(points, tasks, rows, ...)`."""
-    if not data.mask.shape[1]:
+    if not data.width:
         return out.new_zeros(out.shape[:2])
 
     def program() -> None:
         with (
             pyro.plate(TASKS, len(data), dim=-2),
-            pyro.plate(DATA, data.mask.shape[1], dim=-1),
+            pyro.plate(DATA, data.width, dim=-1),
             poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
         ):
             model.observe_output(out, eta, data.filled[1], 3)

@@ -28,7 +28,7 @@ def may_be_worth_it(problem: Problem, batch: Batch, num_calls: float) -> bool:
 
     A trace takes a second or two, as long as a hundred steps of a hundred tasks.
     """
-    numbers = batch.support.mask.numel() * problem.model.weights.size
+    numbers = batch.cells * problem.model.weights.size
     return num_calls * (_LONGEST + _PER_NUMBER * numbers) >= WORTH * FIRST_COMPILATION
 
 

@@ -10,6 +10,7 @@ Source: Harrison, Sharma and Pavone, Meta-learning priors for efficient online B
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -33,12 +34,12 @@ CELLS = 20_000_000
 
 def log_evidence(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tensor:
     """log p(y_i | eta) of every task, `(tasks,)`, nats; for `TaskModel.is_linear_gaussian`."""
-    return gaussian.log_evidence(standardised(model, eta, data)).to(data.x)
+    return gaussian.log_evidence(standardised(model, eta, data)).to(data.like)
 
 
 def log_evidence_in_parts(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tensor:
     """`log_evidence`, without derivatives and of as many tasks at once as memory allows."""
-    rows = max(1, data.y[0].numel()) if len(data) else 1
+    rows = max(1, data.width * math.prod(data.y_shape))
     step = max(1, CELLS // (rows * model.weights.size))
     with torch.no_grad():
         parts = [
@@ -62,7 +63,7 @@ def log_predictive(model: TaskModel, eta: Mapping[str, Tensor], data: Data, quer
         seen.log_scale + asked.log_scale,
         seen.rows + asked.rows,
     )
-    return (gaussian.log_evidence(both) - gaussian.log_evidence(seen)).to(data.x)
+    return (gaussian.log_evidence(both) - gaussian.log_evidence(seen)).to(data.like)
 
 
 def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree | None:
@@ -70,11 +71,11 @@ def best(guide: Guide, model: TaskModel, eta: Mapping[str, Tensor], data: Data) 
     loc, root = prior = _prior(model, eta)
     tasks = standardised(model, eta, data, prior)
     if guide.phi_is_loc:
-        return {"loc": (loc + root.times(gaussian.mean(tasks))).to(data.x)}
+        return {"loc": (loc + root.times(gaussian.mean(tasks))).to(data.like)}
     found = gaussian.posterior(tasks)
     factor = root.lower_times(found.factor)
     phi = guide.at_gaussian(loc + root.times(found.mean), factor)
-    return None if phi is None else {name: value.to(data.x) for name, value in phi.items()}
+    return None if phi is None else {name: value.to(data.like) for name, value in phi.items()}
 
 
 def standardised(
@@ -89,8 +90,8 @@ def standardised(
     """
     loc, root = _prior(model, eta) if prior is None else prior
     x, y = data.filled
-    count = data.mask.sum(-1)
-    if not data.mask.shape[1]:
+    count = data.num_points
+    if not data.width:
         none = loc.new_zeros(len(data), 0, len(loc))
         return Standardised(none, none[..., 0], count.to(loc), count.to(loc))
     design, constant = design_of(model, eta, x)

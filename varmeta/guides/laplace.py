@@ -202,7 +202,7 @@ class Laplace(BoundGuide):
 
     def _gauss_newton(self, theta: Tensor, eta: Mapping[str, Tensor], data: Data) -> Tensor:
         """J' B J summed over a task's observations, `(tasks, D, D)`."""
-        if not data.mask.shape[1]:
+        if not data.width:
             return theta.new_zeros(*theta.shape, theta.shape[-1])
         x, y = data.filled
         out = self.model.output(self.model.moved(theta.unsqueeze(-2), eta, data), eta, x)
@@ -210,7 +210,7 @@ class Laplace(BoundGuide):
         slopes = jacobian(flat.flatten(1), theta, Rows(), create_graph=True)
         slopes = slopes.reshape(*flat.shape, theta.shape[-1])
         given = out if out.requires_grad else out.detach().requires_grad_()
-        with pyro.plate(TASKS, len(data), dim=-2), pyro.plate(DATA, data.mask.shape[1], dim=-1):
+        with pyro.plate(TASKS, len(data), dim=-2), pyro.plate(DATA, data.width, dim=-1):
             known = self.model.told(eta, data)
             trace = poutine.trace(self.model.observe_output).get_trace(given, known, y, 2)
         losses = torch.where(data.mask, -observed_log_prob(trace), 0.0)

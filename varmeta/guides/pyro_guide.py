@@ -95,7 +95,7 @@ class PyroGuide(Guide):
         return super().distribution(phi, eta, data)
 
     def _make(self, model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> torch.nn.Module:
-        devices = [data.mask.device] if data.mask.device.type == "cuda" else []
+        devices = [data.like.device] if data.like.device.type == "cuda" else []
         with (
             ALONE,
             pyro.settings.context(module_local_params=True),
@@ -133,7 +133,7 @@ class PyroGuide(Guide):
         """Refuse a guide that is not one factor per task, by running it on one task more and moving
         one task's row.
         """
-        more = data.take(torch.arange(len(data) + 1, device=data.mask.device) % len(data))
+        more = data.take(torch.arange(len(data) + 1, device=data.like.device) % len(data))
         module = self._modules[len(more)] = self._make(model, eta, more)
         named = dict(module.named_parameters())
         # one task more than the caller's: a length of D that happens to be the number of tasks does

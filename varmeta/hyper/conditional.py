@@ -17,7 +17,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from varmeta.fitting.groups_by_size import buckets
 from varmeta.guides.prior_parts import prior_parts
 from varmeta.hyper.known import known
 from varmeta.models.model import TaskModel
@@ -64,7 +63,7 @@ def log_joint(model: TaskModel, theta: Tensor, eta: Mapping[str, Tensor], data: 
         )
         fn = cast("Any", trace.nodes[SITE]["fn"])
         prior: Tensor = fn.log_prob(theta.unsqueeze(-2)).squeeze(-1)
-        return prior + observed_log_prob(trace).sum(-1) if data.mask.shape[1] else prior
+        return prior + observed_log_prob(trace).sum(-1) if data.width else prior
 
 
 @torch.no_grad()
@@ -77,14 +76,14 @@ def conditionals(
         where it is so.
     """
     if gaussian and model.is_linear_gaussian:
-        evidence, mean, factor = (part.to(batch.support.x) for part in known(model, batch, eta))
+        evidence, mean, factor = (part.to(batch.support.like) for part in known(model, batch, eta))
         sound = evidence.isfinite() & factor.isfinite().all(-1).all(-1)
         return Conditionals(evidence, mean, factor, mean, factor @ factor.mT, sound)
-    groups = buckets(batch)
+    groups = batch.by_size()
     number = len(next(iter(eta.values())))
     found = []
     for _, group in groups:
-        cells = group.support.mask.numel() * max(1, model.weights.size)
+        cells = group.support.cells * max(1, model.weights.size)
         step = max(1, CELLS // max(1, cells))
         parts = [
             _solve(
@@ -134,7 +133,7 @@ def _solve(
         evidence = 0.5 * size * math.log(2 * math.pi) + log_det - loss.reshape(number, tasks)
         return evidence, mode, factor, mode, factor @ factor.mT, converged
     theta, log_weight = (part.transpose(0, 1) for part in placed(mode, factor))  # (K, J, T, D)
-    step = max(1, CELLS // max(1, data.mask.numel() * theta.shape[1]))
+    step = max(1, CELLS // max(1, data.cells * theta.shape[1]))
     log_p = torch.cat(
         [
             density(theta[k : k + step], {name: value[k : k + step] for name, value in eta.items()})

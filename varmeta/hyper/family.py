@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from varmeta.fitting.groups_by_size import buckets, elbo_losses
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.hyper.coordinates import Coordinates
 from varmeta.hyper.gaussian import Gaussian, Nodes
 from varmeta.numerics.joint import Step, minimize_jointly
@@ -34,7 +34,7 @@ class _Losses:
     """F_i of K eta at once: `(K, tasks)` from phi `(K, tasks, ...)` and eta `(K, ...)`."""
 
     def __init__(self, problem: Problem, batch: Batch) -> None:
-        groups = buckets(batch)
+        groups = batch.by_size()
         self._parts = [(rows, rowwise(problem.losses("elbo", group, 0))) for rows, group in groups]
         self._back = torch.cat([rows for rows, _ in groups]).argsort()
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from varmeta._checks import counted, one_of
+from varmeta.fitting.adapt import adapt
 from varmeta.fitting.blame import largest
 from varmeta.fitting.callback import Callback
-from varmeta.fitting.groups_by_size import buckets
+from varmeta.fitting.groups_by_size import elbo_losses
 from varmeta.fitting.joint_newton import MAX_NEWTON_ENTRIES, WHY_IT_ENDED
 from varmeta.fitting.profiled_evidence import ProfiledEvidence
 from varmeta.fitting.profiled_newton import profiled
@@ -66,7 +67,7 @@ def check_hyperguide(
             "batch_size, budget and validate"
         )
     model, batch = problem.model, tasks.batch()
-    eta = model.init(batch.support.x.new_zeros(()))
+    eta = model.init(batch.support.like)
     _check_problem(hyperguide, problem, batch, eta)
     known = profiled(strategy, problem, tasks, eta, hyperguide == "reml") is not None
     _check_size(hyperguide, problem, batch, eta, known)
@@ -281,7 +282,7 @@ def _gaussian(
 def _check_found(problem: Problem, batch: Batch, run: Run, found: Gaussian) -> None:
     """Raise ValueError where the objective was not finite."""
     if found.result in (Result.NON_FINITE, Result.DIVERGED):
-        losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+        losses = elbo_losses(problem, batch)(detach(problem.start(batch, run.eta)), run.eta)
         raise ValueError(
             non_finite(batch, losses, "at the start")
             if not losses.isfinite().all()
@@ -324,18 +325,17 @@ def _proposals(problem: Problem, batch: Batch) -> int:
     """The number of draws in a round: the more the cheaper the tasks are."""
     model = problem.model
     several = 1 if model.is_linear_gaussian else len(nodes(model.weights.size)[0])
-    cost = several * sum(group.support.mask.numel() for _, group in buckets(batch))
+    cost = several * batch.cells
     return max(PROPOSALS, min(MORE_PROPOSALS, WORK // max(1, cost)))
 
 
 def _adapted(problem: Problem, strategy: Strategy, batch: Batch, run: Run) -> State:
-    return replace(
-        run.state, phi=detach(strategy.adapt(problem, batch, run.eta).value), step=run.step
-    )
+    found = adapt(strategy, problem, batch, run.eta, compile=False)
+    return replace(run.state, phi=detach(found.value), step=run.step)
 
 
 def _no_evidence(problem: Problem, batch: Batch, run: Run) -> str:
-    losses = problem.losses("elbo", batch, 0)(detach(problem.start(batch, run.eta)), run.eta)
+    losses = elbo_losses(problem, batch)(detach(problem.start(batch, run.eta)), run.eta)
     return (
         "the evidence cannot be computed around the posterior of eta; it started "
         f"{largest(batch.names, losses)}: look at its data, or standardise them"

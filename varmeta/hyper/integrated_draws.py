@@ -159,7 +159,7 @@ class IntegratedDraws(Draws):
         model, data = self.model, self.batch.support
         number, several, tasks = theta.shape[:3]
         fn = rowwise(lambda t, e: log_joint(model, t, e, data))
-        step = max(1, CELLS // max(1, data.mask.numel() * several))
+        step = max(1, CELLS // max(1, data.cells * several))
         log_p = torch.cat(
             [
                 fn(theta[k : k + step], {name: value[k : k + step] for name, value in eta.items()})

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varmeta.fitting.groups_by_size import buckets
 from varmeta.fitting.reduced import linear_rows, triangles
 from varmeta.guides import closed_form
 from varmeta.guides.prior_parts import prior_parts
@@ -84,8 +83,8 @@ def _groups(model: TaskModel, batch: Batch) -> list[tuple[Tensor, Tasks, int]]:
         tasks, cells = _of_triangles(model, batch.support)
         return [(torch.arange(len(batch)), tasks, cells)]
     return [
-        (rows, _of_rows(model, group.support), group.support.mask.numel() * size)
-        for rows, group in buckets(batch)
+        (rows, _of_rows(model, group.support), group.support.cells * size)
+        for rows, group in batch.by_size()
     ]
 
 
@@ -96,7 +95,7 @@ def _of_rows(model: TaskModel, data: Data) -> Tasks:
 def _of_triangles(model: TaskModel, data: Data) -> tuple[Tasks, int]:
     linear, size = (*model.shared, *model.coefficients), model.weights.size
     counts = data.num_points
-    log_weights = torch.zeros(len(counts)).to(data.x).double()
+    log_weights = torch.zeros(len(counts)).to(data.like).double()
     if bool(counts.any()):
         design, y, weight, counts = linear_rows(
             model, data.x[data.mask], data.y[data.mask], counts, data.features, linear

@@ -86,13 +86,15 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         _try_largest(model, tasks, eta)
         return
     batch = tasks.batch()
-    parts = [
-        data for data in (batch.support, batch.query) if data is not None and data.mask.shape[1]
-    ]
+    parts = [data for data in (batch.support, batch.query) if data is not None and data.width]
+    groups = [group for _, group in batch.by_size()]
     eta = _start(model, tasks) if eta is None else eta
     for data in parts:
         if model.net is None:
-            _try(model, eta, data, batch.names)
+            for group in groups:
+                some = group.support if data is batch.support else group.query
+                if some is not None and some.width:
+                    _try(model, eta, some, group.names)
             continue
         look_at_tokens(model, data, eta)
         sizes = data.num_points
@@ -150,7 +152,7 @@ def _try_largest(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | N
         one = tasks[[largest]].batch()
         data = one.query if part else one.support
         assert data is not None
-        _try(model, eta, data.first_points(min(MANY_ROWS, data.mask.shape[1])), one.names)
+        _try(model, eta, data.first_points(min(MANY_ROWS, data.width)), one.names)
 
 
 def look_at_tokens(model: TaskModel, data: Data, eta: Mapping[str, Tensor] | None = None) -> None:
@@ -161,7 +163,7 @@ def look_at_tokens(model: TaskModel, data: Data, eta: Mapping[str, Tensor] | Non
     """
 
     def run(x: Tensor) -> None:
-        at = model.init(data.x.new_zeros(())) if eta is None else eta
+        at = model.init(data.like) if eta is None else eta
         own = model.weights.unflatten(model.weights.flatten(at))
         with torch.no_grad():
             model.one_task(at, x)({n: v for n, v in own.items() if n not in model.task_weights}, x)
@@ -170,7 +172,7 @@ def look_at_tokens(model: TaskModel, data: Data, eta: Mapping[str, Tensor] | Non
 
 
 def _alone(data: Data, task: int) -> Data:
-    return data.take(slice(task, task + 1)).first_points(int(data.num_points[task]))
+    return data.take(slice(task, task + 1), int(data.num_points[task]))
 
 
 def _try(model: TaskModel, eta: Mapping[str, Tensor], data: Data, names: tuple[str, ...]) -> None:
@@ -277,25 +279,27 @@ def check_outcomes(
     Raises ValueError that names task and row.
     """
     assert model.likelihood is not None
-    task = int(data.num_points.argmax())
     theta = model.weights.flatten(eta).reshape(1, 1, -1)
     with _quiet():
-        out = model.output(theta, eta, data.x[task, :1].unsqueeze(0))
+        x, y = data.flat()
+        out = model.output(theta, eta, x[:1].unsqueeze(0))
         own = {
             **eta,
             **{name: eta[name].expand(1, 1, *eta[name].shape) for name in model.task_weights},
             # rows of all tasks stand as one; what each task says of itself has been looked at
             **{told(name): out.new_full((1,), math.inf) for name in model.likelihood.features},
         }
-        rows, y = data.mask.nonzero(), data.y[data.mask].unsqueeze(0)
 
         def program() -> None:
-            model.observe_output(out.expand(1, y.shape[1], *out.shape[2:]), own, y, 2)
+            model.observe_output(out.expand(1, len(y), *out.shape[2:]), own, y.unsqueeze(0), 2)
 
         site: Any = poutine.trace(program).get_trace().nodes["y"]
-        bad = ~site["fn"].support.check(site["value"]).expand(1, len(rows))[0]
-        for task, row in rows[bad][:1].tolist():
-            _refuse(data, names, task, row, site["fn"])
+        bad = ~site["fn"].support.check(site["value"]).expand(1, len(y))[0]
+        for place in bad.nonzero()[:1].flatten().tolist():
+            ends = data.num_points.cumsum(0)
+            task = int(torch.searchsorted(ends, place, right=True))
+            row = place - int(ends[task] - data.num_points[task])
+            _refuse(y[place], names[task], row, site["fn"])
 
 
 def _check_squares(rows: Rows, names: tuple[str, ...]) -> None:
@@ -329,9 +333,9 @@ def check_observations(likelihood: Likelihood, rows: Rows, names: tuple[str, ...
         )
 
 
-def _refuse(data: Data, names: tuple[str, ...], task: int, row: int, fn: Any) -> NoReturn:
+def _refuse(y: Tensor, name: str, row: int, fn: Any) -> NoReturn:
     raise ValueError(
-        f"task {names[task]!r}, row {row}: y = {data.y[task, row].tolist()} is outside the support "
+        f"task {name!r}, row {row}: y = {y.tolist()} is outside the support "
         f"of {type(fn).__name__}: expected {_support_of(fn)} (rows are counted within the task, "
         "from 0)"
     )
@@ -357,7 +361,7 @@ def _check_support(
         return
     for site, bad in found:
         for task, row in (bad & data.mask).nonzero()[:1].tolist():
-            _refuse(data, names, task, row, site["fn"])
+            _refuse(data.y[task, row], names[task], row, site["fn"])
 
 
 def _check_start(

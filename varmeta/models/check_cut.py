@@ -27,10 +27,10 @@ def check_cut(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> None:
 
     eta: the model's, also with a strategy's entries beside.
     """
-    if not model.cut or model.ahead(eta, []) is model or not data.mask.shape[1]:
+    if not model.cut or model.ahead(eta, []) is model or not data.width:
         return
     task = int(data.num_points.argmax())
-    x = data.x[task : task + 1, : min(ROWS, int(data.num_points[task]))]
+    x = data.take(slice(task, task + 1), min(ROWS, int(data.num_points[task]))).x
     for away in (0.0, 1.0):
         known = {name: value.detach() for name, value in eta.items()}
         here = {name: value.requires_grad_() for name, value in moved_by(away, known).items()}

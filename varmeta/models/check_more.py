@@ -25,11 +25,11 @@ def check_more(model: TaskModel, tasks: TaskSet, batch: Batch) -> None:
     for rows, data in ((tasks.support_rows, batch.support), (tasks.query_rows, batch.query)):
         if model.likelihood is not None:
             check_observations(model.likelihood, rows, tasks.names)
-        if data is not None and data.mask.shape[1]:
+        if data is not None and data.width:
             check_padding(model, data)
             look_at_tokens(model, data)
             if _outputs_tell(model):
-                check_outcomes(model, model.init(data.x.new_zeros(())), data, tasks.names)
+                check_outcomes(model, model.init(data.like), data, tasks.names)
 
 
 def _outputs_tell(model: TaskModel) -> bool:

@@ -38,7 +38,7 @@ def check_padding(model: TaskModel, data: Data, with_y: bool = True) -> None:
     with_y: whether `data` has observations; of a program without them they are drawn.
     """
     sizes = data.num_points[data.num_points > 0]
-    if not len(sizes) or bool((sizes == data.mask.shape[1]).all()):
+    if not len(sizes) or bool((sizes == data.width).all()):
         return
     where = rows_meet(model, data, with_y)
     if where is not None:
@@ -63,13 +63,11 @@ def rows_meet(
     differences below 1e-5 pass.
     reorder: also in another order, which padding leaves alone, and a minibatch of rows does not.
     """
-    rows = data.mask.nonzero()
+    rows, observed = data.flat()
     if len(rows) < 2:
         return None
-    at = rows[
-        torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()
-    ].unbind(-1)
-    x, y = data.x[at], data.y[at] if with_y else None
+    at = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device).long()
+    x, y = rows[at], observed[at] if with_y else None
     for dtype, tolerance in ((torch.float64, TOLERANCE), (x.dtype, COARSE)):
         try:
             return _where(model, x.to(dtype), y, tolerance, reorder)

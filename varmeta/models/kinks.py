@@ -43,7 +43,7 @@ def kinked(model: TaskModel, batch: Batch, eta: Mapping[str, Tensor]) -> str | N
     if model.likelihood is not None and type(model.likelihood).__module__.startswith("varmeta."):
         return None  # all of ours are smooth
     data = batch.support
-    if not data.mask.shape[1]:
+    if not data.width:
         return None
     few = data.take(data.num_points.argmax().reshape(1))
     try:

@@ -267,9 +267,9 @@ class TaskModel(Remembers):
         """
         with pyro.plate(TASKS, len(data), dim=-2):
             theta = pyro.sample(SITE, self.prior_distribution(eta))
-            if data.mask.shape[1]:  # tasks without any data: the prior alone
+            if data.width:  # tasks without any data: the prior alone
                 with (
-                    pyro.plate(DATA, data.mask.shape[1], dim=-1),
+                    pyro.plate(DATA, data.width, dim=-1),
                     poutine.mask(mask=cast("torch.BoolTensor", data.mask)),
                 ):
                     self.observe(self.moved(theta, eta, data), self.told(eta, data), *data.filled)
@@ -477,7 +477,7 @@ class TaskModel(Remembers):
             return self.net is None or self.is_linear
         data = tasks.batch().support
         data = data.take(data.num_points.argmax().reshape(1))
-        eta = self.init(data.x.new_zeros(()))
+        eta = self.init(data.like)
         x = data.filled[0]
         return looks_straight(
             lambda points: self._network(points, eta, x), self.weights.flatten(eta)
@@ -509,6 +509,6 @@ def negative_log_likelihood(
     """
     trace = poutine.trace(poutine.condition(model, {SITE: theta})).get_trace(eta, data)
     prior = cast("dist.TorchDistribution", trace.nodes[SITE]["fn"])
-    if not data.mask.shape[1]:
+    if not data.width:
         return prior, theta.new_zeros(theta.shape[:2])
     return prior, -observed_log_prob(trace).sum(-1)

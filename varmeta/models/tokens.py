@@ -56,7 +56,7 @@ def check_tokens(net: nn.Module | None, data: Data, run: Callable[[Tensor], obje
     found = {} if net is None else _embeddings(net)
     if not found:
         return
-    x = data.x[data.mask]
+    x, _ = data.flat()
     looked, enough = 0, math.inf
 
     def look_for(name: str) -> Callable[..., None]:

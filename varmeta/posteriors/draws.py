@@ -131,7 +131,7 @@ class GuideDraws(Draws):
 
     def theta(self, num_samples: int, seed: int) -> Tensor:
         num_samples = whole_number("num_samples", num_samples)
-        q, zero = self.distribution, self.batch.support.x.new_zeros(())
+        q, zero = self.distribution, self.batch.support.like
         size = self.model.weights.size
         if isinstance(q, dist.Delta):
             standard = zero.expand(num_samples, 1, size)

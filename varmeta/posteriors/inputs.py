@@ -15,7 +15,9 @@ from varmeta.models.check import check_model
 from varmeta.models.model import TaskModel
 from varmeta.tasks import Batch, Data, Task, TaskSet
 from varmeta.tasks.arrays import as_tensor, refuse_non_finite, to_dtype
+from varmeta.tasks.rows import Rows
 from varmeta.tasks.scaling import Scaling
+from varmeta.tasks.taskset import of_rows
 
 
 def check_columns(tasks: TaskSet, trained: TaskSet) -> None:
@@ -81,20 +83,21 @@ def points(x: Any, names: Sequence[str], trained: TaskSet, like: Tensor) -> Data
                 f"x lists {len(x)} arrays, but there are {len(names)} tasks: give one array for "
                 "each, or one for all"
             )
-        parts = [
-            as_tensor(part, f"x of task {name!r}") for part, name in zip(x, names, strict=True)
-        ]
-    else:  # nested lists of numbers are rows, as in numpy
-        parts = [as_tensor(x, "x")] * len(names)
-    for part, name in zip(parts, names, strict=True):
-        check_rows(part, f"x of task {name!r}", trained)
-    longest = max(len(part) for part in parts)
-    padded = like.new_zeros(len(parts), longest, *parts[0].shape[1:])
-    mask = torch.zeros(len(parts), longest, dtype=torch.bool, device=like.device)
-    for index, part in enumerate(parts):
-        padded[index, : len(part)] = to_dtype(part, like.dtype, f"x of task {names[index]!r}")
-        mask[index, : len(part)] = True
-    return Data(padded, padded.new_zeros(len(parts), longest), mask)
+        parts = []
+        for value, name in zip(x, names, strict=True):
+            part = as_tensor(value, f"x of task {name!r}")
+            check_rows(part, f"x of task {name!r}", trained)
+            parts.append(to_dtype(part, like.dtype, f"x of task {name!r}").to(like))
+        counts = torch.tensor([len(part) for part in parts], device=like.device)
+        flat = torch.cat(parts)
+        return Data.of_rows(Rows(flat, flat.new_zeros(len(flat)), counts), {}, like.dtype)
+    # nested lists of numbers are rows, as in numpy
+    one = as_tensor(x, "x")
+    check_rows(one, f"x of task {names[0]!r}", trained)
+    one = to_dtype(one, like.dtype, f"x of task {names[0]!r}").to(like)
+    shape = len(names), len(one)
+    mask = torch.ones(shape, dtype=torch.bool, device=like.device)
+    return Data(one.expand(len(names), *one.shape), one.new_zeros(shape), mask)
 
 
 def _own_rows(tasks: TaskSet, names: Sequence[str], trained: TaskSet) -> list[Tensor]:
@@ -165,6 +168,8 @@ def scored(query: Any, own: Batch, model: TaskModel, trained: TaskSet) -> Data:
         raise TypeError(f"query must be a TaskSet or a list of (x, y), not {type(query).__name__}")
     if isinstance(query, TaskSet):
         check_columns(query, trained)
+        if query.names == own.names:
+            return _judged(query, own, model)
     tasks = [item if isinstance(item, Task) else Task(support=item) for item in query]
     if len(tasks) != len(own.names):
         raise ValueError(
@@ -192,9 +197,19 @@ def scored(query: Any, own: Batch, model: TaskModel, trained: TaskSet) -> Data:
             for p, name, known in zip(parts, own.names, features, strict=True)
         ]
     )
-    named = named.to(dtype=own.support.x.dtype, device=own.support.x.device)
+    named = named.to(dtype=own.support.like.dtype, device=own.support.like.device)
     for task in named:
         if task.support is not None:
             check_rows(task.support[0], f"query x of task {task.name!r}", trained)
+    check_model(model, named)
+    return named.batch().support
+
+
+def _judged(query: TaskSet, own: Batch, model: TaskModel) -> Data:
+    """The same of a set of these very tasks, whose rows have been checked."""
+    rows = query.query_rows if len(query.query_rows.x) else query.support_rows
+    # the model asks for the features that its prior needs; they are the posterior's own
+    named = of_rows(query, rows, own.support.features)
+    named = named.to(dtype=own.support.like.dtype, device=own.support.like.device)
     check_model(model, named)
     return named.batch().support

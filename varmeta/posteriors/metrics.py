@@ -11,6 +11,7 @@ together and where there is nothing to judge.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,23 +163,79 @@ def normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float = 0.9) -> d
     """
     if not len(y):
         raise ValueError("there is nothing to judge: give an observation")
-    level = probability("level", level)
+    found = _normal(mean, covariance, y, probability("level", level))
+    return {
+        "n": len(y),
+        "log_density": float(found.log_density.mean()),
+        "rmse": float(found.square.mean().sqrt()),
+        "coverage": float(found.inside.mean()),
+        "calibration_error": float(calibration_error(found.below.reshape(-1))),
+        "crps": float(found.crps.mean()),
+        "log_density_se": 0.0,
+    }
+
+
+def normal_by_task(
+    mean: Tensor, covariance: Tensor, y: Tensor, counts: Tensor, level: float = 0.9
+) -> dict[str, Tensor]:
+    """`normal` of every task that has observations, each a column of the table.
+
+    counts: how many of the observations are each task's, in order, int64 `(tasks,)`.
+
+    >>> y, one = torch.zeros(3, 1), torch.ones(3, 1, 1)
+    >>> normal_by_task(torch.tensor([[1.0], [3.0], [4.0]]), one, y, torch.tensor([1, 0, 2]))["rmse"]
+    tensor([1.0000, 3.5355], dtype=torch.float64)
+    """
+    counts = counts[counts > 0]
+    owner = torch.repeat_interleave(counts)
+
+    def mean_of(values: Tensor) -> Tensor:
+        each = values.reshape(len(values), -1).mean(1)
+        return each.new_zeros(len(counts)).index_add_(0, owner, each) / counts
+
+    found = _normal(mean, covariance, y, probability("level", level))
+    at = torch.linspace(0.05, 0.95, 20, dtype=torch.float64, device=y.device)
+    # NaN is below no level, and shows by `inside`
+    gaps = [(mean_of((found.below <= p).double()) - p).abs() for p in at]
+    coverage = mean_of(found.inside)
+    return {
+        "n": counts,
+        "log_density": mean_of(found.log_density),
+        "rmse": mean_of(found.square).sqrt(),
+        "coverage": coverage,
+        "calibration_error": torch.where(coverage.isnan(), math.nan, sum(gaps) / len(gaps)),
+        "crps": mean_of(found.crps),
+        "log_density_se": torch.zeros_like(coverage),
+    }
+
+
+class _Judged(NamedTuple):
+    """Of n observations: log densities `(n,)`, and of each of their numbers `(n, k)`.
+
+    below: the distribution function at y.  inside: 1 in the central interval, 0 outside.
+    """
+
+    log_density: Tensor
+    square: Tensor
+    below: Tensor
+    inside: Tensor
+    crps: Tensor
+
+
+def _normal(mean: Tensor, covariance: Tensor, y: Tensor, level: float) -> _Judged:
     mean, covariance, y = mean.double(), covariance.double(), y.double()
     sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     z = (y - mean) / sd
     below = torch.special.ndtr(z)
     density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
     inside = ((1 - level) / 2 <= below) & (below <= (1 + level) / 2)
-    crps = sd * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi))
-    return {
-        "n": len(y),
-        "log_density": float(normals.log_density(mean, covariance, y).mean()),
-        "rmse": float(rmse(mean, y)),
-        "coverage": float(torch.where(below.isnan(), math.nan, inside.to(y.dtype)).mean()),
-        "calibration_error": float(calibration_error(below.reshape(-1))),
-        "crps": float(crps.mean()),
-        "log_density_se": 0.0,
-    }
+    return _Judged(
+        normals.log_density(mean, covariance, y),
+        (mean - y).square(),
+        below,
+        torch.where(below.isnan(), math.nan, inside.to(y.dtype)),
+        sd * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi)),
+    )
 
 
 def classes(

@@ -13,7 +13,7 @@ from varmeta.numerics import normals
 from varmeta.numerics.normals import absolute
 from varmeta.posteriors.calibration import calibration_error
 from varmeta.posteriors.metrics import rmse
-from varmeta.posteriors.normal_mixture import Components, predictive, responses
+from varmeta.posteriors.normal_mixture import Components, in_order, predictive, responses
 from varmeta.tasks import Data
 
 # For the distance of two observations of a mixture, up to so many components are paired with all
@@ -30,13 +30,13 @@ def row_of(
     log_density_se: Monte-Carlo, over the draws of eta; 0 of an ensemble, whose members are all.
     """
     y, share = responses(model, data).double(), components.share.double()
-    parts, begin = [], 0
-    for mean, covariance in predictive(model, components, data, has_y=True):
-        end = begin + mean.shape[1]
-        parts.append(_judged(share, mean, covariance, y[begin:end]))
-        begin = end
+    rows, parts = [], []
+    for at, mean, covariance in predictive(model, components, data, has_y=True):
+        rows.append(at)
+        parts.append(_judged(share, mean, covariance, y[at]))
     log_prob, *rest = zip(*parts, strict=True)
-    log_probs, (centre, share_below, crps) = torch.cat(log_prob, 1), map(torch.cat, rest)
+    log_probs = in_order(rows, log_prob, 1)
+    centre, share_below, crps = (in_order(rows, part, 0) for part in rest)
     low, high, draws = (1 - level) / 2, (1 + level) / 2, components.draws
 
     def row(chosen: slice) -> dict[str, float]:

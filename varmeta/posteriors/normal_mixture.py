@@ -6,7 +6,7 @@ y ~ N(X m + c, X L L' X' + s^2), and without the last term the mean of an observ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from varmeta.numerics.normals import moments, quantiles
 from varmeta.numerics.rows import rowwise
 from varmeta.priors.validation import validation_enabled
 from varmeta.tasks import Data
+from varmeta.tasks.batch import WORTH
+from varmeta.tasks.groups import alike
 
 # Numbers of one tensor that are held at once.
 CELLS = 1_000_000
@@ -39,7 +41,8 @@ class Components:
     root: Tensor | None
     draws: int | None = None
 
-    def of(self, tasks: slice) -> Components:
+    def of(self, tasks: Tensor) -> Components:
+        """For the tasks at these positions."""
         root = None if self.root is None else self.root[:, tasks]
         return Components(self.share, self.eta, self.loc[:, tasks], root, self.draws)
 
@@ -50,28 +53,44 @@ def predictive(
     data: Data,
     noisy: bool = True,
     has_y: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Means `(K, n, outputs)` and covariances `(K, n, outputs, outputs)` of each observation.
 
-    Of the n that are no padding, of some tasks at a time.
+    Of the n that are no padding, of some tasks of alike size at a time; before them where they
+    stand among those of all tasks, int64 `(n,)`.
 
     noisy: False for the mean of an observation, without the noise of single ones.
     has_y: whether data's y are there, and with them each observation's own precision.
     """
     number, size = len(components.share), components.loc.shape[-1]
-    step = max(1, CELLS // max(1, number * data.mask.shape[1] * size))
+    begins = data.num_points.cumsum(0) - data.num_points
     with torch.no_grad():
-        for begin in range(0, len(data), step):
-            some = slice(begin, min(begin + step, len(data)))
-            part = data.part(begin, some.stop)
-            mean, covariance = _predictive(model, components.of(some), part, noisy, has_y)
-            yield mean[:, part.mask], covariance[:, part.mask]
+        for tasks in alike([data.num_points], WORTH):
+            group = data.take(tasks)
+            step = max(1, CELLS // max(1, number * group.width * size))
+            for begin in range(0, len(group), step):
+                some = tasks[begin : begin + step]
+                part = group.part(begin, begin + len(some))
+                mean, covariance = _predictive(model, components.of(some), part, noisy, has_y)
+                counts = part.num_points
+                moved = begins[some] - (counts.cumsum(0) - counts)
+                rows = moved.repeat_interleave(counts)
+                rows += torch.arange(len(rows), device=rows.device)
+                yield rows, mean[:, part.mask], covariance[:, part.mask]
+
+
+def in_order(rows: Sequence[Tensor], parts: Sequence[Tensor], dim: int) -> Tensor:
+    """What was made of `predictive`'s parts, with an axis `dim` of observations, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts), dim).index_select(dim, torch.cat(list(rows)).argsort())
 
 
 def responses(model: TaskModel, data: Data) -> Tensor:
     """The numbers of every observation that is no padding, without its weight: `(n, outputs)`."""
     assert model.likelihood is not None
-    return model.likelihood.observed(data.y)[data.mask].reshape(int(data.mask.sum()), -1)
+    _, y = data.flat()
+    return model.likelihood.observed(y).reshape(len(y), -1)
 
 
 def _predictive(
@@ -135,10 +154,11 @@ class NormalMixture:
 
     def _each(self, fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """What fn makes of means and variances `(K, n, outputs)`, some tasks at a time."""
-        parts = predictive(self.model, self.components, self.data, self.noisy)
-        found = torch.cat(
-            [fn(mean, covariance.diagonal(dim1=-2, dim2=-1)) for mean, covariance in parts], 1
-        )
+        rows, parts = [], []
+        for at, mean, covariance in predictive(self.model, self.components, self.data, self.noisy):
+            rows.append(at)
+            parts.append(fn(mean, covariance.diagonal(dim1=-2, dim2=-1)))
+        found = in_order(rows, parts, 1)
         mask = self.data.mask
         told = found.new_zeros(len(found), *mask.shape, found.shape[-1])
         told[:, mask] = found

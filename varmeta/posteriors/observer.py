@@ -48,7 +48,7 @@ class Observer:
         PyTorch's random state is put back afterwards.
         """
         with (
-            quiet_scope(seed, data.x.device),
+            quiet_scope(seed, data.like.device),
             TaskNoise(seed, self.q.batch.ids, data.mask) as stream,
         ):
             yield stream
@@ -150,7 +150,7 @@ class Observer:
         Each observation counts as often as it does in the objective.
         """
         data = self.q.batch.support
-        if not data.mask.shape[1]:
+        if not data.width:
             return theta.new_zeros(theta.shape[:2])
         parts = []
         with validation_enabled(False):

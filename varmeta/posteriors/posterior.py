@@ -26,7 +26,7 @@ from varmeta.posteriors.normal_mixture import NormalMixture
 from varmeta.posteriors.observations import mean_of
 from varmeta.posteriors.observer import Observer
 from varmeta.posteriors.prediction import Prediction
-from varmeta.posteriors.scoring import by_task, row_of
+from varmeta.posteriors.scoring import table as score_table
 from varmeta.tasks import Data, TaskSet
 
 if TYPE_CHECKING:
@@ -212,14 +212,15 @@ class Posterior(Drawn, Shown):
             classes = likelihood is not None and likelihood.predictive.kind == "classification"
             return Prediction(draw(), data.mask, self.names, are_classes=noisy and classes)
         assert self.model.likelihood is not None
-        event = tuple(self.model.likelihood.observed(self.q.batch.support.y).shape[2:])
+        some = self.q.batch.support.flat()[1][:1]
+        event = tuple(self.model.likelihood.observed(some).shape[1:])
         # a single channel is dropped, as where observations are drawn
         event = () if event == (1,) else event
         known = NormalMixture(self.model, components, data, event, noisy)
         return Prediction(draw, data.mask, self.names, num_samples, known)
 
     def _new(self, x: Any) -> Data:
-        data = points(x, self.names, self.trained, self.q.batch.support.x)
+        data = points(x, self.names, self.trained, self.q.batch.support.like)
         check_padding(self.model, data, with_y=False)
         look_at_tokens(self.model, data)
         return data
@@ -272,17 +273,12 @@ class Posterior(Drawn, Shown):
 
         level = probability("level", level)
         data = self._scored(query)
-        row = row_of(self.observer, data, num_samples, seed, level)
-        index, rows = [], []
-        for name, some in zip((*self.names, "all"), (*by_task(data), slice(None)), strict=True):
-            if some.start != some.stop or name == "all":
-                index.append(name)
-                rows.append(row(some))
-        errors = {
-            name: found.pop("log_density_se") for name, found in zip(index, rows, strict=True)
-        }
-        table = pd.DataFrame(rows, index=pd.Index(index, name="task"))
-        table.attrs["log_density_se"] = errors
+        columns = score_table(self.observer, data, num_samples, seed, level)
+        some = data.num_points.tolist()
+        index = [name for name, count in zip(self.names, some, strict=True) if count] + ["all"]
+        errors = columns.pop("log_density_se").tolist()
+        table = pd.DataFrame(columns, index=pd.Index(index, name="task"))
+        table.attrs["log_density_se"] = dict(zip(index, errors, strict=True))
         return table
 
     def accuracy(
@@ -304,7 +300,7 @@ class Posterior(Drawn, Shown):
 
     def _scored(self, query: Any) -> Data:
         data = scored(query, self.q.batch, self.model, self.trained)
-        if not bool(data.mask.any()):
+        if not bool(data.num_points.any()):
             raise ValueError("there is nothing to score: none of the tasks has query data")
         return data
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from varmeta.posteriors import metrics, mixture_score
-from varmeta.posteriors.normal_mixture import predictive, responses
+from varmeta.posteriors.normal_mixture import in_order, predictive, responses
 from varmeta.posteriors.observer import Observer
 from varmeta.tasks import Data
 
@@ -22,6 +22,28 @@ def by_task(data: Data) -> list[slice]:
     ends = counts.cumsum(0)
     begins = (ends - counts).tolist()
     return [slice(begin, end) for begin, end in zip(begins, ends.tolist(), strict=True)]
+
+
+def table(
+    observer: Observer, data: Data, num_samples: int, seed: int, level: float
+) -> dict[str, np.ndarray]:
+    """The table's columns: an entry for each task that has observations, and one for all of them.
+
+    data: some of which are observations.
+    """
+    exact = normal_predictive(observer, data)
+    if exact is not None:
+        y = responses(observer.model, data).to(exact[0])
+        own = metrics.normal_by_task(*exact, y, data.num_points, level)
+        whole = metrics.normal(*exact, y, level)
+        return {name: np.append(own[name].cpu().numpy(), value) for name, value in whole.items()}
+    row = row_of(observer, data, num_samples, seed, level)
+    rows = [
+        row(some)
+        for some in (*by_task(data), slice(None))
+        if some.start != some.stop or some == slice(None)
+    ]
+    return {name: np.array([found[name] for found in rows]) for name in rows[0]}
 
 
 def row_of(observer: Observer, data: Data, num_samples: int, seed: int, level: float) -> Row:
@@ -66,6 +88,6 @@ def normal_predictive(observer: Observer, data: Data) -> tuple[Tensor, Tensor] |
     one = None if q.kind == "integrated" else q.components()
     if one is None:
         return None
-    parts = predictive(q.model, one, data, has_y=True)
-    mean, covariance = (torch.cat(part, 1)[0] for part in zip(*parts, strict=True))
+    rows, *parts = zip(*predictive(q.model, one, data, has_y=True), strict=True)
+    mean, covariance = (in_order(rows, part, 1)[0] for part in parts)
     return mean, covariance

@@ -24,8 +24,8 @@ def sizes(
 ) -> tuple[int, int]:
     """How many draws of theta `(draws, tasks, 1, D)` at a time, and of one draw how many tasks."""
     draws, tasks = theta.shape[:2]
-    one = PER_POINT * data.mask.shape[1] + theta.shape[-1]
-    if model.net is not None and draws * tasks > 1 and data.mask.shape[1]:
+    one = PER_POINT * data.width + theta.shape[-1]
+    if model.net is not None and draws * tasks > 1 and data.width:
         one = max(one, _on_the_way(model, eta, theta[:1, :1], data))
     return max(1, CHUNK // (tasks * max(1, one))), max(1, CHUNK // max(1, one))
 
@@ -35,7 +35,7 @@ def ahead(model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data: Data
 
     Itself where there is one draw, or what they put out is more than `KEPT` numbers.
     """
-    if len(theta) < 2 or not data.mask.shape[1] or model.net is None:
+    if len(theta) < 2 or not data.width or model.net is None:
         return model
     x = data.filled[0]
     with torch.no_grad():
@@ -51,7 +51,7 @@ def ahead(model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data: Data
 
 def draws_of_observations(data: Data) -> int:
     """How many draws at a time of observations whose distribution is known."""
-    return max(1, CHUNK // max(1, PER_POINT * data.mask.numel()))
+    return max(1, CHUNK // max(1, PER_POINT * data.cells))
 
 
 def _on_the_way(model: TaskModel, eta: Mapping[str, Tensor], theta: Tensor, data: Data) -> int:

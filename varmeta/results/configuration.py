@@ -53,8 +53,8 @@ def numbers_of(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor]) -> T
         found = [prior.log_prob(points), torch.as_tensor(model.penalty(eta)).to(sd).reshape(1)]
         theta = points[:, None, None].expand(-1, len(some), 1, -1)
         for data in (some.support, some.query):
-            if data is not None and data.mask.shape[1]:
-                few = data.first_points(min(ROWS, data.mask.shape[1]))
+            if data is not None and data.width:
+                few = data.first_points(min(ROWS, data.width))
                 found.append(negative_log_likelihood(model, theta, eta, few)[1].reshape(-1))
     return torch.cat([part.double().cpu().reshape(-1) for part in found])
 

@@ -107,9 +107,8 @@ def _ran_off(fit: Fit) -> str | None:
     if fit.model.net is not None:
         return None
     data, sizes = fit.tasks.batch().support, [1.0]
-    for numbers in (data.x, data.y):
-        if numbers.is_floating_point() and bool(data.mask.any()):
-            rows = numbers[data.mask]
+    for rows in data.flat():
+        if rows.is_floating_point() and len(rows):
             sizes += rows.abs().reshape(len(rows), -1).amax(0).tolist()
     # a coefficient has y's unit over x's
     least = min((size for size in sizes if size > 0.0), default=1.0)
@@ -332,8 +331,8 @@ def _no_overdispersion(fit: Fit) -> str | None:
     """A negative binomial whose concentration runs to infinity."""
     if CONCENTRATION not in fit.eta or fit.model.likelihood is None:
         return None
-    concentration, data = float(fit.eta[CONCENTRATION].exp()), fit.tasks.batch().support
-    counts = fit.model.likelihood.observed(data.y)[data.mask].double()
+    concentration, y = float(fit.eta[CONCENTRATION].exp()), fit.tasks.support_rows.y
+    counts = fit.model.likelihood.observed(y).double()
     # the mean of a count, weighted by how much it has to say of the variance
     if (
         not bool(counts.any())

@@ -29,7 +29,10 @@ def exact_evidence(model: TaskModel, batch: Batch, eta: Eta) -> float | None:
     """
     if not model.is_linear_gaussian:
         return None
-    evidence = float(log_evidence_in_parts(model, eta, batch.support).double().sum())
+    evidence = sum(
+        float(log_evidence_in_parts(model, eta, group.support).double().sum())
+        for _, group in batch.by_size()
+    )
     return evidence if math.isfinite(evidence) else None
 
 
@@ -39,7 +42,7 @@ def evidence_by_quadrature(model: TaskModel, batch: Batch, eta: Eta) -> float | 
     None where that is not cheap, or has no mode.
     """
     size = model.weights.size
-    if size not in NODES or batch.support.mask.numel() * NODES[size] ** size > CHEAP:
+    if size not in NODES or batch.cells * NODES[size] ** size > CHEAP:
         return None
     found = conditionals(
         model, batch, {name: value.unsqueeze(0) for name, value in eta.items()}, gaussian=False

@@ -64,7 +64,7 @@ def rough_quadrature(fit: Fit) -> str | None:
     batch = fit.tasks.batch()
     number = guide.num_nodes or EVIDENCE[size]
     finer = 3 * number // 2
-    if batch.support.mask.numel() * finer**size > CHEAP:
+    if batch.cells * finer**size > CHEAP:
         return None
     problem = replace(fit.problem, guide=replace(guide, num_nodes=finer).bound(fit.model))
     state = fit.strategy.init(problem, batch, fit.eta)

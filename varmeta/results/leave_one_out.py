@@ -228,7 +228,7 @@ class _Evidence:
         """The same at draws of eta `(draws, size)`: `(draws, tasks)`."""
         if not self.is_known:
             return torch.stack([self(draw) for draw in draws])
-        cells = self.observer.q.batch.support.mask.numel() * self.model.weights.size
+        cells = self.observer.q.batch.support.cells * self.model.weights.size
         size = max(1, CELLS // max(1, cells))
         return torch.cat([rowwise(self)(some) for some in draws.split(size)])
 

@@ -41,7 +41,7 @@ def run_to_resume(
             f"resume was run with seed={fit.seed}: give fit the same, or its noise and "
             "batches would change"
         )
-    start = initial_eta(fit.strategy, model, tasks.batch().support.x.new_zeros(()))
+    start = initial_eta(fit.strategy, model, tasks.batch().support.like)
     if {name: value.shape for name, value in start.items()} != {
         n: v.shape for n, v in fit.eta.items()
     }:

@@ -53,8 +53,8 @@ def separated(fit: Fit) -> dict[str, float]:
     ):
         return {}
     batch = doubled(fit.tasks.batch())
-    rows = int(batch.support.mask.sum())
-    start = cast(model.init(batch.support.x.new_zeros(())), torch.float64)
+    rows = int(batch.support.num_points.sum())
+    start = cast(model.init(batch.support.like), torch.float64)
     names = [name for name in model.start if name in start]
     if not names or not rows:
         return {}

@@ -22,7 +22,7 @@ from varmeta.hyper.conditional import log_joint
 from varmeta.hyper.family import Curvature
 from varmeta.models.hyper_posterior import HyperPosterior
 from varmeta.numerics.hessian import vector_hessian
-from varmeta.numerics.tree import Tree, cast, named_parts
+from varmeta.numerics.tree import Tree, cast, named_parts, take
 from varmeta.strategies.problem import Problem
 from varmeta.strategies.strategy import Eta
 from varmeta.tasks import Batch
@@ -80,12 +80,13 @@ def of_known_evidence(
 
     None where this is no maximum.
     """
-    model, data = problem.model, doubled(batch).support
+    model, groups = problem.model, doubled(batch).by_size()
     at = cast({name: value.detach() for name, value in eta.items()}, torch.float64)
 
     def total(vector: Tensor) -> Tensor:
         here = named_parts(vector, at)
-        return model.penalty(here) - log_evidence(model, here, data).sum()
+        parts = [log_evidence(model, here, group.support).sum() for _, group in groups]
+        return model.penalty(here) - torch.stack(parts).sum()
 
     hessian = vector_hessian(total, torch.cat([value.reshape(-1) for value in at.values()]))
     return _from(hessian, names, eta)
@@ -100,17 +101,23 @@ def of_evidence(
 
     The nodes stay where they are: the integral does not depend on where it is looked at.
     """
-    guide, model, data = problem.guide, problem.model, batch.support
+    guide, model = problem.guide, problem.model
     assert isinstance(guide, Quadrature)
     eta = {name: value.detach() for name, value in eta.items()}
+    parts = []
     with torch.no_grad():
-        theta, log_p = guide.at_nodes(phi, eta, data)
-        constant = log_p - log_joint(model, theta, eta, data)
+        for rows, group in batch.by_size():
+            theta, log_p = guide.at_nodes(take(phi, rows), eta, group.support)
+            constant = log_p - log_joint(model, theta, eta, group.support)
+            parts.append((theta, constant, group.support))
 
     def total(vector: Tensor) -> Tensor:
         here = named_parts(vector, eta)
-        evidence = (constant + log_joint(model, theta, here, data)).logsumexp(0)
-        return model.penalty(here) - evidence.sum()
+        evidence = [
+            (constant + log_joint(model, theta, here, data)).logsumexp(0).sum()
+            for theta, constant, data in parts
+        ]
+        return model.penalty(here) - torch.stack(evidence).sum()
 
     at = torch.cat([value.reshape(-1) for value in eta.values()])
     return _from(vector_hessian(total, at), names, eta)

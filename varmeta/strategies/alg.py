@@ -240,10 +240,10 @@ class StochasticAlg:
         self, problem: Problem, batch: Batch, many: Batch, step: int, k: int, num_draws: int
     ) -> Losses:
         """F_i for the k-th inner step: on all rows, or on the step's own minibatch."""
-        if self.batch_size is None or self.batch_size >= batch.support.mask.shape[1]:
+        if self.batch_size is None or self.batch_size >= batch.support.width:
             return problem.losses("elbo", many, step)
         address = _ALG + step * _STEPS_APART + k
-        points = batch.support.mask.shape[1]
+        points = batch.support.width
         order = noise.uniform(problem.seed, address, batch.ids, num_draws, points).reshape(
             -1, points
         )
@@ -251,7 +251,7 @@ class StochasticAlg:
         chosen = order.masked_fill(~many.support.mask, 2.0).argsort(-1)[:, : self.batch_size]
         data = many.support.take_points(chosen)
         share = many.support.num_points / data.num_points.clamp(min=1)
-        return problem.scaled_losses(data, share.to(many.support.x.dtype))
+        return problem.scaled_losses(data, share.to(many.support.like.dtype))
 
 
 def leave_one_out(losses: Tensor) -> Tensor:

@@ -164,10 +164,10 @@ def _check_told(model: TaskModel) -> None:
 
 def _check_own_outer(outer: OwnObjective, problem: Problem, tasks: TaskSet) -> None:
     """Run it on two tasks of unlike lengths: it must give one loss each, of each task alone."""
-    lengths = [sum(len(part[1]) for part in (t.support, t.query) if part) for t in tasks]
-    shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
+    lengths = tasks.support_rows.counts + tasks.query_rows.counts
+    shortest, longest = int(lengths.argmin()), int(lengths.argmax())
     pair = tasks[[longest, shortest] if longest != shortest else [0]].batch()
-    eta = problem.model.init(pair.support.x.new_zeros(()))
+    eta = problem.model.init(pair.support.like)
     phi = problem.start(pair, eta)
     losses = problem.losses(outer, pair, 0)(phi, eta)
     if not isinstance(losses, Tensor) or losses.shape != (len(pair),):
@@ -198,7 +198,7 @@ def _check_curvature(strategy: Strategy, problem: Problem, tasks: TaskSet) -> No
     if model.is_linear_gaussian:
         return
     batch = tasks.batch()
-    density = kinked(model, batch, model.init(batch.support.x.new_zeros(())))
+    density = kinked(model, batch, model.init(batch.support.like))
     if density is not None:
         raise ValueError(
             f"the density of y, {density}, has a kink, whose curvature no second derivative sees: "

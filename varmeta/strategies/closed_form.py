@@ -151,7 +151,7 @@ def solution(problem: Problem, batch: Batch, eta: Eta) -> Solution:
         phi = _phi(problem, batch, eta)
     sound = torch.stack([x.isfinite().reshape(len(x), -1).all(-1) for x in phi.values()]).all(0)
     result = torch.where(sound, int(Result.CONVERGED), int(Result.NON_FINITE))
-    return Solution(phi, result, {"evaluations": torch.ones(len(batch)).to(batch.support.x)})
+    return Solution(phi, result, {"evaluations": torch.ones(len(batch)).to(batch.support.like)})
 
 
 def _phi(problem: Problem, batch: Batch, eta: Eta) -> dict[str, Tensor]:

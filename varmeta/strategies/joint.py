@@ -155,7 +155,7 @@ def _adapt_with_fresh_noise(
         )
         origin["loc"], phi = mode, phi | {"loc": torch.zeros_like(mode)}
     move, pace = _NoisyStep(minimizer), problem.pace(batch, minimizer, eta, phi)
-    one = batch.support.x.new_ones(len(batch))
+    one = batch.support.like.new_ones(len(batch))
     free, state, record = phi, minimizer.init(phi), []
     for step in range(steps):
         scale = pace.times(one * (1.0 - step / steps))

@@ -75,7 +75,7 @@ def check_rule(rule: FirstOrderMinimizer, problem: Problem, tasks: TaskSet) -> N
     names or shapes.
     """
     batch = tasks[[0]].batch()
-    phi = problem.start(batch, problem.model.init(batch.support.x.new_zeros(())))
+    phi = problem.start(batch, problem.model.init(batch.support.like))
     phi = {name: value.detach() for name, value in phi.items()}
     name = f"{type(rule).__name__}.update"
     gradient = {key: torch.zeros_like(value) for key, value in phi.items()}

@@ -99,8 +99,10 @@ class Problem:
         That is the layers that come before all weights that vary, see `TaskModel.ahead`.  Where the
         problem is `graphed` they are constants: its losses are to be differentiated in phi alone.
         """
+        if self.model.ahead(eta, []) is self.model:
+            return self  # nothing is looked at
         data = [part for part in (batch.support, batch.query) if part is not None]
-        rows = [part.filled[0] for part in data if part.mask.shape[1]]
+        rows = [part.filled[0] for part in data if part.width]
         return self._of(self.model.ahead(eta, rows))
 
     def _of(self, model: TaskModel) -> Problem:
@@ -162,16 +164,14 @@ class Problem:
                 step = 0
             known = rule.num_particles if isinstance(rule, MonteCarlo) else 0
             rule = MonteCarlo(max(PREDICTIVE_PARTICLES, known))
-        return rule.points(
-            self.model.weights.size, batch.support.x.new_zeros(()), batch.ids, self.seed, step
-        )
+        return rule.points(self.model.weights.size, batch.support.like, batch.ids, self.seed, step)
 
     def scaled_losses(self, data: Data, share: Tensor) -> Losses:
         """F_i under a delta guide, its likelihood counted `share` `(tasks,)` times.
 
         The likelihood is that of `data`, a minibatch of each task.
         """
-        noise = data.x.new_zeros(1, 1, self.model.weights.size)
+        noise = data.like.new_zeros(1, 1, self.model.weights.size)
 
         def fn(phi: Tree, eta: Mapping[str, Tensor]) -> Tensor:
             divergence, nll = self.objective.terms(phi, eta, data, noise)
@@ -190,7 +190,7 @@ class Problem:
         if isinstance(batch, TaskSet):
             # a user's guide shows only with several tasks whether it keeps them apart
             batch = batch.batch() if isinstance(self.guide, PyroGuide) else batch[:1].batch()
-        eta = self.model.init(batch.support.x.new_zeros(())) if eta is None else eta
+        eta = self.model.init(batch.support.like) if eta is None else eta
         phi = self.start(batch, eta)
         return isinstance(self.guide.distribution(phi, eta, batch.support), dist.Delta)
 
@@ -204,7 +204,7 @@ class Problem:
         where all would be one number; and of a user's own guide, of which nothing is known.
         """
         one = self.model.prior.uniform and phi.keys() == {"loc"}
-        many = 2 * batch.support.mask.shape[1] > self.model.weights.size
+        many = 2 * batch.support.widest > self.model.weights.size
         if one or many or not self.has_location(phi):
             return None
         with validation_enabled(False):
@@ -232,7 +232,7 @@ class Problem:
 
         Of one whose weights have rates of their own those too, differentiable in eta.
         """
-        points = batch.support.num_points.clamp(min=1).to(batch.support.x)
+        points = batch.support.num_points.clamp(min=1).to(batch.support.like)
         return Pace(
             points.reciprocal() if minimizer.per_point else None,
             inner_rates(self.model.weights, minimizer, eta, phi),

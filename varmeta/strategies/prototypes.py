@@ -87,7 +87,7 @@ class Prototypes(Strategy):
             phi = prototypes(problem.model, eta, batch.support)
         lost = phi["loc"].isnan().any(-1)
         result = torch.where(lost, int(Result.NON_FINITE), int(Result.CONVERGED))
-        return Solution(phi, result, {"evaluations": torch.ones(len(batch)).to(batch.support.x)})
+        return Solution(phi, result, {"evaluations": torch.ones(len(batch)).to(batch.support.like)})
 
 
 def unsuited(model: TaskModel) -> str | None:
@@ -118,10 +118,10 @@ def prototypes(model: TaskModel, eta: Mapping[str, Tensor], data: Data) -> Tree:
     names = model.weights.names
     head = head_of(model.net, names)
     assert head is not None  # `unsuited`
-    if data.mask.shape[1]:
+    if data.width:
         features = features_of(model, eta, data.filled[0])
     else:  # nobody has any rows
-        features = data.x.new_zeros(len(data), 0, head.in_features)
+        features = data.like.new_zeros(len(data), 0, head.in_features)
     classes = torch.arange(head.out_features, device=data.y.device)
     own = (data.y.unsqueeze(-1) == classes) & data.mask.unsqueeze(-1)
     own = own.to(features)

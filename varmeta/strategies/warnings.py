@@ -91,7 +91,7 @@ def diverging(batch: Batch, minimizer: Minimizer) -> str:
         )
     if minimizer.per_point:
         # whole numbers are classes or counts, whose loss is no squared error
-        squared = batch.support.y.is_floating_point()
+        squared = batch.support.flat()[1].is_floating_point()
         field = (
             " (a field's rate a on a mean squared error is 2 s^2 a under a Gaussian of noise scale "
             "s)"

@@ -1,12 +1,23 @@
-"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask of the data."""
+"""Tasks of different sizes as one rectangle: rows padded with 0, and a mask of the data.
+
+A rectangle is made of the set's flat rows when somebody looks at it, so that what only counts
+tasks, or cuts them into groups of alike size first, holds every datum once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from varmeta.tasks.groups import alike
+from varmeta.tasks.rows import Rows
+
+# Rows of padding that one more run of the program is worth.
+WORTH = 4_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +36,82 @@ class Data:
     mask: Tensor
     features: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Rows,
+        features: dict[str, Tensor],
+        dtype: torch.dtype,
+        width: int | None = None,
+        widest: int | None = None,
+    ) -> Data:
+        """The tasks' rows, padded when they are looked at.
+
+        dtype: of x as a model sees it; images are kept as bytes until then.
+        width: of the rectangle; None: the largest of these tasks'.  widest: of the whole set.
+        """
+        self = object.__new__(cls)
+        width = rows.largest if width is None else width
+        # past the frozen fields: x, y and mask are missing until they are asked for
+        self.__dict__.update(
+            features=features,
+            _rows=rows,
+            like=torch.zeros((), dtype=dtype, device=rows.x.device),
+            width=width,
+            widest=width if widest is None else widest,
+        )
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """x, y and mask of what was made `of_rows`, which are made when first asked for."""
+        if name not in ("x", "y", "mask") or "_rows" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        x, y, mask = self._rows.padded(self.width)
+        self.__dict__.update(x=x.to(self.like.dtype), y=y, mask=mask)
+        return self.__dict__[name]
+
     def __len__(self) -> int:
         """The number of tasks."""
-        return len(self.mask)
+        return len(self._rows.counts if self._is_flat else self.mask)
 
-    @property
+    @cached_property
     def num_points(self) -> Tensor:
         """The number of data rows of each task, `(tasks,)`, int64."""
-        return self.mask.sum(-1)
+        return self._rows.counts if self._is_flat else self.mask.sum(-1)
+
+    @cached_property
+    def width(self) -> int:
+        """Rows of the rectangle, padding included."""
+        return self.mask.shape[1]
+
+    @cached_property
+    def widest(self) -> int:
+        """Rows of the largest task of the set that these are of."""
+        return self.width
+
+    @property
+    def cells(self) -> int:
+        """Rows of all tasks, padding included."""
+        return len(self) * self.width
+
+    @cached_property
+    def like(self) -> Tensor:
+        """A zero in the dtype and on the device of x, `()`."""
+        return self.x.new_zeros(())
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """The shape of a row of x."""
+        return tuple(self._rows.x.shape[1:] if self._is_flat else self.x.shape[2:])
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """The shape of a row of y."""
+        return tuple(self._rows.y.shape[1:] if self._is_flat else self.y.shape[2:])
+
+    @property
+    def _is_flat(self) -> bool:
+        return "_rows" in self.__dict__
 
     @cached_property
     def filled(self) -> tuple[Tensor, Tensor]:
@@ -45,6 +124,12 @@ class Data:
         """
         return _fill(self.x, self.mask), _fill(self.y, self.mask)
 
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """x `(rows, *features)` and y `(rows, *event)` of all tasks, one after another."""
+        if self._is_flat:
+            return self._rows.x.to(self.like.dtype), self._rows.y
+        return self.x[self.mask], self.y[self.mask]
+
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Data:
@@ -53,30 +138,56 @@ class Data:
         `dtype` is given to floating tensors only, so class labels stay int64.
         """
         features = {name: cast(value, dtype, device) for name, value in self.features.items()}
-        return Data(
-            cast(self.x, dtype, device),
-            cast(self.y, dtype, device),
-            self.mask.to(device=device),
-            features,
-        )
+        if self._is_flat:
+            rows, kind = self._rows, dtype or self.like.dtype
+            y = cast(rows.y, dtype, device)
+            moved = Rows(rows.x.to(dtype=kind, device=device), y, rows.counts.to(device=device))
+            return Data.of_rows(moved, features, kind, self.width, self.widest)
+        x, y = cast(self.x, dtype, device), cast(self.y, dtype, device)
+        found = Data(x, y, self.mask.to(device=device), features)
+        found.__dict__["widest"] = self.widest
+        return found
 
-    def take(self, rows: Tensor | slice) -> Data:
+    def take(self, rows: Tensor | slice, width: int | None = None) -> Data:
         """The tasks at the positions `rows`, int64 `(n,)`, or views of those in a slice.
 
-        Still as wide as before.
+        width: of their rectangle; None: that of the largest of them, in a slice still as before.
         """
         features = {name: value[rows] for name, value in self.features.items()}
-        return Data(self.x[rows], self.y[rows], self.mask[rows], features)
+        is_slice = isinstance(rows, slice)
+        if self._is_flat and not (is_slice and "mask" in self.__dict__):
+            some = self._rows.between(rows) if is_slice else self._rows.take(rows)
+            if width is None and is_slice:
+                width = self.width
+            # without any rows there is none to fill a rectangle with
+            wide = width if len(some.x) else 0
+            return Data.of_rows(some, features, self.like.dtype, wide, self.widest)
+        wide = self.width if width is None else width
+        found = Data(self.x[rows, :wide], self.y[rows, :wide], self.mask[rows, :wide], features)
+        found.__dict__["widest"] = self.widest
+        return found
+
+    def widened(self) -> Data:
+        """As wide as the largest task of the whole set, as other batches of it are."""
+        if self.width == self.widest or not self._is_flat:
+            return self
+        return self.take(slice(0, len(self)), self.widest)
 
     def first_points(self, number: int) -> Data:
         """Of every task the first `number` rows, padding included."""
+        if number >= self.width:
+            return self
+        if self._is_flat:
+            head = self._rows.head(number)
+            return Data.of_rows(head, self.features, self.like.dtype, number)
         return replace(self, x=self.x[:, :number], y=self.y[:, :number], mask=self.mask[:, :number])
 
     def part(self, begin: int, end: int) -> Data:
         """The tasks from `begin` up to `end`, as views, their padding filled as it is here."""
         rows = slice(begin, end)
         data = self.take(rows)
-        data.__dict__["filled"] = tuple(values[rows] for values in self.filled)
+        if "filled" in self.__dict__ or "mask" in self.__dict__:
+            data.__dict__["filled"] = tuple(values[rows] for values in self.filled)
         return data
 
     def take_points(self, index: Tensor) -> Data:
@@ -89,9 +200,7 @@ class Data:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Some tasks of a set, padded to the largest task of the whole set.
-
-    So shapes do not change between batches.
+    """Some tasks of a set, padded to the largest of them when they are looked at.
 
     query: None where no task of the set has query data.
     ids: int64 `(tasks,)`, a fingerprint of the name: a task's random numbers follow it wherever it
@@ -134,6 +243,59 @@ class Batch:
             self.share * share,
         )
 
+    def take(self, positions: Tensor) -> Batch:
+        """The tasks at these positions, int64 `(n,)`, padded to the largest of them.
+
+        A batch by itself, as a `part` is.
+        """
+        share = len(positions) / len(self)
+        support, query = (
+            None if data is None else data.take(positions) for data in (self.support, self.query)
+        )
+        assert support is not None
+        names = tuple(self.names[i] for i in positions.tolist())
+        ids, rows = self.ids[positions], self.rows[positions]
+        return Batch(support, query, ids, names, rows, self.total * share, True, self.share * share)
+
+    def widened(self) -> Batch:
+        """Padded to the largest task of the set, so that shapes do not change between batches."""
+        query = None if self.query is None else self.query.widened()
+        return replace(self, support=self.support.widened(), query=query)
+
+    def by_size(self, worth: int | None = None) -> list[Group]:
+        """The tasks in groups of alike size; each is in one, and keeps its place among others.
+
+        The batch itself, as it is, where more groups would not save work.
+
+        worth: rows of padding for which no further group is made; None: `WORTH`.
+
+        >>> from varmeta.tasks import Task, TaskSet
+        >>> small = [Task(([0.0], [0.0]), name=f"{i}") for i in range(5)]
+        >>> large = Task((torch.zeros(9000), torch.zeros(9000)), name="large")
+        >>> found = TaskSet([*small[:2], large, *small[2:]]).batch().by_size()
+        >>> [(positions.tolist(), group.support.width) for positions, group in found]
+        [([2], 9000), ([0, 1, 3, 4, 5], 1)]
+        """
+        worth = WORTH if worth is None else worth
+        kept: dict[int, list[Group]] = self.__dict__.setdefault("_groups", {})
+        if worth not in kept:
+            parts = [data for data in (self.support, self.query) if data is not None]
+            rows = [data.num_points for data in parts]
+            found = [torch.arange(len(self), device=self.rows.device)]
+            if (
+                sum(data.cells - int(own.sum()) for data, own in zip(parts, rows, strict=True))
+                > worth
+            ):
+                found = alike(rows, worth)
+            some = [self] if len(found) == 1 else map(self.take, found)
+            kept[worth] = [Group(*pair) for pair in zip(found, some, strict=True)]
+        return kept[worth]
+
+    @property
+    def cells(self) -> int:
+        """Rows of support that are worked on, padding included."""
+        return sum(group.support.cells for _, group in self.by_size())
+
     def of(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch's rows of what is stored for all tasks.
 
@@ -156,8 +318,8 @@ class Batch:
         if number == 1:
             return self
         again = torch.arange(len(self), device=self.rows.device).repeat(number)
-        query = None if self.query is None else self.query.take(again)
-        support, names = self.support.take(again), self.names * number
+        query = None if self.query is None else self.query.take(again, self.query.width)
+        support, names = self.support.take(again, self.support.width), self.names * number
         return Batch(support, query, self.ids[again], names, self.rows[again], self.total)
 
     def require_query(self) -> Data:
@@ -167,6 +329,16 @@ class Batch:
                 "or split the support with tasks.split(...)"
             )
         return self.query
+
+
+class Group(NamedTuple):
+    """Some tasks of a batch.
+
+    positions: where they stand in it, int64 `(n,)`.
+    """
+
+    positions: Tensor
+    batch: Batch
 
 
 def _fill(values: Tensor, mask: Tensor) -> Tensor:

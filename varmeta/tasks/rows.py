@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from varmeta.tasks.arrays import Part
-from varmeta.tasks.batch import Data
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +24,8 @@ class Rows:
     >>> rows = Rows.of([(torch.ones(1), torch.ones(1)), None, (torch.ones(2), torch.ones(2))])
     >>> rows.counts.tolist(), rows.offsets.tolist(), rows.owner.tolist()
     ([1, 0, 2], [0, 1, 1, 3], [0, 2, 2])
-    >>> data = rows.padded()
-    >>> data.x.tolist(), data.num_points.tolist()
+    >>> x, y, mask = rows.padded()
+    >>> x.tolist(), mask.sum(-1).tolist()
     ([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], [1, 0, 2])
     """
 
@@ -125,9 +124,33 @@ class Rows:
                 change(part, name)
         raise whole
 
-    def padded(self) -> Data:
-        """One rectangle as wide as the largest task, which a single large task makes large."""
-        mask = torch.arange(int(self.counts.max()), device=self.x.device) < self.counts[:, None]
+    def head(self, number: int) -> Rows:
+        """The first `number` rows of every task."""
+        begins = self.offsets[:-1].repeat_interleave(self.counts)
+        return self.where(torch.arange(len(self.x), device=self.x.device) - begins < number)
+
+    def between(self, tasks: slice) -> Rows:
+        """The rows of the tasks in a slice without a step, as views."""
+        begin, end, _ = tasks.indices(len(self))
+        first, last = int(self.offsets[begin]), int(self.offsets[max(begin, end)])
+        return Rows(self.x[first:last], self.y[first:last], self.counts[begin:end])
+
+    @cached_property
+    def largest(self) -> int:
+        """Rows of the largest task."""
+        return int(self.counts.max()) if len(self) else 0
+
+    def padded(self, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and the mask of one rectangle `(tasks, width)`, padded with 0.
+
+        width: None: as wide as the largest task, which a single large task makes large.
+        """
+        width = self.largest if width is None else width
+        if len(self.x) == len(self) * width:  # no padding, and so no copy either
+            mask = torch.ones(len(self), width, dtype=torch.bool, device=self.x.device)
+            x, y = (part.reshape(*mask.shape, *part.shape[1:]) for part in (self.x, self.y))
+            return x, y, mask
+        mask = torch.arange(width, device=self.x.device) < self.counts[:, None]
         # the mask reads row by row, which is the order of the rows
         x, y = (
             part.new_zeros(*mask.shape, *part.shape[1:]).masked_scatter_(
@@ -135,4 +158,4 @@ class Rows:
             )
             for part in (self.x, self.y)
         )
-        return Data(x, y, mask)
+        return x, y, mask

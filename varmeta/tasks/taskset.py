@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -321,24 +320,9 @@ class TaskSet(Shown):
     # -- what a model sees -------------------------------------------------------------------------
 
     @cached_property
-    def _support(self) -> Data:
-        return replace(self.support_rows.padded(), features=self.features)
-
-    @cached_property
-    def _query(self) -> Data | None:
-        if not len(self.query_rows.x):
-            return None
-        return replace(self.query_rows.padded(), features=self.features)
-
-    @cached_property
     def features(self) -> dict[str, Tensor]:
         like = torch.zeros((), dtype=self.dtype, device=self.device)
         return in_dtype_of(like, self._known)
-
-    def _cast(self, data: Data) -> Data:
-        """x as a model sees it."""
-        same = data.x.dtype == self.dtype
-        return data if same else replace(data, x=data.x.to(self.dtype))
 
     @cached_property
     def _ids(self) -> Tensor:
@@ -347,25 +331,37 @@ class TaskSet(Shown):
         )
 
     def batch(self, rows: Sequence[int] | np.ndarray | Tensor | None = None) -> Batch:
-        """The tasks at the positions `rows` (None: all), padded to the set's largest task.
+        """The tasks at the positions `rows` (None: all), padded to the largest of them.
 
-        The tensors may share memory with the set: do not write into them.
+        They are padded when they are looked at.  The tensors may share memory with the set: do not
+        write into them.
 
         Raises ValueError for no rows, IndexError for positions that there are not.
         """
         if rows is None:
             everyone = torch.arange(len(self), device=self.device)
-            query = None if self._query is None else self._cast(self._query)
-            support = self._cast(self._support)
+            support, query = self._data(None)
             return Batch(support, query, self._ids, self.names, everyone, len(self), whole=True)
         positions = positions_of(rows, len(self))
         if not len(positions):
             raise ValueError("rows is empty: a batch needs at least one task")
         at = torch.from_numpy(positions).to(self.device)
-        query = None if self._query is None else self._cast(self._query.take(at))
         names = tuple(self.names[i] for i in positions.tolist())
-        support = self._cast(self._support.take(at))
+        support, query = self._data(at)
         return Batch(support, query, self._ids[at], names, at, len(self))
+
+    def _data(self, at: Tensor | None) -> tuple[Data, Data | None]:
+        """Support and query of the tasks at these positions, None: of all."""
+        features = self.features
+        if at is not None:
+            features = {name: value[at] for name, value in features.items()}
+
+        def data(rows: Rows) -> Data:
+            if at is None:
+                return Data.of_rows(rows, features, self.dtype)
+            return Data.of_rows(rows.take(at), features, self.dtype, widest=rows.largest)
+
+        return data(self.support_rows), data(self.query_rows) if len(self.query_rows.x) else None
 
     def first_difference(self, other: TaskSet) -> str | None:
         """Where another set differs from this one, in a few words.
@@ -512,6 +508,13 @@ class TaskSet(Shown):
         new = self._changed(one, known) if some else self._derived(features=known)
         new.scaling = scaling if self.scaling is None else scaling.after(self.scaling)
         return new
+
+
+def of_rows(tasks: TaskSet, support: Rows, features: Mapping[str, Tensor]) -> TaskSet:
+    """The same tasks with these rows and features, which have been checked, and no query."""
+    nothing = torch.zeros(len(support.x), dtype=torch.bool, device=support.x.device)
+    known = {name: value.double().cpu() for name, value in features.items()}
+    return tasks._derived(support, support.where(nothing), features=known)
 
 
 def no_tasks(value: object) -> str:

@@ -19,10 +19,16 @@ def tensors_of(batch: Batch) -> dict[str, Any]:
     }
 
 
-def batch_of(tensors: dict[str, Any], total: float, share: float = 1.0) -> Batch:
-    """The batch as a set of its own, its tasks without names."""
+def batch_of(
+    tensors: dict[str, Any], total: float, share: float = 1.0, widest: int | None = None
+) -> Batch:
+    """The batch as a set of its own, its tasks without names.
+
+    widest: rows of the largest task of the set that they are of; None: of these.
+    """
     features = tensors["features"]
     support = _data(tensors["support"], features)
+    support.__dict__["widest"] = support.width if widest is None else widest
     everyone = torch.arange(len(support), device=support.mask.device)
     query = _data(tensors["query"], features) if tensors["query"] else None
     return Batch(support, query, tensors["ids"], ("",) * len(support), everyone, total, True, share)

@@ -163,7 +163,7 @@ def _is_solved(model: TaskModel, strategy: Strategy, rows: TaskSet, seed: int) -
     no start matters.
     """
     batch = rows.batch()
-    eta = model.init(batch.support.x.new_zeros(()))
+    eta = model.init(batch.support.like)
     if not is_regression(model, rows, eta) or kinked(model, batch, eta) is not None:
         return False
     problem = strategy.problem(model, rows, seed)

@@ -128,7 +128,7 @@ def meta_gradient(
     traits = check_strategy(strategy, problem, tasks, for_fit=False)
     chunks.check(task_chunk_size, problem)
     batch = tasks.batch()
-    start = initial_eta(strategy, model, batch.support.x.new_zeros(()))
+    start = initial_eta(strategy, model, batch.support.like)
     if eta is not None:
         if set(eta) != set(start):
             raise ValueError(
