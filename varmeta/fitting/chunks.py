@@ -215,7 +215,7 @@ def pieces_in_memory(
 def heaviest(cut: Sequence[Piece]) -> tuple[int, float]:
     """Which piece is most work, and how many times its work all of them are."""
     work = [len(part) * max(1, part.support.width) for _, part in cut]
-    return work.index(max(work)), sum(work) / max(work)
+    return work.index(max(work)), sum(work) / max(1, *work)
 
 
 def in_place(parts: Sequence[Tensor], cut: Sequence[Piece], dim: int = 0) -> Tensor:

@@ -281,15 +281,14 @@ class Batch:
         if worth not in kept:
             parts = [data for data in (self.support, self.query) if data is not None]
             rows = [data.num_points for data in parts]
-            found = [torch.arange(len(self), device=self.rows.device)]
-            if (
-                sum(data.cells - int(own.sum()) for data, own in zip(parts, rows, strict=True))
-                > worth
-            ):
-                found = alike(rows, worth)
-            some = [self] if len(found) == 1 else map(self.take, found)
-            kept[worth] = [Group(*pair) for pair in zip(found, some, strict=True)]
-        return kept[worth]
+            pairs = zip(parts, rows, strict=True)
+            few = sum(data.cells - int(own.sum()) for data, own in pairs) <= worth
+            found = [] if few else alike(rows, worth)
+            # a batch that kept itself would be freed late
+            several = found if len(found) > 1 else []
+            kept[worth] = [Group(positions, self.take(positions)) for positions in several]
+        everyone = torch.arange(len(self), device=self.rows.device)
+        return kept[worth] or [Group(everyone, self)]
 
     @property
     def cells(self) -> int:

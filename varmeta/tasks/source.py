@@ -61,6 +61,7 @@ class OfSet(Source):
         self.tasks = self.kept = tasks
         self.total = len(tasks)
         self.size, self.seed = min(batch_size or len(tasks), len(tasks)), seed
+        self._order: tuple[int, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
         if self.size == len(self.tasks):
@@ -69,7 +70,11 @@ class OfSet(Source):
 
     def positions(self, step: int) -> Tensor:
         """Which tasks that step takes, in order, int64 `(tasks,)`."""
-        return minibatch(len(self.tasks), self.size, self.seed, step)
+        epoch, number = divmod(step, math.ceil(len(self.tasks) / self.size))
+        # kept for its epoch: of 10^6 tasks it takes longer than a step
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, permutation(len(self.tasks), self.seed, epoch)
+        return part_of(self._order[1], self.size, number)
 
     @property
     def whole(self) -> Batch | None:
@@ -82,11 +87,15 @@ class OfSet(Source):
 
 def minibatch(total: int, size: int, seed: int, step: int) -> Tensor:
     """The tasks of a minibatch, of (seed, step) alone: each epoch is a new permutation."""
-    per_epoch = math.ceil(total / size)
-    epoch, number = divmod(step, per_epoch)
+    epoch, number = divmod(step, math.ceil(total / size))
+    return part_of(permutation(total, seed, epoch), size, number)
+
+
+def part_of(order: Tensor, size: int, number: int) -> Tensor:
+    return order[number * size : (number + 1) * size].sort().values
+
+
+def permutation(total: int, seed: int, epoch: int) -> Tensor:
+    """The order of the tasks in an epoch, int64 `(total,)`."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return (
-        torch.randperm(total, generator=generator)[number * size : (number + 1) * size]
-        .sort()
-        .values
-    )
+    return torch.randperm(total, generator=generator)
