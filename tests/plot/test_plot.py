@@ -136,7 +136,10 @@ def test_the_title_names_the_best_method_and_how_sure_that_is() -> None:
     assert title_of(plot_comparison(table(), "coverage")).startswith("last is nearest to 90 %")
     near = table().assign(log_density_low=-2.0, log_density_high=0.0)
     assert title_of(plot_comparison(near)).endswith("its interval holds 2 other means")
-    # one that has not settled has no interval and is not called the best
+    # one that has not settled may still move, and the title says so
+    moving = near.assign(settled=[True, False, True, True, True])
+    assert "is highest (-0.2, not settled); its interval holds" in title_of(plot_comparison(moving))
+    # one without an interval is not called the best
     near.loc[METHODS[1], ["log_density_low", "log_density_high"]] = np.nan
     assert title_of(plot_comparison(near)).startswith("first is highest (-0.5)")
     none = near.assign(log_density_low=np.nan, log_density_high=np.nan)

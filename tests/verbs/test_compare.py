@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from dataclasses import dataclass, replace
@@ -82,6 +83,7 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
         "seconds",
         "failed",
         "converged",
+        "moved",
         "stop",
         "warnings",
     ]
@@ -118,8 +120,12 @@ def test_columns_of_the_table(report: vm.Report) -> None:
         by_hand = report.scores.groupby("method")[metric].mean()
         assert table[metric].to_numpy() == pytest.approx(by_hand[table.index].to_numpy(), abs=1e-12)
         low, high = table[f"{metric}_low"], table[f"{metric}_high"]
-        assert ((low <= table[metric]) & (table[metric] <= high) == settled).all()
-        assert low[~settled].isna().all() and high[~settled].isna().all()
+        # also of what has not settled: its interval is marked where it is shown
+        assert ((low <= table[metric]) & (table[metric] <= high)).all()
+        for method, row in table.iterrows():
+            cells = report.scores[report.scores["method"] == method]
+            wide = cells.pivot(index="seed", columns="task", values=metric).to_numpy()
+            assert (row[f"{metric}_low"], row[f"{metric}_high"]) == interval(wide)
 
 
 def test_scores_are_those_of_the_fits(report: vm.Report) -> None:
@@ -377,6 +383,7 @@ def test_differences_are_paired(report: vm.Report) -> None:
     assert "joint" not in table.index and set(table.index) < set(report.table.index)
     mean = report.table.loc["maml", "rmse"] - report.table.loc["joint", "rmse"]
     assert table.loc["maml", "rmse"] == pytest.approx(mean)
+    assert (table["rmse_low"] < table["rmse"]).all() and (table["rmse"] < table["rmse_high"]).all()
     with pytest.raises(ValueError, match="reference must be one of the methods"):
         report.differences("nobody")
 
@@ -414,27 +421,62 @@ def test_the_callback_sees_every_run() -> None:
     assert pd.DataFrame(rows).equals(report.runs)
 
 
-def test_print_shows_intervals_of_what_has_settled(report: vm.Report) -> None:
+def test_print_marks_intervals_of_what_has_not_settled(report: vm.Report) -> None:
     # nothing overspent, nothing hardly begun
     report = replace(report, budget=100.0, runs=report.runs.assign(steps=50))
     settled = replace(report, runs=report.runs.assign(converged=True))
     row, text = settled.table.loc["maml"], str(settled)
-    assert f"{row['rmse']:.2f} [{row['rmse_low']:.2f}, {row['rmse_high']:.2f}]" in text
-    assert "not settled" not in text and len(text.splitlines()) == 12  # two lines of head
+    shown = f"{row['rmse']:.2f} [{row['rmse_low']:.2f}, {row['rmse_high']:.2f}]"
+    assert shown in text and "*" not in text
+    # two lines of head, and one that says what the numbers are
+    assert "not settled" not in text and len(text.splitlines()) == 13
+    assert text.splitlines()[-1] == (
+        "means over tasks and seeds [95 % intervals for other tasks and seeds] of each task's "
+        "score, in the units of the tasks as given; rmse is averaged over tasks, where the row "
+        '"all" of score() pools their observations; coverage is of 90 % intervals'
+    )
+    single = replace(settled, scores=report.scores[report.scores["seed"] == 5])
+    assert "means over tasks [95 % intervals for other tasks, with one seed]" in str(single)
 
     nothing = replace(report, runs=report.runs.assign(converged=False))
     text = str(nothing)
-    assert f"{row['rmse']:.2f} (not settled)" in text and f"{row['rmse']:.2f} [" not in text
-    assert text.splitlines()[-1].startswith("not settled") and text.endswith(": every method")
+    assert shown + "*" in text
+    assert "\n* not settled" in text and text.splitlines()[-2].endswith(": every method")
 
     some = report.runs.assign(converged=report.runs["method"].isin(["maml", "pooled"]))
-    assert str(replace(report, runs=some)).endswith(": every method but maml, pooled")
+    text = str(replace(report, runs=some))
+    assert text.splitlines()[-2].endswith(": every method but maml, pooled")
+    assert shown + " " in text and shown + "*" not in text
     # one seed is enough
     one = report.runs.assign(
         converged=(report.runs["method"] != "maml") | (report.runs["seed"] == 5)
     )
-    assert str(replace(report, runs=one)).endswith("(report.runs): maml")
-    assert replace(report, runs=one).differences("maml").filter(like="_low").isna().all(axis=None)
+    assert str(replace(report, runs=one)).splitlines()[-2].endswith("(report.runs): maml")
+    # a difference is as unsettled as either side
+    assert not replace(report, runs=one).differences("maml")["settled"].any()
+    from_joint = replace(report, runs=one).differences("joint")
+    assert list(from_joint.index[~from_joint["settled"]]) == ["maml"]
+
+
+def test_by_how_much_the_objective_still_moves_is_said(report: vm.Report) -> None:
+    for row in report.runs.to_dict("records"):
+        told = re.search(r"mean objective (fell|rose) by (\S+) nats, (.*)", row["stop"])
+        if "above where it began" in row["stop"]:
+            continue
+        if told is None or "hides" in told[3]:
+            assert np.isnan(row["moved"])
+        else:
+            by = float(told[2]) * (1 if told[1] == "fell" else -1)
+            assert row["moved"] == pytest.approx(by / len(TRAIN), rel=0.06)
+    runs = report.runs.assign(converged=report.runs["method"].str.contains("joint"), moved=np.nan)
+    runs.loc[runs["method"] == "maml", "moved"] = [0.2, 1.234]
+    runs.loc[runs["method"] == "pooled", "moved"] = [-3.0, 0.1]
+    said = (
+        "  over the last third of its steps its objective fell by, in nats per task: maml 1.2, "
+        "pooled -3 (it rose); too few steps, or too much noise, to say how far it still moves: "
+        "reinit, implicit, imaml, fomaml, reptile, no pooling"
+    )
+    assert said in str(replace(report, runs=runs)).splitlines()
 
 
 def test_outer_steps_are_told_with_their_range_over_seeds(report: vm.Report) -> None:
@@ -550,8 +592,7 @@ def test_the_figure_marks_what_has_not_settled(report: vm.Report) -> None:
     assert "open circle: not settled" in ax.get_xlabel()
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert [name for name in names if "not settled" not in name] == ["maml"]
-    bars = ax.collections[0].get_segments() if ax.collections else []
-    assert len(bars) == 1
+    assert [len(drawn.get_segments()) for drawn in ax.collections] == [1, len(names) - 1]
 
 
 @dataclass(frozen=True)

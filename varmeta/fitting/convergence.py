@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from varmeta.fitting.run import Run
 
@@ -61,18 +62,12 @@ def judge(run: Run, num_tasks: int, every: int) -> None:
     arrived.
     every: look at each that many-th step only (the ends of `Reinit`'s periods).
     """
-    losses = torch.tensor(
-        [row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64
-    )
-    tenth = max(1, len(losses) // 10)
-    if len(losses) < (30 if every == 1 else 4):
+    losses = _looked_at(run, every)
+    if len(losses) < _enough(every):
         return
-    late, earlier = losses[-tenth:], losses[-4 * tenth : -3 * tenth]
-    change = float(earlier.mean() - late.mean())
-    # what minibatches and draws make of it by chance
-    noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
+    change, noise = _change(losses)
     longer = "the budget" if run.stop.startswith("spent") else "num_steps"
-    still = abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)
+    still = _is_still(change, noise, num_tasks)
     run.converged = still and noise <= RESOLVED * num_tasks
     above = risen(run.history, num_tasks)
     if above:
@@ -96,3 +91,39 @@ def judge(run: Run, num_tasks: int, every: int) -> None:
         verdict = "so it does not descend: lower the learning rate"
     moved = f"fell by {change:.1e}" if change >= 0 else f"rose by {-change:.1e}"
     run.stop += f"; over its last third the mean objective {moved} nats, {verdict}"
+
+
+def fell(run: Run, num_tasks: int, every: int) -> float:
+    """By how much the mean objective fell over the last third of the steps, nats per task.
+
+    NaN where too few steps or too much noise hide it.  every: as in `judge`.
+    """
+    losses = _looked_at(run, every)
+    if len(losses) < _enough(every):
+        return math.nan
+    change, noise = _change(losses)
+    hidden = _is_still(change, noise, num_tasks) and noise > RESOLVED * num_tasks
+    return math.nan if hidden else change / num_tasks
+
+
+def _looked_at(run: Run, every: int) -> Tensor:
+    return torch.tensor(
+        [row["loss"] for row in run.history[every - 1 :: every]], dtype=torch.float64
+    )
+
+
+def _enough(every: int) -> int:
+    return 30 if every == 1 else 4
+
+
+def _change(losses: Tensor) -> tuple[float, float]:
+    """How far the mean of the last tenth lies below an earlier one, and its standard error."""
+    tenth = max(1, len(losses) // 10)
+    late, earlier = losses[-tenth:], losses[-4 * tenth : -3 * tenth]
+    # what minibatches and draws make of it by chance
+    noise = math.sqrt(float(late.var() + earlier.var()) / tenth) if tenth > 2 else 0.0
+    return float(earlier.mean() - late.mean()), noise
+
+
+def _is_still(change: float, noise: float, num_tasks: int) -> bool:
+    return abs(change) <= max(SETTLED * num_tasks, 2.0 * noise)

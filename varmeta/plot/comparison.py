@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from varmeta._checks import counted, nearest, probability
-from varmeta.plot.style import INK, MUTED, axes_for, percent, settle, size_of, tidy, titled, wrapped
+from varmeta.plot.style import (
+    BAND,
+    INK,
+    MUTED,
+    axes_for,
+    percent,
+    settle,
+    size_of,
+    tidy,
+    titled,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,8 +50,8 @@ def plot_comparison(
     (without it, by the score).
     Coverage has no better end: its nominal level is drawn, and lines show how far from it a method
     is. An interval ends where the score does, a share at 0 and 1.  A method that failed by far
-    stands at the edge, with its numbers.  One that has not settled has an open circle and no
-    interval, and its name says so; one that overspent its budget says by how much.
+    stands at the edge, with its numbers.  One that has not settled has an open circle and a
+    pale interval, and its name says so; one that overspent its budget says by how much.
     level: the nominal level of the coverage in the table.
 
     Raises ValueError for a score that the table does not have.
@@ -72,7 +83,7 @@ def plot_comparison(
     _draw_intervals(ax, table, metric, settled)
     edges = _edges(_loss(table, metric, level).to_numpy(float), table, metric)
     _limit(ax, metric, edges)
-    _write_beside(ax, table, metric, settled, edges)
+    _write_beside(ax, table, metric, edges)
     width = LABEL_WIDTH if wide else NARROW_WIDTH
     names = [_name(name, row, width) for name, row in table.iterrows()]
     ax.set_yticks(np.arange(len(table)), names)
@@ -85,7 +96,7 @@ def plot_comparison(
         else AXIS_NAMES.get(metric, metric)
     )
     order = "" if metric == by else "\n(methods in the order of their log density)"
-    open_circles = "" if settled.all() else "\n(open circle: not settled, so without an interval)"
+    open_circles = "" if settled.all() else "\n(open circle: not settled at this budget)"
     tidy(ax, "x")
     settle(ax)
     inches = size_of(ax)[0]
@@ -113,29 +124,34 @@ def _finding(table: pd.DataFrame, metric: str, level: float) -> str:
         return "no method has an interval of this score"
     best = loss[known].idxmin()
     words = {"coverage": f"is nearest to {percent(level)}", "log_density": "is highest"}
-    text = f"{best} {words.get(metric, 'is lowest')} ({table.loc[best, metric]:.3g})"
+    moving = "" if table.loc[best].get("settled", True) else ", not settled"
+    text = f"{best} {words.get(metric, 'is lowest')} ({table.loc[best, metric]:.3g}{moving})"
     low, high = table.loc[best, f"{metric}_low"], table.loc[best, f"{metric}_high"]
     near = int(table.loc[known, metric].between(low, high).sum()) - 1
     return f"{text}; its interval holds {counted(near, 'other mean')}"
 
 
 def _draw_intervals(ax: Any, table: pd.DataFrame, metric: str, settled: np.ndarray) -> None:
-    """Means with their intervals; of methods that have not settled the mean alone."""
+    """Means with their intervals, which are pale where a method has not settled."""
     mean, low, high = _interval(table, metric)
     rows, errors = np.arange(len(table)), np.clip([mean - low, high - mean], 0, None)
-    ax.errorbar(
-        mean[settled],
-        rows[settled],
-        xerr=errors[:, settled],
-        fmt="o",
-        color=INK,
-        elinewidth=1.6,
-        capsize=4,
-        capthick=1.6,
-        ms=5,
-        mec="white",
-    )
-    ax.plot(mean[~settled], rows[~settled], "o", color=INK, ms=5, mfc="white", mew=1.4)
+    for some, style in (
+        (settled, {"ecolor": INK, "mec": "white"}),
+        (~settled, {"ecolor": BAND, "mfc": "white", "mew": 1.4}),
+    ):
+        if some.any():
+            ax.errorbar(
+                mean[some],
+                rows[some],
+                xerr=errors[:, some],
+                fmt="o",
+                color=INK,
+                elinewidth=1.6,
+                capsize=4,
+                capthick=1.6,
+                ms=5,
+                **style,
+            )
 
 
 def _limit(ax: Any, metric: str, edges: tuple[float, float] | None) -> None:
@@ -153,7 +169,6 @@ def _write_beside(
     ax: Any,
     table: pd.DataFrame,
     metric: str,
-    settled: np.ndarray,
     edges: tuple[float, float] | None,
 ) -> None:
     """The numbers of methods off the axis, at its edge, and a word on those without a score."""
@@ -168,7 +183,7 @@ def _write_beside(
             shape = "<" if side == "left" else ">"
             ax.plot(at, row, marker=shape, color=INK, ms=7, clip_on=False, zorder=4)
             text = f"{mean[row]:.2f}" + (
-                f" [{low[row]:.2f}, {high[row]:.2f}]" if settled[row] else ""
+                f" [{low[row]:.2f}, {high[row]:.2f}]" if np.isfinite(low[row]) else ""
             )
         else:
             continue

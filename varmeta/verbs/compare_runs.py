@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from varmeta.fitting.baselines import NEAREST, Pooled, baseline
 from varmeta.fitting.compiled_step import Compile
+from varmeta.fitting.convergence import fell
 from varmeta.fitting.descent import OptimizerFactory
 from varmeta.fitting.joint_newton import newton_applies
 from varmeta.fitting.nearest_neighbour import error_rates
@@ -83,6 +84,7 @@ class Plan:
             "seconds": seconds,
             "failed": failed,
             "converged": result is not None and result.converged,
+            "moved": float("nan") if result is None else _moved(result),
             "stop": reason,
             "warnings": "; ".join(said),
         }
@@ -141,10 +143,16 @@ def _nearest(test: TaskSet, seed: int) -> Outcome:
         "seconds": perf_counter() - begin,
         "failed": 0,
         "converged": True,
+        "moved": none,
         "stop": "nothing is fitted",
         "warnings": "",
     }
     return Outcome(row, score, None)
+
+
+def _moved(found: Fit) -> float:
+    period = found.strategy.traits(found.problem).period or 1
+    return fell(found.run, len(found.tasks), period)
 
 
 def _parts(

@@ -15,7 +15,7 @@ from varmeta._checks import counted, nearest
 from varmeta.display.shown import Shown
 from varmeta.files.write import write
 from varmeta.results.result import Fit
-from varmeta.verbs.report_text import notes, shown
+from varmeta.verbs.report_text import meaning, notes, shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +32,10 @@ class Report(Shown):
     runs: one row per method and seed: what was found of eta (hyperguide), by which solver
         ("budget", "exact" or "posterior of eta", the last two outside the budget; "none" of the
         nearest neighbour, of which nothing is fitted), the outer steps that it took (of Newton's
-        method or of whatever solved it), what they cost, whether it failed, whether it
-        had converged, why it stopped, and what it warned about.
+        method or of whatever solved it), what they cost, whether it failed, whether it had
+        converged, by how much its mean objective fell over the last third of its steps (moved,
+        nats per task; NaN where too few steps or too much noise hide it), why it stopped, and what
+        it warned about.
     level: of the interval whose coverage was counted.  budget: gradient evaluations per task that
         each run was given.
 
@@ -58,8 +60,8 @@ class Report(Shown):
         With the ends of its 95 % interval.
 
         The interval is for other seeds and other tasks (with a single seed, for other tasks alone);
-        see `interval`.  A method that has not settled in some run has none (NaN): where it goes on
-        to is not a matter of seeds and tasks.
+        see `interval`.  Of a method that has not settled in some run it holds for where the budget
+        left it: where it goes on to is not a matter of seeds and tasks, so print marks it.
         steps: outer steps, as evaluations and seconds the mean over seeds; `runs` has each.
         settled: whether every run that did not fail had.  solver: as in `runs`.  overspent:
         evaluations as a multiple of the budget, where a run spent more than a tenth above it; else
@@ -67,17 +69,14 @@ class Report(Shown):
         """
         import pandas as pd
 
-        settled = self._settled
-        rows = {
-            method: _summarise(cells, settled[method]) for method, cells in self._cells().items()
-        }
+        rows = {method: _summarise(cells) for method, cells in self._cells().items()}
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
         by = self.runs.groupby("method", sort=False)
         rest = by[["steps", "evaluations", "seconds"]].mean()
         share = rest["evaluations"] / self.budget
         rest = rest.assign(
             failed=by["failed"].sum(),
-            settled=pd.Series(settled),
+            settled=pd.Series(self._settled),
             solver=by["solver"].first(),
             overspent=share.where((share > OVERSPENT) & (by["solver"].first() == "budget")),
         )
@@ -88,7 +87,7 @@ class Report(Shown):
         return self.table
 
     def _headline(self) -> str:
-        return "\n".join([repr(self), *notes(self.table, self.runs)])
+        return "\n".join([repr(self), *self._notes(self.table)])
 
     def __repr__(self) -> str:
         of = {"method": self.runs["method"], "seed": self.runs["seed"]}
@@ -109,8 +108,10 @@ class Report(Shown):
 
         Means with their 95 % intervals.
 
-        Methods share tasks, so a difference is known better than either score; where one of the two
-        has not settled it has no interval (NaN).  Raises ValueError for an unknown method.
+        Methods share tasks, so a difference is known better than either score.  settled: whether
+        both had; else the interval is of where the budget left them.
+
+        Raises ValueError for an unknown method.
         """
         import pandas as pd
 
@@ -122,10 +123,8 @@ class Report(Shown):
             )
         own, settled = cells[reference], self._settled
         rows = {
-            method: _summarise(
-                {metric: part[metric].sub(own[metric]) for metric in part},
-                settled[method] and settled[reference],
-            )
+            method: _summarise({metric: part[metric].sub(own[metric]) for metric in part})
+            | {"settled": settled[method] and settled[reference]}
             for method, part in cells.items()
             if method != reference
         }
@@ -163,7 +162,11 @@ class Report(Shown):
 
     def __str__(self) -> str:
         table = self.table
-        return "\n".join([shown(table, self.runs).to_string(), *notes(table, self.runs)])
+        return "\n".join([shown(table, self.runs).to_string(), *self._notes(table)])
+
+    def _notes(self, table: pd.DataFrame) -> list[str]:
+        seeds = int(self.scores["seed"].nunique())
+        return [meaning(table, seeds, self.level), *notes(table, self.runs)]
 
 
 def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -190,10 +193,10 @@ def interval(cells: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return mean - math.sqrt(square), mean + math.sqrt(square)
 
 
-def _summarise(cells: Mapping[str, pd.DataFrame], settled: bool) -> dict[str, float]:
+def _summarise(cells: Mapping[str, pd.DataFrame]) -> dict[str, float]:
     out: dict[str, float] = {}
     for metric, table in cells.items():
-        low, high = interval(table.to_numpy()) if settled else (math.nan, math.nan)
+        low, high = interval(table.to_numpy())
         out |= {
             metric: float(table.to_numpy().mean()),
             f"{metric}_low": low,

@@ -25,22 +25,22 @@ def shown(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         for spent, over in zip(table["evaluations"], table["overspent"], strict=True)
     ]
     text["seconds"] = text["seconds"].map("{:.1f}".format)
-    for metric in [column[: -len("_low")] for column in table if column.endswith("_low")]:
+    marks = ["" if table["settled"].all() else " " if good else "*" for good in table["settled"]]
+    for metric in _metrics(table):
+        ends = (table[f"{metric}_low"], table[f"{metric}_high"])
         text[metric] = [
-            f"{mean:.2f} [{low:.2f}, {high:.2f}]" if settled else f"{mean:.2f} (not settled)"
-            for mean, low, high, settled in zip(
-                table[metric],
-                table[f"{metric}_low"],
-                table[f"{metric}_high"],
-                table["settled"],
-                strict=True,
-            )
+            f"{mean:.2f} [{low:.2f}, {high:.2f}]{mark}"
+            for mean, low, high, mark in zip(table[metric], *ends, marks, strict=True)
         ]
     # of the nearest neighbour nothing failed: it has no such score
     unfitted = table["solver"] == "none"
     for metric in set(text) - set(COSTS):
         text.loc[unfitted & table[metric].isna(), metric] = "-"
     return text[[column for column in text if column not in COSTS] + COSTS]
+
+
+def _metrics(table: pd.DataFrame) -> list[str]:
+    return [column[: -len("_low")] for column in table if column.endswith("_low")]
 
 
 def _steps(runs: pd.DataFrame) -> pd.Series:
@@ -54,17 +54,35 @@ def _steps(runs: pd.DataFrame) -> pd.Series:
     return pd.Series(texts).replace("", "nan")
 
 
+def meaning(table: pd.DataFrame, num_seeds: int, level: float) -> str:
+    """What the numbers are, in a line."""
+    of = (
+        "means over tasks and seeds [95 % intervals for other tasks and seeds]"
+        if num_seeds > 1
+        else "means over tasks [95 % intervals for other tasks, with one seed]"
+    )
+    said, metrics = (
+        f"{of} of each task's score, in the units of the tasks as given",
+        _metrics(table),
+    )
+    if "rmse" in metrics:
+        said += (
+            '; rmse is averaged over tasks, where the row "all" of score() pools their observations'
+        )
+    return said + (f"; coverage is of {100 * level:g} % intervals" if "coverage" in metrics else "")
+
+
 def notes(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     """What a reader of the table must know, a line each."""
     return [
-        *_on_settling(table),
+        *_on_settling(table, runs),
         *_on_solvers(table, runs),
         *_on_few_steps(table, runs),
         *_on_warnings(runs),
     ]
 
 
-def _on_settling(table: pd.DataFrame) -> list[str]:
+def _on_settling(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
     unsettled = list(table.index[~table["settled"]])
     rest = list(table.index[table["settled"]])
     if not unsettled:
@@ -73,9 +91,26 @@ def _on_settling(table: pd.DataFrame) -> list[str]:
     if len(unsettled) > len(rest):
         named = "every method" + (f" but {', '.join(rest)}" if rest else "")
     return [
-        "not settled, so without an interval: a larger budget, or standardised tasks, may "
-        f"change the order (report.runs): {named}"
+        "* not settled: the interval is of where the budget left it; a larger one, or "
+        f"standardised tasks, may change the order (report.runs): {named}",
+        f"  {_on_moves(unsettled, runs)}",
     ]
+
+
+def _on_moves(methods: list[str], runs: pd.DataFrame) -> str:
+    """By how much the objectives of these methods still fell; of the seed where that is most."""
+    moved, hidden = [], []
+    for method in methods:
+        by = runs.loc[runs["method"] == method, "moved"].dropna()
+        if len(by):
+            most = by[by.abs().idxmax()]
+            moved.append(f"{method} {most:.2g}" + (" (it rose)" if most < 0 else ""))
+        else:
+            hidden.append(method)
+    told = "over the last third of its steps its objective fell by, in nats per task: "
+    unsaid = "too few steps, or too much noise, to say how far it still moves: "
+    parts = [told + ", ".join(moved)] if moved else []
+    return "; ".join([*parts, unsaid + ", ".join(hidden)] if hidden else parts)
 
 
 def _on_solvers(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
