@@ -80,6 +80,7 @@ def test_every_method_and_seed_is_there(report: vm.Report) -> None:
         "solver",
         "steps",
         "evaluations",
+        "adapting",
         "seconds",
         "failed",
         "converged",
@@ -108,6 +109,7 @@ def test_columns_of_the_table(report: vm.Report) -> None:
         *ends,
         "steps",
         "evaluations",
+        "adapting",
         "seconds",
         "failed",
         "settled",
@@ -133,6 +135,19 @@ def test_scores_are_those_of_the_fits(report: vm.Report) -> None:
     own = fit.adapt(TEST).score(num_samples=50, seed=5).drop(index="all")
     there = report.scores.query("method == 'maml' and seed == 5").set_index("task")
     pd.testing.assert_frame_equal(there[METRICS], own[METRICS])
+
+
+def test_what_adaptation_took_is_told_beside_what_the_budget_bought(report: vm.Report) -> None:
+    adapting = report.table["adapting"]
+    assert adapting["joint"] == 200  # adapt_steps
+    for name in ("maml", "imaml"):  # two steps, and the loss at the end
+        assert adapting[name] == 2.5
+        posterior = report.fits[name, 3].adapt(TEST)
+        assert posterior.evaluations is not None
+        assert posterior.evaluations.tolist() == [2.5] * len(TEST)
+        few = posterior.take(TEST.names[:1]).evaluations
+        assert few is not None and few.tolist() == [2.5]
+    assert np.isnan(adapting["pooled"])  # nothing is adapted
 
 
 def test_the_budget_is_the_same_for_all(report: vm.Report) -> None:
@@ -433,7 +448,8 @@ def test_print_marks_intervals_of_what_has_not_settled(report: vm.Report) -> Non
     assert text.splitlines()[-1] == (
         "means over tasks and seeds [95 % intervals for other tasks and seeds] of each task's "
         "score, in the units of the tasks as given; rmse is averaged over tasks, where the row "
-        '"all" of score() pools their observations; coverage is of 90 % intervals'
+        '"all" of score() pools their observations; coverage is of 90 % intervals; adapting: '
+        "gradient evaluations for a test task, outside the budget"
     )
     single = replace(settled, scores=report.scores[report.scores["seed"] == 5])
     assert "means over tasks [95 % intervals for other tasks, with one seed]" in str(single)

@@ -40,6 +40,9 @@ class Posterior(Drawn, Shown):
 
     q: where the weights are and how they are drawn.
 
+    evaluations: gradient evaluations that each task's adaptation took, `(tasks,)`; None where they
+        were not counted, and of tasks that were not adapted to.
+
     The weights are in y's units per unit of their column.
 
     >>> import torch, varmeta as vm
@@ -53,12 +56,15 @@ class Posterior(Drawn, Shown):
     (torch.Size([9]), torch.Size([9, 1]))
     """
 
-    def __init__(self, q: Draws, tasks: TaskSet, trained: TaskSet) -> None:
+    def __init__(
+        self, q: Draws, tasks: TaskSet, trained: TaskSet, evaluations: Tensor | None = None
+    ) -> None:
         self.q = q
         self.observer = Observer(q)
         self.model = q.model
         self.tasks = tasks
         self.trained = trained
+        self.evaluations = evaluations
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,7 +85,8 @@ class Posterior(Drawn, Shown):
             [self.names.index(name) for name in names], device=self.q.batch.rows.device
         )
         tasks = self.tasks[at]
-        return Posterior(self.q.take(at, tasks.batch()), tasks, self.trained)
+        spent = None if self.evaluations is None else self.evaluations[at]
+        return Posterior(self.q.take(at, tasks.batch()), tasks, self.trained, spent)
 
     @property
     def distribution(self) -> dist.TorchDistribution:

@@ -450,13 +450,14 @@ class Fit(Drawn, Shown):
         doubt = self.problem.guide.doubt(solution.value, self.eta, batch.support, batch.names)
         if doubt is not None:
             warnings.warn(doubt, RuntimeWarning, stacklevel=3)
-        return self._by_guide(solution.value, tasks)
+        return self._by_guide(solution.value, tasks, solution.stats.get("evaluations"))
 
-    def _by_guide(self, phi: Tree, tasks: TaskSet) -> Posterior:
+    def _by_guide(self, phi: Tree, tasks: TaskSet, evaluations: Tensor | None = None) -> Posterior:
         eta = self.eta
         if any(name.startswith(RATE) for name in eta):
             eta = without_rates(self.strategy, self.model, eta)
-        return Posterior(GuideDraws(self.problem, phi, eta, tasks.batch()), tasks, self.tasks)
+        q = GuideDraws(self.problem, phi, eta, tasks.batch())
+        return Posterior(q, tasks, self.tasks, evaluations)
 
     def _integrate(self, tasks: TaskSet) -> Posterior:
         assert self.run.hyper is not None

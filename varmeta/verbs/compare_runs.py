@@ -60,16 +60,16 @@ class Plan:
             return _nearest(self.test, seed)
         started, said = initialised(self.models[name], seed), list[str]()
         failed, reason, solver, seconds = 0, "", "budget", float("nan")
-        result = score = None
+        result = score = spent = None
         try:
             with _collected(said):
                 own, strategy, rows = _parts(name, self.strategies, started, self.train)
                 solver = self._solver(name, own, strategy, rows, seed)
                 result, seconds = self._fit(solver, name, own, strategy, rows, seed)
                 reason = result.stop
-                by_task = result.adapt(self.test, compile=self.compile).score(
-                    num_samples=self.num_samples, seed=seed, level=self.level
-                )
+                adapted = result.adapt(self.test, compile=self.compile)
+                spent = adapted.evaluations
+                by_task = adapted.score(num_samples=self.num_samples, seed=seed, level=self.level)
             # without "all"
             score = by_task.iloc[:-1].reset_index().assign(method=name, seed=seed)
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
@@ -81,6 +81,7 @@ class Plan:
             "solver": solver,
             "steps": float("nan") if result is None else result.run.step,
             "evaluations": float("nan") if result is None else result.run.evaluations,
+            "adapting": float("nan") if spent is None else float(spent.mean()),
             "seconds": seconds,
             "failed": failed,
             "converged": result is not None and result.converged,
@@ -140,6 +141,7 @@ def _nearest(test: TaskSet, seed: int) -> Outcome:
         "solver": "none",
         "steps": 0,
         "evaluations": 0.0,
+        "adapting": none,
         "seconds": perf_counter() - begin,
         "failed": 0,
         "converged": True,

@@ -32,10 +32,11 @@ class Report(Shown):
     runs: one row per method and seed: what was found of eta (hyperguide), by which solver
         ("budget", "exact" or "posterior of eta", the last two outside the budget; "none" of the
         nearest neighbour, of which nothing is fitted), the outer steps that it took (of Newton's
-        method or of whatever solved it), what they cost, whether it failed, whether it had
-        converged, by how much its mean objective fell over the last third of its steps (moved,
-        nats per task; NaN where too few steps or too much noise hide it), why it stopped, and what
-        it warned about.
+        method or of whatever solved it), what they cost, what adaptation to a test task did
+        (adapting, gradient evaluations; NaN where none are counted: of "pooled", which does not
+        adapt, and of a posterior of eta), whether it failed, whether it had converged, by how much
+        its mean objective fell over the last third of its steps (moved, nats per task; NaN where
+        too few steps or too much noise hide it), why it stopped, and what it warned about.
     level: of the interval whose coverage was counted.  budget: gradient evaluations per task that
         each run was given.
 
@@ -62,7 +63,7 @@ class Report(Shown):
         The interval is for other seeds and other tasks (with a single seed, for other tasks alone);
         see `interval`.  Of a method that has not settled in some run it holds for where the budget
         left it: where it goes on to is not a matter of seeds and tasks, so print marks it.
-        steps: outer steps, as evaluations and seconds the mean over seeds; `runs` has each.
+        steps: outer steps; as evaluations, adapting and seconds the mean over seeds.
         settled: whether every run that did not fail had.  solver: as in `runs`.  overspent:
         evaluations as a multiple of the budget, where a run spent more than a tenth above it; else
         NaN.
@@ -72,7 +73,7 @@ class Report(Shown):
         rows = {method: _summarise(cells) for method, cells in self._cells().items()}
         table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
         by = self.runs.groupby("method", sort=False)
-        rest = by[["steps", "evaluations", "seconds"]].mean()
+        rest = by[["steps", "evaluations", "adapting", "seconds"]].mean()
         share = rest["evaluations"] / self.budget
         rest = rest.assign(
             failed=by["failed"].sum(),

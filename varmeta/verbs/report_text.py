@@ -11,7 +11,7 @@ from varmeta._checks import counted
 if TYPE_CHECKING:
     import pandas as pd
 
-COSTS = ["steps", "evaluations", "seconds", "failed"]
+COSTS = ["steps", "evaluations", "adapting", "seconds", "failed"]
 # A run of fewer outer steps than these ends nearly where it starts.
 FEW = 10
 
@@ -24,6 +24,7 @@ def shown(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
         f"{spent:.0f}" + ("" if math.isnan(over) else f" ({over:.1f} x budget)")
         for spent, over in zip(table["evaluations"], table["overspent"], strict=True)
     ]
+    text["adapting"] = table["adapting"].map("{:.0f}".format).replace("nan", "-")
     text["seconds"] = text["seconds"].map("{:.1f}".format)
     marks = ["" if table["settled"].all() else " " if good else "*" for good in table["settled"]]
     for metric in _metrics(table):
@@ -69,7 +70,9 @@ def meaning(table: pd.DataFrame, num_seeds: int, level: float) -> str:
         said += (
             '; rmse is averaged over tasks, where the row "all" of score() pools their observations'
         )
-    return said + (f"; coverage is of {100 * level:g} % intervals" if "coverage" in metrics else "")
+    if "coverage" in metrics:
+        said += f"; coverage is of {100 * level:g} % intervals"
+    return said + "; adapting: gradient evaluations for a test task, outside the budget"
 
 
 def notes(table: pd.DataFrame, runs: pd.DataFrame) -> list[str]:
