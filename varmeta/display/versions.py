@@ -23,6 +23,7 @@ def versions() -> dict[str, str]:
     cuda = torch.version.cuda
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return found | {
+        "torch": str(torch.__version__),  # with its build, "2.13.0+cpu"; PyPI's metadata lack it
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
