@@ -13,9 +13,10 @@ import pytest
 
 import varmeta as vm
 from docs.site import docstrings, pages, reference
-from docs.site.build import fetches
-from docs.site.run import run
+from docs.site.build import fetches, write
+from docs.site.run import Ran, run
 from experiments.demo_page import README
+from tests.printed import blocks
 
 DOCS = README.parent / "docs"
 LINES = 80
@@ -89,6 +90,21 @@ def test_a_notebook_holds_text_code_and_what_it_gave() -> None:
     assert [cell["cell_type"] for cell in cells] == kinds
     assert [part["output_type"] for part in cells[1]["outputs"]] == ["stream", "display_data"]
     assert "```text" not in cells[2]["source"]
+
+
+def test_every_tutorial_has_a_notebook_and_its_page_links_to_it(tmp_path: Path) -> None:
+    unrun = {
+        path.stem: [Ran(it, "") for it in blocks(path.read_text()) if it.language == "python"]
+        for path in DOCS.glob("*.md")
+    }
+    write(tmp_path, unrun)
+    tutorials = pages.contents((DOCS / "index.md").read_text())["Tutorials"]
+    written = {path.stem: path for path in (tmp_path / "notebooks").glob("*.ipynb")}
+    assert sorted(written) == sorted(tutorials)
+    for name, path in written.items():
+        cells = json.loads(path.read_text())["cells"]
+        assert sum(cell["cell_type"] == "code" for cell in cells) == len(unrun[name]) > 0
+        assert f"<notebooks/{name}.ipynb>" in (tmp_path / f"{name}.md").read_text()
 
 
 def test_the_reference_has_every_public_name_on_one_page() -> None:
