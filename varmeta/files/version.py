@@ -1,3 +1,3 @@
-"""The version that files are marked with; `pyproject.toml` has the same."""
+"""The one place of the version: files are marked with it, and `pyproject.toml` reads it here."""
 
 __version__ = "0.1.0"
