@@ -5,6 +5,9 @@ CONSTRAINTS   ?= -c constraints.txt
 # A Python >= 3.12 for `make test-arviz1`; empty: the first that .ci/find-python finds.
 ARVIZ1_PYTHON ?=
 ARVIZ1_VENV   ?= .venv-arviz1
+# `make test-lowest`: PyPI's torch of then is a CUDA build, 5 GB installed; LOWEST_TORCH= names another torch beside the lowest rest.
+LOWEST_VENV   ?= .venv-lowest
+LOWEST_TORCH  ?= $(shell sed -n 's/^torch==//p' constraints-lowest.txt)
 BIN            = $(VENV)/bin
 
 # Processes of `make test`, one thread each; 0: no other process than pytest's own.
@@ -23,8 +26,11 @@ EXAMPLES ?= 10000
 # What `make test-machines` runs: the tests that stand on numbers that another processor may round otherwise.
 NUMERICAL = tests/numerics tests/priors tests/likelihoods tests/models tests/guides tests/verbs/test_units.py \
             tests/verbs/test_identities.py tests/verbs/test_exact_fits.py tests/fitting/test_whitened.py tests/strategies/test_certificate.py
+# What `make test-lowest` runs: where torch's graphs, tables, arrays, files and figures are used.
+CORE = tests/graphs tests/numerics tests/tasks tests/models tests/posteriors tests/plot tests/test_packaging.py
 
-.PHONY: setup demo demo-page landscape bench test test-compiled test-machines fuzz lint test-arviz1 docs clean
+.PHONY: setup demo demo-page landscape bench test test-compiled test-machines fuzz lint test-arviz1 test-wheel test-lowest \
+        dist docs clean
 
 setup: $(VENV)/.installed
 
@@ -87,5 +93,33 @@ $(ARVIZ1_VENV)/.installed: constraints-arviz1.txt
 	$(ARVIZ1_VENV)/bin/python -m pip install -q -c constraints-arviz1.txt 'arviz[h5netcdf,matplotlib]>=1' pytest
 	touch $@
 
+# The core beside the oldest versions that pyproject.toml allows; they warn of each other, so warnings are no errors here.
+test-lowest: $(LOWEST_VENV)/.installed-$(LOWEST_TORCH)
+	$(LOWEST_VENV)/bin/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal -o filterwarnings= \
+	  -m 'not slow and not compiled' $(CORE)
+
+$(LOWEST_VENV)/.installed-$(LOWEST_TORCH): pyproject.toml constraints-lowest.txt
+	rm -rf $(LOWEST_VENV)
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	sed 's/^torch==.*/torch==$(LOWEST_TORCH)/' constraints-lowest.txt > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python -m pip install -q -c $(LOWEST_VENV)/constraints.txt -e '.[test]'
+	touch $@
+
+# What goes to an index: the sdist, and the wheel made of it as pip makes one.
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m hatchling build -t sdist
+	$(BIN)/python -m pip wheel -q $(CONSTRAINTS) --no-deps -w dist dist/*.tar.gz
+
+# As a user has it: both looked into, the wheel alone in a new environment, and the README run there, outside the checkout.
+test-wheel: dist
+	VARMETA_DIST=dist $(BIN)/python -m pytest -q tests/test_packaging.py
+	place="$$(mktemp -d)" && trap 'rm -rf "$$place"' EXIT && \
+	$(PYTHON) -m venv "$$place/venv" && \
+	"$$place/venv/bin/python" -m pip install -q $(CONSTRAINTS) dist/*.whl && \
+	"$$place/venv/bin/python" -m pip check && \
+	tar -xzf dist/*.tar.gz -C "$$place" --strip-components=1 --exclude='*/varmeta' && \
+	cd "$$place" && venv/bin/python -m tests.installed
+
 clean:
-	rm -rf $(VENV) $(ARVIZ1_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ARVIZ1_VENV) $(LOWEST_VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 
 import varmeta as vm
 from tests.cases import known, linear_model, net_model, ragged_tasks
@@ -84,7 +85,7 @@ def test_densities_integrate_to_one() -> None:
     ax = plot_posteriors(fit, "day")
     assert len(ax.lines) == len(fit.tasks) + 1
     for line in ax.lines:
-        assert np.trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1.0, abs=2e-2)
+        assert trapezoid(line.get_ydata(), line.get_xdata()) == pytest.approx(1.0, abs=2e-2)
     prior = ax.lines[-1]
     assert prior.get_xdata()[np.argmax(prior.get_ydata())] == pytest.approx(
         float(fit.prior.loc["day"]), abs=0.05
