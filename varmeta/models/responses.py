@@ -1,9 +1,14 @@
-"""What to say where y is not in its noise scale's units.
+"""What to say of the units of the data, where a model starts in others.
 
-That is whole numbers left raw, and several responses of one scale.
+That is whole numbers left raw, several responses of one noise scale, and numbers that are far from
+those a network starts with.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from varmeta.likelihoods.base import LocationScale
 from varmeta.likelihoods.continuous import LogNormal
@@ -13,6 +18,8 @@ from varmeta.tasks import TaskSet
 
 # Sds of responses that differ by more than this factor are unlikely to have one noise scale.
 APART = 3.0
+# A network's layers start for numbers around 0 of sd 1; this many times more or less are not that.
+FAR = 30.0
 
 
 def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
@@ -71,3 +78,46 @@ def left_raw(model: TaskModel, tasks: TaskSet) -> str | None:
         f"counts; {type(likelihood).__name__} takes them for numbers.  Write "
         "tasks.standardized(model.likelihood), or give y as float"
     )
+
+
+def far_from_start(model: TaskModel, tasks: TaskSet) -> str | None:
+    """A warning where a network reads or is to give numbers far from those it starts with.
+
+    None where x goes through another layer than `nn.Linear` first, and where the data were scaled.
+    """
+    net, likelihood, rows = model.net, model.likelihood, tasks.support_rows
+    reads_x = isinstance(net, nn.Sequential) and not model.all_linear
+    while isinstance(net, nn.Sequential) and len(net):
+        net = net[0]
+    if (
+        tasks.scaling is not None
+        or not (reads_x and isinstance(net, nn.Linear))
+        or not (len(rows.x) and rows.x.is_floating_point())
+    ):
+        return None
+    names = tasks.x_names if len(tasks.x_shape) == 1 else None
+    found = _far(rows.x, "x", names)
+    if found is None and likelihood is not None and likelihood.real_valued:
+        found = _far(likelihood.observed(rows.y), "y", None)
+    if found is None:
+        return None
+    return (
+        f"{found}, but a network starts with numbers around 0 of sd 1 and may learn nothing from "
+        "others: standardise the tasks, tasks, scaling = tasks.standardized(model.likelihood), and "
+        "new ones by scaling.apply(new)"
+    )
+
+
+def _far(values: Tensor, what: str, names: Sequence[str] | None) -> str | None:
+    """The first column with a mean or an sd far from 0 and 1, in words."""
+    columns = values.double().reshape(len(values), -1)
+    mean, sd = columns.mean(0), columns.std(0, correction=0)
+    # a rare 0 or 1 has a small sd too, but is no small number
+    largest = (columns - mean).abs().amax(0)
+    far = (mean.abs() > FAR) | (sd > FAR) | ((largest < 10 / FAR) & (sd < 1 / FAR) & (largest > 0))
+    if not far.any():
+        return None
+    at = int(far.nonzero()[0])
+    which = f"column {at} of {what}" if columns.shape[1] > 1 else what
+    which = which if names is None else f"{what}'s column {names[at]!r}"
+    return f"{which} has mean {float(mean[at]):.4g} and sd {float(sd[at]):.4g}"
