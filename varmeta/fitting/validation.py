@@ -26,7 +26,10 @@ class Validation:
         query data, as `Fit.adapt(tasks).score()` does.
     metric: what is judged, over all query observations: "log_density" (nats, higher is better),
         "rmse", or for classes "error_rate", 1 - accuracy (lower is better).
-    every: outer steps from one look to the next; the start and the end are looked at too.
+    every: outer steps from one look to the next; the start and the end are looked at too.  A look
+        adapts the validation tasks as `Fit.adapt` does, to tolerance where the strategy says no
+        number of inner steps: of a whole network under `Joint("normal")` that may cost as much as
+        hundreds of outer steps, so look seldom there; of a head that is exact it costs a few.
     patience: how many looks without a better one end the run; None: none do.
     num_samples: draws where the score is not exact.
     calibrate: in the end, move the noise scale (or the temperature of `LeastSquaresClasses`) to
