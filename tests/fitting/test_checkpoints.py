@@ -574,12 +574,15 @@ def test_a_step_is_taken_whole_or_not_at_all(
 ) -> None:
     monkeypatch.setattr(Torn, "by", by)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a process that runs in the background may be told to ignore it
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         broken = simple(optimizer=Torn, checkpoint=tmp_path)
         assert broken.stop.startswith("interrupted after 3 steps") and broken.run.step == 3
         assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, ignored)
     monkeypatch.setattr(Torn, "at", 0)
     whole = simple(optimizer=Torn)
     assert_same_fit(simple(optimizer=Torn, resume=broken), whole)

@@ -107,4 +107,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # a process that runs in the background may be told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -552,7 +552,7 @@ def test_captured_steps_are_the_same(
         net_model(vm.GaussianPrior(3.0, covariates=["a"])),
         with_features(ragged_tasks(4), "a"),
     )
-    strategy, batch = make(), tasks.batch([2, 0])
+    strategy, batch = make(), tasks.batch([2, 0]).widened()
     problem, start = (
         strategy.problem(model, tasks, 7),
         model.init(torch.zeros((), dtype=torch.float64)),
@@ -562,7 +562,7 @@ def test_captured_steps_are_the_same(
     step = Step(strategy, True, 1)
     graphs = step._prepared(problem, batch, state)
     for rows in ([2, 0], [3, 1]):  # one graph for both, so the features are its inputs
-        some = tasks.batch(rows)
+        some = tasks.batch(rows).widened()
         mine, plain = graphs(7, some, eta, state), eager(strategy, problem, some, eta, state)
         assert float(mine.value) == pytest.approx(float(plain.value), rel=1e-12)
         for name in eta:

@@ -45,11 +45,12 @@ def risen(history: list[dict[str, float]], num_tasks: int) -> float:
     """
     losses = torch.tensor([row["loss"] for row in history], dtype=torch.float64)
     tenth = len(losses) // 10
-    if not tenth:
+    if len(losses) < _enough(1):
         return 0.0
     first, last = losses[:tenth], losses[-tenth:]
     rise = (last.mean() - first.mean()).nan_to_num(nan=math.inf)
-    chance = 3.0 * float(first.std(correction=0)) if tenth > 2 else 0.0
+    # what minibatches make of it
+    chance = 3.0 * float(first.std(correction=0))
     return float(rise) if float(rise) > max(RISEN * num_tasks, chance) else 0.0
 
 

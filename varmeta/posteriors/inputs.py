@@ -129,8 +129,8 @@ def _columns_of(x: Any, trained: TaskSet) -> Any:
     missing = [name for name in trained.x_names if name not in x.columns]
     if missing:
         raise ValueError(
-            f"the table has no columns {missing}; its columns are {list(x.columns)}"
-            f"{nearest(missing, x.columns)}; where a formula makes them, model.x(table) is x"
+            f"the table has no columns {missing} (where a formula makes them, model.x(table) is "
+            f"x); its columns are {list(x.columns)}{nearest(missing, x.columns)}"
         )
     table = x[list(trained.x_names)].to_numpy()
     return table.reshape(len(table), *trained.x_shape)

@@ -54,7 +54,8 @@ def doubts(fit: Fit, own_end: bool = False) -> list[str]:
     constant = constant_columns(fit) if is_flat and fit.run.streamed is None else {}
     found = [in_words(constant)] if constant else []
     found += [f"the fit has not converged: {fit.stop}"] if unfinished else []
-    by_steps = fit.run.schedule is not None
+    # a stream's losses are each of other tasks
+    by_steps = fit.run.schedule is not None and fit.run.streamed is None
     if by_steps and not unfinished and risen(fit.run.history, len(fit.tasks)):
         found.append(f"the fit diverges: {fit.stop}")
     away = _ran_off(fit)
