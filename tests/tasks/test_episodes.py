@@ -144,6 +144,7 @@ def test_a_dataset_of_single_images_says_how_to_stack_it() -> None:
         vm.episodes(loader, LABELS)
 
 
+@pytest.mark.filterwarnings("ignore:column 1 of x has mean")
 def test_where_tasks_are_expected_episodes_say_how_to_take_some() -> None:
     episodes = vm.episodes(ROWS, LABELS, 3, 1, 2)
     net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))

@@ -22,6 +22,12 @@ APART = 3.0
 FAR = 30.0
 
 
+def said_of_units(model: TaskModel, tasks: TaskSet) -> list[str]:
+    """What there is to say before a fit, in sentences."""
+    known = (what(model, tasks) for what in (left_raw, one_scale_for_all, far_from_start))
+    return [sentence for sentence in known if sentence is not None]
+
+
 def one_scale_for_all(model: TaskModel, tasks: TaskSet) -> str | None:
     """A warning where responses whose sds lie far apart share a noise scale that is learned.
 

@@ -44,7 +44,7 @@ from varmeta.models.check import check_model, ways_left_unsaid
 from varmeta.models.hyper_posterior import Hyperguide, HyperPosterior
 from varmeta.models.kinks import kinked
 from varmeta.models.model import TaskModel
-from varmeta.models.responses import far_from_start, left_raw, one_scale_for_all
+from varmeta.models.responses import said_of_units
 from varmeta.numerics.arguments import positive
 from varmeta.numerics.quadrature import EVIDENCE
 from varmeta.results.checkpoints import Checkpoints
@@ -367,8 +367,7 @@ def _checked_problem(
         check_group(processes, problem)
     # prototypes give a class without rows no probability
     ways = None if isinstance(strategy, Prototypes) else ways_left_unsaid(model, tasks)
-    units = (what(model, tasks) for what in (left_raw, one_scale_for_all, far_from_start))
-    for sentence in (*units, ways):
+    for sentence in (*said_of_units(model, tasks), ways):
         if sentence is not None:
             warnings.warn(sentence, RuntimeWarning, stacklevel=3)
     return problem
