@@ -27,7 +27,6 @@ def adapt(
     task_chunk_size: int | None = None,
 ) -> Solution:
     """`strategy.adapt`, its loops' bodies compiled where `compile` says so."""
-
     cut = chunks.pieces_in_memory(strategy, problem, batch, eta, task_chunk_size)
 
     def solve(graphed: bool) -> Solution:

@@ -84,8 +84,12 @@ def drowning(batch: Batch, end: Tensor) -> str | None:
 
     None where there is none.
     """
-    rows = batch.support.num_points + (0 if batch.query is None else batch.query.num_points)
-    return drowning_of(batch.names, rows, end)
+    return drowning_of(batch.names, rows_of(batch), end)
+
+
+def rows_of(batch: Batch) -> Tensor:
+    """How many rows each task has, support and query, int64 `(tasks,)`."""
+    return batch.support.num_points + (0 if batch.query is None else batch.query.num_points)
 
 
 def drowning_of(names: tuple[str, ...], rows: Tensor, end: Tensor) -> str | None:

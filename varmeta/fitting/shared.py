@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varmeta.fitting import chunks
-from varmeta.fitting.blame import drowning_of
+from varmeta.fitting.blame import drowning_of, rows_of
 from varmeta.fitting.callback import EndedElsewhere
 from varmeta.fitting.chunks import Outcome
 from varmeta.fitting.compiled_step import Step
@@ -78,7 +78,7 @@ class Shared:
     def value(self, problem: Problem, batch: Batch, eta: Eta, state: State) -> float:
         """As `Step.value`; state: of all tasks."""
         own = self.step.value(problem, batch, eta, self.own(state)) if len(batch) else 0.0
-        like = batch.support.x
+        like = batch.support.like
         return float(self.processes.add(like.new_tensor(own, dtype=torch.float64)))
 
     def _add(
@@ -127,9 +127,8 @@ class Shared:
 
     def drowning(self, batch: Batch, losses: Tensor) -> str | None:
         """As `blame.drowning`, of all processes' tasks."""
-        rows = batch.support.mask.sum(1)
-        rows = rows + (0 if batch.query is None else batch.query.mask.sum(1))
-        found = [part for part in self.processes.all((batch.names, rows, losses)) if part[0]]
+        own = batch.names, rows_of(batch), losses
+        found = [part for part in self.processes.all(own) if part[0]]
         names = tuple(name for part in found for name in part[0])
         return drowning_of(names, *(torch.cat([part[k] for part in found]) for k in (1, 2)))
 

@@ -87,11 +87,10 @@ def check_model(model: TaskModel, tasks: TaskSet, eta: Mapping[str, Tensor] | No
         return
     batch = tasks.batch()
     parts = [data for data in (batch.support, batch.query) if data is not None and data.width]
-    groups = [group for _, group in batch.by_size()]
     eta = _start(model, tasks) if eta is None else eta
     for data in parts:
         if model.net is None:
-            for group in groups:
+            for _, group in batch.by_size():
                 some = group.support if data is batch.support else group.query
                 if some is not None and some.width:
                     _try(model, eta, some, group.names)

@@ -94,12 +94,16 @@ class Units:
     column: int | None = None
 
     def x(self, values: Tensor) -> np.ndarray:
-        values, at = values.cpu(), slice(None) if self.column is None else self.column
-        values = values if self.column is None else values[:, at]
+        values = self._drawn(values.cpu())
         if self.scaling is not None:
-            scale, loc = self.scaling.x_scale.to(values), self.scaling.x_loc.to(values)
-            values = values * scale[at] + loc[at] if scale.dim() else values * scale + loc
+            scale, loc = (
+                self._drawn(part.to(values)) for part in (self.scaling.x_scale, self.scaling.x_loc)
+            )
+            values = values * scale + loc
         return np.asarray(values).reshape(-1)
+
+    def _drawn(self, rows: Tensor) -> Tensor:
+        return rows if self.column is None else rows[..., self.column]
 
     def y(self, values: Tensor) -> np.ndarray:
         values = values.cpu()

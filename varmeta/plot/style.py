@@ -6,13 +6,13 @@ figure was not given.
 
 from __future__ import annotations
 
-import warnings
 from textwrap import fill
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from varmeta.graphs.process import unheard
 from varmeta.results.result import Fit, training_tasks
 
 # Blues, greys and an orange, which are told apart by lightness too: in print, and by the
@@ -81,8 +81,7 @@ def settle(ax: Any) -> None:
     figure = ax.figure.figure  # of a subfigure its figure
     engine = figure.get_layout_engine()
     if engine is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # other panels may still be too small
+        with unheard(category=UserWarning):  # other panels may still be too small
             engine.execute(figure)
 
 

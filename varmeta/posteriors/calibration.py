@@ -55,6 +55,11 @@ def pit(samples: Tensor, y: Tensor) -> Tensor:
     return torch.where(samples.isnan().any(0), math.nan, value)
 
 
+def default_levels() -> Tensor:
+    """20 levels, evenly from 0.05 to 0.95."""
+    return torch.linspace(0.05, 0.95, 20, dtype=torch.float64)
+
+
 def calibration_error(
     samples: Tensor,
     y: Tensor | None = None,
@@ -87,9 +92,7 @@ def calibration_error(
             "without y, expected PIT values between 0 and 1; for draws give y too: "
             "calibration_error(draws, y)"
         )
-    at = torch.as_tensor(
-        torch.linspace(0.05, 0.95, 20, dtype=torch.float64) if levels is None else levels
-    ).to(values)
+    at = torch.as_tensor(default_levels() if levels is None else levels).to(values)
     if at.dim() != 1 or not len(at) or bool(((at < 0) | (at > 1)).any()):
         raise ValueError(f"levels must be probabilities, e.g. [0.1, 0.5, 0.9], not {levels}")
     share = torch.searchsorted(values.sort().values, at, right=True).to(values.dtype) / len(values)

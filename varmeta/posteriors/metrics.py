@@ -23,6 +23,7 @@ from varmeta.posteriors.calibration import (
     _floating,
     _matched,
     calibration_error,
+    default_levels,
     expected_calibration_error,
     interval_coverage,
 )
@@ -194,9 +195,8 @@ def normal_by_task(
         return each.new_zeros(len(counts)).index_add_(0, owner, each) / counts
 
     found = _normal(mean, covariance, y, probability("level", level))
-    at = torch.linspace(0.05, 0.95, 20, dtype=torch.float64, device=y.device)
     # NaN is below no level, and shows by `inside`
-    gaps = [(mean_of((found.below <= p).double()) - p).abs() for p in at]
+    gaps = [(mean_of((found.below <= p).double()) - p).abs() for p in default_levels().to(y.device)]
     coverage = mean_of(found.inside)
     return {
         "n": counts,

@@ -26,7 +26,7 @@ from varmeta.numerics.tree import cast
 from varmeta.results.result import Fit
 from varmeta.results.storage import parts_of
 from varmeta.strategies.strategy import Eta
-from varmeta.tasks.fingerprint import AbsentTasks
+from varmeta.tasks.fingerprint import AbsentTasks, example_of
 
 # Where nobody says how often: not before so many seconds have passed, nor before so many times what
 # the last one took to write.
@@ -125,8 +125,7 @@ class Writer:
         self.folder.forget_after(fit.run.step)  # what could not be read
         if found is not None:
             self.begun = found.begun
-        filled = fit.tasks.support_rows.counts + fit.tasks.query_rows.counts
-        self.fit, self.one = fit, fit.tasks[[int(filled.argmax())]]
+        self.fit, self.one = fit, example_of(fit.tasks)
         self.absent = None if settings["streams"] else AbsentTasks.of(fit.tasks)
         self.settings = settings
         self.versions = {name: value for name, value in versions().items() if name in NUMERICAL}

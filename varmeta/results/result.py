@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from varmeta._checks import counted, name_of, one_of
 from varmeta.display.drawn import Drawn
 from varmeta.display.shown import Shown
+from varmeta.files.write import write
 from varmeta.fitting import chunks
 from varmeta.fitting.adapt import adapt
 from varmeta.fitting.compiled_step import COMPILE, Compile
@@ -37,7 +38,7 @@ from varmeta.posteriors.inputs import check_columns
 from varmeta.posteriors.posterior import Posterior
 from varmeta.results import leave_one_out, standard_errors, summary
 from varmeta.results.evidence_gap import cost, is_tight
-from varmeta.results.storage import save
+from varmeta.results.storage import parts_of
 from varmeta.strategies.amortised import with_inner_steps
 from varmeta.strategies.closed_form import is_evidence
 from varmeta.strategies.expectation import Cubature
@@ -558,7 +559,12 @@ class Fit(Drawn, Shown):
 
         Either file knows how the tasks were standardised, `fit.tasks.scaling`.
 
-        Raises TypeError for another `data`, OSError where the path cannot be written.
+        It is written beside the old file and takes its place at the end, so that a save which
+        fails, is interrupted or is killed leaves the old one.
+
+        Raises TypeError for another `data`, and where the run holds what is neither a tensor nor a
+        plain value (an optimizer of the user's own might); ValueError where there is no such
+        folder; OSError with the path where the system refuses.
         """
         if not isinstance(data, bool):
             raise TypeError(f"data must be True or False, not {data!r}")
@@ -566,7 +572,11 @@ class Fit(Drawn, Shown):
         if not data and self._has_tasks:
             absent = AbsentTasks.of(self.tasks)
         what = self.model, self.tasks, self.strategy, self.seed, self.run, self.prior
-        save(path, *what, absent, data)
+        try:
+            parts = parts_of(*what, absent, data)
+        except TypeError as error:
+            raise TypeError(f"{fspath(path)!r} was not written: {error}") from error
+        write(path, parts)
 
     # -- print -------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from os import PathLike, fspath
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,6 @@ from varmeta._checks import name_of
 from varmeta.files.columns import columns_of
 from varmeta.files.container import packed
 from varmeta.files.version import __version__
-from varmeta.files.write import write
 from varmeta.fitting.run import Run
 from varmeta.models import constants
 from varmeta.models.formula import FormulaModel
@@ -22,34 +20,8 @@ from varmeta.models.model import TaskModel
 from varmeta.results.configuration import configuration, numbers_of
 from varmeta.strategies.strategy import Eta, State, Strategy
 from varmeta.tasks import TaskSet
-from varmeta.tasks.fingerprint import AbsentTasks
+from varmeta.tasks.fingerprint import AbsentTasks, example_of
 from varmeta.tasks.scaling import Scaling
-
-
-def save(
-    path: str | PathLike[str],
-    model: TaskModel,
-    tasks: TaskSet,
-    strategy: Strategy,
-    seed: int,
-    run: Run,
-    prior: LearnedPrior,
-    absent: AbsentTasks | None,
-    data: bool,
-) -> None:
-    """Write a fit into a file: what `parts_of` makes of it.
-
-    The file is written beside the old one and takes its place at the end, so that a save which
-    fails, is interrupted or is killed leaves the old one.
-
-    Raises ValueError where there is no such folder; OSError (PermissionError, a full disk) with the
-    path where the system refuses; TypeError as `parts_of`.
-    """
-    try:
-        parts = parts_of(model, tasks, strategy, seed, run, prior, absent, data)
-    except TypeError as error:
-        raise TypeError(f"{fspath(path)!r} was not written: {error}") from error
-    write(path, parts)
 
 
 def parts_of(
@@ -72,8 +44,7 @@ def parts_of(
     the user's own might).
     """
     if absent is not None:
-        filled = tasks.support_rows.counts + tasks.query_rows.counts
-        tasks = tasks[[int(filled.argmax())]]
+        tasks = example_of(tasks)
     stored = run.state if data else State()
     content = {
         "version": __version__,

@@ -24,6 +24,12 @@ class AbsentTasks(NamedTuple):
         return cls(len(tasks), fingerprint(tasks))
 
 
+def example_of(tasks: TaskSet) -> TaskSet:
+    """The largest task alone, which tells a model's inputs where the others are absent."""
+    filled = tasks.support_rows.counts + tasks.query_rows.counts
+    return tasks[[int(filled.argmax())]]
+
+
 def fingerprint(tasks: TaskSet) -> str:
     """A hash of every name and number, equal where `TaskSet.first_difference` finds none.
 
